@@ -1,0 +1,129 @@
+"""The command line against the mock: figures, exit codes, and what is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtest.__main__ import app
+from loadtest.mock import MockVariant
+from tests.loadtest.conftest import Serve
+
+QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
+SMALL = ("--num-prompts", "3", "--blocks", "2", "--output-tokens", "6", "--prompt-tokens", "8")
+
+
+def cast_loadtest(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["run", *arguments])
+
+
+def last_line(result: Any) -> dict[str, Any]:
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_a_four_times_slower_baseline(serve: Serve, tmp_path: Path) -> None:
+    url, _ = serve(dense=MockVariant(0.12, 0.04), sparse=MockVariant(0.03, 0.01))
+    result = cast_loadtest("--url", url, *SMALL, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    figures = last_line(result)
+    assert figures == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert figures["passed"]
+    assert figures["block_order"] == ["dense", "sparse", "sparse", "dense"]
+    assert figures["num_requests"] == 12
+    assert figures["num_errors"] == 0
+    assert figures["tpot_s"]["dense"]["n"] == 6
+    assert figures["itl_s"]["sparse"]["n"] == 30
+    assert figures["ttft_s"]["dense"]["median"] >= 0.12
+    for metric in ("ttft", "tpot", "e2e", "output_tokens_per_s"):
+        ratio = figures["ratio"][metric]
+        assert ratio["num_block_pairs"] == 2
+        assert 1 < ratio["min"] <= ratio["median"] <= ratio["max"], metric
+
+
+def test_the_slower_candidate_has_ratios_below_one(serve: Serve) -> None:
+    url, _ = serve(a=MockVariant(0.02, 0.01), b=MockVariant(0.08, 0.04))
+    result = cast_loadtest("--url", url, *SMALL, "--baseline", "a", "--candidate", "b")
+    assert result.exit_code == 0, result.output
+    assert last_line(result)["ratio"]["e2e"]["max"] < 1
+
+
+def test_failed_requests_are_counted_and_exit_1(serve: Serve) -> None:
+    # Ten requests to sparse, two of them warm-up: the fourth and the eighth fail.
+    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, fail_every=4))
+    result = cast_loadtest("--url", url, *SMALL, "--num-prompts", "4")
+    assert result.exit_code == 1
+    figures = last_line(result)
+    assert figures["num_errors"] == 2
+    assert figures["errors"] == {"dense": {}, "sparse": {"http_503": 2}}
+    assert not figures["passed"]
+    assert "2 of 16 requests failed: sparse http_503 x2" in result.stderr
+
+
+def test_failed_warmup_exits_1(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, is_cut_off=True))
+    result = cast_loadtest("--url", url, *SMALL)
+    assert result.exit_code == 1
+    assert last_line(result)["num_requests"] == 0
+    assert "warm-up failed" in result.stderr
+    assert "sparse incomplete_stream x2" in result.stderr
+
+
+def test_unequal_lengths_exit_1(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, missing_tokens=2))
+    result = cast_loadtest("--url", url, *SMALL)
+    assert result.exit_code == 1
+    assert last_line(result)["num_unequal_lengths"] == 6
+    assert "6 of 12 responses do not have 6 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "3"], "--blocks 3 is odd"),
+        (["--timeout-s", "0"], "--timeout-s 0 is too small"),
+        (["--prompt-tokens", "0"], "prompt words 0 must be 1 or more"),
+        (
+            ["--candidate", "spares"],
+            "variant 'spares' is not served at URL; it serves: dense, sparse",
+        ),
+        (["--text", "/absent"], "text /absent cannot be read"),
+    ],
+)
+def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
+    serve: Serve, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    url, app = serve(dense=QUICK, sparse=QUICK)
+    result = cast_loadtest("--url", url, "--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert message.replace("URL", url) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert app.state.requests == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1", "http://[", "ftp://x"])
+def test_unreachable_url_exits_2(url: str) -> None:
+    result = cast_loadtest("--url", url)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("cast-loadtest: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_taken_out_directory_exits_2_before_anything_is_sent(serve: Serve, tmp_path: Path) -> None:
+    url, app = serve(dense=QUICK, sparse=QUICK)
+    (tmp_path / "kept").touch()
+    result = cast_loadtest("--url", url, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert app.state.requests == []
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_python_m_loadtest() -> None:
+    command = [sys.executable, "-m", "loadtest", "run", "--help"]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--output-tokens" in completed.stdout
