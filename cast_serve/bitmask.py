@@ -53,8 +53,8 @@ def decompress(values: Tensor, bitmask: Tensor, in_features: int, name: str = "w
     expected = (out_features, in_features // 2), (out_features, -(-in_features // 8))
     if (tuple(values.shape), tuple(bitmask.shape)) != expected or in_features % 4:
         raise PatternError(
-            f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong to "
-            f"[{out_features}, {in_features}]; expected {list(expected[0])} and {list(expected[1])}"
+            f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong "
+            f"to [{out_features}, {in_features}]; expected {list(expected[0])} and {list(expected[1])}"
         )
     dense = values.new_zeros(out_features, in_features)
     if values.is_meta:
@@ -67,7 +67,8 @@ def decompress(values: Tensor, bitmask: Tensor, in_features: int, name: str = "w
 def pack_mask(mask: Tensor) -> Tensor:
     """bool [out_features, in_features] -> uint8 [out_features, ceil(in_features / 8)]."""
     bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (bits << torch.arange(8, device=mask.device)).sum(-1).to(torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tensor:
@@ -76,13 +77,14 @@ def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tens
     Raises:
         PatternError: if a group of four has not exactly two bits.
     """
-    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, device=bitmask.device)) & 1
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask.unsqueeze(-1) >> shifts) & 1
     mask = bits.flatten(-2)[..., :in_features].bool()
     bad = groups(mask, 4).sum(-1) != 2
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise PatternError(
-            f"{name}: {int(bad.sum())} groups of the bitmask have not exactly two bits; the first is "
-            f"row {row}, group {group}; the file is damaged or not 2:4"
+            f"{name}: {int(bad.sum())} groups of the bitmask have not exactly two bits; the first "
+            f"is row {row}, group {group}; the file is damaged or not 2:4"
         )
     return mask

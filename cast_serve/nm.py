@@ -19,6 +19,10 @@ class PatternError(ValueError):
     """A tensor does not have the N:M pattern that it must have, or cannot have it."""
 
 
+class CheckpointError(ValueError):
+    """A directory is not a checkpoint that can be read, or must not be overwritten."""
+
+
 @dataclass(frozen=True)
 class Pattern:
     """N of M consecutive weights are kept."""
@@ -35,7 +39,9 @@ class Pattern:
         """
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if match is None or not 0 < int(match[1]) < int(match[2]):
-            raise PatternError(f"sparsity {text!r} is not N:M with 0 < N < M; write for instance 2:4")
+            raise PatternError(
+                f"sparsity {text!r} is not N:M with 0 < N < M; write for instance 2:4"
+            )
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -53,7 +59,7 @@ def groups(tensor: Tensor, m: int) -> Tensor:
     """
     if tensor.shape[-1] % m:
         raise PatternError(
-            f"in_features {tensor.shape[-1]} is no multiple of {m}, so it has no whole groups of {m}"
+            f"in_features {tensor.shape[-1]} is no multiple of {m}: no whole groups of {m}"
         )
     return tensor.unflatten(-1, (-1, m))
 
@@ -72,11 +78,17 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
     """
     grouped = groups(scores, pattern.m)
     if torch.isnan(grouped).any():
-        raise PatternError("scores hold NaN, so they rank nothing; check the training for divergence")
-    order = grouped.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(grouped, dtype=torch.bool)
-    mask.scatter_(-1, order[..., : pattern.n], True)
-    return mask.flatten(-2)
+        raise PatternError(
+            "scores hold NaN, so they rank nothing; check the training for divergence"
+        )
+    columns = [column.contiguous() for column in grouped.unbind(-1)]
+    ranks = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in columns]
+    for left in range(pattern.m):  # counting beats sorting by far at such small M
+        for right in range(left + 1, pattern.m):
+            is_right_larger = columns[right] > columns[left]
+            ranks[left] += is_right_larger
+            ranks[right] += ~is_right_larger
+    return (torch.stack(ranks, dim=-1) < pattern.n).flatten(-2)
 
 
 def check_mask(mask: Tensor, pattern: Pattern, name: str) -> None:
@@ -117,7 +129,8 @@ def find_targets(
 
     Args:
         model: any torch model; ``nn.Linear`` and GPT-2's ``Conv1D`` count as linears.
-        include: regular expressions searched in the module's name; if given, only these are targets.
+        include: regular expressions searched in the module's name; if given, only these are
+            targets.
         exclude: regular expressions; what they match stays dense.
 
     Returns:
@@ -147,5 +160,7 @@ def find_targets(
         else:
             targets[name] = module
     if not targets:
-        raise PatternError(f"no linear of the model can be {pattern}: {dense or 'it has no linears'}")
+        raise PatternError(
+            f"no linear of the model can be {pattern}: {dense or 'it has no linears'}"
+        )
     return targets, dense

@@ -1,0 +1,198 @@
+"""cast-serve: convert, inspect, worker, up and gateway on the command line.
+
+Each command talks to people on stderr and prints one line of JSON last on stdout. Exit codes:
+0 done, 1 the check it ran failed, 2 wrong use.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cast_serve.variants import Variant
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Gated checkpoint, or an HF directory that is 2:4.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Compressed directory to write.")],
+    dense_twin: Annotated[
+        Path | None, typer.Option(help="Also write the hardened weights densely, to compare with.")
+    ] = None,
+) -> None:
+    """Harden the gates to an exact 2:4 mask and write compressed weights."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cast_serve import convert as converter
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("converting", total=None)
+        summary = converter.convert(
+            source,
+            out,
+            dense_twin,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _say(f"{out}: {_describe(summary)}")
+    print(json.dumps({"path": str(out), **summary}))
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Any model directory.")]) -> None:
+    """Say what a directory holds, and verify every group of every compressed layer."""
+    from cast_serve import convert as converter
+
+    summary = converter.inspect(folder)
+    _say(f"{folder}: {_describe(summary)}")
+    print(json.dumps({"path": str(folder), **summary}))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def worker(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="Dense or compressed directory.")],
+    name: Annotated[str, typer.Option(help="The variant's name, as requests write it in `model`.")],
+    port: Port = 8001,
+    host: Host = "127.0.0.1",
+    cores: Annotated[
+        str | None, typer.Option(help="CPU ids for this server alone, as 0,2-3; default: all.")
+    ] = None,
+) -> None:
+    """Run one vLLM server for one variant. Flags after -- go to vLLM."""
+    from cast_serve import worker as server
+
+    _check_port_is_free(host, port)
+    server.run(model, name, host, port, _parse_cores(cores), context.args)
+
+
+Variants = Annotated[list[str], typer.Option("--variant", help="NAME=DIR or NAME=URL; repeat.")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def up(
+    context: typer.Context, variant: Variants, port: Port = 8000, host: Host = "127.0.0.1"
+) -> None:
+    """Start one worker per variant, each on its own cores, and the gateway in front of them.
+
+    Flags after -- go to every vLLM server, for instance -- --enforce-eager.
+    """
+    from cast_serve.variants import local_variants
+
+    models = {name: Path(value) for name, value in _parse_variants(variant).items()}
+    _serve(local_variants(models, context.args), host, port)
+
+
+@app.command()
+def gateway(variant: Variants, port: Port = 8000, host: Host = "127.0.0.1") -> None:
+    """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL)."""
+    from cast_serve.variants import Variant
+
+    variants = []
+    for name, url in _parse_variants(variant).items():
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"variant {name}: {url!r} is no URL; write {name}=http://HOST:PORT")
+        variants.append(Variant(name, url.rstrip("/")))
+    _serve(variants, host, port)
+
+
+def _serve(variants: "list[Variant]", host: str, port: int) -> None:
+    import asyncio
+    import logging
+
+    from cast_serve.gateway import serve
+    from cast_serve.settings import GatewaySettings
+
+    _check_port_is_free(host, port)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _say(f"gateway: http://{host}:{port}, metrics at /metrics; Ctrl-C stops everything")
+    asyncio.run(serve(variants, GatewaySettings(host=host, port=port)))
+    print(json.dumps({"stopped": [variant.name for variant in variants]}))
+
+
+def _parse_variants(given: list[str]) -> dict[str, str]:
+    variants: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
+        if name in variants:
+            raise ValueError(f"--variant {name} is given twice; each needs a name of its own")
+        variants[name] = value
+    return variants
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    text = f"{summary['kind']}, {summary['num_sparse_layers']} sparse and "
+    text += f"{summary['num_dense_layers']} dense linear layers"
+    if summary["linear_bytes_ratio"]:
+        text += (
+            f", linear weights {summary['linear_weight_bytes'] / 1e6:.1f} MB "
+            f"({summary['linear_bytes_ratio']} of dense)"
+        )
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _parse_cores(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    cores: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"cores {text!r} is no list of CPU ids; write for instance 0,2-3")
+        cores += range(int(first), int(last or first) + 1)
+    if unknown := sorted(set(cores) - os.sched_getaffinity(0)):
+        raise ValueError(
+            f"cores {unknown} are not open to this process, "
+            f"which has {sorted(os.sched_getaffinity(0))}"
+        )
+    return cores
+
+
+def _check_port_is_free(host: str, port: int) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); "
+                "free it or name another --port"
+            ) from None
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        _say(f"cast-serve: {error}")
+        sys.exit(2)
+    except RuntimeError as error:
+        _say(f"cast-serve: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""2:4 kernels: a packed weight and activations -> the linear's output, on the device x lies on.
+
+`pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
+`linear24` multiplies; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).
+"""
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.ops import load
+from cast_serve.kernels.reference import pack, packed_shape, unpack
+
+__all__ = ["isa", "linear24", "load", "pack", "packed_shape", "supported_isas", "unpack"]
+
+
+def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for a packed 2:4 weight; see reference.linear24 for the contract.
+
+    Raises:
+        ValueError: if the shapes do not belong together; TypeError for an unknown dtype.
+    """
+    load()
+    return torch.ops.cast.linear24(x, packed, out_features, bias)
+
+
+def isa() -> str:
+    """The CPU kernel in use: avx512_bf16, avx512, avx2 or portable.
+
+    Raises:
+        RuntimeError: if ``CAST_CPU_ISA`` names a kernel that this CPU does not have.
+    """
+    return supported_isas()[0]
+
+
+def supported_isas() -> list[str]:
+    """The CPU kernel in use first, then the others that this CPU could run."""
+    load()
+    return list(torch.ops.cast.cpu_isas())

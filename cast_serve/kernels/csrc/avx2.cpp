@@ -1,0 +1,13 @@
+// The 2:4 linear for x86 with AVX2, FMA and F16C: generic.h with 8 tokens in a vector.
+#define CAST_ISA avx2
+#define CAST_LANES 8
+#include "generic.h"
+
+namespace cast {
+static bool is_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+const Kernel kAvx2 = {"avx2", is_supported, avx2::workspace_bytes_of, avx2::prepare_any,
+                      avx2::run_any};
+}  // namespace cast

@@ -1,0 +1,242 @@
+// The 2:4 linear for x86 with AVX-512 BF16 and VBMI; other dtypes than bf16 take avx512.cpp's.
+//
+// Few tokens (decode): memory-bound, so the weights are read once as they lie. A row's 64 position
+// bits become 32 column numbers (multishift, one ternary logic), two registers of x are permuted by
+// them, and one vdpbf16ps multiplies 32 kept weights, that is 64 dense ones.
+//
+// Many tokens: compute-bound, so the dropped weights must cost nothing. For every group of four
+// columns the six pairs (x_a, x_b) that two kept weights can meet are laid out once, 16 tokens in a
+// register; then a group of a row is one vdpbf16ps per 16 tokens: its two weights broadcast, times
+// the pair row that its positions choose. K is cut in chunks whose pair rows stay in L1.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "linear24.h"
+
+namespace cast {
+namespace {
+
+constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
+constexpr int64_t kFewTokens = 4;  // up to here: gather the activations
+constexpr int64_t kLanes = 16;     // tokens in a register
+constexpr int64_t kGroups = kTileColumns / 4;
+constexpr int64_t kPairRows = 6;    // (0,1) (0,2) (0,3) (1,2) (1,3) (2,3)
+constexpr int64_t kChunkTiles = 2;  // tiles of K whose pair rows stay in L1
+constexpr int64_t kSlabRows = 32;   // tile rows whose sums stay in L2 meanwhile
+
+// Which pair row a group's four position bits choose.
+constexpr uint8_t kPairOf[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 2, 4, 5, 0};
+
+int64_t lanes_of(const Linear24& p) { return p.num_tokens <= kLanes ? kLanes : 2 * kLanes; }
+
+bool is_few(const Linear24& p) { return p.num_tokens <= kFewTokens; }
+
+// --- few tokens ------------------------------------------------------------------------------
+
+void prepare_few(const Linear24& p, uint16_t* rows) {
+  const int64_t padded_k = p.num_tile_columns() * kTileColumns;
+  for (int64_t token = 0; token < p.num_tokens; ++token, rows += padded_k) {
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + token * p.x_stride;
+    std::memcpy(rows, x, p.in_features * 2);
+    std::memset(rows + p.in_features, 0, (padded_k - p.in_features) * 2);
+  }
+}
+
+template <int kTokens, int kRows>
+void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
+  alignas(64) uint8_t shifts[64];
+  alignas(64) uint16_t bases[32];
+  for (int j = 0; j < 32; ++j) {
+    shifts[2 * j] = shifts[2 * j + 1] = 2 * j;
+    bases[j] = j / 2 * 4;
+  }
+  const __m512i shift = _mm512_load_si512(shifts), base = _mm512_load_si512(bases);
+  const __m512i three = _mm512_set1_epi16(3);
+  const int64_t num_tiles = p.num_tile_columns(), padded_k = num_tiles * kTileColumns;
+
+  for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
+    for (int half = 0; half < kTileRows; half += kRows) {
+      const uint8_t* tile = p.packed + tile_row * num_tiles * kTileBytes;
+      __m512 sums[kRows][kTokens];
+      for (int row = 0; row < kRows; ++row)
+        for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm512_setzero_ps();
+      for (int64_t k = 0; k < padded_k; k += kTileColumns, tile += kTileBytes) {
+        __m512i low[kTokens], high[kTokens];
+        for (int token = 0; token < kTokens; ++token) {
+          low[token] = _mm512_loadu_si512(x + token * padded_k + k);
+          high[token] = _mm512_loadu_si512(x + token * padded_k + k + 32);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          const __m512i values = _mm512_load_si512(tile + (half + row) * kTileKept * 2);
+          int64_t bits;
+          std::memcpy(&bits, tile + kTileRows * kTileKept * 2 + (half + row) * 8, 8);
+          const __m512i shifted = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(bits));
+          const __m512i column =
+              _mm512_ternarylogic_epi32(shifted, three, base, 0xEA);  // (a & 3) | base
+#pragma GCC unroll 4
+          for (int token = 0; token < kTokens; ++token) {
+            const __m512i gathered = _mm512_permutex2var_epi16(low[token], column, high[token]);
+            sums[row][token] =
+                _mm512_dpbf16_ps(sums[row][token], (__m512bh)gathered, (__m512bh)values);
+          }
+        }
+      }
+      for (int row = 0; row < kRows; ++row) {
+        const int64_t n = tile_row * kTileRows + half + row;
+        if (n >= p.out_features) break;
+        for (int token = 0; token < kTokens; ++token) {
+          const float sum = _mm512_reduce_add_ps(sums[row][token]) + (p.bias ? p.bias[n] : 0.0f);
+          const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(sum));
+          std::memcpy(static_cast<uint16_t*>(p.out) + token * p.out_features + n, &rounded, 2);
+        }
+      }
+    }
+  }
+}
+
+// --- many tokens -----------------------------------------------------------------------------
+
+// x -> pair rows [token block][group][pair][lanes] of (x_a, x_b), bf16 each.
+void prepare_many(const Linear24& p, uint32_t* pairs) {
+  const int64_t lanes = lanes_of(p), num_groups = p.num_tile_columns() * kGroups;
+  const uint16_t* x = static_cast<const uint16_t*>(p.x);
+  for (int64_t first = 0; first < p.num_tokens; first += lanes) {
+    const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
+    for (int64_t group = 0; group < num_groups; ++group, pairs += kPairRows * lanes) {
+      alignas(64) uint32_t columns[4][2 * kLanes] = {};
+      if (group * 4 < p.in_features) {
+        for (int64_t token = 0; token < tokens; ++token) {
+          const uint16_t* four = x + (first + token) * p.x_stride + group * 4;
+          for (int column = 0; column < 4; ++column) columns[column][token] = four[column];
+        }
+      }
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        __m512i column[4], upper[4];
+        for (int i = 0; i < 4; ++i) {
+          column[i] = _mm512_load_si512(&columns[i][lane]);
+          upper[i] = _mm512_slli_epi32(column[i], 16);
+        }
+        int pair = 0;
+        for (int a = 0; a < 4; ++a)
+          for (int b = a + 1; b < 4; ++b)
+            _mm512_store_si512(pairs + pair++ * lanes + lane, _mm512_or_si512(column[a], upper[b]));
+      }
+    }
+  }
+}
+
+template <int kBlocks>  // registers of 16 tokens
+void run_many(const Linear24& p, const uint32_t* pairs, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kBlocks * kLanes;
+  const int64_t num_tiles = p.num_tile_columns();
+  uint32_t pair_offset[16];
+  for (int code = 0; code < 16; ++code) pair_offset[code] = kPairOf[code] * lanes;
+
+  for (int64_t first = 0; first < p.num_tokens;
+       first += lanes, pairs += num_tiles * kGroups * kPairRows * lanes) {
+    const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
+    for (int64_t slab = begin; slab < end; slab += kSlabRows) {
+      const int64_t slab_end = slab + kSlabRows < end ? slab + kSlabRows : end;
+      alignas(64) float kept_sums[kSlabRows][kTileRows][lanes];
+      std::memset(kept_sums, 0, sizeof(kept_sums[0]) * (slab_end - slab));
+      for (int64_t chunk = 0; chunk < num_tiles; chunk += kChunkTiles) {
+        const int64_t chunk_end = chunk + kChunkTiles < num_tiles ? chunk + kChunkTiles : num_tiles;
+        for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
+          auto& kept = kept_sums[tile_row - slab];
+          __m512 sums[kTileRows][kBlocks];
+#pragma GCC unroll 8
+          for (int row = 0; row < kTileRows; ++row)
+#pragma GCC unroll 2
+            for (int block = 0; block < kBlocks; ++block)
+              sums[row][block] = _mm512_load_ps(&kept[row][block * kLanes]);
+          for (int64_t tile = chunk; tile < chunk_end; ++tile) {
+            const uint8_t* values = p.packed + (tile_row * num_tiles + tile) * kTileBytes;
+            const uint8_t* positions = values + kTileRows * kTileKept * 2;
+            const uint32_t* group_pairs = pairs + tile * kGroups * kPairRows * lanes;
+            for (int64_t group = 0; group < kGroups; ++group, group_pairs += kPairRows * lanes) {
+#pragma GCC unroll 8
+              for (int row = 0; row < kTileRows; ++row) {
+                const int code = positions[row * 8 + group / 2] >> (group % 2 * 4) & 15;
+                const uint32_t* pair = group_pairs + pair_offset[code];
+                int32_t two;
+                std::memcpy(&two, values + (row * kTileKept + group * 2) * 2, 4);
+                const __m512bh weights = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 2
+                for (int block = 0; block < kBlocks; ++block)
+                  sums[row][block] =
+                      _mm512_dpbf16_ps(sums[row][block],
+                                       (__m512bh)_mm512_load_si512(pair + block * kLanes), weights);
+              }
+            }
+          }
+#pragma GCC unroll 8
+          for (int row = 0; row < kTileRows; ++row)
+#pragma GCC unroll 2
+            for (int block = 0; block < kBlocks; ++block)
+              _mm512_store_ps(&kept[row][block * kLanes], sums[row][block]);
+        }
+      }
+      for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
+        const int64_t n = tile_row * kTileRows;
+        const int64_t rows = p.out_features - n < kTileRows ? p.out_features - n : kTileRows;
+        for (int64_t token = 0; token < tokens; ++token) {
+          alignas(32) float sums[kTileRows] = {};
+          for (int64_t row = 0; row < rows; ++row)
+            sums[row] = kept_sums[tile_row - slab][row][token] + (p.bias ? p.bias[n + row] : 0.0f);
+          const __m128bh rounded = _mm256_cvtneps_pbh(_mm256_load_ps(sums));
+          std::memcpy(static_cast<uint16_t*>(p.out) + (first + token) * p.out_features + n,
+                      &rounded, rows * 2);
+        }
+      }
+    }
+  }
+}
+
+// --- the two together ------------------------------------------------------------------------
+
+int64_t workspace_bytes(const Linear24& p) {
+  if (p.dtype != DType::kBFloat16) return kAvx512.workspace_bytes(p);
+  const int64_t padded_k = p.num_tile_columns() * kTileColumns;
+  if (is_few(p)) return p.num_tokens * padded_k * 2;
+  const int64_t padded_m = (p.num_tokens + lanes_of(p) - 1) / lanes_of(p) * lanes_of(p);
+  return padded_m * padded_k / 4 * kPairRows * 4;
+}
+
+void prepare(const Linear24& p, void* workspace) {
+  if (p.dtype != DType::kBFloat16) return kAvx512.prepare(p, workspace);
+  if (is_few(p)) return prepare_few(p, static_cast<uint16_t*>(workspace));
+  return prepare_many(p, static_cast<uint32_t*>(workspace));
+}
+
+void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  if (p.dtype != DType::kBFloat16) return kAvx512.run(p, workspace, begin, end);
+  const uint16_t* few = static_cast<const uint16_t*>(workspace);
+  const uint32_t* many = static_cast<const uint32_t*>(workspace);
+  switch (p.num_tokens) {
+    case 1:
+      return run_few<1, 8>(p, few, begin, end);
+    case 2:
+      return run_few<2, 8>(p, few, begin, end);
+    case 3:
+      return run_few<3, 4>(p, few, begin, end);
+    case 4:
+      return run_few<4, 4>(p, few, begin, end);
+    default:
+      return p.num_tokens <= kLanes ? run_many<1>(p, many, begin, end)
+                                    : run_many<2>(p, many, begin, end);
+  }
+}
+
+bool is_supported() {
+  return kAvx512.is_supported() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+}  // namespace
+
+const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, workspace_bytes, prepare, run};
+
+}  // namespace cast

@@ -1,0 +1,55 @@
+// One 2:4 linear as plain pointers: what every ISA's kernel takes. No torch in here.
+//
+// The packed weight is a row of tiles, tile-row by tile-row, each 8 out_features x 64 in_features:
+//
+//     values     8 rows x 32 kept weights, row after row        8 x 32 x sizeof(weight) bytes
+//     positions  8 rows x 64 bits, row after row                64 bytes
+//
+//     one row's positions: 16 groups x 4 bits, group 0 in the lowest bits
+//         bits 0-1: column inside the group of its first kept weight, bits 2-3: of its second
+//
+// so that a tile is read as one stream: 576 bytes for 512 dense 16-bit weights' 1024. N and K are
+// padded to whole tiles with zero values at columns 0 and 1. Letters: M tokens, N out_features,
+// K in_features.
+#pragma once
+#include <cstdint>
+
+namespace cast {
+
+constexpr int64_t kTileRows = 8;
+constexpr int64_t kTileColumns = 64;
+constexpr int64_t kTileKept = kTileColumns / 2;
+
+enum class DType { kBFloat16, kFloat16, kFloat32 };
+
+struct Linear24 {
+  const void* x;     // [M, K], dtype; a token's K values are contiguous
+  int64_t x_stride;  // elements from one token to the next
+  const uint8_t* packed;
+  const float* bias;  // [N] or null
+  void* out;          // [M, N], dtype, contiguous
+  int64_t num_tokens, out_features, in_features;
+  DType dtype;
+
+  int64_t num_tile_rows() const { return (out_features + kTileRows - 1) / kTileRows; }
+  int64_t num_tile_columns() const { return (in_features + kTileColumns - 1) / kTileColumns; }
+};
+
+// An ISA's kernel. `prepare` turns x into the form that `run` reads (workspace is 64-byte aligned);
+// `run` computes the tile rows [begin, end) and may be called from several threads at once.
+struct Kernel {
+  const char* isa;
+  bool (*is_supported)();
+  int64_t (*workspace_bytes)(const Linear24&);
+  void (*prepare)(const Linear24&, void* workspace);
+  void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
+};
+
+extern const Kernel kPortable;
+#ifdef __x86_64__
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;
+extern const Kernel kAvx512Bf16;
+#endif
+
+}  // namespace cast

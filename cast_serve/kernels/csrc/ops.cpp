@@ -1,0 +1,116 @@
+// torch binding: cast::linear24 and cast::cpu_isas. Tensors become pointers, mistakes become
+// messages.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "linear24.h"
+
+namespace {
+
+using at::Tensor;
+
+const std::vector<const cast::Kernel*>& kernels() {  // best first
+  static const std::vector<const cast::Kernel*> all = {
+#ifdef __x86_64__
+      &cast::kAvx512Bf16, &cast::kAvx512, &cast::kAvx2,
+#endif
+      &cast::kPortable};
+  return all;
+}
+
+const cast::Kernel& pick_kernel() {
+  const char* forced = std::getenv("CAST_CPU_ISA");
+  std::string names;
+  for (const cast::Kernel* kernel : kernels()) {
+    if (!kernel->is_supported()) continue;
+    if (forced == nullptr || forced == std::string(kernel->isa) || forced == std::string("auto"))
+      return *kernel;
+    names += std::string(names.empty() ? "" : ", ") + kernel->isa;
+  }
+  TORCH_CHECK(false, "CAST_CPU_ISA=", forced, " is not a kernel of this CPU; it has: ", names,
+              "; unset CAST_CPU_ISA to take the best");
+}
+
+const cast::Kernel& kernel() {
+  static const cast::Kernel& picked = pick_kernel();
+  return picked;
+}
+
+cast::DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16:
+      return cast::DType::kBFloat16;
+    case at::kHalf:
+      return cast::DType::kFloat16;
+    case at::kFloat:
+      return cast::DType::kFloat32;
+    default:
+      TORCH_CHECK_TYPE(false, "linear24: x is ", x.scalar_type(),
+                       "; bfloat16, float16 or float32 is needed");
+  }
+}
+
+Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
+                const std::optional<Tensor>& bias) {
+  cast::Linear24 p;
+  p.dtype = dtype_of(x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "linear24: x has no dimension; [..., in_features] is needed");
+  p.in_features = x.size(-1);
+  p.out_features = out_features;
+  TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, "linear24: in_features ",
+                    p.in_features, " is no positive multiple of 4");
+  const int64_t tile_bytes = cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.dim() == 3 &&
+                        packed.is_contiguous() && packed.size(0) == p.num_tile_rows() &&
+                        packed.size(1) == p.num_tile_columns() && packed.size(2) == tile_bytes,
+                    "linear24: packed is ", packed.scalar_type(), " ", packed.sizes(), ", but x ",
+                    x.sizes(), " of ", x.scalar_type(), " and out_features ", out_features,
+                    " need a contiguous uint8 [", p.num_tile_rows(), ", ", p.num_tile_columns(),
+                    ", ", tile_bytes, "]");
+  Tensor rows = x.reshape({-1, p.in_features});
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  Tensor float_bias;
+  if (bias.has_value()) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features, "linear24: bias is ",
+                      bias->sizes(), "; [", out_features, "] is needed");
+    float_bias = bias->to(at::kFloat).contiguous();
+  }
+  auto sizes = x.sizes().vec();
+  sizes.back() = out_features;
+  Tensor out = at::empty(sizes, x.options());
+  if (out.numel() == 0) return out;
+
+  p.x = rows.const_data_ptr();
+  p.x_stride = rows.stride(0);
+  p.packed = packed.const_data_ptr<uint8_t>();
+  p.bias = float_bias.defined() ? float_bias.const_data_ptr<float>() : nullptr;
+  p.out = out.mutable_data_ptr();
+  p.num_tokens = rows.size(0);
+  const cast::Kernel& k = kernel();
+  Tensor workspace = at::empty({k.workspace_bytes(p)}, x.options().dtype(at::kByte));
+  k.prepare(p, workspace.mutable_data_ptr());
+  at::parallel_for(0, p.num_tile_rows(), 1, [&](int64_t begin, int64_t end) {
+    k.run(p, workspace.const_data_ptr(), begin, end);
+  });
+  return out;
+}
+
+std::vector<std::string> cpu_isas() {  // the one in use first, then the others that this CPU has
+  std::vector<std::string> names = {kernel().isa};
+  for (const cast::Kernel* other : kernels())
+    if (other != &kernel() && other->is_supported()) names.push_back(other->isa);
+  return names;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(cast, m) {
+  m.def("linear24(Tensor x, Tensor packed, int out_features, Tensor? bias=None) -> Tensor");
+  m.def("cpu_isas() -> str[]", &cpu_isas);
+}
+
+TORCH_LIBRARY_IMPL(cast, CPU, m) { m.impl("linear24", &linear24); }

@@ -1,0 +1,10 @@
+// The 2:4 linear for any CPU: generic.h at the compiler's baseline.
+#define CAST_ISA portable
+#define CAST_LANES 4
+#include "generic.h"
+
+namespace cast {
+static bool is_supported() { return true; }
+const Kernel kPortable = {"portable", is_supported, portable::workspace_bytes_of,
+                          portable::prepare_any, portable::run_any};
+}  // namespace cast

@@ -1,0 +1,30 @@
+"""``torch.ops.cast.linear24``: loads the compiled op and tells torch.compile its output's shape."""
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.reference import packed_shape
+
+
+def load() -> None:
+    """Registers the op and its fake once per process; building it first if need be.
+
+    Raises:
+        KernelBuildError: if it is not prebuilt and cannot be built.
+    """
+    if hasattr(torch.ops.cast, "cpu_isas"):
+        return
+    from cast_serve.kernels import build  # here, so that `python -m` can run it as well
+
+    build.load()
+    torch.library.register_fake("cast::linear24")(_linear24_fake)
+
+
+def _linear24_fake(
+    x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    expected = packed_shape(out_features, x.shape[-1], x.dtype)
+    torch._check(
+        tuple(packed.shape) == expected, lambda: f"packed {packed.shape} is not {expected}"
+    )
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,0 +1,117 @@
+"""Finished requests and the workers' own /metrics -> one Prometheus exposition.
+
+Ours are named cast_*; the workers' keep their names and get a ``variant`` label, so that one
+scrape of the gateway sees everything.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from cast_serve.comparison import Comparison
+from cast_serve.latency import RequestTiming
+
+BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1),
+    *(0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0),
+)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+HIDDEN_PREFIXES = (
+    "python_",
+    "process_",
+)  # each worker has these of its own; vllm's and cast's matter
+
+
+class Metrics:
+    """The gateway's metrics, in a registry of their own."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        registry = self.registry = CollectorRegistry()
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(name, text, ["variant"], buckets=BUCKETS_S, registry=registry)
+
+        self.requests = Counter(
+            "cast_requests_total",
+            "Requests answered",
+            ["variant", "route", "code"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "cast_requests_in_flight", "Requests being answered", ["variant"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "cast_prompt_tokens_total", "Prompt tokens", ["variant"], registry=registry
+        )
+        self.output_tokens = Counter(
+            "cast_output_tokens_total", "Output tokens", ["variant"], registry=registry
+        )
+        self.variant_up = Gauge(
+            "cast_variant_up", "1 if the variant answers", ["variant"], registry=registry
+        )
+        self.ttft = histogram("cast_time_to_first_token_seconds", "Arrival to first token")
+        self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
+        self.tpot = histogram("cast_time_per_output_token_seconds", "Per token after the first")
+        self.e2e = histogram("cast_e2e_request_latency_seconds", "Arrival to last token")
+        registry.register(_Speedups(comparison))
+
+    def observe(self, variant: str, timing: RequestTiming, prompt_tokens: int) -> None:
+        """Adds one successfully finished request."""
+        self.comparison.observe(variant, timing)
+        self.e2e.labels(variant).observe(timing.e2e_s)
+        for gap_s in timing.itl_s:
+            self.itl.labels(variant).observe(gap_s)
+        if timing.ttft_s is not None:
+            self.ttft.labels(variant).observe(timing.ttft_s)
+        if timing.tpot_s is not None:
+            self.tpot.labels(variant).observe(timing.tpot_s)
+        self.prompt_tokens.labels(variant).inc(prompt_tokens)
+        self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
+
+    def expose(self, workers: Mapping[str, str]) -> bytes:
+        """The exposition of our metrics and the workers'.
+
+        Args:
+            workers: each answering variant's own exposition text.
+        """
+        merged = CollectorRegistry()
+        merged.register(_Relabelled(workers))
+        return generate_latest(self.registry) + generate_latest(merged)
+
+
+class _Speedups(Collector):
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "cast_speedup_ratio",
+            "Dense over sparse of live traffic; above 1 = sparse faster",
+            labels=["metric", "quantile"],
+        )
+        for metric, quantile, ratio in self._comparison.speedups():
+            family.add_metric([metric, str(quantile)], ratio)
+        yield family
+
+
+class _Relabelled(Collector):
+    def __init__(self, workers: Mapping[str, str]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for variant, text in self._workers.items():
+            for family in text_string_to_metric_families(text):
+                if family.name.startswith(HIDDEN_PREFIXES):
+                    continue
+                merged = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = {**sample.labels, "variant": variant}
+                    merged.add_sample(sample.name, labels, sample.value)
+        yield from families.values()

@@ -1,0 +1,158 @@
+"""One model directory -> one vLLM OpenAI server for one variant, on its own cores.
+
+vLLM's own ``vllm`` command fails with the CPU wheel (it asks for a distribution named vllm), so
+this starts the same server through vLLM's launcher. After loading it compares the layers that
+really run sparse with those that are sparse on disk, and refuses to serve if they differ.
+"""
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cast_serve.convert import count_compressed
+
+# From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.
+BUCKETS_S = [
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0),
+]
+KV_CACHE_BYTES = 1 << 30
+
+
+class SparseReport:
+    """Mixed into vLLM's worker, so that the server can ask each rank what it loaded."""
+
+    def cast_report(self) -> dict[str, Any]:
+        """`sparse24.report` of this rank's model."""
+        from cast_serve import sparse24
+
+        return sparse24.report(self.model_runner.model)  # type: ignore[attr-defined]
+
+
+def run(
+    model: Path,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    cores: Sequence[int] | None = None,
+    vllm_flags: Sequence[str] = (),
+) -> None:
+    """Serves until SIGTERM or Ctrl-C.
+
+    Args:
+        model: dense or compressed directory.
+        name: the variant's name, which requests put in ``model``.
+        host: address to listen on.
+        port: TCP port to listen on.
+        cores: CPU ids for this server and nothing else; None leaves binding to vLLM.
+        vllm_flags: any flags of vLLM's server; they override ours.
+
+    Raises:
+        ValueError: if the directory holds no model.
+        RuntimeError: if a target layer did not get the sparse kernel.
+    """
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
+    expected = count_compressed(model)
+    _follow_parent()
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    asyncio.run(_serve(_flags(model, name, host, port, vllm_flags), name, expected))
+
+
+def _flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
+    families = ("request_latency", "time_to_first_token", "inter_token_latency")
+    ours = {
+        "--model": str(model),
+        "--served-model-name": name,
+        "--host": host,
+        "--port": str(port),
+        "--custom-histogram-buckets": json.dumps(dict.fromkeys(families, BUCKETS_S)),
+        "--worker-extension-cls": "cast_serve.worker.SparseReport",
+        "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
+    }
+    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
+    defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
+    return [*defaults, *vllm_flags]
+
+
+async def _serve(flags: list[str], name: str, expected: int) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import (
+        build_and_serve,
+        build_async_engine_client,
+    )
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import setup_server
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(args)
+
+    def stop_loading(*_: object) -> None:  # until uvicorn installs its own handlers
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop_loading)
+    listen_address, sock = setup_server(args, reuse_port=False)
+    async with build_async_engine_client(args) as engine:
+        reports = await engine.collective_rpc("cast_report")
+        check_report(reports[0], expected)
+        _publish(name, reports[0], str(engine.model_config.dtype).removeprefix("torch."))
+        shutdown = await build_and_serve(engine, listen_address, sock, args)
+    try:
+        await shutdown
+    finally:
+        sock.close()
+
+
+def check_report(report: dict[str, Any], expected: int) -> None:
+    """Refuses a silent dense fallback.
+
+    Args:
+        report: one rank's `sparse24.report`.
+        expected: linears that are compressed on disk.
+
+    Raises:
+        RuntimeError: if another number of layers runs the sparse kernel.
+    """
+    if report["num_sparse_layers"] != expected:
+        raise RuntimeError(
+            f"{expected} layers are 2:4 on disk, but {report['num_sparse_layers']} run the sparse "
+            "kernel; is cast-serve installed in vLLM's environment and its plugin not switched off "
+            "by VLLM_PLUGINS?"
+        )
+
+
+def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
+    """Puts the report into this process's Prometheus registry, which vLLM's /metrics shows."""
+    from prometheus_client import Gauge
+
+    is_sparse = report["num_sparse_layers"] > 0
+    labels = {
+        "variant": name,
+        "pattern": "2:4" if is_sparse else "dense",
+        "kernel": "cast::linear24" if is_sparse else "vllm",
+        "isa": report["isa"] or "",
+        "dtype": dtype,
+        **{key: str(report[key]) for key in ("num_sparse_layers", "num_dense_layers")},
+        **{key: str(report[key]) for key in ("weight_bytes", "dense_weight_bytes")},
+    }
+    gauge = Gauge("cast_variant_info", "What the variant really runs", list(labels))
+    gauge.labels(**labels).set(1)
+    print(f"cast-serve worker {name}: {json.dumps(labels)}", flush=True)
+
+
+def _follow_parent() -> None:
+    """Asks Linux to end this process with the one that started it, so that none is orphaned."""
+    if os.environ.get("CAST_PARENT_PID") == str(os.getppid()):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
