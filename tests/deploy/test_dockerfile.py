@@ -1,0 +1,58 @@
+"""What the image promises to the manifests that run it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FINAL_STAGE = DOCKERFILE.split("\nFROM ")[-1]
+
+
+def instructions(text: str, name: str) -> list[str]:
+    return re.findall(rf"^{name} (.+)$", text, flags=re.MULTILINE)
+
+
+def test_the_image_runs_as_the_manifests_user() -> None:
+    assert instructions(FINAL_STAGE, "USER") == ["10001:10001"]
+
+
+def test_the_entry_point_is_a_command_of_the_package() -> None:
+    assert instructions(FINAL_STAGE, "ENTRYPOINT") == ['["cast-serve"]']
+    assert "cast-serve" in PROJECT["project"]["scripts"]
+
+
+def test_the_version_is_the_packages() -> None:
+    assert f"VERSION={PROJECT['project']['version']}" in instructions(FINAL_STAGE, "ARG")
+
+
+def test_what_is_copied_exists_and_is_not_ignored() -> None:
+    allowed = [
+        line.removeprefix("!").rstrip("/")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
+    copied = [
+        source.rstrip("/")
+        for line in instructions(DOCKERFILE, "COPY")
+        if not line.startswith("--from")
+        for source in line.split()[:-1]
+    ]
+    assert sorted(copied) == sorted(allowed)
+    packages = {name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    assert packages <= set(copied)
+
+
+def test_caches_lie_where_a_read_only_image_may_write() -> None:
+    environment = dict(re.findall(r"(\w+)=(/\S+)", FINAL_STAGE))
+    caches = {name: path for name, path in environment.items() if "CACHE" in name or name == "HOME"}
+    assert len(caches) == 5
+    assert all(path.startswith("/tmp") for path in caches.values()), caches
+
+
+def test_the_kernel_is_found_where_it_was_built() -> None:
+    before_builder = DOCKERFILE.split("AS builder")[0]
+    assert "CAST_KERNEL_CACHE=/opt/cast/kernels" in before_builder
+    assert "g++" in before_builder  # the cache is filed under the compiler's version
+    assert instructions(FINAL_STAGE, "COPY") == ["--from=builder /opt/cast /opt/cast"]
