@@ -49,6 +49,10 @@ def create_app(variants: Mapping[str, MockVariant]) -> FastAPI:
     app = FastAPI()
     app.state.requests = []
 
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         data = [{"id": name, "object": "model", "owned_by": "mock"} for name in variants]

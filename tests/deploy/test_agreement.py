@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from cast_serve.__main__ import app
+from cast_serve.settings import GatewaySettings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
@@ -46,12 +47,18 @@ def test_compose_and_kubernetes_run_the_same_command(name: str) -> None:
 def test_commands_and_flags_exist(name: str) -> None:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     command, *arguments = ours_of(SERVICES[name]["command"])
-    if command not in commands:
-        pytest.skip(f"cast-serve has no command {command} yet")
     known = {flag for parameter in commands[command].params for flag in parameter.opts}
     used = {argument for argument in arguments if argument.startswith("--")}
     assert used
     assert used <= known
+
+
+def test_settings_exist_and_agree() -> None:
+    in_compose = SERVICES["gateway"]["environment"]
+    in_kubernetes = {e["name"]: e["value"] for e in kubernetes_container("gateway")["env"]}
+    assert in_compose == in_kubernetes
+    known = {f"CAST_{field.upper()}" for field in GatewaySettings.model_fields}
+    assert set(in_compose) <= known
 
 
 @pytest.mark.parametrize("name", OURS)

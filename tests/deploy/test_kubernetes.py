@@ -109,12 +109,12 @@ def test_pods_have_time_to_drain(name: str) -> None:
     pod = pod_of(name)
     (container,) = pod["containers"]
     pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    arguments = container["args"]
-    drain_s = 60
-    if "--shutdown-timeout" in arguments:
-        drain_s = int(arguments[arguments.index("--shutdown-timeout") + 1])
+    if name == "gateway":
+        (drain,) = [e["value"] for e in container["env"] if e["name"] == "CAST_SHUTDOWN_GRACE_S"]
+    else:
+        drain = container["args"][container["args"].index("--shutdown-timeout") + 1]
     assert pre_stop_s == 15
-    assert pod["terminationGracePeriodSeconds"] > pre_stop_s + drain_s
+    assert pod["terminationGracePeriodSeconds"] > pre_stop_s + int(drain)
 
 
 def test_the_gateways_probes_are_three_different_questions() -> None:

@@ -1,4 +1,4 @@
-"""Mock variants -> the URL of a mock server that runs in a thread."""
+"""An application, or mock variants -> the URL of a server that runs in a thread."""
 
 import threading
 import time
@@ -11,16 +11,16 @@ from fastapi import FastAPI
 from loadtest.mock import MockVariant, create_app
 
 Serve = Callable[..., tuple[str, FastAPI]]
+ServeApp = Callable[[FastAPI], str]
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """`url, app = serve(dense=MockVariant(...), sparse=MockVariant(...))`."""
+def serve_app() -> Iterator[ServeApp]:
+    """`url = serve_app(app)`, for as long as the test runs."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(**variants: MockVariant) -> tuple[str, FastAPI]:
-        app = create_app(variants)
-        config = uvicorn.Config(app, port=0, log_level="warning", ws="none", lifespan="off")
+    def start(app: FastAPI) -> str:
+        config = uvicorn.Config(app, port=0, log_level="warning", ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -28,10 +28,20 @@ def serve() -> Iterator[Serve]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}", app
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
     yield start
-    for server, thread in running:
+    for server, thread in reversed(running):
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def serve(serve_app: ServeApp) -> Serve:
+    """`url, app = serve(dense=MockVariant(...), sparse=MockVariant(...))`."""
+
+    def start(**variants: MockVariant) -> tuple[str, FastAPI]:
+        app = create_app(variants)
+        return serve_app(app), app
+
+    return start

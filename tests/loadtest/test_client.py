@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from loadtest.client import Client, Outcome, UnreachableError
 from loadtest.mock import MockVariant
-from tests.loadtest.conftest import Serve
+from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 
@@ -48,6 +50,25 @@ def test_errors_are_classed(serve: Serve, variant: MockVariant, error: str) -> N
     outcome = complete(url, "dense")
     assert outcome.error == error
     assert outcome.timing is None
+
+
+TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"),
+    [
+        (TOKEN + 'data: {"error": {"message": "engine died"}}\n\n', "stream_error"),
+        (TOKEN + "data: {\n\n", "malformed_chunk"),
+        (TOKEN + "data: []\n\n", "malformed_chunk"),
+        (TOKEN, "incomplete_stream"),
+        (TOKEN + "data: [DONE]\n\n", "no_usage"),
+    ],
+)
+def test_broken_streams_are_classed(serve_app: ServeApp, stream: str, error: str) -> None:
+    app = FastAPI()
+    app.add_api_route("/v1/completions", lambda: PlainTextResponse(stream), methods=["POST"])
+    assert complete(serve_app(app), "dense").error == error
 
 
 def test_unknown_variant_is_an_http_error(serve: Serve) -> None:

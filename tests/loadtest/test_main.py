@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from cast_serve.gateway import create_app
+from cast_serve.settings import GatewaySettings
+from cast_serve.variants import Variant
 from loadtest.__main__ import app
 from loadtest.mock import MockVariant
-from tests.loadtest.conftest import Serve
+from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 SMALL = ("--num-prompts", "3", "--blocks", "2", "--output-tokens", "6", "--prompt-tokens", "8")
@@ -42,6 +46,23 @@ def test_a_four_times_slower_baseline(serve: Serve, tmp_path: Path) -> None:
         ratio = figures["ratio"][metric]
         assert ratio["num_block_pairs"] == 2
         assert 1 < ratio["min"] <= ratio["median"] <= ratio["max"], metric
+
+
+def test_through_the_gateway(serve: Serve, serve_app: ServeApp) -> None:
+    workers = {
+        "dense": serve(dense=MockVariant(0.08, 0.02))[0],
+        "sparse": serve(sparse=MockVariant(0.02, 0.005))[0],
+    }
+    variants = [Variant(name, url) for name, url in workers.items()]
+    gateway = create_app(variants, GatewaySettings())
+    url = serve_app(gateway)
+    while not gateway.state.gateway.is_ready:
+        time.sleep(0.01)
+    result = cast_loadtest("--url", url, *SMALL)
+    assert result.exit_code == 0, result.output
+    figures = last_line(result)
+    assert figures["num_requests"] == 12
+    assert figures["ratio"]["tpot"]["min"] > 1
 
 
 def test_the_slower_candidate_has_ratios_below_one(serve: Serve) -> None:
