@@ -54,7 +54,7 @@ def decompress(values: Tensor, bitmask: Tensor, in_features: int, name: str = "w
     if (tuple(values.shape), tuple(bitmask.shape)) != expected or in_features % 4:
         raise PatternError(
             f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong "
-            f"to [{out_features}, {in_features}]; expected {list(expected[0])} and {list(expected[1])}"
+            f"to [{out_features}, {in_features}]; {list(expected[0])} and {list(expected[1])} do"
         )
     dense = values.new_zeros(out_features, in_features)
     if values.is_meta:

@@ -65,10 +65,11 @@ def run(
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    asyncio.run(_serve(_flags(model, name, host, port, vllm_flags), name, expected))
+    asyncio.run(_serve(all_flags(model, name, host, port, vllm_flags), name, expected))
 
 
-def _flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
+def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
+    """The user's flags after ours, less those of ours that the user gave."""
     families = ("request_latency", "time_to_first_token", "inter_token_latency")
     ours = {
         "--model": str(model),
