@@ -1,0 +1,182 @@
+"""The command line `cast-train`: train gates, measure quality, prune in one shot.
+
+Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
+diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
+
+
+@app.callback()
+def cast_train() -> None:
+    """Teaches a dense language model an N:M pattern, and measures what that costs."""
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    text: Text,
+    out: Annotated[Path, typer.Option(help="Gated checkpoint to write.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    method: Annotated[str | None, typer.Option(help="How the pattern is learnt: gates.")] = None,
+    selector: Annotated[str | None, typer.Option(help="Gates to soft mask: soft_topk.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Order of the gates at first: ones, magnitude, wanda.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    heldout: Annotated[
+        Path | None, typer.Option(help="Text to measure on; default: the end of the training text.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
+    ] = False,
+) -> None:
+    """Trains a dense model with gates into a gated checkpoint."""
+    with _working():
+        from cast_train.config import TrainConfig
+
+        settings = TrainConfig.from_toml(
+            config, method=method, selector=selector, sparsity=sparsity, start=start, steps=steps
+        )
+        from cast_train.trainer import train
+
+        began = time.monotonic()
+        record = train(model, text, out, settings, is_resume=resume, heldout_file=heldout)
+        found = record["quality"]
+        print(
+            f"{out}: {record['n']}:{record['m']} over {len(record['targets'])} linears after "
+            f"{record['steps']} steps; perplexity {found['perplexity_soft']:.2f} soft, "
+            f"{found['perplexity_hard']:.2f} hard on {found['text']}"
+        )
+        _finish(
+            out=str(out),
+            steps=record["steps"],
+            tokens_seen=record["tokens_seen"],
+            num_targets=len(record["targets"]),
+            **{key: value for key, value in found.items() if key != "text"},
+            **record["gates"],
+            elapsed_s=round(time.monotonic() - began, 1),
+        )
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Dense, gated, pruned or compressed directory.")
+    ],
+    text: Text,
+    context: Annotated[int, typer.Option(help="Tokens of one sequence.", min=2)] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens to read from the text.", min=2)] = 16384,
+) -> None:
+    """Measures perplexity; of a gated checkpoint, soft and hard."""
+    with _working():
+        from cast_train import checkpoint, quality
+        from cast_train.text import read_texts, to_blocks, tokenize
+
+        kind = checkpoint.kind_of(directory)
+        tokenizer = checkpoint.load_tokenizer(directory)
+        blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
+        if kind == "gated":
+            model, gate_map, last = checkpoint.load_gated(directory, quality.arithmetic())
+            soft, hard = quality.soft_and_hard(model, gate_map, last, blocks)
+            print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
+            figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
+        else:
+            is_compressed = kind == "compressed"
+            load = checkpoint.load_compressed if is_compressed else checkpoint.load_dense
+            hard = quality.perplexity(load(directory, quality.arithmetic()), blocks)
+            print(f"{directory}: perplexity {hard.perplexity:.2f}")
+            figures = {"perplexity": hard.perplexity}
+        _finish(
+            directory=str(directory),
+            kind=kind,
+            **figures,
+            num_tokens=hard.num_tokens,
+            context_tokens=hard.context_tokens,
+        )
+
+
+@app.command()
+def oneshot(
+    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    method: Annotated[str, typer.Option(help="magnitude or wanda.")],
+    out: Annotated[Path, typer.Option(help="Pruned directory to write.")],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="Calibration text, for wanda.")
+    ] = None,
+    sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
+) -> None:
+    """Prunes a dense model without training: the baseline to beat."""
+    with _working():
+        from cast_train import oneshot as pruning
+
+        record = pruning.write_pruned(model, text or [], out, method, sparsity)
+        print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
+        _finish(out=str(out), method=method, num_targets=len(record["targets"]))
+
+
+def _finish(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+@contextmanager
+def _working() -> Iterator[None]:
+    """Sets the process up for long work, and turns errors into exit codes."""
+    logging.basicConfig(level=logging.INFO, format="cast-train: %(message)s")
+    for noisy in ("transformers", "accelerate", "torch", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    _keep_freed_memory()
+    from cast_serve.nm import PatternError
+
+    try:
+        yield
+    except (ValueError, OSError, PatternError) as error:
+        _fail(str(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "DivergedError":
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"cast-train: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse freed blocks: a step frees and asks for the same gigabytes, and handing them
+    back to the kernel each time costs half of the step in page faults (docs/log.md)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            m_trim_threshold, m_mmap_max = -1, -4
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

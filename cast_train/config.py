@@ -1,0 +1,191 @@
+"""A TOML file and flags -> TrainConfig: every setting of a run, frozen, checked, written once."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.nm import Pattern
+
+METHODS = ("gates",)
+SELECTORS = ("soft_topk",)
+STARTS = ("ones", "magnitude", "wanda")
+RAMPS = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of `cast-train run`. Fractions are of `steps`, so the whole plan scales with it.
+
+    Attributes:
+        method: how the pattern is learnt; ``gates``: a gate beside every weight.
+        selector: how gates become a soft mask.
+        sparsity: N:M.
+        start: where the gates' order comes from: ``ones`` (none), ``magnitude`` or ``wanda``.
+        include: regular expressions; if given, only linears whose names match are targets.
+        exclude: regular expressions; linears whose names match stay dense.
+        steps: optimiser steps.
+        block_size: tokens of one training sequence.
+        batch_blocks: sequences per step and process.
+        learning_rate: of the weights, AdamW, at its peak.
+        gate_learning_rate: of the gate logits, AdamW, at its peak.
+        weight_decay: of the target weights; gates have none.
+        warmup_fraction: the learning rates rise linearly this long, then fall along a half cosine.
+        max_grad_norm: the gradient's norm is clipped to this.
+        penalty_weight: lambda at its highest, the factor of the sparsity penalty.
+        penalty_ramp: how lambda rises from 0 to there (``constant``: it is there from the start).
+        tau_start: temperature of the selection at step 0, in logits.
+        tau_end: temperature from `tau_end_fraction` on.
+        tau_end_fraction: by then tau has fallen, geometrically, to tau_end.
+        blend_end_fraction: by then the blend has risen from 0 (dense) to 1 (the soft mask).
+        blend_ramp: its shape.
+        hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
+        calibration_blocks: sequences that the Wanda start measures activations on.
+        heldout_blocks: sequences cut from the end of the training text to measure quality on.
+        train_embeddings: whether embeddings and head are trained too.
+        precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
+        checkpoint_every: steps between two resumable checkpoints.
+        seed: of the order of the sequences.
+    """
+
+    method: str = "gates"
+    selector: str = "soft_topk"
+    sparsity: str = "2:4"
+    start: str = "wanda"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    steps: int = 32
+    block_size: int = 512
+    batch_blocks: int = 4
+    learning_rate: float = 5e-4
+    gate_learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.05
+    max_grad_norm: float = 1.0
+    penalty_weight: float = 0.1
+    penalty_ramp: str = "linear"
+    tau_start: float = 0.5
+    tau_end: float = 1e-3
+    tau_end_fraction: float = 0.35
+    blend_end_fraction: float = 0.15
+    blend_ramp: str = "linear"
+    hard_fraction: float = 0.4
+    calibration_blocks: int = 16
+    heldout_blocks: int = 16
+    train_embeddings: bool = False
+    precision: str = "auto"
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.default)
+        Pattern.parse(self.sparsity)
+        _check_choice("method", self.method, METHODS)
+        _check_choice("selector", self.selector, SELECTORS)
+        _check_choice("start", self.start, STARTS)
+        _check_choice("penalty_ramp", self.penalty_ramp, RAMPS)
+        _check_choice("blend_ramp", self.blend_ramp, RAMPS[1:])
+        _check_choice("precision", self.precision, PRECISIONS)
+        for name in (
+            "steps",
+            "batch_blocks",
+            "calibration_blocks",
+            "heldout_blocks",
+            "checkpoint_every",
+        ):
+            _check_range(name, getattr(self, name), 1)
+        _check_range("block_size", self.block_size, 2)
+        for name in ("learning_rate", "gate_learning_rate", "weight_decay", "penalty_weight"):
+            _check_range(name, getattr(self, name), 0)
+        for name in ("tau_start", "tau_end"):
+            _check_range(name, getattr(self, name), 1e-4)
+        for name in ("warmup_fraction", "tau_end_fraction", "blend_end_fraction", "hard_fraction"):
+            _check_range(name, getattr(self, name), 0, 1)
+        if self.tau_end > self.tau_start:
+            raise ValueError(
+                f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"
+            )
+        if not max(self.blend_end_fraction, self.tau_end_fraction) <= self.hard_fraction < 1:
+            raise ValueError(
+                f"hard_fraction {self.hard_fraction} must be below 1 and not below "
+                f"blend_end_fraction {self.blend_end_fraction} and "
+                f"tau_end_fraction {self.tau_end_fraction}: "
+                "the last steps must see the exact mask that is served"
+            )
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.sparsity)
+
+    @classmethod
+    def from_toml(cls, path: Path | None, **flags: Any) -> "TrainConfig":
+        """Reads a file of ``key = value`` lines; flags that are not None win over it.
+
+        Args:
+            path: TOML file, or None for the defaults.
+            flags: settings from the command line.
+
+        Raises:
+            ValueError: if the file is missing or no TOML, or a key is unknown, or a value is wrong.
+        """
+        settings: dict[str, Any] = {}
+        if path is not None:
+            try:
+                settings = tomllib.loads(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+                raise ValueError(f"cannot read the settings {path}: {error}") from error
+        return cls.from_dict(
+            settings | {key: flag for key, flag in flags.items() if flag is not None}
+        )
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `as_dict`; lists become tuples.
+
+        Raises:
+            ValueError: if a key is unknown, or a value is wrong.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown setting {', '.join(unknown)}; the settings are {', '.join(known)}"
+            )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in settings.items()
+        }
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    want = type(default)
+    right = isinstance(value, want) and (want is bool or not isinstance(value, bool))
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        right = True
+    if want is tuple and right:
+        right = all(isinstance(item, str) for item in value)
+    if not right:
+        kind = "list of strings" if want is tuple else want.__name__
+        raise ValueError(f"{name} is {value!r}, but must be a {kind}, for instance {default!r}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} does not exist; choose from {', '.join(choices)}")
+
+
+def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    if not low <= value <= high or value == float("inf"):
+        limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value}, but must be {limit}")

@@ -1,0 +1,68 @@
+"""A training step's number -> lambda, tau, blend, and whether the mask is exact by then.
+
+blend   0 ------ ramp ------ 1 ----------------------------------   0: dense, 1: the mask alone
+tau     tau_start --- geometric --- tau_end ---------------------
+lambda  0 ------------- ramp ------------------- penalty_weight     nothing to push once hard
+hard    no ----------------------------- yes --------------------   gates rest, weights learn on
+"""
+
+import math
+from dataclasses import dataclass
+
+from cast_train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the gates do in one step.
+
+    Attributes:
+        blend: a in s' = (1 - a) + a p; 0 computes what the dense model computes.
+        tau: temperature of the selection, in logits.
+        penalty_weight: lambda.
+        is_hard: whether p is the exact mask.
+    """
+
+    blend: float
+    tau: float
+    penalty_weight: float
+    is_hard: bool
+
+
+def ramp(shape: str, progress: float) -> float:
+    """From 0 at progress 0 to 1 at progress 1 and after.
+
+    Args:
+        shape: ``constant`` (1 all along), ``linear`` or ``cosine``.
+        progress: 0 or more.
+
+    Raises:
+        ValueError: if the shape does not exist.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if shape == "constant":
+        return 1.0
+    if shape == "linear":
+        return progress
+    if shape == "cosine":
+        return (1 - math.cos(math.pi * progress)) / 2
+    raise ValueError(f"ramp {shape!r} does not exist; choose from constant, linear, cosine")
+
+
+def phase_at(step: int, config: TrainConfig) -> Phase:
+    """The phase of step 0, 1, ... The last step is always hard, whatever the fractions round to."""
+
+    def progress(fraction: float) -> float:
+        return step / (fraction * config.steps) if fraction > 0 else 1.0
+
+    is_hard = step >= config.hard_fraction * config.steps or step >= config.steps - 1
+    if is_hard:
+        return Phase(blend=1.0, tau=config.tau_end, penalty_weight=0.0, is_hard=True)
+    cooling = min(progress(config.tau_end_fraction), 1.0)
+    return Phase(
+        blend=ramp(config.blend_ramp, progress(config.blend_end_fraction)),
+        tau=config.tau_start * (config.tau_end / config.tau_start) ** cooling,
+        penalty_weight=config.penalty_weight
+        * ramp(config.penalty_ramp, progress(config.hard_fraction)),
+        is_hard=False,
+    )
