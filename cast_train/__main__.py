@@ -44,7 +44,7 @@ def run(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     heldout: Annotated[
-        Path | None, typer.Option(help="Text to measure on; default: the end of the training text.")
+        Path | None, typer.Option(help="Text to measure on; default: blocks kept out of --text.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")

@@ -43,7 +43,7 @@ class TrainConfig:
         blend_ramp: its shape.
         hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
         calibration_blocks: sequences that the Wanda start measures activations on.
-        heldout_blocks: sequences cut from the end of the training text to measure quality on.
+        heldout_blocks: sequences taken out of the training text to measure quality on.
         train_embeddings: whether embeddings and head are trained too.
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
         checkpoint_every: steps between two resumable checkpoints.

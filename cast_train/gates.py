@@ -76,7 +76,7 @@ class Gate(nn.Module):
 
 def is_transposed(linear: nn.Module) -> bool:
     """Whether the weight is stored [in_features, out_features], as in GPT-2's Conv1D."""
-    return type(linear).__name__ == "Conv1D"
+    return type(linear).__name__ in ("Conv1D", "ParametrizedConv1D")
 
 
 def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:

@@ -136,7 +136,8 @@ def _soft_n_of_m(scores: Tensor, n: int, tau: float) -> Tensor:
         ways = [
             left[k] + right[n - 1 - k] for k in range(n) if k < len(left) and n - 1 - k < len(right)
         ]
-        marginals.append((logit + torch.stack(ways).logsumexp(0) - total).exp())
+        log_p = logit + torch.stack(ways).logsumexp(0) - total
+        marginals.append(log_p.clamp(max=0).exp())  # rounding can lift it to 1e-5
     return torch.stack(marginals, dim=-1)
 
 

@@ -103,7 +103,9 @@ def to_blocks(tokens: Tensor, block_size: int, min_blocks: int = 1) -> Tensor:
 
 
 def split_held_out(blocks: Tensor, num_heldout: int, min_train: int) -> tuple[Tensor, Tensor]:
-    """Cuts the last blocks off as the held-out split, so that training needs no test text.
+    """Takes evenly spaced blocks out as the held-out split, so that training needs no test text.
+
+    Evenly spaced, because texts come sorted by source: the last blocks would be all of one kind.
 
     Args:
         blocks: int64 [num_blocks, block_size].
@@ -121,4 +123,6 @@ def split_held_out(blocks: Tensor, num_heldout: int, min_train: int) -> tuple[Te
             f"{(num_heldout + min_train) * size} are needed: {min_train} blocks of {size} to train "
             f"on and {num_heldout} held out; give more text, or lower heldout_blocks or block_size"
         )
-    return blocks[:-num_heldout], blocks[-num_heldout:]
+    is_heldout = torch.zeros(len(blocks), dtype=torch.bool)
+    is_heldout[torch.arange(num_heldout) * len(blocks) // num_heldout] = True
+    return blocks[~is_heldout], blocks[is_heldout]

@@ -117,7 +117,7 @@ def train(
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end.
         config: all settings.
         is_resume: go on from OUT.partial if it is there; start if it is not.
-        heldout_file: text to measure quality on; None: the blocks cut off the training text.
+        heldout_file: text to measure quality on; None: blocks kept out of the training text.
 
     Returns:
         cast.json's content. If out is already the result of this very run, it is verified and

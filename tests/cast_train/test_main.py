@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cast_train.__main__ import app
+
+
+@pytest.fixture
+def cast_train(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def last_json(result):
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_train_then_measure(cast_train, llama_dir, text_file, settings_file):
+    trained = last_json(
+        cast_train(
+            *("run", "--model", llama_dir, "--text", text_file, "--out", "gated"),
+            *("--config", settings_file, "--steps", 5, "--heldout", text_file),
+        )
+    )
+    assert (trained["steps"], trained["tokens_seen"], trained["num_targets"]) == (5, 640, 14)
+    found = last_json(
+        cast_train("eval", "gated", "--text", text_file, "--context", 32, "--tokens", 128)
+    )
+    assert (found["kind"], found["num_tokens"], found["context_tokens"]) == ("gated", 124, 32)
+    assert found["perplexity_hard"] == pytest.approx(trained["perplexity_hard"], rel=1e-4)
+
+
+def test_prune_then_measure(cast_train, llama_dir, text_file):
+    pruned = last_json(
+        cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
+    )
+    assert pruned["num_targets"] == 14
+    for folder, kind in ((llama_dir, "dense"), ("pruned", "pruned")):
+        found = last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))
+        assert found["kind"] == kind
+        assert 1 < found["perplexity"] < 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--model": "gone"}, "gone is no directory"),
+        ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
+        ({"--method": "adams"}, "method 'adams' does not exist; choose from gates"),
+        ({"--selector": "gumbel"}, "selector 'gumbel' does not exist; choose from soft_topk"),
+        ({"--sparsity": "4:2"}, "is not N:M"),
+        ({"--start": "zeros"}, "choose from ones, magnitude, wanda"),
+        ({"--steps": "0"}, "steps is 0, but must be at least 1"),
+        ({"--config": "gone.toml"}, "cannot read the settings gone.toml"),
+        ({"--config": None}, "tokens in whole blocks, but"),
+    ],
+)
+def test_wrong_use_is_one_line_exit_2_and_nothing_left(
+    cast_train, llama_dir, text_file, settings_file, tmp_path, flags, message
+):
+    used = {
+        "--model": llama_dir,
+        "--text": text_file,
+        "--config": settings_file,
+        "--out": "out",
+    } | flags
+    arguments = [
+        part for flag, value in used.items() if value is not None for part in (flag, value)
+    ]
+    result = cast_train("run", *arguments)
+    assert result.exit_code == 2
+    said = [line for line in result.stderr.splitlines() if line.startswith("cast-train: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_there_without_torch():
+    code = "import sys; from cast_train.__main__ import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    help_ = subprocess.run(
+        [sys.executable, "-m", "cast_train", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in help_.stdout for command in ("run", "eval", "oneshot"))
