@@ -68,6 +68,7 @@ class Gateway:
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(settings.request_timeout_s, connect=5),
             limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # proxies are for the outside, workers are ours
         )
         self.has_started = False
         self.failure: VariantError | None = None
@@ -221,6 +222,9 @@ class Gateway:
                 yield _error_event(_unavailable(variant))
         except httpx.HTTPError as error:
             yield _error_event(_from_httpx(error, variant))
+        except ValueError:
+            logger.warning("%s: sent an event that is not JSON", variant)
+            yield _error_event(_unavailable(variant))
 
     async def models(self) -> dict[str, Any]:
         """OpenAI's model list: each variant that answers, as its worker describes it."""

@@ -82,10 +82,11 @@ def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -
 
 def start(variants: Sequence[Variant]) -> None:
     """Starts the local ones among them; returns at once, `watch` tells when they answer."""
+    local = [variant for variant in variants if variant.model is not None]
+    if not local:
+        return
     logs = Path(tempfile.mkdtemp(prefix="cast-serve-"))
-    for variant in variants:
-        if variant.model is None:
-            continue
+    for variant in local:
         variant.log = logs / f"{variant.name}.log"
         port = variant.url.rpartition(":")[2]
         command = [sys.executable, "-m", "cast_serve", "worker", str(variant.model)]

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -174,8 +174,20 @@ def _keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def repeat_text_flag(arguments: Sequence[str]) -> list[str]:
+    """``--text A B`` -> ``--text A --text B``: as many files as stand before the next flag."""
+    repeated: list[str] = []
+    is_text = False
+    for argument in arguments:
+        if is_text and not argument.startswith("-") and repeated[-1] != "--text":
+            repeated.append("--text")
+        is_text = argument == "--text" or (is_text and not argument.startswith("-"))
+        repeated.append(argument)
+    return repeated
+
+
 def main() -> None:
-    app()
+    app(repeat_text_flag(sys.argv[1:]))
 
 
 if __name__ == "__main__":

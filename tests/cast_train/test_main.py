@@ -5,7 +5,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cast_train.__main__ import app
+from cast_train.__main__ import app, repeat_text_flag
 
 
 @pytest.fixture
@@ -91,3 +91,16 @@ def test_help_is_there_without_torch():
         [sys.executable, "-m", "cast_train", "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in help_.stdout for command in ("run", "eval", "oneshot"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("run --text a b --out c", "run --text a --text b --out c"),
+        ("eval d --text a", "eval d --text a"),
+        ("run --text a --text b --resume", "run --text a --text b --resume"),
+        ("run --text --out c", "run --text --out c"),
+    ],
+)
+def test_text_takes_several_files(given, expected):
+    assert repeat_text_flag(given.split()) == expected.split()

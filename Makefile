@@ -1,0 +1,26 @@
+# make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
+.PHONY: setup data demo serve test lint
+
+python = .venv/bin/python
+
+setup:
+	scripts/setup
+
+data: setup
+	$(python) scripts/data
+
+demo: data
+	$(python) scripts/demo
+
+serve: data  # the demo's two models, until Ctrl-C
+	@[ -d runs/demo/sparse ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
+	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/sparse
+
+test: data
+	$(python) -m pytest
+
+lint: setup
+	.venv/bin/ruff format --check cast_train cast_serve loadtest tests scripts/demo scripts/data
+	.venv/bin/ruff check cast_train cast_serve loadtest tests scripts/demo scripts/data
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/csrc/*

@@ -1,0 +1,160 @@
+"""A compressed model answers through vLLM and the gateway as its dense twin does."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.story.conftest import Served, command
+
+pytestmark = [pytest.mark.model, pytest.mark.server]
+
+NUM_TOKENS = 32
+PROMPTS = [
+    *("The capital of France is", "Water boils at", "In 1969, the first man", "def fibonacci(n):"),
+    *("The opposite of hot is", "Once upon a time", "The sun rises in the", "My favourite food is"),
+    *("Two plus two equals", "Shakespeare wrote", "The largest ocean is", "Photosynthesis is"),
+    *("A triangle has three", "Bread is made from", "The president said that", "Music can"),
+    *(
+        "Cats and dogs are",
+        "The fastest animal is",
+        "Computers store data in",
+        "Long ago, in China,",
+    ),
+]
+
+
+def complete(served: Served, name: str, prompt: object, **more: Any) -> dict[str, Any]:
+    body = {"model": name, "prompt": prompt, "temperature": 0, **more}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_logits_equal_the_dense_twins(served: Served) -> None:
+    """The twin's greedy text is fed to both; the 20 highest logits of every step are compared.
+
+    bf16 rounds every layer's output, so single steps may differ by more than the whole does.
+    """
+    errors: list[float] = []
+    expected: list[float] = []
+    for prompt in PROMPTS:
+        text = complete(served, "dense", prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
+        whole = prompt + text["choices"][0]["text"]
+        dense, sparse = (
+            complete(served, name, whole, max_tokens=1, prompt_logprobs=20)["choices"][0][
+                "prompt_logprobs"
+            ][1:]
+            for name in ("dense", "sparse")
+        )
+        for left, right in zip(dense, sparse, strict=True):
+            shared = left.keys() & right.keys()
+            assert len(shared) >= 10
+            expected += [left[token]["logprob"] for token in shared]
+            errors += [right[token]["logprob"] - left[token]["logprob"] for token in shared]
+    assert len(errors) > 20 * NUM_TOKENS * 10
+    tolerance = 1e-2 if served.dtype == "bfloat16" else 1e-4
+    assert _norm(errors) < tolerance * _norm(expected)
+
+
+def test_greedy_output_equals_the_dense_twins(served: Served) -> None:
+    """In float32, where only an exact tie could tell them apart."""
+    if served.dtype != "float32":
+        pytest.skip("bf16 rounding decides near-ties; the logits are compared instead")
+    for prompt in PROMPTS:
+        dense, sparse = (
+            complete(served, name, prompt, max_tokens=NUM_TOKENS, ignore_eos=True)["choices"][0]
+            for name in ("dense", "sparse")
+        )
+        assert dense["text"] == sparse["text"]
+
+
+def _norm(values: list[float]) -> float:
+    return sum(value * value for value in values) ** 0.5
+
+
+def test_every_target_runs_the_sparse_kernel(served: Served) -> None:
+    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
+    infos = {
+        sample.labels["variant"]: sample.labels
+        for family in families
+        if family.name == "cast_variant_info"
+        for sample in family.samples
+    }
+    assert infos["sparse"]["num_sparse_layers"] == "210"
+    assert infos["sparse"]["num_dense_layers"] == "0"
+    assert infos["sparse"]["kernel"] == "cast::linear24"
+    assert int(infos["sparse"]["weight_bytes"]) == 0.5625 * int(
+        infos["sparse"]["dense_weight_bytes"]
+    )
+    assert infos["dense"]["num_sparse_layers"] == "0"
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_openai_client(client: openai.OpenAI, name: str) -> None:
+    completion = client.completions.create(model=name, prompt="Hello", max_tokens=5)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens <= 5
+
+    chunks = list(client.completions.create(model=name, prompt="Hello", max_tokens=5, stream=True))
+    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+    assert all(chunk.usage is None for chunk in chunks)
+
+    answer = client.chat.completions.create(
+        model=name, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content is not None
+
+
+def test_openai_client_gets_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="nope", prompt="Hello")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="dense", prompt="Hello", max_tokens=-1)
+
+
+def test_both_variants_are_listed(client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {"dense", "sparse"}
+
+
+def test_a_port_in_use_is_refused(served: Served, twins: dict[str, Path]) -> None:
+    port = served.url.rpartition(":")[2]
+    variant = f"dense={twins['dense']}"
+    for words in (
+        ("up", "--variant", variant, "--port", port),
+        ("worker", twins["dense"], "--name", "dense", "--port", port),
+    ):
+        done = subprocess.run(command("cast_serve", *words), capture_output=True, text=True)
+        assert done.returncode == 2
+        assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_zz_ctrl_c_leaves_no_process(served: Served) -> None:
+    """Runs last (by name, within this file): it ends the servers that the others use."""
+    started = _descendants(served.process.pid)
+    assert len(started) >= 4
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0
+    assert json.loads(served.log.read_text().splitlines()[-1]) == {"stopped": ["sparse", "dense"]}
+    assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid for child in map(int, children) for pid in (child, *_descendants(child))]
