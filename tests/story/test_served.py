@@ -6,37 +6,17 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.story.conftest import Served, command
+from tests.story.conftest import Served, command, logits_error
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
-NUM_TOKENS = 32
-PROMPTS = [
-    *("The capital of France is", "Water boils at", "In 1969, the first man", "def fibonacci(n):"),
-    *("The opposite of hot is", "Once upon a time", "The sun rises in the", "My favourite food is"),
-    *("Two plus two equals", "Shakespeare wrote", "The largest ocean is", "Photosynthesis is"),
-    *("A triangle has three", "Bread is made from", "The president said that", "Music can"),
-    *(
-        "Cats and dogs are",
-        "The fastest animal is",
-        "Computers store data in",
-        "Long ago, in China,",
-    ),
-]
-
-
-def complete(served: Served, name: str, prompt: object, **more: Any) -> dict[str, Any]:
-    body = {"model": name, "prompt": prompt, "temperature": 0, **more}
-    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
-    assert response.status_code == 200, response.text
-    return dict(response.json())
+DTYPE = "bfloat16"
 
 
 @pytest.fixture
@@ -46,45 +26,7 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 
 
 def test_logits_equal_the_dense_twins(served: Served) -> None:
-    """The twin's greedy text is fed to both; the 20 highest logits of every step are compared.
-
-    bf16 rounds every layer's output, so single steps may differ by more than the whole does.
-    """
-    errors: list[float] = []
-    expected: list[float] = []
-    for prompt in PROMPTS:
-        text = complete(served, "dense", prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
-        whole = prompt + text["choices"][0]["text"]
-        dense, sparse = (
-            complete(served, name, whole, max_tokens=1, prompt_logprobs=20)["choices"][0][
-                "prompt_logprobs"
-            ][1:]
-            for name in ("dense", "sparse")
-        )
-        for left, right in zip(dense, sparse, strict=True):
-            shared = left.keys() & right.keys()
-            assert len(shared) >= 10
-            expected += [left[token]["logprob"] for token in shared]
-            errors += [right[token]["logprob"] - left[token]["logprob"] for token in shared]
-    assert len(errors) > 20 * NUM_TOKENS * 10
-    tolerance = 1e-2 if served.dtype == "bfloat16" else 1e-4
-    assert _norm(errors) < tolerance * _norm(expected)
-
-
-def test_greedy_output_equals_the_dense_twins(served: Served) -> None:
-    """In float32, where only an exact tie could tell them apart."""
-    if served.dtype != "float32":
-        pytest.skip("bf16 rounding decides near-ties; the logits are compared instead")
-    for prompt in PROMPTS:
-        dense, sparse = (
-            complete(served, name, prompt, max_tokens=NUM_TOKENS, ignore_eos=True)["choices"][0]
-            for name in ("dense", "sparse")
-        )
-        assert dense["text"] == sparse["text"]
-
-
-def _norm(values: list[float]) -> float:
-    return sum(value * value for value in values) ** 0.5
+    assert logits_error(served) < 1e-2
 
 
 def test_every_target_runs_the_sparse_kernel(served: Served) -> None:
