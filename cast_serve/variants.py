@@ -23,6 +23,7 @@ import httpx
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 15.0
+KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
 
 
 class VariantError(RuntimeError):
@@ -157,6 +158,17 @@ def stop(variants: Sequence[Variant]) -> None:
             logger.warning("worker %d did not end in %.0f s; killing it", process.pid, STOP_GRACE_S)
         _signal_group(process.pid, signal.SIGKILL)  # what the leader left behind
         process.wait()
+    deadline = time.monotonic() + KILL_GRACE_S
+    while any(_has_group(process.pid) for process in running) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _has_group(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal_group(pid: int, number: int) -> None:

@@ -1,7 +1,6 @@
 """A compressed model answers through vLLM and the gateway as its dense twin does."""
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -94,9 +93,17 @@ def test_zz_ctrl_c_leaves_no_process(served: Served) -> None:
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 0
     assert json.loads(served.log.read_text().splitlines()[-1]) == {"stopped": ["sparse", "dense"]}
-    assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
+    assert not [pid for pid in started if _is_running(pid)]
 
 
 def _descendants(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid for child in map(int, children) for pid in (child, *_descendants(child))]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, but not yet collected by init
