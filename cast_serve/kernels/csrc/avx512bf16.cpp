@@ -21,12 +21,10 @@ constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
 constexpr int64_t kFewTokens = 4;  // up to here: gather the activations
 constexpr int64_t kLanes = 16;     // tokens in a register
 constexpr int64_t kGroups = kTileColumns / 4;
-constexpr int64_t kPairRows = 6;    // (0,1) (0,2) (0,3) (1,2) (1,3) (2,3)
+constexpr int64_t kFirstCode = 4;   // a group's four position bits: 4, 8, 9, 12, 13 or 14
+constexpr int64_t kSlots = 11;      // of pair rows per group, indexed by them; six are used
 constexpr int64_t kChunkTiles = 2;  // tiles of K whose pair rows stay in L1
 constexpr int64_t kSlabRows = 32;   // tile rows whose sums stay in L2 meanwhile
-
-// Which pair row a group's four position bits choose.
-constexpr uint8_t kPairOf[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 2, 4, 5, 0};
 
 int64_t lanes_of(const Linear24& p) { return p.num_tokens <= kLanes ? kLanes : 2 * kLanes; }
 
@@ -98,51 +96,56 @@ void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
 
 // --- many tokens -----------------------------------------------------------------------------
 
-// x -> pair rows [token block][group][pair][lanes] of (x_a, x_b), bf16 each.
-void prepare_many(const Linear24& p, uint32_t* pairs) {
-  const int64_t lanes = lanes_of(p), num_groups = p.num_tile_columns() * kGroups;
-  const uint16_t* x = static_cast<const uint16_t*>(p.x);
-  for (int64_t first = 0; first < p.num_tokens; first += lanes) {
+// x -> [token block][K][lanes], so that a column of a block is one load.
+void prepare_many(const Linear24& p, uint16_t* columns) {
+  const int64_t lanes = lanes_of(p), padded_k = p.num_tile_columns() * kTileColumns;
+  for (int64_t first = 0; first < p.num_tokens; first += lanes, columns += padded_k * lanes) {
     const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
-    for (int64_t group = 0; group < num_groups; ++group, pairs += kPairRows * lanes) {
-      alignas(64) uint32_t columns[4][2 * kLanes] = {};
-      if (group * 4 < p.in_features) {
-        for (int64_t token = 0; token < tokens; ++token) {
-          const uint16_t* four = x + (first + token) * p.x_stride + group * 4;
-          for (int column = 0; column < 4; ++column) columns[column][token] = four[column];
-        }
+    if (tokens < lanes || padded_k > p.in_features) std::memset(columns, 0, padded_k * lanes * 2);
+    for (int64_t token = 0; token < tokens; ++token) {
+      const uint16_t* x = static_cast<const uint16_t*>(p.x) + (first + token) * p.x_stride;
+      for (int64_t k = 0; k < p.in_features; ++k) columns[k * lanes + token] = x[k];
+    }
+  }
+}
+
+// The pair rows of some tiles of K: slot `code - kFirstCode` of a group holds, for 16 tokens a
+// register, (x_a, x_b) of the two columns that the four position bits `code` mean.
+template <int kBlocks>
+void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) {
+  constexpr int64_t lanes = kBlocks * kLanes;
+  for (int64_t group = 0; group < num_tiles * kGroups; ++group, pairs += kSlots * lanes) {
+    for (int block = 0; block < kBlocks; ++block) {
+      __m512i low[4], high[4];
+      for (int i = 0; i < 4; ++i) {
+        const uint16_t* column = columns + (group * 4 + i) * lanes + block * kLanes;
+        low[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)column));
+        high[i] = _mm512_slli_epi32(low[i], 16);
       }
-      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-        __m512i column[4], upper[4];
-        for (int i = 0; i < 4; ++i) {
-          column[i] = _mm512_load_si512(&columns[i][lane]);
-          upper[i] = _mm512_slli_epi32(column[i], 16);
-        }
-        int pair = 0;
-        for (int a = 0; a < 4; ++a)
-          for (int b = a + 1; b < 4; ++b)
-            _mm512_store_si512(pairs + pair++ * lanes + lane, _mm512_or_si512(column[a], upper[b]));
-      }
+      for (int a = 0; a < 4; ++a)
+        for (int b = a + 1; b < 4; ++b)
+          _mm512_store_si512(pairs + ((a | b << 2) - kFirstCode) * lanes + block * kLanes,
+                             _mm512_or_si512(low[a], high[b]));
     }
   }
 }
 
 template <int kBlocks>  // registers of 16 tokens
-void run_many(const Linear24& p, const uint32_t* pairs, int64_t begin, int64_t end) {
+void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kBlocks * kLanes;
   const int64_t num_tiles = p.num_tile_columns();
-  uint32_t pair_offset[16];
-  for (int code = 0; code < 16; ++code) pair_offset[code] = kPairOf[code] * lanes;
+  alignas(64) uint32_t pairs[kChunkTiles * kGroups * kSlots * lanes];
+  alignas(64) float kept_sums[kSlabRows][kTileRows][lanes];
 
   for (int64_t first = 0; first < p.num_tokens;
-       first += lanes, pairs += num_tiles * kGroups * kPairRows * lanes) {
+       first += lanes, columns += num_tiles * kTileColumns * lanes) {
     const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
     for (int64_t slab = begin; slab < end; slab += kSlabRows) {
       const int64_t slab_end = slab + kSlabRows < end ? slab + kSlabRows : end;
-      alignas(64) float kept_sums[kSlabRows][kTileRows][lanes];
       std::memset(kept_sums, 0, sizeof(kept_sums[0]) * (slab_end - slab));
       for (int64_t chunk = 0; chunk < num_tiles; chunk += kChunkTiles) {
-        const int64_t chunk_end = chunk + kChunkTiles < num_tiles ? chunk + kChunkTiles : num_tiles;
+        const int64_t tiles = num_tiles - chunk < kChunkTiles ? num_tiles - chunk : kChunkTiles;
+        lay_out_pairs<kBlocks>(columns + chunk * kTileColumns * lanes, tiles, pairs);
         for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
           auto& kept = kept_sums[tile_row - slab];
           __m512 sums[kTileRows][kBlocks];
@@ -151,24 +154,30 @@ void run_many(const Linear24& p, const uint32_t* pairs, int64_t begin, int64_t e
 #pragma GCC unroll 2
             for (int block = 0; block < kBlocks; ++block)
               sums[row][block] = _mm512_load_ps(&kept[row][block * kLanes]);
-          for (int64_t tile = chunk; tile < chunk_end; ++tile) {
-            const uint8_t* values = p.packed + (tile_row * num_tiles + tile) * kTileBytes;
+          const uint8_t* values = p.packed + (tile_row * num_tiles + chunk) * kTileBytes;
+          const uint32_t* group_pairs = pairs - kFirstCode * lanes;
+          for (int64_t tile = 0; tile < tiles; ++tile, values += kTileBytes) {
             const uint8_t* positions = values + kTileRows * kTileKept * 2;
-            const uint32_t* group_pairs = pairs + tile * kGroups * kPairRows * lanes;
-            for (int64_t group = 0; group < kGroups; ++group, group_pairs += kPairRows * lanes) {
+            for (int64_t two_groups = 0; two_groups < kGroups / 2; ++two_groups) {
 #pragma GCC unroll 8
               for (int row = 0; row < kTileRows; ++row) {
-                const int code = positions[row * 8 + group / 2] >> (group % 2 * 4) & 15;
-                const uint32_t* pair = group_pairs + pair_offset[code];
-                int32_t two;
-                std::memcpy(&two, values + (row * kTileKept + group * 2) * 2, 4);
-                const __m512bh weights = (__m512bh)_mm512_set1_epi32(two);
+                const uint64_t codes = positions[row * 8 + two_groups];
+                const uint8_t* four = values + row * kTileKept * 2 + two_groups * 8;
 #pragma GCC unroll 2
-                for (int block = 0; block < kBlocks; ++block)
-                  sums[row][block] =
-                      _mm512_dpbf16_ps(sums[row][block],
-                                       (__m512bh)_mm512_load_si512(pair + block * kLanes), weights);
+                for (int group = 0; group < 2; ++group) {
+                  const uint64_t code = group ? codes >> 4 : codes & 15;
+                  const uint32_t* pair = group_pairs + (group * kSlots + code) * lanes;
+                  int32_t two;
+                  std::memcpy(&two, four + group * 4, 4);
+                  const __m512bh weights = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 2
+                  for (int block = 0; block < kBlocks; ++block) {
+                    const __m512i x = _mm512_load_si512(pair + block * kLanes);
+                    sums[row][block] = _mm512_dpbf16_ps(sums[row][block], (__m512bh)x, weights);
+                  }
+                }
               }
+              group_pairs += 2 * kSlots * lanes;
             }
           }
 #pragma GCC unroll 8
@@ -201,31 +210,29 @@ int64_t workspace_bytes(const Linear24& p) {
   const int64_t padded_k = p.num_tile_columns() * kTileColumns;
   if (is_few(p)) return p.num_tokens * padded_k * 2;
   const int64_t padded_m = (p.num_tokens + lanes_of(p) - 1) / lanes_of(p) * lanes_of(p);
-  return padded_m * padded_k / 4 * kPairRows * 4;
+  return padded_m * padded_k * 2;
 }
 
 void prepare(const Linear24& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512.prepare(p, workspace);
   if (is_few(p)) return prepare_few(p, static_cast<uint16_t*>(workspace));
-  return prepare_many(p, static_cast<uint32_t*>(workspace));
+  return prepare_many(p, static_cast<uint16_t*>(workspace));
 }
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512.run(p, workspace, begin, end);
-  const uint16_t* few = static_cast<const uint16_t*>(workspace);
-  const uint32_t* many = static_cast<const uint32_t*>(workspace);
+  const uint16_t* x = static_cast<const uint16_t*>(workspace);
   switch (p.num_tokens) {
     case 1:
-      return run_few<1, 8>(p, few, begin, end);
+      return run_few<1, 8>(p, x, begin, end);
     case 2:
-      return run_few<2, 8>(p, few, begin, end);
+      return run_few<2, 8>(p, x, begin, end);
     case 3:
-      return run_few<3, 4>(p, few, begin, end);
+      return run_few<3, 4>(p, x, begin, end);
     case 4:
-      return run_few<4, 4>(p, few, begin, end);
+      return run_few<4, 4>(p, x, begin, end);
     default:
-      return p.num_tokens <= kLanes ? run_many<1>(p, many, begin, end)
-                                    : run_many<2>(p, many, begin, end);
+      return p.num_tokens <= kLanes ? run_many<1>(p, x, begin, end) : run_many<2>(p, x, begin, end);
   }
 }
 
