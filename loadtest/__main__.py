@@ -1,4 +1,4 @@
-"""Command line -> a paired load test: `cast-loadtest run`.
+"""Command line -> a paired load test (`run`), or kernel timings (`kernels`).
 
 Exit 0: done. 1: a request failed, or lengths differed. 2: wrong use.
 """
@@ -91,6 +91,31 @@ def run(
         print(f"cast-loadtest: {failure}", file=sys.stderr)
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    shapes: Annotated[
+        str, typer.Option(help="Whose linears: smollm2-135m, llama-1b or llama-8b.")
+    ] = "llama-1b",
+    tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,4,8,16,64",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+) -> None:
+    """Times the 2:4 op against vLLM's dense op and torch's, interleaved, without a server."""
+    from loadtest import kernels as bench
+
+    try:
+        linears = bench.shapes_of(shapes)
+        counts = bench.parse_tokens(tokens)
+    except ValueError as error:
+        print(f"cast-loadtest: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
+        result = bench.run(linears, counts, threads, lambda: progress.advance(task))
+    Console().print(bench.table_of(result))
+    print(json.dumps(result), flush=True)
 
 
 async def _measure(

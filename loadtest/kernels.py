@@ -1,0 +1,230 @@
+"""Layer shapes and token counts -> 2:4 against dense times, interleaved on one machine.
+
+Every repetition times the 2:4 op, vLLM's own dense op (oneDNN) and torch's plain dense linear one
+after the other, each over layers that together exceed the caches, so that drift of a shared
+machine meets all three. The read bandwidth of the same run tells how far from the roof they are.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from cast_serve import kernels
+
+# (in_features, out_features) of the linears as vLLM merges them.
+SHAPES = {
+    "smollm2-135m": ((576, 960), (576, 576), (576, 3072), (1536, 576)),
+    "llama-1b": ((2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)),
+    "llama-8b": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
+}
+CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
+NUM_REPETITIONS = 7
+MIN_TIMED_S = 0.02  # of one measurement
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
+    """The merged linears of a model.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"--shapes {name} is not known; choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Parses ``1,4,16``.
+
+    Raises:
+        ValueError: if it is no list of whole numbers above 0.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--tokens {text!r} is no list of numbers above 0; write for instance 1,8")
+    return [int(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one shape at one number of tokens, per repetition, of each op."""
+
+    in_features: int
+    out_features: int
+    num_tokens: int
+    sparse_ms: list[float]
+    vllm_dense_ms: list[float]
+    plain_dense_ms: list[float]
+
+    def row(self) -> dict[str, Any]:
+        """The result as it is printed; ratios above 1 = sparse faster."""
+        packed_bytes = self.in_features * self.out_features * 1.125  # bf16 values and positions
+        sparse_ms = statistics.median(self.sparse_ms)
+        ratios = [d / s for d, s in zip(self.vllm_dense_ms, self.sparse_ms, strict=True)]
+        plain = [d / s for d, s in zip(self.plain_dense_ms, self.sparse_ms, strict=True)]
+        flops = 2 * self.in_features * self.out_features * self.num_tokens
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "num_tokens": self.num_tokens,
+            "sparse_ms": sparse_ms,
+            "vllm_dense_ms": statistics.median(self.vllm_dense_ms),
+            "plain_dense_ms": statistics.median(self.plain_dense_ms),
+            "ratio_vllm": statistics.median(ratios),
+            "ratio_vllm_min": min(ratios),
+            "ratio_vllm_max": max(ratios),
+            "ratio_plain": statistics.median(plain),
+            "gb_s": packed_bytes / sparse_ms / 1e6,
+            "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
+        }
+
+
+def run(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    num_threads: int,
+    on_done: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures and summarises; see `Timing.row` and `geomean_ratios` for the keys.
+
+    Args:
+        shapes: (in_features, out_features).
+        tokens: rows of the activation.
+        num_threads: for this process, from now on.
+        on_done: called after each shape and number of tokens.
+    """
+    torch.set_num_threads(num_threads)
+    bandwidth = read_bandwidth_gb_s()
+    rows = [timing.row() for timing in measure(shapes, tokens, on_done)]
+    return {
+        "isa": kernels.isa(),
+        "threads": num_threads,
+        "read_bandwidth_gb_s": bandwidth,
+        "results": rows,
+        "geomean_ratio_vllm": geomean_ratios(rows),
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """The result for people."""
+    table = Table(
+        title=f"2:4 ({result['isa']}, {result['threads']} thread(s)) against dense bf16; this "
+        f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s",
+        caption="ratio above 1: sparse faster; in brackets, over the interleaved repetitions",
+    )
+    for column in ("K x N", "tokens", "sparse ms", "vLLM ms", "torch ms"):
+        table.add_column(column, justify="right")
+    for column in ("vLLM / sparse", "torch / sparse", "GB/s", "dense-equiv. GFLOP/s"):
+        table.add_column(column, justify="right")
+    for row in result["results"]:
+        spread = f"[{row['ratio_vllm_min']:.2f}, {row['ratio_vllm_max']:.2f}]"
+        table.add_row(
+            f"{row['in_features']} x {row['out_features']}",
+            str(row["num_tokens"]),
+            *(f"{row[key]:.3f}" for key in ("sparse_ms", "vllm_dense_ms", "plain_dense_ms")),
+            f"{row['ratio_vllm']:.2f} {spread}".replace("[", r"\["),
+            f"{row['ratio_plain']:.2f}",
+            f"{row['gb_s']:.1f}",
+            f"{row['dense_equivalent_gflop_s']:.0f}",
+        )
+    return table
+
+
+def measure(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Times every shape at every number of tokens with the current number of threads.
+
+    Args:
+        shapes: (in_features, out_features).
+        tokens: rows of the activation.
+        on_done: called after each timing.
+    """
+    timings = []
+    for in_features, out_features in shapes:
+        ops = [_Round(layers) for layers in _layers(in_features, out_features)]
+        for num_tokens in tokens:
+            x = torch.randn(num_tokens, in_features).bfloat16()
+            for op in ops:
+                op.ms_per_call(x)  # warm-up: oneDNN builds its primitives
+            rounds = [[op.ms_per_call(x) for op in ops] for _ in range(NUM_REPETITIONS)]
+            of_each = (list(times) for times in zip(*rounds, strict=True))
+            timings.append(Timing(in_features, out_features, num_tokens, *of_each))
+            on_done()
+    return timings
+
+
+def read_bandwidth_gb_s() -> float:
+    """Best of five streaming reads of 512 MiB with the current number of threads."""
+    data = torch.ones(64 << 20, dtype=torch.int64)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - began)
+    return data.nbytes / best / 1e9
+
+
+def geomean_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Number of tokens -> geometric mean of ratio_vllm over the shapes."""
+    by_tokens: dict[str, list[float]] = {}
+    for row in rows:
+        by_tokens.setdefault(str(row["num_tokens"]), []).append(row["ratio_vllm"])
+    return {tokens: statistics.geometric_mean(ratios) for tokens, ratios in by_tokens.items()}
+
+
+def _layers(in_features: int, out_features: int) -> tuple[list[Linear], ...]:
+    """Random weights many times over in memory, behind each of the three ops."""
+    import vllm.platforms  # noqa: F401, loads vLLM's CPU extension
+    from vllm import _custom_ops as vllm_ops
+
+    kernels.load()
+    patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
+    nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
+    bitmask = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    packed = kernels.pack(torch.randn(out_features, in_features // 2).bfloat16(), bitmask)
+    dense = torch.randn(out_features, in_features).bfloat16()
+
+    def sparse(copy: Tensor) -> Linear:
+        return lambda x: torch.ops.cast.linear24(x, copy, out_features)
+
+    def vllm_dense(copy: Tensor) -> Linear:
+        handler = vllm_ops.create_onednn_mm(copy.t(), 32)
+        return lambda x: vllm_ops.onednn_mm(handler, x, None)
+
+    def plain_dense(copy: Tensor) -> Linear:
+        return lambda x: torch.nn.functional.linear(x, copy)
+
+    copies = range(max(2, math.ceil(CACHE_BYTES / packed.nbytes)))
+    return (
+        [sparse(packed.clone()) for _ in copies],
+        [vllm_dense(dense.clone()) for _ in copies],
+        [plain_dense(dense.clone()) for _ in copies],
+    )
+
+
+class _Round:
+    """Calls one op's layers in turn, so that each call meets a weight that has left the caches."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self._layers = itertools.cycle(layers)
+
+    def ms_per_call(self, x: Tensor) -> float:
+        num_calls = 0
+        began = time.perf_counter()
+        while (elapsed_s := time.perf_counter() - began) < MIN_TIMED_S or not num_calls:
+            next(self._layers)(x)
+            num_calls += 1
+        return elapsed_s / num_calls * 1e3
