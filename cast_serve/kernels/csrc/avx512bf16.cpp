@@ -19,14 +19,22 @@ namespace {
 
 constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
 constexpr int64_t kFewTokens = 4;  // up to here: gather the activations
-constexpr int64_t kLanes = 16;     // tokens in a register
 constexpr int64_t kGroups = kTileColumns / 4;
 constexpr int64_t kFirstCode = 4;   // a group's four position bits: 4, 8, 9, 12, 13 or 14
 constexpr int64_t kSlots = 11;      // of pair rows per group, indexed by them; six are used
 constexpr int64_t kChunkTiles = 2;  // tiles of K whose pair rows stay in L1
 constexpr int64_t kSlabRows = 32;   // tile rows whose sums stay in L2 meanwhile
+// Tiles fetched ahead. The CPU's own prefetch stops at every 4 KiB page, so without this a decode
+// runs at two thirds of the read bandwidth (docs/kernels.md).
+constexpr int64_t kTilesAhead = 8;
 
-int64_t lanes_of(const Linear24& p) { return p.num_tokens <= kLanes ? kLanes : 2 * kLanes; }
+// Tokens that one pass over the weights serves.
+int64_t lanes_of(const Linear24& p) { return p.num_tokens <= 8 ? 8 : p.num_tokens <= 16 ? 16 : 32; }
+
+void prefetch(const uint8_t* bytes, int64_t num_bytes) {
+  for (int64_t line = 0; line < num_bytes; line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(bytes + line), _MM_HINT_T0);
+}
 
 bool is_few(const Linear24& p) { return p.num_tokens <= kFewTokens; }
 
@@ -60,6 +68,7 @@ void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
       for (int row = 0; row < kRows; ++row)
         for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm512_setzero_ps();
       for (int64_t k = 0; k < padded_k; k += kTileColumns, tile += kTileBytes) {
+        if (half == 0) prefetch(tile + kTilesAhead * kTileBytes, kTileBytes);
         __m512i low[kTokens], high[kTokens];
         for (int token = 0; token < kTokens; ++token) {
           low[token] = _mm512_loadu_si512(x + token * padded_k + k);
@@ -109,30 +118,56 @@ void prepare_many(const Linear24& p, uint16_t* columns) {
   }
 }
 
-// The pair rows of some tiles of K: slot `code - kFirstCode` of a group holds, for 16 tokens a
-// register, (x_a, x_b) of the two columns that the four position bits `code` mean.
-template <int kBlocks>
+// Eight or sixteen tokens in a register.
+struct Tokens8 {
+  using Sums = __m256;
+  static constexpr int64_t kLanes = 8;
+  static Sums load(const float* sums) { return _mm256_load_ps(sums); }
+  static void store(float* out, Sums sums) { _mm256_store_ps(out, sums); }
+  static Sums add_dot(Sums sums, const uint32_t* pair, int32_t two_weights) {
+    const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(pair));
+    return _mm256_dpbf16_ps(sums, (__m256bh)x, (__m256bh)_mm256_set1_epi32(two_weights));
+  }
+  static void store_pair(const uint16_t* a, const uint16_t* b, uint32_t* pair) {
+    const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)a));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)b));
+    _mm256_store_si256((__m256i*)pair, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+};
+
+struct Tokens16 {
+  using Sums = __m512;
+  static constexpr int64_t kLanes = 16;
+  static Sums load(const float* sums) { return _mm512_load_ps(sums); }
+  static void store(float* out, Sums sums) { _mm512_store_ps(out, sums); }
+  static Sums add_dot(Sums sums, const uint32_t* pair, int32_t two_weights) {
+    const __m512i x = _mm512_load_si512(pair);
+    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)_mm512_set1_epi32(two_weights));
+  }
+  static void store_pair(const uint16_t* a, const uint16_t* b, uint32_t* pair) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
+    _mm512_store_si512(pair, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+};
+
+// The pair rows of some tiles of K: slot `code - kFirstCode` of a group holds, a token per lane,
+// (x_a, x_b) of the two columns that the four position bits `code` mean.
+template <typename Register, int kBlocks>
 void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) {
-  constexpr int64_t lanes = kBlocks * kLanes;
-  for (int64_t group = 0; group < num_tiles * kGroups; ++group, pairs += kSlots * lanes) {
-    for (int block = 0; block < kBlocks; ++block) {
-      __m512i low[4], high[4];
-      for (int i = 0; i < 4; ++i) {
-        const uint16_t* column = columns + (group * 4 + i) * lanes + block * kLanes;
-        low[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)column));
-        high[i] = _mm512_slli_epi32(low[i], 16);
-      }
+  constexpr int64_t lanes = kBlocks * Register::kLanes;
+  for (int64_t group = 0; group < num_tiles * kGroups; ++group, pairs += kSlots * lanes)
+    for (int64_t lane = 0; lane < lanes; lane += Register::kLanes)
       for (int a = 0; a < 4; ++a)
         for (int b = a + 1; b < 4; ++b)
-          _mm512_store_si512(pairs + ((a | b << 2) - kFirstCode) * lanes + block * kLanes,
-                             _mm512_or_si512(low[a], high[b]));
-    }
-  }
+          Register::store_pair(columns + (group * 4 + a) * lanes + lane,
+                               columns + (group * 4 + b) * lanes + lane,
+                               pairs + ((a | b << 2) - kFirstCode) * lanes + lane);
 }
 
-template <int kBlocks>  // registers of 16 tokens
+template <typename Register, int kBlocks>  // kBlocks registers of tokens at a time
 void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = kBlocks * kLanes;
+  constexpr int64_t lanes = kBlocks * Register::kLanes;
   const int64_t num_tiles = p.num_tile_columns();
   alignas(64) uint32_t pairs[kChunkTiles * kGroups * kSlots * lanes];
   alignas(64) float kept_sums[kSlabRows][kTileRows][lanes];
@@ -145,36 +180,34 @@ void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t
       std::memset(kept_sums, 0, sizeof(kept_sums[0]) * (slab_end - slab));
       for (int64_t chunk = 0; chunk < num_tiles; chunk += kChunkTiles) {
         const int64_t tiles = num_tiles - chunk < kChunkTiles ? num_tiles - chunk : kChunkTiles;
-        lay_out_pairs<kBlocks>(columns + chunk * kTileColumns * lanes, tiles, pairs);
+        lay_out_pairs<Register, kBlocks>(columns + chunk * kTileColumns * lanes, tiles, pairs);
         for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
           auto& kept = kept_sums[tile_row - slab];
-          __m512 sums[kTileRows][kBlocks];
+          typename Register::Sums sums[kTileRows][kBlocks];
 #pragma GCC unroll 8
           for (int row = 0; row < kTileRows; ++row)
 #pragma GCC unroll 2
             for (int block = 0; block < kBlocks; ++block)
-              sums[row][block] = _mm512_load_ps(&kept[row][block * kLanes]);
+              sums[row][block] = Register::load(&kept[row][block * Register::kLanes]);
           const uint8_t* values = p.packed + (tile_row * num_tiles + chunk) * kTileBytes;
+          prefetch(values + 2 * num_tiles * kTileBytes, tiles * kTileBytes);
           const uint32_t* group_pairs = pairs - kFirstCode * lanes;
           for (int64_t tile = 0; tile < tiles; ++tile, values += kTileBytes) {
             const uint8_t* positions = values + kTileRows * kTileKept * 2;
             for (int64_t two_groups = 0; two_groups < kGroups / 2; ++two_groups) {
-#pragma GCC unroll 8
-              for (int row = 0; row < kTileRows; ++row) {
-                const uint64_t codes = positions[row * 8 + two_groups];
-                const uint8_t* four = values + row * kTileKept * 2 + two_groups * 8;
 #pragma GCC unroll 2
-                for (int group = 0; group < 2; ++group) {
+              for (int group = 0; group < 2; ++group) {
+#pragma GCC unroll 8
+                for (int row = 0; row < kTileRows; ++row) {  // rows inside: independent sums
+                  const uint64_t codes = positions[row * 8 + two_groups];
                   const uint64_t code = group ? codes >> 4 : codes & 15;
                   const uint32_t* pair = group_pairs + (group * kSlots + code) * lanes;
                   int32_t two;
-                  std::memcpy(&two, four + group * 4, 4);
-                  const __m512bh weights = (__m512bh)_mm512_set1_epi32(two);
+                  std::memcpy(&two, values + (row * kTileKept + two_groups * 4 + group * 2) * 2, 4);
 #pragma GCC unroll 2
-                  for (int block = 0; block < kBlocks; ++block) {
-                    const __m512i x = _mm512_load_si512(pair + block * kLanes);
-                    sums[row][block] = _mm512_dpbf16_ps(sums[row][block], (__m512bh)x, weights);
-                  }
+                  for (int block = 0; block < kBlocks; ++block)
+                    sums[row][block] =
+                        Register::add_dot(sums[row][block], pair + block * Register::kLanes, two);
                 }
               }
               group_pairs += 2 * kSlots * lanes;
@@ -184,7 +217,7 @@ void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t
           for (int row = 0; row < kTileRows; ++row)
 #pragma GCC unroll 2
             for (int block = 0; block < kBlocks; ++block)
-              _mm512_store_ps(&kept[row][block * kLanes], sums[row][block]);
+              Register::store(&kept[row][block * Register::kLanes], sums[row][block]);
         }
       }
       for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
@@ -232,7 +265,9 @@ void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
     case 4:
       return run_few<4, 4>(p, x, begin, end);
     default:
-      return p.num_tokens <= kLanes ? run_many<1>(p, x, begin, end) : run_many<2>(p, x, begin, end);
+      if (p.num_tokens <= 8) return run_many<Tokens8, 1>(p, x, begin, end);
+      if (p.num_tokens <= 16) return run_many<Tokens16, 1>(p, x, begin, end);
+      return run_many<Tokens16, 2>(p, x, begin, end);
   }
 }
 
