@@ -114,7 +114,9 @@ def kernels(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
         result = bench.run(linears, counts, threads, lambda: progress.advance(task))
-    Console().print(bench.table_of(result))
+    console = Console()
+    console.width = max(console.width, bench.TABLE_WIDTH)
+    console.print(bench.table_of(result))
     print(json.dumps(result), flush=True)
 
 

@@ -28,6 +28,7 @@ SHAPES = {
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
+TABLE_WIDTH = 112  # characters
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -120,12 +121,12 @@ def table_of(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"2:4 ({result['isa']}, {result['threads']} thread(s)) against dense bf16; this "
         f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s",
-        caption="ratio above 1: sparse faster; in brackets, over the interleaved repetitions",
+        caption="ratio above 1: sparse faster; in brackets, over the interleaved repetitions; "
+        "GFLOP/s as if dense",
     )
-    for column in ("K x N", "tokens", "sparse ms", "vLLM ms", "torch ms"):
-        table.add_column(column, justify="right")
-    for column in ("vLLM / sparse", "torch / sparse", "GB/s", "dense-equiv. GFLOP/s"):
-        table.add_column(column, justify="right")
+    headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s"
+    for heading in headings.split(","):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result["results"]:
         spread = f"[{row['ratio_vllm_min']:.2f}, {row['ratio_vllm_max']:.2f}]"
         table.add_row(
