@@ -32,6 +32,7 @@ ISA_FLAGS = {
     "avx512bf16": [
         *AVX512_FLAGS,
         *(f"-mavx512{extension}" for extension in ("bf16", "vbmi", "bw", "vl", "dq")),
+        "-mbmi2",
     ],
 }
 

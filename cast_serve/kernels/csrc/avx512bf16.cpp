@@ -7,9 +7,12 @@
 // Many tokens: compute-bound, so the dropped weights must cost nothing. For every group of four
 // columns the six pairs (x_a, x_b) that two kept weights can meet are laid out once, 16 tokens in a
 // register; then a group of a row is one vdpbf16ps per 16 tokens: its two weights broadcast, times
-// the pair row that its positions choose. K is cut in chunks whose pair rows stay in L1.
+// the pair row that its positions choose. K is cut in chunks whose pair rows stay in L1, N in slabs
+// whose sums stay in L2.
 #include <immintrin.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "linear24.h"
@@ -18,39 +21,58 @@ namespace cast {
 namespace {
 
 constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
-constexpr int64_t kFewTokens = 4;  // up to here: gather the activations
 constexpr int64_t kGroups = kTileColumns / 4;
 constexpr int64_t kFirstCode = 4;   // a group's four position bits: 4, 8, 9, 12, 13 or 14
 constexpr int64_t kSlots = 11;      // of pair rows per group, indexed by them; six are used
 constexpr int64_t kChunkTiles = 2;  // tiles of K whose pair rows stay in L1
-constexpr int64_t kSlabRows = 32;   // tile rows whose sums stay in L2 meanwhile
-// Tiles fetched ahead. The CPU's own prefetch stops at every 4 KiB page, so without this a decode
-// runs at two thirds of the read bandwidth (docs/kernels.md).
-constexpr int64_t kTilesAhead = 8;
+constexpr int64_t kSlabRows = 64;   // tile rows whose sums stay in L2 meanwhile
+constexpr int64_t kBlockTokens = 32;                // tokens that share one set of pair rows
+constexpr int64_t kPassTokens = 4 * kBlockTokens;   // tokens whose sums stay in L2
+// Tile rows fetched ahead of many tokens. The CPU's own prefetch stops at every 4 KiB page, so
+// without this both shapes run at a fraction of their speed (docs/log.md).
+constexpr int64_t kRowsAhead = 8;
 
-// Tokens that one pass over the weights serves.
-int64_t lanes_of(const Linear24& p) { return p.num_tokens <= 8 ? 8 : p.num_tokens <= 16 ? 16 : 32; }
+// Where the second shape overtakes the first, as measured (docs/kernels.md). Intel's vpermi2w costs
+// three micro-operations, AMD's one.
+struct Crossover {
+  const char* vendor;
+  int64_t few_tokens;  // up to here the first shape
+};
+constexpr Crossover kAmd = {"amd", 8}, kOthers = {"others", 4};
 
-void prefetch(const uint8_t* bytes, int64_t num_bytes) {
-  for (int64_t line = 0; line < num_bytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(bytes + line), _MM_HINT_T0);
+int64_t few_tokens() {
+  static const int64_t tokens = (__builtin_cpu_is("amd") ? kAmd : kOthers).few_tokens;
+  return tokens;
 }
 
-bool is_few(const Linear24& p) { return p.num_tokens <= kFewTokens; }
+bool is_few(const Linear24& p) { return p.num_tokens <= few_tokens(); }
+
+template <int kLines>
+void prefetch(const uint8_t* bytes) {
+#pragma GCC unroll 9
+  for (int line = 0; line < kLines; ++line)
+    _mm_prefetch(reinterpret_cast<const char*>(bytes + line * 64), _MM_HINT_T0);
+}
 
 // --- few tokens ------------------------------------------------------------------------------
 
+// Elements from a token to the next. Not a power of two, or all tokens would meet in one cache set.
+int64_t few_stride(const Linear24& p) { return (p.num_tile_columns() + 1) * kTileColumns; }
+
 void prepare_few(const Linear24& p, uint16_t* rows) {
-  const int64_t padded_k = p.num_tile_columns() * kTileColumns;
-  for (int64_t token = 0; token < p.num_tokens; ++token, rows += padded_k) {
+  const int64_t stride = few_stride(p);
+  for (int64_t token = 0; token < p.num_tokens; ++token, rows += stride) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + token * p.x_stride;
     std::memcpy(rows, x, p.in_features * 2);
-    std::memset(rows + p.in_features, 0, (padded_k - p.in_features) * 2);
+    std::memset(rows + p.in_features, 0, (stride - p.in_features) * 2);
   }
 }
 
-template <int kTokens, int kRows>
-void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
+// kRows rows from out_feature n on times kTokens tokens. At every tile, kLines cache lines are
+// fetched at `ahead`, which moves on by ahead_step bytes.
+template <int kTokens, int kRows, int kLines>
+__attribute__((noinline)) void gather(const Linear24& p, const uint16_t* x, int64_t n,
+                                      uint16_t* out, const uint8_t* ahead, int64_t ahead_step) {
   alignas(64) uint8_t shifts[64];
   alignas(64) uint16_t bases[32];
   for (int j = 0; j < 32; ++j) {
@@ -59,74 +81,161 @@ void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
   }
   const __m512i shift = _mm512_load_si512(shifts), base = _mm512_load_si512(bases);
   const __m512i three = _mm512_set1_epi16(3);
-  const int64_t num_tiles = p.num_tile_columns(), padded_k = num_tiles * kTileColumns;
+  const int64_t stride = few_stride(p), row = n % kTileRows;
+  const uint8_t* tile = p.packed + n / kTileRows * p.num_tile_columns() * kTileBytes;
+  const uint8_t* values = tile + row * kTileKept * 2;
+  const uint8_t* positions = tile + kTileRows * kTileKept * 2 + row * 8;
 
-  for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
-    for (int half = 0; half < kTileRows; half += kRows) {
-      const uint8_t* tile = p.packed + tile_row * num_tiles * kTileBytes;
-      __m512 sums[kRows][kTokens];
-      for (int row = 0; row < kRows; ++row)
-        for (int token = 0; token < kTokens; ++token) sums[row][token] = _mm512_setzero_ps();
-      for (int64_t k = 0; k < padded_k; k += kTileColumns, tile += kTileBytes) {
-        if (half == 0) prefetch(tile + kTilesAhead * kTileBytes, kTileBytes);
-        __m512i low[kTokens], high[kTokens];
-        for (int token = 0; token < kTokens; ++token) {
-          low[token] = _mm512_loadu_si512(x + token * padded_k + k);
-          high[token] = _mm512_loadu_si512(x + token * padded_k + k + 32);
-        }
+  __m512 sums[kRows][kTokens];  // the loops over it are unrolled, else it would live in memory
 #pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-          const __m512i values = _mm512_load_si512(tile + (half + row) * kTileKept * 2);
-          int64_t bits;
-          std::memcpy(&bits, tile + kTileRows * kTileKept * 2 + (half + row) * 8, 8);
-          const __m512i shifted = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(bits));
-          const __m512i column =
-              _mm512_ternarylogic_epi32(shifted, three, base, 0xEA);  // (a & 3) | base
-#pragma GCC unroll 4
-          for (int token = 0; token < kTokens; ++token) {
-            const __m512i gathered = _mm512_permutex2var_epi16(low[token], column, high[token]);
-            sums[row][token] =
-                _mm512_dpbf16_ps(sums[row][token], (__m512bh)gathered, (__m512bh)values);
-          }
-        }
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int token = 0; token < kTokens; ++token) sums[i][token] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < p.in_features; k += kTileColumns) {
+    prefetch<kLines>(ahead);
+    __m512i low[kTokens], high[kTokens];
+#pragma GCC unroll 8
+    for (int token = 0; token < kTokens; ++token) {
+      low[token] = _mm512_loadu_si512(x + token * stride + k);
+      high[token] = _mm512_loadu_si512(x + token * stride + k + 32);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i weights = _mm512_load_si512(values + i * kTileKept * 2);
+      int64_t bits;
+      std::memcpy(&bits, positions + i * 8, 8);
+      const __m512i shifted = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(bits));
+      const __m512i column =
+          _mm512_ternarylogic_epi32(shifted, three, base, 0xEA);  // (a & 3) | base
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        const __m512i gathered = _mm512_permutex2var_epi16(low[token], column, high[token]);
+        sums[i][token] = _mm512_dpbf16_ps(sums[i][token], (__m512bh)gathered, (__m512bh)weights);
       }
-      for (int row = 0; row < kRows; ++row) {
-        const int64_t n = tile_row * kTileRows + half + row;
-        if (n >= p.out_features) break;
-        for (int token = 0; token < kTokens; ++token) {
-          const float sum = _mm512_reduce_add_ps(sums[row][token]) + (p.bias ? p.bias[n] : 0.0f);
-          const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(sum));
-          std::memcpy(static_cast<uint16_t*>(p.out) + token * p.out_features + n, &rounded, 2);
-        }
-      }
+    }
+    values += kTileBytes, positions += kTileBytes, ahead += ahead_step;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    if (n + i >= p.out_features) continue;
+#pragma GCC unroll 8
+    for (int token = 0; token < kTokens; ++token) {
+      const float sum = _mm512_reduce_add_ps(sums[i][token]) + (p.bias ? p.bias[n + i] : 0.0f);
+      const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(sum));
+      std::memcpy(out + token * p.out_features + n + i, &rounded, 2);
+    }
+  }
+}
+
+// kFirst + kSecond tokens. A tile row is passed over as often as the registers demand, while each
+// pass fetches its share of the next tile row: else memory would rest in all passes but one.
+template <int kFirst, int kSecond, int kRows>
+void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
+  const int64_t row_bytes = p.num_tile_columns() * kTileBytes;
+  const uint16_t* x_second = x + kFirst * few_stride(p);
+  uint16_t* out = static_cast<uint16_t*>(p.out);
+  uint16_t* out_second = out + kFirst * p.out_features;
+  for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
+    const int64_t n = tile_row * kTileRows;
+    const uint8_t* next = p.packed + (tile_row + 1) * row_bytes;
+    if constexpr (kSecond == 0) {
+      constexpr int64_t share = kTileBytes * kRows / kTileRows;
+      for (int64_t row = 0; row < kTileRows; row += kRows)
+        gather<kFirst, kRows, (share + 63) / 64>(p, x, n + row, out,
+                                                 next + row_bytes * row / kTileRows, share);
+    } else {  // lines 0-1, 2-3, 4-5 and 6-8 of every tile
+      static_assert(kRows == 4);
+      gather<kFirst, 4, 2>(p, x, n, out, next, kTileBytes);
+      gather<kSecond, 4, 2>(p, x_second, n, out_second, next + 2 * 64, kTileBytes);
+      gather<kFirst, 4, 2>(p, x, n + 4, out, next + 4 * 64, kTileBytes);
+      gather<kSecond, 4, 3>(p, x_second, n + 4, out_second, next + 6 * 64, kTileBytes);
     }
   }
 }
 
 // --- many tokens -----------------------------------------------------------------------------
 
-// x -> [token block][K][lanes], so that a column of a block is one load.
-void prepare_many(const Linear24& p, uint16_t* columns) {
-  const int64_t lanes = lanes_of(p), padded_k = p.num_tile_columns() * kTileColumns;
-  for (int64_t first = 0; first < p.num_tokens; first += lanes, columns += padded_k * lanes) {
-    const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
-    if (tokens < lanes || padded_k > p.in_features) std::memset(columns, 0, padded_k * lanes * 2);
-    for (int64_t token = 0; token < tokens; ++token) {
-      const uint16_t* x = static_cast<const uint16_t*>(p.x) + (first + token) * p.x_stride;
-      for (int64_t k = 0; k < p.in_features; ++k) columns[k * lanes + token] = x[k];
+// The tokens are cut in blocks of 32; the last one has 8, 16 or 32 lanes.
+int64_t lanes_of(int64_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : kBlockTokens; }
+
+// out[i][token] = x[token][i]
+void transpose_8x8(const __m128i x[8], __m128i out[8]) {
+  __m128i twos[8], fours[8];
+  for (int i = 0; i < 4; ++i) {
+    twos[i] = _mm_unpacklo_epi16(x[2 * i], x[2 * i + 1]);
+    twos[i + 4] = _mm_unpackhi_epi16(x[2 * i], x[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    fours[i] = _mm_unpacklo_epi32(twos[i], twos[i + 1]);
+    fours[i + 1] = _mm_unpackhi_epi32(twos[i], twos[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    const int from = i / 4 * 4 + i / 2 % 2;
+    out[i] = _mm_unpacklo_epi64(fours[from], fours[from + 2]);
+    out[i + 1] = _mm_unpackhi_epi64(fours[from], fours[from + 2]);
+  }
+}
+
+// out[token][row] = sums[row][token]
+void transpose_8x8(const __m256 sums[8], __m256 out[8]) {
+  __m256 twos[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    twos[i] = _mm256_unpacklo_ps(sums[i], sums[i + 1]);
+    twos[i + 1] = _mm256_unpackhi_ps(sums[i], sums[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0xee);
     }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+__mmask8 first_of_eight(int64_t count) {
+  return static_cast<__mmask8>((1 << std::clamp<int64_t>(count, 0, 8)) - 1);
+}
+
+// x -> [block][K][lanes], so that a column of a block is one load.
+void prepare_many(const Linear24& p, uint16_t* columns) {
+  const int64_t padded_k = p.num_tile_columns() * kTileColumns;
+  for (int64_t first = 0; first < p.num_tokens; first += kBlockTokens) {
+    const int64_t lanes = lanes_of(p.num_tokens - first);
+    for (int64_t lane = 0; lane < lanes; lane += 8)
+      for (int64_t k = 0; k < padded_k; k += 8) {
+        __m128i rows[8], out[8];
+        for (int64_t i = 0; i < 8; ++i) {
+          const int64_t token = first + lane + i;
+          rows[i] = _mm_setzero_si128();
+          if (token < p.num_tokens && k < p.in_features)
+            rows[i] = _mm_maskz_loadu_epi16(
+                first_of_eight(p.in_features - k),
+                static_cast<const uint16_t*>(p.x) + token * p.x_stride + k);
+        }
+        transpose_8x8(rows, out);
+        for (int64_t i = 0; i < 8; ++i)
+          _mm_store_si128(reinterpret_cast<__m128i*>(columns + (k + i) * lanes + lane), out[i]);
+      }
+    columns += padded_k * lanes;
   }
 }
 
 // Eight or sixteen tokens in a register.
 struct Tokens8 {
   using Sums = __m256;
+  using Weights = __m256i;
   static constexpr int64_t kLanes = 8;
-  static Sums load(const float* sums) { return _mm256_load_ps(sums); }
-  static void store(float* out, Sums sums) { _mm256_store_ps(out, sums); }
-  static Sums add_dot(Sums sums, const uint32_t* pair, int32_t two_weights) {
-    const __m256i x = _mm256_load_si256(reinterpret_cast<const __m256i*>(pair));
-    return _mm256_dpbf16_ps(sums, (__m256bh)x, (__m256bh)_mm256_set1_epi32(two_weights));
+  static Weights four_groups(const uint8_t* weights) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)weights));
+  }
+  template <int kGroup>
+  static Weights one_group(Weights four) {
+    return _mm256_shuffle_epi32(four, kGroup * 0x55);
+  }
+  static Sums add_dot(Sums sums, Weights two, const uint8_t* pair) {
+    return _mm256_dpbf16_ps(sums, (__m256bh)two, (__m256bh)_mm256_load_si256((const __m256i*)pair));
   }
   static void store_pair(const uint16_t* a, const uint16_t* b, uint32_t* pair) {
     const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)a));
@@ -137,12 +246,17 @@ struct Tokens8 {
 
 struct Tokens16 {
   using Sums = __m512;
+  using Weights = __m512i;
   static constexpr int64_t kLanes = 16;
-  static Sums load(const float* sums) { return _mm512_load_ps(sums); }
-  static void store(float* out, Sums sums) { _mm512_store_ps(out, sums); }
-  static Sums add_dot(Sums sums, const uint32_t* pair, int32_t two_weights) {
-    const __m512i x = _mm512_load_si512(pair);
-    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)_mm512_set1_epi32(two_weights));
+  static Weights four_groups(const uint8_t* weights) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)weights));
+  }
+  template <int kGroup>
+  static Weights one_group(Weights four) {
+    return _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(kGroup * 0x55));
+  }
+  static Sums add_dot(Sums sums, Weights two, const uint8_t* pair) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)two, (__m512bh)_mm512_load_si512(pair));
   }
   static void store_pair(const uint16_t* a, const uint16_t* b, uint32_t* pair) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
@@ -151,11 +265,18 @@ struct Tokens16 {
   }
 };
 
+// The work space of one thread.
+struct Scratch {
+  alignas(64) uint32_t pairs[kChunkTiles * kGroups * kSlots * kBlockTokens];
+  alignas(64) float sums[kPassTokens * kSlabRows * kTileRows];  // [block][tile row][row][lanes]
+  alignas(64) uint16_t out[kBlockTokens][kSlabRows * kTileRows];
+};
+
 // The pair rows of some tiles of K: slot `code - kFirstCode` of a group holds, a token per lane,
 // (x_a, x_b) of the two columns that the four position bits `code` mean.
-template <typename Register, int kBlocks>
+template <typename Register, int kRegisters>
 void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) {
-  constexpr int64_t lanes = kBlocks * Register::kLanes;
+  constexpr int64_t lanes = kRegisters * Register::kLanes;
   for (int64_t group = 0; group < num_tiles * kGroups; ++group, pairs += kSlots * lanes)
     for (int64_t lane = 0; lane < lanes; lane += Register::kLanes)
       for (int a = 0; a < 4; ++a)
@@ -165,73 +286,131 @@ void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) 
                                pairs + ((a | b << 2) - kFirstCode) * lanes + lane);
 }
 
-template <typename Register, int kBlocks>  // kBlocks registers of tokens at a time
-void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = kBlocks * Register::kLanes;
-  const int64_t num_tiles = p.num_tile_columns();
-  alignas(64) uint32_t pairs[kChunkTiles * kGroups * kSlots * lanes];
-  alignas(64) float kept_sums[kSlabRows][kTileRows][lanes];
+// Adds a tile row's tiles of one chunk, times one block of tokens, to its [8][lanes] sums. A vector
+// load is the scarce thing here, so the codes wait in eight scalar registers and four groups'
+// weights share one. With kFetch, as many bytes as are read are fetched at `ahead`.
+template <typename Register, int kRegisters, bool kFetch>
+void add_tiles(const uint8_t* tile, int64_t num_tiles, const uint32_t* pairs, float* kept_sums,
+               const uint8_t* ahead) {
+  constexpr int64_t lanes = kRegisters * Register::kLanes, row_bytes = lanes * 4;
+  constexpr int kShift = std::countr_zero(static_cast<uint64_t>(row_bytes));
+  auto* kept = reinterpret_cast<typename Register::Sums*>(kept_sums);
+  typename Register::Sums sums[kTileRows][2] = {};  // also with one register: independent sums
+#pragma GCC unroll 8
+  for (int row = 0; row < kTileRows; ++row)
+#pragma GCC unroll 2
+    for (int r = 0; r < kRegisters; ++r) sums[row][r] = kept[row * kRegisters + r];
 
-  for (int64_t first = 0; first < p.num_tokens;
-       first += lanes, columns += num_tiles * kTileColumns * lanes) {
-    const int64_t tokens = p.num_tokens - first < lanes ? p.num_tokens - first : lanes;
-    for (int64_t slab = begin; slab < end; slab += kSlabRows) {
-      const int64_t slab_end = slab + kSlabRows < end ? slab + kSlabRows : end;
-      std::memset(kept_sums, 0, sizeof(kept_sums[0]) * (slab_end - slab));
-      for (int64_t chunk = 0; chunk < num_tiles; chunk += kChunkTiles) {
-        const int64_t tiles = num_tiles - chunk < kChunkTiles ? num_tiles - chunk : kChunkTiles;
-        lay_out_pairs<Register, kBlocks>(columns + chunk * kTileColumns * lanes, tiles, pairs);
-        for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
-          auto& kept = kept_sums[tile_row - slab];
-          typename Register::Sums sums[kTileRows][kBlocks];
+  const uint8_t* tile_pairs = reinterpret_cast<const uint8_t*>(pairs) - kFirstCode * row_bytes;
+  for (; num_tiles > 0; --num_tiles) {
+    uint64_t codes[kTileRows];
+    std::memcpy(codes, tile + kTileRows * kTileKept * 2, sizeof(codes));
+    const auto four_groups = [&]<int kFour>() {
+      if constexpr (kFetch) prefetch<kFour == 0 ? 3 : 2>(ahead + (kFour ? kFour * 2 + 1 : 0) * 64);
+      typename Register::Weights weights[kTileRows];
 #pragma GCC unroll 8
-          for (int row = 0; row < kTileRows; ++row)
-#pragma GCC unroll 2
-            for (int block = 0; block < kBlocks; ++block)
-              sums[row][block] = Register::load(&kept[row][block * Register::kLanes]);
-          const uint8_t* values = p.packed + (tile_row * num_tiles + chunk) * kTileBytes;
-          prefetch(values + 2 * num_tiles * kTileBytes, tiles * kTileBytes);
-          const uint32_t* group_pairs = pairs - kFirstCode * lanes;
-          for (int64_t tile = 0; tile < tiles; ++tile, values += kTileBytes) {
-            const uint8_t* positions = values + kTileRows * kTileKept * 2;
-            for (int64_t two_groups = 0; two_groups < kGroups / 2; ++two_groups) {
-#pragma GCC unroll 2
-              for (int group = 0; group < 2; ++group) {
+      for (int row = 0; row < kTileRows; ++row)
+        weights[row] = Register::four_groups(tile + row * kTileKept * 2 + kFour * 16);
+      const auto one_group = [&]<int kGroup>() {
+        constexpr int group = kFour * 4 + kGroup;
 #pragma GCC unroll 8
-                for (int row = 0; row < kTileRows; ++row) {  // rows inside: independent sums
-                  const uint64_t codes = positions[row * 8 + two_groups];
-                  const uint64_t code = group ? codes >> 4 : codes & 15;
-                  const uint32_t* pair = group_pairs + (group * kSlots + code) * lanes;
-                  int32_t two;
-                  std::memcpy(&two, values + (row * kTileKept + two_groups * 4 + group * 2) * 2, 4);
+        for (int row = 0; row < kTileRows; ++row) {
+          const auto two = Register::template one_group<kGroup>(weights[row]);
+          const uint8_t* pair = tile_pairs + group * kSlots * row_bytes +
+                                (std::rotr(codes[row], 4 * group - kShift) & (15 << kShift));
 #pragma GCC unroll 2
-                  for (int block = 0; block < kBlocks; ++block)
-                    sums[row][block] =
-                        Register::add_dot(sums[row][block], pair + block * Register::kLanes, two);
-                }
-              }
-              group_pairs += 2 * kSlots * lanes;
-            }
+          for (int r = 0; r < kRegisters; ++r) {
+            auto& sum = sums[row][kRegisters == 2 ? r : group % 2];
+            sum = Register::add_dot(sum, two, pair + r * Register::kLanes * 4);
           }
+        }
+      };
+      one_group.template operator()<0>();
+      one_group.template operator()<1>();
+      one_group.template operator()<2>();
+      one_group.template operator()<3>();
+    };
+    four_groups.template operator()<0>();
+    four_groups.template operator()<1>();
+    four_groups.template operator()<2>();
+    four_groups.template operator()<3>();
+    tile += kTileBytes, ahead += kTileBytes;
+    tile_pairs += kGroups * kSlots * row_bytes;
+  }
 #pragma GCC unroll 8
-          for (int row = 0; row < kTileRows; ++row)
+  for (int row = 0; row < kTileRows; ++row)
 #pragma GCC unroll 2
-            for (int block = 0; block < kBlocks; ++block)
-              Register::store(&kept[row][block * Register::kLanes], sums[row][block]);
+    for (int r = 0; r < kRegisters; ++r)
+      kept[row * kRegisters + r] = kRegisters == 2 ? sums[row][r] : sums[row][0] + sums[row][1];
+}
+
+// One chunk of K of the slab's tile rows, times one block of tokens.
+template <typename Register, int kRegisters>
+void add_chunk(const Linear24& p, const uint16_t* columns, int64_t chunk, int64_t slab,
+               int64_t slab_end, bool is_first_block, Scratch& scratch, float* sums) {
+  constexpr int64_t lanes = kRegisters * Register::kLanes;
+  const int64_t row_tiles = p.num_tile_columns(), tiles = std::min(row_tiles - chunk, kChunkTiles);
+  lay_out_pairs<Register, kRegisters>(columns + chunk * kTileColumns * lanes, tiles, scratch.pairs);
+  for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
+    const uint8_t* tile = p.packed + (row * row_tiles + chunk) * kTileBytes;
+    if (is_first_block) {  // the others find the weights in the cache
+      int64_t row_ahead = row + kRowsAhead, chunk_ahead = chunk;
+      if (row_ahead >= slab_end) row_ahead -= slab_end - slab, chunk_ahead += kChunkTiles;
+      const uint8_t* ahead = p.packed + (row_ahead * row_tiles + chunk_ahead) * kTileBytes;
+      add_tiles<Register, kRegisters, true>(tile, tiles, scratch.pairs, sums, ahead);
+    } else {
+      add_tiles<Register, kRegisters, false>(tile, tiles, scratch.pairs, sums, tile);
+    }
+  }
+}
+
+// The slab's sums of one block of tokens -> bf16, with bias.
+void store_block(const Linear24& p, int64_t slab, int64_t slab_end, int64_t first_token,
+                 const float* sums, Scratch& scratch) {
+  const int64_t tokens = std::min(p.num_tokens - first_token, kBlockTokens);
+  const int64_t lanes = lanes_of(tokens), first_n = slab * kTileRows;
+  for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
+    const int64_t n = row * kTileRows;
+    const __m256 bias = p.bias ? _mm256_maskz_loadu_ps(first_of_eight(p.out_features - n), p.bias + n)
+                               : _mm256_setzero_ps();
+    for (int64_t lane = 0; lane < lanes; lane += 8) {
+      __m256 rows[8], out[8];
+      for (int i = 0; i < 8; ++i) rows[i] = _mm256_load_ps(sums + i * lanes + lane);
+      transpose_8x8(rows, out);
+      for (int i = 0; i < 8; ++i)
+        _mm_store_si128(reinterpret_cast<__m128i*>(&scratch.out[lane + i][n - first_n]),
+                        (__m128i)_mm256_cvtneps_pbh(_mm256_add_ps(out[i], bias)));
+    }
+  }
+  // Copied in long pieces: out rows 4 KiB apart would fight for one cache set tile by tile.
+  const int64_t last_n = std::min(slab_end * kTileRows, p.out_features);
+  for (int64_t i = 0; i < tokens; ++i)
+    std::memcpy(static_cast<uint16_t*>(p.out) + (first_token + i) * p.out_features + first_n,
+                scratch.out[i], (last_n - first_n) * 2);
+}
+
+void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t end) {
+  const int64_t row_tiles = p.num_tile_columns(), padded_k = row_tiles * kTileColumns;
+  constexpr int64_t lane_sums = kSlabRows * kTileRows;  // of one token
+  Scratch scratch;
+  for (int64_t slab = begin; slab < end; slab += kSlabRows) {
+    const int64_t slab_end = std::min(slab + kSlabRows, end);
+    for (int64_t first = 0; first < p.num_tokens; first += kPassTokens) {
+      const int64_t pass_end = std::min(first + kPassTokens, p.num_tokens);
+      const int64_t last = first + (pass_end - 1 - first) / kBlockTokens * kBlockTokens;
+      const int64_t pass_lanes = last - first + lanes_of(pass_end - last);
+      std::memset(scratch.sums, 0, pass_lanes * lane_sums * sizeof(float));
+      for (int64_t chunk = 0; chunk < row_tiles; chunk += kChunkTiles)
+        for (int64_t token = first; token < pass_end; token += kBlockTokens) {
+          const int64_t lanes = lanes_of(pass_end - token);
+          const auto add = lanes == 8    ? add_chunk<Tokens8, 1>
+                           : lanes == 16 ? add_chunk<Tokens16, 1>
+                                         : add_chunk<Tokens16, 2>;
+          add(p, columns + token * padded_k, chunk, slab, slab_end, token == first, scratch,
+              scratch.sums + (token - first) * lane_sums);
         }
-      }
-      for (int64_t tile_row = slab; tile_row < slab_end; ++tile_row) {
-        const int64_t n = tile_row * kTileRows;
-        const int64_t rows = p.out_features - n < kTileRows ? p.out_features - n : kTileRows;
-        for (int64_t token = 0; token < tokens; ++token) {
-          alignas(32) float sums[kTileRows] = {};
-          for (int64_t row = 0; row < rows; ++row)
-            sums[row] = kept_sums[tile_row - slab][row][token] + (p.bias ? p.bias[n + row] : 0.0f);
-          const __m128bh rounded = _mm256_cvtneps_pbh(_mm256_load_ps(sums));
-          std::memcpy(static_cast<uint16_t*>(p.out) + (first + token) * p.out_features + n,
-                      &rounded, rows * 2);
-        }
-      }
+      for (int64_t token = first; token < pass_end; token += kBlockTokens)
+        store_block(p, slab, slab_end, token, scratch.sums + (token - first) * lane_sums, scratch);
     }
   }
 }
@@ -240,10 +419,9 @@ void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t
 
 int64_t workspace_bytes(const Linear24& p) {
   if (p.dtype != DType::kBFloat16) return kAvx512.workspace_bytes(p);
-  const int64_t padded_k = p.num_tile_columns() * kTileColumns;
-  if (is_few(p)) return p.num_tokens * padded_k * 2;
-  const int64_t padded_m = (p.num_tokens + lanes_of(p) - 1) / lanes_of(p) * lanes_of(p);
-  return padded_m * padded_k * 2;
+  if (is_few(p)) return p.num_tokens * few_stride(p) * 2;
+  const int64_t whole = p.num_tokens / kBlockTokens * kBlockTokens, left = p.num_tokens - whole;
+  return (whole + (left ? lanes_of(left) : 0)) * p.num_tile_columns() * kTileColumns * 2;
 }
 
 void prepare(const Linear24& p, void* workspace) {
@@ -255,26 +433,32 @@ void prepare(const Linear24& p, void* workspace) {
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512.run(p, workspace, begin, end);
   const uint16_t* x = static_cast<const uint16_t*>(workspace);
+  if (!is_few(p)) return run_many(p, x, begin, end);
   switch (p.num_tokens) {
     case 1:
-      return run_few<1, 8>(p, x, begin, end);
+      return run_few<1, 0, 8>(p, x, begin, end);
     case 2:
-      return run_few<2, 8>(p, x, begin, end);
+      return run_few<2, 0, 8>(p, x, begin, end);
     case 3:
-      return run_few<3, 4>(p, x, begin, end);
+      return run_few<3, 0, 4>(p, x, begin, end);
     case 4:
-      return run_few<4, 4>(p, x, begin, end);
-    default:
-      if (p.num_tokens <= 8) return run_many<Tokens8, 1>(p, x, begin, end);
-      if (p.num_tokens <= 16) return run_many<Tokens16, 1>(p, x, begin, end);
-      return run_many<Tokens16, 2>(p, x, begin, end);
+      return run_few<4, 0, 4>(p, x, begin, end);
+    case 5:
+      return run_few<3, 2, 4>(p, x, begin, end);
+    case 6:
+      return run_few<3, 3, 4>(p, x, begin, end);
+    case 7:
+      return run_few<4, 3, 4>(p, x, begin, end);
+    case 8:
+      return run_few<4, 4, 4>(p, x, begin, end);
   }
 }
 
 bool is_supported() {
   return kAvx512.is_supported() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("bmi2");
 }
 
 }  // namespace
