@@ -100,6 +100,9 @@ def kernels(
     ] = "llama-1b",
     tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,4,8,16,64",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for result.json and report.png.")
+    ] = None,
 ) -> None:
     """Times the 2:4 op against vLLM's dense op and torch's, interleaved, without a server."""
     from loadtest import kernels as bench
@@ -107,6 +110,8 @@ def kernels(
     try:
         linears = bench.shapes_of(shapes)
         counts = bench.parse_tokens(tokens)
+        if out is not None:
+            check_out(out)
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -117,6 +122,8 @@ def kernels(
     console = Console()
     console.width = max(console.width, bench.TABLE_WIDTH)
     console.print(bench.table_of(result))
+    if out is not None:
+        bench.write_out(out, result)
     print(json.dumps(result), flush=True)
 
 

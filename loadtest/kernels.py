@@ -2,7 +2,8 @@
 
 Every repetition times the 2:4 op, vLLM's own dense op (oneDNN) and torch's plain dense linear one
 after the other, each over layers that together exceed the caches, so that drift of a shared
-machine meets all three. The read bandwidth of the same run tells how far from the roof they are.
+machine meets all three. Read bandwidth and multiply rate of the same run give the roof: no 2:4 op
+can be faster than reading its bytes, or than half of the dense multiplies.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cast_serve import kernels
+from loadtest.report import new_directory
 
 # (in_features, out_features) of the linears as vLLM merges them.
 SHAPES = {
@@ -28,7 +31,7 @@ SHAPES = {
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
-TABLE_WIDTH = 112  # characters
+TABLE_WIDTH = 120  # characters
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -67,13 +70,19 @@ class Timing:
     vllm_dense_ms: list[float]
     plain_dense_ms: list[float]
 
-    def row(self) -> dict[str, Any]:
-        """The result as it is printed; ratios above 1 = sparse faster."""
+    def row(self, read_bandwidth_gb_s: float, peak_gflop_s: float) -> dict[str, Any]:
+        """The result as it is printed; ratios above 1 = sparse faster.
+
+        Args:
+            read_bandwidth_gb_s: of this machine, for the roof.
+            peak_gflop_s: of dense bf16 multiplies on this machine, for the roof.
+        """
         packed_bytes = self.in_features * self.out_features * 1.125  # bf16 values and positions
         sparse_ms = statistics.median(self.sparse_ms)
         ratios = [d / s for d, s in zip(self.vllm_dense_ms, self.sparse_ms, strict=True)]
         plain = [d / s for d, s in zip(self.plain_dense_ms, self.sparse_ms, strict=True)]
         flops = 2 * self.in_features * self.out_features * self.num_tokens
+        roof_ms = max(packed_bytes / read_bandwidth_gb_s, flops / 2 / peak_gflop_s) / 1e6
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -87,6 +96,7 @@ class Timing:
             "ratio_plain": statistics.median(plain),
             "gb_s": packed_bytes / sparse_ms / 1e6,
             "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
+            "roof_ms": roof_ms,
         }
 
 
@@ -105,12 +115,13 @@ def run(
         on_done: called after each shape and number of tokens.
     """
     torch.set_num_threads(num_threads)
-    bandwidth = read_bandwidth_gb_s()
-    rows = [timing.row() for timing in measure(shapes, tokens, on_done)]
+    bandwidth, peak = read_bandwidth_gb_s(), peak_gflop_s()
+    rows = [timing.row(bandwidth, peak) for timing in measure(shapes, tokens, on_done)]
     return {
         "isa": kernels.isa(),
         "threads": num_threads,
         "read_bandwidth_gb_s": bandwidth,
+        "peak_gflop_s": peak,
         "results": rows,
         "geomean_ratio_vllm": geomean_ratios(rows),
     }
@@ -120,11 +131,12 @@ def table_of(result: dict[str, Any]) -> Table:
     """The result for people."""
     table = Table(
         title=f"2:4 ({result['isa']}, {result['threads']} thread(s)) against dense bf16; this "
-        f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s",
+        f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense bf16 at "
+        f"{result['peak_gflop_s']:.0f} GFLOP/s",
         caption="ratio above 1: sparse faster; in brackets, over the interleaved repetitions; "
-        "GFLOP/s as if dense",
+        "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share",
     )
-    headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s"
+    headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s,roof"
     for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["results"]:
@@ -137,6 +149,7 @@ def table_of(result: dict[str, Any]) -> Table:
             f"{row['ratio_plain']:.2f}",
             f"{row['gb_s']:.1f}",
             f"{row['dense_equivalent_gflop_s']:.0f}",
+            f"{row['roof_ms'] / row['sparse_ms']:.0%}",
         )
     return table
 
@@ -176,6 +189,23 @@ def read_bandwidth_gb_s() -> float:
         data.sum()
         best = min(best, time.perf_counter() - began)
     return data.nbytes / best / 1e9
+
+
+def peak_gflop_s() -> float:
+    """Best of five dense bf16 products of 512 x 2048 x 2048 with the current number of threads."""
+    x, weight = torch.randn(512, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 512 * 2048 * 2048 / best / 1e9
+
+
+def write_out(out: Path, result: dict[str, Any]) -> None:
+    """Writes result.json and report.png, both or none."""
+    with new_directory(out, result) as partial:
+        _draw(partial / "report.png", result)
 
 
 def geomean_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -229,3 +259,42 @@ class _Round:
             next(self._layers)(x)
             num_calls += 1
         return elapsed_s / num_calls * 1e3
+
+
+def _draw(path: Path, result: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure  # an optional extra, needed for --out only
+
+    by_shape: dict[str, list[dict[str, Any]]] = {}
+    for row in result["results"]:
+        by_shape.setdefault(f"{row['in_features']} x {row['out_features']}", []).append(row)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    ratios, speeds = figure.subplots(1, 2)
+    for number, (shape, rows) in enumerate(by_shape.items()):
+        tokens = [row["num_tokens"] for row in rows]
+        low = [row["ratio_vllm"] - row["ratio_vllm_min"] for row in rows]
+        high = [row["ratio_vllm_max"] - row["ratio_vllm"] for row in rows]
+        ratios.errorbar(
+            tokens, [row["ratio_vllm"] for row in rows], [low, high], marker="o", capsize=3,
+            label=shape,
+        )
+        flops = [2 * row["in_features"] * row["out_features"] * row["num_tokens"] for row in rows]
+        for key, style, name in (
+            ("sparse_ms", "o-", "2:4"),
+            ("roof_ms", ":", "roof of 2:4"),
+            ("vllm_dense_ms", "x--", "dense, vLLM"),
+        ):
+            rates = [count / row[key] / 1e6 for count, row in zip(flops, rows, strict=True)]
+            label = name if number == 0 else None
+            speeds.plot(tokens, rates, style, color=f"C{number}", label=label)
+    ratios.axhline(1, color="grey", linewidth=1)
+    ratios.set(ylabel="vLLM's dense time / 2:4 time", ylim=(0, None))
+    speeds.set(ylabel="GFLOP/s as if dense", yscale="log")
+    for axes in (ratios, speeds):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens")
+        axes.legend()
+    figure.suptitle(
+        f"{result['isa']}, {result['threads']} thread(s): in_features x out_features, median and "
+        "range of interleaved repetitions"
+    )
+    figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,23 @@ def check_out(out: Path) -> None:
 
 
 def write_out(out: Path, result: dict[str, Any], run: PairedRun) -> None:
-    """Writes all three files or none: they are made beside `out` and then renamed."""
+    """Writes all three files or none."""
+    with new_directory(out, result) as partial:
+        with (partial / "requests.jsonl").open("w", encoding="utf-8") as file:
+            for line in _requests(run):
+                file.write(json.dumps(line) + "\n")
+        _draw(partial / "report.png", result, run)
+
+
+@contextmanager
+def new_directory(out: Path, result: dict[str, Any]) -> Iterator[Path]:
+    """A directory beside `out` with result.json, renamed to `out` if the block ends well."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        with (partial / "requests.jsonl").open("w", encoding="utf-8") as file:
-            for line in _requests(run):
-                file.write(json.dumps(line) + "\n")
-        _draw(partial / "report.png", result, run)
+        yield partial
         partial.chmod(0o755)
         partial.rename(out)
     except BaseException:

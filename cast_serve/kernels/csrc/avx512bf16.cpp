@@ -32,6 +32,10 @@ constexpr int64_t kPassTokens = 4 * kBlockTokens;   // tokens whose sums stay in
 // without this both shapes run at a fraction of their speed (docs/log.md).
 constexpr int64_t kRowsAhead = 8;
 
+// Few tokens: x is taken whole up to here; else in segments of K that stay in L1 while a slab of
+// tile rows passes by.
+constexpr int64_t kWholeBytes = 40 << 10, kSegmentBytes = 16 << 10;
+
 // Where the second shape overtakes the first, as measured (docs/kernels.md). Intel's vpermi2w costs
 // three micro-operations, AMD's one.
 struct Crossover {
@@ -68,11 +72,41 @@ void prepare_few(const Linear24& p, uint16_t* rows) {
   }
 }
 
-// kRows rows from out_feature n on times kTokens tokens. At every tile, kLines cache lines are
-// fetched at `ahead`, which moves on by ahead_step bytes.
+__mmask8 first_of_eight(int64_t count) {
+  return static_cast<__mmask8>((1 << std::clamp<int64_t>(count, 0, 8)) - 1);
+}
+
+// Lane i of the result is the sum of the lanes of sums[i].
+inline __m512 sums_of_lanes(__m512 sums[16]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 8], 0x44),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 8], 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 4], 0x88),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    sums[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 2]),
+                            _mm512_unpackhi_ps(sums[i], sums[i + 2]));
+  const __m512 mixed = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]),
+                                     _mm512_unpackhi_ps(sums[0], sums[1]));
+  return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // the middle quarters change places
+}
+
+// Some tiles of K, a part of a product whose other parts were or will be added to `totals`.
+struct Segment {
+  int64_t begin, end;  // tiles
+  bool is_first, is_last;
+};
+
+// kRows rows from out_feature n on times kTokens tokens, one segment of K; totals: [kTokens][kRows].
+// At every tile, kLines cache lines are fetched at `ahead`, which moves on by ahead_step bytes.
 template <int kTokens, int kRows, int kLines>
-__attribute__((noinline)) void gather(const Linear24& p, const uint16_t* x, int64_t n,
-                                      uint16_t* out, const uint8_t* ahead, int64_t ahead_step) {
+__attribute__((noinline)) void gather(const Linear24& p, const Segment& segment, const uint16_t* x,
+                                      int64_t n, float* totals, uint16_t* out,
+                                      const uint8_t* ahead, int64_t ahead_step) {
   alignas(64) uint8_t shifts[64];
   alignas(64) uint16_t bases[32];
   for (int j = 0; j < 32; ++j) {
@@ -82,16 +116,14 @@ __attribute__((noinline)) void gather(const Linear24& p, const uint16_t* x, int6
   const __m512i shift = _mm512_load_si512(shifts), base = _mm512_load_si512(bases);
   const __m512i three = _mm512_set1_epi16(3);
   const int64_t stride = few_stride(p), row = n % kTileRows;
-  const uint8_t* tile = p.packed + n / kTileRows * p.num_tile_columns() * kTileBytes;
+  const uint8_t* tile =
+      p.packed + (n / kTileRows * p.num_tile_columns() + segment.begin) * kTileBytes;
   const uint8_t* values = tile + row * kTileKept * 2;
   const uint8_t* positions = tile + kTileRows * kTileKept * 2 + row * 8;
 
-  __m512 sums[kRows][kTokens];  // the loops over it are unrolled, else it would live in memory
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) sums[i][token] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < p.in_features; k += kTileColumns) {
+  __m512 sums[16] = {};  // [token][row]; only unrolled loops, else they would live in memory
+  for (int64_t k = segment.begin * kTileColumns; k < segment.end * kTileColumns;
+       k += kTileColumns) {
     prefetch<kLines>(ahead);
     __m512i low[kTokens], high[kTokens];
 #pragma GCC unroll 8
@@ -110,45 +142,70 @@ __attribute__((noinline)) void gather(const Linear24& p, const uint16_t* x, int6
 #pragma GCC unroll 8
       for (int token = 0; token < kTokens; ++token) {
         const __m512i gathered = _mm512_permutex2var_epi16(low[token], column, high[token]);
-        sums[i][token] = _mm512_dpbf16_ps(sums[i][token], (__m512bh)gathered, (__m512bh)weights);
+        __m512& sum = sums[token * kRows + i];
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)gathered, (__m512bh)weights);
       }
     }
     values += kTileBytes, positions += kTileBytes, ahead += ahead_step;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    if (n + i >= p.out_features) continue;
-#pragma GCC unroll 8
-    for (int token = 0; token < kTokens; ++token) {
-      const float sum = _mm512_reduce_add_ps(sums[i][token]) + (p.bias ? p.bias[n + i] : 0.0f);
-      const __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(sum));
-      std::memcpy(out + token * p.out_features + n + i, &rounded, 2);
-    }
+
+  __m512 total = sums_of_lanes(sums);
+  if (!segment.is_first) total = _mm512_add_ps(total, _mm512_loadu_ps(totals));
+  if (!segment.is_last) return _mm512_storeu_ps(totals, total);
+  const int64_t rows = std::min<int64_t>(kRows, p.out_features - n);
+  if (p.bias != nullptr) {
+    const __m256 bias = _mm256_maskz_loadu_ps(first_of_eight(rows), p.bias + n);
+    total = _mm512_add_ps(total, kRows == 8
+                                     ? _mm512_broadcast_f32x8(bias)
+                                     : _mm512_broadcast_f32x4(_mm256_castps256_ps128(bias)));
   }
+  alignas(32) uint16_t rounded[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(rounded), (__m256i)_mm512_cvtneps_pbh(total));
+  for (int token = 0; token < kTokens && rows > 0; ++token)
+    std::memcpy(out + token * p.out_features + n, rounded + token * kRows, rows * 2);
 }
 
 // kFirst + kSecond tokens. A tile row is passed over as often as the registers demand, while each
-// pass fetches its share of the next tile row: else memory would rest in all passes but one.
+// pass fetches its share of the tile row to come: else memory would rest in all passes but one.
 template <int kFirst, int kSecond, int kRows>
 void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
-  const int64_t row_bytes = p.num_tile_columns() * kTileBytes;
+  const int64_t row_tiles = p.num_tile_columns();
   const uint16_t* x_second = x + kFirst * few_stride(p);
   uint16_t* out = static_cast<uint16_t*>(p.out);
   uint16_t* out_second = out + kFirst * p.out_features;
-  for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
-    const int64_t n = tile_row * kTileRows;
-    const uint8_t* next = p.packed + (tile_row + 1) * row_bytes;
-    if constexpr (kSecond == 0) {
-      constexpr int64_t share = kTileBytes * kRows / kTileRows;
-      for (int64_t row = 0; row < kTileRows; row += kRows)
-        gather<kFirst, kRows, (share + 63) / 64>(p, x, n + row, out,
-                                                 next + row_bytes * row / kTileRows, share);
-    } else {  // lines 0-1, 2-3, 4-5 and 6-8 of every tile
-      static_assert(kRows == 4);
-      gather<kFirst, 4, 2>(p, x, n, out, next, kTileBytes);
-      gather<kSecond, 4, 2>(p, x_second, n, out_second, next + 2 * 64, kTileBytes);
-      gather<kFirst, 4, 2>(p, x, n + 4, out, next + 4 * 64, kTileBytes);
-      gather<kSecond, 4, 3>(p, x_second, n + 4, out_second, next + 6 * 64, kTileBytes);
+  const int64_t x_bytes = (kFirst + kSecond) * row_tiles * kTileColumns * 2;
+  const int64_t segments =
+      x_bytes <= kWholeBytes ? 1 : (x_bytes + kSegmentBytes - 1) / kSegmentBytes;
+  const int64_t tiles = (row_tiles + segments - 1) / segments;
+  float totals[kSlabRows][4][16];  // of a tile row's passes
+
+  for (int64_t slab = begin; slab < end; slab += kSlabRows) {
+    const int64_t slab_end = std::min(slab + kSlabRows, end);
+    for (int64_t tile = 0; tile < row_tiles; tile += tiles) {
+      const Segment segment = {tile, std::min(tile + tiles, row_tiles), tile == 0,
+                               tile + tiles >= row_tiles};
+      for (int64_t row = slab; row < slab_end; ++row) {
+        const int64_t n = row * kTileRows;
+        auto& sums = totals[row - slab];
+        int64_t next_row = row + 1, next_tile = tile;
+        if (next_row == slab_end && !segment.is_last) next_row = slab, next_tile += tiles;
+        if (next_row == slab_end && segment.is_last) next_tile = 0;
+        const uint8_t* next = p.packed + (next_row * row_tiles + next_tile) * kTileBytes;
+        if constexpr (kSecond == 0) {
+          constexpr int64_t share = kTileBytes * kRows / kTileRows;
+          for (int64_t i = 0; i < kTileRows; i += kRows)
+            gather<kFirst, kRows, (share + 63) / 64>(p, segment, x, n + i, sums[i / kRows], out,
+                                                     next + i / kRows * tiles * share, share);
+        } else {  // lines 0-1, 2-3, 4-5 and 6-8 of every tile
+          static_assert(kRows == 4);
+          gather<kFirst, 4, 2>(p, segment, x, n, sums[0], out, next, kTileBytes);
+          gather<kSecond, 4, 2>(p, segment, x_second, n, sums[1], out_second, next + 2 * 64,
+                                kTileBytes);
+          gather<kFirst, 4, 2>(p, segment, x, n + 4, sums[2], out, next + 4 * 64, kTileBytes);
+          gather<kSecond, 4, 3>(p, segment, x_second, n + 4, sums[3], out_second, next + 6 * 64,
+                                kTileBytes);
+        }
+      }
     }
   }
 }
@@ -192,10 +249,6 @@ void transpose_8x8(const __m256 sums[8], __m256 out[8]) {
     out[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
     out[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
   }
-}
-
-__mmask8 first_of_eight(int64_t count) {
-  return static_cast<__mmask8>((1 << std::clamp<int64_t>(count, 0, 8)) - 1);
 }
 
 // x -> [block][K][lanes], so that a column of a block is one load.

@@ -71,6 +71,8 @@ Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
                     x.sizes(), " of ", x.scalar_type(), " and out_features ", out_features,
                     " need a contiguous uint8 [", p.num_tile_rows(), ", ", p.num_tile_columns(),
                     ", ", tile_bytes, "]");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 == 0,
+                    "linear24: packed does not begin at a 64-byte boundary; pass packed.clone()");
   Tensor rows = x.reshape({-1, p.in_features});
   if (rows.stride(1) != 1) rows = rows.contiguous();
   Tensor float_bias;

@@ -13,8 +13,8 @@ from cast_serve.bitmask import compress
 from cast_serve.kernels import reference
 from cast_serve.nm import hard_mask
 
-SHAPES = [(1, 4), (7, 60), (8, 64), (33, 576), (129, 68), (40, 1536), (16, 8192)]
-NUM_TOKENS = [*range(1, 18), 32, 33, 64, 257]
+SHAPES = [(1, 4), (7, 60), (8, 64), (33, 576), (129, 68), (40, 1536), (16, 8192), (1049, 132)]
+NUM_TOKENS = [*range(1, 18), 31, 32, 33, 41, 64, 130, 257]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The output's own rounding, as a share of its norm, and what fp32 sums in another order add.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
@@ -123,6 +123,26 @@ def test_the_same_with_one_thread_and_with_three() -> None:
             assert torch.equal(kernels.linear24(x, packed, 129), many)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 12, 33, 130])
+def test_nothing_unwritten_is_read_or_returned(num_tokens: int) -> None:
+    """In deterministic mode torch fills new memory with NaN or the largest integer."""
+    weight, packed = make((1049, 132), torch.bfloat16)
+    x = torch.randn(num_tokens, 132).bfloat16()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        assert_is_product(kernels.linear24(x, packed, 1049), x, weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_unaligned_weight_is_refused() -> None:
+    _, packed = make((8, 64), torch.bfloat16)
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape)
+    with pytest.raises(ValueError, match="64-byte boundary.*clone"):
+        kernels.linear24(torch.zeros(1, 64).bfloat16(), shifted, 8)
 
 
 @pytest.mark.parametrize(
