@@ -274,7 +274,11 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         low = [row["ratio_vllm"] - row["ratio_vllm_min"] for row in rows]
         high = [row["ratio_vllm_max"] - row["ratio_vllm"] for row in rows]
         ratios.errorbar(
-            tokens, [row["ratio_vllm"] for row in rows], [low, high], marker="o", capsize=3,
+            tokens,
+            [row["ratio_vllm"] for row in rows],
+            [low, high],
+            marker="o",
+            capsize=3,
             label=shape,
         )
         flops = [2 * row["in_features"] * row["out_features"] * row["num_tokens"] for row in rows]
