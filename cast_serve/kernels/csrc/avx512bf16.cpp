@@ -22,12 +22,12 @@ namespace {
 
 constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
 constexpr int64_t kGroups = kTileColumns / 4;
-constexpr int64_t kFirstCode = 4;   // a group's four position bits: 4, 8, 9, 12, 13 or 14
-constexpr int64_t kSlots = 11;      // of pair rows per group, indexed by them; six are used
-constexpr int64_t kChunkTiles = 2;  // tiles of K whose pair rows stay in L1
-constexpr int64_t kSlabRows = 64;   // tile rows whose sums stay in L2 meanwhile
-constexpr int64_t kBlockTokens = 32;                // tokens that share one set of pair rows
-constexpr int64_t kPassTokens = 4 * kBlockTokens;   // tokens whose sums stay in L2
+constexpr int64_t kFirstCode = 4;     // a group's four position bits: 4, 8, 9, 12, 13 or 14
+constexpr int64_t kSlots = 11;        // of pair rows per group, indexed by them; six are used
+constexpr int64_t kChunkTiles = 2;    // tiles of K whose pair rows stay in L1
+constexpr int64_t kSlabRows = 64;     // tile rows whose sums stay in L2 meanwhile
+constexpr int64_t kBlockTokens = 32;  // tokens that share one set of pair rows
+constexpr int64_t kPassTokens = 4 * kBlockTokens;  // tokens whose sums stay in L2
 // Tile rows fetched ahead of many tokens. The CPU's own prefetch stops at every 4 KiB page, so
 // without this both shapes run at a fraction of their speed (docs/log.md).
 constexpr int64_t kRowsAhead = 8;
@@ -90,8 +90,8 @@ inline __m512 sums_of_lanes(__m512 sums[16]) {
   for (int i = 0; i < 2; ++i)
     sums[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 2]),
                             _mm512_unpackhi_ps(sums[i], sums[i + 2]));
-  const __m512 mixed = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]),
-                                     _mm512_unpackhi_ps(sums[0], sums[1]));
+  const __m512 mixed =
+      _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
   return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // the middle quarters change places
 }
 
@@ -101,12 +101,13 @@ struct Segment {
   bool is_first, is_last;
 };
 
-// kRows rows from out_feature n on times kTokens tokens, one segment of K; totals: [kTokens][kRows].
-// At every tile, kLines cache lines are fetched at `ahead`, which moves on by ahead_step bytes.
+// kRows rows from out_feature n on times kTokens tokens, one segment of K; totals:
+// [kTokens][kRows]. At every tile, kLines cache lines are fetched at `ahead`, which moves on by
+// ahead_step bytes.
 template <int kTokens, int kRows, int kLines>
 __attribute__((noinline)) void gather(const Linear24& p, const Segment& segment, const uint16_t* x,
-                                      int64_t n, float* totals, uint16_t* out,
-                                      const uint8_t* ahead, int64_t ahead_step) {
+                                      int64_t n, float* totals, uint16_t* out, const uint8_t* ahead,
+                                      int64_t ahead_step) {
   alignas(64) uint8_t shifts[64];
   alignas(64) uint16_t bases[32];
   for (int j = 0; j < 32; ++j) {
@@ -155,9 +156,8 @@ __attribute__((noinline)) void gather(const Linear24& p, const Segment& segment,
   const int64_t rows = std::min<int64_t>(kRows, p.out_features - n);
   if (p.bias != nullptr) {
     const __m256 bias = _mm256_maskz_loadu_ps(first_of_eight(rows), p.bias + n);
-    total = _mm512_add_ps(total, kRows == 8
-                                     ? _mm512_broadcast_f32x8(bias)
-                                     : _mm512_broadcast_f32x4(_mm256_castps256_ps128(bias)));
+    total = _mm512_add_ps(total, kRows == 8 ? _mm512_broadcast_f32x8(bias)
+                                            : _mm512_broadcast_f32x4(_mm256_castps256_ps128(bias)));
   }
   alignas(32) uint16_t rounded[16];
   _mm256_store_si256(reinterpret_cast<__m256i*>(rounded), (__m256i)_mm512_cvtneps_pbh(total));
@@ -263,9 +263,9 @@ void prepare_many(const Linear24& p, uint16_t* columns) {
           const int64_t token = first + lane + i;
           rows[i] = _mm_setzero_si128();
           if (token < p.num_tokens && k < p.in_features)
-            rows[i] = _mm_maskz_loadu_epi16(
-                first_of_eight(p.in_features - k),
-                static_cast<const uint16_t*>(p.x) + token * p.x_stride + k);
+            rows[i] =
+                _mm_maskz_loadu_epi16(first_of_eight(p.in_features - k),
+                                      static_cast<const uint16_t*>(p.x) + token * p.x_stride + k);
         }
         transpose_8x8(rows, out);
         for (int64_t i = 0; i < 8; ++i)
@@ -424,8 +424,9 @@ void store_block(const Linear24& p, int64_t slab, int64_t slab_end, int64_t firs
   const int64_t lanes = lanes_of(tokens), first_n = slab * kTileRows;
   for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
     const int64_t n = row * kTileRows;
-    const __m256 bias = p.bias ? _mm256_maskz_loadu_ps(first_of_eight(p.out_features - n), p.bias + n)
-                               : _mm256_setzero_ps();
+    const __m256 bias = p.bias
+                            ? _mm256_maskz_loadu_ps(first_of_eight(p.out_features - n), p.bias + n)
+                            : _mm256_setzero_ps();
     for (int64_t lane = 0; lane < lanes; lane += 8) {
       __m256 rows[8], out[8];
       for (int i = 0; i < 8; ++i) rows[i] = _mm256_load_ps(sums + i * lanes + lane);

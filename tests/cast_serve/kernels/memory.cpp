@@ -70,8 +70,9 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
   for (int64_t row = 0; row < p.num_tile_rows() * kTileRows; ++row)
     for (int64_t group = 0; group < p.num_tile_columns() * kTileColumns / 4; ++group) {
       const int64_t in_tile = group % (kTileColumns / 4);
-      uint8_t* tile = static_cast<uint8_t*>(packed.data) +
-                      (row / kTileRows * p.num_tile_columns() + group / (kTileColumns / 4)) * tile_bytes;
+      uint8_t* tile =
+          static_cast<uint8_t*>(packed.data) +
+          (row / kTileRows * p.num_tile_columns() + group / (kTileColumns / 4)) * tile_bytes;
       uint8_t* positions = tile + kTileRows * kTileKept * size + row % kTileRows * 8 + in_tile / 2;
       const bool is_inside = row < n && group * 4 < k;
       const uint8_t code = is_inside ? codes[random_bits() % 6] : 4;
@@ -93,7 +94,8 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
   for (int64_t token = 0; token < m; ++token)
     for (int64_t row = 0; row < n; ++row) {
       double sum = bias[row];
-      for (int64_t i = 0; i < k; ++i) sum += load(x, token * p.x_stride + i, dtype) * dense[row * k + i];
+      for (int64_t i = 0; i < k; ++i)
+        sum += load(x, token * p.x_stride + i, dtype) * dense[row * k + i];
       const double difference = load(out, token * n + row, dtype) - sum;
       error += difference * difference, norm += sum * sum;
     }
