@@ -156,16 +156,25 @@ class _Reader:
     def hardened(self, name: str) -> Tensor:
         """A target's weight [out_features, in_features] with exact zeros where it was dropped."""
         weight, is_transposed = self.get(f"{name}.weight"), self.linears[name]
-        gate = self.get(f"{name}.gate") if self.kind == "gated" else None
         if is_transposed:
-            weight, gate = weight.T.contiguous(), None if gate is None else gate.T
-        if gate is None:
+            weight = weight.T.contiguous()
+        if self.kind != "gated":
             check_weight(weight, self.pattern, name)
             return weight
+        if self.cast.get("method") == "adams":  # the weights' own sizes are its gates
+            gate = weight.float().abs()
+        else:
+            gate = self.get(f"{name}.gate")
+            gate = gate.T if is_transposed else gate
         try:
-            return torch.where(hard_mask(gate, self.pattern), weight, torch.zeros_like(weight))
+            weight = torch.where(hard_mask(gate, self.pattern), weight, torch.zeros_like(weight))
         except PatternError as error:
             raise PatternError(f"{name}.gate: {error}") from None
+        if f"{name}.scale" not in self.files:
+            return weight
+        scale = self.get(f"{name}.scale").float()  # [out_features, column parts]
+        scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+        return (weight.float() * scale).to(weight.dtype)
 
     def _read_cast_json(self) -> dict[str, Any]:
         path = self.folder / CAST_JSON
@@ -214,7 +223,7 @@ def _write(reader: _Reader, compressed: Path, dense: Path | None, progress: Prog
                     dense_tensors[name] = (
                         weight.T.contiguous() if reader.linears[linear] else weight
                     )
-            elif not (linear in targets and part == "gate"):
+            elif not (linear in targets and part in ("gate", "scale")):
                 tensors[name] = dense_tensors[name] = reader.get(name)
             progress(done := done + 1, len(reader.names))
         if tensors:

@@ -36,8 +36,12 @@ def run(
     text: Text,
     out: Annotated[Path, typer.Option(help="Gated checkpoint to write.")],
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    method: Annotated[str | None, typer.Option(help="How the pattern is learnt: gates.")] = None,
-    selector: Annotated[str | None, typer.Option(help="Gates to soft mask: soft_topk.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How the pattern is learnt: gates, ste, adams; or dense.")
+    ] = None,
+    selector: Annotated[
+        str | None, typer.Option(help="Gates to soft mask: soft_topk, gumbel, penalty, generator.")
+    ] = None,
     sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
     start: Annotated[
         str | None, typer.Option(help="Order of the gates at first: ones, magnitude, wanda.")

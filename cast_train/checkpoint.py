@@ -2,8 +2,9 @@
 
 Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
 has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
-shape). To harden it: mask = the N largest logits of each group, W * mask. A pruned one has its
-zeros written.
+shape; none with method adams, where |W| decides) and maybe ``<name>.scale`` (fp32, scaling.py). To
+harden it: mask = the N largest logits of each group, W * mask * scale. A pruned one has its zeros
+written.
 
 Directories are written beside their place and renamed into it, so a name that exists is whole;
 cast.json carries the sha256 of every shard, and no pickle is read or written.
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.bitmask import decompress
 from cast_serve.nm import CheckpointError, Pattern
-from cast_train import gates
+from cast_train import gates, scaling
 from cast_train.schedules import Phase
 
 FORMAT_VERSION = 1
@@ -37,7 +38,7 @@ def write(
     model: nn.Module,
     tokenizer: Any,
     record: Mapping[str, Any],
-    gate_logits: Mapping[str, Tensor] | None = None,
+    gate_tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Writes a whole checkpoint directory or none.
 
@@ -46,7 +47,7 @@ def write(
         model: a transformers model without parametrizations, in the dtype to store.
         tokenizer: its tokenizer.
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
-        gate_logits: fp32, by target name, the shape of the targets' weights; None if not gated.
+        gate_tensors: as `gates.detach` gives them; None if not gated.
 
     Returns:
         cast.json's content.
@@ -59,7 +60,7 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         state = dict(model.state_dict())
-        state.update({f"{name}.gate": logits for name, logits in (gate_logits or {}).items()})
+        state.update(gate_tensors or {})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         for path in partial.iterdir():
@@ -218,9 +219,29 @@ def load_gated(
     record = verify(directory)
     model = load_dense(directory, dtype)
     targets = {name: model.get_submodule(name) for name in record["targets"]}
-    gate_map = gates.attach(targets, Pattern(record["n"], record["m"]))
-    for name, logits in read_gates(directory, targets).items():
-        gate_map[name].logits.data.copy_(logits)
+    pattern = Pattern(record["n"], record["m"])
+    method, selector = record["method"], record.get("selector")
+    if method != "adams":  # its logits are stored, whatever computed them
+        method = "gates"
+    is_read = selector in ("gumbel", "penalty")  # else soft_topk reads what was computed
+    gate_map = gates.attach(
+        targets, pattern, method=method, selector=str(selector) if is_read else "soft_topk"
+    )
+    stored = read_gates(directory, targets)
+    for name, gate in gate_map.items():
+        if method != "adams":
+            if f"{name}.gate" not in stored:
+                raise CheckpointError(f"{directory} has no gates for {name}")
+            gate.logits.data.copy_(stored[f"{name}.gate"])
+    if method == "adams":
+        gates.come_to_rest(gate_map)
+    scales = {name: stored[f"{name}.scale"] for name in targets if f"{name}.scale" in stored}
+    if scales:
+        num_parts = next(iter(scales.values())).shape[1]
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, num_parts, pattern.m, transposed)
+        for name, linear in targets.items():
+            linear.parametrizations.weight[1].scale.data.copy_(scales[name])
     return model, gate_map, Phase(**record["schedules_end"])
 
 
@@ -247,17 +268,9 @@ def _check_directory(directory: Path) -> None:
 
 
 def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
-    """Gate logits by target name, fp32.
-
-    Raises:
-        CheckpointError: if a target has none.
-    """
-    wanted = {f"{name}.gate": name for name in targets}
-    found = {wanted[key]: tensor for key, tensor in tensors(directory) if key in wanted}
-    missing = sorted(set(wanted.values()) - set(found))
-    if missing:
-        raise CheckpointError(f"{directory} has no gates for {', '.join(missing)}")
-    return found
+    """``<name>.gate`` and ``<name>.scale`` of the targets, fp32, as far as they are there."""
+    wanted = {f"{name}.{part}" for name in targets for part in ("gate", "scale")}
+    return {key: tensor for key, tensor in tensors(directory) if key in wanted}
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.nm import Pattern
+from cast_train.selection import patterns_of
 
-METHODS = ("gates",)
-SELECTORS = ("soft_topk",)
+METHODS = ("gates", "ste", "adams", "dense")
+SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
 STARTS = ("ones", "magnitude", "wanda")
 RAMPS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -20,15 +21,20 @@ class TrainConfig:
     """One run of `cast-train run`. Fractions are of `steps`, so the whole plan scales with it.
 
     Attributes:
-        method: how the pattern is learnt; ``gates``: a gate beside every weight.
-        selector: how gates become a soft mask.
+        method: how the pattern is learnt; ``gates``: a gate beside every weight; ``ste``: by the
+            weights' sizes, straight through, with SR-STE decay; ``adams``: dense forward, decay in
+            the optimiser, pruned at the end; ``dense``: not at all, plain fine-tuning to compare.
+        selector: how gates become a soft mask; see selection.py.
         sparsity: N:M.
-        start: where the gates' order comes from: ``ones`` (none), ``magnitude`` or ``wanda``.
+        start: where the gates' order comes from: ``ones`` (none), ``magnitude`` or ``wanda``. For
+            ``ste``, what ranks the weights; ``adams`` ranks by magnitude always.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         steps: optimiser steps.
         block_size: tokens of one training sequence.
-        batch_blocks: sequences per step and process.
+        batch_blocks: sequences per pass and process.
+        accumulation: passes per step.
+        is_checkpointed: activations are computed again in backward, for less memory.
         learning_rate: of the weights, AdamW, at its peak.
         gate_learning_rate: of the gate logits, AdamW, at its peak.
         weight_decay: of the target weights; gates have none.
@@ -41,6 +47,14 @@ class TrainConfig:
         tau_end_fraction: by then tau has fallen, geometrically, to tau_end.
         blend_end_fraction: by then the blend has risen from 0 (dense) to 1 (the soft mask).
         blend_ramp: its shape.
+        gumbel_noise: of the ``gumbel`` selector at step 0, in logits; it is 0 once tau is tau_end.
+        decay: ``adams``: lambda, the size of the pull beside the gradients' own; ``ste``: the share
+            of a dropped weight that is added to its gradient.
+        mask_every: steps between two refreshes of AdamS's mask.
+        scale_parts: column groups with a learnt scale of their own per row, folded into the weights
+            on hardening; 0: none.
+        distillation_weight: eta, the share of the distillation loss against the dense model.
+        distillation_temperature: T of both logits in it.
         hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
         calibration_blocks: sequences that the Wanda start measures activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
@@ -59,6 +73,8 @@ class TrainConfig:
     steps: int = 32
     block_size: int = 512
     batch_blocks: int = 4
+    accumulation: int = 1
+    is_checkpointed: bool = False
     learning_rate: float = 5e-4
     gate_learning_rate: float = 1e-2
     weight_decay: float = 0.0
@@ -71,6 +87,12 @@ class TrainConfig:
     tau_end_fraction: float = 0.35
     blend_end_fraction: float = 0.15
     blend_ramp: str = "linear"
+    gumbel_noise: float = 0.5
+    decay: float = 2e-4
+    mask_every: int = 10
+    scale_parts: int = 0
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
     hard_fraction: float = 0.4
     calibration_blocks: int = 16
     heldout_blocks: int = 16
@@ -92,6 +114,8 @@ class TrainConfig:
         for name in (
             "steps",
             "batch_blocks",
+            "accumulation",
+            "mask_every",
             "calibration_blocks",
             "heldout_blocks",
             "checkpoint_every",
@@ -100,10 +124,16 @@ class TrainConfig:
         _check_range("block_size", self.block_size, 2)
         for name in ("learning_rate", "gate_learning_rate", "weight_decay", "penalty_weight"):
             _check_range(name, getattr(self, name), 0)
+        for name in ("gumbel_noise", "decay", "scale_parts"):
+            _check_range(name, getattr(self, name), 0)
+        _check_range("distillation_weight", self.distillation_weight, 0, 1)
+        _check_range("distillation_temperature", self.distillation_temperature, 0.01)
         for name in ("tau_start", "tau_end"):
             _check_range(name, getattr(self, name), 1e-4)
         for name in ("warmup_fraction", "tau_end_fraction", "blend_end_fraction", "hard_fraction"):
             _check_range(name, getattr(self, name), 0, 1)
+        if self.selector == "gumbel" and self.method == "gates":
+            patterns_of(self.pattern.n, self.pattern.m)
         if self.tau_end > self.tau_start:
             raise ValueError(
                 f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"

@@ -4,6 +4,7 @@ blend   0 ------ ramp ------ 1 ----------------------------------   0: dense, 1:
 tau     tau_start --- geometric --- tau_end ---------------------
 lambda  0 ------------- ramp ------------------- penalty_weight     nothing to push once hard
 hard    no ----------------------------- yes --------------------   gates rest, weights learn on
+noise   gumbel_noise ---- linear ---- 0 -------------------------   of the gumbel selector
 """
 
 import math
@@ -21,12 +22,16 @@ class Phase:
         tau: temperature of the selection, in logits.
         penalty_weight: lambda.
         is_hard: whether p is the exact mask.
+        noise: of the gumbel selector, in logits.
+        relative_tau: tau over its value at step 0.
     """
 
     blend: float
     tau: float
     penalty_weight: float
     is_hard: bool
+    noise: float = 0.0
+    relative_tau: float = 1.0
 
 
 def ramp(shape: str, progress: float) -> float:
@@ -50,19 +55,35 @@ def ramp(shape: str, progress: float) -> float:
 
 
 def phase_at(step: int, config: TrainConfig) -> Phase:
-    """The phase of step 0, 1, ... The last step is always hard, whatever the fractions round to."""
+    """The phase of step 0, 1, ... and, with step = steps, of the end.
+
+    The last step is always hard, whatever the fractions round to, but with ``adams``, whose forward
+    is dense to the end, and with ``dense``.
+    """
 
     def progress(fraction: float) -> float:
         return step / (fraction * config.steps) if fraction > 0 else 1.0
 
-    is_hard = step >= config.hard_fraction * config.steps or step >= config.steps - 1
+    if config.method in ("adams", "dense"):
+        is_hard = step >= config.steps
+    else:
+        is_hard = step >= config.hard_fraction * config.steps or step >= config.steps - 1
     if is_hard:
-        return Phase(blend=1.0, tau=config.tau_end, penalty_weight=0.0, is_hard=True)
+        return Phase(
+            blend=1.0,
+            tau=config.tau_end,
+            penalty_weight=0.0,
+            is_hard=True,
+            relative_tau=config.tau_end / config.tau_start,
+        )
     cooling = min(progress(config.tau_end_fraction), 1.0)
+    relative_tau = (config.tau_end / config.tau_start) ** cooling
     return Phase(
         blend=ramp(config.blend_ramp, progress(config.blend_end_fraction)),
-        tau=config.tau_start * (config.tau_end / config.tau_start) ** cooling,
+        tau=config.tau_start * relative_tau,
         penalty_weight=config.penalty_weight
         * ramp(config.penalty_ramp, progress(config.hard_fraction)),
         is_hard=False,
+        noise=config.gumbel_noise * (1 - cooling),
+        relative_tau=relative_tau,
     )

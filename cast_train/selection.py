@@ -26,14 +26,18 @@ dimension of 4 is slow. Source: Chen and Liu, "Statistical applications of the P
 conditional Bernoulli distributions", 1997.
 """
 
+import itertools
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cast_serve.nm import Pattern, PatternError, groups, hard_mask
 
 CLIP = 40.0
+MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
 
 
 def soft_topk(scores: Tensor, n: int, m: int, tau: float) -> Tensor:
@@ -152,3 +156,94 @@ def _log_polynomials(logits: tuple[Tensor, ...], n: int) -> list[list[Tensor]]:
             new.append(torch.logaddexp(old[k], taken) if k < len(old) else taken)
         table.append(new)
     return table
+
+
+def patterns_of(n: int, m: int) -> Tensor:
+    """All ways to keep N of M, fp32 [C(m, n), m] of 0 and 1, in lexicographic order.
+
+    Raises:
+        PatternError: if there are more than MAX_PATTERNS.
+    """
+    if math.comb(m, n) > MAX_PATTERNS:
+        raise PatternError(
+            f"{n}:{m} has {math.comb(m, n)} patterns per group; the gumbel selector takes up to "
+            f"{MAX_PATTERNS} (4:8); use soft_topk"
+        )
+    table = torch.zeros(math.comb(m, n), m)
+    for row, kept in zip(table, itertools.combinations(range(m), n), strict=True):
+        row[list(kept)] = 1
+    return table
+
+
+def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Tensor:
+    """A softmax over the C(M, N) patterns of a group, with Gumbel noise on each pattern's score.
+
+    A pattern's score is the sum of its weights' scores, so without noise this is `soft_topk`, at
+    the price of C(M, N) numbers a group; with noise the groups try other patterns than their best.
+    Source of the noise: Fang et al., "MaskLLM", 2024 (there each pattern has a logit of its own).
+
+    Args:
+        scores: fp32 or fp64 [..., K], K a multiple of m.
+        tau: temperature above 0, in units of the scores.
+        noise: factor of the Gumbel noise, in units of the scores; drawn from torch's generator.
+
+    Returns:
+        p in [0, 1], the dtype and shape of scores; each group sums to n.
+
+    Raises:
+        PatternError: if n and m are no pattern, have too many, or K is no multiple of m.
+        ValueError: if tau is not above 0.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}, but a temperature must be above 0")
+    table = patterns_of(n, m).to(scores)
+    pattern_scores = groups(scores, m) @ table.T
+    if noise:
+        uniform = torch.rand_like(pattern_scores).clamp_(1e-9, 1 - 1e-7)
+        pattern_scores = pattern_scores - noise * (-uniform.log()).log()
+    return (torch.softmax(pattern_scores / tau, dim=-1) @ table).flatten(-2)
+
+
+def sigmoid_gates(scores: Tensor, tau: float) -> Tensor:
+    """No selection at all: every gate for itself, sigmoid(score / tau). The penalty does the rest.
+
+    Args:
+        scores: gate logits [..., K].
+        tau: temperature above 0, relative: at 1 the gates are sigmoid(score).
+    """
+    return torch.sigmoid(scores / tau)
+
+
+class MaskGenerator(nn.Module):
+    """A small network, shared by all linears: features of a group of weights -> its gate logits.
+
+    It sees, for every weight of a group, log(|w| / the group's mean |w|) and the start's logit, and
+    adds to the latter what it has learnt. Its last layer starts at 0, so that the start decides at
+    first. About M * 3 * num_hidden numbers take the place of a logit per weight.
+    """
+
+    def __init__(self, m: int, num_hidden: int = 16) -> None:
+        super().__init__()
+        self.m = m
+        self.inner = nn.Linear(2 * m, num_hidden)
+        self.outer = nn.Linear(num_hidden, m)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, weight: Tensor, start: Tensor) -> Tensor:
+        """Gate logits, fp32 [..., K].
+
+        Args:
+            weight: [..., K]; no gradient flows into it from here.
+            start: gate logits at the start, fp32 [..., K].
+        """
+        size = groups(weight.detach().float().abs(), self.m)
+        relative = (size / size.mean(-1, keepdim=True).clamp(min=1e-12)).clamp(min=1e-4).log()
+        prior = groups(start, self.m)
+        features = torch.cat((relative, prior - prior.mean(-1, keepdim=True)), dim=-1)
+        # Recomputed in backward: the hidden layer is num_hidden / m times the weight.
+        learnt = checkpoint(self._network, features, use_reentrant=False)
+        return (prior + learnt).flatten(-2)
+
+    def _network(self, features: Tensor) -> Tensor:
+        return self.outer(nn.functional.gelu(self.inner(features)))

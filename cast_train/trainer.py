@@ -3,8 +3,9 @@
 The life of a run: text -> blocks -> gates on the dense model -> steps (Trainer's loop, checkpoints
 in OUT.partial/) -> bf16 -> quality of the soft and the hard model -> gates off -> OUT, whole.
 
-Loss of a step: L_task + lambda * L_sparsity, one AdamW with a learning rate for the weights and one
-for the gate logits. Weights and gates are fp32 throughout, since bf16 would round small steps away.
+Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; one optimiser
+with a learning rate for the weights and one for the gate logits. Weights and gates are fp32
+throughout, since bf16 would round small steps away.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cast_serve.nm import CheckpointError, find_targets
-from cast_train import checkpoint, gates, oneshot, quality
+from cast_train import adams, checkpoint, distill, gates, oneshot, quality, scaling
 from cast_train.checkpoint import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.schedules import phase_at
@@ -39,12 +40,26 @@ class DivergedError(RuntimeError):
 
 
 class CastTrainer(Trainer):
-    """Trainer that sets the gates' phase before each step and adds the penalty to the loss."""
+    """Trainer that sets the gates' phase before each pass and adds our terms to the loss.
 
-    def __init__(self, *, config: TrainConfig, gate_map: Mapping[str, gates.Gate], **kwargs: Any):
+    Attributes:
+        teacher: the dense model that is distilled from, or None.
+        figures: what the last pass's loss was made of; goes into the log beside ``loss``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        gate_map: Mapping[str, gates.Gate],
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.config = config
         self.gate_map = gate_map
+        self.teacher = teacher
+        self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         self.add_callback(LossProgress)
 
@@ -53,10 +68,25 @@ class CastTrainer(Trainer):
     ) -> Any:
         step = self.state.global_step
         phase = phase_at(step, self.config)
+        if phase.is_hard and step > 0 and not phase_at(step - 1, self.config).is_hard:
+            gates.come_to_rest(self.gate_map)
         gates.set_phase(self.gate_map, phase)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        task, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # transformers divides the task loss by the passes of a step itself; ours are means of one.
+        passes = self.args.gradient_accumulation_steps if kwargs.get("num_items_in_batch") else 1
+        loss, self.figures = task, {"task_loss": task.item() * passes}
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+            distillation = distill.divergence(
+                outputs.logits, wanted, self.config.distillation_temperature
+            )
+            share = self.config.distillation_weight
+            loss = (1 - share) * task + share * distillation / passes
+            self.figures["distillation_loss"] = distillation.item()
         if (sparsity := gates.penalty(self.gate_map)) is not None:
-            loss = loss + phase.penalty_weight * sparsity
+            loss = loss + phase.penalty_weight * sparsity / passes
+            self.figures["sparsity_loss"] = sparsity.item()
         if not math.isfinite(loss.item()):
             raise DivergedError(
                 f"the loss is {loss.item()} at step {step}; lower learning_rate "
@@ -64,33 +94,51 @@ class CastTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | self.figures if "loss" in logs else logs, *args, **kwargs)
+
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            logits = [gate.logits for gate in self.gate_map.values()]
-            are_logits = {id(parameter) for parameter in logits}
-            weights = [
-                parameter
-                for parameter in self.model.parameters()
-                if parameter.requires_grad and id(parameter) not in are_logits
-            ]
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {
-                        "params": weights,
-                        "lr": self.config.learning_rate,
-                        "weight_decay": self.config.weight_decay,
-                    },
-                    {
-                        "params": logits,
-                        "lr": self.config.gate_learning_rate,
-                        "weight_decay": 0.0,
-                    },
-                ],
-                fused=True,  # one pass over memory; the plain one makes ten
-            )
+            self.optimizer = _optimizer(self.model, self.gate_map, self.config)
         return self.optimizer
+
+
+def _optimizer(
+    model: nn.Module, gate_map: Mapping[str, gates.Gate], config: TrainConfig
+) -> torch.optim.Optimizer:
+    own = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    gate_parameters = [
+        p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad
+    ]
+    if config.method == "adams":
+        is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
+        groups: list[dict[str, Any]] = [
+            {"params": [w for w in weights if id(w) not in is_transposed]},
+            *(
+                {
+                    "params": [w for w in weights if is_transposed.get(id(w)) is transposed],
+                    "pattern": (config.pattern.n, config.pattern.m),
+                    "is_transposed": transposed,
+                }
+                for transposed in (False, True)
+            ),
+        ]
+        return adams.AdamS(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            total_steps=config.steps,
+            decay=config.decay,
+            mask_every=config.mask_every,
+        )
+    groups = [
+        {"params": weights, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": gate_parameters, "lr": config.gate_learning_rate, "weight_decay": 0.0},
+    ]
+    # fused: one pass over memory; the plain one makes ten
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 class LossProgress(ProgressCallback):
@@ -151,28 +199,37 @@ def train(
 
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
-    scores = _start_scores(model, targets, blocks, config)
-    gate_map = gates.attach(targets, config.pattern, scores)
+    gate_map = _attach(model, targets, blocks, config)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
     if not config.train_embeddings:
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             if embedding is not None:
                 embedding.requires_grad_(False)
+    teacher = None
+    if config.distillation_weight:
+        teacher = load_dense(model_dir, quality.arithmetic(config.precision)).requires_grad_(False)
+        teacher.eval()
 
     partial.mkdir(parents=True, exist_ok=True)
     (partial / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     trainer = CastTrainer(
         config=config,
         gate_map=gate_map,
+        teacher=teacher,
         model=model,
         args=_arguments(partial, config),
         train_dataset=TokenBlocks(blocks),
     )
+    if teacher is not None:
+        teacher.to(trainer.args.device)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     last = phase_at(config.steps, config)
+    _round_as_stored(model, gate_map)
+    if config.method == "adams":  # the others came to rest on their way
+        gates.come_to_rest(gate_map)
     record = {
-        "kind": "gated",
+        "kind": "dense" if config.method == "dense" else "gated",
         "method": config.method,
         "n": config.pattern.n,
         "m": config.pattern.m,
@@ -181,20 +238,21 @@ def train(
         "schedules_end": dataclasses.asdict(last),
         "steps": config.steps,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
-        "gates": dataclasses.asdict(gates.statistics(gate_map, last.tau, start)),
+        "gates": dataclasses.asdict(gates.statistics(gate_map, last, start)),
         "quality": _quality(model, gate_map, heldout, config, heldout_file),
         **identity,
     }
-    logits = gates.detach(targets)
+    tensors = gates.detach(targets) if gate_map else {}
     if trainer.is_world_process_zero():
         model.to(torch.bfloat16)
-        record = checkpoint.write(out, model, tokenizer, record, logits)
+        record = checkpoint.write(out, model, tokenizer, record, tensors)
         shutil.rmtree(partial)
     return record
 
 
 def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:
-    return config.batch_blocks * config.block_size * num_processes
+    """Tokens of one optimiser step."""
+    return config.batch_blocks * config.accumulation * config.block_size * num_processes
 
 
 def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,14 +297,51 @@ def _difference(found: Any, wanted: Any) -> str:
     return ", ".join(f"{k} is {found.get(k)!r}, not {wanted.get(k)!r}" for k in keys)
 
 
-def _start_scores(
+def _attach(
     model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
-) -> dict[str, Tensor] | None:
-    if config.start == "ones":
-        return None
-    if config.start == "magnitude":
-        return oneshot.magnitude_scores(targets)
-    return oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+) -> dict[str, gates.Gate]:
+    """Gates, and scales if asked for, on the targets."""
+    if config.method == "dense":
+        return {}
+    scores = None
+    if config.method == "adams":
+        scores = oneshot.magnitude_scores(targets)
+        reach, dropped = adams.check_reach(config, scores)
+        if reach < 3 * dropped:
+            logger.warning(
+                "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
+                "or a higher learning_rate would leave less to cut off at the end",
+                reach,
+                dropped,
+            )
+    elif config.start == "magnitude":
+        scores = oneshot.magnitude_scores(targets)
+    elif config.start == "wanda":
+        scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    gate_map = gates.attach(
+        targets,
+        config.pattern,
+        scores,
+        method=config.method,
+        selector=config.selector,
+        decay=config.decay,
+    )
+    if config.scale_parts:
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+    return gate_map
+
+
+@torch.no_grad()
+def _round_as_stored(model: nn.Module, gate_map: Mapping[str, gates.Gate]) -> None:
+    """Rounds all weights to bf16, so that what is measured is what is written."""
+    stored_exactly = {id(p) for gate in gate_map.values() for p in gate.parameters()}
+    for module in model.modules():
+        if isinstance(module, scaling.ColumnScale):
+            stored_exactly.add(id(module.scale))
+    for parameter in model.parameters():
+        if id(parameter) not in stored_exactly:
+            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def _quality(
@@ -256,12 +351,7 @@ def _quality(
     config: TrainConfig,
     heldout_file: Path | None,
 ) -> dict[str, Any]:
-    """Perplexity of the soft and the hard model, with the weights rounded as they are stored."""
-    with torch.no_grad():
-        logits = {id(gate.logits) for gate in gate_map.values()}
-        for parameter in model.parameters():
-            if id(parameter) not in logits:
-                parameter.copy_(parameter.to(torch.bfloat16))
+    """Perplexity of the soft and the hard model."""
     last = phase_at(config.steps, config)
     soft, hard = quality.soft_and_hard(model, gate_map, last, heldout)
     return {
@@ -278,6 +368,8 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         output_dir=str(partial),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_blocks,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.is_checkpointed,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(config.warmup_fraction * config.steps),

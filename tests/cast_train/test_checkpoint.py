@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cast_serve.convert import convert
+from cast_serve.convert import convert, sha256
 from cast_serve.nm import TWO_FOUR, CheckpointError, find_targets
 from cast_train import checkpoint, gates
 from cast_train.checkpoint import load_compressed, load_dense, load_gated, load_tokenizer
@@ -20,7 +20,7 @@ def gated(model_dir, tmp_path):
     targets, _ = find_targets(model, TWO_FOUR)
     generator = torch.Generator().manual_seed(0)
     logits = {
-        name: torch.randn(linear.weight.shape, generator=generator)
+        f"{name}.gate": torch.randn(linear.weight.shape, generator=generator)
         for name, linear in targets.items()
     }
     record = {
@@ -37,7 +37,8 @@ def gated(model_dir, tmp_path):
 
 def test_what_is_written_is_read(gated, model_dir):
     folder, logits = gated
-    found = checkpoint.read_gates(folder, logits)
+    found = checkpoint.read_gates(folder, [name.removesuffix(".gate") for name in logits])
+    assert found.keys() == logits.keys()
     assert all(torch.equal(found[name], logits[name]) for name in logits)
     dense = load_dense(model_dir).state_dict()
     assert all(
@@ -90,10 +91,13 @@ def test_a_missing_gate_is_named(gated):
     folder, logits = gated
     name = next(iter(logits))
     tensors = load_file(folder / "model.safetensors")
-    del tensors[f"{name}.gate"]
+    del tensors[name]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"no gates for {name}"):
-        checkpoint.read_gates(folder, logits)
+    record = json.loads((folder / "cast.json").read_text())
+    record["sha256"]["model.safetensors"] = sha256(folder / "model.safetensors")
+    (folder / "cast.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"no gates for {name.removesuffix('.gate')}"):
+        load_gated(folder)
 
 
 def test_a_failed_write_leaves_nothing(model_dir, tmp_path):

@@ -36,8 +36,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "adams"}, "method 'adams' does not exist; choose from gates"),
-        ({"selector": "gumbel"}, "selector 'gumbel' does not exist; choose from soft_topk"),
+        (
+            {"method": "magic"},
+            "method 'magic' does not exist; choose from gates, ste, adams, dense",
+        ),
+        ({"selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk, gumbel"),
         ({"start": "zeros"}, "choose from ones, magnitude, wanda"),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be at least 1"),

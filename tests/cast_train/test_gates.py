@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from cast_train.schedules import Phase
 
 HARD = Phase(blend=1.0, tau=1e-3, penalty_weight=0.0, is_hard=True)
 SOFT = Phase(blend=1.0, tau=0.5, penalty_weight=0.1, is_hard=False)
+COLD, HOT = (dataclasses.replace(SOFT, tau=tau) for tau in (1e-4, 1e3))
 TOKENS = torch.arange(64).view(2, 32)
 
 
@@ -75,11 +78,13 @@ def test_detach_gives_back_the_weights_and_the_logits(model, model_dir):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     targets, gate_map = attached(model)
     gates.set_phase(gate_map, HARD)
-    logits = gates.detach(targets)
+    tensors = gates.detach(targets)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(logits[name].shape == targets[name].weight.shape for name in targets)
+    assert tensors.keys() == {f"{name}.gate" for name in targets}
+    for name in targets:
+        assert tensors[f"{name}.gate"].shape == targets[name].weight.shape
 
 
 def test_the_penalty_is_the_mean_of_the_smallest_gates_of_a_group():
@@ -93,10 +98,10 @@ def test_the_penalty_is_the_mean_of_the_smallest_gates_of_a_group():
 def test_statistics_count_undecided_gates_and_flips(model):
     _, gate_map = attached(model)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
-    still = gates.statistics(gate_map, 1e-4, start)
+    still = gates.statistics(gate_map, COLD, start)
     assert (still.flipped_share, still.undecided_share < 0.01) == (0, True)
-    assert gates.statistics(gate_map, 1e3, start).undecided_share == 1
+    assert gates.statistics(gate_map, HOT, start).undecided_share == 1
     for gate in gate_map.values():
         gate.logits.data.neg_()
     gates.set_phase(gate_map, SOFT)
-    assert gates.statistics(gate_map, 1e-4, start).flipped_share == 1
+    assert gates.statistics(gate_map, COLD, start).flipped_share == 1

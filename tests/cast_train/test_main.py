@@ -54,8 +54,8 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
     [
         ({"--model": "gone"}, "gone is no directory"),
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
-        ({"--method": "adams"}, "method 'adams' does not exist; choose from gates"),
-        ({"--selector": "gumbel"}, "selector 'gumbel' does not exist; choose from soft_topk"),
+        ({"--method": "magic"}, "method 'magic' does not exist; choose from gates"),
+        ({"--selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk"),
         ({"--sparsity": "4:2"}, "is not N:M"),
         ({"--start": "zeros"}, "choose from ones, magnitude, wanda"),
         ({"--steps": "0"}, "steps is 0, but must be at least 1"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cast_serve.nm import Pattern, PatternError, check_mask
-from cast_train.selection import hard, soft_topk
+from cast_train.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (2, 8)]
 patterns = st.sampled_from(PATTERNS)
@@ -104,3 +104,51 @@ def test_wrong_use_is_refused():
         soft_topk(torch.zeros(1, 4), 4, 4, 1)
     with pytest.raises(PatternError, match="6 is no multiple of 4"):
         soft_topk(torch.zeros(1, 6), 2, 4, 1)
+
+
+@given(patterns, taus, seeds)
+@settings(deadline=None, max_examples=40)
+def test_gumbel_without_noise_is_soft_topk(pattern, tau, seed):
+    n, m = pattern
+    scores = random_scores(seed, m)
+    torch.testing.assert_close(
+        gumbel_topk(scores, n, m, tau, 0.0), soft_topk(scores, n, m, tau), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_gumbel_noise_draws_patterns_by_their_chance():
+    scores = torch.tensor([[1.0, 0.5, 0.0, -0.5]]).repeat(20_000, 1)
+    torch.manual_seed(0)
+    drawn = gumbel_topk(scores, 2, 4, 1e-3, 1.0)  # cold: one pattern each
+    torch.testing.assert_close(drawn.sum(-1), torch.full((20_000,), 2.0))
+    torch.testing.assert_close(drawn.mean(0), soft_topk(scores[0], 2, 4, 1.0), rtol=0, atol=0.015)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, gumbel_topk(scores, 2, 4, 1e-3, 1.0))
+
+
+def test_gumbel_refuses_too_many_patterns():
+    with pytest.raises(PatternError, match="8:16 has 12870 patterns .* up to 70"):
+        gumbel_topk(torch.zeros(1, 16), 8, 16, 1.0, 0.0)
+    with pytest.raises(ValueError, match="tau is 0"):
+        gumbel_topk(torch.zeros(1, 4), 2, 4, 0, 0.0)
+
+
+def test_sigmoid_gates_need_no_group():
+    scores = torch.tensor([4.0, -4.0])
+    torch.testing.assert_close(sigmoid_gates(scores, 1.0), torch.sigmoid(scores))
+    torch.testing.assert_close(sigmoid_gates(scores, 1e-3), torch.tensor([1.0, 0.0]))
+
+
+def test_the_generator_starts_at_the_start_and_learns_from_sizes():
+    torch.manual_seed(0)
+    generator = MaskGenerator(4)
+    weight, start = torch.randn(8, 16), torch.randn(8, 16)
+    torch.testing.assert_close(generator(weight, start), start)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    for _ in range(300):  # it can learn to keep the smallest weights
+        optimizer.zero_grad()
+        kept = soft_topk(generator(weight, torch.zeros(8, 16)), 2, 4, 0.5)
+        (kept * weight.abs()).sum().backward()
+        optimizer.step()
+    learnt = hard(generator(weight, torch.zeros(8, 16)), 2, 4)
+    assert (learnt == hard(-weight.abs(), 2, 4)).float().mean() > 0.9  # by chance: 0.5
