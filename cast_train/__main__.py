@@ -50,6 +50,9 @@ def run(
     heldout: Annotated[
         Path | None, typer.Option(help="Text to measure on; default: blocks kept out of --text.")
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Directory for TensorBoard's files of this run.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
     ] = False,
@@ -64,7 +67,12 @@ def run(
         from cast_train.trainer import train
 
         began = time.monotonic()
-        record = train(model, text, out, settings, is_resume=resume, heldout_file=heldout)
+        record = train(
+            *(model, text, out, settings),
+            is_resume=resume,
+            heldout_file=heldout,
+            tensorboard_dir=tensorboard,
+        )
         found = record["quality"]
         print(
             f"{out}: {record['n']}:{record['m']} over {len(record['targets'])} linears after "
@@ -138,6 +146,35 @@ def oneshot(
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))
 
 
+@app.command()
+def study(
+    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    text: Text,
+    heldout: Annotated[Path, typer.Option(help="Text to measure on, never trained on.")],
+    out: Annotated[Path, typer.Option(help="Directory; an unfinished study in it goes on.")],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings that all ways share.")
+    ] = None,
+    ways: Annotated[
+        str | None, typer.Option(help="Ways to compare, separated by ';'; default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each way.", min=1)] = 3,
+) -> None:
+    """Compares the ways of learning the pattern, at equal tokens."""
+    with _working():
+        from cast_train import study as comparison
+        from cast_train.config import read_toml
+
+        settings = read_toml(config) if config is not None else {}
+        result = comparison.run(
+            *(model, text, heldout, out, settings),
+            ways=comparison.ways_of(ways),
+            seeds=range(seeds),
+        )
+        print(comparison.table_of(result))
+        _finish(out=str(out), summary=result["summary"])
+
+
 def _finish(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
@@ -157,7 +194,7 @@ def _working() -> Iterator[None]:
     except (ValueError, OSError, PatternError) as error:
         _fail(str(error), 2)
     except RuntimeError as error:
-        if type(error).__name__ != "DivergedError":
+        if type(error).__name__ not in ("DivergedError", "StudyError"):
             raise
         _fail(str(error), 1)
 

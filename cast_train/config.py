@@ -58,6 +58,8 @@ class TrainConfig:
         hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
         calibration_blocks: sequences that the Wanda start measures activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
+        evaluate_every: steps between two measurements on the held-out text, in the phase of the
+            moment, with the gates' statistics; 0: only at the end.
         train_embeddings: whether embeddings and head are trained too.
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
         checkpoint_every: steps between two resumable checkpoints.
@@ -96,6 +98,7 @@ class TrainConfig:
     hard_fraction: float = 0.4
     calibration_blocks: int = 16
     heldout_blocks: int = 16
+    evaluate_every: int = 0
     train_embeddings: bool = False
     precision: str = "auto"
     checkpoint_every: int = 20
@@ -124,7 +127,7 @@ class TrainConfig:
         _check_range("block_size", self.block_size, 2)
         for name in ("learning_rate", "gate_learning_rate", "weight_decay", "penalty_weight"):
             _check_range(name, getattr(self, name), 0)
-        for name in ("gumbel_noise", "decay", "scale_parts"):
+        for name in ("gumbel_noise", "decay", "scale_parts", "evaluate_every"):
             _check_range(name, getattr(self, name), 0)
         _check_range("distillation_weight", self.distillation_weight, 0, 1)
         _check_range("distillation_temperature", self.distillation_temperature, 0.01)
@@ -161,12 +164,7 @@ class TrainConfig:
         Raises:
             ValueError: if the file is missing or no TOML, or a key is unknown, or a value is wrong.
         """
-        settings: dict[str, Any] = {}
-        if path is not None:
-            try:
-                settings = tomllib.loads(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-                raise ValueError(f"cannot read the settings {path}: {error}") from error
+        settings = {} if path is None else read_toml(path)
         return cls.from_dict(
             settings | {key: flag for key, flag in flags.items() if flag is not None}
         )
@@ -196,6 +194,18 @@ class TrainConfig:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a file, unchecked.
+
+    Raises:
+        ValueError: if the file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read the settings {path}: {error}") from error
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

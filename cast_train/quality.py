@@ -63,7 +63,7 @@ def perplexity(
     model.eval()
     total = 0.0
     try:
-        for batch in tqdm(blocks.split(batch_blocks), desc=name, unit="batch"):
+        for batch in tqdm(blocks.split(batch_blocks), desc=name, unit="batch", leave=False):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             for sequence, row in zip(batch, logits, strict=True):

@@ -14,13 +14,15 @@ import json
 import logging
 import math
 import shutil
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -141,6 +143,38 @@ def _optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
+class Watch(TrainerCallback):
+    """Times the steps, and measures on the held-out text every so often.
+
+    Attributes:
+        step_s: seconds of each step of this process, measurements not counted.
+    """
+
+    def __init__(self, trainer: CastTrainer, heldout: Tensor, start: Mapping[str, Tensor]) -> None:
+        self.trainer = trainer
+        self.heldout = heldout
+        self.start = start
+        self.step_s: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_s.append(time.perf_counter() - self._began)
+        config, trainer = self.trainer.config, self.trainer
+        if config.evaluate_every and state.global_step % config.evaluate_every == 0:
+            found = quality.perplexity(trainer.model, self.heldout, name="held out")
+            phase = phase_at(state.global_step - 1, config)
+            trainer.log(
+                {
+                    "heldout_perplexity": found.perplexity,
+                    "tokens": float(tokens_per_step(config, args.world_size) * state.global_step),
+                    **dataclasses.asdict(gates.statistics(trainer.gate_map, phase, self.start)),
+                }
+            )
+
+
 class LossProgress(ProgressCallback):
     """Trainer's progress bar with the loss beside it, in place of a line per step."""
 
@@ -156,6 +190,7 @@ def train(
     config: TrainConfig,
     is_resume: bool = False,
     heldout_file: Path | None = None,
+    tensorboard_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Trains and writes a gated checkpoint.
 
@@ -166,6 +201,7 @@ def train(
         config: all settings.
         is_resume: go on from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
+        tensorboard_dir: where TensorBoard's files go; None: none are written.
 
     Returns:
         cast.json's content. If out is already the result of this very run, it is verified and
@@ -222,6 +258,10 @@ def train(
     )
     if teacher is not None:
         teacher.to(trainer.args.device)
+    watch = Watch(trainer, heldout, start)
+    trainer.add_callback(watch)
+    if tensorboard_dir is not None:
+        trainer.add_callback(_tensorboard(tensorboard_dir))
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     last = phase_at(config.steps, config)
@@ -238,6 +278,12 @@ def train(
         "schedules_end": dataclasses.asdict(last),
         "steps": config.steps,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
+        "step_s": statistics.median(watch.step_s) if watch.step_s else None,
+        "curve": [
+            {"tokens": int(entry["tokens"]), "perplexity": entry["heldout_perplexity"]}
+            for entry in trainer.state.log_history
+            if "heldout_perplexity" in entry
+        ],
         "gates": dataclasses.asdict(gates.statistics(gate_map, last, start)),
         "quality": _quality(model, gate_map, heldout, config, heldout_file),
         **identity,
@@ -248,6 +294,18 @@ def train(
         record = checkpoint.write(out, model, tokenizer, record, tensors)
         shutil.rmtree(partial)
     return record
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard; install it with: pip install tensorboard"
+        ) from error
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:

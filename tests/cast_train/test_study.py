@@ -1,0 +1,72 @@
+import json
+import math
+
+import pytest
+
+from cast_train import study
+
+ROWS = [
+    {"way": "magnitude", "seed": None, "perplexity": 80.0},
+    {"way": "wanda", "seed": None, "perplexity": 40.0},
+    {"way": "before", "seed": None, "perplexity": 10.0},
+    *(
+        {
+            "way": "ste",
+            "seed": seed,
+            "tokens": 1000,
+            "perplexity": perplexity,
+            "perplexity_soft": perplexity / 1.01,
+            "flipped_share": 0.1,
+            "step_s": 0.5,
+            "peak_memory_mb": 100.0 + seed,
+            "curve": [{"tokens": 500, "perplexity": 30.0}, {"tokens": 1000, "perplexity": 20.0}],
+        }
+        for seed, perplexity in enumerate((19.0, 21.0))
+    ),
+]
+
+
+def test_the_summary_by_hand():
+    found = study.summarise(ROWS)
+    assert found["wanda"] == {"perplexity": 40.0, "num_seeds": 0}
+    ste = found["ste"]
+    assert (ste["perplexity"], ste["perplexity_min"], ste["perplexity_max"]) == (20.0, 19.0, 21.0)
+    assert ste["recovered"] == pytest.approx(math.log(2) / math.log(4))
+    assert ste["soft_to_hard"] == pytest.approx(0.01)
+    assert (ste["peak_memory_mb"], ste["num_seeds"]) == (101.0, 2)
+
+
+def test_the_table_is_sorted_by_perplexity():
+    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": study.summarise(ROWS)}
+    lines = study.table_of(result).splitlines()[4:]
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names == ["dense, as given", "ste", "one-shot wanda", "one-shot magnitude"]
+    assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 101" in lines[1]
+
+
+def test_an_unknown_way_is_named():
+    assert study.ways_of(" ste ;soft_topk") == ["ste", "soft_topk"]
+    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed wanda mask; ste"):
+        study.ways_of("magic")
+
+
+def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypatch):
+    settings = {"steps": 4, "block_size": 32, "heldout_blocks": 4, "calibration_blocks": 4}
+    settings |= {"learning_rate": 3e-3, "evaluate_every": 2}
+    out = tmp_path / "study"
+    arguments = (llama_dir, [text_file], text_file, out, settings)
+    result = study.run(*arguments, ways=["ste"], seeds=[0])
+    (row,) = [row for row in result["runs"] if row["seed"] is not None]
+    assert (row["way"], row["tokens"]) == ("ste", 4 * 4 * 32)
+    assert [point["tokens"] for point in row["curve"]] == [256, 512]
+    assert row["step_s"] > 0
+    assert row["peak_memory_mb"] > 50
+    assert json.loads((out / "result.json").read_text()) == result
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    names = {"study.json", "results.jsonl", "result.json", "report.md", "report.png"}
+    assert {path.name for path in out.iterdir()} == names  # no weights left
+
+    monkeypatch.setattr(study, "_call", lambda *_: pytest.fail("ran again"))
+    assert study.run(*arguments, ways=["ste"], seeds=[0]) == result
+    with pytest.raises(ValueError, match="holds another study"):
+        study.run(*arguments[:4], settings | {"steps": 5}, ways=["ste"], seeds=[0])
