@@ -5,6 +5,7 @@ diverged. 2: wrong use; then one line on stderr says what is wrong and nothing i
 """
 
 import ctypes
+import dataclasses
 import json
 import logging
 import os
@@ -98,8 +99,17 @@ def evaluate(
     text: Text,
     context: Annotated[int, typer.Option(help="Tokens of one sequence.", min=2)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to read from the text.", min=2)] = 16384,
+    reference: Annotated[
+        Path | None, typer.Option(help="Dense directory; KL to it is measured on the text.")
+    ] = None,
+    choices: Annotated[
+        list[Path] | None, typer.Option(help="Questions, JSONL; repeat for more files.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions from each file's beginning; default: all.", min=2)
+    ] = None,
 ) -> None:
-    """Measures perplexity; of a gated checkpoint, soft and hard."""
+    """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
         from cast_train import checkpoint, quality
         from cast_train.text import read_texts, to_blocks, tokenize
@@ -107,6 +117,8 @@ def evaluate(
         kind = checkpoint.kind_of(directory)
         tokenizer = checkpoint.load_tokenizer(directory)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
+        questions = {path.stem: quality.read_questions(path, limit) for path in choices or []}
+        figures: dict[str, Any] = {}
         if kind == "gated":
             model, gate_map, last = checkpoint.load_gated(directory, quality.arithmetic())
             soft, hard = quality.soft_and_hard(model, gate_map, last, blocks)
@@ -115,9 +127,23 @@ def evaluate(
         else:
             is_compressed = kind == "compressed"
             load = checkpoint.load_compressed if is_compressed else checkpoint.load_dense
-            hard = quality.perplexity(load(directory, quality.arithmetic()), blocks)
+            model = load(directory, quality.arithmetic())
+            hard = quality.perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
+        if reference is not None:
+            dense = checkpoint.load_dense(reference, quality.arithmetic())
+            figures["kl_nats_per_token"] = quality.mean_divergence(model, dense, blocks)
+            print(
+                f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
+            )
+        for name, asked in questions.items():
+            found = quality.choice_accuracy(model, tokenizer, asked)
+            figures[name] = dataclasses.asdict(found)
+            print(
+                f"{name}: acc {found.acc:.3f} +- {found.acc_stderr:.3f}, acc_norm "
+                f"{found.acc_norm:.3f} +- {found.acc_norm_stderr:.3f}, n={found.num_questions}"
+            )
         _finish(
             directory=str(directory),
             kind=kind,
