@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import statistics
 import time
@@ -246,8 +247,9 @@ def train(
         teacher = load_dense(model_dir, quality.arithmetic(config.precision)).requires_grad_(False)
         teacher.eval()
 
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    if _rank() == 0:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     trainer = CastTrainer(
         config=config,
         gate_map=gate_map,
@@ -313,6 +315,11 @@ def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:
     return config.batch_blocks * config.accumulation * config.block_size * num_processes
 
 
+def _rank() -> int:
+    """This process's number under torchrun, known before torch has joined the others."""
+    return int(os.environ.get("RANK", 0))
+
+
 def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run that is done already."""
     record = checkpoint.verify(out)
@@ -330,6 +337,9 @@ def _resumable(partial: Path, identity: Mapping[str, Any], is_resume: bool) -> P
     """The newest Trainer checkpoint to go on from, or None to start."""
     if not partial.exists():
         return None
+    if _rank() > 0:  # the first process may have just made it, and it does the checking
+        newest = get_last_checkpoint(str(partial)) if is_resume else None
+        return Path(newest) if newest else None
     if not is_resume:
         raise CheckpointError(
             f"{partial} holds an unfinished run; go on with --resume, or remove it"
@@ -422,6 +432,7 @@ def _quality(
 
 
 def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
+    is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return TrainingArguments(
         output_dir=str(partial),
         max_steps=config.steps,
@@ -443,6 +454,8 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=True,  # gates at rest get no gradient
     )
 
 
