@@ -20,7 +20,7 @@ test: data
 	$(python) -m pytest
 
 lint: setup
-	.venv/bin/ruff format --check cast_train cast_serve loadtest tests scripts/demo scripts/data
-	.venv/bin/ruff check cast_train cast_serve loadtest tests scripts/demo scripts/data
+	.venv/bin/ruff format --check cast_train cast_serve loadtest tests scripts/demo scripts/data scripts/random-llama
+	.venv/bin/ruff check cast_train cast_serve loadtest tests scripts/demo scripts/data scripts/random-llama
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/csrc/*
