@@ -65,7 +65,7 @@ def run(
         settings = TrainConfig.from_toml(
             config, method=method, selector=selector, sparsity=sparsity, start=start, steps=steps
         )
-        from cast_train.trainer import train
+        from cast_train.run import train
 
         began = time.monotonic()
         record = train(

@@ -1,5 +1,6 @@
 """Tiny random models with a byte tokenizer, and text for them, made once per session."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,25 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "train.toml"
     path.write_text(SETTINGS, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`train`, interrupted in a step, as by Ctrl-C."""
+    from cast_train.run import train
+    from cast_train.trainer import CastTrainer
+
+    def interrupted(step: int, *arguments: object) -> None:
+        compute_loss = CastTrainer.compute_loss
+
+        def stop(self, *args, **kwargs):
+            if self.state.global_step == step:
+                raise KeyboardInterrupt
+            return compute_loss(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CastTrainer, "compute_loss", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(*arguments)
+
+    return interrupted

@@ -8,8 +8,8 @@ from cast_serve.convert import convert
 from cast_serve.nm import Pattern
 from cast_train import checkpoint, distill, gates, quality
 from cast_train.config import TrainConfig
+from cast_train.run import train
 from cast_train.text import read_texts, to_blocks, tokenize
-from cast_train.trainer import train
 
 WAYS = [
     {"selector": "soft_topk", "start": "ones"},
@@ -77,24 +77,12 @@ def test_the_dense_method_is_plain_fine_tuning(llama_dir, text_file, settings_fi
 
 @pytest.mark.parametrize("method", ["adams", "ste"])
 def test_a_resumed_run_of_another_method_is_the_same(
-    method, llama_dir, text_file, settings_file, tmp_path, monkeypatch
+    method, llama_dir, text_file, settings_file, tmp_path, train_until
 ):
-    from cast_train.trainer import CastTrainer
-
     rate = 0.01 if method == "adams" else 3e-3
     config = config_of(settings_file, method=method, learning_rate=rate, scale_parts=2)
     train(llama_dir, [text_file], tmp_path / "whole", config)
-    compute_loss = CastTrainer.compute_loss
-
-    def stop_in_step_14(self, *args, **kwargs):
-        if self.state.global_step == 14:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(CastTrainer, "compute_loss", stop_in_step_14)
-    with pytest.raises(KeyboardInterrupt):
-        train(llama_dir, [text_file], tmp_path / "out", config)
-    monkeypatch.setattr(CastTrainer, "compute_loss", compute_loss)
+    train_until(14, llama_dir, [text_file], tmp_path / "out", config)
     train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
     whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert whole.keys() == resumed.keys()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cast_train import checkpoint
 from cast_train.config import TrainConfig
-from cast_train.trainer import train
+from cast_train.run import train
 
 
 @pytest.mark.parametrize("method", ["gates", "adams"])

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from cast_serve.nm import TWO_FOUR, CheckpointError
-from cast_train import checkpoint, trainer
+from cast_train import checkpoint, run
 from cast_train.config import TrainConfig
-from cast_train.trainer import CastTrainer, DivergedError, train
+from cast_train.run import train
+from cast_train.trainer import CastTrainer, DivergedError
 
 
 @pytest.fixture
@@ -30,21 +31,11 @@ def test_a_run_learns_and_writes_a_gated_checkpoint(model_dir, text_file, config
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    llama_dir, text_file, config, tmp_path, monkeypatch
+    llama_dir, text_file, config, tmp_path, monkeypatch, train_until
 ):
     train(llama_dir, [text_file], tmp_path / "whole", config)
 
-    compute_loss = CastTrainer.compute_loss
-
-    def stop_in_step_6(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(CastTrainer, "compute_loss", stop_in_step_6)
-    with pytest.raises(KeyboardInterrupt):
-        train(llama_dir, [text_file], tmp_path / "out", config)
-    monkeypatch.setattr(CastTrainer, "compute_loss", compute_loss)
+    train_until(6, llama_dir, [text_file], tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
     with pytest.raises(CheckpointError, match="go on with --resume"):
@@ -89,7 +80,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         model.lm_head.weight.data.fill_(float("inf"))
         return model
 
-    monkeypatch.setattr(trainer, "load_dense", poisoned)
+    monkeypatch.setattr(run, "load_dense", poisoned)
     config = dataclasses.replace(config, start="ones")
     with pytest.raises(DivergedError, match="at step 0; lower learning_rate"):
         train(llama_dir, [text_file], tmp_path / "out", config)

@@ -1,0 +1,307 @@
+"""Dense model + text + TrainConfig -> a gated checkpoint: the life of a training run.
+
+Text -> blocks -> gates on the dense model -> steps (CastTrainer's loop, checkpoints in
+OUT.partial/) -> bf16 -> quality of the soft and the hard model -> gates off -> OUT, whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from cast_serve.nm import CheckpointError, find_targets
+from cast_train import adams, checkpoint, gates, oneshot, quality, scaling
+from cast_train.checkpoint import load_dense, load_tokenizer
+from cast_train.config import TrainConfig
+from cast_train.schedules import phase_at
+from cast_train.text import TokenBlocks, read_texts, split_held_out, to_blocks, tokenize
+from cast_train.trainer import CastTrainer, Watch, tokens_per_step
+
+logger = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+
+
+def train(
+    model_dir: Path,
+    text_files: Sequence[Path],
+    out: Path,
+    config: TrainConfig,
+    is_resume: bool = False,
+    heldout_file: Path | None = None,
+    tensorboard_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Trains and writes a gated checkpoint.
+
+    Args:
+        model_dir: dense HF directory.
+        text_files: UTF-8 training text.
+        out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end.
+        config: all settings.
+        is_resume: go on from OUT.partial if it is there; start if it is not.
+        heldout_file: text to measure quality on; None: blocks kept out of the training text.
+        tensorboard_dir: where TensorBoard's files go; None: none are written.
+
+    Returns:
+        cast.json's content. If out is already the result of this very run, it is verified and
+        returned, and nothing is trained.
+
+    Raises:
+        ValueError: for every wrong input; nothing is written then.
+        DivergedError: if the loss is not finite.
+    """
+    files = [*text_files, *([heldout_file] if heldout_file else [])]
+    tokenizer = load_tokenizer(model_dir)
+    blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
+    blocks, heldout = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
+    if heldout_file is not None:
+        tokens = tokenize(
+            read_texts([heldout_file]), tokenizer, config.heldout_blocks * config.block_size
+        )
+        heldout = to_blocks(tokens, config.block_size)
+    identity = {
+        "config": config.as_dict(),
+        "source": {
+            "model": model_dir.resolve().name,
+            "model_config_sha256": _sha256(model_dir / "config.json"),
+            "text_sha256": {path.name: _sha256(path) for path in files},
+        },
+    }
+    if out.exists():
+        return _finished(out, identity)
+    partial = out.with_name(out.name + ".partial")
+    resume_from = _resumable(partial, identity, is_resume)
+
+    model = load_dense(model_dir, torch.float32)
+    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    gate_map = _attach(model, targets, blocks, config)
+    start = {name: gate.mask().bool() for name, gate in gate_map.items()}
+    if not config.train_embeddings:
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if embedding is not None:
+                embedding.requires_grad_(False)
+    teacher = None
+    if config.distillation_weight:
+        teacher = load_dense(model_dir, quality.arithmetic(config.precision)).requires_grad_(False)
+        teacher.eval()
+
+    if _rank() == 0:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    trainer = CastTrainer(
+        config=config,
+        gate_map=gate_map,
+        teacher=teacher,
+        model=model,
+        args=_arguments(partial, config),
+        train_dataset=TokenBlocks(blocks),
+    )
+    if teacher is not None:
+        teacher.to(trainer.args.device)
+    watch = Watch(trainer, heldout, start)
+    trainer.add_callback(watch)
+    if tensorboard_dir is not None:
+        trainer.add_callback(_tensorboard(tensorboard_dir))
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+    last = phase_at(config.steps, config)
+    _round_as_stored(model, gate_map)
+    if config.method == "adams":  # the others came to rest on their way
+        gates.come_to_rest(gate_map)
+    record = {
+        "kind": "dense" if config.method == "dense" else "gated",
+        "method": config.method,
+        "n": config.pattern.n,
+        "m": config.pattern.m,
+        "targets": list(targets),
+        "selector": config.selector,
+        "schedules_end": dataclasses.asdict(last),
+        "steps": config.steps,
+        "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
+        "step_s": statistics.median(watch.step_s) if watch.step_s else None,
+        "curve": [
+            {"tokens": int(entry["tokens"]), "perplexity": entry["heldout_perplexity"]}
+            for entry in trainer.state.log_history
+            if "heldout_perplexity" in entry
+        ],
+        "gates": dataclasses.asdict(gates.statistics(gate_map, last, start)),
+        "quality": _quality(model, gate_map, heldout, config, heldout_file),
+        **identity,
+    }
+    tensors = gates.detach(targets) if gate_map else {}
+    if trainer.is_world_process_zero():
+        model.to(torch.bfloat16)
+        record = checkpoint.write(out, model, tokenizer, record, tensors)
+        shutil.rmtree(partial)
+    return record
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard; install it with: pip install tensorboard"
+        ) from error
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
+def _rank() -> int:
+    """This process's number under torchrun, known before torch has joined the others."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run that is done already."""
+    record = checkpoint.verify(out)
+    for key, value in identity.items():
+        if record.get(key) != value:
+            raise CheckpointError(
+                f"{out} exists and is another run (its {key} differs: "
+                f"{_difference(record.get(key), value)}); choose another --out or remove it"
+            )
+    logger.info("%s is the finished result of this run; nothing to do", out)
+    return record
+
+
+def _resumable(partial: Path, identity: Mapping[str, Any], is_resume: bool) -> Path | None:
+    """The newest Trainer checkpoint to go on from, or None to start."""
+    if not partial.exists():
+        return None
+    if _rank() > 0:  # the first process may have just made it, and it does the checking
+        newest = get_last_checkpoint(str(partial)) if is_resume else None
+        return Path(newest) if newest else None
+    if not is_resume:
+        raise CheckpointError(
+            f"{partial} holds an unfinished run; go on with --resume, or remove it"
+        )
+    try:
+        found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{partial} is no unfinished run: {error}; remove it") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise CheckpointError(
+                f"{partial} is another run (its {key} differs: "
+                f"{_difference(found.get(key), value)}); repeat that run's settings, or remove it"
+            )
+    newest = get_last_checkpoint(str(partial))
+    return Path(newest) if newest else None
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return f"{found!r}, not {wanted!r}"
+    keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    return ", ".join(f"{k} is {found.get(k)!r}, not {wanted.get(k)!r}" for k in keys)
+
+
+def _attach(
+    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
+) -> dict[str, gates.Gate]:
+    """Gates, and scales if asked for, on the targets."""
+    if config.method == "dense":
+        return {}
+    scores = None
+    if config.method == "adams":
+        scores = oneshot.magnitude_scores(targets)
+        reach, dropped = adams.check_reach(config, scores)
+        if reach < 3 * dropped:
+            logger.warning(
+                "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
+                "or a higher learning_rate would leave less to cut off at the end",
+                reach,
+                dropped,
+            )
+    elif config.start == "magnitude":
+        scores = oneshot.magnitude_scores(targets)
+    elif config.start == "wanda":
+        scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    gate_map = gates.attach(
+        targets,
+        config.pattern,
+        scores,
+        method=config.method,
+        selector=config.selector,
+        decay=config.decay,
+    )
+    if config.scale_parts:
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+    return gate_map
+
+
+@torch.no_grad()
+def _round_as_stored(model: nn.Module, gate_map: Mapping[str, gates.Gate]) -> None:
+    """Rounds all weights to bf16, so that what is measured is what is written."""
+    stored_exactly = {id(p) for gate in gate_map.values() for p in gate.parameters()}
+    for module in model.modules():
+        if isinstance(module, scaling.ColumnScale):
+            stored_exactly.add(id(module.scale))
+    for parameter in model.parameters():
+        if id(parameter) not in stored_exactly:
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
+def _quality(
+    model: nn.Module,
+    gate_map: Mapping[str, gates.Gate],
+    heldout: Tensor,
+    config: TrainConfig,
+    heldout_file: Path | None,
+) -> dict[str, Any]:
+    """Perplexity of the soft and the hard model."""
+    last = phase_at(config.steps, config)
+    soft, hard = quality.soft_and_hard(model, gate_map, last, heldout)
+    return {
+        "text": heldout_file.name if heldout_file else "held-out split of the training text",
+        "perplexity_soft": soft.perplexity,
+        "perplexity_hard": hard.perplexity,
+        "num_tokens": hard.num_tokens,
+        "context_tokens": hard.context_tokens,
+    }
+
+
+def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
+    is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return TrainingArguments(
+        output_dir=str(partial),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_blocks,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.is_checkpointed,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup_fraction * config.steps),
+        max_grad_norm=config.max_grad_norm,
+        bf16=quality.arithmetic(config.precision) == torch.bfloat16,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=True,  # gates at rest get no gradient
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
