@@ -182,9 +182,20 @@ def study(
         Path | None, typer.Option(help="TOML file of settings that all ways share.")
     ] = None,
     ways: Annotated[
-        str | None, typer.Option(help="Ways to compare, separated by ';'; default: all.")
+        str | None,
+        typer.Option(
+            help="Ways to compare, separated by ';', each with KEY=VALUE for any setting of the "
+            "run, as in 'ste;soft_topk;soft_topk penalty_weight=1'; default: all."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each way.", min=1)] = 3,
+    choices: Annotated[
+        list[Path] | None, typer.Option(help="Questions, JSONL, for every model; repeatable.")
+    ] = None,
+    rival: Annotated[
+        list[Path] | None,
+        typer.Option(help="A directory pruned by other means, to measure too; repeatable."),
+    ] = None,
 ) -> None:
     """Compares the ways of learning the pattern, at equal tokens."""
     with _working():
@@ -196,6 +207,8 @@ def study(
             *(model, text, heldout, out, settings),
             ways=comparison.ways_of(ways),
             seeds=range(seeds),
+            choices=choices or [],
+            rivals=rival or [],
         )
         print(comparison.table_of(result))
         _finish(out=str(out), summary=result["summary"])

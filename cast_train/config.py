@@ -11,7 +11,7 @@ from cast_train.selection import patterns_of
 
 METHODS = ("gates", "ste", "adams", "dense")
 SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
-STARTS = ("ones", "magnitude", "wanda")
+STARTS = ("ones", "magnitude", "wanda", "obs")
 RAMPS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -60,6 +60,8 @@ class TrainConfig:
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
             moment, with the gates' statistics; 0: only at the end.
+        keep_best: the result is the checkpoint with the least loss on sequences kept out of the
+            training text, out of those with the exact mask; measured every `evaluate_every` steps.
         train_embeddings: whether embeddings and head are trained too.
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
         checkpoint_every: steps between two resumable checkpoints.
@@ -99,6 +101,7 @@ class TrainConfig:
     calibration_blocks: int = 16
     heldout_blocks: int = 16
     evaluate_every: int = 0
+    keep_best: bool = False
     train_embeddings: bool = False
     precision: str = "auto"
     checkpoint_every: int = 20
@@ -141,6 +144,8 @@ class TrainConfig:
             raise ValueError(
                 f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"
             )
+        if self.keep_best:
+            self._check_keep_best()
         if not max(self.blend_end_fraction, self.tau_end_fraction) <= self.hard_fraction < 1:
             raise ValueError(
                 f"hard_fraction {self.hard_fraction} must be below 1 and not below "
@@ -148,6 +153,18 @@ class TrainConfig:
                 f"tau_end_fraction {self.tau_end_fraction}: "
                 "the last steps must see the exact mask that is served"
             )
+
+    def _check_keep_best(self) -> None:
+        if self.method == "adams":
+            raise ValueError("keep_best compares exact masks, but adams prunes after its last step")
+        if not self.evaluate_every:
+            raise ValueError("keep_best needs evaluate_every above 0: it compares what is measured")
+        for name in ("steps", "checkpoint_every"):
+            if getattr(self, name) % self.evaluate_every:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is no multiple of evaluate_every "
+                    f"{self.evaluate_every}; keep_best can only keep what is measured and saved"
+                )
 
     @property
     def pattern(self) -> Pattern:

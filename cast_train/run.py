@@ -64,6 +64,7 @@ def train(
     tokenizer = load_tokenizer(model_dir)
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
     blocks, heldout = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
+    validation = heldout
     if heldout_file is not None:
         tokens = tokenize(
             read_texts([heldout_file]), tokenizer, config.heldout_blocks * config.block_size
@@ -105,6 +106,7 @@ def train(
         model=model,
         args=_arguments(partial, config),
         train_dataset=TokenBlocks(blocks),
+        eval_dataset=TokenBlocks(validation),
     )
     if teacher is not None:
         teacher.to(trainer.args.device)
@@ -127,6 +129,7 @@ def train(
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
         "steps": config.steps,
+        "best_step": trainer.state.best_global_step,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
         "step_s": statistics.median(watch.step_s) if watch.step_s else None,
         "curve": [
@@ -229,6 +232,8 @@ def _attach(
         scores = oneshot.magnitude_scores(targets)
     elif config.start == "wanda":
         scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    elif config.start == "obs":
+        scores = oneshot.obs_scores(model, targets, blocks[: config.calibration_blocks])
     gate_map = gates.attach(
         targets,
         config.pattern,
@@ -290,6 +295,11 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         save_strategy="steps",
         save_steps=config.checkpoint_every,
         save_total_limit=1,
+        per_device_eval_batch_size=config.batch_blocks,
+        eval_strategy="steps" if config.keep_best else "no",
+        eval_steps=config.evaluate_every or None,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss" if config.keep_best else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

@@ -12,35 +12,31 @@ report.png     perplexity against tokens, and the last perplexity of every seed
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cast_train.config import TrainConfig
 
 # Name -> what it changes in the study's common settings.
+_FROM_STEP_0 = {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "blend_end_fraction": 0.0}
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense"},
-    "fixed wanda mask": {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "blend_end_fraction": 0.0},
+    "fixed mask": _FROM_STEP_0,
     "ste": {"method": "ste", "start": "magnitude"},
-    "ste, wanda scores": {"method": "ste"},
     "soft_topk": {},
     "gumbel": {"selector": "gumbel"},
     "penalty": {"selector": "penalty", "gate_learning_rate": 0.1},
     "generator": {"selector": "generator"},
     "adams": {"method": "adams"},
-    "soft_topk, distilled": {"distillation_weight": 0.5},
-    "fixed wanda mask, distilled": {
-        "hard_fraction": 0.0,
-        "tau_end_fraction": 0.0,
-        "blend_end_fraction": 0.0,
-        "distillation_weight": 0.5,
-    },
 }
 ONESHOT = ("magnitude", "wanda")
 
@@ -49,20 +45,35 @@ class StudyError(RuntimeError):
     """A run of the study failed."""
 
 
-def ways_of(text: str | None) -> list[str]:
-    """Parses ``ste;soft_topk`` (names may hold commas); None: all.
+def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
+    """Parses ``ste;soft_topk;soft_topk start=magnitude``; None: all of WAYS.
+
+    Returns:
+        what each way changes in the common settings, by the way's text.
 
     Raises:
         ValueError: naming the known ones.
     """
-    if text is None:
-        return list(WAYS)
-    names = [name.strip() for name in text.split(";")]
-    if unknown := [name for name in names if name not in WAYS]:
-        raise ValueError(
-            f"--ways has {', '.join(map(repr, unknown))}; choose from {'; '.join(WAYS)}"
-        )
-    return names
+    ways = {}
+    for way in WAYS if text is None else (part.strip() for part in text.split(";")):
+        words = way.split()
+        name = " ".join(word for word in words if "=" not in word)
+        if name not in WAYS:
+            raise ValueError(
+                f"--ways has {name!r}; choose from {'; '.join(WAYS)}, each with "
+                "KEY=VALUE after it for any setting of the run"
+            )
+        changes = dict(word.split("=", 1) for word in words if "=" in word)
+        ways[way] = WAYS[name] | {key: _parsed(value) for key, value in changes.items()}
+    return ways
+
+
+def _parsed(value: str) -> Any:
+    """A TOML value; what is none is a string, so that no quotes need quoting."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
 
 
 def run(
@@ -71,8 +82,10 @@ def run(
     heldout: Path,
     out: Path,
     settings: Mapping[str, Any],
-    ways: Sequence[str],
+    ways: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int],
+    choices: Sequence[Path] = (),
+    rivals: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Runs what is not in OUT/results.jsonl yet, and writes the report over all of it.
 
@@ -82,16 +95,18 @@ def run(
         heldout: text to measure on.
         out: directory; may hold an unfinished study of the same settings.
         settings: of TrainConfig, common to all ways.
-        ways: names out of WAYS.
+        ways: what each changes in the settings, see `ways_of`.
         seeds: each way runs once per seed.
+        choices: questions, JSONL, that every model answers; with any, KL to the dense model too.
+        rivals: directories that were pruned by other means, measured beside ours by their names.
 
     Raises:
         ValueError: for a wrong setting, or if out holds another study.
         StudyError: if a run fails; what is done stays done.
     """
     configs = {
-        (way, seed): TrainConfig.from_dict({**settings, **WAYS[way], "seed": seed})
-        for way in ways
+        (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
+        for way, changes in ways.items()
         for seed in seeds
     }
     identity = {
@@ -102,18 +117,15 @@ def run(
     }
     _check_identity(out, identity)
     done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
-    for method in ONESHOT:
-        if (method, None) not in done:
-            done[method, None] = _append(out, _oneshot(model, text_files, heldout, out, method))
-    if ("before", None) not in done:
-        perplexity = _evaluate(model, heldout, out)
-        done["before", None] = _append(
-            out, {"way": "before", "seed": None, "perplexity": perplexity}
-        )
+    measure = _Measure(model, heldout, choices, settings)
+    for name in ("before", *ONESHOT, *(rival.name for rival in rivals)):
+        if (name, None) not in done:
+            figures = _measure_untrained(name, text_files, out, measure, rivals)
+            done[name, None] = _append(out, {"way": name, "seed": None, **figures})
     for number, ((way, seed), config) in enumerate(configs.items(), 1):
         if (way, seed) not in done:
             print(f"study: run {number} of {len(configs)}: {way}, seed {seed}", flush=True)
-            row = _train(model, text_files, heldout, out, way, config)
+            row = _train(model, text_files, heldout, out, way, config, measure)
             done[way, seed] = _append(out, row)
     result = {
         **identity,
@@ -135,7 +147,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     single = {row["way"]: row["perplexity"] for row in rows if row["seed"] is None}
     gap = math.log(single["wanda"]) - math.log(single["before"])
     summary: dict[str, dict[str, Any]] = {
-        way: {"perplexity": perplexity, "num_seeds": 0} for way, perplexity in single.items()
+        row["way"]: {"perplexity": row["perplexity"], "num_seeds": 0, **_answers([row])}
+        for row in rows
+        if row["seed"] is None
     }
     for way in dict.fromkeys(row["way"] for row in rows if row["seed"] is not None):
         runs = [row for row in rows if row["way"] == way]
@@ -154,33 +168,66 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "peak_memory_mb": max(row["peak_memory_mb"] for row in runs),
             "tokens": runs[0]["tokens"],
             "num_seeds": len(runs),
+            **_answers(runs),
         }
     return summary
 
 
+def _answers(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean KL and accuracies of runs that have them; a standard error is that of one run."""
+    if not all("choices" in row for row in runs):
+        return {}
+    return {
+        "kl_nats_per_token": statistics.fmean(row["kl_nats_per_token"] for row in runs),
+        "choices": {
+            name: {
+                key: statistics.fmean(row["choices"][name][key] for row in runs)
+                for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            }
+            for name in runs[0]["choices"]
+        },
+    }
+
+
 def table_of(result: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
-    lines = [
-        f"{result['model']}, trained on {', '.join(result['text'])}, measured on "
-        f"{result['heldout']}.",
-        "",
-        "| way | tokens | perplexity, mean (range of seeds) | recovered of the log gap | soft to "
-        "hard | mask flipped | s a step | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for way, row in sorted(result["summary"].items(), key=lambda item: item[1]["perplexity"]):
-        if not row["num_seeds"]:
-            name = {"before": "dense, as given"}.get(way, f"one-shot {way}")
-            lines.append(f"| {name} | 0 | {row['perplexity']:.2f} | | | | | |")
-            continue
-        recovered = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
-        lines.append(
-            f"| {way} | {row['tokens']} | {row['perplexity']:.2f} ({row['perplexity_min']:.2f} to "
-            f"{row['perplexity_max']:.2f}, n={row['num_seeds']}) | {recovered} | "
-            f"{row['soft_to_hard']:+.2%} | {row['flipped_share']:.1%} | {row['step_s']:.2f} | "
-            f"{row['peak_memory_mb']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    summary = result["summary"]
+    asked = list(dict.fromkeys(name for row in summary.values() for name in row.get("choices", {})))
+    head = ["way", "tokens", "perplexity, mean (range of seeds)", "recovered of the log gap"]
+    head += ["soft to hard", "mask flipped", "s a step", "peak MB"]
+    head += ["KL, nats a token", *(f"{name} acc_norm" for name in asked)] if asked else []
+    table = [head, ["---"] * len(head)]
+    for way, row in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
+        if row["num_seeds"]:
+            recovered = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
+            cells = [
+                way,
+                str(row["tokens"]),
+                f"{row['perplexity']:.2f} ({row['perplexity_min']:.2f} to "
+                f"{row['perplexity_max']:.2f}, n={row['num_seeds']})",
+                recovered,
+                f"{row['soft_to_hard']:+.2%}",
+                f"{row['flipped_share']:.1%}",
+                f"{row['step_s']:.2f}",
+                f"{row['peak_memory_mb']:.0f}",
+            ]
+        else:
+            name = "dense, as given" if way == "before" else f"one-shot {way}"
+            cells = [name, "0", f"{row['perplexity']:.2f}", *[""] * 5]
+        if asked:
+            cells.append(f"{row['kl_nats_per_token']:.3f}" if "choices" in row else "")
+            for name in asked:
+                found = row.get("choices", {}).get(name)
+                cells.append(
+                    f"{found['acc_norm']:.3f} +- {found['acc_norm_stderr']:.3f}" if found else ""
+                )
+        table.append(cells)
+    text = f"{result['model']}, trained on {', '.join(result['text'])}, measured on "
+    return (
+        f"{text}{result['heldout']}.\n\n"
+        + "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        + "\n"
+    )
 
 
 def _check_identity(out: Path, identity: Mapping[str, Any]) -> None:
@@ -224,30 +271,54 @@ def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
     return json.loads(printed.splitlines()[-1]), elapsed_s, usage.ru_maxrss / 1024
 
 
-def _evaluate(directory: Path, heldout: Path, out: Path) -> float:
-    settings = json.loads((out / "study.json").read_text(encoding="utf-8"))["settings"]
-    config = TrainConfig.from_dict(settings)
-    tokens = config.heldout_blocks * config.block_size
-    figures, _, _ = _call(
-        *("eval", directory, "--text", heldout),
-        *("--context", config.block_size, "--tokens", tokens),
-    )
-    return float(figures["perplexity"])
+@dataclass(frozen=True)
+class _Measure:
+    """`cast-train eval` as the study calls it."""
+
+    model: Path
+    heldout: Path
+    choices: Sequence[Path]
+    settings: Mapping[str, Any]
+
+    def __call__(self, directory: Path) -> dict[str, Any]:
+        """The directory's perplexity and, if there are choices, its KL and accuracies."""
+        config = TrainConfig.from_dict(dict(self.settings))
+        tokens = config.heldout_blocks * config.block_size
+        more: list[object] = []
+        if self.choices:
+            more = ["--reference", self.model]
+            for path in self.choices:
+                more += ["--choices", path]
+        found, _, _ = _call(
+            *("eval", directory, "--text", self.heldout),
+            *("--context", config.block_size, "--tokens", tokens, *more),
+        )
+        figures: dict[str, Any] = {
+            "perplexity": found.get("perplexity_hard", found.get("perplexity"))
+        }
+        if self.choices:
+            figures["kl_nats_per_token"] = found["kl_nats_per_token"]
+            figures["choices"] = {path.stem: found[path.stem] for path in self.choices}
+        return figures
 
 
-def _oneshot(
-    model: Path, text_files: Sequence[Path], heldout: Path, out: Path, method: str
+def _measure_untrained(
+    name: str, text_files: Sequence[Path], out: Path, measure: _Measure, rivals: Sequence[Path]
 ) -> dict[str, Any]:
+    """Of the dense model ("before"), of what one shot makes of it, or of a rival."""
+    if name == "before":
+        return measure(measure.model)
+    if name not in ONESHOT:
+        return measure(next(rival for rival in rivals if rival.name == name))
     folder = out / "pruned"
     shutil.rmtree(folder, ignore_errors=True)
-    text = ("--text", *text_files) if method == "wanda" else ()
-    settings = json.loads((out / "study.json").read_text(encoding="utf-8"))["settings"]
-    sparsity = TrainConfig.from_dict(settings).sparsity
-    _call("oneshot", "--model", model, "--method", method, "--sparsity", sparsity, *text,
+    text = ("--text", *text_files) if name == "wanda" else ()
+    sparsity = TrainConfig.from_dict(dict(measure.settings)).sparsity
+    _call("oneshot", "--model", measure.model, "--method", name, "--sparsity", sparsity, *text,
           "--out", folder)  # fmt: skip
-    row = {"way": method, "seed": None, "perplexity": _evaluate(folder, heldout, out)}
+    figures = measure(folder)
     shutil.rmtree(folder)
-    return row
+    return figures
 
 
 def _train(
@@ -257,9 +328,10 @@ def _train(
     out: Path,
     way: str,
     config: TrainConfig,
+    measure: _Measure,
 ) -> dict[str, Any]:
-    folder = out / f"{way.replace(' ', '-').replace(',', '')}-{config.seed}"
-    settings = folder.with_suffix(".toml")
+    folder = out / f"{re.sub('[^a-z0-9_.]+', '-', way)}-{config.seed}"
+    settings = folder.with_name(folder.name + ".toml")
     settings.write_text(
         "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.as_dict().items())
     )
@@ -268,9 +340,11 @@ def _train(
         *("--config", settings, "--out", folder, "--resume"),
     )
     record = json.loads((folder / "cast.json").read_text(encoding="utf-8"))
+    answers = measure(folder) if measure.choices else {}
     shutil.rmtree(folder)
     settings.unlink()
     return {
+        **answers,
         "way": way,
         "seed": config.seed,
         "tokens": figures["tokens_seen"],

@@ -52,6 +52,8 @@ class CastTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
+        if not model.training:  # `evaluate`, in the phase of the last step
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         step = self.state.global_step
         phase = phase_at(step, self.config)
         if phase.is_hard and step > 0 and not phase_at(step - 1, self.config).is_hard:
@@ -79,6 +81,17 @@ class CastTrainer(Trainer):
                 f"(now {self.config.learning_rate}) and start again"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss on the evaluation set; infinite before the mask is exact, so never the best.
+
+        A soft model's loss is lower than what the same model hardened would have.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        is_exact = phase_at(self.state.global_step - 1, self.config).is_hard
+        if not is_exact and self.config.method != "dense":
+            metrics["eval_loss"] = math.inf
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs | self.figures if "loss" in logs else logs, *args, **kwargs)

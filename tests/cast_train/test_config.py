@@ -36,6 +36,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"keep_best": True}, "keep_best needs evaluate_every above 0"),
+        (
+            {"keep_best": True, "evaluate_every": 3, "steps": 32},
+            "steps 32 is no multiple of evaluate_every 3",
+        ),
+        (
+            {"keep_best": True, "evaluate_every": 8, "method": "adams"},
+            "adams prunes after its last step",
+        ),
         (
             {"method": "magic"},
             "method 'magic' does not exist; choose from gates, ste, adams, dense",

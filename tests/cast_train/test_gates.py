@@ -2,8 +2,10 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cast_serve.nm import TWO_FOUR, Pattern, check_weight, find_targets
+from cast_serve.nm import TWO_FOUR, Pattern, check_weight, find_targets, hard_mask
 from cast_train import gates, oneshot
 from cast_train.checkpoint import load_dense
 from cast_train.gates import sparsity_penalty
@@ -93,6 +95,24 @@ def test_the_penalty_is_the_mean_of_the_smallest_gates_of_a_group():
     assert sparsity_penalty(torch.ones(3, 8), TWO_FOUR) == 2
     mixed = torch.tensor([[0.9, 0.1, 0.8, 0.2, 1.0, 0.0, 1.0, 0.5]])
     assert sparsity_penalty(mixed, TWO_FOUR).item() == pytest.approx((0.3 + 0.5) / 2)
+
+
+@given(
+    st.sampled_from([(1, 2), (1, 4), (2, 4), (4, 8), (8, 16)]),
+    st.integers(0, 2**32 - 1),
+    st.floats(1e-6, 1.0),
+)
+def test_the_penalty_is_zero_on_exact_patterns_and_nowhere_else(nm, seed, leak):
+    pattern = Pattern(*nm)
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.rand(4, 3 * pattern.m, generator=draw)
+    mask = hard_mask(kept, pattern)
+    exact = (0.1 + kept) * mask  # kept gates may have any value
+    assert sparsity_penalty(exact, pattern) == 0
+    leaking = exact.clone()
+    row, column = (~mask).nonzero()[0]
+    leaking[row, column] = leak
+    assert sparsity_penalty(leaking, pattern) > 0
 
 
 def test_statistics_count_undecided_gates_and_flips(model):

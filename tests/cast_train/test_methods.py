@@ -103,3 +103,17 @@ def test_the_divergence_is_zero_for_equals_and_keeps_its_gradient_with_temperatu
     assert 0.3 < sizes[1] / sizes[0] < 3
     expected = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
     torch.testing.assert_close(distill.divergence(student, teacher), expected.mean())
+
+
+def test_the_gradient_of_the_divergence_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    rows = distill.ROWS + 3  # more than are taken at a time
+    student = torch.randn(rows, 7, requires_grad=True)
+    teacher = torch.randn(rows, 7)
+    (grad,) = torch.autograd.grad(3 * distill.divergence(student, teacher, 2.0), student)
+    for place in ((0, 0), (5, 3), (rows - 1, 6)):
+        step = torch.zeros(rows, 7)
+        step[place] = 0.05
+        ends = [distill.divergence(student + sign * step, teacher, 2.0) for sign in (1, -1)]
+        slope = 3 * (ends[0] - ends[1]).item() / 0.1
+        assert grad[place].item() == pytest.approx(slope, rel=0.02, abs=1e-4)

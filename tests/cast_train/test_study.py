@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 
@@ -45,17 +46,43 @@ def test_the_table_is_sorted_by_perplexity():
 
 
 def test_an_unknown_way_is_named():
-    assert study.ways_of(" ste ;soft_topk") == ["ste", "soft_topk"]
-    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed wanda mask; ste"):
-        study.ways_of("magic")
+    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed mask; ste"):
+        study.ways_of("magic steps=3")
+
+
+def test_a_way_may_change_any_setting():
+    assert study.ways_of(" ste ; fixed mask start=obs learning_rate=1e-4 include=['q_proj']") == {
+        "ste": {"method": "ste", "start": "magnitude"},
+        "fixed mask start=obs learning_rate=1e-4 include=['q_proj']": {
+            **study.WAYS["fixed mask"],
+            "start": "obs",
+            "learning_rate": 1e-4,
+            "include": ["q_proj"],
+        },
+    }
+    assert list(study.ways_of(None)) == list(study.WAYS)
 
 
 def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypatch):
     settings = {"steps": 4, "block_size": 32, "heldout_blocks": 4, "calibration_blocks": 4}
     settings |= {"learning_rate": 3e-3, "evaluate_every": 2}
     out = tmp_path / "study"
+    rival = tmp_path / "twin"
+    shutil.copytree(llama_dir, rival)
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text(
+        '{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n'
+        '{"question": "1 + 2", "choices": ["2", "3"], "answer": 1}\n'
+    )
+    more = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
+    more |= {"choices": [questions], "rivals": [rival]}
     arguments = (llama_dir, [text_file], text_file, out, settings)
-    result = study.run(*arguments, ways=["ste"], seeds=[0])
+    result = study.run(*arguments, **more)
+    summary = result["summary"]
+    assert summary["twin"] == summary["before"]
+    assert summary["twin"]["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+    assert summary["ste"]["kl_nats_per_token"] > 1e-6
+    assert "sums acc_norm" in (out / "report.md").read_text()
     (row,) = [row for row in result["runs"] if row["seed"] is not None]
     assert (row["way"], row["tokens"]) == ("ste", 4 * 4 * 32)
     assert [point["tokens"] for point in row["curve"]] == [256, 512]
@@ -67,6 +94,6 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     assert {path.name for path in out.iterdir()} == names  # no weights left
 
     monkeypatch.setattr(study, "_call", lambda *_: pytest.fail("ran again"))
-    assert study.run(*arguments, ways=["ste"], seeds=[0]) == result
+    assert study.run(*arguments, **more) == result
     with pytest.raises(ValueError, match="holds another study"):
-        study.run(*arguments[:4], settings | {"steps": 5}, ways=["ste"], seeds=[0])
+        study.run(*arguments[:4], settings | {"steps": 5}, **more)

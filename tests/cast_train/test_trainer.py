@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import shutil
 
 import pytest
@@ -94,3 +95,36 @@ def test_embeddings_stay_as_they_were_unless_asked(llama_dir, text_file, config,
         train(llama_dir, [text_file], tmp_path / name, settings)
         after = checkpoint.load_dense(tmp_path / name).get_input_embeddings().weight
         assert torch.equal(before, after) != is_trained
+
+
+def test_the_best_exact_mask_is_kept(llama_dir, text_file, config, tmp_path, monkeypatch):
+    """Step 2 is soft; of the losses made up for 4, 6 and 8 that of 6 is the least."""
+    measured, weights = {}, {}
+    evaluate = CastTrainer.evaluate
+
+    def evaluate_and_pretend(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        step = self.state.global_step
+        measured[step] = metrics["eval_loss"]
+        weights[step] = self.model.model.embed_tokens.weight.detach().clone()
+        return metrics | {"eval_loss": {2: metrics["eval_loss"], 4: 3.0, 6: 1.0, 8: 2.0}[step]}
+
+    monkeypatch.setattr(CastTrainer, "evaluate", evaluate_and_pretend)
+    config = dataclasses.replace(
+        config,
+        steps=8,
+        evaluate_every=2,
+        checkpoint_every=2,
+        keep_best=True,
+        train_embeddings=True,
+        method="ste",
+        tau_end_fraction=0.3,
+        hard_fraction=0.3,
+    )
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    assert math.isinf(measured[2])
+    assert all(1 < measured[step] < 10 for step in (4, 6, 8))
+    assert record["best_step"] == 6
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(written, weights[6].to(torch.bfloat16))
+    assert not torch.equal(written, weights[8].to(torch.bfloat16))
