@@ -11,7 +11,7 @@ from cast_train.selection import patterns_of
 
 METHODS = ("gates", "ste", "adams", "dense")
 SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
-STARTS = ("ones", "magnitude", "wanda", "obs")
+STARTS = ("ones", "magnitude", "wanda")
 RAMPS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -88,16 +88,16 @@ class TrainConfig:
     penalty_ramp: str = "linear"
     tau_start: float = 0.5
     tau_end: float = 1e-3
-    tau_end_fraction: float = 0.35
-    blend_end_fraction: float = 0.15
+    tau_end_fraction: float = 0.12
+    blend_end_fraction: float = 0.05
     blend_ramp: str = "linear"
     gumbel_noise: float = 0.5
     decay: float = 2e-4
     mask_every: int = 10
     scale_parts: int = 0
-    distillation_weight: float = 0.0
+    distillation_weight: float = 0.5
     distillation_temperature: float = 1.0
-    hard_fraction: float = 0.4
+    hard_fraction: float = 0.15
     calibration_blocks: int = 16
     heldout_blocks: int = 16
     evaluate_every: int = 0

@@ -6,7 +6,7 @@ Source: Sun et al., "A simple and effective pruning approach for large language 
 activations come from one pass of the dense model; Wanda's authors prune layer after layer instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from cast_train.gates import is_transposed
 from cast_train.text import read_texts, to_blocks, tokenize
 
 METHODS = ("magnitude", "wanda")
-MAX_HESSIAN_BYTES = 4 << 30
 
 
 def magnitude_scores(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -42,65 +41,12 @@ def wanda_scores(
     Raises:
         ValueError: if the calibration tokens never reach a target.
     """
-    squares = _sums_over_tokens(
-        model, targets, blocks, batch_blocks, lambda inputs: inputs.square().sum(0)
-    )
-    return {name: _rows(linear).abs() * squares[name].sqrt() for name, linear in targets.items()}
-
-
-def obs_scores(
-    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, batch_blocks: int = 4
-) -> dict[str, Tensor]:
-    """|W| / sqrt([H^-1]_jj) by name, H = x^T x, fp32 [out_features, in_features].
-
-    The square is twice the error that is left once the row's other weights have made up for the
-    loss of this one as well as they can (optimal brain surgeon), where Wanda's is the error without
-    any such repair. H is damped by a hundredth of its mean diagonal, as SparseGPT does. It takes
-    in_features^2 numbers a target, so the targets are measured MAX_HESSIAN_BYTES at a time.
-
-    Args and errors: as `wanda_scores`.
-    """
-    scores: dict[str, Tensor] = {}
-    for some in _portions(targets):
-        hessians = _sums_over_tokens(
-            model, some, blocks, batch_blocks, lambda inputs: inputs.t() @ inputs
-        )
-        for name, linear in some.items():
-            hessian = hessians.pop(name)
-            hessian.diagonal().add_(0.01 * hessian.diagonal().mean().clamp(min=1e-12))
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-            scores[name] = _rows(linear).abs() / inverse.diagonal().sqrt()
-    return scores
-
-
-def _portions(targets: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """The targets in order, as many at once as MAX_HESSIAN_BYTES allows, and at least one."""
-    portion: dict[str, nn.Module] = {}
-    num_bytes = 0
-    for name, linear in targets.items():
-        own = 4 * _rows(linear).shape[1] ** 2
-        if portion and num_bytes + own > MAX_HESSIAN_BYTES:
-            yield portion
-            portion, num_bytes = {}, 0
-        portion[name] = linear
-        num_bytes += own
-    yield portion
-
-
-def _sums_over_tokens(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    blocks: Tensor,
-    batch_blocks: int,
-    measure: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """`measure` of every target's input, fp32 [tokens, in_features], summed over the passes."""
-    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(_: nn.Module, inputs: Any) -> None:
-            found = measure(inputs[0].detach().flatten(0, -2).float())
-            sums[name] = sums[name].add_(found) if name in sums else found
+            found = inputs[0].detach().flatten(0, -2).float().square().sum(0)
+            squares[name] = squares[name] + found if name in squares else found
 
         return hook
 
@@ -116,10 +62,10 @@ def _sums_over_tokens(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    missed = sorted(set(targets) - set(sums))
+    missed = sorted(set(targets) - set(squares))
     if missed:
         raise ValueError(f"the calibration text never reached {', '.join(missed)}; exclude them")
-    return sums
+    return {name: _rows(linear).abs() * squares[name].sqrt() for name, linear in targets.items()}
 
 
 @torch.no_grad()

@@ -232,8 +232,6 @@ def _attach(
         scores = oneshot.magnitude_scores(targets)
     elif config.start == "wanda":
         scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
-    elif config.start == "obs":
-        scores = oneshot.obs_scores(model, targets, blocks[: config.calibration_blocks])
     gate_map = gates.attach(
         targets,
         config.pattern,

@@ -27,16 +27,21 @@ from typing import Any
 from cast_train.config import TrainConfig
 
 # Name -> what it changes in the study's common settings.
-_FROM_STEP_0 = {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "blend_end_fraction": 0.0}
+# The baselines are undistilled, as they are known; "ste distillation_weight=0.5" is the fair pair.
 WAYS: dict[str, dict[str, Any]] = {
-    "dense": {"method": "dense"},
-    "fixed mask": _FROM_STEP_0,
-    "ste": {"method": "ste", "start": "magnitude"},
+    "dense": {"method": "dense", "distillation_weight": 0.0},
+    "fixed mask": {
+        "hard_fraction": 0.0,
+        "tau_end_fraction": 0.0,
+        "blend_end_fraction": 0.0,
+        "distillation_weight": 0.0,
+    },
+    "ste": {"method": "ste", "distillation_weight": 0.0},
     "soft_topk": {},
     "gumbel": {"selector": "gumbel"},
     "penalty": {"selector": "penalty", "gate_learning_rate": 0.1},
     "generator": {"selector": "generator"},
-    "adams": {"method": "adams"},
+    "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
 }
 ONESHOT = ("magnitude", "wanda")
 

@@ -51,11 +51,13 @@ def test_an_unknown_way_is_named():
 
 
 def test_a_way_may_change_any_setting():
-    assert study.ways_of(" ste ; fixed mask start=obs learning_rate=1e-4 include=['q_proj']") == {
-        "ste": {"method": "ste", "start": "magnitude"},
-        "fixed mask start=obs learning_rate=1e-4 include=['q_proj']": {
+    assert study.ways_of(
+        " ste ; fixed mask start=magnitude learning_rate=1e-4 include=['q_proj']"
+    ) == {
+        "ste": study.WAYS["ste"],
+        "fixed mask start=magnitude learning_rate=1e-4 include=['q_proj']": {
             **study.WAYS["fixed mask"],
-            "start": "obs",
+            "start": "magnitude",
             "learning_rate": 1e-4,
             "include": ["q_proj"],
         },
