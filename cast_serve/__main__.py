@@ -80,11 +80,22 @@ def worker(
 
 
 Variants = Annotated[list[str], typer.Option("--variant", help="NAME=DIR or NAME=URL; repeat.")]
+Split = Annotated[
+    str | None, typer.Option(help="NAME=dense:9,sparse:1: a model name answered by weights.")
+]
+Fallback = Annotated[
+    str | None, typer.Option(help="sparse=dense: who answers for a variant that is down.")
+]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def up(
-    context: typer.Context, variant: Variants, port: Port = 8000, host: Host = "127.0.0.1"
+    context: typer.Context,
+    variant: Variants,
+    port: Port = 8000,
+    host: Host = "127.0.0.1",
+    split: Split = None,
+    fallback: Fallback = None,
 ) -> None:
     """Start one worker per variant, each on its own cores, and the gateway in front of them.
 
@@ -92,47 +103,63 @@ def up(
     """
     from cast_serve.variants import local_variants
 
-    models = {name: Path(value) for name, value in _parse_variants(variant).items()}
-    _serve(local_variants(models, context.args), host, port)
+    models = {}
+    for name, values in _parse_variants(variant).items():
+        if len(values) > 1:
+            raise ValueError(f"--variant {name} is given twice; each directory needs its own name")
+        models[name] = Path(values[0])
+    _serve(local_variants(models, context.args), host, port, split, fallback)
 
 
 @app.command()
-def gateway(variant: Variants, port: Port = 8000, host: Host = "127.0.0.1") -> None:
-    """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL)."""
-    from cast_serve.variants import Variant
+def gateway(
+    variant: Variants,
+    port: Port = 8000,
+    host: Host = "127.0.0.1",
+    split: Split = None,
+    fallback: Fallback = None,
+) -> None:
+    """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL).
 
-    variants = []
-    for name, url in _parse_variants(variant).items():
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"variant {name}: {url!r} is no URL; write {name}=http://HOST:PORT")
-        variants.append(Variant(name, url.rstrip("/")))
-    _serve(variants, host, port)
+    A name that is given again is another replica of that variant.
+    """
+    from cast_serve.variants import remote_variants
+
+    _serve(remote_variants(_parse_variants(variant)), host, port, split, fallback)
 
 
-def _serve(variants: "list[Variant]", host: str, port: int) -> None:
+def _serve(
+    variants: "list[Variant]", host: str, port: int, split: str | None, fallback: str | None
+) -> None:
     import asyncio
     import logging
+
+    from pydantic import ValidationError
 
     from cast_serve.gateway import serve
     from cast_serve.settings import GatewaySettings
 
+    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
+    try:
+        settings = GatewaySettings(**{key: flag for key, flag in flags.items() if flag is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
     _check_port_is_free(host, port)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     _say(f"gateway: http://{host}:{port}, metrics at /metrics; Ctrl-C stops everything")
-    asyncio.run(serve(variants, GatewaySettings(host=host, port=port)))
+    asyncio.run(serve(variants, settings))
     print(json.dumps({"stopped": [variant.name for variant in variants]}))
 
 
-def _parse_variants(given: list[str]) -> dict[str, str]:
-    variants: dict[str, str] = {}
+def _parse_variants(given: list[str]) -> dict[str, list[str]]:
+    variants: dict[str, list[str]] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
-        if name in variants:
-            raise ValueError(f"--variant {name} is given twice; each needs a name of its own")
-        variants[name] = value
+        variants.setdefault(name, []).append(value)
     return variants
 
 

@@ -1,62 +1,206 @@
-"""Request timings of the variants -> rolling dense-over-sparse speed-ups.
+"""Request timings and agreements of the variants -> rolling dense-over-sparse statistics.
 
-The windows hold live traffic: variants may have met other prompts at other times. For a paired
-measurement use ``cast-loadtest run``.
+Two kinds of evidence. The *speed-ups* compare live traffic: the variants met other prompts at other
+times. The *agreement* and its ratios come from shadow traffic (shadow.py) and are paired: both
+variants answered the same prompt. For a controlled measurement use ``cast-loadtest run``.
+
+Intervals are percentile bootstraps with requests as the units, always from the same seed: the same
+window gives the same interval. Inter-token gaps of one request depend on each other, so their ratio
+comes without one.
 """
 
-import statistics
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cast_serve.latency import RequestTiming
 
-QUANTILES = (0.5, 0.95)
 METRICS = ("ttft", "itl", "tpot", "e2e")
+THROUGHPUT = "output_tokens_per_s"
+QUANTILES = (0.5, 0.95)
 MIN_SAMPLES = 5
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 200
+SEED = 0
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one prompt, given to both variants, says about them.
+
+    Attributes:
+        num_tokens: positions of the answer that both judged; 0 if only latency is known.
+        num_agreeing: those where both find the same token likeliest.
+        kl_nats: KL(baseline || candidate), a lower bound, summed over the tokens.
+        ttft_ratio: baseline over candidate; None if an answer was not streamed.
+        e2e_ratio: likewise; None unless both answers have as many tokens.
+    """
+
+    num_tokens: int
+    num_agreeing: int
+    kl_nats: float
+    ttft_ratio: float | None
+    e2e_ratio: float | None
 
 
 class Comparison:
-    """The latest timings of each variant.
+    """The latest timings of each variant, and the latest agreements.
 
     Args:
         variants: names; the one called dense, else the first, is the baseline, and the first of
             the others the candidate.
-        window: how many timings of each metric are kept per variant.
+        window: how many values of each metric are kept per variant, and how many agreements.
     """
 
     def __init__(self, variants: Sequence[str], window: int) -> None:
         self.baseline = "dense" if "dense" in variants else variants[0]
         others = [name for name in variants if name != self.baseline]
         self.candidate = others[0] if others else None
+        self.window = window
         self._samples = {
-            name: {metric: deque[float](maxlen=window) for metric in METRICS} for name in variants
+            name: {metric: deque[float](maxlen=window) for metric in (*METRICS, THROUGHPUT)}
+            for name in variants
         }
+        self._num_requests = dict.fromkeys(variants, 0)
+        self._agreements = deque[Agreement](maxlen=window)
 
     def observe(self, variant: str, timing: RequestTiming) -> None:
         """Adds one finished request."""
         samples = self._samples[variant]
+        self._num_requests[variant] += 1
         samples["e2e"].append(timing.e2e_s)
         samples["itl"].extend(timing.itl_s)
         if timing.ttft_s is not None:
             samples["ttft"].append(timing.ttft_s)
         if timing.tpot_s is not None:
             samples["tpot"].append(timing.tpot_s)
+        if timing.output_tokens is not None and timing.e2e_s > 0:
+            samples[THROUGHPUT].append(timing.output_tokens / timing.e2e_s)
+
+    def observe_agreement(self, agreement: Agreement) -> None:
+        """Adds one prompt that both variants met."""
+        self._agreements.append(agreement)
 
     def speedups(self) -> Iterator[tuple[str, float, float]]:
         """(metric, quantile, baseline over candidate) where both have at least 5 samples."""
-        if self.candidate is None:
-            return
         for metric in METRICS:
-            slow = self._samples[self.baseline][metric]
-            fast = self._samples[self.candidate][metric]
+            slow, fast = self._sides(metric)
             if min(len(slow), len(fast)) < MIN_SAMPLES:
                 continue
             for quantile in QUANTILES:
-                divisor = _quantile(fast, quantile)
+                divisor = np.quantile(fast, quantile)
                 if divisor > 0:
-                    yield metric, quantile, _quantile(slow, quantile) / divisor
+                    yield metric, quantile, float(np.quantile(slow, quantile) / divisor)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The body of GET /v1/comparison.
+
+        Ratios are baseline over candidate, above 1 = the candidate is faster: those in `speedups`
+        of live traffic, those in `agreement` paired, as geometric means. Below 5 samples a side a
+        speed-up is absent, and below 5 requests the `low` and `high` of an agreement. `agreement`
+        is None without shadow traffic, and a part of it where no request gave one. `num_requests`
+        counts from the start, `n` in the window.
+        """
+        return {
+            "baseline": self.baseline,
+            "candidate": self.candidate,
+            "window": self.window,
+            "variants": {
+                name: {
+                    "num_requests": self._num_requests[name],
+                    **{f"{metric}_s": _distribution(samples[metric]) for metric in METRICS},
+                    THROUGHPUT: _distribution(samples[THROUGHPUT]),
+                }
+                for name, samples in self._samples.items()
+            },
+            "speedups": {
+                metric: _speedup(*self._sides(metric), has_interval=metric != "itl")
+                for metric in METRICS
+            },
+            "agreement": _summary(self._agreements) if self._agreements else None,
+        }
+
+    def _sides(self, metric: str) -> tuple[Array, Array]:
+        """Ascending samples of the baseline and of the candidate."""
+        slow = self._samples[self.baseline][metric]
+        fast = self._samples[self.candidate][metric] if self.candidate is not None else ()
+        return np.sort(np.array(slow, float)), np.sort(np.array(fast, float))
 
 
-def _quantile(samples: Sequence[float], quantile: float) -> float:
-    cuts = statistics.quantiles(samples, n=100, method="inclusive")
-    return cuts[round(quantile * 100) - 1]
+def _distribution(samples: Sequence[float]) -> dict[str, Any]:
+    if not samples:
+        return {"p50": None, "p95": None, "p99": None, "n": 0}
+    p50, p95, p99 = np.quantile(np.array(samples), (0.5, 0.95, 0.99)).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "n": len(samples)}
+
+
+def _speedup(slow: Array, fast: Array, has_interval: bool) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    if min(len(slow), len(fast)) < MIN_SAMPLES:
+        return found
+    rng = np.random.default_rng(SEED)
+    for quantile in QUANTILES:
+        above, below = (_resampled_quantiles(side, quantile, rng) for side in (slow, fast))
+        if below.min() <= 0:  # as the TPOT of an answer that came in one event
+            continue
+        ratio = {"ratio": float(np.quantile(slow, quantile) / np.quantile(fast, quantile))}
+        if has_interval:
+            ratio |= {**_interval(above / below), "confidence": CONFIDENCE}
+        found[f"p{quantile * 100:.0f}"] = ratio
+    return found
+
+
+def _resampled_quantiles(ordered: Array, quantile: float, rng: np.random.Generator) -> Array:
+    """One quantile of each bootstrap resample, without drawing the resamples.
+
+    A resample draws n ranks at random, and the k-th smallest of n uniform numbers is
+    Beta(k, n + 1 - k). That costs the same for every window.
+    """
+    n = len(ordered)
+    k = round(quantile * (n - 1)) + 1
+    ranks: Array = rng.beta(k, n + 1 - k, NUM_RESAMPLES) * n
+    return ordered[ranks.astype(int).clip(max=n - 1)]
+
+
+def _interval(resampled: Array) -> dict[str, float]:
+    low, high = np.quantile(resampled, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
+    return {"low": low, "high": high}
+
+
+def _summary(agreements: Iterable[Agreement]) -> dict[str, Any]:
+    scored = [agreement for agreement in agreements if agreement.num_tokens]
+    tokens = [agreement.num_tokens for agreement in scored]
+    shares = _mean([agreement.num_agreeing for agreement in scored], tokens)
+    if shares is not None:
+        shares |= {"n_requests": len(scored), "n_tokens": sum(tokens)}
+    return {
+        "token_agreement": shares,
+        "kl_nats": _mean([agreement.kl_nats for agreement in scored], tokens),
+        "ttft_ratio": _geometric_mean(agreement.ttft_ratio for agreement in agreements),
+        "e2e_ratio": _geometric_mean(agreement.e2e_ratio for agreement in agreements),
+    }
+
+
+def _mean(totals: Sequence[float], counts: Sequence[float]) -> dict[str, float] | None:
+    """Sum of totals over sum of counts, which hold one number a request."""
+    if not totals:
+        return None
+    above, below = np.array(totals, float), np.array(counts, float)
+    found = {"mean": float(above.sum() / below.sum())}
+    if (n := len(totals)) >= MIN_SAMPLES:
+        picked = np.random.default_rng(SEED).integers(n, size=(NUM_RESAMPLES, n))
+        found |= _interval(above[picked].sum(axis=1) / below[picked].sum(axis=1))
+    return found
+
+
+def _geometric_mean(ratios: Iterable[float | None]) -> dict[str, float] | None:
+    logs = [math.log(ratio) for ratio in ratios if ratio]
+    found = _mean(logs, [1] * len(logs))
+    return found and {key.replace("mean", "ratio"): math.exp(log) for key, log in found.items()}

@@ -1,34 +1,41 @@
 """Finished requests and the workers' own /metrics -> one Prometheus exposition.
 
-Ours are named cast_*; the workers' keep their names and get a ``variant`` label, so that one
-scrape of the gateway sees everything.
+Ours are named cast_*; the workers' keep their names and get the labels ``variant`` and ``replica``
+(its place in the variant's list, from 0), so that one scrape of the gateway sees everything.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from cast_serve.admission import Admission
 from cast_serve.comparison import Comparison
 from cast_serve.latency import RequestTiming
+from cast_serve.shadow import Shadow
 
 BUCKETS_S = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1),
     *(0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0),
 )
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-HIDDEN_PREFIXES = (
-    "python_",
-    "process_",
-)  # each worker has these of its own; vllm's and cast's matter
+# Each worker has these of its own; vllm's and cast's matter.
+HIDDEN_PREFIXES = ("python_", "process_", "http_")
 
 
 class Metrics:
-    """The gateway's metrics, in a registry of their own."""
+    """The gateway's metrics, in a registry of their own.
 
-    def __init__(self, comparison: Comparison) -> None:
+    Args:
+        comparison, shadow: read at every scrape.
+        admissions: each variant's queue, read at every scrape.
+    """
+
+    def __init__(
+        self, comparison: Comparison, shadow: Shadow, admissions: Mapping[str, Admission]
+    ) -> None:
         self.comparison = comparison
         registry = self.registry = CollectorRegistry()
 
@@ -51,13 +58,33 @@ class Metrics:
             "cast_output_tokens_total", "Output tokens", ["variant"], registry=registry
         )
         self.variant_up = Gauge(
-            "cast_variant_up", "1 if the variant answers", ["variant"], registry=registry
+            "cast_variant_up", "1 if a replica answers", ["variant"], registry=registry
+        )
+        self.restarts = Counter(
+            "cast_variant_restarts_total",
+            "Local workers started again",
+            ["variant"],
+            registry=registry,
+        )
+        self.shed = Counter(
+            "cast_requests_shed_total", "Requests turned away", ["reason"], registry=registry
+        )
+        self.fallbacks = Counter(
+            "cast_fallbacks_total",
+            "Requests answered by another variant",
+            ["from_variant", "to_variant", "reason"],
+            registry=registry,
         )
         self.ttft = histogram("cast_time_to_first_token_seconds", "Arrival to first token")
         self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
         self.tpot = histogram("cast_time_per_output_token_seconds", "Per token after the first")
         self.e2e = histogram("cast_e2e_request_latency_seconds", "Arrival to last token")
+        for name in admissions:  # a series that begins with its first event hides that event
+            self.variant_up.labels(name).set(0)
+            self.restarts.labels(name)
         registry.register(_Speedups(comparison))
+        registry.register(_Queues(admissions))
+        registry.register(_Shadows(comparison, shadow))
 
     def observe(self, variant: str, timing: RequestTiming, prompt_tokens: int) -> None:
         """Adds one successfully finished request."""
@@ -72,11 +99,11 @@ class Metrics:
         self.prompt_tokens.labels(variant).inc(prompt_tokens)
         self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
 
-    def expose(self, workers: Mapping[str, str]) -> bytes:
+    def expose(self, workers: Sequence[tuple[str, str, str]]) -> bytes:
         """The exposition of our metrics and the workers'.
 
         Args:
-            workers: each answering variant's own exposition text.
+            workers: variant, replica and exposition text of each worker that answers.
         """
         merged = CollectorRegistry()
         merged.register(_Relabelled(workers))
@@ -98,13 +125,53 @@ class _Speedups(Collector):
         yield family
 
 
+class _Queues(Collector):
+    def __init__(self, admissions: Mapping[str, Admission]) -> None:
+        self._admissions = admissions
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "cast_requests_queued", "Requests waiting for a place", labels=["variant"]
+        )
+        for name, admission in self._admissions.items():
+            family.add_metric([name], admission.num_queued)
+        yield family
+
+
+class _Shadows(Collector):
+    def __init__(self, comparison: Comparison, shadow: Shadow) -> None:
+        self._comparison = comparison
+        self._shadow = shadow
+
+    def collect(self) -> Iterator[Metric]:
+        outcomes = CounterMetricFamily(
+            "cast_shadow_requests", "Shadow requests by what became of them", labels=["outcome"]
+        )
+        outcomes.add_metric(["finished"], self._shadow.num_finished)
+        outcomes.add_metric(["failed"], self._shadow.num_failed)
+        outcomes.add_metric(["dropped"], self._shadow.num_dropped)
+        yield outcomes
+        found = self._comparison.snapshot()["agreement"]
+        if found is not None and found["token_agreement"] is not None:
+            yield GaugeMetricFamily(
+                "cast_shadow_token_agreement_ratio",
+                "Share of teacher-forced positions where both variants rank one token first",
+                value=found["token_agreement"]["mean"],
+            )
+            yield GaugeMetricFamily(
+                "cast_shadow_kl_nats",
+                "KL(baseline || candidate) per token, teacher-forced, a lower bound",
+                value=found["kl_nats"]["mean"],
+            )
+
+
 class _Relabelled(Collector):
-    def __init__(self, workers: Mapping[str, str]) -> None:
+    def __init__(self, workers: Sequence[tuple[str, str, str]]) -> None:
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        for variant, text in self._workers.items():
+        for variant, replica, text in self._workers:
             for family in text_string_to_metric_families(text):
                 if family.name.startswith(HIDDEN_PREFIXES):
                     continue
@@ -112,6 +179,6 @@ class _Relabelled(Collector):
                     family.name, Metric(family.name, family.documentation, family.type)
                 )
                 for sample in family.samples:
-                    labels = {**sample.labels, "variant": variant}
+                    labels = {**sample.labels, "variant": variant, "replica": replica}
                     merged.add_sample(sample.name, labels, sample.value)
         yield from families.values()

@@ -1,6 +1,8 @@
 """Environment variables and flags -> the gateway's settings, each default written once here."""
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -11,9 +13,78 @@ class GatewaySettings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+
+    api_keys: str = Field(
+        default="", description="keys, or sha256:HEX of keys, with commas between; none: open"
+    )
+    api_keys_file: Path | None = Field(default=None, description="the same, one a line")
+
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger requests get 413")
-    request_timeout_s: float = Field(default=600, gt=0, description="then 504")
-    startup_timeout_s: float = Field(default=900, gt=0, description="for a local worker to load")
-    shutdown_grace_s: float = Field(default=30, gt=0, description="for running requests to finish")
-    health_interval_s: float = Field(default=1, gt=0, description="between looks at a worker")
+    max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
+    max_connections: int = Field(default=2048, gt=0, description="open at once; then 503")
+    body_timeout_s: float = Field(default=30, gt=0, description="for a body to arrive; then 408")
+    request_timeout_s: float = Field(
+        default=600, gt=0, description="for an answer, unless X-Request-Timeout asks for less"
+    )
+    max_choices: int = Field(default=8, gt=0, description="n at most")
+    max_prompts: int = Field(default=32, gt=0, description="prompts in one request at most")
+    max_running: int = Field(default=64, gt=0, description="requests at a worker at once")
+    max_queued: int = Field(default=256, ge=0, description="waiting per variant; then 429")
+
+    split: str = Field(
+        default="", description="NAME=dense:9,sparse:1: a model name answered by weights"
+    )
+    fallback: str = Field(
+        default="", description="sparse=dense: who answers for a variant that is down"
+    )
+    shadow_fraction: float = Field(
+        default=0, ge=0, le=1, description="of finished requests, repeated on the other variant"
+    )
+    shadow_concurrency: int = Field(default=1, gt=0, description="shadow requests at once")
     comparison_window: int = Field(default=512, gt=1, description="latest requests per variant")
+
+    startup_timeout_s: float = Field(default=900, gt=0, description="for a local worker to load")
+    health_interval_s: float = Field(default=1, gt=0, description="between looks at a worker")
+    hang_timeout_s: float = Field(default=8, gt=0, description="for a one-token canary")
+    drain_delay_s: float = Field(
+        default=0, ge=0, description="after SIGTERM: not ready, but still answering"
+    )
+    shutdown_grace_s: float = Field(default=30, gt=0, description="for running requests to finish")
+
+    @model_validator(mode="after")
+    def _parses(self) -> "GatewaySettings":
+        _ = self.split_weights, self.fallbacks
+        return self
+
+    @property
+    def split_weights(self) -> dict[str, dict[str, float]]:
+        """{model name: {variant: share of its requests}}; shares sum to 1."""
+        found: dict[str, dict[str, float]] = {}
+        for text in filter(None, self.split.split(";")):
+            name, equals, parts = text.partition("=")
+            weights: dict[str, float] = {}
+            for part in parts.split(","):
+                variant, _, weight = part.partition(":")
+                try:
+                    weights[variant.strip()] = float(weight)
+                except ValueError:
+                    equals = ""
+            total = sum(weights.values())
+            if not (name.strip() and equals and total > 0 and min(weights.values()) >= 0):
+                raise ValueError(
+                    f"split {text!r} is not NAME=VARIANT:WEIGHT,VARIANT:WEIGHT with weights of 0 "
+                    "or more; write for instance llama=dense:9,sparse:1"
+                )
+            found[name.strip()] = {variant: weight / total for variant, weight in weights.items()}
+        return found
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """{variant that is down: variant that answers for it}."""
+        found = {}
+        for text in filter(None, self.fallback.split(",")):
+            name, equals, other = (part.strip() for part in text.partition("="))
+            if not (name and equals and other and name != other):
+                raise ValueError(f"fallback {text!r} is not VARIANT=VARIANT; write sparse=dense")
+            found[name] = other
+        return found

@@ -1,8 +1,4 @@
-"""Variants by name -> vLLM servers: local ones started, watched and stopped, or remote ones.
-
-A local worker is a process group of its own (``cast-serve worker``), so that Ctrl-C reaches only
-the gateway and stopping takes the engine's processes along.
-"""
+"""Directories or URLs by variant name -> the variants, each one or several vLLM servers."""
 
 import asyncio
 import logging
@@ -10,46 +6,69 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
+from cast_serve.replicas import (
+    KILL_GRACE_S,
+    Replica,
+    has_group,
+    note_failure,
+    signal_group,
+    start_worker,
+)
+from cast_serve.watcher import VariantError, WatchSettings, watch_replica
+
+__all__ = [
+    "Replica",
+    "Variant",
+    "VariantError",
+    "local_variants",
+    "note_failure",
+    "remote_variants",
+    "start",
+    "stop",
+    "watch",
+]
+
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 15.0
-KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
 
-
-class VariantError(RuntimeError):
-    """A variant did not start."""
-
-
-@dataclass
+@dataclass(eq=False)
 class Variant:
     """One served model.
 
     Attributes:
         name: what requests write in ``model``.
-        url: where its vLLM server answers, without a trailing slash.
-        model: the local worker's directory; None for a remote one.
-        cores: CPU ids of the local worker.
+        replicas: the servers that answer for it, at least one.
     """
 
     name: str
-    url: str
-    model: Path | None = None
-    cores: tuple[int, ...] = ()
-    vllm_flags: tuple[str, ...] = ()
-    is_up: bool = False
-    process: subprocess.Popen[bytes] | None = None
-    log: Path | None = None
-    started_s: float = field(default_factory=time.monotonic)
+    replicas: list[Replica]
+
+    @property
+    def is_up(self) -> bool:
+        return any(replica.is_up for replica in self.replicas)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that every replica can hold; None if none says."""
+        return _least(replica.max_model_len for replica in self.replicas)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Token ids below it are known to every replica; None if none says."""
+        return _least(replica.vocabulary_size for replica in self.replicas)
+
+    def pick(self) -> Replica | None:
+        """The replica that is up with the fewest outstanding requests, the first of equals."""
+        up = [replica for replica in self.replicas if replica.is_up]
+        return min(up, key=lambda replica: replica.num_outstanding, default=None)
 
 
 def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -> list[Variant]:
@@ -69,119 +88,115 @@ def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -
             raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
     share = len(cores) // len(models)
     ports = _free_ports(len(models))
+    variants = []
+    for index, (name, model) in enumerate(models.items()):
+        url = f"http://127.0.0.1:{ports[index]}"
+        own = tuple(cores[index * share : (index + 1) * share])
+        variants.append(Variant(name, [Replica(name, url, model, own, tuple(vllm_flags))]))
+    return variants
+
+
+def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
+    """Variants for servers that run elsewhere.
+
+    Args:
+        urls: one or more per variant, as ``http://HOST:PORT``.
+
+    Raises:
+        ValueError: if one is no URL.
+    """
     return [
-        Variant(
-            name=name,
-            url=f"http://127.0.0.1:{ports[index]}",
-            model=model,
-            cores=tuple(cores[index * share : (index + 1) * share]),
-            vllm_flags=tuple(vllm_flags),
-        )
-        for index, (name, model) in enumerate(models.items())
+        Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
+        for name, given in urls.items()
     ]
 
 
 def start(variants: Sequence[Variant]) -> None:
-    """Starts the local ones among them; returns at once, `watch` tells when they answer."""
-    local = [variant for variant in variants if variant.model is not None]
+    """Starts the local replicas; returns at once, `watch` tells when they answer."""
+    local = [replica for replica in _replicas(variants) if replica.model is not None]
     if not local:
         return
     logs = Path(tempfile.mkdtemp(prefix="cast-serve-"))
-    for variant in local:
-        variant.log = logs / f"{variant.name}.log"
-        port = variant.url.rpartition(":")[2]
-        command = [sys.executable, "-m", "cast_serve", "worker", str(variant.model)]
-        command += ["--name", variant.name, "--port", port]
-        command += ["--cores", ",".join(map(str, variant.cores)), "--", *variant.vllm_flags]
-        with open(variant.log, "wb") as log:
-            variant.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env={**os.environ, "CAST_PARENT_PID": str(os.getpid())},
-            )
-        variant.started_s = time.monotonic()
-        cores = ",".join(map(str, variant.cores))
-        logger.info(
-            "%s: loading %s on cores %s, log %s", variant.name, variant.model, cores, variant.log
-        )
+    for replica in local:
+        replica.log = logs / f"{replica.variant}-{replica.url.rpartition(':')[2]}.log"
+        start_worker(replica)
 
 
 async def watch(
     variants: Sequence[Variant],
     client: httpx.AsyncClient,
+    *,
     interval_s: float,
     startup_timeout_s: float,
-    on_change: Callable[[Variant], None],
+    hang_timeout_s: float,
+    on_change: Callable[[Replica], None],
 ) -> None:
-    """Keeps ``is_up`` true to life until cancelled.
+    """Keeps every replica's ``is_up`` true to life, and local workers running, until cancelled.
+
+    Args:
+        variants: their local replicas started.
+        client: for health checks, canaries and the workers' limits.
+        interval_s: see `WatchSettings`, as the next two.
+        startup_timeout_s: for a local worker.
+        hang_timeout_s: for a canary.
+        on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
+            changed.
 
     Raises:
-        VariantError: if a local worker ends, or takes longer than the time-out to answer.
+        VariantError: if a local worker does not start, or does not come back.
     """
-    while True:
-        for variant in variants:
-            was_up, variant.is_up = variant.is_up, await _answers(variant, client)
-            process = variant.process
-            if process is not None and process.poll() is not None:
-                raise VariantError(
-                    f"variant {variant.name} ended with {process.returncode}; its log says:\n"
-                    f"{_tail(variant.log)}"
-                )
-            waited_s = time.monotonic() - variant.started_s
-            if variant.is_up and not was_up:
-                logger.info("%s: ready after %.0f s at %s", variant.name, waited_s, variant.url)
-            elif was_up and not variant.is_up:
-                logger.warning("%s: does not answer at %s", variant.name, variant.url)
-                variant.started_s = time.monotonic()
-            elif not variant.is_up and process is not None and waited_s > startup_timeout_s:
-                raise VariantError(
-                    f"variant {variant.name} did not answer within {startup_timeout_s:.0f} s; "
-                    f"its log says:\n{_tail(variant.log)}"
-                )
-            on_change(variant)
-        await asyncio.sleep(interval_s)
+    settings = WatchSettings(interval_s, startup_timeout_s, hang_timeout_s)
+    tasks = [
+        asyncio.create_task(watch_replica(replica, client, settings, on_change))
+        for replica in _replicas(variants)
+    ]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def stop(variants: Sequence[Variant]) -> None:
-    """Ends the local workers and every process they started; returns when none is left."""
-    running = [v.process for v in variants if v.process is not None]
+def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
+    """Ends the local workers and every process they started; returns when none is left.
+
+    Args:
+        variants: no longer watched, or they would be restarted.
+        grace_s: for a worker to end by itself after SIGTERM; then it is killed.
+    """
+    running = [r.process for r in _replicas(variants) if r.process is not None]
     for process in running:
-        _signal_group(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_GRACE_S
+        signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
     for process in running:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            logger.warning("worker %d did not end in %.0f s; killing it", process.pid, STOP_GRACE_S)
-        _signal_group(process.pid, signal.SIGKILL)  # what the leader left behind
+            logger.warning("worker %d did not end in %.3g s; killing it", process.pid, grace_s)
+        signal_group(process.pid, signal.SIGKILL)  # what the leader left behind
         process.wait()
     deadline = time.monotonic() + KILL_GRACE_S
-    while any(_has_group(process.pid) for process in running) and time.monotonic() < deadline:
+    while any(has_group(process.pid) for process in running) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def _has_group(pid: int) -> bool:
+def _replicas(variants: Sequence[Variant]) -> list[Replica]:
+    return [replica for variant in variants for replica in variant.replicas]
+
+
+def _least(numbers: Iterable[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def _checked_url(name: str, text: str) -> str:
     try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _signal_group(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # the whole group is gone
-        os.killpg(pid, number)
-
-
-async def _answers(variant: Variant, client: httpx.AsyncClient) -> bool:
-    try:
-        response = await client.get(f"{variant.url}/health", timeout=5)
-    except httpx.HTTPError:
-        return False
-    return response.status_code == 200
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
+    return text.rstrip("/")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -190,9 +205,3 @@ def _free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def _tail(log: Path | None, num_lines: int = 30) -> str:
-    if log is None or not log.exists():
-        return "(no log)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cast_serve.convert import count_compressed
 
 # From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.
@@ -22,6 +24,8 @@ BUCKETS_S = [
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0),
 ]
 KV_CACHE_BYTES = 1 << 30
+# A step of more tokens keeps a CPU busy for so long that the gateway takes it for a hang.
+CPU_STEP_TOKENS = 512
 
 
 class SparseReport:
@@ -80,6 +84,8 @@ def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence
         "--worker-extension-cls": "cast_serve.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
     }
+    if not torch.cuda.is_available():
+        ours["--max-num-batched-tokens"] = str(CPU_STEP_TOKENS)
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
     defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
     return [*defaults, *vllm_flags]
@@ -108,6 +114,7 @@ async def _serve(flags: list[str], name: str, expected: int) -> None:
         reports = await engine.collective_rpc("cast_report")
         check_report(reports[0], expected)
         _publish(name, reports[0], str(engine.model_config.dtype).removeprefix("torch."))
+        _publish_vocabulary(engine.model_config.get_vocab_size())
         shutdown = await build_and_serve(engine, listen_address, sock, args)
     try:
         await shutdown
@@ -150,6 +157,13 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
     gauge = Gauge("cast_variant_info", "What the variant really runs", list(labels))
     gauge.labels(**labels).set(1)
     print(f"cast-serve worker {name}: {json.dumps(labels)}", flush=True)
+
+
+def _publish_vocabulary(size: int) -> None:
+    """For the gateway, which refuses token ids at or above it: vLLM's engine dies of them."""
+    from prometheus_client import Gauge
+
+    Gauge("cast_worker_vocabulary_size", "Token ids lie below it").set(size)
 
 
 def _follow_parent() -> None:

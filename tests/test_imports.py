@@ -18,7 +18,9 @@ IN_WORKERS = ("cast_serve/plugin.py", "cast_serve/sparse24.py", "cast_serve/kern
 LEAVES = ("nm", "bitmask", "latency")
 ORDER = (
     *("nm", "bitmask", "convert", "kernels", "sparse24", "plugin", "worker", "settings"),
-    *("variants", "admission", "latency", "comparison", "metrics", "gateway", "__main__"),
+    *("errors", "requests", "keys", "request_log", "tracing", "probes", "replicas", "watcher"),
+    *("variants", "admission", "latency", "comparison", "shadow", "metrics", "proxy", "openapi"),
+    *("dashboard", "gateway", "__main__"),
 )
 
 

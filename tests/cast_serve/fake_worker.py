@@ -1,13 +1,18 @@
 """A server that answers like one vLLM worker, and can be told to misbehave."""
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 METRICS = """\
+# HELP cast_worker_vocabulary_size Token ids lie below it.
+# TYPE cast_worker_vocabulary_size gauge
+cast_worker_vocabulary_size 100.0
 # HELP vllm:num_requests_running Number of requests.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="x"} 3.0
@@ -20,14 +25,23 @@ python_info{version="3"} 1.0
 def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) -> FastAPI:
     """A worker that always says `words`.
 
-    ``app.state.bodies`` holds every request body; ``app.state.is_cut_off`` ends streams early;
-    ``app.state.is_healthy`` is what /health says.
+    ``app.state.bodies`` holds every request body but canaries; ``app.state.is_cut_off`` ends
+    streams early; ``app.state.is_healthy`` is what /health says; ``app.state.gate``, once cleared,
+    holds answers (of streams, after the first word) back until it is set; ``app.state.num_left``
+    counts the clients that left meanwhile.
     """
     app = FastAPI()
     app.state.bodies = []
     app.state.is_cut_off = False
     app.state.is_healthy = True
-    usage = {"prompt_tokens": 2, "completion_tokens": len(words), "total_tokens": 2 + len(words)}
+    app.state.num_left = 0
+    app.state.gate = threading.Event()
+    app.state.gate.set()
+
+    def usage_of(body: dict[str, Any]) -> dict[str, int]:
+        prompt = body["prompt"]
+        count = len(prompt.split() if isinstance(prompt, str) else prompt)
+        return {"prompt_tokens": count, "completion_tokens": len(words)}
 
     @app.get("/health")
     async def health() -> Response:
@@ -39,17 +53,49 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "vllm"}]}
+        return {"object": "list", "data": [{"id": name, "object": "model", "max_model_len": 64}]}
 
     @app.post("/v1/completions")
-    async def completions(body: dict[str, Any]) -> Response:
+    async def completions(request: Request, body: dict[str, Any]) -> Response:
+        if body.get("prompt") == "a" and body.get("max_tokens") == 1:
+            return JSONResponse({"choices": [], "usage": usage_of(body)})
         app.state.bodies.append(body)
-        if body.get("max_tokens") == -1:
-            return JSONResponse({"error": {"message": "max_tokens", "code": 400}}, 400)
+        if body.get("user") == "unwelcome":
+            return JSONResponse({"error": {"message": "not you", "code": 400}}, 400)
         if body.get("stream"):
             return StreamingResponse(stream(body), media_type="text/event-stream")
-        choice = {"index": 0, "text": "".join(words), "finish_reason": "length"}
+        await opened(request)
+        choice: dict[str, Any] = {"index": 0, "text": "".join(words), "finish_reason": "length"}
+        usage = usage_of(body)
+        if body.get("prompt_logprobs"):
+            token = {"1": {"logprob": -0.1, "rank": 1, "decoded_token": "x"}}
+            choice["prompt_logprobs"] = [None, *[token] * (usage["prompt_tokens"] - 1)]
         return JSONResponse({"object": "text_completion", "choices": [choice], "usage": usage})
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: dict[str, Any]) -> dict[str, Any]:
+        app.state.bodies.append(body)
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
+        usage = {"prompt_tokens": 1, "completion_tokens": len(words)}
+        return {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+    @app.post("/tokenize")
+    async def tokenize(body: dict[str, Any]) -> Response:
+        if not isinstance(body.get("prompt"), str):
+            return JSONResponse({"detail": "prompt"}, 422)
+        return JSONResponse({"tokens": [ord(letter) % 100 for letter in body["prompt"]]})
+
+    @app.post("/detokenize")
+    async def detokenize(body: dict[str, Any]) -> dict[str, str]:
+        return {"prompt": "".join(map(chr, body["tokens"]))}
+
+    async def opened(request: Request | None = None) -> None:
+        while not app.state.gate.is_set():
+            if request is not None and await request.is_disconnected():
+                app.state.num_left += 1
+                return
+            await asyncio.sleep(0.01)
 
     async def stream(body: dict[str, Any]) -> AsyncIterator[str]:
         for number, word in enumerate(words):
@@ -58,8 +104,13 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             if app.state.is_cut_off:
                 return
+            try:
+                await opened()
+            except asyncio.CancelledError:
+                app.state.num_left += 1
+                raise
         if (body.get("stream_options") or {}).get("include_usage"):
-            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
+            yield f"data: {json.dumps({'choices': [], 'usage': usage_of(body)})}\n\n"
         yield "data: [DONE]\n\n"
 
     return app

@@ -1,82 +1,17 @@
 """The gateway in front of fake workers, over real sockets."""
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
-from prometheus_client.parser import text_string_to_metric_families
 
-from cast_serve.gateway import create_app
-from cast_serve.settings import GatewaySettings
-from cast_serve.variants import Variant
-from tests.cast_serve import fake_worker
-
-
-@dataclass
-class Stack:
-    client: httpx.Client
-    workers: dict[str, FastAPI]
-
-    def complete(self, **body: object) -> httpx.Response:
-        return self.client.post("/v1/completions", json={"prompt": "a b", **body})
-
-    def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        text = self.client.get("/metrics").text
-        return {
-            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-
-class Servers:
-    def __init__(self) -> None:
-        self.running: list[tuple[uvicorn.Server, threading.Thread]] = []
-
-    def start(self, app: FastAPI) -> str:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        self.running.append((server, thread))
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-
-    def stop(self) -> None:
-        for server, thread in reversed(self.running):
-            server.should_exit = True
-            thread.join()
+from tests.cast_serve.stack import Stack, events, running, wait_until
 
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    servers = Servers()
-    workers = {name: fake_worker.create_app(name) for name in ("dense", "sparse")}
-    variants = [Variant(name, servers.start(app)) for name, app in workers.items()]
-    settings = GatewaySettings(max_body_bytes=10_000, health_interval_s=0.05)
-    url = servers.start(create_app(variants, settings))
-    with httpx.Client(base_url=url, timeout=10) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield Stack(client, workers)
-    servers.stop()
-
-
-def wait_until(is_true: object, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.02)
-
-
-def events(response: httpx.Response) -> list[str]:
-    return [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    with running() as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
@@ -118,9 +53,9 @@ def test_a_client_that_wants_usage_gets_it(stack: Stack) -> None:
         (b"\xff\xfe", 400, "not valid JSON"),
         (b"[" * 5000, 400, "not valid JSON"),
         (b"[1]", 400, "is a JSON list, not an object"),
-        (b'{"prompt": "x"}', 400, "model must be one of ['dense', 'sparse']"),
-        (b'{"model": 3}', 400, "got 3"),
-        (b'{"model": "nope"}', 404, "The model 'nope' does not exist"),
+        (b'{"prompt": "x"}', 400, "model is missing"),
+        (b'{"model": 3, "prompt": "x"}', 400, "model: Input should be a valid string; got 3"),
+        (b'{"model": "nope", "prompt": "x"}', 404, "The model 'nope' does not exist"),
         (b'{"model": "dense", "prompt": "' + b"x" * 10_000 + b'"}', 413, "larger than 10000 bytes"),
     ],
 )
@@ -136,9 +71,17 @@ def test_bad_requests_get_an_openai_error(
 
 
 def test_a_workers_own_error_passes_through(stack: Stack) -> None:
-    response = stack.complete(model="dense", max_tokens=-1)
+    response = stack.complete(model="dense", user="unwelcome")
     assert response.status_code == 400
-    assert response.json() == {"error": {"message": "max_tokens", "code": 400}}
+    assert response.json() == {"error": {"message": "not you", "code": 400}}
+
+
+def test_a_workers_error_in_another_shape_is_put_right(stack: Stack) -> None:
+    response = stack.client.post("/tokenize", json={"model": "dense"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == ('the worker refused this: {"detail":"prompt"}')
+    response = stack.client.post("/tokenize", json={"model": "dense", "prompt": "ab"})
+    assert response.json() == {"tokens": [97, 98]}
 
 
 def test_unknown_routes_and_methods_get_an_openai_error(stack: Stack) -> None:
@@ -198,6 +141,6 @@ def test_metrics_count_requests_tokens_and_latencies(stack: Stack) -> None:
 def test_the_workers_metrics_get_a_variant_label(stack: Stack) -> None:
     metrics = stack.metrics()
     for name in ("dense", "sparse"):
-        labels = (("engine", "0"), ("model_name", "x"), ("variant", name))
+        labels = (("engine", "0"), ("model_name", "x"), ("replica", "0"), ("variant", name))
         assert metrics["vllm:num_requests_running", labels] == 3
     assert not [name for name, _ in metrics if name.startswith("python_")]

@@ -42,7 +42,9 @@ def test_convert_then_inspect(cast_serve, save_gated: Save, tmp_path: Path) -> N
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere holds no model"),
         (["gateway", "--variant", "a=b"], "'b' is no URL"),
-        (["gateway", "--variant", "a=http://x", "--variant", "a=http://y"], "is given twice"),
+        (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
+        (["gateway", "--variant", "a=http://x", "--fallback", "a"], "is not VARIANT=VARIANT"),
+        (["gateway", "--variant", "a=http://x", "--split", "b=c:1"], "names 'c'"),
     ],
 )
 def test_wrong_use(  # type: ignore[no-untyped-def]

@@ -1,0 +1,46 @@
+"""What went wrong -> OpenAI's error object with its HTTP status."""
+
+from collections.abc import Mapping
+
+
+class APIError(Exception):
+    """An error that a client sees, in OpenAI's shape.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and what to do; never more than 1,000 characters are sent.
+        type: OpenAI's error type.
+        code: machine-readable code, or None.
+        param: the field at fault, or None.
+        headers: sent along, as Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = {
+            "error": {"message": message[:1000], "type": type, "param": param, "code": code}
+        }
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, "invalid_request_error", code, param)
+
+
+def unavailable(variant: str) -> APIError:
+    return APIError(
+        503,
+        f"variant {variant!r} does not answer at present; try again shortly",
+        "server_error",
+        "variant_unavailable",
+        headers={"Retry-After": "1"},
+    )

@@ -1,0 +1,57 @@
+"""Every request -> an id that goes in and out as X-Request-Id, and one line of JSON in the log.
+
+The line says who was asked, what came of it and how long it took; never what was in a body.
+"""
+
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+QUIET_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/metrics", "/v1/comparison")
+_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
+
+
+def facts_of(scope: Scope) -> dict[str, Any]:
+    """What the log line of this request will say besides; handlers add to it."""
+    facts: dict[str, Any] = scope.setdefault("state", {}).setdefault("cast_facts", {})
+    return facts
+
+
+class RequestLog:
+    """The middleware; the outermost, so that errors of all others are logged too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        facts = facts_of(scope)
+        facts["request_id"] = request_id.decode()
+        began_s = time.perf_counter()
+        status = CLIENT_LEFT
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            if scope["path"] not in QUIET_PATHS:
+                line = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+                line["duration_s"] = round(time.perf_counter() - began_s, 6)
+                logger.info("%s", json.dumps({**line, **facts}))

@@ -1,0 +1,458 @@
+// GET /readyz, /v1/comparison and /metrics every few seconds, and one stream of POST
+// /v1/completions per variant -> the page. The words TTFT, TPOT and E2E mean what latency.py says.
+
+const POLL_MS = 2000;
+const POLLS_PER_METRICS = 5; // what is served changes only when a worker starts again
+const REQUEST_TIMEOUT_MS = 10_000;
+const MAX_POINTS = 600; // per chart; then every second one goes
+
+const WAITING = "waiting for traffic";
+const SPEEDUPS = [
+  ["ttft", "TTFT", "time to first token"],
+  ["tpot", "TPOT", "time per output token"],
+  ["e2e", "E2E", "whole request"],
+];
+const CHARTS = [
+  ["TTFT p50", "ms", (live, name) => scaled(1000, live.variants?.[name]?.ttft_s?.p50)],
+  ["TPOT p50", "ms", (live, name) => scaled(1000, live.variants?.[name]?.tpot_s?.p50)],
+  ["Output tokens/s p50", "tokens/s", (live, name) => live.variants?.[name]?.output_tokens_per_s?.p50],
+  [
+    "Token agreement",
+    "%",
+    (live, name) => name === live.candidate ? scaled(100, live.agreement?.token_agreement?.mean) : null,
+  ],
+];
+
+const $ = (id) => document.getElementById(id);
+const variants = new Map(); // name -> { name, style, and the elements that show it }
+let live = {}; // the latest /v1/comparison
+let history = []; // { at_ms, values: one Map of variant name -> number per chart }
+
+// Elements and numbers
+
+function make(namespace, tag, attributes, children) {
+  const element = document.createElementNS(namespace, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+const html = (tag, attributes = {}, ...children) =>
+  make("http://www.w3.org/1999/xhtml", tag, attributes, children);
+const svg = (tag, attributes = {}, ...children) =>
+  make("http://www.w3.org/2000/svg", tag, attributes, children);
+
+const scaled = (factor, value) => (value == null ? null : factor * value);
+const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const number = (value) =>
+  !Number.isFinite(value) ? "–" : Math.abs(value) >= 100 ? value.toFixed(0) : digits.format(value);
+const times = (ratio) => (Number.isFinite(ratio) ? `${ratio.toFixed(2)}×` : "–");
+const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+const swatch = (variant) =>
+  svg("svg", { class: "swatch", "aria-hidden": "true" },
+    svg("line", { class: `series ${variant.style}`, x1: 2, x2: 26, y1: 4, y2: 4 }));
+const figures = (pairs) =>
+  html("dl", { class: "figures" }, ...pairs.map(([name, value]) =>
+    html("div", {}, html("dt", {}, name), html("dd", {}, value))));
+
+// Requests, with a key once the gateway asks for one
+
+let key = "";
+let newKey = null;
+
+function askForKey(wasRefused) {
+  newKey ??= new Promise((resolve) => {
+    if (wasRefused) $("key-hint").textContent = "The gateway refused that key. Try another.";
+    $("key-form").hidden = false;
+    $("key").focus();
+    $("key-form").onsubmit = (event) => {
+      event.preventDefault();
+      key = $("key").value;
+      $("key").value = "";
+      $("key-form").hidden = true;
+      newKey = null;
+      resolve();
+    };
+  });
+  return newKey;
+}
+
+function unreachable(error) {
+  throw error.name === "AbortError" ? error : new Error("The gateway does not answer.");
+}
+
+async function request(path, options = {}, onSend = () => {}) {
+  for (;;) {
+    const used = key;
+    const headers = { ...options.headers, ...(used && { Authorization: `Bearer ${used}` }) };
+    const signal = options.signal ?? AbortSignal.timeout(REQUEST_TIMEOUT_MS);
+    onSend();
+    const response = await fetch(path, { ...options, headers, signal }).catch(unreachable);
+    if (response.status !== 401) return response;
+    if (key !== used) continue; // given while this request was under way
+    const stopped = new Promise((_, reject) =>
+      options.signal?.addEventListener("abort", () => reject(options.signal.reason)));
+    await Promise.race([askForKey(used !== ""), stopped]);
+  }
+}
+
+async function checked(response) {
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  const message = body?.error?.message;
+  throw new Error(message ?? `The gateway answered ${response.status} ${response.statusText}`);
+}
+
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read().catch(unreachable);
+    if (done) throw new Error("The answer broke off.");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+// Compare: one prompt on every variant at once
+
+let stopping = null;
+
+async function complete(variant, body, signal) {
+  const run = { sentAt: NaN, firstAt: NaN, lastAt: NaN, tokens: 0, text: "", isDone: false };
+  const text = document.createTextNode("");
+  variant.answer.replaceChildren(text);
+  const show = (state) => {
+    variant.progress.textContent = state;
+    const ttft = run.firstAt - run.sentAt;
+    const [ttftShown, rateShown, tokensShown] = variant.figures.querySelectorAll("dd");
+    ttftShown.replaceChildren(number(ttft), ...(ttft >= 0 ? [html("small", {}, " ms")] : []));
+    rateShown.textContent = number(perSecond(run));
+    tokensShown.textContent = run.tokens;
+  };
+  show("waiting for the first token");
+  try {
+    const options = {
+      method: "POST",
+      signal,
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ ...body, model: variant.name }),
+    };
+    const response = await checked(
+      await request("/v1/completions", options, () => (run.sentAt = performance.now())));
+    const answerer = response.headers.get("X-Cast-Variant") ?? variant.name;
+    for await (const event of eventsOf(response)) {
+      const choice = event.choices?.[0];
+      if (choice?.text || choice?.finish_reason) run.lastAt = performance.now();
+      if (choice?.text) {
+        if (!run.text) run.firstAt = run.lastAt;
+        run.text += choice.text;
+        run.tokens += 1; // until usage tells: an event may carry several tokens
+        const isAtEnd = variant.answer.scrollHeight - variant.answer.scrollTop
+          - variant.answer.clientHeight < 8;
+        text.appendData(text.length ? choice.text : choice.text.trimStart());
+        if (isAtEnd) variant.answer.scrollTop = variant.answer.scrollHeight;
+      }
+      run.tokens = event.usage?.completion_tokens ?? run.tokens;
+      if (choice?.text || event.usage) show("answering");
+    }
+    run.isDone = answerer === variant.name;
+    show(run.isDone ? "done" : `${answerer} answered instead`);
+  } catch (error) {
+    if (error.name === "AbortError") {
+      show("stopped");
+    } else {
+      show("failed");
+      variant.answer.append(
+        html("p", { class: "error" }, html("strong", {}, "Error: "), error.message));
+    }
+  }
+  $("spoken").textContent = `${variant.name}: ${variant.progress.textContent}, ${run.tokens} tokens`;
+  return run;
+}
+
+const perSecond = (run) => (1000 * run.tokens) / (run.lastAt - run.sentAt);
+const perToken = (run) => (run.tokens < 2 ? NaN : (run.lastAt - run.firstAt) / (run.tokens - 1));
+
+function showOutcome(runs) {
+  const { baseline, candidate } = pair();
+  const [slow, fast] = [runs.get(baseline), runs.get(candidate)];
+  if (!slow || !fast) return;
+  if (!slow.isDone || !fast.isDone) {
+    $("outcome").replaceChildren(html("p", {}, "No ratio: for one, both variants have to answer to the end."));
+    return;
+  }
+  let same = 0;
+  while (same < slow.text.length && slow.text[same] === fast.text[same]) same += 1;
+  const isSame = slow.text === fast.text;
+  $("outcome").replaceChildren(
+    html("h3", {}, `${candidate} against ${baseline}, this prompt`),
+    figures([
+      ["TTFT", times((slow.firstAt - slow.sentAt) / (fast.firstAt - fast.sentAt))],
+      ["TPOT", times(perToken(slow) / perToken(fast))],
+      ["tokens/s", times(perSecond(fast) / perSecond(slow))],
+    ]),
+    html("p", { class: "muted" }, `Above 1, ${candidate} is faster. ${
+      isSame ? "The texts are the same." : `The texts are the same for ${same} characters.`}`),
+  );
+}
+
+async function compare(event) {
+  event.preventDefault();
+  if (stopping) return;
+  stopping = new AbortController();
+  $("start").disabled = true;
+  $("stop").disabled = false;
+  $("stop").focus();
+  $("outcome").replaceChildren();
+  $("spoken").textContent = "Comparing";
+  const body = {
+    prompt: $("prompt").value,
+    max_tokens: $("max-tokens").valueAsNumber,
+    temperature: 0,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  const runs = await Promise.all([...variants.values()].map(async (variant) =>
+    [variant.name, await complete(variant, body, stopping.signal)]));
+  showOutcome(new Map(runs));
+  const hadFocus = document.activeElement === $("stop");
+  $("start").disabled = false;
+  $("stop").disabled = true;
+  if (hadFocus) $("start").focus();
+  stopping = null;
+}
+
+// Variants
+
+function pair() {
+  const names = [...variants.keys()];
+  const baseline = live.baseline ?? (names.includes("dense") ? "dense" : names[0]);
+  return { baseline, candidate: live.candidate ?? names.find((name) => name !== baseline) };
+}
+
+function addVariant(name) {
+  const variant = {
+    name,
+    style: `v${variants.size % 4}`,
+    readiness: html("li", { class: "state" }),
+    progress: html("span", { class: "muted" }, "no answer yet"),
+    figures: figures([["TTFT", "–"], ["tokens/s", "–"], ["tokens", "–"]]),
+    answer: html("div", { class: "answer", tabindex: 0, role: "region", "aria-label": `Answer of ${name}` }),
+    facts: html("div"),
+  };
+  variants.set(name, variant);
+  $("readiness").append(variant.readiness);
+  $("columns").append(html("article", { class: "card", "data-variant": name },
+    html("div", { class: "card-head" }, swatch(variant), html("h3", {}, name), variant.progress),
+    variant.figures, variant.answer));
+  $("sparsity").append(html("article", { class: "card", "data-variant": name },
+    html("div", { class: "card-head" }, swatch(variant), html("h3", {}, name)), variant.facts));
+  showFacts(variant, null);
+}
+
+function showState({ name, readiness }, state) {
+  readiness.textContent = `${name} ${state}`;
+  readiness.classList.toggle("is-ready", state === "ready");
+}
+
+async function showReadiness() {
+  try {
+    const states = await (await request("/readyz")).json(); // with 503 too, while one is not ready
+    for (const [name, isReady] of Object.entries(states)) {
+      if (!variants.has(name)) addVariant(name);
+      showState(variants.get(name), isReady ? "ready" : "not ready");
+    }
+  } catch (error) {
+    for (const variant of variants.values()) showState(variant, "unknown");
+    throw error;
+  }
+}
+
+// Live: what passed through the gateway
+
+function interval({ ratio, low, high }) {
+  const reach = Math.max(0.5, ...[low, high].map((end) => Math.abs(Math.log2(end)))) * 1.05;
+  const x = (value) => `${50 + (50 * Math.log2(value)) / reach}%`;
+  const line = (style, x1, x2, y1, y2) => svg("line", { class: style, x1, x2, y1, y2 });
+  return svg("svg", { class: "interval", "aria-hidden": "true" },
+    line("rail", "0%", "100%", 8, 8), line("even", "50%", "50%", 0, 16),
+    line("range", x(low), x(high), 8, 8), svg("circle", { cx: x(ratio), cy: 8, r: 4 }));
+}
+
+const small = (...lines) =>
+  html("div", { class: "small muted" }, ...lines.filter(Boolean).map((line) => html("p", {}, line)));
+
+function speedupCard([metric, title, meaning]) {
+  const { baseline, candidate } = pair();
+  const { p50, p95 } = live.speedups?.[metric] ?? {};
+  const head = html("div", {}, html("h3", {}, title), html("p", { class: "muted" }, `${meaning}, p50`));
+  if (!p50) return waitingCard(head);
+  const big = html("p", { class: "big" }, times(p50.ratio));
+  const span = ({ low, high }) => (low == null ? "" : `${low.toFixed(2)} to ${high.toFixed(2)}`);
+  const tail = p95 && `p95 ${[times(p95.ratio), span(p95)].filter(Boolean).join(", ")}`;
+  if (p50.low == null) {
+    return html("article", { class: "card" }, head, big, small("too few requests for an interval", tail));
+  }
+  const verdict = p50.low > 1 ? `${candidate} is faster`
+    : p50.high < 1 ? `${baseline} is faster` : "no clear difference";
+  return html("article", { class: "card" }, head, big, html("p", {}, verdict),
+    html("div", {}, interval(p50), html("p", { class: "scale", "aria-hidden": "true" },
+      html("span", {}, `◂ ${baseline}`), html("span", {}, "1×"), html("span", {}, `${candidate} ▸`))),
+    small(`${number(100 * p50.confidence)} % interval ${span(p50)}`, tail));
+}
+
+function agreementCard() {
+  const head = html("div", {}, html("h3", {}, "Agreement"),
+    html("p", { class: "muted" }, "same next token"));
+  const { token_agreement: tokens, kl_nats: kl } = live.agreement ?? {};
+  if (!tokens) return waitingCard(head);
+  const percent = (value) => (100 * value).toFixed(1);
+  return html("article", { class: "card" }, head,
+    html("p", { class: "big" }, `${percent(tokens.mean)} %`),
+    small(
+      tokens.low == null ? "too few requests for an interval"
+        : `interval ${percent(tokens.low)} to ${percent(tokens.high)} %`,
+      `${tokens.n_tokens} tokens of ${tokens.n_requests} requests`,
+      kl && `KL ${number(kl.mean)} nats per token`));
+}
+
+const waitingCard = (head) =>
+  html("article", { class: "card is-waiting" }, head, html("p", { class: "big" }, WAITING));
+
+async function showComparison() {
+  live = await (await checked(await request("/v1/comparison"))).json();
+  const counts = Object.entries(live.variants ?? {}).filter(([, of]) => of?.num_requests)
+    .map(([name, of]) => `${of.num_requests} ${name}`);
+  $("window").textContent = counts.length
+    ? `Of live traffic, not paired: the latest ${live.window} requests of each. So far: ${counts.join(", ")}.`
+    : WAITING;
+  $("speedups").replaceChildren(...SPEEDUPS.map(speedupCard), agreementCard());
+  const values = CHARTS.map(([, , read]) =>
+    new Map([...variants.keys()].map((name) => [name, read(live, name)])));
+  history.push({ at_ms: Date.now(), values });
+  if (history.length > MAX_POINTS) history = history.filter((_, index) => index % 2 === 0);
+  drawCharts();
+}
+
+// Charts over the page's lifetime
+
+function ceiling(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= value * 0.999);
+}
+
+function drawChart(card, index) {
+  const [title, unit] = CHARTS[index];
+  const [graph, caption] = [card.querySelector("svg"), card.querySelector("figcaption")];
+  const { width, height } = graph.getBoundingClientRect();
+  const known = (name) => history.filter(({ values }) => Number.isFinite(values[index].get(name)));
+  const shown = [...variants.values()].filter(({ name }) => known(name).length);
+  const latest = (name) => `${number(known(name).at(-1).values[index].get(name))} ${unit}`;
+  graph.setAttribute("aria-label", `${title}, latest: ${
+    shown.map(({ name }) => `${name} ${latest(name)}`).join(", ") || WAITING}`);
+  caption.replaceChildren(...shown.map((variant) =>
+    html("span", {}, swatch(variant), ` ${variant.name} `, html("b", {}, latest(variant.name)))));
+  if (!shown.length) caption.textContent = WAITING;
+
+  const most = Math.max(...shown.flatMap(({ name }) => known(name).map(({ values }) => values[index].get(name))));
+  const top = unit === "%" ? 100 : ceiling(most > 0 ? most : 1);
+  const [left, right, above, below] = [44, width - 8, 8, height - 24];
+  const [from, to] = [history[0].at_ms, Math.max(history.at(-1).at_ms, history[0].at_ms + POLL_MS)];
+  const x = (at_ms) => left + ((right - left) * (at_ms - from)) / (to - from);
+  const y = (value) => below - ((below - above) * value) / top;
+  const ticks = [0, top / 2, top].flatMap((tick) => [
+    svg("line", { class: "grid", x1: left, x2: right, y1: y(tick), y2: y(tick) }),
+    svg("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, number(tick)),
+  ]);
+  const seconds = Math.round((to - from) / 1000);
+  const age = seconds < 120 ? `${seconds} s ago` : `${Math.round(seconds / 60)} min ago`;
+  const lines = shown.flatMap(({ name, style }) => {
+    const points = known(name).map(({ at_ms, values }) => [x(at_ms), y(values[index].get(name))]);
+    const [cx, cy] = points.at(-1);
+    return [svg("polyline", { class: `series ${style}`, points: points.join(" ") }),
+      svg("circle", { class: `dot ${style}`, cx, cy, r: 3.5 })];
+  });
+  const ends = [svg("text", { x: left, y: height - 4 }, age),
+    svg("text", { x: right, y: height - 4, "text-anchor": "end" }, "now")];
+  graph.replaceChildren(...(shown.length ? [...ticks, ...ends, ...lines] : [ticks[0]]));
+}
+
+function drawCharts() {
+  if (history.length) [...$("charts").children].forEach(drawChart);
+}
+
+// What is served: from cast_variant_info in /metrics
+
+function showFacts(variant, info) {
+  if (!info) {
+    variant.facts.replaceChildren(html("p", { class: "muted" }, "not reported yet"));
+    return;
+  }
+  const rows = [
+    ["Kernel", info.kernel],
+    ["ISA", info.isa],
+    ["Pattern", info.pattern],
+    ["Type", info.dtype],
+    ["Layers", `${info.num_sparse_layers ?? "–"} sparse, ${info.num_dense_layers ?? "–"} dense`],
+  ];
+  const [bytes, denseBytes] = [Number(info.weight_bytes), Number(info.dense_weight_bytes)];
+  const facts = html("dl", { class: "facts" });
+  for (const [name, value] of rows) facts.append(html("dt", {}, name), html("dd", {}, value || "–"));
+  variant.facts.replaceChildren(facts);
+  if (!(bytes > 0 && denseBytes > 0)) return;
+  const share = bytes / denseBytes;
+  facts.append(html("dt", {}, "Bytes"), html("dd", {},
+    `${megabytes(bytes)} of ${megabytes(denseBytes)} dense (${number(share)})`));
+  variant.facts.append(svg("svg", { class: "weight", "aria-hidden": "true" },
+    svg("rect", { class: "all", width: "100%", height: "100%", rx: 4 }),
+    svg("rect", { class: `dot ${variant.style}`, width: `${Math.min(100, 100 * share)}%`, height: "100%", rx: 4 })));
+}
+
+async function showSparsity() {
+  const text = await (await checked(await request("/metrics"))).text();
+  for (const line of text.split("\n").filter((line) => line.startsWith("cast_variant_info{"))) {
+    const labels = [...line.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, name, value]) =>
+      [name, value.replace(/\\(.)/g, (_, sign) => (sign === "n" ? "\n" : sign))]);
+    const info = Object.fromEntries(labels);
+    if (variants.has(info.variant)) showFacts(variants.get(info.variant), info);
+  }
+}
+
+// The page
+
+let polls = 0;
+
+async function poll() {
+  let trouble = "";
+  try {
+    await showReadiness();
+    await Promise.all([showComparison(), polls++ % POLLS_PER_METRICS === 0 && showSparsity()]);
+  } catch (error) {
+    trouble = `${error.message} Trying again.`;
+  }
+  if ($("trouble").textContent !== trouble) $("trouble").textContent = trouble; // spoken once
+  setTimeout(poll, POLL_MS);
+}
+
+$("charts").append(...CHARTS.map(([title, unit]) => html("figure", { class: "card" },
+  html("h3", {}, title, ...(title.includes(unit) ? [] : [`, ${unit}`])),
+  svg("svg", { class: "chart", role: "img", "aria-label": `${title}: ${WAITING}` }),
+  html("figcaption", {}, WAITING))));
+$("speedups").replaceChildren(...SPEEDUPS.map(speedupCard), agreementCard());
+$("prompt").value = $("example").value;
+$("example").addEventListener("change", () => ($("prompt").value = $("example").value));
+$("compare").addEventListener("submit", compare);
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compare").requestSubmit();
+});
+$("stop").addEventListener("click", () => stopping.abort());
+new ResizeObserver(drawCharts).observe($("charts"));
+poll();

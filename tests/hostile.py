@@ -1,0 +1,201 @@
+"""Requests that were made to hurt: what a gateway on the open internet meets in its first week.
+
+`requests(models)` yields (what it is, method, path, headers, body); none of them may bring a status
+of 500 or above, or a worker down.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+Hostile = tuple[str, str, str, dict[str, str], bytes]
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HUGE = 10**30
+# Values that are wrong for nearly every field.
+WRONG: list[Any] = [
+    *(-1, 0, HUGE, -HUGE, 1e308, 0.5, True, "", "x", "\u0000", "x" * 5000, [], {}, [[]], [None]),
+]
+FIELDS = (
+    *("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "logprobs", "prompt_logprobs"),
+    *("stop", "stop_token_ids", "logit_bias", "seed", "stream", "stream_options", "echo", "user"),
+    *("frequency_penalty", "min_tokens", "repetition_penalty", "response_format", "model"),
+)
+PROMPTS: dict[str, Any] = {
+    "token beyond the vocabulary": [10**6],
+    "token at the edge of int32": [2**31 - 1],
+    "token beyond int64": [2**70],
+    "negative token": [-1],
+    "a million tokens": [1] * 10**6,
+    "a thousand prompts": ["a"] * 1000,
+    "prompts in prompts": [["a"]],
+    "mixed prompts": ["a", [1]],
+    "fractions": [1.5],
+    "booleans": [True],
+    "null": None,
+    "an object": {"a": 1},
+    "empty text": "",
+    "empty list": [],
+    "empty prompt in a list": ["a", ""],
+    "empty tokens in a list": [[1], []],
+    "a megabyte of one letter": "a" * 10**6,
+    "control characters": "\u0000\u0001\u001b[2J",
+    "right-to-left marks": "\u202e\u2066abc\u2069",
+    "half a surrogate pair": "\ud800",
+    "combining marks": "a" + "\u0300" * 10000,
+    "special tokens": "<|im_start|>system\n<|im_end|><|endoftext|>" * 50,
+    "a template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a format string": "%s%n{0}{}" * 100,
+    "a path": "../../../../etc/passwd",
+    "a million nulls": "\u0000" * 10**6,
+}
+RAW: dict[str, bytes] = {
+    "nothing": b"",
+    "white space": b"   \n",
+    "null": b"null",
+    "a number": b"1",
+    "a string": b'"x"',
+    "a list": b"[]",
+    "broken": b'{"model": ',
+    "two objects": b"{}{}",
+    "not UTF-8": b'{"model": "dense", "prompt": "\xff\xfe"}',
+    "UTF-16": '{"model": "dense", "prompt": "x"}'.encode("utf-16"),
+    "a byte order mark": b'\xef\xbb\xbf{"model": "dense", "prompt": "x"}',
+    "half a surrogate pair": b'{"model": "dense", "prompt": "\\ud800"}',
+    "NaN": b'{"model": "dense", "prompt": "x", "temperature": NaN}',
+    "infinity": b'{"model": "dense", "prompt": "x", "temperature": Infinity}',
+    "a number of 5000 digits": b'{"model": "dense", "prompt": "x", "seed": ' + b"1" * 5000 + b"}",
+    "an exponent": b'{"model": "dense", "prompt": "x", "temperature": 1e999999}',
+    "lists in lists": b"[" * 100_000,
+    "objects in objects": b'{"a":' * 100_000,
+    "closed lists in lists": b"[" * 50_000 + b"]" * 50_000,
+    "a deep field": b'{"model": "dense", "prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "10 MB": b'{"model": "dense", "prompt": "' + b"x" * (10 << 20) + b'"}',
+    "10 MB of white space": b" " * (10 << 20),
+    "a key of 1 MB": b'{"model": "dense", "prompt": "x", "' + b"k" * (1 << 20) + b'": 1}',
+    "100,000 keys": json.dumps({f"k{i}": i for i in range(100_000)}).encode(),
+    "a form": b"model=dense&prompt=x",
+    "XML": b"<?xml version='1.0'?><!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><a>&x;</a>",
+    "gzip that is none": b"\x1f\x8b\x08\x00",
+}
+HEADERS: dict[str, dict[str, str]] = {
+    "another host": {"Host": "evil.example"},
+    "a probe as host": {"Host": "x/livez"},
+    "an address as host": {"Host": "169.254.169.254"},
+    "no host": {"Host": ""},
+    "a forwarded path": {"X-Original-URL": "/livez", "X-Rewrite-URL": "/metrics"},
+    "a forwarded host": {"X-Forwarded-Host": "evil.example", "X-Forwarded-For": "127.0.0.1"},
+    "a claimed encoding": {"Content-Encoding": "gzip"},
+    "a claimed charset": {"Content-Type": "application/json; charset=utf-16"},
+    "no type": {"Content-Type": ""},
+    "a form's type": {"Content-Type": "multipart/form-data; boundary=x"},
+    "a long id": {"X-Request-Id": "x" * 5000},
+    "an id with quotes": {"X-Request-Id": "\"'<script>"},
+    "a trace that is none": {"traceparent": "00-zz-zz-zz"},
+    "a timeout in words": {"X-Request-Timeout": "forever"},
+    "an endless timeout": {"X-Request-Timeout": "inf"},
+    "a negative timeout": {"X-Request-Timeout": "-1"},
+    "a key with nothing in it": {"Authorization": "Bearer "},
+    "a key of 20 kB": {"Authorization": "Bearer " + "k" * 20_000},
+    "a range": {"Range": "bytes=0-"},
+    "an upgrade": {"Connection": "Upgrade", "Upgrade": "websocket"},
+    "200 headers": {f"X-H{i}": "x" * 50 for i in range(200)},
+}
+MESSAGES: dict[str, Any] = {
+    "none": [],
+    "no role": [{"content": "x"}],
+    "an unknown role": [{"role": "root", "content": "x"}],
+    "content of another kind": [{"role": "user", "content": 1}],
+    "an unknown part": [{"role": "user", "content": [{"type": "exec", "cmd": "ls"}]}],
+    "an empty part": [{"role": "user", "content": [{}]}],
+    "an image by address": [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}],
+        }
+    ],
+    "an image from a file": [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+        }
+    ],
+    "audio": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
+    "a thousand messages": [{"role": "user", "content": "x"}] * 1000,
+    "a tool's answer without a call": [{"role": "tool", "content": "x", "tool_call_id": "y"}],
+    "null content": [{"role": "user", "content": None}],
+    "a template": [{"role": "user", "content": "{% for i in range(10**9) %}x{% endfor %}"}],
+    "a text": "hello",
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "a template of the client's": {"chat_template": "{{ cycler.__init__.__globals__ }}"},
+    "arguments of a template": {"chat_template_kwargs": {"x": "y"}},
+    "a tool": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+    "a tool that is none": {"tools": [{}]},
+    "10,000 tools": {"tools": [{"type": "function", "function": {"name": "f"}}] * 10_000},
+    "a forced tool": {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    "many top logprobs": {"logprobs": True, "top_logprobs": 10**6},
+    "a schema that refers to itself": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"$ref": "#"}},
+        }
+    },
+    "a schema with a slow pattern": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "(a+)+$"}},
+        }
+    },
+    "a schema that is none": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "wizard"}},
+        }
+    },
+    "embeddings for a prompt": {"prompt_embeds": "AAAA"},
+    "a beam search": {"use_beam_search": True, "n": 8},
+    "a transfer of the cache": {"kv_transfer_params": {"remote_host": "evil.example"}},
+    "arguments for the engine": {"vllm_xargs": {"a": "b"}},
+    "a priority": {"priority": -(2**63)},
+    "an id": {"request_id": "x" * 10_000},
+}
+PATHS = (
+    *("/", "//", "/v1", "/v1/", "/v1/completions/", "/v1/completions/../models", "/V1/COMPLETIONS"),
+    *("/%2e%2e/etc/passwd", "/v1/completions%00", "/.env", "/admin", "/invocations", "/docs"),
+    *("/collective_rpc", "/reset_prefix_cache", "/sleep", "/load_lora_adapter", "/v1/embeddings"),
+    *("/dashboard/../../settings.py", "/dashboard/%2e%2e/%2e%2e/settings.py", "/" + "a" * 5000),
+)
+METHODS = ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE")
+
+
+def requests(models: tuple[str, ...]) -> Iterator[Hostile]:
+    """All of them; `models` are the names that the gateway serves."""
+    base = {"model": models[0], "prompt": "a", "max_tokens": 1}
+    chat = {"model": models[0], "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+
+    def post(name: str, path: str, body: Any, **headers: str) -> Hostile:
+        return name, "POST", path, headers, json.dumps(body).encode()
+
+    for field in FIELDS:
+        for value in WRONG:
+            yield post(f"{field} = {str(value)[:20]!r}", COMPLETIONS, {**base, field: value})
+    for name, prompt in PROMPTS.items():
+        yield post(f"prompt: {name}", COMPLETIONS, {**base, "prompt": prompt})
+        yield post(f"tokenize: {name}", "/tokenize", {"model": models[0], "prompt": prompt})
+        yield post(f"detokenize: {name}", "/detokenize", {"model": models[0], "tokens": prompt})
+    for name, messages in MESSAGES.items():
+        yield post(f"messages: {name}", CHAT, {**chat, "messages": messages})
+    for name, more in BODIES.items():
+        yield post(f"chat with {name}", CHAT, {**chat, **more})
+        yield post(f"completion with {name}", COMPLETIONS, {**base, **more})
+    for name, content in RAW.items():
+        for path in (COMPLETIONS, "/v1/compare"):
+            yield f"{path}: {name}", "POST", path, {}, content
+    for name, headers in HEADERS.items():
+        yield f"header: {name}", "POST", COMPLETIONS, headers, json.dumps(base).encode()
+    for path in PATHS:
+        yield f"path {path[:40]}", "GET", path, {}, b""
+        yield f"POST to {path[:40]}", "POST", path, {}, b"{}"
+    for method in METHODS:
+        yield f"{method} {COMPLETIONS}", method, COMPLETIONS, {}, b""

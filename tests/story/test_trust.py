@@ -1,0 +1,249 @@
+"""The gateway and real workers under abuse, under load, and while parts of them die."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests import hostile
+from tests.story.conftest import PROMPTS, Served
+
+pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
+
+DTYPE = "float32"  # greedy texts do not depend on who else is in the batch
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float) -> float:
+    """Seconds until it was."""
+    began = time.monotonic()
+    while not is_true():
+        assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def is_ready(served: Served) -> bool:
+    return httpx.get(f"{served.url}/readyz", timeout=10).status_code == 200
+
+
+def metric(served: Served, name: str, **labels: str) -> float:
+    text = httpx.get(f"{served.url}/metrics", timeout=30).text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return sample.value
+    return 0.0
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below one, with their command lines."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if fields[0] != "Z":
+                parents[int(folder.name)] = (int(fields[1]), words)
+    found: dict[int, str] = {}
+    below = {pid}
+    while below:
+        below = {child for child, (parent, _) in parents.items() if parent in below}
+        found |= {child: parents[child][1] for child in below}
+    return found
+
+
+def worker(served: Served, name: str) -> int:
+    """The process id of a variant's worker."""
+    for pid, words in descendants(served.process.pid).items():
+        if "worker" in words and f"--name {name} " in words:
+            return pid
+    raise AssertionError(f"no worker {name} below {served.process.pid}")
+
+
+def resident_bytes(served: Served) -> int:
+    pids = [served.process.pid, *descendants(served.process.pid)]
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def stream(url: str, name: str, prompt: str, max_tokens: int = 24) -> tuple[str, str]:
+    """(text, how it ended): "done", or an error's code."""
+    body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+    body |= {"temperature": 0, "ignore_eos": True}
+    text = ""
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
+        if answer.status_code != 200:
+            answer.read()
+            return text, str(answer.json()["error"]["code"])
+        for line in answer.iter_lines():
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                return text, "done"
+            if data:
+                event = json.loads(data)
+                if "error" in event:
+                    return text, str(event["error"]["code"])
+                text += "".join(choice["text"] for choice in event["choices"])
+    return text, "cut off"
+
+
+def test_64_streams_at_once_lose_no_token(served: Served) -> None:
+    words = descendants(served.process.pid)[worker(served, "sparse")].split()
+    direct = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    prompts = [f"{number}. {prompt}" for number in range(4) for prompt in PROMPTS][:64]
+    with ThreadPoolExecutor(64) as pool:
+        through = list(pool.map(lambda prompt: stream(served.url, "sparse", prompt), prompts))
+        straight = list(pool.map(lambda prompt: stream(direct, "sparse", prompt), prompts))
+    assert {end for _, end in through + straight} == {"done"}
+    assert through == straight
+
+
+def test_hostile_requests_do_no_harm(served: Served) -> None:
+    workers = {name: worker(served, name) for name in ("dense", "sparse")}
+    cases = list(hostile.requests(("dense", "sparse")))
+
+    def send_all(client: httpx.Client) -> list[tuple[str, int, str]]:
+        wrong = []
+        for name, method, path, headers, content in cases:
+            try:
+                found = client.request(method, path, headers=headers, content=content)
+            except httpx.HTTPError as error:  # closed before all of it was sent
+                if len(content) <= 1 << 20 and "header" not in name:
+                    wrong.append((name, 0, repr(error)))
+                continue
+            if found.status_code >= 500:
+                wrong.append((name, found.status_code, found.text[:200]))
+        return wrong
+
+    with httpx.Client(base_url=served.url, timeout=120) as client:
+        assert not send_all(client)
+        before = resident_bytes(served)  # buffers and caches have their size by now
+        assert not send_all(client)
+    address = (httpx.URL(served.url).host, httpx.URL(served.url).port)
+
+    for _ in range(1000):
+        socket.create_connection(address).close()
+    with ThreadPoolExecutor(8) as pool:
+        slow = [pool.submit(_send_slowly, address) for _ in range(8)]
+        assert stream(served.url, "dense", "The")[1] == "done"
+        assert all(b" 408 " in answer.result() or not answer.result() for answer in slow)
+    assert {name: worker(served, name) for name in workers} == workers
+    assert is_ready(served)
+    assert resident_bytes(served) < 1.05 * before
+
+
+def _send_slowly(address: tuple[str, int]) -> bytes:
+
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+        )
+        return connection.recv(100)
+
+
+def test_the_description_holds_for_whatever_schemathesis_makes_of_it(served: Served) -> None:
+    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    wrong = [
+        text for result in schema.get_all_operations() for text in _undescribed(served, result.ok())
+    ]
+    assert not wrong
+    assert is_ready(served)
+
+
+def _undescribed(served: Served, operation: schemathesis.APIOperation) -> list[str]:
+    """Requests that were answered by a status that the description does not know, or by a 5xx."""
+    known = {int(status) for status in operation.definition.raw["responses"]}
+    wrong: list[str] = []
+
+    @hypothesis.given(case=operation.as_strategy())
+    @hypothesis.settings(
+        max_examples=20,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    def send(case: schemathesis.Case) -> None:
+        found = case.call(base_url=served.url, timeout=300)
+        if found.status_code >= 500 or found.status_code not in known:
+            wrong.append(f"{case.method} {case.path} {str(case.body)[:200]}: {found.status_code}")
+
+    send()
+    return wrong
+
+
+def test_a_killed_worker_is_seen_and_comes_back(served: Served) -> None:
+    ends: list[tuple[str, str]] = []
+    is_over = threading.Event()
+
+    def keep_asking(name: str) -> None:
+        while not is_over.is_set():
+            ends.append((name, stream(served.url, name, "The sun", max_tokens=16)[1]))
+
+    threads = [
+        threading.Thread(target=keep_asking, args=(name,)) for name in ("dense", "sparse") * 2
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(ends) >= 8, 60)
+    os.killpg(worker(served, "sparse"), signal.SIGKILL)
+    unready_after_s = wait_until(lambda: not is_ready(served), 10)
+    wait_until(lambda: is_ready(served), 200)
+    ends_before = len(ends)
+    wait_until(lambda: len(ends) >= ends_before + 8, 60)
+    is_over.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert unready_after_s < 2
+    assert {end for name, end in ends if name == "dense"} == {"done"}
+    assert {end for name, end in ends if name == "sparse"} == {"done", "variant_unavailable"}
+    assert all(end == "done" for _, end in ends[-8:])
+    assert metric(served, "cast_variant_restarts_total", variant="sparse") == 1
+
+
+def test_a_hanging_engine_is_seen_although_health_says_ok(served: Served) -> None:
+    pids = descendants(worker(served, "dense"))
+    engine = max(pids, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+    os.kill(engine, signal.SIGSTOP)
+    assert wait_until(lambda: not is_ready(served), 30) < 15
+    assert stream(served.url, "dense", "The")[1] == "variant_unavailable"
+    assert stream(served.url, "sparse", "The")[1] == "done"
+    wait_until(lambda: is_ready(served), 200)
+    assert stream(served.url, "dense", "The")[1] == "done"
+
+
+def test_sigterm_lets_every_accepted_request_finish(served: Served) -> None:
+    """The last test of this module: nothing is served after it."""
+    with ThreadPoolExecutor(8) as pool:
+        names = ["dense", "sparse"] * 4
+        asked = [pool.submit(stream, served.url, name, "Once", max_tokens=64) for name in names]
+        wait_until(
+            lambda: (
+                sum(
+                    metric(served, "cast_requests_in_flight", variant=name)
+                    for name in ("dense", "sparse")
+                )
+                == 8
+            ),
+            60,
+        )
+        served.process.send_signal(signal.SIGTERM)
+        assert {found.result()[1] for found in asked} == {"done"}
+    assert served.process.wait(60) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/livez")
