@@ -14,6 +14,8 @@ STATIC = Path(__file__).parent / "static"
 FILES = {
     "/": ("index.html", "text/html"),
     "/dashboard/dashboard.js": ("dashboard.js", "text/javascript"),
+    "/dashboard/client.js": ("client.js", "text/javascript"),
+    "/dashboard/elements.js": ("elements.js", "text/javascript"),
     "/dashboard/dashboard.css": ("dashboard.css", "text/css"),
 }
 HEADERS = {

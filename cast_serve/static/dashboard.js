@@ -1,9 +1,11 @@
 // GET /readyz, /v1/comparison and /metrics every few seconds, and one stream of POST
 // /v1/completions per variant -> the page. The words TTFT, TPOT and E2E mean what latency.py says.
 
+import { checked, eventsOf, request } from "./client.js";
+import { $, html, svg, scaled, number, times, megabytes, swatch, figures } from "./elements.js";
+
 const POLL_MS = 2000;
 const POLLS_PER_METRICS = 5; // what is served changes only when a worker starts again
-const REQUEST_TIMEOUT_MS = 10_000;
 const MAX_POINTS = 600; // per chart; then every second one goes
 
 const WAITING = "waiting for traffic";
@@ -23,103 +25,9 @@ const CHARTS = [
   ],
 ];
 
-const $ = (id) => document.getElementById(id);
 const variants = new Map(); // name -> { name, style, and the elements that show it }
 let live = {}; // the latest /v1/comparison
 let history = []; // { at_ms, values: one Map of variant name -> number per chart }
-
-// Elements and numbers
-
-function make(namespace, tag, attributes, children) {
-  const element = document.createElementNS(namespace, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-const html = (tag, attributes = {}, ...children) =>
-  make("http://www.w3.org/1999/xhtml", tag, attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-  make("http://www.w3.org/2000/svg", tag, attributes, children);
-
-const scaled = (factor, value) => (value == null ? null : factor * value);
-const digits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-const number = (value) =>
-  !Number.isFinite(value) ? "–" : Math.abs(value) >= 100 ? value.toFixed(0) : digits.format(value);
-const times = (ratio) => (Number.isFinite(ratio) ? `${ratio.toFixed(2)}×` : "–");
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
-const swatch = (variant) =>
-  svg("svg", { class: "swatch", "aria-hidden": "true" },
-    svg("line", { class: `series ${variant.style}`, x1: 2, x2: 26, y1: 4, y2: 4 }));
-const figures = (pairs) =>
-  html("dl", { class: "figures" }, ...pairs.map(([name, value]) =>
-    html("div", {}, html("dt", {}, name), html("dd", {}, value))));
-
-// Requests, with a key once the gateway asks for one
-
-let key = "";
-let newKey = null;
-
-function askForKey(wasRefused) {
-  newKey ??= new Promise((resolve) => {
-    if (wasRefused) $("key-hint").textContent = "The gateway refused that key. Try another.";
-    $("key-form").hidden = false;
-    $("key").focus();
-    $("key-form").onsubmit = (event) => {
-      event.preventDefault();
-      key = $("key").value;
-      $("key").value = "";
-      $("key-form").hidden = true;
-      newKey = null;
-      resolve();
-    };
-  });
-  return newKey;
-}
-
-function unreachable(error) {
-  throw error.name === "AbortError" ? error : new Error("The gateway does not answer.");
-}
-
-async function request(path, options = {}, onSend = () => {}) {
-  for (;;) {
-    const used = key;
-    const headers = { ...options.headers, ...(used && { Authorization: `Bearer ${used}` }) };
-    const signal = options.signal ?? AbortSignal.timeout(REQUEST_TIMEOUT_MS);
-    onSend();
-    const response = await fetch(path, { ...options, headers, signal }).catch(unreachable);
-    if (response.status !== 401) return response;
-    if (key !== used) continue; // given while this request was under way
-    const stopped = new Promise((_, reject) =>
-      options.signal?.addEventListener("abort", () => reject(options.signal.reason)));
-    await Promise.race([askForKey(used !== ""), stopped]);
-  }
-}
-
-async function checked(response) {
-  if (response.ok) return response;
-  const body = await response.json().catch(() => null);
-  const message = body?.error?.message;
-  throw new Error(message ?? `The gateway answered ${response.status} ${response.statusText}`);
-}
-
-async function* eventsOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch(unreachable);
-    if (done) throw new Error("The answer broke off.");
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
-  }
-}
 
 // Compare: one prompt on every variant at once
 
