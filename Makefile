@@ -2,6 +2,7 @@
 .PHONY: setup data demo serve test lint
 
 python = .venv/bin/python
+scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-gateway
 
 setup:
 	scripts/setup
@@ -20,7 +21,7 @@ test: data
 	$(python) -m pytest
 
 lint: setup
-	.venv/bin/ruff format --check cast_train cast_serve loadtest tests scripts/demo scripts/data scripts/random-llama
-	.venv/bin/ruff check cast_train cast_serve loadtest tests scripts/demo scripts/data scripts/random-llama
+	.venv/bin/ruff format --check cast_train cast_serve loadtest tests $(scripts)
+	.venv/bin/ruff check cast_train cast_serve loadtest tests $(scripts)
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/csrc/*

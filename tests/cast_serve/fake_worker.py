@@ -25,13 +25,14 @@ python_info{version="3"} 1.0
 def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) -> FastAPI:
     """A worker that always says `words`.
 
-    ``app.state.bodies`` holds every request body but canaries; ``app.state.is_cut_off`` ends
-    streams early; ``app.state.is_healthy`` is what /health says; ``app.state.gate``, once cleared,
-    holds answers (of streams, after the first word) back until it is set; ``app.state.num_left``
-    counts the clients that left meanwhile.
+    ``app.state.bodies`` holds every request body but canaries, ``app.state.traces`` their
+    traceparents. ``app.state.is_cut_off`` ends streams early; ``app.state.is_healthy`` is what
+    /health says; ``app.state.gate``, once cleared, holds answers (of streams, after the first word)
+    back until it is set; ``app.state.num_left`` counts the clients that left meanwhile.
     """
     app = FastAPI()
     app.state.bodies = []
+    app.state.traces = []
     app.state.is_cut_off = False
     app.state.is_healthy = True
     app.state.num_left = 0
@@ -60,6 +61,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
         if body.get("prompt") == "a" and body.get("max_tokens") == 1:
             return JSONResponse({"choices": [], "usage": usage_of(body)})
         app.state.bodies.append(body)
+        app.state.traces += request.headers.getlist("traceparent")
         if body.get("user") == "unwelcome":
             return JSONResponse({"error": {"message": "not you", "code": 400}}, 400)
         if body.get("stream"):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cast_serve.gateway import create_app
 from cast_serve.settings import GatewaySettings
-from cast_serve.variants import Variant
+from cast_serve.variants import remote_variants
 from loadtest.__main__ import app
 from loadtest.mock import MockVariant
 from tests.loadtest.conftest import Serve, ServeApp
@@ -53,7 +53,7 @@ def test_through_the_gateway(serve: Serve, serve_app: ServeApp) -> None:
         "dense": serve(dense=MockVariant(0.08, 0.02))[0],
         "sparse": serve(sparse=MockVariant(0.02, 0.005))[0],
     }
-    variants = [Variant(name, url) for name, url in workers.items()]
+    variants = remote_variants({name: [url] for name, url in workers.items()})
     gateway = create_app(variants, GatewaySettings())
     url = serve_app(gateway)
     while not gateway.state.gateway.is_ready:
