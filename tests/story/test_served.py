@@ -62,6 +62,54 @@ def test_openai_client(client: openai.OpenAI, name: str) -> None:
     assert answer.choices[0].message.content is not None
 
 
+def test_openai_client_with_everything(client: openai.OpenAI) -> None:
+    asked = {"model": "sparse", "prompt": "One, two, three,", "max_tokens": 6}
+    found = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
+    assert len(found.choices) == 2
+    assert found.choices[0].logprobs is not None
+    assert len(found.choices[0].logprobs.tokens or []) <= 6
+    again = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
+    assert [c.text for c in again.choices] == [c.text for c in found.choices]
+
+    greedy = client.completions.create(**asked, temperature=0).choices[0].text
+    stop = greedy.split()[1][:1]
+    stopped = client.completions.create(**asked, temperature=0, stop=[stop]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == greedy[: greedy.index(stop)]
+    echoed = client.completions.create(**asked, temperature=0, echo=True).choices[0].text
+    assert echoed == "One, two, three," + greedy
+
+    *_, last = client.completions.create(
+        **asked,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 6
+    both = client.completions.create(model="dense", prompt=["a", "b"], max_tokens=2)
+    assert [choice.index for choice in both.choices] == [0, 1]
+
+    message = {"role": "user", "content": "Count."}
+    chunks = client.chat.completions.create(
+        model="sparse", messages=[message], max_tokens=4, stream=True, logprobs=True, top_logprobs=2
+    )
+    assert [c for chunk in chunks for c in chunk.choices if c.logprobs]
+
+
+def test_compare_of_twins_finds_them_alike(served: Served) -> None:
+    """They hold the same weights, so only rounding keeps them apart."""
+    body = {"prompt": "The history of the city begins", "max_tokens": 48, "ignore_eos": True}
+    found = httpx.post(f"{served.url}/v1/compare", json=body, timeout=300).json()
+    for name in ("dense", "sparse"):
+        assert found["variants"][name]["output_tokens"] == 48
+        assert found["variants"][name]["tpot_s"] > 0
+    agreement = found["agreement"]["sparse"]
+    assert agreement["num_tokens"] == 48
+    assert agreement["token_agreement"] > 0.8
+    assert 0 <= agreement["kl_nats_per_token"] < 0.02
+
+
 def test_openai_client_gets_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="nope", prompt="Hello")
