@@ -17,8 +17,8 @@ serve: data  # the demo's two models, until Ctrl-C
 	@[ -d runs/demo/sparse ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
 	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/sparse
 
-test: data
-	$(python) -m pytest
+test: data  # pictures of the dashboard land in build/artifacts
+	CAST_ARTIFACTS=build/artifacts $(python) -m pytest
 
 lint: setup
 	.venv/bin/ruff format --check cast_train cast_serve loadtest tests $(scripts)

@@ -21,7 +21,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from fastapi import Request
@@ -41,6 +41,7 @@ from cast_serve.shadow import Shadow
 from cast_serve.variants import Replica, Variant, note_failure
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
@@ -252,8 +253,7 @@ class Proxy:
                 response.on_close = stack.pop_all().aclose
                 return response
             try:
-                async with asyncio.timeout_at(exchange.deadline_s):
-                    content = await upstream.aread()
+                content = await _before(exchange.deadline_s, upstream.aread())
             except TimeoutError:
                 raise _late(variant.name) from None
             except httpx.HTTPError as error:
@@ -304,8 +304,7 @@ class Proxy:
             headers={"X-Request-Id": exchange.facts["request_id"], **tracing.outgoing_headers()},
         )
         try:
-            async with asyncio.timeout_at(exchange.deadline_s):
-                return await self.client.send(request, stream=True)
+            return await _before(exchange.deadline_s, self.client.send(request, stream=True))
         except TimeoutError:
             raise _late(replica.variant) from None
         except httpx.HTTPError as error:
@@ -325,32 +324,32 @@ class Proxy:
         """The SSE events of a stream, ended by [DONE] or by an error event."""
         prompt_tokens = 0
         texts: list[str] = []
+        lines = upstream.aiter_lines()
         try:
-            async with asyncio.timeout_at(exchange.deadline_s):
-                async for line in upstream.aiter_lines():
-                    if not line.startswith("data:"):
+            # The deadline bounds each wait for a line and no yield: it must not cancel the sender.
+            while (line := await _before(exchange.deadline_s, anext(lines, None))) is not None:
+                if not line.startswith("data:"):
+                    continue
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    replica.num_finished += 1
+                    timing = exchange.stopwatch.finish()
+                    self._finished(replica.variant, exchange, timing, prompt_tokens, "".join(texts))
+                    exchange.outcome.end(200)
+                    yield DONE
+                    return
+                chunk = json.loads(data)
+                exchange.stopwatch.observe(chunk)
+                if self.shadow.is_on:
+                    texts.append(_text_of(chunk))
+                if usage := chunk.get("usage"):
+                    prompt_tokens = usage["prompt_tokens"]
+                    if not exchange.has_usage and not chunk.get("choices"):
                         continue
-                    data = line.removeprefix("data:").strip()
-                    if data == "[DONE]":
-                        replica.num_finished += 1
-                        timing = exchange.stopwatch.finish()
-                        text = "".join(texts)
-                        self._finished(replica.variant, exchange, timing, prompt_tokens, text)
-                        exchange.outcome.end(200)
-                        yield DONE
-                        return
-                    chunk = json.loads(data)
-                    exchange.stopwatch.observe(chunk)
-                    if self.shadow.is_on:
-                        texts.append(_text_of(chunk))
-                    if usage := chunk.get("usage"):
-                        prompt_tokens = usage["prompt_tokens"]
-                        if not exchange.has_usage and not chunk.get("choices"):
-                            continue
-                    if not exchange.has_usage and "usage" in chunk:
-                        del chunk["usage"]
-                        data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-                    yield f"data: {data}\n\n".encode()
+                if not exchange.has_usage and "usage" in chunk:
+                    del chunk["usage"]
+                    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+                yield f"data: {data}\n\n".encode()
             failure = unavailable(replica.variant)  # it ended without [DONE]
         except TimeoutError:
             failure = _late(replica.variant)
@@ -537,6 +536,12 @@ class _ProxiedStream(StreamingResponse):
         finally:
             self._outcome.end(CLIENT_LEFT)  # unless it has ended otherwise
             await asyncio.shield(self.on_close())
+
+
+async def _before(deadline_s: float, awaited: Awaitable[T]) -> T:
+    """What is awaited; TimeoutError once the deadline has passed."""
+    async with asyncio.timeout_at(deadline_s):
+        return await awaited
 
 
 async def _unless_the_client_leaves(
