@@ -264,7 +264,7 @@ class Proxy:
         self, replica: Replica, exchange: "_Exchange", status: int, content: bytes, media_type: str
     ) -> Response:
         if status == 200:
-            replica.num_finished += 1
+            replica.num_received += 1
             if exchange.route in GENERATING:
                 answer = json.loads(content)
                 usage = answer["usage"]
@@ -331,8 +331,8 @@ class Proxy:
                 if not line.startswith("data:"):
                     continue
                 data = line.removeprefix("data:").strip()
+                replica.num_received += 1
                 if data == "[DONE]":
-                    replica.num_finished += 1
                     timing = exchange.stopwatch.finish()
                     self._finished(replica.variant, exchange, timing, prompt_tokens, "".join(texts))
                     exchange.outcome.end(200)

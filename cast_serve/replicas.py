@@ -32,7 +32,7 @@ class Replica:
         vllm_flags: passed on to the local worker's vLLM.
         is_up: requests may go there.
         num_outstanding: requests sent and not yet answered; the gateway counts.
-        num_finished: requests answered well; the gateway counts.
+        num_received: answers and parts of streams that came; the gateway counts.
         num_restarts: of the local worker.
         max_model_len: tokens of prompt and answer together; None if the worker does not say.
         vocabulary_size: token ids lie below it; None if the worker does not say.
@@ -50,7 +50,7 @@ class Replica:
     vllm_flags: tuple[str, ...] = ()
     is_up: bool = False
     num_outstanding: int = 0
-    num_finished: int = 0
+    num_received: int = 0
     num_restarts: int = 0
     max_model_len: int | None = None
     vocabulary_size: int | None = None

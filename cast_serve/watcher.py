@@ -1,7 +1,7 @@
 """One replica -> whether requests may go to it, kept true to life; a local worker is restarted.
 
-A server is judged by its /health and by its progress: requests that finished or, where none did,
-a canary. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
+A server is judged by its /health and by its progress: answers that came or, where none did, a
+canary. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
 """
 
 import asyncio
@@ -167,24 +167,24 @@ async def _until_overdue(
 
 
 async def _until_hung(replica: Replica, client: httpx.AsyncClient, settings: WatchSettings) -> str:
-    num_finished = replica.num_finished
+    num_received = replica.num_received
     wait_s = settings.interval_s
     while True:
         await asyncio.sleep(wait_s)
         wait_s = settings.interval_s
-        if replica.came_up_s is not None and replica.num_finished == num_finished:
+        if replica.came_up_s is not None and replica.num_received == num_received:
             begun_s = time.monotonic()
             if not await _makes_progress(replica, client, settings):
                 return f"made no progress for {settings.hang_timeout_s:.3g} s"
             wait_s = max(wait_s, begun_s + CANARY_INTERVAL_S - time.monotonic())
-        num_finished = replica.num_finished
+        num_received = replica.num_received
 
 
 async def _makes_progress(
     replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
 ) -> bool:
-    num_finished = replica.num_finished
+    num_received = replica.num_received
     is_moving = await probes.makes_progress(
         client, replica.url, replica.variant, settings.hang_timeout_s
     )
-    return is_moving or replica.num_finished != num_finished
+    return is_moving or replica.num_received != num_received

@@ -448,7 +448,7 @@ async def test_a_worker_that_finishes_requests_during_a_canary_is_not_hung(local
     async with watching(local, hang_timeout_s=0.5) as watch:
         for num_canaries in range(1, 4):
             await watch.until(lambda n=num_canaries: len(local.lines("canaries")) >= n)
-            local.replica.num_finished += 1
+            local.replica.num_received += 1
     assert watch.told == [("sparse", False, 0), ("sparse", True, 0)]
 
 
@@ -463,13 +463,13 @@ async def test_a_canary_is_one_token_and_no_traffic_and_any_refusal_is_progress(
         "max_tokens": 1,
     }
     assert watch.told == [("sparse", False, 0), ("sparse", True, 0)]
-    assert (local.replica.num_outstanding, local.replica.num_finished) == (0, 0)
+    assert (local.replica.num_outstanding, local.replica.num_received) == (0, 0)
 
 
 async def test_there_is_no_canary_while_requests_finish(local: Worker) -> None:
     async def finish() -> None:
         while True:
-            local.replica.num_finished += 1
+            local.replica.num_received += 1
             await asyncio.sleep(0.001)
 
     async with watching(local) as watch:
