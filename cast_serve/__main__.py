@@ -131,9 +131,9 @@ def gateway(
 def _serve(
     variants: "list[Variant]", host: str, port: int, split: str | None, fallback: str | None
 ) -> None:
-    import asyncio
     import logging
 
+    import uvloop
     from pydantic import ValidationError
 
     from cast_serve.gateway import serve
@@ -149,7 +149,7 @@ def _serve(
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     _say(f"gateway: http://{host}:{port}, metrics at /metrics; Ctrl-C stops everything")
-    asyncio.run(serve(variants, settings))
+    uvloop.run(serve(variants, settings))
     print(json.dumps({"stopped": [variant.name for variant in variants]}))
 
 

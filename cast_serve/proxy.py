@@ -161,7 +161,8 @@ class Proxy:
             ) from None
         try:
             body = json.loads(content, parse_constant=_refuse_constant)
-            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            if b"\\u" in content:  # perhaps half a surrogate pair, which is no text
+                json.dumps(body, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise bad_request(f"the request body is not valid JSON: {error}"[:300]) from None
         return body
