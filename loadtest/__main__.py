@@ -1,11 +1,13 @@
-"""Command line -> a paired load test (`run`), or kernel timings (`kernels`).
+"""Command line -> a paired load test (`run`), what became of it, or kernel timings (`kernels`).
 
-Exit 0: done. 1: a request failed, or lengths differed. 2: wrong use.
+Exit 0: done. 1: what was measured does not pass. 2: wrong use.
 """
 
 import asyncio
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,20 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from loadtest import commands, pareto, quality
 from loadtest.client import Client
-from loadtest.paired import PairedRun, Plan, run_paired
-from loadtest.report import check_out, result_of, table_of, write_out
-from loadtest.workload import Workload, read_words
+from loadtest.paired import PairedRun, Plan, check_fit, run_paired
+from loadtest.processes import Processes
+from loadtest.provenance import provenance
+from loadtest.recorded import Recorded
+from loadtest.report import WRITTEN, check_out, result_of, write_out
+from loadtest.schedule import KINDS, Schedule, read_trace
+from loadtest.sweep import Load, parse_concurrency, parse_rate, sweep
+from loadtest.workload import Prompt, Workload, new_run_number, read_prompts, read_words
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command()(commands.report)
+app.command()(commands.compare)
 
 
 @app.callback()
@@ -28,10 +38,29 @@ def about() -> None:
 
 @app.command()
 def run(
+    context: typer.Context,
     url: Annotated[str, typer.Option(help="Root of the server, without /v1.")],
     baseline: Annotated[str, typer.Option(help="Variant compared against.")] = Plan.baseline,
     candidate: Annotated[str, typer.Option(help="Variant that should be better.")] = Plan.candidate,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = Plan.concurrency,
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loop: requests in flight; 1,4,16 makes a run for each.")
+    ] = str(Plan.concurrency),
+    schedule: Annotated[
+        str, typer.Option(help=f"When requests leave: {', '.join(KINDS)}.")
+    ] = Schedule.kind,
+    rate: Annotated[
+        str | None, typer.Option(help="Requests a second; 1,2,4 makes a run for each.")
+    ] = None,
+    rate_to: Annotated[float | None, typer.Option(help="Ramp: the rate at a block's end.")] = None,
+    burst: Annotated[
+        int | None, typer.Option(help="Burst: requests that leave at once, every BURST/RATE s.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace: file of seconds from a block's start, one a line.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Client processes, if one is too slow for the load.", min=1)
+    ] = 1,
     num_prompts: Annotated[int, typer.Option(help="Prompts in a block.")] = Plan.num_prompts,
     blocks: Annotated[
         int, typer.Option(help="Block pairs, in ABBA order; even.")
@@ -48,49 +77,113 @@ def run(
     text: Annotated[
         Path | None, typer.Option(help="Text file to cut prompts from; else they are made up.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same words.")] = Workload.seed,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Ready prompts: sharegpt, gsm8k, or a .jsonl file of prompts or messages."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same words and times.")] = Workload.seed,
     timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 120.0,
     api_key: Annotated[
         str | None, typer.Option(envvar="CAST_LOADTEST_API_KEY", help="Bearer token.")
     ] = None,
-    out: Annotated[
+    guard: Annotated[
         Path | None,
-        typer.Option(help="New directory for result.json, requests.jsonl and report.png."),
+        typer.Option(help="TOML file of guard rails; without it, nothing may fail or be void."),
+    ] = None,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="Goodput: a good request has this TTFT at most.")
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Goodput: a good request has this TPOT at most.")
+    ] = None,
+    quality_prompts: Annotated[
+        int, typer.Option(help="Prompts on which agreement and KL are measured, before the load.")
+    ] = 0,
+    same_model: Annotated[
+        bool,
+        typer.Option("--same-model", help="A/A: both names serve one model, so ratios must be 1."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for the record, the result and reports.")
     ] = None,
 ) -> None:
     """Sends the same prompts to two variants in alternating blocks and compares them.
 
     Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: done,
-    1: a request failed or an output had another length than asked for, 2: wrong use.
+    1: the run does not pass its guard rails, 2: wrong use.
     """
     try:
-        plan = Plan(baseline, candidate, concurrency, num_prompts, blocks, warmup, output_tokens)
-        words = () if text is None else read_words(text)
-        workload = Workload(prompt_words=prompt_tokens, seed=seed, text=words)
+        places, rates = parse_concurrency(concurrency), parse_rate(rate)
+        plan = Plan(baseline, candidate, places[0], num_prompts, blocks, warmup, output_tokens)
+        timetable = Schedule(
+            kind=schedule,
+            rate_per_s=rates[0] if rates else None,
+            rate_to_per_s=rate_to,
+            burst=burst,
+            trace_s=read_trace(trace) if trace else (),
+            seed=seed,
+        )
+        loads = sweep(plan, timetable, places, rates)
+        for load in loads:
+            check_fit(load.plan, load.schedule, processes)
+        workload = Workload(
+            prompt_words=prompt_tokens,
+            seed=seed,
+            text=read_words(text) if text else (),
+            prompts=read_prompts(prompts) if prompts else (),
+            source=str(prompts or text or Workload.source),
+        )
         if timeout_s <= 0:
             raise ValueError(f"--timeout-s {timeout_s:g} is too small; give more than 0")
         if out is not None:
             check_out(out)
-        paired_run = asyncio.run(_measure(url, plan, workload, timeout_s, api_key))
+        terms = commands.terms_of(guard, slo_ttft_ms, slo_tpot_ms, quality_prompts, same_model)
+        agreements = asyncio.run(_quality(url, plan, workload, timeout_s, api_key, quality_prompts))
+        results, failures, records = [], [], []
+        for load in loads:
+            workload = replace(workload, run_number=new_run_number())
+            paired_run = asyncio.run(_measure(url, load, workload, timeout_s, api_key, processes))
+            about = {
+                **provenance(context, url),
+                **terms,
+                "workload": workload.about(),
+                "timeout_s": timeout_s,
+                "quality": agreements,
+            }
+            recorded = Recorded.of(paired_run, about)
+            result, failed = _conclude(recorded, load.out(out))
+            results.append(result)
+            records.append((load.name or "", recorded))
+            failures += failed
+        if out is not None and len(loads) > 1:
+            curve = pareto.sweep_of(records)
+            failures += _written(out, lambda: pareto.write_sweep(out, curve))
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    result = result_of(url, paired_run, workload)
-    Console().print(table_of(result))
-    failures = [] if result["passed"] else [_failure(result)]
+    commands.finish({"sweep": results} if len(loads) > 1 else results[0], failures)
+
+
+def _conclude(recorded: Recorded, out: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Shows and writes one run; returns its result, and all that is wrong with it."""
+    result = result_of(recorded)
+    commands.show(result)
+    failures = commands.failures_of(result)
     if out is not None:
-        try:
-            write_out(out, result, paired_run)
-            print(f"written: {out}/result.json, requests.jsonl, report.png")
-        except OSError as error:
-            failures.append(
-                f"--out {out} could not be written: {error}; free or name another place"
-            )
-    print(json.dumps(result), flush=True)
-    for failure in failures:
-        print(f"cast-loadtest: {failure}", file=sys.stderr)
-    if failures:
-        raise typer.Exit(1)
+        failures += _written(out, lambda: write_out(out, recorded, result))
+    return result, failures
+
+
+def _written(out: Path, write: Callable[[], None]) -> list[str]:
+    """Writes; returns what went wrong, so that what was measured is printed all the same."""
+    try:
+        write()
+    except OSError as error:
+        return [f"--out {out} could not be written: {error}; free or name another place"]
+    print(f"written: {out}/{WRITTEN}")
+    return []
 
 
 @app.command()
@@ -128,41 +221,53 @@ def kernels(
 
 
 async def _measure(
-    url: str, plan: Plan, workload: Workload, timeout_s: float, api_key: str | None
+    url: str,
+    load: Load,
+    workload: Workload,
+    timeout_s: float,
+    api_key: str | None,
+    num_processes: int,
 ) -> PairedRun:
-    async with Client(
-        url, concurrency=plan.concurrency, timeout_s=timeout_s, api_key=api_key
-    ) as client:
+    plan = load.plan
+    async with Client(url, timeout_s=timeout_s, api_key=api_key) as client:
         known = await client.variants()
-        for variant in (plan.baseline, plan.candidate):
-            if variant not in known:
-                raise ValueError(
-                    f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
-                )
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("requests", total=plan.num_requests)
-            return await run_paired(client, plan, workload, lambda: progress.advance(task))
+    for variant in (plan.baseline, plan.candidate):
+        if variant not in known:
+            raise ValueError(
+                f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
+            )
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(load.name or "requests", total=plan.num_requests)
+        async with (
+            Client(url, timeout_s=timeout_s, api_key=api_key)
+            if num_processes == 1
+            else Processes(num_processes, url, timeout_s=timeout_s, api_key=api_key)
+        ) as sender:
+            return await run_paired(
+                sender, plan, workload, lambda: progress.advance(task), load.schedule
+            )
 
 
-def _failure(result: dict[str, Any]) -> str:
-    classes = ", ".join(
-        f"{variant} {error} x{number}"
-        for variant, errors in result["errors"].items()
-        for error, number in errors.items()
-    )
-    if result["num_warmup_errors"]:
-        return f"the warm-up failed, so nothing was measured: {classes}; see the server's log"
-    if result["num_errors"]:
-        return (
-            f"{result['num_errors']} of {result['num_requests']} requests failed: {classes}; "
-            "see the server's log, or lower --concurrency"
+async def _quality(
+    url: str, plan: Plan, workload: Workload, timeout_s: float, api_key: str | None, num: int
+) -> list[dict[str, Any]] | None:
+    if not num:
+        return None
+    prompts = [_text(workload.prompt(index)) for index in range(num)]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("quality", total=num)
+        return await quality.measure_over_http(
+            *(url, api_key, timeout_s, prompts, plan.baseline, plan.candidate),
+            *(plan.output_tokens, lambda: progress.advance(task)),
         )
-    return (
-        f"{result['num_unequal_lengths']} of {result['num_requests']} responses do not have "
-        f"{result['output_tokens_per_request']} tokens, so the variants did unequal work; lower "
-        "--output-tokens, or make the server honour ignore_eos"
-    )
+
+
+def _text(prompt: Prompt) -> str:
+    """A chat's messages as one text, which is all that /v1/compare takes."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt)
 
 
 def main() -> None:

@@ -1,34 +1,35 @@
-"""A variant and a prompt -> one streamed completion's time stamps, or the class of its error.
+"""A variant and prompts -> one streamed completion's time stamps each, or the class of its error.
 
 Nothing is retried and nothing is dropped: every request becomes one Outcome. Error classes are
-`http_<status>`, the name of httpx's exception, `timeout` (the whole request took too long),
-`stream_error` (an error object inside the stream), `malformed_chunk`, `incomplete_stream` (no
-`[DONE]`), `no_output` (no token event) and `no_usage`.
+`http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
+connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
+stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event) and
+`no_usage`.
 """
 
 import asyncio
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
-
 from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.batch import Batch
+from loadtest.connection import Pool, TransportError
+from loadtest.workload import Prompt
 
 
 class UnreachableError(ValueError):
     """The server cannot be asked for its variants."""
 
 
-class _StreamError(Exception):
-    """A response that is no complete completion; the message is its error class."""
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request.
+    """What became of one request; all times on the clock time.perf_counter.
 
     Attributes:
         variant: the name asked for.
@@ -36,6 +37,9 @@ class Outcome:
         timing: the time stamps; None exactly if `error` is set.
         prompt_tokens: as the server counted them; None if it did not.
         error: error class; None for a complete response.
+        intended_send_s: when it should have left.
+        sent_s: when it left: was written to an open connection, or began to open one.
+        ended_s: when the response was over, or had failed.
     """
 
     variant: str
@@ -43,6 +47,71 @@ class Outcome:
     timing: RequestTiming | None
     prompt_tokens: int | None
     error: str | None
+    intended_send_s: float
+    sent_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a batch.
+
+    Attributes:
+        started_s: the batch's time 0, on the outcomes' clock.
+        outcomes: one a prompt, in the batch's order.
+        cpu_s: CPU time that each client process spent on it.
+    """
+
+    started_s: float
+    outcomes: tuple[Outcome, ...]
+    cpu_s: tuple[float, ...]
+
+
+class _Completion:
+    """Feeds every event of a streamed completion to a stopwatch; the message is the error class."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, intended_send_s: float) -> None:
+        self.watch = Stopwatch(intended_send_s)
+        self.usage: Mapping[str, Any] = {}
+        self.is_done = False
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and not self.is_done:
+                self._event(line[len(b"data:") :].strip())
+
+    def _event(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self.is_done = True
+            return
+        try:
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise self.Error("stream_error")
+            self.watch.observe(chunk)
+            self.usage = chunk.get("usage") or self.usage
+        except (ValueError, AttributeError, TypeError) as error:
+            raise self.Error("malformed_chunk") from error
+
+    def timing(self, status: int) -> RequestTiming:
+        if status != 200:
+            raise self.Error(f"http_{status}")
+        if not self.is_done:
+            raise self.Error("incomplete_stream")
+        try:
+            timing = self.watch.finish()
+        except (ValueError, TypeError) as error:  # a token count that is none
+            raise self.Error("malformed_chunk") from error
+        if not timing.token_events_s:
+            raise self.Error("no_output")
+        if timing.output_tokens is None:
+            raise self.Error("no_usage")
+        return timing
 
 
 class Client:
@@ -50,25 +119,18 @@ class Client:
 
     Args:
         url: the server's root, without `/v1`.
-        concurrency: connections kept open.
         timeout_s: longest time that one request may take as a whole.
         api_key: sent as a bearer token; None sends none.
     """
 
-    def __init__(
-        self, url: str, *, concurrency: int, timeout_s: float, api_key: str | None = None
-    ) -> None:
+    num_processes = 1
+
+    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
-            self._http = httpx.AsyncClient(
-                base_url=self.url,
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-                limits=httpx.Limits(max_connections=concurrency, keepalive_expiry=None),
-                timeout=timeout_s,
-                trust_env=False,
-            )
-        except httpx.InvalidURL as error:
+            self._pool = Pool(self.url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
+        except ValueError as error:
             raise UnreachableError(f"URL {url!r} is no URL: {error}") from error
 
     async def __aenter__(self) -> Self:
@@ -80,7 +142,8 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._http.aclose()
+        self._pool.close()
+        await asyncio.sleep(0)  # lets the transports close
 
     async def variants(self) -> list[str]:
         """The names in `GET /v1/models`.
@@ -88,12 +151,17 @@ class Client:
         Raises:
             UnreachableError: if the server does not answer it as an OpenAI server does.
         """
+        body = bytearray()
         try:
-            response = await self._http.get("/v1/models")
-            response.raise_for_status()
-            return [str(model["id"]) for model in response.json()["data"]]
-        except httpx.HTTPError as error:
-            reason = str(error).split("\n")[0] or type(error).__name__
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.exchange("GET", "/v1/models", b"", body.extend)
+            if response.status == 200:
+                return [str(model["id"]) for model in json.loads(body)["data"]]
+            reason = f"{response.status} {HTTPStatus(response.status).phrase}"
+        except TimeoutError:
+            reason = f"no answer within {self._timeout_s:g} s"
+        except TransportError as error:
+            reason = str(error.__cause__ or error)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"the answer is no list of models ({type(error).__name__})"
         raise UnreachableError(
@@ -101,58 +169,105 @@ class Client:
             "or correct --url or --api-key"
         )
 
-    async def complete(
-        self, variant: str, prompt_index: int, prompt: str, output_tokens: int
-    ) -> Outcome:
-        """Sends one prompt and reads the whole stream; the clock starts before anything is sent."""
-        watch = Stopwatch()
-        error: str
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                usage = await self._stream(watch, variant, prompt, output_tokens)
-            timing = watch.finish()
-            if not timing.token_events_s:
-                raise _StreamError("no_output")
-            if timing.output_tokens is None:
-                raise _StreamError("no_usage")
-            return Outcome(variant, prompt_index, timing, usage.get("prompt_tokens"), None)
-        except TimeoutError:
-            error = "timeout"
-        except httpx.HTTPError as exception:
-            error = type(exception).__name__
-        except _StreamError as exception:
-            error = str(exception)
-        return Outcome(variant, prompt_index, None, None, error)
+    async def send(
+        self,
+        batch: Batch,
+        on_response: Callable[[], None] = lambda: None,
+        start: Callable[[], float] = time.perf_counter,
+    ) -> Sent:
+        """Sends a batch.
 
-    async def _stream(
-        self, watch: Stopwatch, variant: str, prompt: str, output_tokens: int
-    ) -> Mapping[str, Any]:
-        """Feeds every data chunk to the stopwatch and returns the usage."""
+        Args:
+            batch: what to send, and when.
+            on_response: called after each request, for a progress bar.
+            start: called once all is ready; returns the time 0 of the timetable (perf_counter).
+        """
+        outcomes: list[Outcome | None] = [None] * len(batch.prompts)
+        waiting = iter(range(len(batch.prompts)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await self._pool.open_ahead(batch.concurrency)
+        cpu_s = -time.thread_time()
+        started_s = start()
+
+        async def one(place: int, intended_send_s: float) -> Outcome:
+            index, prompt = batch.prompts[place]
+            outcome = await self.complete(
+                batch.variant, index, prompt, batch.output_tokens, intended_send_s
+            )
+            outcomes[place] = outcome
+            on_response()
+            return outcome
+
+        async def keep_busy() -> None:
+            free_s = started_s
+            for place in waiting:
+                free_s = (await one(place, free_s)).ended_s
+
+        async with asyncio.TaskGroup() as tasks:
+            await _sleep_until(started_s)
+            if batch.due_s is None:
+                for _ in range(batch.concurrency):
+                    tasks.create_task(keep_busy())
+            else:
+                for place, due_s in zip(waiting, batch.due_s, strict=True):
+                    await _sleep_until(started_s + due_s)
+                    tasks.create_task(one(place, started_s + due_s))
+        cpu_s += time.thread_time()
+        return Sent(started_s, tuple(o for o in outcomes if o), (cpu_s,))
+
+    async def complete(
+        self,
+        variant: str,
+        prompt_index: int,
+        prompt: Prompt,
+        output_tokens: int,
+        intended_send_s: float | None = None,
+    ) -> Outcome:
+        """Sends one prompt and reads the whole stream.
+
+        Args:
+            variant: who is asked.
+            prompt_index: noted in the outcome.
+            prompt: a text, or the messages of a chat.
+            output_tokens: how many tokens are asked for, whatever the model would like to say.
+            intended_send_s: when it should have left (perf_counter); None = now.
+        """
         body = {
             "model": variant,
-            "prompt": prompt,
+            **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
             "max_tokens": output_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        usage: Mapping[str, Any] = {}
-        async with self._http.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                raise _StreamError(f"http_{response.status_code}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[len("data:") :].strip()
-                if data == "[DONE]":
-                    return usage
-                try:
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise _StreamError("stream_error")
-                    watch.observe(chunk)
-                    usage = chunk.get("usage") or usage
-                except (ValueError, AttributeError, TypeError) as error:
-                    raise _StreamError("malformed_chunk") from error
-        raise _StreamError("incomplete_stream")
+        path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
+        data = json.dumps(body).encode()
+        sent_s = time.perf_counter()
+        completion = _Completion(sent_s if intended_send_s is None else intended_send_s)
+        timing: RequestTiming | None = None
+        error: str | None = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.exchange("POST", path, data, completion.feed)
+            ended_s = response.ended_s
+            timing = completion.timing(response.status)
+        except TimeoutError:
+            ended_s, error = time.perf_counter(), "timeout"
+        except (TransportError, _Completion.Error) as exception:
+            ended_s, error = time.perf_counter(), str(exception)
+        return Outcome(
+            variant=variant,
+            prompt_index=prompt_index,
+            timing=timing,
+            prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,
+            error=error,
+            intended_send_s=sent_s if intended_send_s is None else intended_send_s,
+            sent_s=sent_s,
+            ended_s=ended_s,
+        )
+
+
+async def _sleep_until(moment_s: float) -> None:
+    await asyncio.sleep(max(0.0, moment_s - time.perf_counter()))

@@ -1,19 +1,26 @@
 """Chosen TTFT and ITL a variant -> an OpenAI-compatible server that keeps exactly to them.
 
 A harness is checked against a server whose truth is known: `python -m loadtest.mock`, or
-`create_app` in a test. It makes no output worth reading, and can be told to fail.
+`create_app` in a test. It makes no output worth reading. It can be told to vary, to queue, to
+freeze and to fail.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,10 @@ class MockVariant:
         fail_every: every so-manyth request is answered 503; 0 = none.
         missing_tokens: so many fewer tokens than asked for.
         is_cut_off: the stream ends without usage and `[DONE]`.
+        noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal and new each
+            time: the medians stay, the mean ITL, and so TPOT, grows by exp(noise^2 / 2).
+        seed: the same seed gives the n-th request the same factors.
+        max_concurrency: so many requests are worked on, the others wait their turn; 0 = all.
     """
 
     ttft_s: float
@@ -33,19 +44,27 @@ class MockVariant:
     fail_every: int = 0
     missing_tokens: int = 0
     is_cut_off: bool = False
+    noise: float = 0.0
+    seed: int = 0
+    max_concurrency: int = 0
 
     @classmethod
     def parse(cls, text: str) -> "MockVariant":
         """Parses `TTFT_S,ITL_S`."""
-        try:
-            ttft_s, itl_s = (float(part) for part in text.split(","))
-        except ValueError:
-            raise ValueError(f"{text!r} is not TTFT_S,ITL_S; write for instance 0.1,0.01") from None
+        ttft_s, itl_s = _two_numbers(text, "TTFT_S,ITL_S; write for instance 0.1,0.01")
         return cls(ttft_s, itl_s)
 
 
-def create_app(variants: Mapping[str, MockVariant]) -> FastAPI:
-    """The server. `app.state.requests` lists (variant, prompt) in order of arrival."""
+def create_app(
+    variants: Mapping[str, MockVariant], stall_s: tuple[float, float] | None = None
+) -> FastAPI:
+    """The server. `app.state.requests` lists (variant, prompt) in order of arrival.
+
+    Args:
+        variants: by name.
+        stall_s: from when to when nothing moves: nothing is accepted, read or written. Seconds from
+            the first completion request on, as only then a client's clock runs.
+    """
     app = FastAPI()
     app.state.requests = []
 
@@ -58,58 +77,157 @@ def create_app(variants: Mapping[str, MockVariant]) -> FastAPI:
         data = [{"id": name, "object": "model", "owned_by": "mock"} for name in variants]
         return {"object": "list", "data": data}
 
-    @app.post("/v1/completions")
-    async def completions(body: dict[str, Any]) -> Response:
-        name = body["model"]
-        if name not in variants:
-            return _error(404, f"the model {name!r} does not exist")
-        app.state.requests.append((name, body["prompt"]))
-        variant = variants[name]
-        number = sum(earlier == name for earlier, _ in app.state.requests)
-        if variant.fail_every and number % variant.fail_every == 0:
-            return _error(503, "told to fail")
-        return StreamingResponse(_stream(name, variant, body), media_type="text/event-stream")
-
+    completions = _Completions(variants, stall_s, app.state.requests)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        app.router.routes.append(Route(path, endpoint=completions, methods=["POST"]))
     return app
+
+
+class _Completions:
+    """Both completion routes, as plain ASGI: a framework's responses would cost a load test's time.
+
+    A token is due at a time, not a pause after the one before, so late wake-ups do not add up.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, MockVariant],
+        stall_s: tuple[float, float] | None,
+        requests: list[tuple[str, str]],
+    ) -> None:
+        self._variants = variants
+        self._stall_s = stall_s
+        self._requests = requests
+        self._counts: Counter[str] = Counter()
+        self._places = {
+            name: asyncio.Semaphore(variant.max_concurrency) if variant.max_concurrency else None
+            for name, variant in variants.items()
+        }
+        self._frozen_s: tuple[float, float] | None = None  # the stall, on the loop's clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        asked = json.loads(body)
+        name = asked["model"]
+        if name not in self._variants:
+            return await _error(404, f"the model {name!r} does not exist")(scope, receive, send)
+        self._start_clock()
+        chat = asked.get("messages")
+        prompt = "\n".join(said["content"] for said in chat) if chat else asked["prompt"]
+        self._requests.append((name, prompt))
+        self._counts[name] += 1
+        variant, number = self._variants[name], self._counts[name]
+        if variant.fail_every and number % variant.fail_every == 0:
+            return await _error(503, "told to fail")(scope, receive, send)
+        has_left = asyncio.ensure_future(receive())  # the next message says that the client is gone
+        try:
+            async with self._places[name] or nullcontext():
+                rng = random.Random(f"{variant.seed}/{name}/{number}")
+                await self._stream(variant, rng, asked, len(prompt.split()), send, has_left.done)
+        finally:
+            has_left.cancel()
+
+    def _start_clock(self) -> None:
+        if self._stall_s and not self._frozen_s:
+            loop = asyncio.get_running_loop()
+            start_s, end_s = (loop.time() + after_s for after_s in self._stall_s)
+            self._frozen_s = start_s, end_s
+            loop.call_at(start_s, lambda: time.sleep(max(0.0, end_s - loop.time())))
+
+    async def _stream(
+        self,
+        variant: MockVariant,
+        rng: random.Random,
+        asked: Mapping[str, Any],
+        prompt_tokens: int,
+        send: Send,
+        has_left: Callable[[], bool],
+    ) -> None:
+        now = asyncio.get_running_loop().time
+        is_chat = "messages" in asked
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+
+        async def emit(choices: list[dict[str, Any]], **more: Any) -> None:
+            chunk = {"object": kind, "model": asked["model"], "choices": choices, **more}
+            await write(f"data: {json.dumps(chunk)}\n\n")
+
+        async def write(text: str, more_body: bool = True) -> None:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more_body}
+            await send(message)
+
+        due_s = now()
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        num_tokens = asked["max_tokens"] - variant.missing_tokens
+        for token in range(num_tokens):
+            gap_s = variant.itl_s if token else variant.ttft_s
+            due_s = self._after(due_s, gap_s * rng.lognormvariate(0.0, variant.noise))
+            await asyncio.sleep(due_s - now())
+            if has_left():
+                return
+            reason = "length" if token == num_tokens - 1 else None
+            said = {"delta": {"content": f" {token}"}} if is_chat else {"text": f" {token}"}
+            await emit([{"index": 0, **said, "finish_reason": reason}])
+        if variant.is_cut_off:
+            return await write("", more_body=False)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            await emit([], usage={"prompt_tokens": prompt_tokens, "completion_tokens": num_tokens})
+        await write("data: [DONE]\n\n", more_body=False)
+
+    def _after(self, due_s: float, gap_s: float) -> float:
+        """That much work later: none is done during the stall."""
+        if self._frozen_s and due_s < self._frozen_s[0] <= due_s + gap_s:
+            gap_s += self._frozen_s[1] - self._frozen_s[0]
+        return due_s + gap_s
 
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "code": status}}, status)
 
 
-async def _stream(name: str, variant: MockVariant, body: Mapping[str, Any]) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        chunk = {"object": "text_completion", "model": name, "choices": choices, **more}
-        return f"data: {json.dumps(chunk)}\n\n"
-
-    now = asyncio.get_running_loop().time
-    first_s = now() + variant.ttft_s
-    num_tokens = body["max_tokens"] - variant.missing_tokens
-    for token in range(num_tokens):
-        await asyncio.sleep(first_s + token * variant.itl_s - now())  # due times, so no drift
-        reason = "length" if token == num_tokens - 1 else None
-        yield event([{"index": 0, "text": f" {token}", "finish_reason": reason}])
-    if variant.is_cut_off:
-        return
-    if (body.get("stream_options") or {}).get("include_usage"):
-        prompt_tokens = len(body["prompt"].split())
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": num_tokens}
-        yield event([], usage=usage)
-    yield "data: [DONE]\n\n"
+def _two_numbers(text: str, form: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not {form}") from None
+    return first, second
 
 
 def main(
     variant: Annotated[list[str], typer.Option(help="NAME=TTFT_S,ITL_S; may be repeated.")],
+    noise: Annotated[
+        float, typer.Option(help="Sigma of the log-normal factor on every time.", min=0)
+    ] = MockVariant.noise,
+    seed: Annotated[int, typer.Option(help="Same seed, same noise.")] = MockVariant.seed,
+    max_concurrency: Annotated[
+        int, typer.Option(help="Requests worked on at once, per variant; 0 = all.", min=0)
+    ] = MockVariant.max_concurrency,
+    stall: Annotated[
+        str | None, typer.Option(help="FROM_S,TO_S after the first request: nothing moves.")
+    ] = None,
     host: str = "127.0.0.1",
     port: int = 8009,
 ) -> None:
     """Serves variants with known latencies, to check a load test against."""
     try:
         pairs = [text.partition("=") for text in variant]
-        variants = {name: MockVariant.parse(numbers) for name, _, numbers in pairs}
+        variants = {
+            name: replace(
+                MockVariant.parse(numbers), noise=noise, seed=seed, max_concurrency=max_concurrency
+            )
+            for name, _, numbers in pairs
+        }
+        stall_s = None if stall is None else _two_numbers(stall, "FROM_S,TO_S; write 2,3.5")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    uvicorn.run(create_app(variants), host=host, port=port, log_level="warning")
+    # uvloop, which uvicorn prefers, rounds times to whole milliseconds, so tokens would come early.
+    app = create_app(variants, stall_s)
+    uvicorn.run(app, host=host, port=port, log_level="warning", loop="asyncio")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,34 @@
 """A plan, a workload and a client -> blocks of outcomes, baseline and candidate in ABBA order.
 
 Machines drift: they warm up, throttle and get busy. If one variant ran after the other, drift would
-look like speed-up. So the run is cut into block pairs. Both blocks of a pair send the same prompts,
-one to each variant, close together in time; the pair after it turns the order round:
+look like speed-up. So the run is cut into block pairs. Both blocks of a pair send the same prompts
+by the same timetable, one to each variant, close together in time; the pair after it turns the
+order round:
 
     pair        0                    1                    2  ...
     blocks   baseline candidate   candidate baseline   baseline candidate ...
 
-Each block is a closed loop: `concurrency` requests are in flight, and the next one leaves when one
-comes back. Its intended send time is therefore the moment at which its place became free.
+A closed loop keeps `concurrency` requests in flight: the next one leaves when one comes back, so
+its intended send time is the moment at which its place became free. In an open loop the timetable
+says when a request leaves (schedule.py); when the server falls behind, nobody waits for it. Warm-up
+is always a closed loop.
 """
 
-import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
+
+from loadtest.batch import Batch
 from loadtest.client import Client, Outcome
+from loadtest.processes import Processes
+from loadtest.schedule import Schedule
 from loadtest.workload import Workload
+
+MAX_SLIP_S = 0.010
+MAX_SLIP_SHARE = 0.05  # of the median TTFT, if that is more
+MAX_CPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Plan:
     Attributes:
         baseline: name of the variant compared against.
         candidate: name of the variant that should be better.
-        concurrency: requests in flight.
+        concurrency: requests in flight in a closed loop and in the warm-up.
         num_prompts: prompts in a block.
         num_block_pairs: block pairs; even, so that each variant goes first equally often.
         num_warmup: requests to each variant before anything is counted.
@@ -89,20 +99,52 @@ class Block:
     ended_s: float
     outcomes: tuple[Outcome, ...]
 
-    @property
-    def output_tokens_per_s(self) -> float:
-        """Tokens of complete responses over the block's wall time."""
-        return self.output_tokens / self.wall_s
 
-    @property
-    def output_tokens(self) -> int:
-        """Tokens of complete responses."""
-        return sum(o.timing.output_tokens or 0 for o in self.outcomes if o.timing)
+@dataclass(frozen=True)
+class Harness:
+    """Whether the harness itself kept up, over all measured blocks.
 
-    @property
-    def wall_s(self) -> float:
-        """First send to last response."""
-        return self.ended_s - self.started_s
+    Attributes:
+        num_processes: client processes.
+        slip_p99_s: 99th percentile of how late requests left.
+        cpu_share: CPU time over wall time of the busiest client process; 1 = one core.
+        is_void: it did not keep up, so the run says as much about it as about the server.
+        why: what was too much, and what helps; None if nothing was.
+    """
+
+    num_processes: int
+    slip_p99_s: float
+    cpu_share: float
+    is_void: bool
+    why: str | None
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], cpu_s: Sequence[Sequence[float]]) -> "Harness":
+        """Judges a run with blocks.
+
+        Args:
+            blocks: what was measured.
+            cpu_s: for each block, the CPU time of each client process.
+        """
+        outcomes = [outcome for block in blocks for outcome in block.outcomes]
+        slip_s = float(np.percentile([o.sent_s - o.intended_send_s for o in outcomes], 99))
+        wall_s = sum(block.ended_s - block.started_s for block in blocks)
+        cpu_share = float(np.sum(cpu_s, axis=0).max() / wall_s)
+        ttfts_s = [o.timing.ttft_s for o in outcomes if o.timing and o.timing.ttft_s is not None]
+        ttft_s = float(np.median(ttfts_s)) if ttfts_s else 0.0
+        limit_s = max(MAX_SLIP_S, MAX_SLIP_SHARE * ttft_s)
+        why = []
+        if slip_s > limit_s:
+            why.append(
+                f"1 request in 100 left {1e3 * slip_s:.1f} ms late, limit {1e3 * limit_s:.1f}"
+            )
+        if cpu_share > MAX_CPU_SHARE:
+            why.append(f"a client process used {cpu_share:.2f} of a core, limit {MAX_CPU_SHARE}")
+        num_processes = len(cpu_s[0])
+        remedy = f"; raise --processes above {num_processes}, lower the load, or free the machine"
+        return cls(
+            num_processes, slip_s, cpu_share, bool(why), " and ".join(why) + remedy if why else None
+        )
 
 
 @dataclass(frozen=True)
@@ -113,61 +155,78 @@ class PairedRun:
     started_s: float
     warmup: tuple[Outcome, ...]
     blocks: tuple[Block, ...]
+    harness: Harness
+    schedule: str = Schedule.kind
+    rate_per_s: float | None = None
 
-    def unequal_lengths(self) -> list[Outcome]:
-        """Measured responses whose length is not the one asked for: they compare unequal work."""
-        return [
-            outcome
-            for block in self.blocks
-            for outcome in block.outcomes
-            if outcome.timing and outcome.timing.output_tokens != self.plan.output_tokens
-        ]
+
+def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
+    """Refuses what does not go together, before anything is sent.
+
+    Raises:
+        ValueError: if a trace is shorter than a block, or a client process would have no requests.
+    """
+    if schedule.kind == "trace" and len(schedule.trace_s) < plan.num_prompts:
+        raise ValueError(
+            f"--num-prompts {plan.num_prompts} is more than the {len(schedule.trace_s)} times of "
+            f"the trace; give at most {len(schedule.trace_s)}"
+        )
+    most = plan.concurrency if schedule.kind == "closed" else plan.num_prompts
+    if num_processes > most:
+        option = "--concurrency" if schedule.kind == "closed" else "--num-prompts"
+        raise ValueError(
+            f"--processes {num_processes} is more than {option} {most}, so some would have nothing "
+            f"to do; give at most {most}"
+        )
 
 
 async def run_paired(
-    client: Client,
+    client: Client | Processes,
     plan: Plan,
     workload: Workload,
     on_response: Callable[[], None] = lambda: None,
+    schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
 ) -> PairedRun:
     """Warms both variants up, then runs every block.
 
     Args:
         client: connected to the server that has both variants.
         plan: what to send.
-        workload: where prompts come from; a block pair shares its prompts, no other does.
+        workload: where prompts come from; a block pair shares its prompts, no other does, and every
+            block is a pass of its own.
         on_response: called after each request, for a progress bar.
+        schedule: when requests leave.
+
+    Raises:
+        ValueError: if plan, schedule and client do not fit together.
     """
+    check_fit(plan, schedule, client.num_processes)
 
-    async def send(variant: str, prompt_indices: Sequence[int]) -> tuple[Outcome, ...]:
-        outcomes: dict[int, Outcome] = {}
-        waiting = iter(prompt_indices)
+    def batch(
+        variant: str, indices: Sequence[int], pass_number: int, due_s: tuple[float, ...] | None
+    ) -> Batch:
+        prompts = tuple((index, workload.prompt(index, pass_number)) for index in indices)
+        return Batch(variant, prompts, plan.output_tokens, plan.concurrency, due_s)
 
-        async def place() -> None:
-            for index in waiting:
-                outcomes[index] = await client.complete(
-                    variant, index, workload.prompt(index), plan.output_tokens
-                )
-                on_response()
-
-        async with asyncio.TaskGroup() as places:
-            for _ in range(plan.concurrency):
-                places.create_task(place())
-        return tuple(outcomes[index] for index in prompt_indices)
-
-    started_s = time.perf_counter()
     numbers = count()
-    warmup_indices = [next(numbers) for _ in range(plan.num_warmup)]
-    warmup = await send(plan.baseline, warmup_indices) + await send(plan.candidate, warmup_indices)
-    if any(outcome.error for outcome in warmup):
-        return PairedRun(plan, started_s, warmup, ())
-
-    prompt_indices = [
-        [next(numbers) for _ in range(plan.num_prompts)] for _ in range(plan.num_block_pairs)
+    indices = [next(numbers) for _ in range(plan.num_warmup)]
+    warmups = [
+        await client.send(batch(variant, indices, 0, None), on_response)
+        for variant in (plan.baseline, plan.candidate)
     ]
-    blocks = []
-    for pair, variant in plan.block_order():
-        block_started_s = time.perf_counter()
-        outcomes = await send(variant, prompt_indices[pair])
-        blocks.append(Block(pair, variant, block_started_s, time.perf_counter(), outcomes))
-    return PairedRun(plan, started_s, warmup, tuple(blocks))
+    warmup = tuple(outcome for sent in warmups for outcome in sent.outcomes)
+    started_s = warmups[0].started_s
+    about = (schedule.kind, schedule.mean_rate_per_s)
+    if any(outcome.error for outcome in warmup):
+        idle = Harness(client.num_processes, 0.0, 0.0, False, None)
+        return PairedRun(plan, started_s, warmup, (), idle, *about)
+
+    pairs = [[next(numbers) for _ in range(plan.num_prompts)] for _ in range(plan.num_block_pairs)]
+    blocks, cpu_s = [], []
+    for pass_number, (pair, variant) in enumerate(plan.block_order(), start=1):
+        due_s = schedule.times_s(plan.num_prompts, pair)
+        sent = await client.send(batch(variant, pairs[pair], pass_number, due_s), on_response)
+        ended_s = max(outcome.ended_s for outcome in sent.outcomes)
+        blocks.append(Block(pair, variant, sent.started_s, ended_s, sent.outcomes))
+        cpu_s.append(sent.cpu_s)
+    return PairedRun(plan, started_s, warmup, tuple(blocks), Harness.of(blocks, cpu_s), *about)

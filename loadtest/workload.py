@@ -1,14 +1,24 @@
-"""A seed, and a text file or nothing -> prompts, each with an opening that no server has seen.
+"""A seed, and prompts, a text or nothing -> prompts, each opening as no server has seen before.
 
 A prefix cache keeps what it has seen, so a prompt sent twice measures the cache. Every prompt
-therefore opens with a line of digits: a number drawn anew for every run, then the prompt's own. The
-words after that line follow from the seed alone, so two runs differ in nothing else.
+therefore opens with a line of digits: a number drawn anew for every run, then the number of the
+pass over the prompts, then the prompt's own. What follows depends on the seed alone, so two passes
+and two runs differ in nothing else, and a server that has both variants has seen neither.
 """
 
+import json
 import random
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+Prompt = str | list[dict[str, str]]
+"""A text for /v1/completions, or messages for /v1/chat/completions."""
+
+PACKAGED = ("sharegpt", "gsm8k")
+"""Prompts that scripts/data fetches."""
 
 _VOCABULARY = """
 about above after again answer before begin between book bridge build carry city clear close cold
@@ -22,40 +32,117 @@ wonder wood word work world write year young
 """
 
 
+def new_run_number() -> int:
+    """A number that no run had before, in all likelihood."""
+    return secrets.randbelow(10**9)
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of about `prompt_words` words.
+    """Prompts of about `prompt_words` words, or ready ones.
 
     Attributes:
-        prompt_words: words in a prompt, not counting the opening line.
-        seed: the same seed gives the same words.
-        text: words to cut prompts from, at places drawn from the seed; empty means made-up prompts.
+        prompt_words: words in a prompt, not counting the opening line; ready prompts keep theirs.
+        seed: the same seed gives the same words, or the same order of ready prompts.
+        text: words to cut prompts from, at places drawn from the seed.
+        prompts: ready prompts; taken again from the first when they run out. Without these and
+            without a text, prompts are made up.
+        source: where text or prompts are from.
         run_number: opens every prompt; drawn anew unless given.
     """
 
     prompt_words: int = 128
     seed: int = 0
     text: tuple[str, ...] = field(default=(), repr=False)
-    run_number: int = field(default_factory=lambda: secrets.randbelow(10**9))
+    prompts: tuple[Prompt, ...] = field(default=(), repr=False)
+    source: str = "synthetic"
+    run_number: int = field(default_factory=new_run_number)
 
     def __post_init__(self) -> None:
         if self.prompt_words < 1:
             raise ValueError(f"prompt words {self.prompt_words} must be 1 or more")
+        if self.text and self.prompts:
+            raise ValueError("both a text and ready prompts are given; give one of them")
         if self.text and len(self.text) < self.prompt_words:
             raise ValueError(
                 f"the text has {len(self.text)} words, fewer than one prompt of "
                 f"{self.prompt_words}; give a longer text or ask for fewer prompt words"
             )
 
-    def prompt(self, index: int) -> str:
+    def about(self) -> dict[str, Any]:
+        """What tells this workload from others, for a record."""
+        return {
+            "source": self.source,
+            "prompt_words": None if self.prompts else self.prompt_words,
+            "seed": self.seed,
+            "run_number": self.run_number,
+        }
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return random.Random(self.seed).sample(range(len(self.prompts)), len(self.prompts))
+
+    def prompt(self, index: int, pass_number: int = 0) -> Prompt:
         """The prompt of that number. Numbers of equal length keep the token count alike."""
+        opening = f"{self.run_number:09d} {pass_number:04d} {index:06d}\n"
+        if self.prompts:
+            ready = self.prompts[self._order[index % len(self.prompts)]]
+            if isinstance(ready, str):
+                return opening + ready
+            first, *more = ready
+            return [{**first, "content": opening + first["content"]}, *more]
         rng = random.Random(f"{self.seed}/{index}")
         if self.text:
             start = rng.randrange(len(self.text) - self.prompt_words + 1)
             words = list(self.text[start : start + self.prompt_words])
         else:
             words = rng.choices(_VOCABULARY.split(), k=self.prompt_words)
-        return f"{self.run_number:09d} {index:06d}\n" + " ".join(words)
+        return opening + " ".join(words)
+
+
+def read_prompts(name: str) -> tuple[Prompt, ...]:
+    """Reads one of PACKAGED from data/prompts, or a file.
+
+    Args:
+        name: one of PACKAGED, or the path of a UTF-8 file with a line of JSON a prompt:
+            {"prompt": TEXT} or {"messages": [{"role": ROLE, "content": TEXT}, ...]}.
+
+    Raises:
+        ValueError: if the file cannot be read or holds something else.
+    """
+    path = Path(f"data/prompts/{name}.jsonl") if name in PACKAGED else Path(name)
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"prompts {path} cannot be read: {error}; name a .jsonl file, or one of "
+            f"{', '.join(PACKAGED)} after running scripts/data"
+        ) from error
+    if not lines:
+        raise ValueError(f"prompts {path} is empty; give a line of JSON a prompt")
+    return tuple(_parse(line, f"prompts {path}, line {n}") for n, line in enumerate(lines, 1))
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        given = json.loads(line)
+        if isinstance(given, dict) and given.keys() == {"prompt"}:
+            prompt: Prompt = given["prompt"]
+            texts = [prompt]
+        else:
+            prompt = [
+                {"role": said["role"], "content": said["content"]} for said in given["messages"]
+            ]
+            texts = [text for said in prompt for text in said.values()]
+        if texts and all(isinstance(text, str) and text for text in texts):
+            return prompt
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f'{where}: {line[:80]!r} is neither {{"prompt": TEXT}} nor {{"messages": [{{"role": ROLE, '
+        '"content": TEXT}, ...]}'
+    )
 
 
 def read_words(path: Path) -> tuple[str, ...]:

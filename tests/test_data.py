@@ -28,3 +28,45 @@ def test_options_in_one_text_become_choices(script, tmp_path):
     script.write_choices(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written == [{"question": "What?", "choices": ["this", "that"], "answer": 0}]
+
+
+def conversation(sender, *words):
+    return {"id": "a", "conversations": [{"from": sender, "value": " ".join(words)}]}
+
+
+@pytest.mark.parametrize("chunk_chars", [1, 7, 1 << 20])
+def test_first_turns_of_a_list_that_is_cut_off(script, tmp_path, chunk_chars):
+    conversations = [
+        conversation("human", "a", "first", "question", "here"),
+        conversation("gpt", "an", "answer", "comes", "first"),
+        conversation("human", "too", "few", "words"),
+        {"id": "b", "conversations": []},
+        conversation("human", *["long"] * 1001),
+        conversation("human", *["longest"] * 1000),
+        conversation("human", "a", "second", "question", "é\u2028"),
+        conversation("human", "this", "one", "is", "cut", "off"),
+    ]
+    text = json.dumps(conversations, indent=2, ensure_ascii=False)
+    (tmp_path / "cut.json").write_text(text[: text.index("is cut off")], encoding="utf-8")
+    first, longest, second = script.first_turns(tmp_path / "cut.json", 5, chunk_chars)
+    assert first == "a first question here"
+    assert longest.split() == ["longest"] * 1000
+    assert second == "a second question é"
+    assert script.first_turns(tmp_path / "cut.json", 1) == [first]
+
+
+def test_prompts_say_where_they_are_from(script, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "Question: 1 + 1?\nAnswer:"}]}
+    for member, content in (
+        (script.SHAREGPT, json.dumps([conversation("human", "what", "is", "this", "?")])),
+        (script.GSM8K, json.dumps(chat) + "\n"),
+    ):
+        (tmp_path / member).parent.mkdir(parents=True)
+        (tmp_path / member).write_text(content)
+    script.write_prompts(tmp_path, tmp_path)
+    for name, prompt in (("sharegpt", {"prompt": "what is this ?"}), ("gsm8k", chat)):
+        assert json.loads((tmp_path / f"{name}.jsonl").read_text()) == prompt
+        about = json.loads((tmp_path / "provenance.json").read_text())[f"{name}.jsonl"]
+        assert about["num_prompts"] == 1
+        assert about["source_sha256"] == script.SHA256[about["source"]]
+        assert about["package"] in script.PACKAGES

@@ -20,7 +20,8 @@ def serve_app() -> Iterator[ServeApp]:
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(app: FastAPI) -> str:
-        config = uvicorn.Config(app, port=0, log_level="warning", ws="none")
+        # asyncio's timers are never early; uvloop's are, by half a millisecond.
+        config = uvicorn.Config(app, port=0, log_level="warning", ws="none", loop="asyncio")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -38,10 +39,12 @@ def serve_app() -> Iterator[ServeApp]:
 
 @pytest.fixture
 def serve(serve_app: ServeApp) -> Serve:
-    """`url, app = serve(dense=MockVariant(...), sparse=MockVariant(...))`."""
+    """`url, app = serve(dense=MockVariant(...), ...)`; `stall_s` is as create_app has it."""
 
-    def start(**variants: MockVariant) -> tuple[str, FastAPI]:
-        app = create_app(variants)
+    def start(
+        stall_s: tuple[float, float] | None = None, **variants: MockVariant
+    ) -> tuple[str, FastAPI]:
+        app = create_app(variants, stall_s)
         return serve_app(app), app
 
     return start

@@ -1,24 +1,35 @@
-"""One request against the mock: its time stamps, or the class of its error."""
+"""Requests against the mock: when they leave, their time stamps, or the class of their error."""
 
 import asyncio
+import time
+from dataclasses import replace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.middleware.base import RequestResponseEndpoint
 
-from loadtest.client import Client, Outcome, UnreachableError
-from loadtest.mock import MockVariant
+from loadtest.batch import Batch
+from loadtest.client import Client, Outcome, Sent, UnreachableError
+from loadtest.mock import MockVariant, create_app
+from loadtest.workload import Prompt
 from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 
 
-def complete(url: str, variant: str, timeout_s: float = 30.0) -> Outcome:
-    async def send() -> Outcome:
-        async with Client(url, concurrency=1, timeout_s=timeout_s) as client:
-            return await client.complete(variant, 3, "one two three", 4)
+def complete(
+    url: str,
+    variant: str,
+    timeout_s: float = 30.0,
+    prompt: Prompt = "one two three",
+    intended_send_s: float | None = None,
+) -> Outcome:
+    async def ask() -> Outcome:
+        async with Client(url, timeout_s=timeout_s) as client:
+            return await client.complete(variant, 3, prompt, 4, intended_send_s)
 
-    return asyncio.run(send())
+    return asyncio.run(ask())
 
 
 def test_a_complete_response(serve: Serve) -> None:
@@ -61,6 +72,14 @@ TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
         (TOKEN + 'data: {"error": {"message": "engine died"}}\n\n', "stream_error"),
         (TOKEN + "data: {\n\n", "malformed_chunk"),
         (TOKEN + "data: []\n\n", "malformed_chunk"),
+        (
+            TOKEN + 'data: {"usage": {"completion_tokens": -1}}\n\ndata: [DONE]\n\n',
+            "malformed_chunk",
+        ),
+        (
+            TOKEN + 'data: {"usage": {"completion_tokens": "1"}}\n\ndata: [DONE]\n\n',
+            "malformed_chunk",
+        ),
         (TOKEN, "incomplete_stream"),
         (TOKEN + "data: [DONE]\n\n", "no_usage"),
     ],
@@ -82,14 +101,81 @@ def test_a_whole_request_that_takes_too_long_is_a_timeout(serve: Serve) -> None:
 
 
 def test_refused_connection_is_named() -> None:
-    assert complete("http://127.0.0.1:1", "dense").error == "ConnectError"
+    assert complete("http://127.0.0.1:1", "dense").error == "connect_error"
+
+
+def test_a_chat_goes_to_the_chat_route(serve: Serve) -> None:
+    url, app = serve(dense=MockVariant(0.0, 0.0))
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    outcome = complete(url, "dense", prompt=chat)
+    assert outcome.timing is not None
+    assert outcome.timing.output_tokens == 4
+    assert app.state.requests == [("dense", "be kind\nhi")]
+
+
+def test_times_of_a_request_run_forward_also_when_it_fails(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.0, 0.0), sparse=MockVariant(0.0, 0.0, fail_every=1))
+    for variant in ("dense", "sparse"):
+        outcome = complete(url, variant, intended_send_s=time.perf_counter() - 1.0)
+        assert outcome.sent_s - outcome.intended_send_s >= 1.0
+        assert outcome.ended_s > outcome.sent_s
+        if outcome.timing:
+            assert outcome.timing.intended_send_s == outcome.intended_send_s
+            assert outcome.timing.last_s <= outcome.ended_s
+
+
+CLOSED = Batch("dense", tuple((n, f"prompt {n}") for n in range(6)), 3, concurrency=2)
+
+
+def send(url: str, batch: Batch) -> Sent:
+    async def measure() -> Sent:
+        async with Client(url, timeout_s=30.0) as client:
+            return await client.send(batch)
+
+    return asyncio.run(measure())
+
+
+def most_in_flight(sent: Sent) -> int:
+    begun = [outcome.sent_s for outcome in sent.outcomes]
+    return max(sum(o.sent_s <= moment < o.ended_s for o in sent.outcomes) for moment in begun)
+
+
+def test_a_closed_loop_sends_when_a_place_is_free(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.02, 0.01))
+    sent = send(url, CLOSED)
+    assert [outcome.prompt_index for outcome in sent.outcomes] == list(range(6))
+    assert most_in_flight(sent) == 2
+    freed = {sent.started_s} | {outcome.ended_s for outcome in sent.outcomes}
+    assert all(outcome.intended_send_s in freed for outcome in sent.outcomes)
+
+
+def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.5, 0.0))
+    due_s = (0.0, 0.0, 0.01, 0.02, 0.03, 0.1)
+    sent = send(url, replace(CLOSED, due_s=due_s))
+    assert [o.intended_send_s - sent.started_s for o in sent.outcomes] == pytest.approx(due_s)
+    assert all(outcome.sent_s >= outcome.intended_send_s for outcome in sent.outcomes)
+    assert most_in_flight(sent) == 6
+
+
+def test_connections_are_used_again(serve_app: ServeApp) -> None:
+    app = create_app({"dense": MockVariant(0.0, 0.0)})
+    peers: set[object] = set()
+
+    @app.middleware("http")
+    async def note(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        peers.add(request.client)
+        return await call_next(request)
+
+    send(serve_app(app), CLOSED)
+    assert len(peers) == 2
 
 
 def test_variants_are_listed(serve: Serve) -> None:
     url, _ = serve(dense=QUICK, sparse=QUICK)
 
     async def ask(url: str) -> list[str]:
-        async with Client(url, concurrency=1, timeout_s=5.0) as client:
+        async with Client(url, timeout_s=5.0) as client:
             return await client.variants()
 
     assert asyncio.run(ask(url + "/")) == ["dense", "sparse"]

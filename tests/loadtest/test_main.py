@@ -15,6 +15,7 @@ from cast_serve.settings import GatewaySettings
 from cast_serve.variants import remote_variants
 from loadtest.__main__ import app
 from loadtest.mock import MockVariant
+from loadtest.schedule import Schedule
 from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
@@ -72,6 +73,52 @@ def test_the_slower_candidate_has_ratios_below_one(serve: Serve) -> None:
     assert last_line(result)["ratio"]["e2e"]["max"] < 1
 
 
+def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
+    url, _ = serve(dense=MockVariant(0.02, 0.001), sparse=MockVariant(0.02, 0.001))
+    out = tmp_path / "out"
+    cast_loadtest(
+        *("--url", url, *SMALL, "--schedule", "poisson", "--rate", "20", "--processes", "2"),
+        *("--seed", "3", "--out", str(out)),
+    )
+    about = json.loads((out / "run.json").read_text())
+    assert (about["schedule"], about["rate_per_s"]) == ("poisson", 20.0)
+    assert about["harness"]["num_processes"] == 2
+    assert about["workload"]["source"] == "synthetic"
+    requests = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    assert all(request["sent_s"] >= request["intended_send_s"] for request in requests)
+    gaps_s = []
+    for block in range(4):
+        times_s = [r["intended_send_s"] for r in requests if r["block"] == block]
+        gaps_s.append([time_s - times_s[0] for time_s in times_s])
+    due_s = Schedule("poisson", 20.0, seed=3).times_s(3, 0)
+    assert due_s is not None
+    assert gaps_s[0] == pytest.approx(gaps_s[1])
+    assert gaps_s[0] == pytest.approx([time_s - due_s[0] for time_s in due_s])
+
+
+def test_a_sweep_is_a_run_for_each_load(serve: Serve, tmp_path: Path) -> None:
+    url, app = serve(dense=MockVariant(0.01, 0.001), sparse=MockVariant(0.01, 0.001))
+    out = tmp_path / "out"
+    result = cast_loadtest("--url", url, *SMALL, "--concurrency", "1,3", "--out", str(out))
+    assert [run["concurrency"] for run in last_line(result)["sweep"]] == [1, 3]
+    for load in ("concurrency-1", "concurrency-3"):
+        assert json.loads((out / load / "result.json").read_text())["num_requests"] == 12
+    prompts = [prompt for _, prompt in app.state.requests]
+    assert len(prompts) == 2 * (12 + 4)
+    # Nothing but the warm-up's prompts, which both variants get, is ever sent twice.
+    assert len(set(prompts)) == 2 * (12 + 2)
+
+
+def test_chats_from_a_file(serve: Serve, tmp_path: Path) -> None:
+    url, app = serve(dense=QUICK, sparse=QUICK)
+    chat = {"messages": [{"role": "user", "content": "what is this?"}]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(chat) + "\n")
+    result = cast_loadtest("--url", url, *SMALL, "--prompts", str(tmp_path / "own.jsonl"))
+    assert last_line(result)["num_errors"] == 0
+    assert len(app.state.requests) == 16
+    assert all(prompt.endswith("\nwhat is this?") for _, prompt in app.state.requests)
+
+
 def test_failed_requests_are_counted_and_exit_1(serve: Serve) -> None:
     # Ten requests to sparse, two of them warm-up: the fourth and the eighth fail.
     url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, fail_every=4))
@@ -112,6 +159,13 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
             "variant 'spares' is not served at URL; it serves: dense, sparse",
         ),
         (["--text", "/absent"], "text /absent cannot be read"),
+        (["--prompts", "/absent"], "prompts /absent cannot be read"),
+        (["--trace", "/absent"], "trace /absent cannot be read"),
+        (["--schedule", "poisson"], "--schedule poisson needs --rate"),
+        (["--rate", "fast"], "--rate fast is no list of numbers"),
+        (["--concurrency", "1,x"], "--concurrency 1,x is no list of whole numbers"),
+        (["--concurrency", "1,16"], "--num-prompts 8 is too small; give at least 16"),
+        (["--processes", "2"], "--processes 2 is more than --concurrency 1"),
     ],
 )
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(

@@ -1,8 +1,24 @@
-"""The mock keeps to what it was told."""
+"""The mock keeps to what it was told; the truth it tells is judged in test_truth.py."""
+
+import asyncio
+import random
+import statistics
 
 import pytest
 
+from loadtest.batch import Batch
+from loadtest.client import Client, Sent
 from loadtest.mock import MockVariant
+from tests.loadtest.conftest import Serve
+
+
+def send(url: str, num: int, concurrency: int, tokens: int = 2, timeout_s: float = 30.0) -> Sent:
+    async def measure() -> Sent:
+        async with Client(url, timeout_s=timeout_s) as client:
+            prompts = tuple((number, "a b c") for number in range(num))
+            return await client.send(Batch("dense", prompts, tokens, concurrency))
+
+    return asyncio.run(measure())
 
 
 def test_parse() -> None:
@@ -13,3 +29,42 @@ def test_parse() -> None:
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="is not TTFT_S,ITL_S"):
         MockVariant.parse(text)
+
+
+def test_noise_multiplies_by_seeded_lognormal_factors(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.05, 0.02, noise=0.5, seed=4))
+    late_s = []
+    for number, outcome in enumerate(send(url, num=20, concurrency=1).outcomes, start=1):
+        rng = random.Random(f"4/dense/{number}")
+        ttft_s, itl_s = (median_s * rng.lognormvariate(0.0, 0.5) for median_s in (0.05, 0.02))
+        assert outcome.timing is not None
+        assert (outcome.timing.ttft_s or 0.0) >= ttft_s  # never early
+        late_s.append(outcome.timing.e2e_s - ttft_s - itl_s)
+    assert statistics.median(late_s) < 0.02
+
+
+def test_max_concurrency_makes_requests_wait_their_turn(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.1, 0.0, max_concurrency=2))
+    outcomes = send(url, num=6, concurrency=6).outcomes
+    ttfts_s = sorted(o.timing.ttft_s or 0.0 for o in outcomes if o.timing)
+    assert len(ttfts_s) == 6
+    # Never early: two at once, then two after these, then two more.
+    assert ttfts_s[2] >= 0.2
+    assert ttfts_s[4] >= 0.3
+
+
+def test_a_client_that_leaves_frees_its_place(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.0, 0.05, max_concurrency=1))
+    gone = send(url, num=1, concurrency=1, tokens=10_000, timeout_s=0.2).outcomes[0]
+    assert gone.error == "timeout"
+    assert send(url, num=1, concurrency=1, timeout_s=10.0).outcomes[0].error is None
+
+
+def test_a_stall_holds_up_tokens_under_way_and_new_requests(serve: Serve) -> None:
+    # Tokens are due at 0.1, 0.2 and so on; the stall from 0.25 to 0.75 pushes the third to 0.8.
+    url, _ = serve(dense=MockVariant(0.1, 0.1), stall_s=(0.25, 0.75))
+    timing = send(url, num=1, concurrency=1, tokens=5).outcomes[0].timing
+    assert timing is not None
+    assert timing.itl_s[1] >= 0.5
+    assert timing.itl_s[1] == max(timing.itl_s)
+    assert timing.e2e_s >= 1.0

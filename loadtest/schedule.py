@@ -1,0 +1,129 @@
+"""How requests should arrive, and a seed -> the timetable of a block, in seconds from its start.
+
+    closed     no timetable: so many in flight, and the next leaves when one comes back
+    constant   one every 1 / rate
+    poisson    independent users: gaps drawn from an exponential distribution of mean 1 / rate
+    burst      `burst` at once, every burst / rate
+    ramp       the rate grows evenly from `rate` to `rate_to` over the block
+    trace      the times in a file
+
+All but the first are open loops: a request leaves at its time however many are outstanding. Both
+blocks of a pair get the same timetable.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KINDS = ("closed", "constant", "poisson", "burst", "ramp", "trace")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A kind of timetable.
+
+    Attributes:
+        kind: one of KINDS.
+        rate_per_s: requests a second; ramp: at a block's start. Not for closed and trace.
+        rate_to_per_s: ramp: at a block's end.
+        burst: burst: requests that leave at once.
+        trace_s: trace: seconds from a block's start, ascending.
+        seed: poisson: the same seed gives the same gaps.
+    """
+
+    kind: str = "closed"
+    rate_per_s: float | None = None
+    rate_to_per_s: float | None = None
+    burst: int | None = None
+    trace_s: tuple[float, ...] = field(default=(), repr=False)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"--schedule {self.kind} is unknown; give one of {', '.join(KINDS)}")
+        for option, value, kinds in (
+            ("--rate", self.rate_per_s, ("constant", "poisson", "burst", "ramp")),
+            ("--rate-to", self.rate_to_per_s, ("ramp",)),
+            ("--burst", self.burst, ("burst",)),
+            ("--trace", self.trace_s or None, ("trace",)),
+        ):
+            if value is None and self.kind in kinds:
+                raise ValueError(f"--schedule {self.kind} needs {option}")
+            if value is not None and self.kind not in kinds:
+                raise ValueError(f"{option} is for --schedule {' and '.join(kinds)}; drop it")
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise ValueError(f"{option} {value} is out of range; give a number above 0")
+
+    @property
+    def mean_rate_per_s(self) -> float | None:
+        """Requests a second over a block; None for closed and trace."""
+        if self.rate_per_s is None or self.rate_to_per_s is None:
+            return self.rate_per_s
+        return (self.rate_per_s + self.rate_to_per_s) / 2
+
+    def times_s(self, num: int, block_pair: int) -> tuple[float, ...] | None:
+        """When each request of a block leaves; None for a closed loop.
+
+        Args:
+            num: requests in the block; a trace has at least as many times.
+            block_pair: each has its own gaps in poisson.
+        """
+        if self.kind == "closed":
+            return None
+        if self.kind == "trace":
+            return self.trace_s[:num]
+        rate = self.rate_per_s or 0.0
+        if self.kind == "constant":
+            return tuple(place / rate for place in range(num))
+        if self.kind == "burst":
+            burst = self.burst or 1
+            return tuple(place // burst * burst / rate for place in range(num))
+        if self.kind == "ramp":
+            return _ramp_s(num, rate, self.rate_to_per_s or rate)
+        rng = random.Random(f"{self.seed}/{block_pair}")
+        time_s, times_s = 0.0, []
+        for _ in range(num):
+            time_s += rng.expovariate(rate)
+            times_s.append(time_s)
+        return tuple(times_s)
+
+
+def _ramp_s(num: int, start: float, end: float) -> tuple[float, ...]:
+    """When the integral of a rate that goes evenly from `start` to `end` reaches 0, 1, ... num - 1.
+
+    It is start * t + slope / 2 * t^2, and reaches num at the block's end, at the mean rate.
+    """
+    duration_s = num / ((start + end) / 2)
+    slope = (end - start) / duration_s
+    # The root in the form that does not cancel when the slope is 0.
+    return tuple(
+        2 * place / (start + math.sqrt(start**2 + 2 * slope * place)) for place in range(num)
+    )
+
+
+def read_trace(path: Path) -> tuple[float, ...]:
+    """Reads seconds, one a line, ascending; a block starts at 0.
+
+    Raises:
+        ValueError: if the file cannot be read or a line is no such number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"trace {path} cannot be read: {error}") from error
+    times_s: list[float] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            time_s = float(line)
+        except ValueError:
+            time_s = math.nan
+        if not (times_s[-1] if times_s else 0.0) <= time_s < math.inf:
+            raise ValueError(
+                f"trace {path}, line {number}: {line!r} is no number of seconds, 0 or more and "
+                "not before the line above"
+            )
+        times_s.append(time_s)
+    if not times_s:
+        raise ValueError(f"trace {path} is empty; give one number of seconds a line")
+    return tuple(times_s)

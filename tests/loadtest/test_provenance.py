@@ -1,0 +1,50 @@
+"""What a record says about its origin."""
+
+from typing import Annotated
+
+import typer
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from typer.testing import CliRunner
+
+from loadtest.provenance import command_of, served_at
+from tests.loadtest.conftest import ServeApp
+
+METRICS = """# TYPE cast_variant_info gauge
+cast_variant_info{variant="sparse",kernel="cast",num_sparse_layers="210"} 1
+# TYPE other gauge
+other{variant="sparse"} 3
+"""
+
+
+def test_the_command_without_defaults_and_secrets() -> None:
+    app, found = typer.Typer(), []
+
+    @app.command()
+    def run(
+        context: typer.Context,
+        url: str = "",
+        api_key: Annotated[str | None, typer.Option(envvar="KEY")] = None,
+        is_loud: Annotated[bool, typer.Option("--loud")] = False,
+        seed: int = 0,
+    ) -> None:
+        found.append(command_of(context))
+
+    arguments = ["--url", "http://a b", "--api-key", "hush", "--loud"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert CliRunner().invoke(app, [], env={"KEY": "hush"}).exit_code == 0
+    assert found == [
+        "cast-loadtest run --url 'http://a b' --api-key SECRET --loud",
+        "cast-loadtest run",
+    ]
+
+
+def test_what_our_gateway_tells_about_its_variants(serve_app: ServeApp) -> None:
+    app = FastAPI()
+    app.add_api_route("/metrics", lambda: PlainTextResponse(METRICS))
+    assert served_at(serve_app(app)) == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
+
+
+def test_other_servers_tell_nothing(serve_app: ServeApp) -> None:
+    assert served_at(serve_app(FastAPI())) == {}
+    assert served_at("http://127.0.0.1:1") == {}
