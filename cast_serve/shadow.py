@@ -25,6 +25,7 @@ from os.path import commonprefix
 from typing import Any, Protocol
 
 from cast_serve.comparison import Agreement, Comparison
+from cast_serve.errors import APIError
 from cast_serve.latency import RequestTiming
 
 logger = logging.getLogger(__name__)
@@ -326,6 +327,14 @@ async def _logprobs(
         },
     )
     found: Logprobs = answer["choices"][0]["prompt_logprobs"]
+    if any(entry["logprob"] > ROUNDING for tokens in found if tokens for entry in tokens.values()):
+        raise APIError(
+            503,
+            f"variant {variant!r} reports logits and not log probabilities, so agreement cannot be "
+            "measured; start its worker without --logprobs-mode",
+            "server_error",
+            "no_log_probabilities",
+        )
     return found
 
 

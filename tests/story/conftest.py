@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "data/models/smollm2-135m-dense"
-FLAGS = ["--enforce-eager", "--max-model-len", "1024", "--logprobs-mode", "raw_logits"]
+FLAGS = ["--enforce-eager", "--max-model-len", "1024"]
 NUM_TOKENS = 32
 PROMPTS = [
     *("The capital of France is", "Water boils at", "In 1969, the first man", "def fibonacci(n):"),
@@ -67,11 +67,11 @@ def served(
     twins: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
-    """Both twins behind the gateway, in the test module's DTYPE."""
+    """Both twins behind the gateway, in the test module's DTYPE and, if it has FLAGS, with them."""
     port = free_port()
     log = tmp_path_factory.mktemp("logs") / "up.log"
     variants = [part for name, path in twins.items() for part in ("--variant", f"{name}={path}")]
-    flags = [*FLAGS, "--dtype", request.module.DTYPE]
+    flags = [*FLAGS, *getattr(request.module, "FLAGS", ()), "--dtype", request.module.DTYPE]
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             command("cast_serve", "up", *variants, "--port", port, "--", *flags),

@@ -7,6 +7,7 @@ from tests.story.conftest import NUM_TOKENS, PROMPTS, Served, complete, logits_e
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
 DTYPE = "float32"
+FLAGS = ("--logprobs-mode", "raw_logits")  # what `logits_error` compares
 
 
 def test_logits_equal_the_dense_twins(served: Served) -> None:

@@ -16,6 +16,7 @@ from tests.story.conftest import Served, command, logits_error
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
 DTYPE = "bfloat16"
+FLAGS = ("--logprobs-mode", "raw_logits")  # what `logits_error` compares
 
 
 @pytest.fixture
@@ -97,17 +98,9 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     assert [c for chunk in chunks for c in chunk.choices if c.logprobs]
 
 
-def test_compare_of_twins_finds_them_alike(served: Served) -> None:
-    """They hold the same weights, so only rounding keeps them apart."""
-    body = {"prompt": "The history of the city begins", "max_tokens": 48, "ignore_eos": True}
-    found = httpx.post(f"{served.url}/v1/compare", json=body, timeout=300).json()
-    for name in ("dense", "sparse"):
-        assert found["variants"][name]["output_tokens"] == 48
-        assert found["variants"][name]["tpot_s"] > 0
-    agreement = found["agreement"]["sparse"]
-    assert agreement["num_tokens"] == 48
-    assert agreement["token_agreement"] > 0.8
-    assert 0 <= agreement["kl_nats_per_token"] < 0.02
+def test_compare_refuses_logits_for_log_probabilities(served: Served) -> None:
+    found = httpx.post(f"{served.url}/v1/compare", json={"prompt": "The city", "max_tokens": 4})
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "no_log_probabilities")
 
 
 def test_openai_client_gets_its_own_errors(client: openai.OpenAI) -> None:

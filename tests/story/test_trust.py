@@ -112,6 +112,19 @@ def test_64_streams_at_once_lose_no_token(served: Served) -> None:
     assert through == straight
 
 
+def test_compare_of_twins_finds_them_alike(served: Served) -> None:
+    """They hold the same weights, so only rounding keeps them apart."""
+    body = {"prompt": "The history of the city begins", "max_tokens": 48, "ignore_eos": True}
+    found = httpx.post(f"{served.url}/v1/compare", json=body, timeout=300).json()
+    for name in ("dense", "sparse"):
+        assert found["variants"][name]["output_tokens"] == 48
+        assert found["variants"][name]["tpot_s"] > 0
+    agreement = found["agreement"]["sparse"]
+    assert agreement["num_tokens"] == 48
+    assert agreement["token_agreement"] == 1
+    assert 0 <= agreement["kl_nats_per_token"] < 1e-4
+
+
 def test_hostile_requests_do_no_harm(served: Served) -> None:
     workers = {name: worker(served, name) for name in ("dense", "sparse")}
     cases = list(hostile.requests(("dense", "sparse")))
