@@ -54,7 +54,7 @@ def exchange(
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            pool = Pool(f"http://127.0.0.1:{port}/root", {"Authorization": "Bearer key"})
+            pool = Pool(f"http://127.0.0.1:{port}/base", {"Authorization": "Bearer key"})
             body = bytearray()
             feed = on_body or body.extend
             try:
@@ -84,7 +84,7 @@ def test_framings(response: bytes, size: int) -> None:
     assert statuses == [200]
     assert body == b"hello world"
     (request,) = requests
-    assert request.startswith(b"POST /root/path HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert request.startswith(b"POST /base/path HTTP/1.1\r\nHost: 127.0.0.1:")
     assert b"\r\nAuthorization: Bearer key\r\n" in request
     assert request.endswith(b"\r\nContent-Length: 2\r\n\r\n{}")
 
