@@ -6,7 +6,7 @@ Exit 0: done. 1: what was measured does not pass. 2: wrong use.
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from loadtest import commands, pareto, quality
+from loadtest import choices, commands, pareto, quality
 from loadtest.client import Client
 from loadtest.paired import PairedRun, Plan, check_fit, run_paired
 from loadtest.processes import Processes
@@ -101,6 +101,15 @@ def run(
     quality_prompts: Annotated[
         int, typer.Option(help="Prompts on which agreement and KL are measured, before the load.")
     ] = 0,
+    choices_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--choices", help="File of questions on which accuracy is measured, before the load."
+        ),
+    ] = None,
+    choices_limit: Annotated[
+        int | None, typer.Option(help="Take so many questions from the file's beginning.")
+    ] = None,
     same_model: Annotated[
         bool,
         typer.Option("--same-model", help="A/A: both names serve one model, so ratios must be 1."),
@@ -139,8 +148,15 @@ def run(
             raise ValueError(f"--timeout-s {timeout_s:g} is too small; give more than 0")
         if out is not None:
             check_out(out)
-        terms = commands.terms_of(guard, slo_ttft_ms, slo_tpot_ms, quality_prompts, same_model)
+        terms = commands.terms_of(
+            *(guard, slo_ttft_ms, slo_tpot_ms, quality_prompts, same_model),
+            has_choices=choices_file is not None,
+        )
+        if choices_file is None and choices_limit is not None:
+            raise ValueError(f"--choices-limit {choices_limit} limits nothing; give --choices too")
+        questions = choices.read_questions(choices_file, choices_limit) if choices_file else []
         agreements = asyncio.run(_quality(url, plan, workload, timeout_s, api_key, quality_prompts))
+        chosen = asyncio.run(_choices(url, plan, timeout_s, api_key, questions))
         results, failures, records = [], [], []
         for load in loads:
             workload = replace(workload, run_number=new_run_number())
@@ -151,6 +167,7 @@ def run(
                 "workload": workload.about(),
                 "timeout_s": timeout_s,
                 "quality": agreements,
+                "choices": choices.about(choices_file, chosen) if choices_file else None,
             }
             recorded = Recorded.of(paired_run, about)
             result, failed = _conclude(recorded, load.out(out))
@@ -260,6 +277,24 @@ async def _quality(
         return await quality.measure_over_http(
             *(url, api_key, timeout_s, prompts, plan.baseline, plan.candidate),
             *(plan.output_tokens, lambda: progress.advance(task)),
+        )
+
+
+async def _choices(
+    url: str,
+    plan: Plan,
+    timeout_s: float,
+    api_key: str | None,
+    questions: Sequence[choices.Question],
+) -> list[dict[str, Any]]:
+    if not questions:
+        return []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        total = 2 * sum(len(question.choices) for question in questions)
+        task = progress.add_task("choices", total=total)
+        return await choices.measure_over_http(
+            *(url, api_key, timeout_s, questions, plan.baseline, plan.candidate),
+            lambda: progress.advance(task),
         )
 
 

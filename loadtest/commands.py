@@ -20,12 +20,13 @@ def terms_of(
     slo_tpot_ms: float | None,
     num_quality_prompts: int,
     is_aa: bool,
+    has_choices: bool = False,
 ) -> dict[str, Any]:
     """By what a run is judged, for run.json.
 
     Raises:
         ValueError: if the guard file is wrong, a limit is not above 0, or the guard asks for
-            agreement that nothing measures.
+            agreement or accuracy that nothing measures.
     """
     limits = {"ttft_s": slo_ttft_ms, "tpot_s": slo_tpot_ms}
     for name, limit_ms in limits.items():
@@ -40,6 +41,11 @@ def terms_of(
         raise ValueError(
             f"guard {guard} sets min_token_agreement, but nothing measures it; give "
             "--quality-prompts, or drop it"
+        )
+    if rails.max_accuracy_loss is not None and not has_choices:
+        raise ValueError(
+            f"guard {guard} sets max_accuracy_loss, but nothing measures it; give --choices, or "
+            "drop it"
         )
     return {
         "guard": rails.about(),

@@ -238,6 +238,11 @@ def facts(result: Result) -> list[tuple[str, str]]:
     return found
 
 
+def quality_texts(result: Result) -> list[str]:
+    """What is known about quality, a paragraph each."""
+    return [text for text in (quality_text(result), accuracy_text(result)) if text]
+
+
 def quality_text(result: Result) -> str | None:
     """Agreement and KL in a sentence; None if quality was not measured."""
     quality = result["quality"]
@@ -253,3 +258,26 @@ def quality_text(result: Result) -> str | None:
         f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token; "
         f"{quality['num_scored']} of {quality['num_prompts']} prompts."
     )
+
+
+def accuracy_text(result: Result) -> str | None:
+    """Accuracy on a choice set in a sentence; None if it was not measured."""
+    choices = result["choices"]
+    if not choices:
+        return None
+    candidate, baseline = result["candidate"], result["baseline"]
+    ours, theirs = choices["accuracy"][candidate], choices["accuracy"][baseline]
+    difference = choices["acc_norm_difference"]
+    mean, low, high = (f"{100 * difference[key]:+.1f}" for key in ("mean", "low", "high"))
+    return (
+        f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
+        f"{_share(ours, 'acc_norm')} rightly and {baseline} {_share(theirs, 'acc_norm')} by log "
+        f"likelihood per byte (acc_norm): a difference of {mean} points ({low} to {high}), paired "
+        f"by question. By their sum (acc) it is {_share(ours, 'acc')} and {_share(theirs, 'acc')}. "
+        "± is one standard error."
+    )
+
+
+def _share(side: Mapping[str, float | None], name: str) -> str:
+    error = side[f"{name}_stderr"]
+    return f"{side[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")

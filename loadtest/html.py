@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from loadtest import charts, plots
-from loadtest.findings import facts, headline, notes, quality_text, rows, warnings
+from loadtest.findings import facts, headline, notes, quality_texts, rows, warnings
 from loadtest.recorded import Recorded
 from loadtest.statistics import THROUGHPUT
 
@@ -105,8 +105,8 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
     body += [f'<p class="muted">{escape(text)}</p>' for text in notes(result)]
     if recorded.pairs:
         body += ["<h2>Figures</h2>", _table(result)]
-    if text := quality_text(result):
-        body += ["<h2>Quality</h2>", f"<p>{escape(text)}</p>"]
+    if texts := quality_texts(result):
+        body += ["<h2>Quality</h2>", *(f"<p>{escape(text)}</p>" for text in texts)]
     checks = ["check", "limit", "found", "passed", "why"]
     lines = [
         [

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.table import Table
 
-from loadtest import html, picture, quality
-from loadtest.findings import facts, headline, notes, quality_text, rows, warnings
+from loadtest import choices, html, picture, quality
+from loadtest.findings import facts, headline, notes, quality_texts, rows, warnings
 from loadtest.recorded import Recorded
 from loadtest.saturation import saturation
 from loadtest.statistics import speedups, summarise
@@ -29,6 +29,7 @@ WRITTEN = "result.json, report.html, report.md and report.png, from run.json and
 def result_of(recorded: Recorded) -> dict[str, Any]:
     """The whole result; keys name their units, and every ratio above 1 favours the candidate."""
     about, plan = recorded.about, recorded.about["plan"]
+    chosen = about.get("choices")  # older records do not have it
     is_ramp = about["schedule"] == "ramp" and recorded.pairs
     result = {
         "url": about["url"],
@@ -48,6 +49,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         **summarise(recorded, speedups(recorded)),
         "saturation": {v: saturation(recorded, v) for v in recorded.variants} if is_ramp else None,
         "quality": quality.summarise(about["quality"]) if about["quality"] else None,
+        "choices": choices.summarise(chosen, *recorded.variants) if chosen else None,
     }
     verdict = judge(result, Guard.of(about["guard"]))
     result |= {"passed": verdict["passed"], "verdict": verdict}
@@ -88,8 +90,7 @@ def markdown_of(result: dict[str, Any]) -> str:
         lines = ((row.label, row.baseline, row.candidate, row.speedup) for row in rows(result))
         text += [*table(columns, lines), *(f"{note}\n" for note in notes(result))]
         text += ["![distributions and block pairs](report.png)", ""]
-    if found := quality_text(result):
-        text += [found, ""]
+    text += [f"{found}\n" for found in quality_texts(result)]
     text += ["## Verdict", ""]
     text += [
         f"- {'passed' if check['passed'] else '**NOT PASSED**'}: {check['name']}: {check['why']}"

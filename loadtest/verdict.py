@@ -6,6 +6,7 @@ Guard rails come from a TOML file; every key may be left out:
     max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline, its upper end
     max_error_rate = 0.01                              # of the worse variant
     min_token_agreement = 0.5                          # the interval's lower end
+    max_accuracy_loss = 0.02                           # baseline - candidate, its upper end
     allow_void = true                                  # judge even if the harness was too slow
 
 Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
@@ -32,6 +33,7 @@ class Guard:
     max_slowdown: Mapping[str, float] = field(default_factory=dict)
     max_error_rate: float = 0.0
     min_token_agreement: float | None = None
+    max_accuracy_loss: float | None = None
     allow_void: bool = False
 
     @classmethod
@@ -67,7 +69,7 @@ class Guard:
                     )
                 if not _is_number(limit) or limit <= 0:
                     raise ValueError(f"{name}.{metric} is {limit!r}; give a number above 0")
-        for name in ("max_error_rate", "min_token_agreement"):
+        for name in ("max_error_rate", "min_token_agreement", "max_accuracy_loss"):
             share = given.get(name)
             if share is not None and not (_is_number(share) and 0 <= share <= 1):
                 raise ValueError(f"{name} is {share!r}; give a number from 0 to 1")
@@ -99,7 +101,8 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
     """The verdict, as result.json has it.
 
     Args:
-        result: with `num_*`, `error_rate`, `errors`, `speedups`, `harness` and `quality`.
+        result: with `num_*`, `error_rate`, `errors`, `speedups`, `harness`, `quality` and
+            `choices`.
         guard: what to keep to.
     """
     if not result["num_requests"]:
@@ -109,6 +112,7 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         checks = [Check("warmup", 0, result["num_warmup_errors"], False, why)]
     else:
         checks = [*_sound(result, guard), *_fast(result, guard), *_alike(result, guard)]
+        checks += _accurate(result, guard)
     return {
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -178,6 +182,24 @@ def _alike(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     )
     found = agreement["low"]
     yield Check("min_token_agreement", limit, found, found >= limit, why)
+
+
+def _accurate(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    limit, choices = guard.max_accuracy_loss, result.get("choices")
+    if limit is None:
+        return
+    if not choices:
+        why = "accuracy was not measured; give --choices"
+        yield Check("max_accuracy_loss", limit, None, False, why)
+        return
+    difference = choices["acc_norm_difference"]
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    why = (
+        f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
+        f"{difference['num_questions']} questions: its lower end must reach {0 - limit:g}"
+    )
+    loss = 0 - low  # never -0
+    yield Check("max_accuracy_loss", limit, loss, loss <= limit, why)
 
 
 def _unknown(metric: str, result: Mapping[str, Any]) -> str:

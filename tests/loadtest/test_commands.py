@@ -127,6 +127,7 @@ def test_terms(tmp_path: Path) -> None:
             "max_slowdown": {},
             "max_error_rate": 0.0,
             "min_token_agreement": None,
+            "max_accuracy_loss": None,
             "allow_void": False,
         },
         "slo": {"ttft_s": None, "tpot_s": 0.05},
