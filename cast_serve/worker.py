@@ -5,6 +5,7 @@ this starts the same server through vLLM's launcher. After loading it compares t
 really run sparse with those that are sparse on disk, and refuses to serve if they differ.
 """
 
+import argparse
 import asyncio
 import ctypes
 import json
@@ -53,11 +54,12 @@ def run(
         name: the variant's name, which requests put in ``model``.
         host: address to listen on.
         port: TCP port to listen on.
-        cores: CPU ids for this server and nothing else; None leaves binding to vLLM.
+        cores: CPU ids for this server and nothing else, dealt out to its ranks; None leaves
+            binding to vLLM.
         vllm_flags: any flags of vLLM's server; they override ours.
 
     Raises:
-        ValueError: if the directory holds no model.
+        ValueError: if the directory holds no model, or there are fewer cores than ranks.
         RuntimeError: if a target layer did not get the sparse kernel.
     """
     if not (model / "config.json").is_file():
@@ -66,10 +68,16 @@ def run(
     _follow_parent()
     if cores is not None:
         os.sched_setaffinity(0, cores)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(str(core) for core in cores))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    asyncio.run(_serve(all_flags(model, name, host, port, vllm_flags), name, expected))
+    args = _arguments(all_flags(model, name, host, port, vllm_flags))
+    if cores is not None:
+        num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_ranks(cores, num_ranks))
+    if args.headless:
+        _compute_for_another_node(args)
+    else:
+        asyncio.run(_serve(args, name, expected))
 
 
 def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
@@ -91,19 +99,49 @@ def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence
     return [*defaults, *vllm_flags]
 
 
-async def _serve(flags: list[str], name: str, expected: int) -> None:
-    from vllm.entrypoints.launchers.api_server.entry import (
-        build_and_serve,
-        build_async_engine_client,
+def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
+    """Deals a node's cores out to its ranks, as VLLM_CPU_OMP_THREADS_BIND wants them: ``0,1|2,3``.
+
+    Raises:
+        ValueError: if there are fewer cores than ranks.
+    """
+    if len(cores) < num_ranks:
+        raise ValueError(
+            f"--cores has {len(cores)} cores for {num_ranks} ranks on this node; give at least one "
+            "each, or leave --cores out and set VLLM_CPU_OMP_THREADS_BIND=nobind"
+        )
+    ends = [len(cores) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return "|".join(
+        ",".join(str(core) for core in cores[first:last])
+        for first, last in zip(ends, ends[1:], strict=False)
     )
+
+
+def _arguments(flags: list[str]) -> argparse.Namespace:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     validate_parsed_serve_args(args)
+    return args
+
+
+def _compute_for_another_node(args: argparse.Namespace) -> None:
+    """Runs this node's ranks (--nnodes, --node-rank above 0); rank 0's node answers and reports."""
+    from vllm.entrypoints.cli.serve import run_headless
+
+    args.api_server_count = 0  # as `vllm serve --headless` sets it
+    run_headless(args)
+
+
+async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import (
+        build_and_serve,
+        build_async_engine_client,
+    )
+    from vllm.entrypoints.launchers.launcher import setup_server
 
     def stop_loading(*_: object) -> None:  # until uvicorn installs its own handlers
         raise KeyboardInterrupt
@@ -112,8 +150,8 @@ async def _serve(flags: list[str], name: str, expected: int) -> None:
     listen_address, sock = setup_server(args, reuse_port=False)
     async with build_async_engine_client(args) as engine:
         reports = await engine.collective_rpc("cast_report")
-        check_report(reports[0], expected)
-        _publish(name, reports[0], str(engine.model_config.dtype).removeprefix("torch."))
+        report = check_reports(reports, expected)
+        _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
         _publish_vocabulary(engine.model_config.get_vocab_size())
         shutdown = await build_and_serve(engine, listen_address, sock, args)
     try:
@@ -122,22 +160,31 @@ async def _serve(flags: list[str], name: str, expected: int) -> None:
         sock.close()
 
 
-def check_report(report: dict[str, Any], expected: int) -> None:
+def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
     """Refuses a silent dense fallback.
 
     Args:
-        report: one rank's `sparse24.report`.
+        reports: `sparse24.report` of every tensor-parallel rank, each of its share of every layer.
         expected: linears that are compressed on disk.
 
+    Returns:
+        one report: the layers of a rank, the bytes of all.
+
     Raises:
-        RuntimeError: if another number of layers runs the sparse kernel.
+        RuntimeError: if another number of layers runs the sparse kernel, on any rank.
     """
-    if report["num_sparse_layers"] != expected:
-        raise RuntimeError(
-            f"{expected} layers are 2:4 on disk, but {report['num_sparse_layers']} run the sparse "
-            "kernel; is cast-serve installed in vLLM's environment and its plugin not switched off "
-            "by VLLM_PLUGINS?"
-        )
+    for rank, report in enumerate(reports):
+        if report["num_sparse_layers"] != expected:
+            raise RuntimeError(
+                f"{expected} layers are 2:4 on disk, but {report['num_sparse_layers']} run the "
+                f"sparse kernel on rank {rank}; is cast-serve installed in vLLM's environment and "
+                "its plugin not switched off by VLLM_PLUGINS?"
+            )
+    num_bytes = {
+        key: sum(report[key] for report in reports)
+        for key in ("weight_bytes", "dense_weight_bytes")
+    }
+    return {**reports[0], **num_bytes}
 
 
 def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
