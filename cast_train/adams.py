@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.nm import Pattern, hard_mask
+from cast_train import sharding
 from cast_train.config import TrainConfig
 
 
@@ -76,23 +77,22 @@ class AdamS(torch.optim.Optimizer):
             state["v"] = torch.zeros_like(parameter, dtype=torch.float32)
         pattern: tuple[int, int] | None = group["pattern"]  # a Pattern is not safe to unpickle
         if pattern is not None and state["step"] % group["mask_every"] == 0:
-            rows = parameter.t() if group["is_transposed"] else parameter
-            mask = hard_mask(rows.abs(), Pattern(*pattern))
+            own = sharding.local(parameter)
+            mask = hard_mask((own.t() if group["is_transposed"] else own).abs(), Pattern(*pattern))
             state["dropped"] = ~(mask.t() if group["is_transposed"] else mask)
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        state["mu"].lerp_(parameter.grad.float(), 1 - beta1)
-        direction = state["mu"] / (1 - beta1 ** state["step"])
-        squared = parameter.grad.float()
+        mu, v = sharding.local(state["mu"]), sharding.local(state["v"])
+        own, squared = sharding.local(parameter), sharding.local(parameter.grad).float()
+        mu.lerp_(squared, 1 - beta1)
+        direction = mu / (1 - beta1 ** state["step"])
         if pattern is not None:
             share = min(state["step"] / group["total_steps"], 1.0)
-            pulled = direction * (1 - share) + share * group["decay"] * parameter.sign()
+            pulled = direction * (1 - share) + share * group["decay"] * own.sign()
             squared = direction = torch.where(state["dropped"].bool(), pulled, direction)
-        state["v"].lerp_(squared.square(), 1 - beta2)
-        scale = (state["v"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(
-            direction.to(parameter.dtype), scale.to(parameter.dtype), value=-group["lr"]
-        )
+        v.lerp_(squared.square(), 1 - beta2)
+        scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        own.addcdiv_(direction.to(own.dtype), scale.to(own.dtype), value=-group["lr"])
 
 
 def reach(config: TrainConfig) -> float:

@@ -63,6 +63,8 @@ class TrainConfig:
         keep_best: the result is the checkpoint with the least loss on sequences kept out of the
             training text, out of those with the exact mask; measured every `evaluate_every` steps.
         train_embeddings: whether embeddings and head are trained too.
+        is_sharded: over several processes, each keeps its rows of all parameters in place of a
+            copy (FSDP2).
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
         checkpoint_every: steps between two resumable checkpoints.
         seed: of the order of the sequences.
@@ -95,7 +97,7 @@ class TrainConfig:
     decay: float = 2e-4
     mask_every: int = 10
     scale_parts: int = 0
-    distillation_weight: float = 0.5
+    distillation_weight: float = 0.9
     distillation_temperature: float = 1.0
     hard_fraction: float = 0.15
     calibration_blocks: int = 16
@@ -103,6 +105,7 @@ class TrainConfig:
     evaluate_every: int = 0
     keep_best: bool = False
     train_embeddings: bool = False
+    is_sharded: bool = False
     precision: str = "auto"
     checkpoint_every: int = 20
     seed: int = 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cast_serve.nm import Pattern, groups
-from cast_train import scaling
+from cast_train import scaling, sharding
 from cast_train.schedules import Phase
 from cast_train.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
 
@@ -61,31 +61,36 @@ class Gate(nn.Module):
         self.penalty: Tensor | None = None
         self.is_at_rest = False
         self._mask: Tensor | None = None
-        self._original: list[Tensor] = []  # W; in a list, so that it stays the linear's parameter
+        self._linear: list[Any] = []  # in a list, so that it is no part of the gate
 
     def belongs_to(self, linear: Any) -> None:
         """Registers the gate on a linear."""
-        self._original = [linear.weight]  # torch tries the gate out while it registers it
+        self._linear = [linear]
         parametrize.register_parametrization(linear, "weight", self)
-        self._original = [linear.parametrizations.weight.original]
 
     def weight(self) -> Tensor:
-        """W, the parameter of the linear, as it is stored."""
-        return self._original[0]
+        """W, the linear's parameter, as it is stored; FSDP replaces it, so it is looked up anew."""
+        (linear,) = self._linear
+        if parametrize.is_parametrized(linear, "weight"):
+            return linear.parametrizations.weight.original
+        return linear.weight  # torch tries the gate out while it registers it
 
     def weight_rows(self) -> Tensor:
-        """W [out_features, in_features], however it is stored."""
-        return self.weight().t() if self.is_transposed else self.weight()
+        """W [out_features, in_features], whole, however it is stored."""
+        weight = sharding.whole(self.weight())
+        return weight.t() if self.is_transposed else weight
 
     def rows(self) -> Tensor:
-        """The logits [out_features, in_features], however the weight is stored."""
-        return self.logits.t() if self.is_transposed else self.logits
+        """The logits [out_features, in_features], whole, however the weight is stored."""
+        logits = sharding.whole(self.logits)
+        return logits.t() if self.is_transposed else logits
 
     @torch.no_grad()
     def come_to_rest(self) -> None:
         """Keeps the logits as they are now."""
         rows = self.rows()
-        self.logits.copy_(rows.t() if self.is_transposed else rows)
+        logits = rows.t() if self.is_transposed else rows
+        self.logits.copy_(sharding.sharded_like(logits, self.logits))
         self.is_at_rest = True
         self._mask = None
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cast_serve.nm import CheckpointError, find_targets
-from cast_train import adams, checkpoint, gates, oneshot, quality, scaling
+from cast_train import adams, checkpoint, gates, oneshot, quality, scaling, sharding
 from cast_train.checkpoint import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.schedules import phase_at
@@ -85,6 +85,9 @@ def train(
 
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    if config.is_sharded:
+        transposed = {n: t.weight for n, t in targets.items() if gates.is_transposed(t)}
+        sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
     gate_map = _attach(model, targets, blocks, config)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
     if not config.train_embeddings:
@@ -117,6 +120,8 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     last = phase_at(config.steps, config)
+    if config.is_sharded:
+        model, targets, gate_map = _gathered(trainer.model, gate_map, model_dir, config)
     _round_as_stored(model, gate_map)
     if config.method == "adams":  # the others came to rest on their way
         gates.come_to_rest(gate_map)
@@ -232,6 +237,12 @@ def _attach(
         scores = oneshot.magnitude_scores(targets)
     elif config.start == "wanda":
         scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    return _with_gates(targets, scores, config)
+
+
+def _with_gates(
+    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: TrainConfig
+) -> dict[str, gates.Gate]:
     gate_map = gates.attach(
         targets,
         config.pattern,
@@ -244,6 +255,20 @@ def _attach(
         transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
         scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
     return gate_map
+
+
+def _gathered(
+    sharded: nn.Module, gate_map: Mapping[str, gates.Gate], model_dir: Path, config: TrainConfig
+) -> tuple[Any, dict[str, nn.Module], dict[str, gates.Gate]]:
+    """The trained model, whole again in every process, with its targets and gates."""
+    state = sharding.whole_state(sharded)
+    model = load_dense(model_dir, torch.float32)
+    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    whole = {} if config.method == "dense" else _with_gates(targets, None, config)
+    model.load_state_dict(state)
+    for name, gate in whole.items():
+        gate.is_at_rest = gate_map[name].is_at_rest
+    return model, targets, whole
 
 
 @torch.no_grad()
@@ -289,7 +314,8 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=round(config.warmup_fraction * config.steps),
         max_grad_norm=config.max_grad_norm,
-        bf16=quality.arithmetic(config.precision) == torch.bfloat16,
+        bf16=quality.arithmetic(config.precision) == torch.bfloat16 and not config.is_sharded,
+        fsdp=config.is_sharded or None,
         save_strategy="steps",
         save_steps=config.checkpoint_every,
         save_total_limit=1,

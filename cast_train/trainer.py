@@ -5,6 +5,7 @@ with a learning rate for the weights and one for the gate logits. Weights and ga
 throughout, since bf16 would round small steps away.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -81,6 +82,14 @@ class CastTrainer(Trainer):
                 f"(now {self.config.learning_rate}) and start again"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Under FSDP autocast is ours: Trainer's would cast the gate logits to bf16 as well."""
+        stack = super().compute_loss_context_manager()
+        dtype = quality.arithmetic(self.config.precision)
+        if self.config.is_sharded and dtype == torch.bfloat16:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=dtype))
+        return stack
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on the evaluation set; infinite before the mask is exact, so never the best.

@@ -1,0 +1,73 @@
+"""FSDP2: tensors cut by rows over the processes <-> whole ones, and a whole model at the end.
+
+Between two forwards each process holds rows of every parameter; during a layer's forward it holds
+that layer whole. The mask of a group is thus always chosen from all of its M weights. Optimisers
+work on the rows alone, which is the same for all that treats weights one by one; AdamS ranks
+groups, which rows keep whole unless the weight is stored transposed (`check`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cast_serve.nm import PatternError
+from cast_train.config import TrainConfig
+
+
+def check(config: TrainConfig, num_processes: int, transposed: Mapping[str, Tensor]) -> None:
+    """Refuses what cannot be sharded.
+
+    Args:
+        config: of a run with ``is_sharded``.
+        num_processes: that share the parameters.
+        transposed: weights [in_features, out_features] by name of the targets stored so.
+
+    Raises:
+        ValueError: for one process, or a setting that needs whole parameters.
+        PatternError: if AdamS would rank groups that the shards cut.
+    """
+    if num_processes < 2:
+        raise ValueError(
+            "is_sharded needs two processes or more, but this is the only one; start the run with "
+            "torchrun --nproc-per-node 2 -m cast_train run ..., or set is_sharded = false"
+        )
+    if config.method == "gates" and config.selector == "generator":
+        raise ValueError(
+            "is_sharded cannot go with selector 'generator', whose network all layers share; "
+            "choose soft_topk, or set is_sharded = false"
+        )
+    if config.keep_best:
+        raise ValueError("is_sharded cannot go with keep_best; set one of them to false")
+    for name, weight in transposed.items() if config.method == "adams" else ():
+        rows_each = -(-weight.shape[0] // num_processes)
+        if rows_each % config.pattern.m:
+            raise PatternError(
+                f"{name} is stored transposed, and {num_processes} processes would cut its "
+                f"{weight.shape[0]} columns into pieces of {rows_each}, no multiple of "
+                f"{config.pattern.m}; take another number of processes, or set is_sharded = false"
+            )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the whole of a sharded one; then every process must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this process's rows of a sharded one, sharing memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor cut as `other` is; the tensor itself if that is whole."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a sharded model, whole, on every process; every process must call."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

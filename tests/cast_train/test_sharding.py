@@ -1,0 +1,46 @@
+"""What cannot be sharded is refused; that sharding changes nothing is test_processes.py's."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cast_serve.nm import PatternError
+from cast_train import sharding
+from cast_train.config import TrainConfig
+from cast_train.run import train
+
+SHARDED = TrainConfig(is_sharded=True)
+
+
+def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, steps=2, is_sharded=True)
+    with pytest.raises(ValueError, match="is_sharded needs two processes.*torchrun"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selector": "generator"}, "generator.*choose soft_topk"),
+        ({"keep_best": True, "evaluate_every": 1, "steps": 20}, "keep_best; set one of them"),
+    ],
+)
+def test_what_needs_whole_parameters_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.check(dataclasses.replace(SHARDED, **changes), 2, {})
+
+
+def test_adams_refuses_shards_that_cut_groups():
+    config = dataclasses.replace(SHARDED, method="adams")
+    sharding.check(config, 2, {"c_fc": torch.empty(32, 8)})
+    with pytest.raises(PatternError, match="c_fc .* cut its 36 columns into pieces of 18"):
+        sharding.check(config, 2, {"c_fc": torch.empty(36, 8)})
+    sharding.check(dataclasses.replace(config, method="ste"), 2, {"c_fc": torch.empty(36, 8)})
+
+
+def test_a_whole_tensor_is_its_own_share():
+    tensor = torch.ones(3)
+    for same in (sharding.whole, sharding.local, lambda t: sharding.sharded_like(t, t)):
+        assert same(tensor) is tensor
