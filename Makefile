@@ -1,8 +1,8 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve test lint
+.PHONY: setup data demo serve test lint check-deploy
 
 python = .venv/bin/python
-scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-gateway
+scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-gateway scripts/compare-peers scripts/check-deploy
 
 setup:
 	scripts/setup
@@ -25,3 +25,6 @@ lint: setup
 	.venv/bin/ruff check cast_train cast_serve loadtest tests $(scripts)
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/csrc/*
+
+check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too
+	$(python) scripts/check-deploy

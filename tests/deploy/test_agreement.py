@@ -11,6 +11,7 @@ import yaml
 
 from cast_serve.__main__ import app
 from cast_serve.settings import GatewaySettings
+from loadtest.verdict import Guard
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
@@ -18,11 +19,11 @@ SERVICES = COMPOSE["services"]
 OURS = ("gateway", "worker-dense", "worker-sparse")
 IMAGE = f"cast-serve:{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}"
 
+Named = dict[tuple[str, str], dict[str, Any]]
 
-def kubernetes_container(name: str) -> dict[str, Any]:
-    resources = yaml.safe_load_all((ROOT / "deploy/k8s/base" / f"{name}.yaml").read_text())
-    deployment = next(r for r in resources if r["kind"] == "Deployment")
-    return dict(deployment["spec"]["template"]["spec"]["containers"][0])
+
+def kubernetes_container(cpu: Named, name: str) -> dict[str, Any]:
+    return dict(cpu["Deployment", name]["spec"]["template"]["spec"]["containers"][0])
 
 
 def ours_of(command: list[str]) -> list[str]:
@@ -39,8 +40,8 @@ def without_cores(command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_compose_and_kubernetes_run_the_same_command(name: str) -> None:
-    assert without_cores(SERVICES[name]["command"]) == kubernetes_container(name)["args"]
+def test_compose_and_kubernetes_run_the_same_command(cpu: Named, name: str) -> None:
+    assert without_cores(SERVICES[name]["command"]) == kubernetes_container(cpu, name)["args"]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -53,24 +54,27 @@ def test_commands_and_flags_exist(name: str) -> None:
     assert used <= known
 
 
-def test_settings_exist_and_agree() -> None:
+def test_settings_exist_and_agree(cpu: Named) -> None:
     in_compose = SERVICES["gateway"]["environment"]
-    in_kubernetes = {e["name"]: e["value"] for e in kubernetes_container("gateway")["env"]}
-    assert in_compose == in_kubernetes
+    (source,) = kubernetes_container(cpu, "gateway")["envFrom"]
+    in_kubernetes = cpu["ConfigMap", source["configMapRef"]["name"]]["data"]
+    # Compose publishes on this machine alone, and asks for no key.
+    assert {**in_compose, "CAST_API_KEYS_FILE": "/etc/cast-serve/keys"} == in_kubernetes
     known = {f"CAST_{field.upper()}" for field in GatewaySettings.model_fields}
     assert set(in_compose) <= known
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_one_image_of_the_packages_version(name: str) -> None:
-    assert SERVICES[name]["image"] == kubernetes_container(name)["image"] == IMAGE
+def test_one_image_of_the_packages_version(cpu: Named, name: str) -> None:
+    assert SERVICES[name]["image"] == IMAGE
+    assert kubernetes_container(cpu, name)["image"] == f"registry.example.com/{IMAGE}"
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_ports_agree(name: str) -> None:
+def test_ports_agree(cpu: Named, name: str) -> None:
     command = SERVICES[name]["command"]
     port = command[command.index("--port") + 1]
-    assert kubernetes_container(name)["ports"][0]["containerPort"] == int(port)
+    assert kubernetes_container(cpu, name)["ports"][0]["containerPort"] == int(port)
     assert f"//127.0.0.1:{port}/" in SERVICES[name]["healthcheck"]["test"][-1]
 
 
@@ -84,15 +88,40 @@ def test_the_gateway_knows_every_worker_by_its_name_and_port() -> None:
     assert {host for _, host, _ in variants} == {name for name in OURS if name != "gateway"}
 
 
-def test_prometheus_scrapes_the_gateway() -> None:
+def test_prometheus_scrapes_the_gateway(cpu: Named) -> None:
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     host, _, port = target.partition(":")
-    assert int(port) == kubernetes_container(host)["ports"][0]["containerPort"]
+    assert int(port) == kubernetes_container(cpu, host)["ports"][0]["containerPort"]
     assert set(SERVICES["prometheus"]["networks"]) & set(SERVICES[host]["networks"])
-    mounted = SERVICES["prometheus"]["volumes"][0].split(":")[0]
-    assert (ROOT / "deploy" / mounted).is_file()
+
+
+def test_prometheus_finds_its_files() -> None:
+    service = SERVICES["prometheus"]
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in service["volumes"])
+    config_at = Path(service["command"][0].removeprefix("--config.file="))
+    config = yaml.safe_load((ROOT / "deploy" / mounts[str(config_at)]).read_text())
+    (rules,) = config["rule_files"]
+    assert (ROOT / "deploy" / mounts[str(config_at.parent / rules)]).is_file()
+
+
+def test_grafana_finds_its_files_and_prometheus() -> None:
+    service = SERVICES["grafana"]
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in service["volumes"])
+    provisioning = ROOT / "deploy" / mounts["/etc/grafana/provisioning"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards/cast-serve.yaml").read_text())[
+        "providers"
+    ]
+    dashboards = ROOT / "deploy" / mounts[provider["options"]["path"]]
+    home = Path(service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (dashboards / home.name).is_file()
+    assert str(home.parent) == provider["options"]["path"]
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090"
+    assert set(service["networks"]) & set(SERVICES["prometheus"]["networks"])
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -113,3 +142,11 @@ def test_workers_read_weights_only_and_cannot_be_reached_from_outside(name: str)
     assert SERVICES[name]["networks"] == ["workers"]
     assert COMPOSE["networks"]["workers"]["internal"] is True
     assert "ports" not in SERVICES[name]
+
+
+def test_the_gate_and_the_alert_have_one_limit_of_agreement() -> None:
+    guard = Guard.read(ROOT / "deploy/canary-guard.toml")
+    rules = (ROOT / "deploy/prometheus/rules.yaml").read_text()
+    limit = re.search(r"cast_shadow_token_agreement_ratio\) < ([\d.]+)", rules)
+    assert limit is not None
+    assert guard.min_token_agreement == float(limit[1])

@@ -4,6 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -56,3 +59,32 @@ def test_the_kernel_is_found_where_it_was_built() -> None:
     assert "CAST_KERNEL_CACHE=/opt/cast/kernels" in before_builder
     assert "g++" in before_builder  # the cache is filed under the compiler's version
     assert instructions(FINAL_STAGE, "COPY") == ["--from=builder /opt/cast /opt/cast"]
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_the_lock_has_what_the_package_asks_for(extra: str) -> None:
+    text = (ROOT / f"deploy/requirements/{extra}.txt").read_text()
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", text, flags=re.MULTILINE))
+    project = PROJECT["project"]
+    for wanted in (*project["dependencies"], *project["optional-dependencies"][extra]):
+        requirement = Requirement(wanted)
+        assert requirement.specifier.contains(pins[requirement.name]), wanted
+    (build,) = map(Requirement, PROJECT["build-system"]["requires"])
+    assert build.specifier.contains(pins[build.name])
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_the_lock_has_hashes_and_no_addresses(extra: str) -> None:
+    text = (ROOT / f"deploy/requirements/{extra}.txt").read_text()
+    entries = re.split(r"\n(?=\S)", text.partition("\n")[2].strip())
+    for entry in entries:
+        assert re.fullmatch(
+            r"\S+==\S+( ; [^\n\\]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+", entry
+        ), entry
+
+
+def test_no_cuda_torchaudio_beside_a_cpu_torch() -> None:
+    text = (ROOT / "deploy/requirements/cpu.txt").read_text()
+    assert "torch==2.13.0+cpu " in text
+    assert "torchaudio" not in text
+    assert "torchcodec" not in text

@@ -1,173 +1,229 @@
-"""The manifests against the API's schemas, the restricted Pod Security Standard and themselves."""
+"""The rendered manifests against what is expected of a deployment, and against each other."""
 
-import copy
-from pathlib import Path
+import itertools
+import re
+from collections.abc import Iterator
 from typing import Any
 
-import kubernetes_validate
-import pytest
-import yaml
+from cast_serve.settings import GatewaySettings
 
-BASE = Path(__file__).parents[2] / "deploy" / "k8s" / "base"
-OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
-FILES = sorted(path for path in BASE.glob("*.yaml") if path.name != "kustomization.yaml")
-RESOURCES = [resource for path in FILES for resource in yaml.safe_load_all(path.read_text())]
+Resource = dict[str, Any]
+Rendered = dict[str, list[Resource]]
+Named = dict[tuple[str, str], Resource]
 
 
-def of_kind(kind: str) -> dict[str, dict[str, Any]]:
-    return {r["metadata"]["name"]: r for r in RESOURCES if r["kind"] == kind}
+def templates(resources: list[Resource]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pod template by a name for it."""
+    for resource in resources:
+        name = resource["metadata"]["name"]
+        if resource["kind"] == "Deployment":
+            yield name, resource["spec"]["template"]
+        elif resource["kind"] == "LeaderWorkerSet":
+            for role in ("leader", "worker"):
+                yield f"{name} {role}", resource["spec"]["leaderWorkerTemplate"][f"{role}Template"]
 
 
-DEPLOYMENTS = of_kind("Deployment")
-each_deployment = pytest.mark.parametrize("name", DEPLOYMENTS)
+def every_template(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
+    for overlay, resources in rendered.items():
+        for name, template in templates(resources):
+            yield f"{overlay}: {name}", template
 
 
-def pod_of(name: str) -> dict[str, Any]:
-    return dict(DEPLOYMENTS[name]["spec"]["template"]["spec"])
+def kind(resources: list[Resource], wanted: str) -> dict[str, Resource]:
+    return {each["metadata"]["name"]: each for each in resources if each["kind"] == wanted}
 
 
-def labels_of(name: str) -> dict[str, str]:
-    return dict(DEPLOYMENTS[name]["spec"]["template"]["metadata"]["labels"])
+def selected(resources: list[Resource], labels: dict[str, str]) -> set[str]:
+    """The pods with these labels; the label that a LeaderWorkerSet's controller adds left out."""
+    own = {key: value for key, value in labels.items() if "leaderworkerset" not in key}
+    return {n for n, t in templates(resources) if own.items() <= t["metadata"]["labels"].items()}
 
 
-def selected(selector: dict[str, str]) -> set[str]:
-    return {name for name in DEPLOYMENTS if selector.items() <= labels_of(name).items()}
-
-
-def validate(resource: dict[str, Any], version: str = NEWEST) -> None:
-    kubernetes_validate.validate(resource, version, strict=True)
-
-
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
-@pytest.mark.parametrize(
-    "resource", RESOURCES, ids=lambda r: f"{r['kind']}-{r['metadata']['name']}"
-)
-def test_every_resource_keeps_to_its_schema(resource: dict[str, Any], version: str) -> None:
-    validate(resource, version)
-
-
-@pytest.mark.parametrize(
-    ("place", "key", "value"),
-    [
-        (("spec", "template", "spec"), "terminationGracePeriod", 90),
-        (("spec", "template", "spec", "containers", 0, "readinessProbe"), "period", 5),
-        (("spec",), "replicas", "two"),
-    ],
-)
-def test_a_broken_copy_is_caught(place: tuple[Any, ...], key: str, value: Any) -> None:
-    broken = copy.deepcopy(DEPLOYMENTS["gateway"])
-    spot = broken
-    for part in place:
-        spot = spot[part]
-    spot[key] = value
-    with pytest.raises(kubernetes_validate.ValidationError):
-        validate(broken)
-
-
-def test_kustomization_names_every_file() -> None:
-    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
-    assert sorted(kustomization["resources"]) == [path.name for path in FILES]
-    assert kustomization["namespace"] in of_kind("Namespace")
-
-
-@each_deployment
-def test_pods_are_restricted(name: str) -> None:
-    pod = pod_of(name)
-    assert pod["securityContext"]["runAsNonRoot"]
-    assert pod["securityContext"]["runAsUser"] == 10001
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["serviceAccountName"] in of_kind("ServiceAccount")
-    for container in pod["containers"]:
+def test_pods_are_restricted(rendered: Rendered) -> None:
+    for name, template in every_template(rendered):
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"], name
+        assert pod["securityContext"]["runAsUser"] == 10001, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["automountServiceAccountToken"] is False, name
+        (container,) = pod["containers"]
         context = container["securityContext"]
-        assert context["allowPrivilegeEscalation"] is False
-        assert context["readOnlyRootFilesystem"] is True
-        assert context["capabilities"] == {"drop": ["ALL"]}
-        assert {"cpu", "memory"} <= set(container["resources"]["requests"])
-        assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+        assert context["allowPrivilegeEscalation"] is False, name
+        assert context["readOnlyRootFilesystem"] is True, name
+        assert context["capabilities"] == {"drop": ["ALL"]}, name
+        for bound in ("requests", "limits"):
+            wanted = {"cpu", "memory", "ephemeral-storage"}
+            assert wanted <= set(container["resources"][bound]), name
 
 
-@each_deployment
-def test_volumes_are_mounted_and_bounded(name: str) -> None:
-    pod = pod_of(name)
-    (container,) = pod["containers"]
-    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
-    volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert set(mounts) == set(volumes)
-    assert mounts["tmp"]["mountPath"] == "/tmp"  # HOME and the caches of the image
-    for volume in volumes.values():
-        if "emptyDir" in volume:
-            assert volume["emptyDir"]["sizeLimit"]
-        else:
-            assert volume["persistentVolumeClaim"]["claimName"] in of_kind("PersistentVolumeClaim")
-            assert volume["persistentVolumeClaim"]["readOnly"]
-            assert mounts[volume["name"]]["readOnly"]
+def test_accounts_exist_and_hold_no_token(cpu: Named, rendered: Rendered) -> None:
+    for name, template in every_template(rendered):
+        account = cpu["ServiceAccount", template["spec"]["serviceAccountName"]]
+        assert account["automountServiceAccountToken"] is False, name
 
 
-@each_deployment
-def test_pods_have_time_to_drain(name: str) -> None:
-    pod = pod_of(name)
-    (container,) = pod["containers"]
-    pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    if name == "gateway":
-        (drain,) = [e["value"] for e in container["env"] if e["name"] == "CAST_SHUTDOWN_GRACE_S"]
-    else:
-        drain = container["args"][container["args"].index("--shutdown-timeout") + 1]
-    assert pre_stop_s == 15
-    assert pod["terminationGracePeriodSeconds"] > pre_stop_s + int(drain)
+def test_volumes_are_mounted_and_bounded(rendered: Rendered) -> None:
+    for name, template in every_template(rendered):
+        (container,) = template["spec"]["containers"]
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        assert set(mounts) == set(volumes), name
+        assert mounts["tmp"]["mountPath"] == "/tmp", name  # HOME and the caches of the image
+        for volume in volumes.values():
+            if "emptyDir" in volume:
+                assert volume["emptyDir"]["sizeLimit"], name
+            else:
+                assert mounts[volume["name"]]["readOnly"], name
+        if container["name"] == "worker":
+            assert mounts["shm"]["mountPath"] == "/dev/shm", name
+            assert "image" in volumes["weights"] or "persistentVolumeClaim" in volumes["weights"]
 
 
-def test_the_gateways_probes_are_three_different_questions() -> None:
-    (container,) = pod_of("gateway")["containers"]
-    probes = ("startupProbe", "readinessProbe", "livenessProbe")
-    paths = [container[probe]["httpGet"]["path"] for probe in probes]
-    assert paths == ["/startupz", "/readyz", "/livez"]
+def test_pods_have_time_to_drain(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        (settings,) = [
+            each["data"]
+            for name, each in kind(resources, "ConfigMap").items()
+            if name.startswith("gateway-settings")
+        ]
+        for name, template in templates(resources):
+            (container,) = template["spec"]["containers"]
+            pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            args = container["args"]
+            if name == "gateway":
+                drain_s = int(settings["CAST_SHUTDOWN_GRACE_S"])
+            elif "--headless" in args:
+                drain_s = 0  # it waits until rank 0 has drained
+                assert pre_stop_s > 15 + int(settings["CAST_SHUTDOWN_GRACE_S"])
+            else:
+                drain_s = int(args[args.index("--shutdown-timeout") + 1])
+            assert pre_stop_s >= 15
+            grace_s = template["spec"]["terminationGracePeriodSeconds"]
+            assert grace_s > pre_stop_s + drain_s, f"{overlay}: {name}"
 
 
-def test_the_variants_differ_in_their_name_alone() -> None:
-    dense, sparse = ((BASE / f"worker-{name}.yaml").read_text() for name in ("dense", "sparse"))
-    renamed = (
-        dense.replace("sparse", "-").replace("dense", "sparse").replace("-.yaml", "dense.yaml")
-    )
-    assert renamed.splitlines()[2:] == sparse.splitlines()[2:]
+def test_probes_ask_three_different_questions(rendered: Rendered) -> None:
+    for name, template in every_template(rendered):
+        (container,) = template["spec"]["containers"]
+        if "--headless" in container["args"]:
+            continue
+        probes = ("startupProbe", "readinessProbe", "livenessProbe")
+        paths = [container[probe]["httpGet"]["path"] for probe in probes]
+        is_gateway = container["name"] == "gateway"
+        expected = ["/startupz", "/readyz", "/livez"] if is_gateway else None
+        assert paths == (expected or ["/v1/models", "/health", "/version"]), name
 
 
-@pytest.mark.parametrize("kind", ["Service", "PodDisruptionBudget"])
-def test_each_deployment_has_its_own(kind: str) -> None:
-    found = of_kind(kind)
-    assert set(found) == set(DEPLOYMENTS)
-    for name, resource in found.items():
-        selector = resource["spec"]["selector"]
-        assert selected(selector.get("matchLabels", selector)) == {name}
+def test_the_variants_differ_in_name_and_directory_alone(rendered: Rendered) -> None:
+    for overlay in ("cpu", "gpu", "multi-node"):
+        dense, sparse = (
+            repr([each for each in rendered[overlay] if each["metadata"]["name"].endswith(end)])
+            for end in ("-dense", "-sparse")
+        )
+        assert dense != "[]"
+        assert dense.replace("dense", "sparse") == sparse
 
 
-@each_deployment
-def test_selectors_ports_and_images_agree(name: str) -> None:
-    spec = DEPLOYMENTS[name]["spec"]
-    assert selected(spec["selector"]["matchLabels"]) == {name}
-    (container,) = spec["template"]["spec"]["containers"]
-    (port,) = container["ports"]
-    (service_port,) = of_kind("Service")[name]["spec"]["ports"]
-    assert service_port["port"] == port["containerPort"]
-    assert service_port["targetPort"] == port["name"]
-    _, _, tag = container["image"].partition(":")
-    assert tag
-    assert tag != "latest"
+def test_services_and_budgets_find_their_pods(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        pods = dict(templates(resources))
+        for service in kind(resources, "Service").values():
+            found = selected(resources, service["spec"]["selector"])
+            assert found, f"{overlay}: {service['metadata']['name']}"
+            (port,) = service["spec"]["ports"]
+            served = [pods[name]["spec"]["containers"][0].get("ports", []) for name in found]
+            ports = list(itertools.chain.from_iterable(served))
+            assert ports == [{"name": port["targetPort"], "containerPort": port["port"]}]
+        budgets = kind(resources, "PodDisruptionBudget").values()
+        covered = [selected(resources, b["spec"]["selector"]["matchLabels"]) for b in budgets]
+        assert set().union(*covered) == set(pods), overlay
 
 
-def test_only_the_needed_connections_are_open() -> None:
-    policies = of_kind("NetworkPolicy")
-    assert set(policies) == {"default-deny", "gateway", "worker"}
-    assert policies["default-deny"]["spec"] == {
-        "podSelector": {},
-        "policyTypes": ["Ingress", "Egress"],
-    }
-    worker, gateway = policies["worker"]["spec"], policies["gateway"]["spec"]
-    assert selected(worker["podSelector"]["matchLabels"]) == {"worker-dense", "worker-sparse"}
-    assert selected(gateway["podSelector"]["matchLabels"]) == {"gateway"}
-    assert "egress" not in worker
-    (rule,) = worker["ingress"]
-    assert selected(rule["from"][0]["podSelector"]["matchLabels"]) == {"gateway"}
-    assert rule["ports"] == gateway["egress"][0]["ports"] == [{"port": 8001, "protocol": "TCP"}]
-    to_workers = gateway["egress"][0]["to"][0]["podSelector"]["matchLabels"]
-    assert selected(to_workers) == {"worker-dense", "worker-sparse"}
+def test_the_gateway_knows_every_worker(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        (container,) = dict(templates(resources))["gateway"]["spec"]["containers"]
+        known = re.findall(r"(\w+)=http://([\w-]+):(\d+)", " ".join(container["args"]))
+        services = kind(resources, "Service")
+        assert {host for _, host, _ in known} == set(services) - {"gateway"}, overlay
+        for variant, host, port in known:
+            spec = services[host]["spec"]
+            assert spec["ports"][0]["port"] == int(port)
+            for name in selected(resources, spec["selector"]):
+                args = dict(templates(resources))[name]["spec"]["containers"][0]["args"]
+                assert args[:4] == ["worker", f"/models/{variant}", "--name", variant], overlay
+
+
+def test_settings_hold_together(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        (container,) = dict(templates(resources))["gateway"]["spec"]["containers"]
+        (source,) = container["envFrom"]
+        data = kind(resources, "ConfigMap")[source["configMapRef"]["name"]]["data"]
+        fields = {key.removeprefix("CAST_").lower(): value for key, value in data.items()}
+        assert set(fields) <= set(GatewaySettings.model_fields), overlay
+        settings = GatewaySettings(**fields)
+        variants = set(re.findall(r"(\w+)=http", " ".join(container["args"])))
+        assert set(settings.split_weights["default"]) <= variants
+        assert set(settings.fallbacks) == variants - {"dense"}, overlay
+        keys = next(m for m in container["volumeMounts"] if m["name"] == "api-keys")
+        assert str(settings.api_keys_file) == f"{keys['mountPath']}/keys"
+
+
+def test_shadow_traffic_compares_dense_with_the_canary(rendered: Rendered) -> None:
+    (container,) = dict(templates(rendered["canary"]))["gateway"]["spec"]["containers"]
+    variants = re.findall(r"(\w+)=http", " ".join(container["args"]))
+    assert variants == ["dense", "canary", "sparse"]  # cast_serve.comparison takes the first two
+
+
+def test_only_the_needed_connections_are_open(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        policies = {n: p["spec"] for n, p in kind(resources, "NetworkPolicy").items()}
+        assert policies["default-deny"] == {
+            "podSelector": {},
+            "policyTypes": ["Ingress", "Egress"],
+        }
+        worker, gateway = policies["worker"], policies["gateway"]
+        pods = {name for name, _ in templates(resources)}
+        assert selected(resources, worker["podSelector"]["matchLabels"]) == pods - {"gateway"}
+        assert selected(resources, gateway["podSelector"]["matchLabels"]) == {"gateway"}
+        assert "egress" not in worker, overlay
+        (rule,) = worker["ingress"]
+        sources = rule["from"][0]["podSelector"]["matchLabels"]
+        assert selected(resources, sources) == {"gateway"}
+        assert rule["ports"] == gateway["egress"][0]["ports"] == [{"port": 8001, "protocol": "TCP"}]
+
+
+def test_a_groups_ranks_reach_each_other_and_no_other_group(rendered: Rendered) -> None:
+    resources = rendered["multi-node"]
+    for group in ("group-dense", "group-sparse"):
+        policy = kind(resources, "NetworkPolicy")[group]["spec"]
+        own = policy["podSelector"]
+        assert selected(resources, own["matchLabels"]) == {f"{group} leader", f"{group} worker"}
+        assert own["matchLabels"]["leaderworkerset.sigs.k8s.io/group-index"] == "0"
+        assert policy["ingress"] == [{"from": [{"podSelector": own}]}]
+        assert policy["egress"][0] == {"to": [{"podSelector": own}]}
+        assert kind(resources, "LeaderWorkerSet")[group]["spec"]["replicas"] == 1
+
+
+def test_images_are_pinned(rendered: Rendered) -> None:
+    for overlay, template in every_template(rendered):
+        (container,) = template["spec"]["containers"]
+        images = [container["image"]]
+        images += [v["image"]["reference"] for v in template["spec"]["volumes"] if "image" in v]
+        for image in images:
+            tag = image.rpartition("/")[2].partition(":")[2]
+            assert tag, overlay
+            assert tag != "latest", overlay
+        wants_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert wants_gpu == (container["image"].endswith("-gpu") and container["name"] == "worker")
+
+
+def test_workers_are_counted_by_one_alone(rendered: Rendered) -> None:
+    """A number in the Deployment would fight with the autoscaler at every apply."""
+    for overlay, resources in rendered.items():
+        scalers = [
+            *kind(resources, "HorizontalPodAutoscaler").values(),
+            *kind(resources, "ScaledObject").values(),
+        ]
+        scaled = {each["spec"]["scaleTargetRef"]["name"] for each in scalers}
+        for name, deployment in kind(resources, "Deployment").items():
+            assert ("replicas" in deployment["spec"]) == (name not in scaled), f"{overlay}: {name}"

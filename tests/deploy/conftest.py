@@ -1,0 +1,34 @@
+"""scripts/check-deploy as a module, and what it renders."""
+
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts/check-deploy"
+
+Resource = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def check() -> Any:
+    spec = spec_from_loader("check_deploy", SourceFileLoader("check_deploy", str(SCRIPT)))
+    assert spec is not None
+    module = module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def rendered(check: Any) -> dict[str, list[Resource]]:
+    """Each overlay's resources by its name; the first time, kubectl is installed."""
+    return dict(check.rendered())
+
+
+@pytest.fixture(scope="session")
+def cpu(rendered: dict[str, list[Resource]]) -> dict[tuple[str, str], Resource]:
+    """The default overlay's resources by kind and name."""
+    return {(each["kind"], each["metadata"]["name"]): each for each in rendered["cpu"]}
