@@ -54,6 +54,9 @@ def run(
     tensorboard: Annotated[
         Path | None, typer.Option(help="Directory for TensorBoard's files of this run.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Dense directory to distil from; default: --model.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
     ] = False,
@@ -73,6 +76,7 @@ def run(
             is_resume=resume,
             heldout_file=heldout,
             tensorboard_dir=tensorboard,
+            teacher_dir=teacher,
         )
         found = record["quality"]
         print(

@@ -40,6 +40,7 @@ def train(
     is_resume: bool = False,
     heldout_file: Path | None = None,
     tensorboard_dir: Path | None = None,
+    teacher_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Trains and writes a gated checkpoint.
 
@@ -51,6 +52,7 @@ def train(
         is_resume: go on from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
         tensorboard_dir: where TensorBoard's files go; None: none are written.
+        teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
 
     Returns:
         cast.json's content. If out is already the result of this very run, it is verified and
@@ -76,6 +78,7 @@ def train(
             "model": model_dir.resolve().name,
             "model_config_sha256": _sha256(model_dir / "config.json"),
             "text_sha256": {path.name: _sha256(path) for path in files},
+            **_teacher_identity(teacher_dir),
         },
     }
     if out.exists():
@@ -96,8 +99,7 @@ def train(
                 embedding.requires_grad_(False)
     teacher = None
     if config.distillation_weight:
-        teacher = load_dense(model_dir, quality.arithmetic(config.precision)).requires_grad_(False)
-        teacher.eval()
+        teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
 
     if _rank() == 0:
         partial.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,26 @@ def train(
         record = checkpoint.write(out, model, tokenizer, record, tensors)
         shutil.rmtree(partial)
     return record
+
+
+def _teacher_identity(teacher_dir: Path | None) -> dict[str, str]:
+    if teacher_dir is None:
+        return {}
+    return {
+        "teacher": teacher_dir.resolve().name,
+        "teacher_config_sha256": _sha256(teacher_dir / "config.json"),
+    }
+
+
+def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
+    teacher = load_dense(directory, quality.arithmetic(config.precision)).requires_grad_(False)
+    if teacher.config.vocab_size != vocabulary:
+        raise ValueError(
+            f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
+            f"the model one of {vocabulary}; only a teacher with the model's own tokenizer can be "
+            "distilled from"
+        )
+    return teacher.eval()
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cast_serve.convert import convert
 from cast_serve.nm import Pattern
@@ -87,6 +88,31 @@ def test_a_resumed_run_of_another_method_is_the_same(
     whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_another_teacher_may_be_distilled_from(
+    llama_dir, gpt2_dir, text_file, settings_file, tmp_path
+):
+    config = config_of(settings_file, steps=4, distillation_weight=1.0)
+    own = train(llama_dir, [text_file], tmp_path / "own", config)
+    same = train(llama_dir, [text_file], tmp_path / "same", config, teacher_dir=llama_dir)
+    other = train(llama_dir, [text_file], tmp_path / "other", config, teacher_dir=gpt2_dir)
+    assert own["sha256"] == same["sha256"] != other["sha256"]
+    assert "teacher" not in own["source"]
+    assert other["source"]["teacher"] == gpt2_dir.name
+    with pytest.raises(ValueError, match="teacher"):  # a finished run, but of another teacher
+        train(llama_dir, [text_file], tmp_path / "own", config, teacher_dir=gpt2_dir)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(llama_dir, text_file, settings_file, tmp_path):
+    teacher = tmp_path / "teacher"
+    settings = LlamaConfig.from_pretrained(llama_dir)
+    settings.vocab_size = 300
+    LlamaForCausalLM(settings).save_pretrained(teacher)
+    config = config_of(settings_file, steps=4)
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens and the model one of 256"):
+        train(llama_dir, [text_file], tmp_path / "out", config, teacher_dir=teacher)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_divergence_is_zero_for_equals_and_keeps_its_gradient_with_temperature():
