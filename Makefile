@@ -2,7 +2,8 @@
 .PHONY: setup data demo serve test lint check-deploy
 
 python = .venv/bin/python
-scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-gateway scripts/compare-peers scripts/check-deploy
+scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-step \
+	scripts/measure-gateway scripts/compare-peers scripts/check-deploy
 
 setup:
 	scripts/setup

@@ -130,7 +130,9 @@ class Gate(nn.Module):
         if self.phase.penalty_weight:
             self.penalty = sparsity_penalty(kept, self.pattern)
         kept = kept.t() if self.is_transposed else kept
-        return weight * (kept * self.phase.blend + (1 - self.phase.blend)).to(weight.dtype)
+        if self.phase.blend < 1:
+            kept = kept * self.phase.blend + (1 - self.phase.blend)
+        return weight * kept.to(weight.dtype)
 
 
 class GeneratedGate(Gate):

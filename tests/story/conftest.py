@@ -92,6 +92,34 @@ def served(
             process.wait(60)
 
 
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below one, with their command lines."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if fields[0] != "Z":
+                parents[int(folder.name)] = (int(fields[1]), words)
+    found: dict[int, str] = {}
+    below = {pid}
+    while below:
+        below = {child for child, (parent, _) in parents.items() if parent in below}
+        found |= {child: parents[child][1] for child in below}
+    return found
+
+
+def worker(served: Served, name: str) -> int:
+    """The process id of a variant's worker."""
+    for pid, words in descendants(served.process.pid).items():
+        if "worker" in words and f"--name {name} " in words:
+            return pid
+    raise AssertionError(f"no worker {name} below {served.process.pid}")
+
+
 def complete(served: Served, name: str, prompt: str, **more: Any) -> dict[str, Any]:
     """The first choice of a greedy completion."""
     body = {"model": name, "prompt": prompt, "temperature": 0, "ignore_eos": True, **more}

@@ -17,7 +17,7 @@ import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import hostile
-from tests.story.conftest import PROMPTS, Served
+from tests.story.conftest import PROMPTS, Served, descendants, worker
 
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -44,34 +44,6 @@ def metric(served: Served, name: str, **labels: str) -> float:
             if sample.name == name and labels.items() <= sample.labels.items():
                 return sample.value
     return 0.0
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Processes below one, with their command lines."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if fields[0] != "Z":
-                parents[int(folder.name)] = (int(fields[1]), words)
-    found: dict[int, str] = {}
-    below = {pid}
-    while below:
-        below = {child for child, (parent, _) in parents.items() if parent in below}
-        found |= {child: parents[child][1] for child in below}
-    return found
-
-
-def worker(served: Served, name: str) -> int:
-    """The process id of a variant's worker."""
-    for pid, words in descendants(served.process.pid).items():
-        if "worker" in words and f"--name {name} " in words:
-            return pid
-    raise AssertionError(f"no worker {name} below {served.process.pid}")
 
 
 def resident_bytes(served: Served) -> int:
