@@ -1,8 +1,11 @@
-"""Student and teacher logits -> the distillation loss.
+"""Logits, labels and a teacher's logits -> the task loss and the distillation loss, in one pass.
 
-L = eta * T^2 * KL(teacher || student) + (1 - eta) * L_task, both softened by the temperature T; the
-teacher is the dense model as it was before training. T^2 keeps the gradient's size when T changes.
-Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
+L = (1 - eta) * L_task + eta * T^2 * KL(teacher || student), the second softened by the temperature
+T; the teacher is the dense model as it was before training. T^2 keeps the gradient's size when T
+changes. Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
+
+The gradient is made while the loss is, a few tokens at a time: log_softmax and its backward over
+all logits at once cost a fifth of a training step on a CPU, most of it fresh memory.
 """
 
 from typing import Any
@@ -12,6 +15,37 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 ROWS = 32  # tokens at a time: fp32 copies of all logits cost more than the arithmetic
+UNLABELLED = -100
+
+
+def losses(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    share: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a causal language model, and what it is made of.
+
+    Args:
+        logits: [num_blocks, block_size, vocabulary], any floating dtype.
+        labels: int64 [num_blocks, block_size], the tokens that were read; each is what the logits
+            before it should have said.
+        teacher_logits: as `logits`, or None: no distillation.
+        share: eta, from 0 to 1; 0 without a teacher.
+        temperature: above 0.
+
+    Returns:
+        fp32 scalars: L, through which the gradient flows to `logits`; L_task, averaged over the
+        tokens that have a next one; T^2 * KL in nats, averaged over all tokens (0 without teacher).
+    """
+    wanted = torch.full_like(labels, UNLABELLED)
+    wanted[:, :-1] = labels[:, 1:]
+    teacher = None if teacher_logits is None else teacher_logits.flatten(0, -2)
+    found: tuple[Tensor, Tensor, Tensor] = _Losses.apply(
+        logits.flatten(0, -2), wanted.flatten(), teacher, share, temperature
+    )
+    return found
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,31 +59,58 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     Returns:
         fp32 scalar, 0 if both agree.
     """
-    return _Divergence.apply(
-        student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), temperature
-    )
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+    labels = student.new_full(student.shape[:1], UNLABELLED, dtype=torch.int64)
+    total: Tensor = _Losses.apply(student, labels, teacher, 1.0, temperature)[0]
+    return total
 
 
-class _Divergence(torch.autograd.Function):
-    """The loss and its gradient T * (softmax(student / T) - softmax(teacher / T)) in one pass."""
+class _Losses(torch.autograd.Function):
+    """softmax less what was wanted, by the labels and by the teacher, is the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        num_tokens = student.shape[0]
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None,
+        share: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, is_labelled = student.shape[0], labels != UNLABELLED
+        of_label = is_labelled.float() * ((1 - share) / is_labelled.sum().clamp(min=1))
+        of_teacher = share * temperature / num_tokens
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=student.device)
+        task, distance = torch.zeros(2, device=student.device)
         for first in range(0, num_tokens, ROWS):
             rows = slice(first, first + ROWS)
-            ours = log_softmax(student[rows].float() / temperature, dim=-1)
-            theirs = log_softmax(teacher[rows].float() / temperature, dim=-1)
-            wanted = theirs.exp()
-            total += (wanted * (theirs - ours)).sum()
+            logits, places = student[rows].float(), labels[rows].clamp(min=0)[:, None]
+            plain = log_softmax(logits, dim=-1)
+            task -= (plain.gather(1, places)[:, 0] * is_labelled[rows]).sum()
+            if teacher is None:
+                slope = plain.exp_().mul_(of_label[rows, None])
+            else:
+                softened = plain if temperature == 1 else log_softmax(logits / temperature, dim=-1)
+                theirs = log_softmax(teacher[rows].float() / temperature, dim=-1)
+                wanted = theirs.exp()
+                distance += (wanted * (theirs - softened)).sum()
+                if temperature == 1:
+                    slope = plain.exp_().mul_(of_label[rows, None] + of_teacher)
+                else:
+                    slope = plain.exp_().mul_(of_label[rows, None])
+                    slope.add_(softened.exp_(), alpha=of_teacher)
+                slope.sub_(wanted, alpha=of_teacher)
             if grad is not None:
-                grad[rows] = (ours.exp_() - wanted).mul_(temperature / num_tokens)
+                grad[rows] = slope.scatter_add_(1, places, -of_label[rows, None])
+        task /= is_labelled.sum().clamp(min=1)
+        distance *= temperature**2 / num_tokens
         ctx.save_for_backward(grad)
-        return total * (temperature**2 / num_tokens)
+        ctx.mark_non_differentiable(task, distance)
+        return (1 - share) * task + share * distance, task, distance
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return None if grad is None else grad * grad_output.to(grad.dtype), None, None
+        if grad is not None and grad_loss != 1:
+            grad = grad * grad_loss.to(grad.dtype)
+        return grad, None, None, None, None

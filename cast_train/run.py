@@ -336,7 +336,6 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=round(config.warmup_fraction * config.steps),
         max_grad_norm=config.max_grad_norm,
-        bf16=quality.arithmetic(config.precision) == torch.bfloat16 and not config.is_sharded,
         fsdp=config.is_sharded or None,
         save_strategy="steps",
         save_steps=config.checkpoint_every,

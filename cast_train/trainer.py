@@ -60,34 +60,40 @@ class CastTrainer(Trainer):
         if phase.is_hard and step > 0 and not phase_at(step - 1, self.config).is_hard:
             gates.come_to_rest(self.gate_map)
         gates.set_phase(self.gate_map, phase)
-        task, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        # transformers divides the task loss by the passes of a step itself; ours are means of one.
-        passes = self.args.gradient_accumulation_steps if kwargs.get("num_items_in_batch") else 1
-        loss, self.figures = task, {"task_loss": task.item() * passes}
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        wanted = None
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-            distillation = distill.divergence(
-                outputs.logits, wanted, self.config.distillation_temperature
-            )
-            share = self.config.distillation_weight
-            loss = (1 - share) * task + share * distillation / passes
+        loss, task, distillation = distill.losses(
+            outputs.logits,
+            inputs["labels"],
+            wanted,
+            0.0 if wanted is None else self.config.distillation_weight,
+            self.config.distillation_temperature,
+        )
+        self.figures = {"task_loss": task.item()}
+        if wanted is not None:
             self.figures["distillation_loss"] = distillation.item()
         if (sparsity := gates.penalty(self.gate_map)) is not None:
-            loss = loss + phase.penalty_weight * sparsity / passes
+            loss = loss + phase.penalty_weight * sparsity
             self.figures["sparsity_loss"] = sparsity.item()
         if not math.isfinite(loss.item()):
             raise DivergedError(
                 f"the loss is {loss.item()} at step {step}; lower learning_rate "
                 f"(now {self.config.learning_rate}) and start again"
             )
+        # transformers takes the sum over the passes of a step, since the tokens are counted for it.
+        if kwargs.get("num_items_in_batch"):
+            loss = loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Under FSDP autocast is ours: Trainer's would cast the gate logits to bf16 as well."""
+        """Autocast is ours: Trainer's would make fp32 copies of all logits, and under FSDP cast the
+        gate logits to bf16."""
         stack = super().compute_loss_context_manager()
         dtype = quality.arithmetic(self.config.precision)
-        if self.config.is_sharded and dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             stack.enter_context(torch.autocast(self.args.device.type, dtype=dtype))
         return stack
 

@@ -131,6 +131,38 @@ def test_the_divergence_is_zero_for_equals_and_keeps_its_gradient_with_temperatu
     torch.testing.assert_close(distill.divergence(student, teacher), expected.mean())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_losses_and_their_gradient_are_those_of_the_formula(share, temperature):
+    """Plain torch over all logits at once, with 40 tokens of which 32 and 8 are made in turn."""
+    logits = torch.randn(2, 20, 50, requires_grad=True)
+    teacher, labels = torch.randn(2, 20, 50), torch.randint(50, (2, 20))
+    task = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    kl = torch.nn.functional.kl_div(
+        (logits / temperature).log_softmax(-1).flatten(0, 1),
+        (teacher / temperature).log_softmax(-1).flatten(0, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    expected = (1 - share) * task + share * temperature**2 * kl
+    (expected_grad,) = torch.autograd.grad(2 * expected, logits)
+    found = distill.losses(logits, labels, teacher, share, temperature)
+    torch.testing.assert_close(
+        torch.stack(found), torch.stack((expected, task, temperature**2 * kl))
+    )
+    (grad,) = torch.autograd.grad(2 * found[0], logits)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_without_a_teacher_the_loss_is_that_of_the_model_itself(llama_dir):
+    model = checkpoint.load_dense(llama_dir, torch.float32)
+    blocks = torch.randint(model.config.vocab_size, (3, 16))
+    outputs = model(input_ids=blocks, labels=blocks)
+    loss, task, distance = distill.losses(outputs.logits, blocks)
+    torch.testing.assert_close(loss, outputs.loss)
+    assert (task.item(), distance.item()) == (loss.item(), 0)
+
+
 def test_the_gradient_of_the_divergence_is_that_of_finite_differences():
     torch.manual_seed(0)
     rows = distill.ROWS + 3  # more than are taken at a time
