@@ -3,7 +3,7 @@
 
 python = .venv/bin/python
 scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-step \
-	scripts/measure-gateway scripts/compare-peers scripts/check-deploy
+	scripts/measure-gateway scripts/measure-gpu scripts/compare-peers scripts/check-deploy
 
 setup:
 	scripts/setup

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
+from cast_serve.kernels import cuda
 
 METHOD = "cast_sparse24"
 FORMAT = "sparse-24-bitmask"
@@ -158,10 +159,19 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name in ("compressed", "bitmask", "shape"):
             delattr(layer, name)
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        form = cuda.wanted_form() if packed.is_cuda else "packed"
+        second = cuda.second_form(
+            *(packed, layer.cast_out_features, layer.cast_in_features, layer.params_dtype, form)
+        )
+        layer.cast_form = form if second else "packed"
+        layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in_features] -> [..., out_features], never through a dense weight."""
-        return torch.ops.cast.linear24(x, layer.packed, layer.cast_out_features, bias)
+        """x [..., in_features] -> [..., out_features]."""
+        arguments = (x, layer.packed, layer.cast_out_features, bias)
+        if layer.cast_form == "packed":
+            return torch.ops.cast.linear24(*arguments)
+        return torch.ops.cast.linear24_many(*arguments, [*layer.cast_second], layer.cast_form)
 
 
 def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:
@@ -180,17 +190,19 @@ def report(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
-        weight_bytes of all linears as held, dense_weight_bytes they would take, isa (None if no
-        layer is sparse).
+        weight_bytes of all linears as held, dense_weight_bytes they would take, isa (the CPU
+        kernel, or the GPU's architecture and second form; None if no layer is sparse).
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
+    runs_on = None
     for module in model.modules():
         if not isinstance(module, LinearBase):
             continue
         packed = getattr(module, "packed", None)
         if isinstance(module.quant_method, Sparse24LinearMethod) and packed is not None:
             num_sparse += module.cast_num_linears
-            weight_bytes += packed.nbytes
+            weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
+            runs_on = _runs_on(packed, module.cast_form)
             itemsize = module.params_dtype.itemsize
             dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
         else:
@@ -203,8 +215,15 @@ def report(model: nn.Module) -> dict[str, Any]:
         "num_dense_layers": num_dense,
         "weight_bytes": weight_bytes,
         "dense_weight_bytes": dense_weight_bytes,
-        "isa": kernels.isa() if num_sparse else None,
+        "isa": runs_on,
     }
+
+
+def _runs_on(packed: Tensor, form: str) -> str:
+    if not packed.is_cuda:
+        return kernels.isa()
+    card = cuda.properties(packed.device.index)
+    return f"sm_{card.major}{card.minor}" + ("" if form == "packed" else f" {form}")
 
 
 def _dense_bytes(module: LinearBase) -> int:

@@ -23,6 +23,7 @@ from loadtest.provenance import provenance
 from loadtest.recorded import Recorded
 from loadtest.report import WRITTEN, check_out, result_of, write_out
 from loadtest.schedule import KINDS, Schedule, read_trace
+from loadtest.shapes import parse_tokens, shapes_of
 from loadtest.sweep import Load, parse_concurrency, parse_rate, sweep
 from loadtest.workload import Prompt, Workload, new_run_number, read_prompts, read_words
 
@@ -210,25 +211,42 @@ def kernels(
     ] = "llama-1b",
     tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,4,8,16,64",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[
-        Path | None, typer.Option(help="New directory for result.json and report.png.")
+        Path | None, typer.Option(help="New directory for result.json and, of CPUs, report.png.")
     ] = None,
 ) -> None:
-    """Times the 2:4 op against vLLM's dense op and torch's, interleaved, without a server."""
-    from loadtest import kernels as bench
+    """Times the 2:4 op, interleaved, without a server.
 
+    On a CPU against vLLM's dense op and torch's; on a GPU against cuBLAS and torch's 2:4 products.
+    """
     try:
-        linears = bench.shapes_of(shapes)
-        counts = bench.parse_tokens(tokens)
+        linears = shapes_of(shapes)
+        counts = parse_tokens(tokens)
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"--device {device} is not known; choose cpu or cuda")
         if out is not None:
             check_out(out)
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    bench: Any  # a benchmark's needs are met only where it runs
+    if device == "cuda":
+        from loadtest import gpu_kernels as bench
+    else:
+        import torch
+
+        from loadtest import kernels as bench
+
+        torch.set_num_threads(threads)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
-        result = bench.run(linears, counts, threads, lambda: progress.advance(task))
+        try:
+            result = bench.run(linears, counts, lambda: progress.advance(task))
+        except RuntimeError as error:
+            print(f"cast-loadtest: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
     console = Console()
     console.width = max(console.width, bench.TABLE_WIDTH)
     console.print(bench.table_of(result))

@@ -22,41 +22,12 @@ from torch import Tensor
 from cast_serve import kernels
 from loadtest.report import new_directory
 
-# (in_features, out_features) of the linears as vLLM merges them.
-SHAPES = {
-    "smollm2-135m": ((576, 960), (576, 576), (576, 3072), (1536, 576)),
-    "llama-1b": ((2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)),
-    "llama-8b": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
-}
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
 TABLE_WIDTH = 120  # characters
 
 Linear = Callable[[Tensor], Tensor]
-
-
-def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
-    """The merged linears of a model.
-
-    Raises:
-        ValueError: naming the known ones.
-    """
-    if name not in SHAPES:
-        raise ValueError(f"--shapes {name} is not known; choose one of {', '.join(SHAPES)}")
-    return SHAPES[name]
-
-
-def parse_tokens(text: str) -> list[int]:
-    """Parses ``1,4,16``.
-
-    Raises:
-        ValueError: if it is no list of whole numbers above 0.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--tokens {text!r} is no list of numbers above 0; write for instance 1,8")
-    return [int(part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -103,23 +74,20 @@ class Timing:
 def run(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
-    num_threads: int,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measures and summarises; see `Timing.row` and `geomean_ratios` for the keys.
+    """Measures with torch's number of threads; keys as in `Timing.row` and `geomean_ratios`.
 
     Args:
         shapes: (in_features, out_features).
         tokens: rows of the activation.
-        num_threads: for this process, from now on.
         on_done: called after each shape and number of tokens.
     """
-    torch.set_num_threads(num_threads)
     bandwidth, peak = read_bandwidth_gb_s(), peak_gflop_s()
     rows = [timing.row(bandwidth, peak) for timing in measure(shapes, tokens, on_done)]
     return {
         "isa": kernels.isa(),
-        "threads": num_threads,
+        "threads": torch.get_num_threads(),
         "read_bandwidth_gb_s": bandwidth,
         "peak_gflop_s": peak,
         "results": rows,

@@ -1,13 +1,15 @@
-"""``torch.ops.cast.linear24``: loads the compiled op and tells torch.compile its output's shape."""
+"""``torch.ops.cast.linear24``: loads the compiled op, adds the GPU's kernels where there is a GPU,
+and tells torch.compile the output's shape."""
 
 import torch
 from torch import Tensor
 
+from cast_serve.kernels import cuda
 from cast_serve.kernels.reference import packed_shape
 
 
 def load() -> None:
-    """Registers the op and its fake once per process; building it first if need be.
+    """Registers the op, its fake and its GPU kernels once per process; building it if need be.
 
     Raises:
         KernelBuildError: if it is not prebuilt and cannot be built.
@@ -18,6 +20,8 @@ def load() -> None:
 
     build.load()
     torch.library.register_fake("cast::linear24")(_linear24_fake)
+    if torch.cuda.is_available():
+        cuda.register()
 
 
 def _linear24_fake(

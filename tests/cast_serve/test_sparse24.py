@@ -76,3 +76,50 @@ def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> Non
         Sparse24LinearMethod("o_proj").create_weights(
             nn.Module(), 12, [8], 24, 8, torch.bfloat16, weight_loader=None
         )
+
+
+@pytest.mark.parametrize("form", ["packed", "cusparselt"])
+def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
+    """A fake GPU: its tensors have shapes and a device, and the ops are those that vLLM traces."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from cast_serve import kernels
+    from cast_serve.kernels import cuda
+    from cast_serve.sparse24 import Sparse24LinearMethod
+
+    called = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            called.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    kernels.load()
+    cuda.register()
+    with FakeTensorMode(), Recording():
+        layer = nn.Module()
+        layer.packed = torch.empty(5, 1, 576, dtype=torch.uint8, device="cuda")
+        layer.cast_out_features, layer.cast_form = 40, form
+        layer.cast_second = [torch.empty(1440, dtype=torch.bfloat16, device="cuda")]
+        x = torch.empty(3, 64, dtype=torch.bfloat16, device="cuda")
+        out = Sparse24LinearMethod("o_proj").apply(layer, x)
+    assert (out.shape, out.device.type) == ((3, 40), "cuda")
+    ours = [name for name in called if name.startswith("cast.")]
+    assert ours == [f"cast.linear24{'' if form == 'packed' else '_many'}.default"]
+
+
+def test_what_a_layer_holds_on_a_cpu() -> None:
+    from cast_serve.bitmask import compress
+    from cast_serve.nm import hard_mask
+    from cast_serve.sparse24 import Sparse24LinearMethod
+
+    layer, scores = nn.Module(), torch.randn(40, 64)
+    loaded = (*compress((scores * hard_mask(scores.abs())).bfloat16()), torch.tensor([40, 64]))
+    for name, tensor in zip(("compressed", "bitmask", "shape"), loaded, strict=True):
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    layer.cast_out_features, layer.cast_in_features = 40, 64
+    layer.params_dtype = torch.bfloat16
+    Sparse24LinearMethod("o_proj").process_weights_after_loading(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["packed"]
+    assert layer.cast_form == "packed"

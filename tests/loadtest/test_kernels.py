@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loadtest import kernels
+from loadtest import kernels, shapes
 from loadtest.__main__ import app
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
@@ -33,7 +33,7 @@ def test_the_geometric_mean_is_per_number_of_tokens() -> None:
 def test_every_shape_and_number_of_tokens_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernels, "SHAPES", {"tiny": ((64, 32), (128, 64))})
+    monkeypatch.setitem(shapes.SHAPES, "tiny", ((64, 32), (128, 64)))
     monkeypatch.setattr(kernels, "CACHE_BYTES", 1)
     monkeypatch.setattr(kernels, "MIN_TIMED_S", 0.0)
     out = tmp_path / "out"
@@ -55,6 +55,7 @@ def test_every_shape_and_number_of_tokens_is_measured(
         (["--shapes", "gpt"], "choose one of smollm2-135m, llama-1b, llama-8b"),
         (["--tokens", "1,x"], "'1,x' is no list"),
         (["--tokens", "0"], "'0' is no list"),
+        (["--device", "tpu"], "--device tpu is not known; choose cpu or cuda"),
     ],
 )
 def test_wrong_use(flags: list[str], message: str) -> None:

@@ -1,0 +1,31 @@
+"""A model's name -> the linears that the kernel benchmarks time, and how many tokens at once."""
+
+# (in_features, out_features) of the linears as vLLM merges them.
+SHAPES = {
+    "smollm2-135m": ((576, 960), (576, 576), (576, 3072), (1536, 576)),
+    "llama-1b": ((2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)),
+    "llama-8b": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
+}
+
+
+def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
+    """The merged linears of a model.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"--shapes {name} is not known; choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Parses ``1,4,16``.
+
+    Raises:
+        ValueError: if it is no list of whole numbers above 0.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--tokens {text!r} is no list of numbers above 0; write for instance 1,8")
+    return [int(part) for part in parts]

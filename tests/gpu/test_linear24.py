@@ -1,0 +1,76 @@
+"""The 2:4 linear on a real GPU against fp64, in CUDA graphs, under torch.compile, by every form."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cast_serve import kernels
+from cast_serve.bitmask import compress
+from cast_serve.kernels import cuda
+from cast_serve.nm import hard_mask
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+SHAPES = [(1, 4), (7, 60), (33, 576), (129, 68), (16, 8192), (1049, 132), (4096, 4096)]
+NUM_TOKENS = [1, 2, 7, 16, 17, 33, 64, 65, 130, 257, 1024]
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def make(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scores = torch.randn(shape)
+    weight = (scores * hard_mask(scores.abs())).to(dtype)
+    return weight.cuda(), kernels.pack(*compress(weight)).cuda()
+
+
+def assert_is_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert out.shape == expected.shape
+    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, packed = make(shape, dtype)
+    bias = torch.randn(shape[0], device="cuda").to(dtype)
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, shape[1], device="cuda").to(dtype)
+        assert_is_product(kernels.linear24(x, packed, shape[0], bias), x, weight, bias)
+        assert_is_product(kernels.linear24(x, packed, shape[0]), x, weight)
+
+
+@pytest.mark.parametrize("form", ["cusparselt", "cutlass", "dense"])
+def test_second_forms(form: str) -> None:
+    try:
+        cuda.check_form(form, torch.device("cuda", 0))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    weight, packed = make((256, 512), torch.bfloat16)
+    second = cuda.second_form(packed, 256, 512, torch.bfloat16, form)
+    bias = torch.randn(256, device="cuda").bfloat16()
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, 512, device="cuda").bfloat16()
+        for given in (None, bias):
+            assert_is_product(cuda.product(x, second, form, given), x, weight, given)
+            out = torch.ops.cast.linear24_many(x, packed, 256, given, second, form)
+            assert_is_product(out, x, weight, given)
+
+
+def test_a_graph_replays_with_new_activations() -> None:
+    weight, packed = make((4096, 4096), torch.bfloat16)
+    x = torch.randn(4, 4096, device="cuda").bfloat16()
+    kernels.linear24(x, packed, 4096)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.linear24(x, packed, 4096)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert_is_product(out, x, weight)
+
+
+def test_compiles_without_a_graph_break_and_passes_opcheck() -> None:
+    weight, packed = make((40, 64), torch.bfloat16)
+    compiled = torch.compile(lambda x: torch.ops.cast.linear24(x, packed, 40) * 2, fullgraph=True)
+    x = torch.randn(3, 64, device="cuda").bfloat16()
+    assert_is_product(compiled(x) / 2, x, weight)
+    torch.library.opcheck(torch.ops.cast.linear24, (x, packed, 40, None))
