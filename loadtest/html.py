@@ -49,7 +49,7 @@ table { width: 100%; border-collapse: collapse; }
 th, td { padding: 0.3rem 0.75rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; } thead th { color: var(--muted); font-size: 0.875rem; }
 th:first-child, .text { text-align: left; }
-.text { min-width: 18rem; white-space: normal; }
+.text { min-width: 14rem; white-space: normal; }
 tbody tr.first > * { border-top: 1px solid var(--line); }
 .bar { display: block; width: 10rem; height: 1rem; }
 .bar .even { stroke: var(--edge); stroke-dasharray: 2 2; }

@@ -49,7 +49,7 @@ class Plan:
     candidate: str = "sparse"
     concurrency: int = 1
     num_prompts: int = 8
-    num_block_pairs: int = 4
+    num_block_pairs: int = 6
     num_warmup: int = 2
     output_tokens: int = 32
 
