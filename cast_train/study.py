@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -264,9 +265,16 @@ def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    with process.stdout as stdout:
-        printed = stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with process.stdout as stdout:
+            printed = stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()  # a study that is stopped leaves no run behind
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise StudyError(

@@ -1,6 +1,11 @@
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -99,3 +104,27 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     assert study.run(*arguments, **more) == result
     with pytest.raises(ValueError, match="holds another study"):
         study.run(*arguments[:4], settings | {"steps": 5}, **more)
+
+
+def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):
+    run = tmp_path / "run"
+    run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
+    run.chmod(0o755)
+    code = f"import sys; from cast_train import study; sys.executable = {str(run)!r}; study._call()"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    file = tmp_path / "run.pid"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=60) == 128 + signal.SIGTERM
+    pid = int(file.read_text())
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the run outlived the study")
