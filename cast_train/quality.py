@@ -35,6 +35,12 @@ def arithmetic(precision: str = "auto") -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def autocast(precision: str, device_type: str) -> torch.autocast:
+    """A context in which a model of fp32 weights multiplies in `arithmetic`."""
+    dtype = arithmetic(precision)
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def _cpu_prefers_bf16(capabilities: Mapping[str, Any]) -> bool:
     is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
     return bool(capabilities.get("amx_bf16") or (is_amd and capabilities.get("avx512_bf16")))

@@ -314,7 +314,8 @@ def _quality(
 ) -> dict[str, Any]:
     """Perplexity of the soft and the hard model."""
     last = phase_at(config.steps, config)
-    soft, hard = quality.soft_and_hard(model, gate_map, last, heldout)
+    with quality.autocast(config.precision, next(model.parameters()).device.type):
+        soft, hard = quality.soft_and_hard(model, gate_map, last, heldout)
     return {
         "text": heldout_file.name if heldout_file else "held-out split of the training text",
         "perplexity_soft": soft.perplexity,

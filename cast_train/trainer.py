@@ -92,9 +92,7 @@ class CastTrainer(Trainer):
         """Autocast is ours: Trainer's would make fp32 copies of all logits, and under FSDP cast the
         gate logits to bf16."""
         stack = super().compute_loss_context_manager()
-        dtype = quality.arithmetic(self.config.precision)
-        if dtype == torch.bfloat16:
-            stack.enter_context(torch.autocast(self.args.device.type, dtype=dtype))
+        stack.enter_context(quality.autocast(self.config.precision, self.args.device.type))
         return stack
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -176,7 +174,8 @@ class Watch(TrainerCallback):
         self.step_s.append(time.perf_counter() - self._began)
         config, trainer = self.trainer.config, self.trainer
         if config.evaluate_every and state.global_step % config.evaluate_every == 0:
-            found = quality.perplexity(trainer.model, self.heldout, name="held out")
+            with quality.autocast(config.precision, args.device.type):
+                found = quality.perplexity(trainer.model, self.heldout, name="held out")
             phase = phase_at(state.global_step - 1, config)
             trainer.log(
                 {
