@@ -108,8 +108,11 @@ def test_our_rules_tell_the_speed_up_and_a_worker_that_died(served: Served, tmp_
     down = 'ALERTS{alertname="CastVariantDown", variant="sparse", alertstate="firing"}'
     with prometheus(tmp_path, served, {"rule_files": ["rules.yaml"]}) as query:
         for _ in range(4):
-            for name in ("dense", "sparse"):
-                complete(served, name, "The sea", max_tokens=16)
+            for name in ("dense", "sparse"):  # streamed: only then there is a time per token
+                body = {"model": name, "prompt": "The sea", "max_tokens": 16, "stream": True}
+                httpx.post(
+                    f"{served.url}/v1/completions", json=body, timeout=300
+                ).raise_for_status()
             time.sleep(2)
         speedup = 'variant:cast_speedup:ratio5m{variant="sparse", metric="tpot", quantile="0.5"}'
         wait_for(lambda: bool(query(speedup)), 60, "a speed-up")
