@@ -36,9 +36,14 @@ def arithmetic(precision: str = "auto") -> torch.dtype:
 
 
 def autocast(precision: str, device_type: str) -> torch.autocast:
-    """A context in which a model of fp32 weights multiplies in `arithmetic`."""
-    dtype = arithmetic(precision)
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """A context in which a model of fp32 weights multiplies in `arithmetic(precision)`.
+
+    Args:
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        device_type: where the model is, as in ``tensor.device.type``.
+    """
+    is_bf16 = arithmetic(precision) == torch.bfloat16
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_bf16)
 
 
 def _cpu_prefers_bf16(capabilities: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cast_serve.kernels import cuda
 from cast_serve.kernels.reference import pack
+from loadtest.shapes import random_weight
 
 NUM_REPETITIONS = 9
 CACHES = 4  # the copies of a weight take so many times the L2 cache
@@ -40,8 +41,8 @@ def run(
 
     Returns:
         card, torch, copy_gb_s; results, a dict per shape and number of tokens: ms of each op, its
-        range over the repetitions and its relative error against fp32; crossover, an entry for
-        kernels/crossover.json.
+        range over the repetitions and its relative error against fp32 (None: NaN); crossover, an
+        entry for kernels/crossover.json.
 
     Raises:
         RuntimeError: without a GPU, or with one below compute capability 8.0.
@@ -83,7 +84,8 @@ def table_of(result: dict[str, Any]) -> str:
             for name in names
         )
         share = packed["weight_gb_s"] / result["copy_gb_s"]
-        lines.append(f"{line} {share:>8.0%} {packed['relative_error']:>8.1e}")
+        error = packed["relative_error"]
+        lines.append(f"{line} {share:>8.0%} {'NaN' if error is None else f'{error:.1e}':>8}")
     return "\n".join(lines)
 
 
@@ -114,12 +116,8 @@ def _layers(
     in_features: int, out_features: int, forms: Sequence[str], num_bytes: int
 ) -> tuple[Tensor, dict[str, tuple[list[Linear], int]]]:
     """A random 2:4 weight, and op -> that weight many times in memory behind it, a copy's bytes."""
-    patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
-    nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
-    bitmask = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).cuda()
-    values = torch.randn(out_features, in_features // 2, device="cuda").bfloat16()
-    packed = pack(values, bitmask)
-    (dense,) = cuda.second_form(packed, out_features, in_features, values.dtype, "dense")
+    packed = pack(*(part.cuda() for part in random_weight(in_features, out_features)))
+    (dense,) = cuda.second_form(packed, out_features, in_features, torch.bfloat16, "dense")
 
     def sparse(weight: list[Tensor]) -> Linear:
         return lambda x: cuda.linear24(x, weight[0], out_features)
@@ -128,7 +126,7 @@ def _layers(
         return lambda weight: lambda x: cuda.product(x, weight, form)
 
     made = {"packed": ([packed], sparse), "cublas": ([dense], second("dense"))}
-    made |= {form: (cuda.compress(dense, form), second(form)) for form in forms}
+    made |= {form: (cuda.to_form(dense, form), second(form)) for form in forms}
     ops = {}
     for name, (weight, linear) in made.items():
         size = sum(part.nbytes for part in weight)

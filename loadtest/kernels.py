@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cast_serve import kernels
 from loadtest.report import new_directory
+from loadtest.shapes import random_weight
 
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
@@ -190,10 +191,7 @@ def _layers(in_features: int, out_features: int) -> tuple[list[Linear], ...]:
     from vllm import _custom_ops as vllm_ops
 
     kernels.load()
-    patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
-    nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
-    bitmask = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    packed = kernels.pack(torch.randn(out_features, in_features // 2).bfloat16(), bitmask)
+    packed = kernels.pack(*random_weight(in_features, out_features))
     dense = torch.randn(out_features, in_features).bfloat16()
 
     def sparse(copy: Tensor) -> Linear:

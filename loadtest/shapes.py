@@ -1,4 +1,7 @@
-"""A model's name -> the linears that the kernel benchmarks time, and how many tokens at once."""
+"""A model's name -> the linears that the kernel benchmarks time; token counts, random weights."""
+
+import torch
+from torch import Tensor
 
 # (in_features, out_features) of the linears as vLLM merges them.
 SHAPES = {
@@ -29,3 +32,15 @@ def parse_tokens(text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"--tokens {text!r} is no list of numbers above 0; write for instance 1,8")
     return [int(part) for part in parts]
+
+
+def random_weight(in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A random compressed 2:4 weight, every pattern of a group equally likely.
+
+    Returns:
+        values, bf16 [out_features, in_features / 2], and bitmask, uint8 [.., in_features / 8].
+    """
+    patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
+    nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
+    bitmask = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return torch.randn(out_features, in_features // 2).bfloat16(), bitmask

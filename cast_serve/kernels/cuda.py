@@ -108,7 +108,12 @@ def _many_fake(
 
 
 def product(x: Tensor, second: list[Tensor], form: str, bias: Tensor | None = None) -> Tensor:
-    """x [num_tokens, in_features] times a second form -> [num_tokens, out_features]."""
+    """x [num_tokens, in_features] times a second form -> [num_tokens, out_features], x's dtype.
+
+    Args:
+        second: of `to_form`; form: its name.
+        bias: [out_features], x's dtype, or None.
+    """
     if form == "dense":
         return torch.nn.functional.linear(x, second[0], bias)
     num_tokens = x.shape[0]
@@ -143,6 +148,11 @@ def second_form(
 
     A weight of sizes that the form cannot hold gets nothing either, with a warning for the sizes.
 
+    Args:
+        packed: uint8 [tile_rows, tile_columns, 576], see reference.pack.
+        dtype: of the weight, bf16 or fp16.
+        form: of `FORMS`.
+
     Raises:
         RuntimeError: if this torch or this card has not got the form.
     """
@@ -157,11 +167,16 @@ def second_form(
         return []
     check_form(form, packed.device)
     values, bitmask = unpack(packed, out_features, in_features, dtype)
-    return compress(decompress(values, bitmask, in_features), form)
+    return to_form(decompress(values, bitmask, in_features), form)
 
 
-def compress(weight: Tensor, form: str) -> list[Tensor]:
-    """A dense 2:4 weight [out_features, in_features] on a GPU -> a second form."""
+def to_form(weight: Tensor, form: str) -> list[Tensor]:
+    """A dense 2:4 weight [out_features, in_features], bf16 or fp16, on a GPU -> a second form.
+
+    Returns:
+        cusparselt: one tensor of torch's own layout; cutlass: the kept values and their metadata;
+        dense: the weight itself.
+    """
     if form == "cusparselt":
         return [torch._cslt_compress(weight)]
     if form == "cutlass":

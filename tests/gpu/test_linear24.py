@@ -5,30 +5,23 @@ import torch
 from torch import Tensor
 
 from cast_serve import kernels
-from cast_serve.bitmask import compress
 from cast_serve.kernels import cuda
-from cast_serve.nm import hard_mask
+from tests.cast_serve.kernels import test_linear24
+from tests.cast_serve.kernels.test_linear24 import assert_is_product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 SHAPES = [(1, 4), (7, 60), (33, 576), (129, 68), (16, 8192), (1049, 132), (4096, 4096)]
 NUM_TOKENS = [1, 2, 7, 16, 17, 33, 64, 65, 130, 257, 1024]
-TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+DTYPES = [torch.bfloat16, torch.float16]
 
 
 def make(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scores = torch.randn(shape)
-    weight = (scores * hard_mask(scores.abs())).to(dtype)
-    return weight.cuda(), kernels.pack(*compress(weight)).cuda()
+    weight, packed = test_linear24.make(shape, dtype)
+    return weight.cuda(), packed.cuda()
 
 
-def assert_is_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert out.shape == expected.shape
-    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[x.dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, packed = make(shape, dtype)

@@ -33,6 +33,13 @@ def test_the_table_says_how_many_times_faster() -> None:
     assert " ".join(line.split()) == "64 x 32 8 10.0 2.00 20.0 1.00 50% 1.0e-03"
 
 
+def test_a_nan_is_shown_and_not_a_crash() -> None:
+    found = row(8, 0.01, 0.02)
+    found["ops"]["packed"]["relative_error"] = None
+    result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [found]}
+    assert gpu_kernels.table_of(result).endswith(" NaN")
+
+
 def test_medians_rates_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 9.0, *range(1, 2 * gpu_kernels.NUM_REPETITIONS + 1)])  # the first warms up
     monkeypatch.setattr(gpu_kernels, "_captured", lambda work: work)

@@ -4,13 +4,14 @@ Triton decides when it is imported whether it interprets, so this needs a proces
 TRITON_INTERPRET=1.
 """
 
+import functools
 import os
 
 import pytest
 import torch
-from torch import Tensor
 
 from cast_serve.kernels import cuda, triton24
+from tests.cast_serve.kernels import test_linear24
 from tests.cast_serve.kernels.test_linear24 import SHAPES, make
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -19,11 +20,7 @@ NUM_TOKENS = [1, 3, 16, 17, 33, 65, 130]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 6e-4}
 
 
-def assert_is_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert out.shape == expected.shape
-    assert out.dtype == x.dtype
-    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[x.dtype]
+assert_is_product = functools.partial(test_linear24.assert_is_product, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -27,12 +27,18 @@ def make(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Ten
     return weight, kernels.pack(*compress(weight))
 
 
-def assert_is_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def assert_is_product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    tolerance: dict[torch.dtype, float] = TOLERANCE,
+) -> None:
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert out.shape == expected.shape
     assert out.dtype == x.dtype
     error = (out.double() - expected).norm() / expected.norm()
-    assert error < TOLERANCE[x.dtype]
+    assert error < tolerance[x.dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
