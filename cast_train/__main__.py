@@ -45,7 +45,8 @@ def run(
     ] = None,
     sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
     start: Annotated[
-        str | None, typer.Option(help="Order of the gates at first: ones, magnitude, wanda.")
+        str | None,
+        typer.Option(help="Order of the gates at first: ones, magnitude, wanda, sparsegpt."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     heldout: Annotated[
@@ -160,10 +161,10 @@ def evaluate(
 @app.command()
 def oneshot(
     model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="magnitude or wanda.")],
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")],
     out: Annotated[Path, typer.Option(help="Pruned directory to write.")],
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Calibration text, for wanda.")
+        list[Path] | None, typer.Option("--text", help="Calibration text, for wanda and sparsegpt.")
     ] = None,
     sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
 ) -> None:

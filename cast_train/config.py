@@ -11,7 +11,7 @@ from cast_train.selection import patterns_of
 
 METHODS = ("gates", "ste", "adams", "dense")
 SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
-STARTS = ("ones", "magnitude", "wanda")
+STARTS = ("ones", "magnitude", "wanda", "sparsegpt")
 RAMPS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -26,8 +26,9 @@ class TrainConfig:
             the optimiser, pruned at the end; ``dense``: not at all, plain fine-tuning to compare.
         selector: how gates become a soft mask; see selection.py.
         sparsity: N:M.
-        start: where the gates' order comes from: ``ones`` (none), ``magnitude`` or ``wanda``. For
-            ``ste``, what ranks the weights; ``adams`` ranks by magnitude always.
+        start: where the gates' order comes from: ``ones`` (none), ``magnitude``, ``wanda`` or
+            ``sparsegpt``, which moves the weights too (see docs/method.md for what goes with it).
+            For ``ste``, what ranks the weights; ``adams`` ranks by magnitude always.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         steps: optimiser steps.
@@ -56,7 +57,7 @@ class TrainConfig:
         distillation_weight: eta, the share of the distillation loss against the dense model.
         distillation_temperature: T of both logits in it.
         hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
-        calibration_blocks: sequences that the Wanda start measures activations on.
+        calibration_blocks: sequences that ``wanda`` and ``sparsegpt`` measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
             moment, with the gates' statistics; 0: only at the end.
@@ -143,6 +144,11 @@ class TrainConfig:
             _check_range(name, getattr(self, name), 0, 1)
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
+        if self.start == "sparsegpt" and self.method == "ste":
+            raise ValueError(
+                "start sparsegpt moves the weights for a mask of its own, and method ste takes "
+                "another; use start wanda, or method gates"
+            )
         if self.tau_end > self.tau_start:
             raise ValueError(
                 f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"

@@ -259,6 +259,10 @@ def _attach(
         scores = oneshot.magnitude_scores(targets)
     elif config.start == "wanda":
         scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    elif config.start == "sparsegpt":
+        scores = oneshot.sparsegpt_scores(
+            model, targets, blocks[: config.calibration_blocks], config.pattern
+        )
     return _with_gates(targets, scores, config)
 
 

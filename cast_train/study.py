@@ -6,7 +6,8 @@ study that was stopped goes on where it was. In the end:
 
 result.json    all figures, and their summary
 report.md      the table
-report.png     perplexity against tokens, and the last perplexity of every seed
+report.png     perplexity against tokens; of every way the last perplexities, the recovered share of
+               the gap, step time and memory
 """
 
 import json
@@ -45,6 +46,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
 }
 ONESHOT = ("magnitude", "wanda")
+# What report.png draws a bar of for every way, beside the perplexities.
+BARS = {
+    "recovered": "share of the log gap recovered,\none-shot Wanda to dense",
+    "step_s": "seconds a step, median",
+    "peak_memory_mb": "peak memory, MB",
+}
 
 
 class StudyError(RuntimeError):
@@ -376,8 +383,11 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
 
     trained = [row for row in result["runs"] if row["seed"] is not None]
     ways = list(dict.fromkeys(row["way"] for row in trained))
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    curves, ends = figure.subplots(1, 2)
+    summary = result["summary"]
+    figure = Figure(figsize=(15, 5 + 0.3 * len(ways)), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=(4, 1 + 0.3 * len(ways)))
+    curves = figure.add_subplot(grid[0, :])
+    ends = figure.add_subplot(grid[1, 0])
     for number, way in enumerate(ways):
         runs = [row for row in trained if row["way"] == way]
         style = "-" if number < 10 else "--"
@@ -390,8 +400,9 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
                 alpha=0.7,
                 label=way if row is runs[0] else None,
             )
-        ends.scatter([row["perplexity"] for row in runs], [number] * len(runs), color=f"C{number}")
-    summary = result["summary"]
+        ends.scatter(
+            [row["perplexity"] for row in runs], [number] * len(runs), color=f"C{number % 10}"
+        )
     for axes in (curves.axhline, ends.axvline):
         axes(summary["before"]["perplexity"], color="grey", linewidth=1)
         axes(summary["wanda"]["perplexity"], color="grey", linewidth=1, linestyle=":")
@@ -403,5 +414,11 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
     )
     curves.legend(fontsize=7)
     ends.set_yticks(range(len(ways)), ways)
-    ends.set(xlabel="held-out perplexity of the exact N:M model, a dot per seed")
+    ends.set(xlabel="perplexity of the exact N:M model,\na dot per seed")
+    for column, (key, label) in enumerate(BARS.items(), 1):
+        bars = figure.add_subplot(grid[1, column], sharey=ends)
+        colors = [f"C{number % 10}" for number in range(len(ways))]
+        bars.barh(range(len(ways)), [summary[way][key] or 0.0 for way in ways], color=colors)
+        bars.tick_params(labelleft=False)
+        bars.set(xlabel=label)
     figure.savefig(path, dpi=120)

@@ -51,6 +51,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
         ),
         ({"selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk, gumbel"),
         ({"start": "zeros"}, "choose from ones, magnitude, wanda"),
+        ({"start": "sparsegpt", "method": "ste"}, "use start wanda, or method gates"),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be at least 1"),
         ({"steps": 1.5}, "steps is 1.5, but must be a int"),

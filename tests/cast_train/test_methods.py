@@ -14,6 +14,7 @@ from cast_train.text import read_texts, to_blocks, tokenize
 
 WAYS = [
     {"selector": "soft_topk", "start": "ones"},
+    {"start": "sparsegpt", "tau_start": 0.1, "blend_end_fraction": 0.0},
     {"selector": "gumbel"},
     {"selector": "penalty", "gate_learning_rate": 0.3},
     {"selector": "generator"},

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cast_serve.nm import TWO_FOUR, CheckpointError, check_weight, find_targets
+from cast_serve.nm import TWO_FOUR, CheckpointError, check_weight, find_targets, hard_mask
 from cast_train import oneshot
 from cast_train.checkpoint import load_dense, verify
 
@@ -34,7 +34,70 @@ def test_a_target_that_no_token_reaches_is_named():
         oneshot.wanda_scores(model, {"lost": nn.Linear(4, 4)}, torch.tensor([[0, 1]]))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_sparsegpt_moves_the_kept_weights_to_the_least_squares_fit():
+    """If the first two of four columns go, the other two make up for them as well as can be."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 4) @ torch.randn(4, 4)
+    weight = torch.tensor([[0.01, 0.02, 1.0, -2.0], [-0.02, 0.01, 3.0, 1.0]])
+    moved, scores = oneshot._sparsegpt(weight, inputs.t() @ inputs, TWO_FOUR)
+    assert hard_mask(scores, TWO_FOUR).tolist() == [[False, False, True, True]] * 2
+    hessian = damped(inputs)
+    makes_up = torch.linalg.solve(hessian[2:, 2:], hessian[2:, :2] @ weight[:, :2].t().double()).t()
+    assert makes_up.abs().max() > 0.01
+    torch.testing.assert_close(moved[:, 2:], weight[:, 2:] + makes_up.float())
+
+
+def damped(inputs):
+    """X^T X as SparseGPT inverts it, fp64."""
+    hessian = inputs.double().t() @ inputs.double()
+    return hessian + oneshot.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+def test_sparsegpt_scores_are_weight_over_the_inverse_hessians_factor():
+    torch.manual_seed(1)
+    inputs, weight = torch.randn(64, 8, dtype=torch.float64), torch.randn(3, 8)
+    _, scores = oneshot._sparsegpt(weight, (inputs.t() @ inputs).float(), TWO_FOUR)
+    upper = torch.linalg.cholesky(damped(inputs).inverse(), upper=True)
+    expected = weight[:, :4].abs() / upper.diagonal()[:4]  # the first group is not moved yet
+    torch.testing.assert_close(scores[:, :4], expected.float())
+
+
+@pytest.mark.parametrize("num_columns", [8, 300])
+def test_sparsegpt_keeps_the_outputs_closer_than_its_mask_alone(num_columns):
+    """300 columns are more than are worked on at once, and no multiple of that."""
+    torch.manual_seed(2)
+    rank = num_columns // 2  # inputs that tell of each other, as a model's do
+    inputs = torch.randn(512, rank) @ torch.randn(rank, num_columns)
+    inputs += 0.1 * torch.randn(512, num_columns)
+    inputs[:, 1] = 0  # an input that says nothing
+    weight = torch.randn(16, num_columns)
+    moved, scores = oneshot._sparsegpt(weight, inputs.t() @ inputs, TWO_FOUR)
+    mask = hard_mask(scores, TWO_FOUR)
+    wanted = inputs @ weight.t()
+    own = (inputs @ (moved * mask).t() - wanted).square().sum()
+    unmoved = (inputs @ (weight * mask).t() - wanted).square().sum()
+    assert own < 0.5 * unmoved
+
+
+def test_sparsegpt_keeps_a_models_outputs_closer_than_wanda(model_dir):
+    blocks = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(4))
+    dense, wanda, moved = (load_dense(model_dir, torch.float32) for _ in range(3))
+    targets, _ = find_targets(wanda, TWO_FOUR)
+    oneshot.prune(targets, oneshot.wanda_scores(wanda, targets, blocks), TWO_FOUR)
+    targets, _ = find_targets(moved, TWO_FOUR)
+    scores = oneshot.sparsegpt_scores(moved, targets, blocks, TWO_FOUR)
+    oneshot.prune(targets, scores, TWO_FOUR)
+    with torch.no_grad():
+        wanted = dense.base_model(tokens).last_hidden_state
+        errors = [
+            float((model.base_model(tokens).last_hidden_state - wanted).square().sum())
+            for model in (moved, wanda)
+        ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_pruned_directory_has_exact_zeros(model_dir, text_file, tmp_path, monkeypatch, method):
     monkeypatch.setattr(
         oneshot, "TrainConfig", lambda: oneshot_settings(block_size=32, calibration_blocks=4)
@@ -59,9 +122,9 @@ def oneshot_settings(**settings):
 
 def test_wrong_use_is_refused_and_leaves_nothing(llama_dir, tmp_path):
     with pytest.raises(
-        ValueError, match="'sparsegpt' does not exist; choose from magnitude, wanda"
+        ValueError, match="'random' does not exist; choose from magnitude, wanda, sparsegpt"
     ):
-        oneshot.write_pruned(llama_dir, [], tmp_path / "out", "sparsegpt")
+        oneshot.write_pruned(llama_dir, [], tmp_path / "out", "random")
     with pytest.raises(ValueError, match="no text file is given"):
         oneshot.write_pruned(llama_dir, [], tmp_path / "out", "wanda")
     assert not list(tmp_path.iterdir())
