@@ -46,7 +46,7 @@ def run(
     sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Order of the gates at first: ones, magnitude, wanda, sparsegpt."),
+        typer.Option(help="Order of the gates at first: auto, ones, magnitude, wanda, sparsegpt."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     heldout: Annotated[

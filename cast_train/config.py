@@ -11,7 +11,7 @@ from cast_train.selection import patterns_of
 
 METHODS = ("gates", "ste", "adams", "dense")
 SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
-STARTS = ("ones", "magnitude", "wanda", "sparsegpt")
+STARTS = ("auto", "ones", "magnitude", "wanda", "sparsegpt")
 RAMPS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -27,8 +27,9 @@ class TrainConfig:
         selector: how gates become a soft mask; see selection.py.
         sparsity: N:M.
         start: where the gates' order comes from: ``ones`` (none), ``magnitude``, ``wanda`` or
-            ``sparsegpt``, which moves the weights too (see docs/method.md for what goes with it).
-            For ``ste``, what ranks the weights; ``adams`` ranks by magnitude always.
+            ``sparsegpt``, which moves the weights too and wants its mask from the start (see
+            docs/method.md). For ``ste``, what ranks the weights; ``adams`` ranks by magnitude
+            always. ``auto``: ``wanda`` for ``ste`` and for ``penalty``, else ``sparsegpt``.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         steps: optimiser steps.
@@ -74,7 +75,7 @@ class TrainConfig:
     method: str = "gates"
     selector: str = "soft_topk"
     sparsity: str = "2:4"
-    start: str = "wanda"
+    start: str = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     steps: int = 32
@@ -89,10 +90,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     penalty_weight: float = 0.1
     penalty_ramp: str = "linear"
-    tau_start: float = 0.5
+    tau_start: float = 0.1
     tau_end: float = 1e-3
     tau_end_fraction: float = 0.12
-    blend_end_fraction: float = 0.05
+    blend_end_fraction: float = 0.0
     blend_ramp: str = "linear"
     gumbel_noise: float = 0.5
     decay: float = 2e-4
@@ -178,6 +179,14 @@ class TrainConfig:
     @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity)
+
+    @property
+    def first_order(self) -> str:
+        """`start`, and what ``auto`` stands for."""
+        if self.start != "auto":
+            return self.start
+        is_masked = self.method == "gates" and self.selector != "penalty"
+        return "sparsegpt" if is_masked else "wanda"
 
     @classmethod
     def from_toml(cls, path: Path | None, **flags: Any) -> "TrainConfig":

@@ -4,7 +4,7 @@ A target linear with weight W [out_features, in_features] has gate logits L of t
 
     s   = sigmoid(L)         gates in (0, 1), near 1 at the start
     p   = selection(L)       soft mask; sigmoid is monotone, so the order of logits is that of gates
-    s'  = (1 - a) + a p      blend a: 0 at step 0, so the model starts as the dense one
+    s'  = (1 - a) + a p      blend a, 1 by default: where it is 0 the model is the dense one
     W'' = W * s'             what the linear multiplies with
 
 The selectors `soft_topk` and `gumbel` read L as it is learnt; `generator` computes L from the

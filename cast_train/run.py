@@ -255,11 +255,11 @@ def _attach(
                 reach,
                 dropped,
             )
-    elif config.start == "magnitude":
+    elif config.first_order == "magnitude":
         scores = oneshot.magnitude_scores(targets)
-    elif config.start == "wanda":
+    elif config.first_order == "wanda":
         scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
-    elif config.start == "sparsegpt":
+    elif config.first_order == "sparsegpt":
         scores = oneshot.sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast_train import oneshot
 from cast_train.config import TrainConfig
 
 # Name -> what it changes in the study's common settings.
@@ -33,6 +34,7 @@ from cast_train.config import TrainConfig
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "distillation_weight": 0.0},
     "fixed mask": {
+        "start": "wanda",
         "hard_fraction": 0.0,
         "tau_end_fraction": 0.0,
         "blend_end_fraction": 0.0,
@@ -45,7 +47,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "generator": {"selector": "generator"},
     "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
 }
-ONESHOT = ("magnitude", "wanda")
 # What report.png draws a bar of for every way, beside the perplexities.
 BARS = {
     "recovered": "share of the log gap recovered,\none-shot Wanda to dense",
@@ -128,10 +129,13 @@ def run(
         "heldout": heldout.name,
         "settings": dict(settings),
     }
+    taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
+    if taken:
+        raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
     _check_identity(out, identity)
     done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
     measure = _Measure(model, heldout, choices, settings)
-    for name in ("before", *ONESHOT, *(rival.name for rival in rivals)):
+    for name in ("before", *oneshot.METHODS, *(rival.name for rival in rivals)):
         if (name, None) not in done:
             figures = _measure_untrained(name, text_files, out, measure, rivals)
             done[name, None] = _append(out, {"way": name, "seed": None, **figures})
@@ -328,11 +332,11 @@ def _measure_untrained(
     """Of the dense model ("before"), of what one shot makes of it, or of a rival."""
     if name == "before":
         return measure(measure.model)
-    if name not in ONESHOT:
+    if name not in oneshot.METHODS:
         return measure(next(rival for rival in rivals if rival.name == name))
     folder = out / "pruned"
     shutil.rmtree(folder, ignore_errors=True)
-    text = ("--text", *text_files) if name == "wanda" else ()
+    text = ("--text", *text_files) if name != "magnitude" else ()
     sparsity = TrainConfig.from_dict(dict(measure.settings)).sparsity
     _call("oneshot", "--model", measure.model, "--method", name, "--sparsity", sparsity, *text,
           "--out", folder)  # fmt: skip

@@ -34,6 +34,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        ({}, "sparsegpt"),
+        ({"selector": "gumbel"}, "sparsegpt"),
+        ({"selector": "penalty"}, "wanda"),
+        ({"method": "ste"}, "wanda"),
+        ({"method": "ste", "start": "magnitude"}, "magnitude"),
+    ],
+)
+def test_the_automatic_start_is_what_the_method_can_use(settings, order):
+    assert TrainConfig.from_dict(settings).first_order == order
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"keep_best": True}, "keep_best needs evaluate_every above 0"),
@@ -50,7 +64,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
             "method 'magic' does not exist; choose from gates, ste, adams, dense",
         ),
         ({"selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk, gumbel"),
-        ({"start": "zeros"}, "choose from ones, magnitude, wanda"),
+        ({"start": "zeros"}, "choose from auto, ones, magnitude, wanda"),
         ({"start": "sparsegpt", "method": "ste"}, "use start wanda, or method gates"),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be at least 1"),

@@ -57,7 +57,7 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
         ({"--method": "magic"}, "method 'magic' does not exist; choose from gates"),
         ({"--selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk"),
         ({"--sparsity": "4:2"}, "is not N:M"),
-        ({"--start": "zeros"}, "choose from ones, magnitude, wanda"),
+        ({"--start": "zeros"}, "choose from auto, ones, magnitude, wanda"),
         ({"--steps": "0"}, "steps is 0, but must be at least 1"),
         ({"--config": "gone.toml"}, "cannot read the settings gone.toml"),
         ({"--config": None}, "tokens in whole blocks, but"),

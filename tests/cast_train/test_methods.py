@@ -13,8 +13,8 @@ from cast_train.run import train
 from cast_train.text import read_texts, to_blocks, tokenize
 
 WAYS = [
-    {"selector": "soft_topk", "start": "ones"},
-    {"start": "sparsegpt", "tau_start": 0.1, "blend_end_fraction": 0.0},
+    {"selector": "soft_topk", "start": "ones", "blend_end_fraction": 0.05},
+    {"start": "wanda"},
     {"selector": "gumbel"},
     {"selector": "penalty", "gate_learning_rate": 0.3},
     {"selector": "generator"},

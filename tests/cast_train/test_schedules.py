@@ -22,7 +22,7 @@ def test_an_unknown_ramp_is_refused():
 
 @given(st.integers(2, 500))
 def test_a_run_starts_dense_cools_and_ends_hard(steps):
-    config = TrainConfig(steps=steps)
+    config = TrainConfig(steps=steps, blend_end_fraction=0.05)
     phases = [phase_at(step, config) for step in range(steps)]
     assert phases[0].blend == 0
     assert not phases[0].is_hard

@@ -84,6 +84,8 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     more = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
     more |= {"choices": [questions], "rivals": [rival]}
     arguments = (llama_dir, [text_file], text_file, out, settings)
+    with pytest.raises(ValueError, match="a rival cannot be called wanda"):
+        study.run(*arguments, **more | {"rivals": [tmp_path / "wanda"]})
     result = study.run(*arguments, **more)
     summary = result["summary"]
     assert summary["twin"] == summary["before"]
