@@ -92,7 +92,7 @@ class TrainConfig:
     penalty_ramp: str = "linear"
     tau_start: float = 0.1
     tau_end: float = 1e-3
-    tau_end_fraction: float = 0.12
+    tau_end_fraction: float = 0.04
     blend_end_fraction: float = 0.0
     blend_ramp: str = "linear"
     gumbel_noise: float = 0.5
@@ -101,7 +101,7 @@ class TrainConfig:
     scale_parts: int = 0
     distillation_weight: float = 0.9
     distillation_temperature: float = 1.0
-    hard_fraction: float = 0.15
+    hard_fraction: float = 0.05
     calibration_blocks: int = 16
     heldout_blocks: int = 16
     evaluate_every: int = 0

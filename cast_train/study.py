@@ -43,7 +43,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "ste": {"method": "ste", "distillation_weight": 0.0},
     "soft_topk": {},
     "gumbel": {"selector": "gumbel"},
-    "penalty": {"selector": "penalty", "gate_learning_rate": 0.1},
+    "penalty": {
+        "selector": "penalty",
+        "gate_learning_rate": 0.1,
+        "hard_fraction": 0.5,
+        "tau_end_fraction": 0.45,
+    },
     "generator": {"selector": "generator"},
     "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
 }

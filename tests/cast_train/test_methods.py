@@ -13,10 +13,10 @@ from cast_train.run import train
 from cast_train.text import read_texts, to_blocks, tokenize
 
 WAYS = [
-    {"selector": "soft_topk", "start": "ones", "blend_end_fraction": 0.05},
+    {"selector": "soft_topk", "start": "ones", "blend_end_fraction": 0.05, "hard_fraction": 0.4},
     {"start": "wanda"},
     {"selector": "gumbel"},
-    {"selector": "penalty", "gate_learning_rate": 0.3},
+    {"selector": "penalty", "gate_learning_rate": 0.3, "hard_fraction": 0.4},
     {"selector": "generator"},
     {"method": "ste"},
     {"method": "ste", "start": "magnitude", "scale_parts": 2},
