@@ -83,8 +83,11 @@ def sparsegpt_scores(
     the value that they were dropped with.
 
     Args:
-        model: a transformers model that the targets belong to.
+        model: a transformers model that the targets belong to, fp32: they move by less than bf16
+            can hold.
+        targets: linears by name; their weights are overwritten.
         blocks: calibration tokens, int64 [num_blocks, block_size].
+        pattern: N:M.
 
     Raises:
         ValueError: if the calibration tokens never reach a target.
@@ -206,7 +209,7 @@ def write_pruned(
         if method == "wanda":
             scores = wanda_scores(model, targets, blocks)
         else:
-            model.float()  # weights are moved by less than bf16 can hold
+            model.float()
             scores = sparsegpt_scores(model, targets, blocks, pattern)
     prune(targets, scores, pattern)
     record = {

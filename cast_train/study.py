@@ -120,7 +120,7 @@ def run(
         rivals: directories that were pruned by other means, measured beside ours by their names.
 
     Raises:
-        ValueError: for a wrong setting, or if out holds another study.
+        ValueError: for a wrong setting or rival's name, or if out holds another study.
         StudyError: if a run fails; what is done stays done.
     """
     configs = {
