@@ -49,6 +49,20 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
         assert 1 < found["perplexity"] < 1000
 
 
+def test_permute_then_measure(cast_train, llama_dir, text_file):
+    found = last_json(
+        cast_train("permute", "--model", llama_dir, "--text", text_file, "--out", "permuted")
+    )
+    assert all(after >= before for before, after in found["kept_share"].values())
+    before, after = (
+        last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))["perplexity"]
+        for folder in (llama_dir, "permuted")
+    )
+    assert after == pytest.approx(before, rel=0.01)
+    again = cast_train("permute", "--model", llama_dir, "--text", text_file, "--out", "permuted")
+    assert (again.exit_code, "permuted exists; choose another" in again.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
