@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cast_serve.nm import Pattern, find_targets
+from cast_serve.nm import Pattern, PatternError, find_targets
 from cast_train import checkpoint, oneshot
 from cast_train.config import TrainConfig
 from cast_train.text import read_texts, to_blocks, tokenize
@@ -54,8 +54,10 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
 
     Raises:
         ValueError: if the model has another layout, or computes something else afterwards.
+        PatternError: if its channels make no whole groups.
     """
     layers = _layers(model)
+    _check_sizes(layers[0], pattern)
     targets, _ = find_targets(model, pattern)
     before = model(input_ids=blocks[:1], use_cache=False).logits
     scores = oneshot.wanda_scores(model, targets, blocks)
@@ -201,6 +203,20 @@ def _layers(model: Any) -> list[Any]:
             "train it as it is"
         )
     return layers
+
+
+def _check_sizes(layer: Any, pattern: Pattern) -> None:
+    sizes = {
+        "hidden_size": layer.self_attn.q_proj.in_features,
+        "intermediate_size": layer.mlp.down_proj.in_features,
+        "head_dim": layer.self_attn.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % pattern.m:
+            raise PatternError(
+                f"{name} {size} is no multiple of {pattern.m}, so its channels make no whole "
+                f"groups of {pattern}; train it as it is"
+            )
 
 
 def _num_key_heads(attention: Any) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cast_serve.nm import TWO_FOUR, CheckpointError, Pattern
+from cast_serve.nm import TWO_FOUR, CheckpointError, Pattern, PatternError
 from cast_train import permute
 from cast_train.checkpoint import kind_of, load_dense, verify
 from cast_train.config import TrainConfig
@@ -34,7 +34,7 @@ def test_the_order_found_keeps_what_is_said_and_more_than_the_given(pattern):
 
 
 def test_of_two_groups_the_best_order_is_found():
-    """For one row of scores any two large ones in each group are best; here 35 ways are tried."""
+    """All 70 ways to fill the first group are tried."""
     scores = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
     ways = (
         (*left, *(k for k in range(8) if k not in left))
@@ -81,6 +81,11 @@ def test_another_layout_is_refused_unchanged(family):
     with pytest.raises(ValueError, match="is no decoder of Llama's layout"):
         permute.permute(model, TOKENS, TWO_FOUR)
     assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_channels_without_whole_groups_are_refused(llama_dir):
+    with pytest.raises(PatternError, match="hidden_size 32 is no multiple of 5"):
+        permute.permute(load_dense(llama_dir, torch.float32), TOKENS, Pattern(2, 5))
 
 
 def test_a_model_that_computes_something_else_is_refused(llama_dir, monkeypatch):
