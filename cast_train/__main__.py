@@ -1,4 +1,4 @@
-"""The command line `cast-train`: train gates, measure quality, prune in one shot.
+"""The command line `cast-train`: train gates, measure quality, prune in one shot, reorder channels.
 
 Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
 diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind.

@@ -10,7 +10,7 @@ computed, as long as those who write them and those who read them agree:
 
 Another order puts other weights into a group. Sought is one whose groups keep most of the squared
 Wanda scores (|W_ij| ||x_j||)^2, which is about the output's error that pruning is spared: groups
-are paired at random, and each pair exchanges the two channels that gain most, until nothing gains.
+are paired at random, and each pair exchanges the two channels that gain most, until little is won.
 Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al., "Plug-and-play:
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
@@ -49,11 +49,12 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
         seed: of the pairs of groups.
 
     Returns:
-        the share of the squared scores that is kept, before and after, by set of channels; the
-        mean over layers.
+        [before, after] by set of channels: the share of the squared scores, of the rows that were
+        looked at, that the pattern keeps; the mean over layers.
 
     Raises:
-        ValueError: if the model has another layout, or computes something else afterwards.
+        ValueError: if the model has another layout and is as it was, or computes something else
+            afterwards and is of no more use.
         PatternError: if its channels make no whole groups.
     """
     layers = _layers(model)
