@@ -175,6 +175,18 @@ def prune(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], patter
         linear.weight.mul_(mask.t() if is_transposed(linear) else mask)
 
 
+def read_calibration(text_files: Sequence[Path], tokenizer: Any) -> Tensor:
+    """The first `TrainConfig.calibration_blocks` of a text, int64 [num_blocks, block_size].
+
+    Raises:
+        ValueError: if a file cannot be read or the text is too short for one block.
+    """
+    defaults = TrainConfig()
+    num_tokens = defaults.calibration_blocks * defaults.block_size
+    tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
+    return to_blocks(tokens, defaults.block_size)
+
+
 def write_pruned(
     model_dir: Path, text_files: Sequence[Path], out: Path, method: str, sparsity: str = "2:4"
 ) -> dict[str, Any]:
@@ -195,7 +207,7 @@ def write_pruned(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} does not exist; choose from {', '.join(METHODS)}")
-    pattern, defaults = Pattern.parse(sparsity), TrainConfig()
+    pattern = Pattern.parse(sparsity)
     checkpoint.check_new(out)
     tokenizer = checkpoint.load_tokenizer(model_dir)
     model = checkpoint.load_dense(model_dir)
@@ -203,9 +215,7 @@ def write_pruned(
     if method == "magnitude":
         scores = magnitude_scores(targets)
     else:
-        num_tokens = defaults.calibration_blocks * defaults.block_size
-        tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
-        blocks = to_blocks(tokens, defaults.block_size)
+        blocks = read_calibration(text_files, tokenizer)
         if method == "wanda":
             scores = wanda_scores(model, targets, blocks)
         else:

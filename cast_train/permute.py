@@ -15,7 +15,8 @@ Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from tqdm.auto import tqdm
 
 from cast_serve.nm import Pattern, PatternError, find_targets
 from cast_train import checkpoint, oneshot
-from cast_train.config import TrainConfig
-from cast_train.text import read_texts, to_blocks, tokenize
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -62,35 +61,15 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
     targets, _ = find_targets(model, pattern)
     before = model(input_ids=blocks[:1], use_cache=False).logits
     scores = oneshot.wanda_scores(model, targets, blocks)
-    generator = torch.Generator().manual_seed(seed)
-    shares: dict[str, list[tuple[float, float]]] = {"residual": [], "inner": [], "values": []}
-
-    def order(kind: str, *readers: Tensor) -> Tensor:
-        per_reader = max(MAX_ROWS // len(readers), 1)
-        squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
-        found, *kept = search(torch.cat([s / s.mean() for s in squared]), pattern, generator)
-        shares[kind].append((kept[0], kept[1]))
-        progress.update()
-        return found
-
-    names = {module: name for name, module in model.named_modules()}
+    of_linear = {linear: scores[name] for name, linear in targets.items()}
     num_orders = 1 + sum(1 + _num_key_heads(layer.self_attn) for layer in layers)
-    progress = tqdm(total=num_orders, desc="order", unit="set")
-    residual = order(
-        "residual",
-        *(scores[names[reader]] for layer in layers for reader in _residual_readers(layer)),
-    )
-    for layer in layers:
-        mlp, attention = layer.mlp, layer.self_attn
-        inner = order("inner", scores[names[mlp.down_proj]])
-        _reorder((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1), index=inner)
-        reads = scores[names[attention.o_proj]].unflatten(1, (-1, attention.head_dim))
-        # query heads that read a key-value head
-        per_key_head = reads.shape[1] // _num_key_heads(attention)
-        values = [order("values", part.flatten(0, 1)) for part in reads.split(per_key_head, dim=1)]
-        _reorder((attention.v_proj, 0), index=_by_head(values, 1))
-        _reorder((attention.o_proj, 1), index=_by_head(values, per_key_head))
-    progress.close()
+    with tqdm(total=num_orders, desc="order", unit="set") as progress:
+        orders = _Orders(pattern, torch.Generator().manual_seed(seed), progress)
+        readers = (reader for layer in layers for reader in _residual_readers(layer))
+        residual = orders.find("residual", *(of_linear[reader] for reader in readers))
+        for layer in layers:
+            _reorder_inner(layer.mlp, of_linear, orders)
+            _reorder_values(layer.self_attn, of_linear, orders)
     _reorder_residual(model, layers, residual)
     after = model(input_ids=blocks[:1], use_cache=False).logits
     difference = float((after - before).abs().max() / before.abs().max())
@@ -101,8 +80,28 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
         )
     return {
         kind: [sum(share) / len(found) for share in zip(*found, strict=True)]
-        for kind, found in shares.items()
+        for kind, found in orders.shares.items()
     }
+
+
+@dataclass
+class _Orders:
+    """Searches one order after another; keeps the shares before and after by set of channels."""
+
+    pattern: Pattern
+    generator: torch.Generator
+    progress: Any
+    shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def find(self, kind: str, *readers: Tensor) -> Tensor:
+        """One order for the columns of all readers, scores fp32 [num_rows, num_channels]."""
+        per_reader = max(MAX_ROWS // len(readers), 1)
+        squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
+        rows = torch.cat([scores / scores.mean() for scores in squared])
+        found, before, after = search(rows, self.pattern, self.generator)
+        self.shares.setdefault(kind, []).append((before, after))
+        self.progress.update()
+        return found
 
 
 def search(
@@ -229,6 +228,19 @@ def _residual_readers(layer: Any) -> list[nn.Linear]:
     return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
 
 
+def _reorder_inner(mlp: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
+    index = orders.find("inner", of_linear[mlp.down_proj])
+    _reorder((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1), index=index)
+
+
+def _reorder_values(attention: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
+    reads = of_linear[attention.o_proj].unflatten(1, (-1, attention.head_dim))
+    per_key_head = reads.shape[1] // _num_key_heads(attention)  # query heads that read it
+    found = [orders.find("values", part.flatten(0, 1)) for part in reads.split(per_key_head, dim=1)]
+    _reorder((attention.v_proj, 0), index=_by_head(found, 1))
+    _reorder((attention.o_proj, 1), index=_by_head(found, per_key_head))
+
+
 def _reorder_residual(model: Any, layers: Sequence[Any], index: Tensor) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     _reorder((embedding, 1), index=index)
@@ -272,13 +284,12 @@ def write_permuted(
     Raises:
         ValueError: for every wrong input; nothing is written then.
     """
-    pattern, defaults = Pattern.parse(sparsity), TrainConfig()
+    pattern = Pattern.parse(sparsity)
     checkpoint.check_new(out)
     tokenizer = checkpoint.load_tokenizer(model_dir)
-    num_tokens = defaults.calibration_blocks * defaults.block_size
-    tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
+    blocks = oneshot.read_calibration(text_files, tokenizer)
     model = checkpoint.load_dense(model_dir, torch.float32)
-    shares = permute(model, to_blocks(tokens, defaults.block_size), pattern)
+    shares = permute(model, blocks, pattern)
     record = {
         "kind": "dense",
         "method": "permute",

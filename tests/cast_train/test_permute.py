@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cast_serve.nm import TWO_FOUR, CheckpointError, Pattern, PatternError
-from cast_train import permute
+from cast_train import oneshot, permute
 from cast_train.checkpoint import kind_of, load_dense, verify
 from cast_train.config import TrainConfig
 from tests.cast_train.test_architectures import COMMON, FAMILIES
@@ -98,7 +98,7 @@ def test_a_model_that_computes_something_else_is_refused(llama_dir, monkeypatch)
 
 def test_a_directory_is_written_whole(llama_dir, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        permute, "TrainConfig", lambda: TrainConfig(block_size=32, calibration_blocks=4)
+        oneshot, "TrainConfig", lambda: TrainConfig(block_size=32, calibration_blocks=4)
     )
     record = permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
     assert verify(tmp_path / "out") == record
