@@ -178,6 +178,10 @@ def prune(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], patter
 def read_calibration(text_files: Sequence[Path], tokenizer: Any) -> Tensor:
     """The first `TrainConfig.calibration_blocks` of a text, int64 [num_blocks, block_size].
 
+    Args:
+        text_files: UTF-8, read one after another.
+        tokenizer: a transformers tokenizer.
+
     Raises:
         ValueError: if a file cannot be read or the text is too short for one block.
     """

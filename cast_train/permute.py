@@ -86,7 +86,7 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
 
 @dataclass
 class _Orders:
-    """Searches one order after another; keeps the shares before and after by set of channels."""
+    """Finds one order after another; keeps the shares before and after by set of channels."""
 
     pattern: Pattern
     generator: torch.Generator
@@ -94,7 +94,12 @@ class _Orders:
     shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def find(self, kind: str, *readers: Tensor) -> Tensor:
-        """One order for the columns of all readers, scores fp32 [num_rows, num_channels]."""
+        """One order for the columns of all readers, int64 [num_channels].
+
+        Args:
+            kind: the set of channels, as `permute` names it.
+            readers: Wanda scores of what reads them, fp32 [num_rows, num_channels] each.
+        """
         per_reader = max(MAX_ROWS // len(readers), 1)
         squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
         rows = torch.cat([scores / scores.mean() for scores in squared])
