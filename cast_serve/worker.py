@@ -2,7 +2,8 @@
 
 vLLM's own ``vllm`` command fails with the CPU wheel (it asks for a distribution named vllm), so
 this starts the same server through vLLM's launcher. After loading it compares the layers that
-really run sparse with those that are sparse on disk, and refuses to serve if they differ.
+really run sparse with those that are sparse on disk, and refuses to serve if they differ. It
+listens only once the engine has answered (see `warmup`).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from cast_serve.convert import count_compressed
+from cast_serve.warmup import WarmUp, warm_up
 
 # From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.
 BUCKETS_S = [
@@ -33,10 +35,19 @@ class SparseReport:
     """Mixed into vLLM's worker, so that the server can ask each rank what it loaded."""
 
     def cast_report(self) -> dict[str, Any]:
-        """`sparse24.report` of this rank's model."""
+        """`sparse24.report` of this rank's part of the model, with its place among the ranks."""
+        from vllm.distributed.parallel_state import (
+            get_pipeline_model_parallel_rank,
+            get_tensor_model_parallel_rank,
+        )
+
         from cast_serve import sparse24
 
-        return sparse24.report(self.model_runner.model)  # type: ignore[attr-defined]
+        return {
+            "pipeline_rank": get_pipeline_model_parallel_rank(),
+            "tensor_rank": get_tensor_model_parallel_rank(),
+            **sparse24.report(self.model_runner.model),  # type: ignore[attr-defined]
+        }
 
 
 def run(
@@ -60,7 +71,8 @@ def run(
 
     Raises:
         ValueError: if the directory holds no model, or there are fewer cores than ranks.
-        RuntimeError: if a target layer did not get the sparse kernel.
+        RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
+            answer its first requests.
     """
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
@@ -152,7 +164,8 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
         reports = await engine.collective_rpc("cast_report")
         report = check_reports(reports, expected)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
-        _publish_vocabulary(engine.model_config.get_vocab_size())
+        warmed_up = await warm_up(engine)
+        _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
         shutdown = await build_and_serve(engine, listen_address, sock, args)
     try:
         await shutdown
@@ -163,28 +176,45 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
 def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
     """Refuses a silent dense fallback.
 
+    Tensor-parallel ranks hold a share of every layer, pipeline ranks some layers whole, so it is
+    over the pipeline that layers add up.
+
     Args:
-        reports: `sparse24.report` of every tensor-parallel rank, each of its share of every layer.
+        reports: `SparseReport.cast_report` of every rank.
         expected: linears that are compressed on disk.
 
     Returns:
-        one report: the layers of a rank, the bytes of all.
+        one report: the layers of the whole model, the bytes of all ranks.
 
     Raises:
-        RuntimeError: if another number of layers runs the sparse kernel, on any rank.
+        RuntimeError: if another number of layers runs the sparse kernel, at any tensor-parallel
+            rank.
     """
-    for rank, report in enumerate(reports):
-        if report["num_sparse_layers"] != expected:
+    shares: dict[int, list[dict[str, Any]]] = {}
+    for report in reports:
+        shares.setdefault(report["tensor_rank"], []).append(report)
+    for tensor_rank, stages in shares.items():
+        if _sum(stages, "num_sparse_layers") != expected:
+            found = ", ".join(
+                f"{stage['num_sparse_layers']} at pipeline rank {stage['pipeline_rank']}"
+                for stage in stages
+            )
             raise RuntimeError(
-                f"{expected} layers are 2:4 on disk, but {report['num_sparse_layers']} run the "
-                f"sparse kernel on rank {rank}; is cast-serve installed in vLLM's environment and "
+                f"{expected} layers are 2:4 on disk, but at tensor-parallel rank {tensor_rank} the "
+                f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
                 "its plugin not switched off by VLLM_PLUGINS?"
             )
-    num_bytes = {
-        key: sum(report[key] for report in reports)
-        for key in ("weight_bytes", "dense_weight_bytes")
+    num_layers = ("num_sparse_layers", "num_dense_layers")
+    num_bytes = ("weight_bytes", "dense_weight_bytes")
+    return {
+        **{key: _sum(shares[0], key) for key in num_layers},
+        **{key: _sum(reports, key) for key in num_bytes},
+        "isa": next((report["isa"] for report in reports if report["isa"]), None),
     }
-    return {**reports[0], **num_bytes}
+
+
+def _sum(reports: Sequence[dict[str, Any]], key: str) -> int:
+    return sum(report[key] for report in reports)
 
 
 def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
@@ -206,11 +236,20 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
     print(f"cast-serve worker {name}: {json.dumps(labels)}", flush=True)
 
 
-def _publish_vocabulary(size: int) -> None:
-    """For the gateway, which refuses token ids at or above it: vLLM's engine dies of them."""
+def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
+    """For the gateway: token ids at or above the size kill vLLM's engine, so it refuses them; an
+    engine that is busy with one step is silent for as long as that takes, and not hung.
+    """
     from prometheus_client import Gauge
 
-    Gauge("cast_worker_vocabulary_size", "Token ids lie below it").set(size)
+    Gauge("cast_worker_vocabulary_size", "Token ids lie below it").set(vocabulary_size)
+    text = f"Seconds of one full step at start, of {warmed_up.step_tokens} tokens"
+    Gauge("cast_worker_step_seconds", text).set(warmed_up.step_s)
+    print(
+        f"cast-serve worker {name}: the first request took {warmed_up.first_s:.2f} s, a full step "
+        f"of {warmed_up.step_tokens} tokens takes {warmed_up.step_s:.2f} s",
+        flush=True,
+    )
 
 
 def _follow_parent() -> None:

@@ -12,12 +12,15 @@ MODULES = [
     for package in ("cast_train", "cast_serve", "loadtest")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-ONLY_THESE_IMPORT_VLLM = {f"cast_serve/{name}.py" for name in ("plugin", "sparse24", "worker")}
+ONLY_THESE_IMPORT_VLLM = {
+    f"cast_serve/{name}.py" for name in ("plugin", "sparse24", "warmup", "worker")
+}
 IN_WORKERS = ("cast_serve/plugin.py", "cast_serve/sparse24.py", "cast_serve/kernels/")
 # A leaf may be used by all; elsewhere a module imports only what stands earlier in this list.
 LEAVES = ("nm", "bitmask", "latency")
 ORDER = (
-    *("nm", "bitmask", "convert", "kernels", "sparse24", "plugin", "worker", "settings"),
+    *("nm", "bitmask", "convert", "kernels", "sparse24", "plugin", "warmup", "worker"),
+    *("settings",),
     *("errors", "requests", "keys", "request_log", "tracing", "probes", "replicas", "watcher"),
     *("variants", "admission", "latency", "comparison", "shadow", "metrics", "proxy", "openapi"),
     *("dashboard", "gateway", "__main__"),
