@@ -49,6 +49,22 @@ class SparseReport:
             **sparse24.report(self.model_runner.model),  # type: ignore[attr-defined]
         }
 
+    def cast_make_stage_input(self) -> None:
+        """Makes the tensors that a pipeline stage receives the stage before's output in.
+
+        vLLM 0.32 makes them in its dummy step, which its CPU worker skips with --enforce-eager;
+        the first request then fails ("assert self.intermediate_tensors is not None"). To be removed
+        once `CPUModelRunner.warming_up_model` runs, or vLLM makes them elsewhere.
+        """
+        from vllm.distributed.parallel_state import get_pp_group
+
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
 
 def run(
     model: Path,
@@ -164,6 +180,7 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
         reports = await engine.collective_rpc("cast_report")
         report = check_reports(reports, expected)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
+        await engine.collective_rpc("cast_make_stage_input")
         warmed_up = await warm_up(engine)
         _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
         shutdown = await build_and_serve(engine, listen_address, sock, args)

@@ -1,6 +1,7 @@
-"""The sparse variant cut over three ranks, on one node and over three, answers as one rank does.
+"""The sparse variant over several ranks answers as one rank does.
 
-Three, because SmolLM2 has 9 heads and vLLM cuts along heads: two ranks are refused.
+Three tensor-parallel ranks, on one node and over three, because SmolLM2 has 9 heads and vLLM cuts
+along heads: two are refused. Two pipeline ranks, on one node, eagerly and compiled.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
 NUM_RANKS = 3
 NUM_TOKENS = 16
 FLOAT32 = [*FLAGS, "--dtype", "float32", "--logprobs-mode", "raw_logits"]
+COMPILED = [flag for flag in FLOAT32 if flag != "--enforce-eager"]
 IN_THREE = [*FLOAT32, "--tensor-parallel-size", str(NUM_RANKS)]
 
 
@@ -68,20 +71,34 @@ def answer(url: str, prompt: str) -> dict[str, Any]:
     return dict(response.json()["choices"][0])
 
 
+def info(url: str) -> str:
+    """What a worker says that it runs: its cast_variant_info."""
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+    (found,) = [line for line in lines if line.startswith("cast_variant_info{")]
+    return found
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """What one rank says that it runs, and what it answers to the first prompts."""
+
+    info: str
+    answers: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def one_rank(
-    twins: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """What one rank answers."""
+def one_rank(twins: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> OneRank:
     log, port = tmp_path_factory.mktemp("one") / "log", free_port()
     worker = ("worker", twins["sparse"], "--name", "sparse", "--port", port, "--", *FLOAT32)
     with running(*worker, log=log) as process:
-        wait_until_ready(f"http://127.0.0.1:{port}", "/health", process, log)
-        return [answer(f"http://127.0.0.1:{port}", prompt) for prompt in PROMPTS[:6]]
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, "/health", process, log)
+        return OneRank(info(url), [answer(url, prompt) for prompt in PROMPTS[:6]])
 
 
-def check_same(url: str, expected: list[dict[str, Any]]) -> None:
-    for prompt, wanted in zip(PROMPTS, expected, strict=False):
+def check_same(url: str, expected: OneRank) -> None:
+    assert len(expected.answers) == 6
+    for prompt, wanted in zip(PROMPTS[:6], expected.answers, strict=True):
         found = answer(url, prompt)
         assert found["text"] == wanted["text"]
         assert found["logprobs"]["token_logprobs"] == pytest.approx(
@@ -90,15 +107,14 @@ def check_same(url: str, expected: list[dict[str, Any]]) -> None:
 
 
 def test_ranks_of_one_node_and_a_rank_that_dies(
-    twins: dict[str, Path], one_rank: list[dict[str, Any]], tmp_path: Path
+    twins: dict[str, Path], one_rank: OneRank, tmp_path: Path
 ) -> None:
     port, front, log, gateway_log = free_port(), free_port(), tmp_path / "log", tmp_path / "gateway"
     worker = ("worker", twins["sparse"], "--name", "sparse", "--port", port, "--", *IN_THREE)
     gateway = ("gateway", "--variant", f"sparse=http://127.0.0.1:{port}", "--port", front)
     with running(*worker, log=log) as process:
         wait_until_ready(f"http://127.0.0.1:{port}", "/health", process, log)
-        info = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
-        assert 'num_sparse_layers="210"' in info
+        assert 'num_sparse_layers="210"' in info(f"http://127.0.0.1:{port}")
         with running(*gateway, log=gateway_log) as gate:
             url = f"http://127.0.0.1:{front}"
             wait_until_ready(url, "/readyz", gate, gateway_log)
@@ -116,9 +132,7 @@ def rank_process(pid: int, rank: int) -> int:
     return found
 
 
-def test_ranks_of_three_nodes(
-    twins: dict[str, Path], one_rank: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_ranks_of_three_nodes(twins: dict[str, Path], one_rank: OneRank, tmp_path: Path) -> None:
     """Three nodes on one machine: three workers that meet on the loopback address."""
     port, meeting = free_port(), free_port()
     worker = ("worker", twins["sparse"], "--name", "sparse", "--port", port, "--", *IN_THREE)
@@ -131,3 +145,19 @@ def test_ranks_of_three_nodes(
     ):
         wait_until_ready(f"http://127.0.0.1:{port}", "/health", head, logs[0])
         check_same(f"http://127.0.0.1:{port}", one_rank)
+
+
+@pytest.mark.parametrize("flags", [FLOAT32, COMPILED], ids=["eager", "compiled"])
+def test_two_pipeline_ranks(
+    flags: list[str], twins: dict[str, Path], one_rank: OneRank, tmp_path: Path
+) -> None:
+    """Each holds half of the layers: together they tell the layers and bytes of one rank."""
+    log, port = tmp_path / "log", free_port()
+    in_two = (*flags, "--pipeline-parallel-size", 2)
+    worker = ("worker", twins["sparse"], "--name", "sparse", "--port", port, "--", *in_two)
+    with running(*worker, log=log) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url, "/health", process, log)
+        assert "Worker_PP1" in " ".join(descendants(process.pid).values())
+        assert info(url) == one_rank.info
+        check_same(url, one_rank)
