@@ -163,7 +163,7 @@ def run(
             workload = replace(workload, run_number=new_run_number())
             paired_run = asyncio.run(_measure(url, load, workload, timeout_s, api_key, processes))
             about = {
-                **provenance(context, url),
+                **provenance(context, url, api_key),
                 **terms,
                 "workload": workload.about(),
                 "timeout_s": timeout_s,

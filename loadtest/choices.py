@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from loadtest.connection import authorization
 from loadtest.intervals import draws, quantile, tail
 
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -249,7 +250,7 @@ async def measure_over_http(
     Raises:
         ValueError: also if the server cannot be reached or refuses a request.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = authorization(api_key)
     async with httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False) as client:
 
         async def ask(body: dict[str, Any]) -> Mapping[str, Any]:

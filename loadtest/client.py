@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from cast_serve.latency import RequestTiming, Stopwatch
 from loadtest.batch import Batch
-from loadtest.connection import Pool, TransportError
+from loadtest.connection import Pool, TransportError, authorization
 from loadtest.workload import Prompt
 
 
@@ -129,7 +129,7 @@ class Client:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
-            self._pool = Pool(self.url, {"Authorization": f"Bearer {api_key}"} if api_key else {})
+            self._pool = Pool(self.url, authorization(api_key))
         except ValueError as error:
             raise UnreachableError(f"URL {url!r} is no URL: {error}") from error
 

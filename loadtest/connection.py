@@ -16,6 +16,11 @@ from urllib.parse import urlsplit
 _MAX_IDLE_S = 2.0  # servers close idle connections, many after 5 s: a request must not meet that
 
 
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries an API key; none without one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 class TransportError(Exception):
     """There is no whole response; the message is the error's class."""
 

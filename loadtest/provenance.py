@@ -10,17 +10,19 @@ import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtest.connection import authorization
+
 SECRETS = {"api_key"}
 
 
-def provenance(context: typer.Context, url: str) -> dict[str, Any]:
+def provenance(context: typer.Context, url: str, api_key: str | None) -> dict[str, Any]:
     """Command, date, versions, and what the server tells about itself, for run.json."""
     return {
         "url": url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_of(context),
         "versions": {"cast-serve": version("cast-serve"), "python": platform.python_version()},
-        "served": served_at(url),
+        "served": served_at(url, api_key),
     }
 
 
@@ -37,12 +39,32 @@ def command_of(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def served_at(url: str) -> dict[str, dict[str, str]]:
-    """By variant: kernel, layers and bytes, as our gateway's /metrics names them; else empty."""
+def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]:
+    """By variant: kernel, layers and bytes, as our gateway's /metrics names them; else empty.
+
+    A server that wants another key is told of on stderr: without its metrics nobody notices that
+    dense was measured against dense.
+    """
     try:
-        response = httpx.get(f"{url.rstrip('/')}/metrics", timeout=5, trust_env=False)
+        response = httpx.get(
+            f"{url.rstrip('/')}/metrics",
+            headers=authorization(api_key),
+            timeout=5,
+            trust_env=False,
+        )
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return {}
+    if response.status_code in (401, 403):
+        typer.echo(
+            f"cast-loadtest: {url}/metrics answered {response.status_code}, so the record does not "
+            "say which kernels were served; give --api-key (CAST_LOADTEST_API_KEY) a key that "
+            "opens it",
+            err=True,
+        )
+        return {}
+    try:
         families = list(text_string_to_metric_families(response.text))
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+    except ValueError:  # another kind of server
         return {}
     return {
         sample.labels["variant"]: {k: v for k, v in sample.labels.items() if k != "variant"}

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from loadtest.connection import authorization
 from loadtest.intervals import draws, quantile, tail
 
 Compare = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -69,7 +70,7 @@ async def measure_over_http(
     Raises:
         ValueError: also if the gateway cannot be reached or refuses a prompt.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = authorization(api_key)
     # Both variants answer, and both are asked for their opinion of the answer.
     async with httpx.AsyncClient(headers=headers, timeout=4 * timeout_s, trust_env=False) as client:
 

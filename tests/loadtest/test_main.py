@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request, Response
+from fastapi.responses import PlainTextResponse
 from typer.testing import CliRunner
 
 from cast_serve.gateway import create_app
@@ -22,8 +24,8 @@ QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 SMALL = ("--num-prompts", "3", "--blocks", "2", "--output-tokens", "6", "--prompt-tokens", "8")
 
 
-def cast_loadtest(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["run", *arguments])
+def cast_loadtest(*arguments: str, **environment: str) -> Any:
+    return CliRunner().invoke(app, ["run", *arguments], env=environment)
 
 
 def last_line(result: Any) -> dict[str, Any]:
@@ -64,6 +66,27 @@ def test_through_the_gateway(serve: Serve, serve_app: ServeApp) -> None:
     figures = last_line(result)
     assert figures["num_requests"] == 12
     assert figures["ratio"]["tpot"]["min"] > 1
+
+
+DENSE_INFO = """# TYPE cast_variant_info gauge
+cast_variant_info{variant="sparse",kernel="vllm",num_sparse_layers="0"} 1
+"""
+
+
+@pytest.mark.parametrize("is_flag", [True, False], ids=["flag", "environment"])
+def test_dense_against_dense_is_noticed_behind_a_key(serve: Serve, is_flag: bool) -> None:
+    url, mock = serve(dense=QUICK, sparse=QUICK)
+
+    @mock.get("/metrics")
+    def metrics(request: Request) -> Response:
+        is_known = request.headers.get("authorization") == "Bearer hush"
+        return PlainTextResponse(DENSE_INFO) if is_known else Response(status_code=401)
+
+    flags = ("--api-key", "hush") if is_flag else ()
+    environment = {} if is_flag else {"CAST_LOADTEST_API_KEY": "hush"}
+    figures = last_line(cast_loadtest("--url", url, *SMALL, *flags, **environment))
+    assert figures["served"]["sparse"]["num_sparse_layers"] == "0"
+    assert any("dense was measured against dense" in text for text in figures["warnings"])
 
 
 def test_the_slower_candidate_has_ratios_below_one(serve: Serve) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
+import pytest
 import typer
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from typer.testing import CliRunner
 
@@ -39,12 +40,51 @@ def test_the_command_without_defaults_and_secrets() -> None:
     ]
 
 
+def keyed(key: str, status: int) -> FastAPI:
+    """A gateway's /metrics, behind a key."""
+    app = FastAPI()
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        if request.headers.get("authorization") != f"Bearer {key}":
+            return Response('{"error": {}}', status)
+        return PlainTextResponse(METRICS)
+
+    return app
+
+
 def test_what_our_gateway_tells_about_its_variants(serve_app: ServeApp) -> None:
     app = FastAPI()
     app.add_api_route("/metrics", lambda: PlainTextResponse(METRICS))
     assert served_at(serve_app(app)) == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
 
 
-def test_other_servers_tell_nothing(serve_app: ServeApp) -> None:
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(("api_key", "is_told"), [("right", True), ("wrong", False), (None, False)])
+def test_a_gateway_with_keys(
+    serve_app: ServeApp,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    api_key: str | None,
+    is_told: bool,
+) -> None:
+    found = served_at(serve_app(keyed("right", status)), api_key)
+    said = capsys.readouterr().err
+    if is_told:
+        assert found == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
+        assert said == ""
+    else:
+        assert found == {}
+        assert f"/metrics answered {status}, so" in said
+        assert "--api-key (CAST_LOADTEST_API_KEY)" in said
+
+
+def test_other_servers_tell_nothing(
+    serve_app: ServeApp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = FastAPI()
+    app.add_api_route("/metrics", lambda: PlainTextResponse("{no metrics"))
+    assert served_at(serve_app(app)) == {}
     assert served_at(serve_app(FastAPI())) == {}
     assert served_at("http://127.0.0.1:1") == {}
+    assert capsys.readouterr().err == ""
