@@ -1,62 +1,100 @@
-"""Imports run one way, and what vLLM's workers load stays light."""
+"""Imports run one way, and what vLLM's workers load stays light.
+
+All of it is read from the sources, so that no new module can be left out.
+"""
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = [
-    path.relative_to(ROOT)
-    for package in ("cast_train", "cast_serve", "loadtest")
-    for path in sorted((ROOT / package).rglob("*.py"))
-]
-ONLY_THESE_IMPORT_VLLM = {
-    f"cast_serve/{name}.py" for name in ("plugin", "sparse24", "warmup", "worker")
+PACKAGES = ("cast_train", "cast_serve", "loadtest")
+
+
+def name_of(path: Path) -> str:
+    """`cast_serve/kernels/__init__.py` -> `cast_serve.kernels`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    name_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
 }
-IN_WORKERS = ("cast_serve/plugin.py", "cast_serve/sparse24.py", "cast_serve/kernels/")
-# A leaf may be used by all; elsewhere a module imports only what stands earlier in this list.
-LEAVES = ("nm", "bitmask", "latency")
-ORDER = (
-    *("nm", "bitmask", "convert", "kernels", "sparse24", "plugin", "warmup", "worker"),
-    *("settings",),
-    *("errors", "requests", "keys", "request_log", "tracing", "probes", "replicas", "watcher"),
-    *("variants", "admission", "latency", "comparison", "shadow", "metrics", "proxy", "openapi"),
-    *("dashboard", "gateway", "__main__"),
-)
+ONLY_THESE_IMPORT_VLLM = {
+    f"cast_serve.{name}" for name in ("plugin", "sparse24", "warmup", "worker")
+}
+# vLLM loads the first two into each of its processes; `convert` runs where no gateway is installed.
+ROOTS_WITHOUT_HTTP = {f"cast_serve.{name}" for name in ("plugin", "sparse24", "worker", "convert")}
+HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
+# What another package may use of cast_serve.
+ALLOWED = {"cast_train": {"nm", "bitmask"}, "loadtest": {"latency", "kernels"}}
 
 
-def imported(module: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+def imported(module: str, *, at_top: bool = False) -> Iterator[str]:
+    """The names that a module imports, or only those it does as soon as it is imported itself."""
+    tree = ast.parse(MODULES[module].read_text())
+    for node in tree.body if at_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: write the whole name, which can be read here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names
+            if not all(name in MODULES for name in names):  # else it only leads to them
+                yield str(node.module)
 
 
-def rooms(module: Path, package: str) -> set[str]:
-    """What a module imports of one of our packages, by room name."""
-    parts = (name.split(".") for name in imported(module))
-    return {part[1] for part in parts if part[0] == package and len(part) > 1}
+def ours(module: str, *, at_top: bool = False) -> set[str]:
+    """Those of our modules that it imports."""
+    return {name for name in imported(module, at_top=at_top) if name in MODULES}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_run_one_way(module: Path) -> None:
-    names = set(imported(module))
-    tops = {name.split(".")[0] for name in names}
-    package = module.parts[0]
-    if package != "cast_serve":
-        allowed = {"nm", "bitmask"} if package == "cast_train" else {"latency", "kernels"}
-        assert rooms(module, "cast_serve") <= allowed
-        assert not tops & ({"cast_train", "loadtest"} - {package})
+def tops(module: str, *, at_top: bool = False) -> set[str]:
+    return {name.split(".")[0] for name in imported(module, at_top=at_top)}
+
+
+def reached(roots: set[str], *, at_top: bool = False) -> set[str]:
+    """The modules themselves, the packages they lie in, what both import of ours, and so on."""
+    found: set[str] = set()
+    waiting = set(roots)
+    while waiting:
+        found |= waiting
+        around = {name.rpartition(".")[0] for name in waiting if "." in name}
+        loaded = {name for each in waiting for name in ours(each, at_top=at_top)}
+        waiting = (around | loaded) - found
+    return found
+
+
+def test_imports_make_no_circle() -> None:
+    order = list(TopologicalSorter({name: ours(name) for name in MODULES}).static_order())
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_import_one_way(module: str) -> None:
+    package = module.split(".")[0]
+    if package == "cast_serve":
+        assert not tops(module) & {"cast_train", "loadtest"}
+        assert "vllm" not in tops(module) or module in ONLY_THESE_IMPORT_VLLM
         return
-    assert not tops & {"cast_train", "loadtest"}
-    assert "vllm" not in tops or str(module) in ONLY_THESE_IMPORT_VLLM
-    if str(module).startswith(IN_WORKERS):
-        assert not tops & {"fastapi", "prometheus_client", "pydantic_settings"}
-    own = module.parts[1].removesuffix(".py")
-    if own in ORDER:
-        earlier = set(ORDER[: ORDER.index(own) + 1]) | set(LEAVES)
-        assert {room for room in rooms(module, "cast_serve") if room in ORDER} <= earlier
+    rooms = {name.split(".")[1] for name in ours(module) if name.startswith("cast_serve.")}
+    assert rooms <= ALLOWED[package]
+    assert not tops(module) & ({"cast_train", "loadtest"} - {package})
+
+
+def test_what_is_below_the_gateway_knows_no_http() -> None:
+    shared = {f"cast_serve.{room}" for rooms in ALLOWED.values() for room in rooms}
+    below = reached(ROOTS_WITHOUT_HTTP | shared)
+    assert len(below) > len(ROOTS_WITHOUT_HTTP | shared)
+    assert not {name for name in below if tops(name) & HTTP}
+
+
+def test_vllms_processes_load_no_metrics_library() -> None:
+    """At the top; the worker itself imports it where it publishes."""
+    for name in reached({"cast_serve.plugin", "cast_serve.sparse24"}):
+        assert "prometheus_client" not in tops(name), name
+    for name in reached({"cast_serve.worker"}, at_top=True):
+        assert "prometheus_client" not in tops(name, at_top=True), name
