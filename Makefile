@@ -1,5 +1,6 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve test lint check-deploy
+.PHONY: setup data demo serve packages test lint check-deploy
+.NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
 scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-step \
@@ -18,7 +19,10 @@ serve: data  # the demo's two models, until Ctrl-C
 	@[ -d runs/demo/sparse ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
 	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/sparse
 
-test: data  # pictures of the dashboard land in build/artifacts
+packages:  # as root, the system packages that are missing
+	@scripts/install-packages || echo "make: going on; the tests that need what is missing are skipped, as pytest's summary says" >&2
+
+test: packages data  # pictures of the dashboard land in build/artifacts
 	CAST_ARTIFACTS=build/artifacts $(python) -m pytest
 
 lint: setup

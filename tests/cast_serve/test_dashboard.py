@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import threading
 import time
 import tomllib
@@ -21,6 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cast_serve.dashboard import FILES, HEADERS, STATIC, router
+from tests.programs import need
 
 ROOT = Path(__file__).parents[2]
 WORDS = {
@@ -190,8 +190,7 @@ def url(server: uvicorn.Server) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "no chromium found, which draws the page; run scripts/install-packages as root"
+    chromium = need("chromium")
     with sync_playwright() as playwright:
         expect.set_options(timeout=20_000)  # the machine may be busy
         browser = playwright.chromium.launch(executable_path=chromium)

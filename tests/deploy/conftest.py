@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.programs import need
+
 SCRIPT = Path(__file__).parents[2] / "scripts/check-deploy"
 
 Resource = dict[str, Any]
@@ -23,8 +25,19 @@ def check() -> Any:
 
 
 @pytest.fixture(scope="session")
-def rendered(check: Any) -> dict[str, list[Resource]]:
-    """Each overlay's resources by its name; the first time, kubectl is installed."""
+def npm() -> str:
+    """By it scripts/check-deploy installs kubectl and what else it drives, the first time."""
+    return need("npm")
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    return need("promtool")
+
+
+@pytest.fixture(scope="session")
+def rendered(npm: str, check: Any) -> dict[str, list[Resource]]:
+    """Each overlay's resources by its name."""
     return dict(check.rendered())
 
 

@@ -34,6 +34,7 @@ POD = ("spec", "template", "spec")
 RANK = ("spec", "leaderWorkerTemplate", "workerTemplate", "spec")
 
 
+@pytest.mark.usefixtures("npm", "promtool")
 def test_the_whole_chain_finds_nothing() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/check-deploy"], capture_output=True, text=True
@@ -42,6 +43,7 @@ def test_the_whole_chain_finds_nothing() -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == {"num_checks": 7, "num_failed": 0}
 
 
+@pytest.mark.usefixtures("npm")
 def test_a_kustomization_that_names_no_file_is_caught(check: Any, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy/k8s/base", tmp_path / "base")
     (tmp_path / "base/gateway.yaml").unlink()
@@ -49,6 +51,7 @@ def test_a_kustomization_that_names_no_file_is_caught(check: Any, tmp_path: Path
         check.render(tmp_path / "base")
 
 
+@pytest.mark.usefixtures("npm")
 def test_an_old_copy_of_the_rules_is_caught(
     check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_custom_resource_that_its_model_refuses_is_caught(
         check.check_models([broken], {})
 
 
+@pytest.mark.usefixtures("npm")
 def test_a_dashboard_with_an_unknown_field_is_caught(check: Any) -> None:
     dashboard = json.loads(check.dashboards()["workers.json"])
     dashboard["panels"][0]["fieldConfig"]["default"] = {}
@@ -148,6 +152,7 @@ def test_a_skip_without_a_reason_is_caught(check: Any, rendered: Rendered) -> No
         check.check_policy({"broken": broken})
 
 
+@pytest.mark.usefixtures("promtool")
 @pytest.mark.parametrize(
     ("name", "before", "after", "said"),
     [

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.programs import need
 from tests.story.conftest import ROOT, Served, complete, free_port, worker
 
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
@@ -26,12 +26,6 @@ DTYPE = "bfloat16"
 SCRAPES_S = 60
 
 
-def program(name: str) -> str:
-    path = shutil.which(name)
-    assert path, f"{name} is missing; scripts/install-packages installs it"
-    return path
-
-
 def test_promtool_finds_nothing_wrong_with_our_metrics(served: Served) -> None:
     for name in ("dense", "sparse"):
         complete(served, name, "The sea", max_tokens=4)
@@ -39,7 +33,7 @@ def test_promtool_finds_nothing_wrong_with_our_metrics(served: Served) -> None:
     ours = [line for line in text.splitlines() if "vllm:" not in line]
     assert any(line.startswith("cast_variant_info{") for line in ours)
     done = subprocess.run(
-        [program("promtool"), "check", "metrics"],
+        [need("promtool"), "check", "metrics"],
         input="\n".join(ours) + "\n",
         capture_output=True,
         text=True,
@@ -57,7 +51,7 @@ def prometheus(folder: Path, served: Served, more: dict[str, Any]) -> Iterator[Q
     }
     (folder / "prometheus.yml").write_text(json.dumps(config | more))  # JSON is YAML
     port = free_port()
-    command = [program("prometheus"), f"--config.file={folder}/prometheus.yml"]
+    command = [need("prometheus"), f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}"]
     log = folder / "log"
     with log.open("wb") as stream:

@@ -1,0 +1,95 @@
+"""What a machine lacks is installed, or named by the tests that are skipped for it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.programs import DEBIAN_PACKAGES, need
+
+ROOT = Path(__file__).parents[1]
+INSTALL = ROOT / "scripts/install-packages"
+
+
+@pytest.mark.parametrize("name", DEBIAN_PACKAGES)
+def test_a_missing_program_is_a_skip_that_names_its_package_and_in_ci_a_failure(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = DEBIAN_PACKAGES[name]
+    reason = (
+        f"{name} is missing, which Debian's package {package} has; run scripts/install-packages"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        need(name)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=reason):
+        need(name)
+    (tmp_path / name).touch(0o755)
+    assert need(name) == str(tmp_path / name)
+
+
+def test_every_package_that_a_skip_names_is_one_that_is_installed() -> None:
+    installed = re.findall(r"missing\+=\((.+?)\)", INSTALL.read_text())
+    assert set(DEBIAN_PACKAGES.values()) <= {name for names in installed for name in names.split()}
+
+
+def install(folder: Path, user: int, *, refused: str = "") -> tuple[int, str, list[str]]:
+    """Exit status, stderr and what apt-get was asked for, on a machine that has nothing."""
+    asked = folder / "asked"
+    asked.touch()
+    programs = {
+        "id": f"echo {user}",
+        "ldconfig": "true",
+        "apt-get": f'[ "$1" = install ] || exit 0; echo "${{@: -1}}" >>{asked}; '
+        f'[ "${{@: -1}}" != "{refused}" ]',
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "grep").symlink_to("/bin/grep")
+    done = subprocess.run(
+        ["/bin/bash", INSTALL], env={"PATH": str(folder)}, capture_output=True, text=True
+    )
+    return done.returncode, done.stderr, asked.read_text().split()
+
+
+EVERYTHING = ["g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"]
+
+
+def test_root_installs_all_that_is_missing(tmp_path: Path) -> None:
+    status, _, asked = install(tmp_path, 0)
+    assert (status, asked) == (0, EVERYTHING)
+
+
+def test_one_package_that_cannot_be_had_keeps_no_other_back(tmp_path: Path) -> None:
+    status, said, asked = install(tmp_path, 0, refused="prometheus")
+    assert (status, asked) == (1, EVERYTHING)
+    assert "not installed: prometheus;" in said
+
+
+def test_without_root_what_is_missing_is_named(tmp_path: Path) -> None:
+    status, said, asked = install(tmp_path, 1000)
+    assert (status, asked) == (1, [])
+    assert f"apt-get install {' '.join(EVERYTHING)}" in said
+
+
+def test_make_test_installs_before_it_sets_up_and_tests() -> None:
+    dry = ["make", "--dry-run", "test"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    places = [
+        next(at for at, line in enumerate(lines) if text in line)
+        for text in ("scripts/install-packages ||", "scripts/setup", "scripts/data", "-m pytest")
+    ]
+    assert places == sorted(places)
+
+
+def test_ci_skips_nothing_and_ends_with_the_tests() -> None:
+    lines = [
+        line for line in (ROOT / ".ci/run").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert lines[0] == "set -euo pipefail"
+    assert lines[-4:] == ["export CI=true", "scripts/install-packages", "make lint", "make test"]
