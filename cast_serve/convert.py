@@ -3,10 +3,11 @@
 Hardening keeps the N largest gates of each group and writes zeros for the rest. Every group of
 every target is verified, in what is read and in what was written; the output appears under its
 name only when it is whole. Layout of the output: bitmask.py, and ``quantization_config`` and
-``cast.json`` as others and we read them.
+``cast.json`` as others and we read them. ``cast.json`` keeps what training wrote, its ``source``
+(hashes of model, text and teacher) included, and adds ``converted_from``: the sha256 of every shard
+that was converted. Up to 0.1.0's first conversions ``source`` held the latter.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from cast_serve.nm import (
     check_weight,
     find_targets,
     hard_mask,
+    sha256,
 )
 
 FORMAT_VERSION = 1
@@ -111,6 +113,32 @@ def inspect(folder: Path) -> dict[str, Any]:
         "total_weight_bytes": total_bytes,
         "quality": reader.cast.get("quality"),
     }
+
+
+def check_converted(source: Path, out: Path) -> None:
+    """Refuses an output that was converted from other shards than the source has now.
+
+    Args:
+        source: a directory as `convert` takes it.
+        out: a directory that `convert` made.
+
+    Raises:
+        CheckpointError: naming the shards that differ.
+    """
+    recorded = _read_json(out / CAST_JSON).get("converted_from")
+    remedy = f"remove {out} and convert {source} again, or name another directory"
+    if recorded is None:
+        raise CheckpointError(
+            f"{out / CAST_JSON} has no converted_from, so it is not known what {out} was "
+            f"converted from (an earlier release did not write it); {remedy}"
+        )
+    found = {file.name: sha256(file) for file in sorted(source.glob("*.safetensors"))}
+    differ = [f for f in sorted(found | recorded) if found.get(f) != recorded.get(f)]
+    if differ:
+        raise CheckpointError(
+            f"{out} was not converted from what {source} holds now: {', '.join(differ)} "
+            f"differ; {remedy}"
+        )
 
 
 def count_compressed(folder: Path) -> int:
@@ -257,7 +285,7 @@ def _write(reader: _Reader, compressed: Path, dense: Path | None, progress: Prog
         "targets": sorted(targets),
         **{key: value for key, value in reader.cast.items() if key != "sha256"},
         "format_version": FORMAT_VERSION,
-        "source": {file.name: sha256(file) for file in shards},
+        "converted_from": {file.name: sha256(file) for file in shards},
         "dense_linear_weight_bytes": dense_bytes,
         "linear_weight_bytes": sparse_bytes,
     }
@@ -332,12 +360,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no *.safetensors; save the model with safetensors first"
         )
     return files
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

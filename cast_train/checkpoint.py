@@ -10,7 +10,6 @@ Directories are written beside their place and renamed into it, so a name that e
 cast.json carries the sha256 of every shard, and no pickle is read or written.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.bitmask import decompress
-from cast_serve.nm import CheckpointError, Pattern
+from cast_serve.nm import CheckpointError, Pattern, sha256
 from cast_train import gates, scaling
 from cast_train.schedules import Phase
 
@@ -69,7 +68,7 @@ def write(
             "format_version": FORMAT_VERSION,
             **record,
             "versions": _versions(),
-            "sha256": {path.name: _sha256(path) for path in _shards(partial)},
+            "sha256": {path.name: sha256(path) for path in _shards(partial)},
         }
         (partial / RECORD).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
         partial.rename(out)
@@ -127,7 +126,7 @@ def verify(directory: Path) -> dict[str, Any]:
             "copy the whole directory again"
         )
     for name, path in found.items():
-        if _sha256(path) != listed[name]:
+        if sha256(path) != listed[name]:
             raise CheckpointError(
                 f"{path} was changed or damaged: its sha256 is not the recorded one"
             )
@@ -140,7 +139,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: if the directory is missing or has no tokenizer.
     """
-    _check_directory(directory)
+    check_directory(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -153,7 +152,7 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     Raises:
         CheckpointError: if the directory is missing, or lacks weights of the model.
     """
-    _check_directory(directory)
+    check_directory(directory)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -251,14 +250,19 @@ def kind_of(directory: Path) -> str:
     Raises:
         CheckpointError: if it is no model directory.
     """
-    _check_directory(directory)
+    check_directory(directory)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in settings:
         return "compressed"
     return read_record(directory)["kind"] if (directory / RECORD).exists() else "dense"
 
 
-def _check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> None:
+    """Refuses what is no model directory.
+
+    Raises:
+        CheckpointError: if it is missing or has no config.json.
+    """
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is no directory; give a downloaded model's directory (none is fetched)"
@@ -283,11 +287,6 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cast_serve.bitmask import decompress
-from cast_serve.convert import convert, count_compressed, inspect
-from cast_serve.nm import CheckpointError, Pattern, PatternError, hard_mask
+from cast_serve.convert import check_converted, convert, count_compressed, inspect
+from cast_serve.nm import CheckpointError, Pattern, PatternError, hard_mask, sha256
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
 
@@ -47,7 +47,8 @@ def test_gated_is_hardened_by_its_gates(save_gated: Save, tmp_path: Path) -> Non
 
 
 def test_config_is_what_old_readers_expect(save_gated: Save, tmp_path: Path) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out")
+    source = save_gated(tiny_llama())
+    convert(source, tmp_path / "out")
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert quantization["quant_method"] == "compressed-tensors"
     assert quantization["sparsity_config"] == {
@@ -60,7 +61,44 @@ def test_config_is_what_old_readers_expect(save_gated: Save, tmp_path: Path) -> 
     }
     cast = json.loads((tmp_path / "out/cast.json").read_text())
     assert cast["method"] == "gates"
-    assert list(cast["source"]) == ["model.safetensors"]
+    assert cast["converted_from"] == {"model.safetensors": sha256(source / "model.safetensors")}
+    assert "source" not in cast  # the fixture says nothing of training
+
+
+def test_what_training_read_is_kept(save_gated: Save, tmp_path: Path) -> None:
+    """From cast.json alone it can be told what a served directory was made from."""
+    trained = {
+        "model": "m",
+        "model_sha256": {"model.safetensors": "a"},
+        "text": [{"name": "t", "sha256": "b"}],
+        "teacher": "t",
+        "teacher_sha256": {"model.safetensors": "c"},
+    }
+    source = save_gated(tiny_llama(), source=trained)
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    for folder in ("out", "twin"):
+        cast = json.loads((tmp_path / folder / "cast.json").read_text())
+        assert cast["source"] == trained
+        assert list(cast["converted_from"]) == ["model.safetensors"]
+        assert list(cast["sha256"]) == ["model.safetensors"]
+
+
+def test_another_source_than_was_converted_is_named(save_gated: Save, tmp_path: Path) -> None:
+    source, out = save_gated(tiny_llama()), tmp_path / "out"
+    convert(source, out)
+    check_converted(source, out)
+    model = tiny_llama()
+    torch.manual_seed(1)
+    save_gated(model)  # trained anew: other gates under the same name
+    message = r"not converted from what .*gated holds now: model\.safetensors differ; remove"
+    with pytest.raises(CheckpointError, match=message):
+        check_converted(source, out)
+    cast = json.loads((out / "cast.json").read_text())
+    cast["source"] = cast.pop("converted_from")  # as earlier releases wrote it
+    (out / "cast.json").write_text(json.dumps(cast))
+    assert inspect(out)["kind"] == "compressed"
+    with pytest.raises(CheckpointError, match="has no converted_from.*convert .* again"):
+        check_converted(source, out)
 
 
 def test_the_dense_twin_computes_the_same_model(save_pruned: Save, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cast_serve.convert import convert, sha256
-from cast_serve.nm import TWO_FOUR, CheckpointError, find_targets
+from cast_serve.convert import convert
+from cast_serve.nm import TWO_FOUR, CheckpointError, find_targets, sha256
 from cast_train import checkpoint, gates
 from cast_train.checkpoint import load_compressed, load_dense, load_gated, load_tokenizer
 
