@@ -49,7 +49,7 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
 
     Args:
         values: [out_features, in_features / 2], bf16, fp16 or fp32.
-        bitmask: uint8 [out_features, ceil(in_features / 8)].
+        bitmask: uint8 [out_features, ceil(in_features / 8)]; bits past in_features may be set.
 
     Returns:
         uint8 [tile_rows, tile_columns, tile_bytes], contiguous.
@@ -64,8 +64,8 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
     unpack_mask(bitmask, in_features)  # raises where it is not 2:4
     bits = bitmask.clone()
-    if in_features % 8:
-        bits[:, -1] |= 0b0011_0000
+    if in_features % 8:  # foreign files may hold anything in the upper nibble
+        bits[:, -1] = (bits[:, -1] & 0b0000_1111) | 0b0011_0000
     positions = POSITIONS_OF_BITMASK.to(bits.device)[bits.long()]
 
     rows = tile_rows * TILE_ROWS

@@ -66,6 +66,14 @@ def test_damaged_bitmask_is_refused() -> None:
         decompress(values, bitmask, 16)
 
 
+def test_bits_past_in_features_are_not_read() -> None:
+    weight = sparse_weight(3, 20, torch.float32)
+    values, bitmask = compress(weight)
+    assert (bitmask[:, -1] < 16).all()
+    bitmask[:, -1] |= 0xF0
+    assert torch.equal(decompress(values, bitmask, 20), weight)
+
+
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     values, bitmask = compress(sparse_weight(3, 16, torch.float32))
     with pytest.raises(PatternError, match="do not belong to"):

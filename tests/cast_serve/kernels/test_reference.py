@@ -24,6 +24,22 @@ def test_pack_round_trip_is_bitwise(shape: tuple[int, int], dtype: torch.dtype) 
     assert torch.equal(unpacked_bitmask, bitmask)
 
 
+@pytest.mark.parametrize("padding", [0x10, 0x30, 0x70, 0xC0, 0xF0], ids=hex)
+def test_bits_past_in_features_are_not_read(padding: int) -> None:
+    """A foreign file may set the upper nibble of a row's last byte, which stands for no group."""
+    weight = weight_of((9, 60), torch.float32)
+    values, bitmask = compress(weight)
+    foreign = bitmask.clone()
+    foreign[:, -1] |= padding
+    assert torch.equal(reference.pack(values, foreign), reference.pack(values, bitmask))
+    x = torch.randn(3, 60, generator=torch.Generator().manual_seed(1))
+    out = reference.linear24(x, reference.pack(values, foreign), 9)
+    torch.testing.assert_close(out, x @ weight.T)
+    assert torch.equal(
+        reference.unpack(reference.pack(values, foreign), 9, 60, torch.float32)[1], bitmask
+    )
+
+
 def test_packed_takes_the_bytes_it_claims() -> None:
     values, bitmask = compress(weight_of((64, 128), torch.bfloat16))
     assert reference.pack(values, bitmask).nbytes == 0.5625 * 64 * 128 * 2
