@@ -25,7 +25,7 @@ from cast_train.text import read_texts, to_blocks, tokenize
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
-COLUMNS = 128  # that SparseGPT works on before it carries their errors to the rest
+COLUMNS = 128  # at most, that SparseGPT works on before it carries their errors to the rest
 
 
 def magnitude_scores(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -143,8 +143,10 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tenso
     scores = torch.empty_like(columns)
     kept = torch.empty_like(columns, dtype=torch.bool)
     m, num_columns = pattern.m, len(columns)
-    for begin in range(0, num_columns, COLUMNS):
-        end = min(begin + COLUMNS, num_columns)
+    # Whole groups: a group's columns are ranked together, so all must have the errors before them.
+    block = max(COLUMNS // m * m, m)
+    for begin in range(0, num_columns, block):
+        end = min(begin + block, num_columns)
         errors = torch.empty_like(columns[begin:end])
         for i in range(begin, end):
             if i % m == 0:

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from cast_serve.nm import TWO_FOUR, CheckpointError, check_weight, find_targets, hard_mask
+from cast_serve.nm import (
+    TWO_FOUR,
+    CheckpointError,
+    Pattern,
+    check_weight,
+    find_targets,
+    hard_mask,
+)
 from cast_train import oneshot
 from cast_train.checkpoint import load_dense, verify
 
@@ -77,6 +84,38 @@ def test_sparsegpt_keeps_the_outputs_closer_than_its_mask_alone(num_columns):
     own = (inputs @ (moved * mask).t() - wanted).square().sum()
     unmoved = (inputs @ (weight * mask).t() - wanted).square().sum()
     assert own < 0.5 * unmoved
+
+
+def column_by_column(weight, hessian, pattern):
+    """SparseGPT without blocks: every column's error goes to all columns after it at once."""
+    hessian = hessian + oneshot.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+    upper = torch.linalg.cholesky(hessian.inverse(), upper=True)
+    weight, kept = weight.clone(), torch.zeros(weight.shape, dtype=torch.bool)
+    for i in range(weight.shape[1]):
+        if i % pattern.m == 0:
+            group = slice(i, i + pattern.m)
+            kept[:, group] = hard_mask(weight[:, group].abs() / upper.diagonal()[group], pattern)
+        error = torch.where(kept[:, i], 0.0, weight[:, i]) / upper[i, i]
+        weight[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
+    return weight, kept
+
+
+@pytest.mark.parametrize(
+    "pattern", [TWO_FOUR, Pattern(2, 5), Pattern(3, 6), Pattern(60, 130)], ids=str
+)
+def test_sparsegpts_blocks_change_nothing(pattern):
+    """5 and 6 do not divide the 128 columns that are worked on at once, and 130 is more."""
+    generator = torch.Generator().manual_seed(0)
+    num_columns = 3 * 130 if pattern.m == 130 else 300
+    mix = torch.randn(num_columns // 2, num_columns, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(2 * num_columns, num_columns // 2, generator=generator).double() @ mix
+    inputs += 0.1 * torch.randn(inputs.shape, generator=generator)
+    weight = torch.randn(16, num_columns, generator=generator, dtype=torch.float64)
+    hessian = inputs.t() @ inputs
+    moved, scores = oneshot._sparsegpt(weight, hessian, pattern)
+    expected, kept = column_by_column(weight, hessian, pattern)
+    torch.testing.assert_close(moved, expected)
+    assert torch.equal(hard_mask(scores, pattern), kept)
 
 
 def test_sparsegpt_keeps_a_models_outputs_closer_than_wanda(model_dir):
