@@ -223,6 +223,7 @@ def study(
 ) -> None:
     """Compares the ways of learning the pattern, at equal tokens."""
     with _working():
+        from cast_train import report
         from cast_train import study as comparison
         from cast_train.config import read_toml
 
@@ -234,7 +235,7 @@ def study(
             choices=choices or [],
             rivals=rival or [],
         )
-        print(comparison.table_of(result))
+        print(report.table_of(result))
         _finish(out=str(out), summary=result["summary"])
 
 

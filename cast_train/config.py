@@ -39,7 +39,9 @@ class TrainConfig:
         is_checkpointed: activations are computed again in backward, for less memory.
         learning_rate: of the weights, AdamW, at its peak.
         gate_learning_rate: of the gate logits, AdamW, at its peak.
-        weight_decay: of the target weights; gates have none.
+        weight_decay: AdamW's, of the weights of the linears that are targets (with ``dense``: that
+            would be); norms, biases, embeddings, scales and gates have none. ``adams`` has `decay`
+            in its place, and warns.
         warmup_fraction: the learning rates rise linearly this long, then fall along a half cosine.
         max_grad_norm: the gradient's norm is clipped to this.
         penalty_weight: lambda at its highest, the factor of the sparsity penalty.

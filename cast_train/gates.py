@@ -70,10 +70,7 @@ class Gate(nn.Module):
 
     def weight(self) -> Tensor:
         """W, the linear's parameter, as it is stored; FSDP replaces it, so it is looked up anew."""
-        (linear,) = self._linear
-        if parametrize.is_parametrized(linear, "weight"):
-            return linear.parametrizations.weight.original
-        return linear.weight  # torch tries the gate out while it registers it
+        return stored_weight(self._linear[0])
 
     def weight_rows(self) -> Tensor:
         """W [out_features, in_features], whole, however it is stored."""
@@ -87,7 +84,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def come_to_rest(self) -> None:
-        """Keeps the logits as they are now."""
+        """Keeps the logits as they are now: those that are computed are copied into `logits`."""
         rows = self.rows()
         logits = rows.t() if self.is_transposed else rows
         self.logits.copy_(sharding.sharded_like(logits, self.logits))
@@ -111,9 +108,11 @@ class Gate(nn.Module):
         return soft_topk(rows, n, m, phase.tau)
 
     def set_phase(self, phase: Phase) -> None:
+        """The phase of the next passes; with the first exact mask the gate comes to rest."""
         if not (phase.is_hard and self.phase.is_hard):
             self._mask = None
-        self.is_at_rest = self.is_at_rest or phase.is_hard
+        if phase.is_hard and not self.is_at_rest:
+            self.come_to_rest()
         self.phase = phase
         self.penalty = None
 
@@ -211,6 +210,13 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, mask = ctx.saved_tensors
         return grad + ctx.decay * (1 - mask) * weight, None, None
+
+
+def stored_weight(linear: Any) -> Tensor:
+    """W, a linear's parameter, whether it has a gate or not (yet)."""
+    if parametrize.is_parametrized(linear, "weight"):
+        return linear.parametrizations.weight.original
+    return linear.weight
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -326,6 +332,12 @@ def set_phase(gates: Mapping[str, Gate], phase: Phase) -> None:
 def come_to_rest(gates: Mapping[str, Gate]) -> None:
     for gate in gates.values():
         gate.come_to_rest()
+
+
+def stay_at_rest(gates: Mapping[str, Gate]) -> None:
+    """For gates that came to rest before they were stored: the logits that were read are theirs."""
+    for gate in gates.values():
+        gate.is_at_rest = True
 
 
 def penalty(gates: Mapping[str, Gate]) -> Tensor | None:

@@ -5,8 +5,6 @@ OUT.partial/) -> bf16 -> quality of the soft and the hard model -> gates off -> 
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -18,10 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from cast_serve.nm import CheckpointError, find_targets
-from cast_train import adams, checkpoint, gates, oneshot, quality, scaling, sharding
+from cast_serve.nm import find_targets
+from cast_train import (
+    adams,
+    checkpoint,
+    gates,
+    identity,
+    oneshot,
+    quality,
+    resume,
+    scaling,
+    sharding,
+)
 from cast_train.checkpoint import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.schedules import phase_at
@@ -29,7 +36,6 @@ from cast_train.text import TokenBlocks, read_texts, split_held_out, to_blocks, 
 from cast_train.trainer import CastTrainer, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
-RUN_FILE = "run.json"
 
 
 def train(
@@ -47,7 +53,8 @@ def train(
     Args:
         model_dir: dense HF directory.
         text_files: UTF-8 training text.
-        out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end.
+        out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
+            see resume.py.
         config: all settings.
         is_resume: go on from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
@@ -55,14 +62,15 @@ def train(
         teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
 
     Returns:
-        cast.json's content. If out is already the result of this very run, it is verified and
-        returned, and nothing is trained.
+        cast.json's content. If out is already the result of this very run, of the same settings
+        and of files with the same sha256 (see identity.py), it is verified and returned, and
+        nothing is trained.
 
     Raises:
         ValueError: for every wrong input; nothing is written then.
+        CheckpointError: if out or OUT.partial is another run's; it names what differs.
         DivergedError: if the loss is not finite.
     """
-    files = [*text_files, *([heldout_file] if heldout_file else [])]
     tokenizer = load_tokenizer(model_dir)
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
     blocks, heldout = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
@@ -72,19 +80,14 @@ def train(
             read_texts([heldout_file]), tokenizer, config.heldout_blocks * config.block_size
         )
         heldout = to_blocks(tokens, config.block_size)
-    identity = {
+    own = {
         "config": config.as_dict(),
-        "source": {
-            "model": model_dir.resolve().name,
-            "model_config_sha256": _sha256(model_dir / "config.json"),
-            "text_sha256": {path.name: _sha256(path) for path in files},
-            **_teacher_identity(teacher_dir),
-        },
+        "source": identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir),
     }
     if out.exists():
-        return _finished(out, identity)
+        return _finished(out, own)
     partial = out.with_name(out.name + ".partial")
-    resume_from = _resumable(partial, identity, is_resume)
+    resume_from = resume.find(partial, own, is_resume, is_first=_rank() == 0)
 
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
@@ -102,11 +105,11 @@ def train(
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
 
     if _rank() == 0:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / RUN_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        resume.begin(partial, own)
     trainer = CastTrainer(
         config=config,
         gate_map=gate_map,
+        targets=targets,
         teacher=teacher,
         model=model,
         args=_arguments(partial, config),
@@ -146,7 +149,7 @@ def train(
         ],
         "gates": dataclasses.asdict(gates.statistics(gate_map, last, start)),
         "quality": _quality(model, gate_map, heldout, config, heldout_file),
-        **identity,
+        **own,
     }
     tensors = gates.detach(targets) if gate_map else {}
     if trainer.is_world_process_zero():
@@ -154,15 +157,6 @@ def train(
         record = checkpoint.write(out, model, tokenizer, record, tensors)
         shutil.rmtree(partial)
     return record
-
-
-def _teacher_identity(teacher_dir: Path | None) -> dict[str, str]:
-    if teacher_dir is None:
-        return {}
-    return {
-        "teacher": teacher_dir.resolve().name,
-        "teacher_config_sha256": _sha256(teacher_dir / "config.json"),
-    }
 
 
 def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
@@ -193,49 +187,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _finished(out: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run that is done already."""
     record = checkpoint.verify(out)
-    for key, value in identity.items():
-        if record.get(key) != value:
-            raise CheckpointError(
-                f"{out} exists and is another run (its {key} differs: "
-                f"{_difference(record.get(key), value)}); choose another --out or remove it"
-            )
+    remedy = "choose another --out or remove it"
+    identity.check(record, own, f"{out} exists and is another run", remedy)
     logger.info("%s is the finished result of this run; nothing to do", out)
     return record
-
-
-def _resumable(partial: Path, identity: Mapping[str, Any], is_resume: bool) -> Path | None:
-    """The newest Trainer checkpoint to go on from, or None to start."""
-    if not partial.exists():
-        return None
-    if _rank() > 0:  # the first process may have just made it, and it does the checking
-        newest = get_last_checkpoint(str(partial)) if is_resume else None
-        return Path(newest) if newest else None
-    if not is_resume:
-        raise CheckpointError(
-            f"{partial} holds an unfinished run; go on with --resume, or remove it"
-        )
-    try:
-        found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{partial} is no unfinished run: {error}; remove it") from error
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise CheckpointError(
-                f"{partial} is another run (its {key} differs: "
-                f"{_difference(found.get(key), value)}); repeat that run's settings, or remove it"
-            )
-    newest = get_last_checkpoint(str(partial))
-    return Path(newest) if newest else None
-
-
-def _difference(found: Any, wanted: Any) -> str:
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return f"{found!r}, not {wanted!r}"
-    keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    return ", ".join(f"{k} is {found.get(k)!r}, not {wanted.get(k)!r}" for k in keys)
 
 
 def _attach(
@@ -254,6 +212,12 @@ def _attach(
                 "or a higher learning_rate would leave less to cut off at the end",
                 reach,
                 dropped,
+            )
+        if config.weight_decay:  # a study has one for all its ways, so it is no error
+            logger.warning(
+                "weight_decay %g is not applied: AdamS decays what the mask drops, by decay %g",
+                config.weight_decay,
+                config.decay,
             )
     elif config.first_order == "magnitude":
         scores = oneshot.magnitude_scores(targets)
@@ -344,7 +308,6 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         fsdp=config.is_sharded or None,
         save_strategy="steps",
         save_steps=config.checkpoint_every,
-        save_total_limit=1,
         per_device_eval_batch_size=config.batch_blocks,
         eval_strategy="steps" if config.keep_best else "no",
         eval_steps=config.evaluate_every or None,
@@ -360,8 +323,3 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=True,  # gates at rest get no gradient
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,12 +11,10 @@ report.png     perplexity against tokens; of every way the last perplexities, th
 """
 
 import json
-import math
 import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cast_train import oneshot
+from cast_serve.nm import CheckpointError, sha256
+from cast_train import identity, oneshot, report
 from cast_train.config import TrainConfig
 
 # Name -> what it changes in the study's common settings.
@@ -51,12 +50,6 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "generator": {"selector": "generator"},
     "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
-}
-# What report.png draws a bar of for every way, beside the perplexities.
-BARS = {
-    "recovered": "share of the log gap recovered,\none-shot Wanda to dense",
-    "step_s": "seconds a step, median",
-    "peak_memory_mb": "peak memory, MB",
 }
 
 
@@ -112,7 +105,8 @@ def run(
         model: dense HF directory.
         text_files: training text, UTF-8.
         heldout: text to measure on.
-        out: directory; may hold an unfinished study of the same settings.
+        out: directory; may hold an unfinished study of the same settings and files, see
+            identity.py. Ways, seeds and rivals may be added to it.
         settings: of TrainConfig, common to all ways.
         ways: what each changes in the settings, see `ways_of`.
         seeds: each way runs once per seed.
@@ -120,7 +114,8 @@ def run(
         rivals: directories that were pruned by other means, measured beside ours by their names.
 
     Raises:
-        ValueError: for a wrong setting or rival's name, or if out holds another study.
+        ValueError: for a wrong setting or rival's name.
+        CheckpointError: if out holds another study; it names what differs.
         StudyError: if a run fails; what is done stays done.
     """
     configs = {
@@ -128,16 +123,22 @@ def run(
         for way, changes in ways.items()
         for seed in seeds
     }
-    identity = {
+    taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
+    if taken:
+        raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
+    names = {
         "model": model.resolve().name,
         "text": [path.name for path in text_files],
         "heldout": heldout.name,
         "settings": dict(settings),
     }
-    taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
-    if taken:
-        raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
-    _check_identity(out, identity)
+    hashes = {
+        "model": identity.of_directory(model),
+        "text": [sha256(path) for path in text_files],
+        "heldout": sha256(heldout),
+        "choices": [identity.of_file(path) for path in choices],
+    }
+    _check_identity(out, {**names, "sha256": hashes}, rivals)
     done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
     measure = _Measure(model, heldout, choices, settings)
     for name in ("before", *oneshot.METHODS, *(rival.name for rival in rivals)):
@@ -150,118 +151,40 @@ def run(
             row = _train(model, text_files, heldout, out, way, config, measure)
             done[way, seed] = _append(out, row)
     result = {
-        **identity,
+        **names,
         "runs": list(done.values()),
-        "summary": summarise(list(done.values())),
+        "summary": report.summarise(list(done.values())),
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(table_of(result), encoding="utf-8")
-    _draw(out / "report.png", result)
+    (out / "report.md").write_text(report.table_of(result), encoding="utf-8")
+    report.draw(out / "report.png", result)
     return result
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Way -> mean and range over its seeds.
-
-    ``recovered`` is the share of the gap in log perplexity between one-shot Wanda (0) and the dense
-    model before any training (1) that the way closes; above 1 is possible, since it trains.
-    """
-    single = {row["way"]: row["perplexity"] for row in rows if row["seed"] is None}
-    gap = math.log(single["wanda"]) - math.log(single["before"])
-    summary: dict[str, dict[str, Any]] = {
-        row["way"]: {"perplexity": row["perplexity"], "num_seeds": 0, **_answers([row])}
-        for row in rows
-        if row["seed"] is None
-    }
-    for way in dict.fromkeys(row["way"] for row in rows if row["seed"] is not None):
-        runs = [row for row in rows if row["way"] == way]
-        hard = [row["perplexity"] for row in runs]
-        mean = statistics.fmean(hard)
-        summary[way] = {
-            "perplexity": mean,
-            "perplexity_min": min(hard),
-            "perplexity_max": max(hard),
-            "recovered": (math.log(single["wanda"]) - math.log(mean)) / gap if gap else None,
-            "soft_to_hard": statistics.fmean(
-                row["perplexity"] / row["perplexity_soft"] - 1 for row in runs
-            ),
-            "flipped_share": statistics.fmean(row["flipped_share"] for row in runs),
-            "step_s": statistics.median(row["step_s"] for row in runs),
-            "peak_memory_mb": max(row["peak_memory_mb"] for row in runs),
-            "tokens": runs[0]["tokens"],
-            "num_seeds": len(runs),
-            **_answers(runs),
-        }
-    return summary
-
-
-def _answers(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean KL and accuracies of runs that have them; a standard error is that of one run."""
-    if not all("choices" in row for row in runs):
-        return {}
-    return {
-        "kl_nats_per_token": statistics.fmean(row["kl_nats_per_token"] for row in runs),
-        "choices": {
-            name: {
-                key: statistics.fmean(row["choices"][name][key] for row in runs)
-                for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-            }
-            for name in runs[0]["choices"]
-        },
-    }
-
-
-def table_of(result: Mapping[str, Any]) -> str:
-    """The summary as Markdown."""
-    summary = result["summary"]
-    asked = list(dict.fromkeys(name for row in summary.values() for name in row.get("choices", {})))
-    head = ["way", "tokens", "perplexity, mean (range of seeds)", "recovered of the log gap"]
-    head += ["soft to hard", "mask flipped", "s a step", "peak MB"]
-    head += ["KL, nats a token", *(f"{name} acc_norm" for name in asked)] if asked else []
-    table = [head, ["---"] * len(head)]
-    for way, row in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
-        if row["num_seeds"]:
-            recovered = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
-            cells = [
-                way,
-                str(row["tokens"]),
-                f"{row['perplexity']:.2f} ({row['perplexity_min']:.2f} to "
-                f"{row['perplexity_max']:.2f}, n={row['num_seeds']})",
-                recovered,
-                f"{row['soft_to_hard']:+.2%}",
-                f"{row['flipped_share']:.1%}",
-                f"{row['step_s']:.2f}",
-                f"{row['peak_memory_mb']:.0f}",
-            ]
-        else:
-            name = "dense, as given" if way == "before" else f"one-shot {way}"
-            cells = [name, "0", f"{row['perplexity']:.2f}", *[""] * 5]
-        if asked:
-            cells.append(f"{row['kl_nats_per_token']:.3f}" if "choices" in row else "")
-            for name in asked:
-                found = row.get("choices", {}).get(name)
-                cells.append(
-                    f"{found['acc_norm']:.3f} +- {found['acc_norm_stderr']:.3f}" if found else ""
-                )
-        table.append(cells)
-    text = f"{result['model']}, trained on {', '.join(result['text'])}, measured on "
-    return (
-        f"{text}{result['heldout']}.\n\n"
-        + "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-        + "\n"
-    )
-
-
-def _check_identity(out: Path, identity: Mapping[str, Any]) -> None:
+def _check_identity(out: Path, own: Mapping[str, Any], rivals: Sequence[Path]) -> None:
+    """Refuses another study's directory; writes study.json, in which rivals gather."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
+    found: dict[str, Any] = {}
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise ValueError(f"{out} holds another study ({path}); choose another --out")
+        found = json.loads(path.read_text(encoding="utf-8"))
     elif any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no study; choose another --out")
-    else:
-        path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        raise CheckpointError(f"{out} is not empty and holds no study; choose another --out")
+    known = found.get("rivals", {})
+    new = {rival.name: identity.of_directory(rival) for rival in rivals}
+    if found:
+        again = {name: files for name, files in new.items() if name in known}
+        remedy = "choose another --out or remove it"
+        identity.check(
+            {**found, "rivals": {name: known[name] for name in again}},
+            {**own, "rivals": again},
+            f"{out} holds another study",
+            remedy,
+        )
+    text = json.dumps({**own, "rivals": known | new}, indent=2) + "\n"
+    partial = path.with_name(path.name + ".writing")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
 def _read_rows(out: Path) -> list[dict[str, Any]]:
@@ -385,49 +308,3 @@ def _train(
         "peak_memory_mb": peak_memory_mb,
         "curve": record["curve"],
     }
-
-
-def _draw(path: Path, result: Mapping[str, Any]) -> None:
-    from matplotlib.figure import Figure
-
-    trained = [row for row in result["runs"] if row["seed"] is not None]
-    ways = list(dict.fromkeys(row["way"] for row in trained))
-    summary = result["summary"]
-    figure = Figure(figsize=(15, 5 + 0.3 * len(ways)), layout="constrained")
-    grid = figure.add_gridspec(2, 4, height_ratios=(4, 1 + 0.3 * len(ways)))
-    curves = figure.add_subplot(grid[0, :])
-    ends = figure.add_subplot(grid[1, 0])
-    for number, way in enumerate(ways):
-        runs = [row for row in trained if row["way"] == way]
-        style = "-" if number < 10 else "--"
-        for row in runs:
-            curves.plot(
-                [point["tokens"] for point in row["curve"]],
-                [point["perplexity"] for point in row["curve"]],
-                style,
-                color=f"C{number % 10}",
-                alpha=0.7,
-                label=way if row is runs[0] else None,
-            )
-        ends.scatter(
-            [row["perplexity"] for row in runs], [number] * len(runs), color=f"C{number % 10}"
-        )
-    for axes in (curves.axhline, ends.axvline):
-        axes(summary["before"]["perplexity"], color="grey", linewidth=1)
-        axes(summary["wanda"]["perplexity"], color="grey", linewidth=1, linestyle=":")
-    curves.set(
-        xlabel="training tokens",
-        ylabel="held-out perplexity in the model's phase",
-        yscale="log",
-        title="grey: dense as given; dotted: one-shot Wanda",
-    )
-    curves.legend(fontsize=7)
-    ends.set_yticks(range(len(ways)), ways)
-    ends.set(xlabel="perplexity of the exact N:M model,\na dot per seed")
-    for column, (key, label) in enumerate(BARS.items(), 1):
-        bars = figure.add_subplot(grid[1, column], sharey=ends)
-        colors = [f"C{number % 10}" for number in range(len(ways))]
-        bars.barh(range(len(ways)), [summary[way][key] or 0.0 for way in ways], color=colors)
-        bars.tick_params(labelleft=False)
-        bars.set(xlabel=label)
-    figure.savefig(path, dpi=120)

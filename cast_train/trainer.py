@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from cast_train import adams, distill, gates, quality
+from cast_train import adams, distill, gates, quality, resume
 from cast_train.config import TrainConfig
 from cast_train.schedules import phase_at
 
@@ -30,6 +31,7 @@ class CastTrainer(Trainer):
     """Trainer that sets the gates' phase before each pass and adds our terms to the loss.
 
     Attributes:
+        targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         teacher: the dense model that is distilled from, or None.
         figures: what the last pass's loss was made of; goes into the log beside ``loss``.
     """
@@ -39,16 +41,19 @@ class CastTrainer(Trainer):
         *,
         config: TrainConfig,
         gate_map: Mapping[str, gates.Gate],
+        targets: Mapping[str, nn.Module],
         teacher: nn.Module | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.config = config
         self.gate_map = gate_map
+        self.targets = targets
         self.teacher = teacher
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         self.add_callback(LossProgress)
+        self.add_callback(RestedGates(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -57,8 +62,6 @@ class CastTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         step = self.state.global_step
         phase = phase_at(step, self.config)
-        if phase.is_hard and step > 0 and not phase_at(step - 1, self.config).is_hard:
-            gates.come_to_rest(self.gate_map)
         gates.set_phase(self.gate_map, phase)
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         wanted = None
@@ -113,12 +116,30 @@ class CastTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = _optimizer(self.model, self.gate_map, self.config)
+            self.optimizer = _optimizer(self.model, self.gate_map, self.targets, self.config)
         return self.optimizer
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Trainer would take one step more if it goes on from the checkpoint of the last."""
+        if self.state.global_step < self.args.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer writes into the checkpoint as it goes; the mark says that all have done so."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{resume.PREFIX}{self.state.global_step}"
+            resume.mark_complete(folder, self.state.best_model_checkpoint)
 
 
 def _optimizer(
-    model: nn.Module, gate_map: Mapping[str, gates.Gate], config: TrainConfig
+    model: nn.Module,
+    gate_map: Mapping[str, gates.Gate],
+    targets: Mapping[str, nn.Module],
+    config: TrainConfig,
 ) -> torch.optim.Optimizer:
     own = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -145,8 +166,20 @@ def _optimizer(
             decay=config.decay,
             mask_every=config.mask_every,
         )
+    # As is usual, matrices decay and norms, biases and embeddings do not; nor do the scales, which
+    # would pull the weights towards 0 a second time.
+    decayed = {id(gates.stored_weight(linear)) for linear in targets.values()}
     groups = [
-        {"params": weights, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {
+            "params": [w for w in weights if id(w) in decayed],
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [w for w in weights if id(w) not in decayed],
+            "lr": config.learning_rate,
+            "weight_decay": 0.0,
+        },
         {"params": gate_parameters, "lr": config.gate_learning_rate, "weight_decay": 0.0},
     ]
     # fused: one pass over memory; the plain one makes ten
@@ -184,6 +217,20 @@ class Watch(TrainerCallback):
                     **dataclasses.asdict(gates.statistics(trainer.gate_map, phase, self.start)),
                 }
             )
+
+
+class RestedGates(TrainerCallback):
+    """Gates that came to rest before the checkpoint that is gone on from keep its logits.
+
+    Else a gate that computes its logits would do so anew, from weights that have moved since.
+    """
+
+    def __init__(self, trainer: CastTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
+            gates.stay_at_rest(self.trainer.gate_map)
 
 
 class LossProgress(ProgressCallback):

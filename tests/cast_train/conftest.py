@@ -89,6 +89,30 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def untrained_perplexity(model_dir: Path, text_file: Path) -> float:
+    """Of the dense model on the text's first 128 tokens, context 32: about 256, of 256 tokens.
+
+    Runs measure on the same if they have the settings above and the text as `heldout_file`.
+    """
+    return _perplexity(model_dir, text_file)
+
+
+@pytest.fixture(scope="session")
+def untrained_llama_perplexity(llama_dir: Path, text_file: Path) -> float:
+    """As `untrained_perplexity`."""
+    return _perplexity(llama_dir, text_file)
+
+
+def _perplexity(model_dir: Path, text_file: Path) -> float:
+    from cast_train import checkpoint, quality
+    from cast_train.text import read_texts, to_blocks, tokenize
+
+    tokens = tokenize(read_texts([text_file]), checkpoint.load_tokenizer(model_dir), 128)
+    model = checkpoint.load_dense(model_dir, torch.float32)
+    return quality.perplexity(model, to_blocks(tokens, 32)).perplexity
+
+
 @pytest.fixture
 def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`train`, interrupted in a step, as by Ctrl-C."""
@@ -109,3 +133,19 @@ def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 train(*arguments)
 
     return interrupted
+
+
+@pytest.fixture
+def begun_at(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The names of the checkpoints that this test's runs went on from; None where one started."""
+    from cast_train.trainer import CastTrainer
+
+    found: list[str | None] = []
+    begin = CastTrainer.train
+
+    def remember(self: CastTrainer, resume_from_checkpoint: str | None) -> object:
+        found.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return begin(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(CastTrainer, "train", remember)
+    return found

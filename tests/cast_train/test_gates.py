@@ -76,6 +76,27 @@ def test_the_mask_follows_logits_that_moved(model):
     assert torch.equal(gate.mask(), 1 - before), name
 
 
+@pytest.mark.parametrize("settings", [{"method": "ste"}, {"selector": "generator"}], ids=str)
+def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
+    """The logits of such a gate are only what it came to rest with: not zeros, not the start's."""
+    targets, _ = find_targets(model, TWO_FOUR)
+    gate_map = gates.attach(targets, TWO_FOUR, oneshot.magnitude_scores(targets), **settings)
+    if "selector" in settings:
+        next(iter(gate_map.values())).generator.outer.weight.data.normal_()
+    computed = {name: gate.rows().detach().clone() for name, gate in gate_map.items()}
+    gates.set_phase(gate_map, HARD)
+    for name, gate in gate_map.items():
+        assert torch.equal(gate.rows(), computed[name])
+        mask = gate.mask().t() if gate.is_transposed else gate.mask()
+        assert torch.equal(mask.bool(), hard_mask(computed[name])), name
+        assert not torch.equal(mask.bool(), hard_mask(torch.zeros(mask.shape))), name
+    for linear in targets.values():
+        linear.parametrizations.weight.original.data.normal_()
+    gates.set_phase(gate_map, SOFT)
+    gates.set_phase(gate_map, HARD)
+    assert all(torch.equal(gate.rows(), computed[name]) for name, gate in gate_map.items())
+
+
 def test_detach_gives_back_the_weights_and_the_logits(model, model_dir):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     targets, gate_map = attached(model)

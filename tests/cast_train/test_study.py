@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from cast_train import study
+from cast_train import report, study
 
 ROWS = [
     {"way": "magnitude", "seed": None, "perplexity": 80.0},
@@ -33,7 +34,7 @@ ROWS = [
 
 
 def test_the_summary_by_hand():
-    found = study.summarise(ROWS)
+    found = report.summarise(ROWS)
     assert found["wanda"] == {"perplexity": 40.0, "num_seeds": 0}
     ste = found["ste"]
     assert (ste["perplexity"], ste["perplexity_min"], ste["perplexity_max"]) == (20.0, 19.0, 21.0)
@@ -43,8 +44,8 @@ def test_the_summary_by_hand():
 
 
 def test_the_table_is_sorted_by_perplexity():
-    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": study.summarise(ROWS)}
-    lines = study.table_of(result).splitlines()[4:]
+    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": report.summarise(ROWS)}
+    lines = report.table_of(result).splitlines()[4:]
     names = [line.split("|")[1].strip() for line in lines]
     assert names == ["dense, as given", "ste", "one-shot wanda", "one-shot magnitude"]
     assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 101" in lines[1]
@@ -106,6 +107,100 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     assert study.run(*arguments, **more) == result
     with pytest.raises(ValueError, match="holds another study"):
         study.run(*arguments[:4], settings | {"steps": 5}, **more)
+
+
+@pytest.fixture
+def inputs(llama_dir, text_file, tmp_path):
+    """A study's inputs in a folder of their own, to be changed, as `study.run` takes them."""
+    folder = tmp_path / "inputs"
+    for name in ("model", "rival"):
+        shutil.copytree(llama_dir, folder / name)
+    for name in ("train.txt", "heldout.txt"):
+        shutil.copy(text_file, folder / name)
+    questions = folder / "sums.jsonl"
+    questions.write_text('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
+    return {
+        "model": folder / "model",
+        "text_files": [folder / "train.txt"],
+        "heldout": folder / "heldout.txt",
+        "choices": [questions],
+        "rivals": [folder / "rival"],
+    }
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Directories that a study measures; nothing is run for it."""
+    found = []
+
+    def call(command, *arguments):
+        if command == "oneshot":
+            Path(arguments[-1]).mkdir(parents=True)
+            return {}, 1.0, 1.0
+        found.append(arguments[0].name)
+        accuracy = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5)
+        return {"perplexity": 9.0, "kl_nats_per_token": 0.0, "sums": accuracy}, 1.0, 1.0
+
+    monkeypatch.setattr(study, "_call", call)
+    return found
+
+
+def damage(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+CHANGES = {
+    "model": (lambda of: damage(of["model"]), "sha256.model.model.safetensors is"),
+    "text": (lambda of: of["text_files"][0].write_text("other\n"), r"sha256.text\[0\] is"),
+    "heldout": (lambda of: of["heldout"].write_text("other\n"), "sha256.heldout is"),
+    "choices": (
+        lambda of: of["choices"][0].write_text(of["choices"][0].read_text() * 2),
+        r"sha256.choices\[0\].sha256 is",
+    ),
+    "rival": (lambda of: damage(of["rivals"][0]), "rivals.rival.model.safetensors is"),
+}
+
+
+no_curves = pytest.mark.filterwarnings("ignore:No artists with labels found to put in legend")
+
+
+@no_curves
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_study_of_other_files_by_the_same_names_is_refused(change, inputs, measured, tmp_path):
+    alter, message = CHANGES[change]
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    first = study.run(**inputs, **common)
+    assert measured == ["model", "pruned", "pruned", "pruned", "rival"]
+    assert study.run(**inputs, **common) == first
+    alter(inputs)
+    with pytest.raises(ValueError, match=f"holds another study .*{message}.*; choose another"):
+        study.run(**inputs, **common)
+    assert len(measured) == 5
+
+
+@no_curves
+def test_a_study_takes_more_rivals_and_remembers_those_it_had(inputs, measured, tmp_path):
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    study.run(**inputs, **common)
+    more = inputs["model"].with_name("more")
+    shutil.copytree(inputs["model"], more)
+    study.run(**inputs | {"rivals": [more]}, **common)
+    assert measured[5:] == ["more"]
+    damage(inputs["rivals"][0])
+    with pytest.raises(ValueError, match="holds another study .*rivals.rival"):
+        study.run(**inputs, **common)
+
+
+@no_curves
+def test_a_study_of_an_earlier_release_says_what_it_lacks(inputs, measured, tmp_path):
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    study.run(**inputs, **common)
+    path = tmp_path / "study" / "study.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="holds another study .sha256 is missing.*; choose"):
+        study.run(**inputs, **common)
 
 
 def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):

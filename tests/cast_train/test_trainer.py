@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cast_serve.nm import TWO_FOUR, CheckpointError
-from cast_train import checkpoint, run
+from cast_serve.nm import TWO_FOUR, CheckpointError, hard_mask
+from cast_train import checkpoint, gates, run
 from cast_train.config import TrainConfig
 from cast_train.run import train
 from cast_train.trainer import CastTrainer, DivergedError
@@ -18,21 +18,23 @@ def config(settings_file):
     return TrainConfig.from_toml(settings_file, steps=10)
 
 
-def test_a_run_learns_and_writes_a_gated_checkpoint(model_dir, text_file, config, tmp_path):
+def test_a_run_learns_and_writes_a_gated_checkpoint(
+    model_dir, text_file, config, tmp_path, untrained_perplexity
+):
     config = dataclasses.replace(config, steps=40, checkpoint_every=40)
-    record = train(model_dir, [text_file], tmp_path / "out", config)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
     assert checkpoint.verify(tmp_path / "out") == record
     assert (record["kind"], record["n"], record["m"]) == ("gated", TWO_FOUR.n, TWO_FOUR.m)
     assert TrainConfig.from_dict(record["config"]) == config
     assert record["tokens_seen"] == 40 * 4 * 32
     quality = record["quality"]
-    assert quality["perplexity_hard"] < 200  # 256 tokens, so about 256 before training
+    assert quality["perplexity_hard"] < 0.8 * untrained_perplexity
     assert quality["perplexity_soft"] == pytest.approx(quality["perplexity_hard"], rel=5e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    llama_dir, text_file, config, tmp_path, monkeypatch, train_until
+    llama_dir, text_file, config, tmp_path, train_until, begun_at
 ):
     train(llama_dir, [text_file], tmp_path / "whole", config)
 
@@ -45,19 +47,64 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     with pytest.raises(CheckpointError, match="steps is 10, not 11"):
         train(llama_dir, [text_file], tmp_path / "out", other, is_resume=True)
 
-    begun_at = []
-    begin = CastTrainer.train
-
-    def remember(self, resume_from_checkpoint):
-        begun_at.append(resume_from_checkpoint)
-        return begin(self, resume_from_checkpoint=resume_from_checkpoint)
-
-    monkeypatch.setattr(CastTrainer, "train", remember)
     train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
-    assert begun_at == [str(tmp_path / "out.partial" / "checkpoint-4")]
+    assert begun_at == [None, None, "checkpoint-4"]
     whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+HARD_AT_ONCE = {"hard_fraction": 0.0, "tau_end_fraction": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 2, **HARD_AT_ONCE}], ids=str)
+@pytest.mark.parametrize("way", [{"method": "ste"}, {"selector": "generator"}], ids=str)
+def test_a_mask_that_is_exact_from_the_first_step_is_the_starts(
+    way, settings, model_dir, text_file, config, tmp_path
+):
+    """By magnitude; ties, as of logits that nobody has written, would keep columns 0 and 1."""
+    config = dataclasses.replace(config, start="magnitude", learning_rate=1e-5, **settings, **way)
+    record = train(model_dir, [text_file], tmp_path / "out", config)
+    assert record["gates"]["flipped_share"] == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    dense = checkpoint.load_dense(model_dir, torch.float32)
+    for name in record["targets"]:
+        linear = dense.get_submodule(name)
+        weight, gate = linear.weight.detach(), written[f"{name}.gate"]
+        if gates.is_transposed(linear):
+            weight, gate = weight.t(), gate.t()
+        assert torch.equal(hard_mask(gate), hard_mask(weight.abs())), name
+
+
+@pytest.mark.parametrize(
+    "way", [{"method": "dense"}, {"start": "ones", "scale_parts": 2}, {"method": "ste"}], ids=str
+)
+def test_weight_decay_is_of_the_targets_weights_only(way, model_dir, text_file, config, tmp_path):
+    """One step with and one without: what differs is rate * decay of the targets' weights."""
+    rate, decay = 1e-3, 100.0
+    changes = {"steps": 1, "learning_rate": rate, "warmup_fraction": 0.0, "train_embeddings": True}
+    results = []
+    for weight_decay in (0.0, decay):
+        changed = dataclasses.replace(config, **changes, weight_decay=weight_decay, **way)
+        record = train(model_dir, [text_file], tmp_path / str(weight_decay), changed)
+        results.append(load_file(tmp_path / str(weight_decay) / "model.safetensors"))
+    plain, decayed = results
+    differ = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert differ == {f"{name}.weight" for name in record["targets"]}
+    before = checkpoint.load_dense(model_dir, torch.float32).state_dict()
+    for name in differ:
+        torch.testing.assert_close(
+            (plain[name].float() - decayed[name].float()),
+            rate * decay * before[name],
+            rtol=0.05,
+            atol=5e-4,  # both are stored in bf16
+        )
+
+
+def test_adams_says_that_it_has_a_decay_of_its_own(llama_dir, text_file, config, tmp_path, caplog):
+    config = dataclasses.replace(config, method="adams", learning_rate=0.02, weight_decay=0.1)
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    assert "weight_decay 0.1 is not applied" in caplog.text
 
 
 def test_a_finished_run_is_not_run_again(llama_dir, text_file, config, tmp_path, monkeypatch):
