@@ -5,6 +5,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
+from cast_serve.convert import convert
+from cast_train.config import TrainConfig
+from cast_train.run import train
+
 SCRIPT = Path(__file__).parent.parent.parent / "scripts/train-and-convert"
 
 
@@ -32,6 +38,43 @@ def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings
     shutil.rmtree(out)
     assert json.loads(call(*words).stdout) == summary
     assert (tmp_path / "sparse.gated/cast.json").stat().st_mtime_ns == trained
+
+
+def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings_file, tmp_path):
+    model, out, gated = tmp_path / "model", tmp_path / "sparse", tmp_path / "sparse.gated"
+    shutil.copytree(llama_dir, model)
+    words = ("--model", model, "--text", text_file, "--out", out, "--config", settings_file)
+    train(model, [text_file], gated, TrainConfig.from_toml(settings_file))
+    convert(gated, out)
+
+    # OUT.gated was trained anew since.
+    cast = json.loads((out / "cast.json").read_text())
+    (out / "cast.json").write_text(json.dumps(cast | {"converted_from": {"model.safetensors": ""}}))
+    other = call(*words)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "was not converted from what" in other.stderr
+    (out / "cast.json").write_text(json.dumps(cast))
+
+    # Without OUT.gated OUT's own record is compared; nothing is trained again.
+    gated.rename(tmp_path / "aside")
+    again = call(*words)
+    assert json.loads(again.stdout)["kind"] == "compressed"
+    assert not gated.exists()
+
+    # Weights trained anew under the same name: neither OUT nor OUT.gated is of them.
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    stale = [call(*words)]
+    shutil.rmtree(out)
+    (tmp_path / "aside").rename(gated)
+    stale.append(call(*words))
+    for done in stale:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is another run (source.model_sha256.model.safetensors is" in done.stderr
+        assert "choose another --out or remove it" in done.stderr
+    assert not out.exists()
 
 
 def test_wrong_use(llama_dir, text_file, tmp_path):
