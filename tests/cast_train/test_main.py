@@ -1,11 +1,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from cast_train import quality
 from cast_train.__main__ import app, repeat_text_flag
+from cast_train.checkpoint import load_dense, load_tokenizer
+from cast_train.text import read_texts, to_blocks, tokenize
 
 
 @pytest.fixture
@@ -43,10 +47,15 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
         cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
     )
     assert pruned["num_targets"] == 14
-    for folder, kind in ((llama_dir, "dense"), ("pruned", "pruned")):
+    blocks = to_blocks(tokenize(read_texts([text_file]), load_tokenizer(llama_dir)), 32)
+    measured = []
+    for folder, kind in ((llama_dir, "dense"), (Path("pruned"), "pruned")):
         found = last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))
         assert found["kind"] == kind
-        assert 1 < found["perplexity"] < 1000
+        expected = quality.perplexity(load_dense(folder, quality.arithmetic()), blocks).perplexity
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
+        measured.append(expected)
+    assert abs(measured[1] / measured[0] - 1) > 1e-3  # so that one cannot pass for the other
 
 
 def test_permute_then_measure(cast_train, llama_dir, text_file):

@@ -12,17 +12,23 @@ from cast_train.config import TrainConfig
 from cast_train.run import train
 from cast_train.text import read_texts, to_blocks, tokenize
 
+# Of 20 steps the gates learn in 8, warm: as many as they need to move the mask.
+LEARNS = {"tau_start": 0.5, "tau_end_fraction": 0.3, "hard_fraction": 0.4}
+LEARNS |= {"gate_learning_rate": 0.1}
 WAYS = [
     {"selector": "soft_topk", "start": "ones", "blend_end_fraction": 0.05, "hard_fraction": 0.4},
-    {"start": "wanda"},
-    {"selector": "gumbel"},
+    {"start": "wanda", **LEARNS},
+    {"selector": "gumbel", **LEARNS},
     {"selector": "penalty", "gate_learning_rate": 0.3, "hard_fraction": 0.4},
-    {"selector": "generator"},
-    {"method": "ste"},
-    {"method": "ste", "start": "magnitude", "scale_parts": 2},
+    {"selector": "generator", **LEARNS},
+    {"method": "ste", "hard_fraction": 0.4},
+    {"method": "ste", "hard_fraction": 0.4, "start": "magnitude", "scale_parts": 2},
     {"method": "adams", "learning_rate": 0.01, "scale_parts": 2},
     {"distillation_weight": 0.5, "accumulation": 2, "is_checkpointed": True},
 ]
+# Of the dense model's perplexity before training. Every way ends at 0.71 to 0.84 of it, with
+# learning rates of 0 at 0.99 to 1.01, and with weights that stay while gates learn at 0.90 to 1.01.
+LEARNT = 0.88
 
 
 def config_of(settings_file, **settings):
@@ -30,15 +36,17 @@ def config_of(settings_file, **settings):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(str(v) for v in way.values()))
-def test_from_dense_to_compressed(way, model_dir, text_file, settings_file, tmp_path):
+def test_from_dense_to_compressed(
+    way, model_dir, text_file, settings_file, tmp_path, untrained_perplexity
+):
     config = config_of(settings_file, **way)
-    record = train(model_dir, [text_file], tmp_path / "gated", config)
+    record = train(model_dir, [text_file], tmp_path / "gated", config, heldout_file=text_file)
     found = record["quality"]
-    assert found["perplexity_hard"] < 250  # 256 tokens, so about 256 before training
+    assert found["perplexity_hard"] < LEARNT * untrained_perplexity
     if config.method != "adams" and config.selector != "penalty":  # both prune at the border
         assert found["perplexity_soft"] == pytest.approx(found["perplexity_hard"], rel=1e-2)
-    if config.selector == "soft_topk" and config.start == "ones":
-        assert record["gates"]["flipped_share"] > 0  # equal logits keep the first two columns
+    if "hard_fraction" in way or config.method == "adams":
+        assert record["gates"]["flipped_share"] > 0  # what ranks the weights has moved
 
     convert(tmp_path / "gated", tmp_path / "compressed")  # refuses what is not exactly 2:4
     model, gate_map, last = checkpoint.load_gated(tmp_path / "gated", torch.float32)
@@ -70,22 +78,27 @@ def test_other_patterns_train_and_evaluate(sparsity, llama_dir, text_file, setti
         assert (kept == pattern.n).all()
 
 
-def test_the_dense_method_is_plain_fine_tuning(llama_dir, text_file, settings_file, tmp_path):
+def test_the_dense_method_is_plain_fine_tuning(
+    llama_dir, text_file, settings_file, tmp_path, untrained_llama_perplexity
+):
     config = config_of(settings_file, method="dense")
-    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    record = train(llama_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
     assert record["kind"] == checkpoint.kind_of(tmp_path / "out") == "dense"
-    assert record["quality"]["perplexity_soft"] == record["quality"]["perplexity_hard"] < 250
+    found = record["quality"]
+    assert found["perplexity_soft"] == found["perplexity_hard"]
+    assert found["perplexity_hard"] < LEARNT * untrained_llama_perplexity
 
 
 @pytest.mark.parametrize("method", ["adams", "ste"])
 def test_a_resumed_run_of_another_method_is_the_same(
-    method, llama_dir, text_file, settings_file, tmp_path, train_until
+    method, llama_dir, text_file, settings_file, tmp_path, train_until, begun_at
 ):
     rate = 0.01 if method == "adams" else 3e-3
     config = config_of(settings_file, method=method, learning_rate=rate, scale_parts=2)
     train(llama_dir, [text_file], tmp_path / "whole", config)
     train_until(14, llama_dir, [text_file], tmp_path / "out", config)
     train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    assert begun_at == [None, None, "checkpoint-12"]  # from the start it would end the same
     whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from cast_train import checkpoint
 from cast_train.config import TrainConfig
 from cast_train.run import train
 
-STOP_AT_6 = """
+# `cast-train`, that ends in a step after the first checkpoint, or if it begins before it.
+STOP_IF = """
 import sys
 from cast_train.__main__ import main
 from cast_train.trainer import CastTrainer
@@ -22,7 +24,7 @@ from cast_train.trainer import CastTrainer
 compute_loss = CastTrainer.compute_loss
 
 def stop(self, *args, **kwargs):
-    if self.state.global_step == 6:
+    if self.state.global_step {condition}:
         sys.exit("stopped")
     return compute_loss(self, *args, **kwargs)
 
@@ -87,13 +89,17 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     config = TrainConfig.from_toml(settings_file, steps=10, is_sharded=True)
     whole = in_two_processes(config, tmp_path / "whole", llama_dir, text_file)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    (tmp_path / "stop.py").write_text(STOP_AT_6)
+    (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
     arguments = (config, tmp_path / "out", llama_dir, text_file)
     stopped = in_two_processes(*arguments, program=[str(tmp_path / "stop.py")])
     assert stopped.returncode != 0
-    assert (tmp_path / "out.partial" / "checkpoint-4").is_dir()
     assert not (tmp_path / "out").exists()
-    resumed = in_two_processes(*arguments, "--resume")
+    written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
+    shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
+    for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
+        (half / file).unlink(missing_ok=True)
+    (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
+    resumed = in_two_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert first.keys() == second.keys()
