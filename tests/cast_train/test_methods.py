@@ -64,15 +64,18 @@ def test_from_dense_to_compressed(
 
 
 @pytest.mark.parametrize("sparsity", ["1:4", "4:8", "8:16"])
-def test_other_patterns_train_and_evaluate(sparsity, llama_dir, text_file, settings_file, tmp_path):
+def test_other_patterns_train_and_evaluate(
+    sparsity, llama_dir, text_file, settings_file, tmp_path, untrained_llama_perplexity
+):
     config = config_of(settings_file, sparsity=sparsity, start="magnitude")
-    record = train(llama_dir, [text_file], tmp_path / "gated", config)
+    record = train(llama_dir, [text_file], tmp_path / "gated", config, heldout_file=text_file)
     pattern = Pattern.parse(sparsity)
     assert (record["n"], record["m"]) == (pattern.n, pattern.m)
     model, gate_map, last = checkpoint.load_gated(tmp_path / "gated", torch.float32)
     tokens = tokenize(read_texts([text_file]), checkpoint.load_tokenizer(llama_dir))
     soft, hard = quality.soft_and_hard(model, gate_map, last, to_blocks(tokens, 32)[:4])
     assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-2)
+    assert hard.perplexity < LEARNT * untrained_llama_perplexity
     for gate in gate_map.values():
         kept = gate.mask().unflatten(-1, (-1, pattern.m)).sum(-1)
         assert (kept == pattern.n).all()
