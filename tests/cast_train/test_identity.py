@@ -57,7 +57,10 @@ CHANGES = {
     "text": (lambda of: of["text_files"][1].write_text("other\n" * 999), r"text\[1\].sha256 is"),
     "order": (lambda of: of["text_files"].reverse(), r"text\[0\].name is 'a.txt', not 'b.txt'"),
     "heldout": (lambda of: of["heldout_file"].write_text("other\n" * 999), "heldout.sha256 is"),
-    "role": (lambda of: of["text_files"].append(of.pop("heldout_file")), "text is .*heldout is only there"),
+    "role": (
+        lambda of: of["text_files"].append(of.pop("heldout_file")),
+        "text is .*heldout is only there",
+    ),
 }
 
 
