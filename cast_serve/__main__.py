@@ -80,6 +80,12 @@ def worker(
 
 
 Variants = Annotated[list[str], typer.Option("--variant", help="NAME=DIR or NAME=URL; repeat.")]
+GatewayPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="TCP port; default: CAST_PORT, else 8000.")
+]
+GatewayHost = Annotated[
+    str | None, typer.Option(help="Address to listen on; default: CAST_HOST, else 127.0.0.1.")
+]
 Split = Annotated[
     str | None, typer.Option(help="NAME=dense:9,sparse:1: a model name answered by weights.")
 ]
@@ -92,8 +98,8 @@ Fallback = Annotated[
 def up(
     context: typer.Context,
     variant: Variants,
-    port: Port = 8000,
-    host: Host = "127.0.0.1",
+    port: GatewayPort = None,
+    host: GatewayHost = None,
     split: Split = None,
     fallback: Fallback = None,
 ) -> None:
@@ -114,8 +120,8 @@ def up(
 @app.command()
 def gateway(
     variant: Variants,
-    port: Port = 8000,
-    host: Host = "127.0.0.1",
+    port: GatewayPort = None,
+    host: GatewayHost = None,
     split: Split = None,
     fallback: Fallback = None,
 ) -> None:
@@ -129,7 +135,11 @@ def gateway(
 
 
 def _serve(
-    variants: "list[Variant]", host: str, port: int, split: str | None, fallback: str | None
+    variants: "list[Variant]",
+    host: str | None,
+    port: int | None,
+    split: str | None,
+    fallback: str | None,
 ) -> None:
     import logging
 
@@ -144,11 +154,14 @@ def _serve(
         settings = GatewaySettings(**{key: flag for key, flag in flags.items() if flag is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()) from None
-    _check_port_is_free(host, port)
+        name = "_".join(map(str, first["loc"]))
+        where = f"CAST_{name.upper()}, or --{name}, is {first['input']!r}: " if name else ""
+        raise ValueError(f"{where}{first['msg']}") from None
+    _check_port_is_free(settings.host, settings.port)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    _say(f"gateway: http://{host}:{port}, metrics at /metrics; Ctrl-C stops everything")
+    url = f"http://{settings.host}:{settings.port}"
+    _say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")
     uvloop.run(serve(variants, settings))
     print(json.dumps({"stopped": [variant.name for variant in variants]}))
 

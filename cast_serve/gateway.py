@@ -1,6 +1,6 @@
 """Variants + settings -> the gateway: an OpenAI-compatible HTTP application and its life.
 
-    client -> RequestLog -> KeyCheck -> route -> Proxy -> vLLM workers
+    client -> RequestLog -> HeadLimit -> KeyCheck -> route -> Proxy -> vLLM workers
 
 Routes are here, what happens to a request is in proxy.py, the workers' life in variants.py.
 """
@@ -10,6 +10,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -17,12 +18,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from cast_serve import dashboard, openapi, requests, shadow, tracing
+from cast_serve import dashboard, openapi, tracing
 from cast_serve import variants as workers
-from cast_serve.errors import APIError, unavailable
+from cast_serve.bounded_head import BoundedHead, HeadLimit
+from cast_serve.errors import APIError
 from cast_serve.keys import KeyCheck, load_keys
 from cast_serve.metrics import CONTENT_TYPE
-from cast_serve.proxy import PROXIED, Proxy
+from cast_serve.proxy import COMPARE, PROXIED, Proxy
 from cast_serve.request_log import RequestLog
 from cast_serve.settings import GatewaySettings
 from cast_serve.variants import Replica, Variant, VariantError
@@ -48,16 +50,15 @@ class Gateway:
         return answered and not self.is_draining
 
     async def watch(self, on_failure: Callable[[], None]) -> None:
-        """Follows the workers; calls on_failure if one cannot be brought up."""
+        """Follows the workers; calls on_failure if one cannot be brought up, or this ends."""
         num_restarts: dict[Replica, int] = {}
 
         def note(replica: Replica) -> None:
             name = replica.variant
-            self.proxy.metrics.variant_up.labels(name).set(self.proxy.variants[name].is_up)
+            self.proxy.note_state(name)
             new = replica.num_restarts - num_restarts.get(replica, 0)
             self.proxy.metrics.restarts.labels(name).inc(new)
             num_restarts[replica] = replica.num_restarts
-            self.proxy.admissions[name].admit()
             self.has_started = self.has_started or all(v.is_up for v in self.variants)
 
         try:
@@ -71,22 +72,10 @@ class Gateway:
             )
         except VariantError as failure:
             self.failure = failure
-            on_failure()
-
-    async def compare(self, request: Request) -> JSONResponse:
-        """One prompt on every variant, one after the other."""
-        body = requests.parse("/v1/compare", await self.proxy.read(request))
-        for variant in self.variants:
-            if not variant.is_up:
-                raise unavailable(variant.name)
-        baseline = self.proxy.comparison.baseline
-        found = await shadow.compare(
-            body.model_dump(exclude_none=True),
-            sorted(self.proxy.variants, key=lambda name: name != baseline),
-            self.proxy.complete,
-            self.proxy.complete,
-        )
-        return JSONResponse(found)
+        except Exception as error:  # unwatched, a dead worker would stay up and never come back
+            logger.exception("gateway: watching the workers failed")
+            self.failure = VariantError(f"the watch over the workers failed: {error!r}")
+        on_failure()
 
 
 def create_app(
@@ -112,25 +101,36 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            workers.start(variants)
+            try:
+                workers.start(variants)
+            except OSError as error:  # no memory for a process, no room for its log
+                gateway.failure = VariantError(f"the workers could not be started: {error}")
+                raise gateway.failure from error
             watching = asyncio.create_task(gateway.watch(on_failure))
             yield
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
         finally:
-            await proxy.shadow.close()
             await asyncio.to_thread(workers.stop, variants)
-            await proxy.client.aclose()
+            await proxy.close()
+            if gateway.failure is None:  # else the logs say why
+                workers.remove_logs(variants)
 
-    app = FastAPI(title="cast-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="cast-serve",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would go where the Host header says
+    )
     app.state.gateway = gateway
     models = [*proxy.variants, *proxy.split]
     app.openapi = lambda: openapi.describe(app, models)  # type: ignore[method-assign]
 
     for path in PROXIED:
         app.add_api_route(path, proxy.answer, methods=["POST"])
-    app.add_api_route("/v1/compare", gateway.compare, methods=["POST"])
+    app.add_api_route(COMPARE, proxy.compare, methods=["POST"])
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
 
     @app.get("/v1/comparison")
@@ -187,6 +187,7 @@ def create_app(
         return JSONResponse(described.body, 500)
 
     app.add_middleware(KeyCheck, digests=digests)
+    app.add_middleware(HeadLimit, max_bytes=settings.max_header_bytes)
     if tracing.set_up():
         app.add_middleware(tracing.Spans)
     app.add_middleware(RequestLog)  # the last added is the outermost
@@ -196,9 +197,10 @@ def create_app(
 async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     """Runs the gateway until SIGTERM or Ctrl-C, then lets running requests finish.
 
+    What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
+
     Raises:
-        VariantError: if a local worker could not be brought up.
-        RuntimeError: if requests were cut off because the grace was over.
+        VariantError: if a local worker could not be brought up, or the watch over them failed.
     """
 
     class Server(uvicorn.Server):
@@ -223,7 +225,8 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
             app,
             host=settings.host,
             port=settings.port,
-            http="h11",  # the one that bounds the head of a request
+            http=partial(BoundedHead, timeout_s=settings.body_timeout_s),  # type: ignore[arg-type]
+            ws="none",
             h11_max_incomplete_event_size=settings.max_header_bytes,
             limit_concurrency=settings.max_connections,
             log_level="warning",

@@ -28,9 +28,15 @@ def load_keys(text: str, file: Path | None) -> list[bytes]:
         file: the same, one a line; empty lines and lines that begin with # are passed over.
 
     Raises:
-        ValueError: if the file cannot be read or holds no key, or a digest is none.
+        ValueError: if the file cannot be read, the text or the file is given and holds no key, or
+            a digest is none.
     """
     keys = [key.strip() for key in text.split(",")]
+    if text and not any(keys):
+        raise ValueError(
+            f"CAST_API_KEYS is {text!r}, which holds no API key and would leave the gateway open; "
+            "name a key, or unset the variable to leave it open"
+        )
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,7 @@ Ours are named cast_*; the workers' keep their names and get the labels ``varian
 (its place in the variant's list, from 0), so that one scrape of the gateway sees everything.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +16,8 @@ from cast_serve.admission import Admission
 from cast_serve.comparison import Comparison
 from cast_serve.latency import RequestTiming
 from cast_serve.shadow import Shadow
+
+logger = logging.getLogger(__name__)
 
 BUCKETS_S = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1),
@@ -103,10 +106,22 @@ class Metrics:
         """The exposition of our metrics and the workers'.
 
         Args:
-            workers: variant, replica and exposition text of each worker that answers.
+            workers: variant, replica and exposition text of each worker that answers. One whose
+                text cannot be parsed is left out.
         """
+        parsed = []
+        for variant, replica, text in workers:
+            try:
+                parsed.append((variant, replica, list(text_string_to_metric_families(text))))
+            except Exception as error:  # the parser raises whatever foreign text makes it raise
+                logger.warning(
+                    "%s, replica %s: left out, since its /metrics cannot be parsed: %.200s",
+                    variant,
+                    replica,
+                    error,
+                )
         merged = CollectorRegistry()
-        merged.register(_Relabelled(workers))
+        merged.register(_Relabelled(parsed))
         return generate_latest(self.registry) + generate_latest(merged)
 
 
@@ -166,13 +181,13 @@ class _Shadows(Collector):
 
 
 class _Relabelled(Collector):
-    def __init__(self, workers: Sequence[tuple[str, str, str]]) -> None:
+    def __init__(self, workers: Sequence[tuple[str, str, Sequence[Metric]]]) -> None:
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        for variant, replica, text in self._workers:
-            for family in text_string_to_metric_families(text):
+        for variant, replica, found in self._workers:
+            for family in found:
                 if family.name.startswith(HIDDEN_PREFIXES):
                     continue
                 merged = families.setdefault(

@@ -30,6 +30,7 @@ FAILURES = {
     "404": "the model does not exist",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
+    "431": "the head is too large",
     "429": "the queue is full; try again after Retry-After seconds",
     "500": "the gateway failed; its log has the cause",
     "503": "the variant does not answer; try again after Retry-After seconds",

@@ -5,8 +5,9 @@ token long, and read from the engine's own counters where the canary had to wait
 """
 
 import asyncio
+import enum
 import time
-from contextlib import suppress
+from dataclasses import dataclass
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +25,33 @@ PROGRESS = (
 )
 
 
+class Canary(enum.Enum):
+    """What became of a request for one token.
+
+    ANSWERED also means a refusal by status 4xx: the server is at work. REFUSED is a status 5xx or a
+    failed connection, SILENT is no answer in time: the engine hangs, or is busy.
+    """
+
+    ANSWERED = enum.auto()
+    REFUSED = enum.auto()
+    SILENT = enum.auto()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server says of itself; each None where it does not say.
+
+    Attributes:
+        max_model_len: tokens of prompt and answer together.
+        vocabulary_size: token ids lie below it.
+        step_s: seconds of one full engine step, measured by `cast-serve worker` at its start.
+    """
+
+    max_model_len: int | None = None
+    vocabulary_size: int | None = None
+    step_s: float | None = None
+
+
 async def is_healthy(client: httpx.AsyncClient, url: str) -> bool:
     try:
         response = await client.get(f"{url}/health", timeout=HEALTH_TIMEOUT_S)
@@ -32,49 +60,54 @@ async def is_healthy(client: httpx.AsyncClient, url: str) -> bool:
     return response.status_code == 200
 
 
-async def read_limits(
-    client: httpx.AsyncClient, url: str, model: str
-) -> tuple[int | None, int | None] | None:
-    """Tokens that a sequence can have, and the size of the vocabulary.
-
-    Returns:
-        Each None where the server does not say; None for both if it does not answer.
-    """
+async def read_limits(client: httpx.AsyncClient, url: str, model: str) -> Limits | None:
+    """Asks a server for its limits; None if it does not answer."""
     try:
         models = await client.get(f"{url}/v1/models", timeout=HEALTH_TIMEOUT_S)
         metrics = await client.get(f"{url}/metrics", timeout=HEALTH_TIMEOUT_S)
     except httpx.HTTPError:
         return None
-    max_model_len = None
-    with suppress(ValueError, KeyError, TypeError):  # a server that is not vLLM's
+    sums = _sums(metrics)
+    vocabulary_size = sums.get("cast_worker_vocabulary_size")
+    return Limits(
+        max_model_len=_max_model_len(models, model),
+        vocabulary_size=None if vocabulary_size is None else int(vocabulary_size),
+        step_s=sums.get("cast_worker_step_seconds"),
+    )
+
+
+def _max_model_len(models: httpx.Response, model: str) -> int | None:
+    try:
         cards = {card["id"]: card for card in models.json()["data"]}
-        max_model_len = cards[model]["max_model_len"]
-    vocabulary_size = _sums(metrics).get("cast_worker_vocabulary_size")
-    return max_model_len, None if vocabulary_size is None else int(vocabulary_size)
+        found = cards[model]["max_model_len"]
+    except (ValueError, KeyError, TypeError):  # a server that is not vLLM's
+        return None
+    return found if isinstance(found, int) else None
 
 
 async def makes_progress(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> bool:
     """Whether a canary is answered within the time-out, or else anything moved meanwhile."""
     begun_s = time.monotonic()
-    before, is_answered = await asyncio.gather(
-        _progress(client, url), _answers_canary(client, url, model, timeout_s)
+    before, canary = await asyncio.gather(
+        _progress(client, url), send_canary(client, url, model, timeout_s)
     )
-    if is_answered:
+    if canary is Canary.ANSWERED:
         return True
     await asyncio.sleep(begun_s + timeout_s - time.monotonic())  # a refusal comes at once
     after = await _progress(client, url)
     return bool(after) and after != before
 
 
-async def _answers_canary(
-    client: httpx.AsyncClient, url: str, model: str, timeout_s: float
-) -> bool:
+async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> Canary:
+    """Asks for one token."""
     body = {"model": model, "prompt": "a", "max_tokens": 1}
     try:
         response = await client.post(f"{url}/v1/completions", json=body, timeout=timeout_s)
+    except httpx.TimeoutException:
+        return Canary.SILENT
     except httpx.HTTPError:
-        return False
-    return response.status_code < 500
+        return Canary.REFUSED
+    return Canary.REFUSED if response.status_code >= 500 else Canary.ANSWERED
 
 
 async def _progress(client: httpx.AsyncClient, url: str) -> dict[str, float]:
@@ -86,10 +119,12 @@ async def _progress(client: httpx.AsyncClient, url: str) -> dict[str, float]:
 
 
 def _sums(metrics: httpx.Response) -> dict[str, float]:
-    """Each sample's sum over its labels."""
+    """Each sample's sum over its labels; empty if the answer is no Prometheus text."""
     sums: dict[str, float] = {}
-    with suppress(ValueError):  # not Prometheus text
+    try:
         for family in text_string_to_metric_families(metrics.text):
             for sample in family.samples:
                 sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    except Exception:  # the parser raises whatever foreign text makes it raise
+        return {}
     return sums

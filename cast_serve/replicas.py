@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cast_serve.probes import Limits
+
 logger = logging.getLogger(__name__)
 
 KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
@@ -34,8 +36,8 @@ class Replica:
         num_outstanding: requests sent and not yet answered; the gateway counts.
         num_received: answers and parts of streams that came; the gateway counts.
         num_restarts: of the local worker.
-        max_model_len: tokens of prompt and answer together; None if the worker does not say.
-        vocabulary_size: token ids lie below it; None if the worker does not say.
+        limits: what the server says of itself.
+        is_doubted: set when a request failed at the server; its watch then sends a canary at once.
         process: the local worker, leader of its process group.
         log: what the local worker prints.
         started_s: when the local worker was started, on the monotonic clock, as the next two.
@@ -52,8 +54,8 @@ class Replica:
     num_outstanding: int = 0
     num_received: int = 0
     num_restarts: int = 0
-    max_model_len: int | None = None
-    vocabulary_size: int | None = None
+    limits: Limits = Limits()
+    is_doubted: asyncio.Event = field(default_factory=asyncio.Event)
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
     started_s: float = field(default_factory=time.monotonic)
@@ -100,6 +102,14 @@ def note_failure(replica: Replica) -> None:
     replica.failed_s = time.monotonic()
 
 
+def note_doubt(replica: Replica) -> None:
+    """Has a replica checked at once that answered with an error of its own; it stays up till then.
+
+    One request may fail for its own sake, so the canary decides and not the request.
+    """
+    replica.is_doubted.set()
+
+
 def signal_group(pid: int, number: int) -> None:
     """Sends a signal to a process group, if it is still there."""
     with suppress(ProcessLookupError):
@@ -133,6 +143,9 @@ def log_tail(replica: Replica, num_lines: int) -> list[str]:
     """The last lines that a local replica printed."""
     log = replica.log
     assert log is not None
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 16384))
-        return file.read().decode(errors="replace").splitlines()[-num_lines:]
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            return file.read().decode(errors="replace").splitlines()[-num_lines:]
+    except OSError as error:
+        return [f"{log} cannot be read: {error}"]

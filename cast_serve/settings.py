@@ -22,7 +22,9 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger requests get 413")
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
     max_connections: int = Field(default=2048, gt=0, description="open at once; then 503")
-    body_timeout_s: float = Field(default=30, gt=0, description="for a body to arrive; then 408")
+    body_timeout_s: float = Field(
+        default=30, gt=0, description="for a head, then for a body, to arrive"
+    )
     request_timeout_s: float = Field(
         default=600, gt=0, description="for an answer, unless X-Request-Timeout asks for less"
     )
@@ -45,7 +47,9 @@ class GatewaySettings(BaseSettings):
 
     startup_timeout_s: float = Field(default=900, gt=0, description="for a local worker to load")
     health_interval_s: float = Field(default=1, gt=0, description="between looks at a worker")
-    hang_timeout_s: float = Field(default=8, gt=0, description="for a one-token canary")
+    hang_timeout_s: float = Field(
+        default=8, gt=0, description="for a one-token canary, or ten of the worker's full steps"
+    )
     drain_delay_s: float = Field(
         default=0, ge=0, description="after SIGTERM: not ready, but still answering"
     )

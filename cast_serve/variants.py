@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cast_serve.replicas import (
     KILL_GRACE_S,
     Replica,
     has_group,
+    note_doubt,
     note_failure,
     signal_group,
     start_worker,
@@ -29,8 +31,10 @@ __all__ = [
     "Variant",
     "VariantError",
     "local_variants",
+    "note_doubt",
     "note_failure",
     "remote_variants",
+    "remove_logs",
     "start",
     "stop",
     "watch",
@@ -58,16 +62,20 @@ class Variant:
     @property
     def max_model_len(self) -> int | None:
         """Tokens that every replica can hold; None if none says."""
-        return _least(replica.max_model_len for replica in self.replicas)
+        return _least(replica.limits.max_model_len for replica in self.replicas)
 
     @property
     def vocabulary_size(self) -> int | None:
         """Token ids below it are known to every replica; None if none says."""
-        return _least(replica.vocabulary_size for replica in self.replicas)
+        return _least(replica.limits.vocabulary_size for replica in self.replicas)
 
-    def pick(self) -> Replica | None:
-        """The replica that is up with the fewest outstanding requests, the first of equals."""
-        up = [replica for replica in self.replicas if replica.is_up]
+    def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
+        """The replica that is up with the fewest outstanding requests, the first of equals.
+
+        Args:
+            tried: those that are not to be asked again.
+        """
+        up = [replica for replica in self.replicas if replica.is_up and replica not in tried]
         return min(up, key=lambda replica: replica.num_outstanding, default=None)
 
 
@@ -179,6 +187,12 @@ def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
     deadline = time.monotonic() + KILL_GRACE_S
     while any(has_group(process.pid) for process in running) and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def remove_logs(variants: Sequence[Variant]) -> None:
+    """Removes what `start` made for the logs; of workers that have ended."""
+    for folder in {replica.log.parent for replica in _replicas(variants) if replica.log}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replicas(variants: Sequence[Variant]) -> list[Replica]:

@@ -1,7 +1,8 @@
 """Requests that were made to hurt: what a gateway on the open internet meets in its first week.
 
 `requests(models)` yields (what it is, method, path, headers, body); none of them may bring a status
-of 500 or above, or a worker down.
+of 500 or above, or a worker down. `heavy(model)` yields (what it is, path, body): bodies of the
+default limit's size that are dear to check, which may hold up nobody else.
 """
 
 import json
@@ -62,6 +63,9 @@ RAW: dict[str, bytes] = {
     "UTF-16": '{"model": "dense", "prompt": "x"}'.encode("utf-16"),
     "a byte order mark": b'\xef\xbb\xbf{"model": "dense", "prompt": "x"}',
     "half a surrogate pair": b'{"model": "dense", "prompt": "\\ud800"}',
+    "half a surrogate pair in bytes": b'{"model": "dense", "prompt": "\xed\xa0\x80"}',
+    "UTF-16 without a mark": '{"model": "dense", "prompt": "x"}'.encode("utf-16-le"),
+    "UTF-32": '{"model": "dense", "prompt": "x"}'.encode("utf-32"),
     "NaN": b'{"model": "dense", "prompt": "x", "temperature": NaN}',
     "infinity": b'{"model": "dense", "prompt": "x", "temperature": Infinity}',
     "a number of 5000 digits": b'{"model": "dense", "prompt": "x", "seed": ' + b"1" * 5000 + b"}",
@@ -141,6 +145,21 @@ BODIES: dict[str, dict[str, Any]] = {
             "json_schema": {"name": "x", "schema": {"$ref": "#"}},
         }
     },
+    "a schema that refers on and on": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "x",
+                "schema": {
+                    "$ref": "#/$defs/0",
+                    "$defs": {
+                        **{f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(400)},
+                        "400": {"type": "integer"},
+                    },
+                },
+            },
+        }
+    },
     "a schema with a slow pattern": {
         "response_format": {
             "type": "json_schema",
@@ -199,3 +218,56 @@ def requests(models: tuple[str, ...]) -> Iterator[Hostile]:
         yield f"POST to {path[:40]}", "POST", path, {}, b"{}"
     for method in METHODS:
         yield f"{method} {COMPLETIONS}", method, COMPLETIONS, {}, b""
+
+
+def heavy(model: str) -> Iterator[tuple[str, str, bytes]]:
+    """Each just below 4 MB."""
+
+    def repeated(item: bytes, size: int = 4_100_000) -> bytes:
+        return b",".join([item] * (size // (len(item) + 1)))
+
+    def chained(num: int) -> bytes:
+        names = {f"{number}": {"$ref": f"#/$defs/{number + 1}"} for number in range(num)}
+        schema = {"$ref": "#/$defs/0", "$defs": {**names, f"{num}": {}}}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return json.dumps({**base, "response_format": form}).encode()
+
+    base = {"model": model, "prompt": "a", "max_tokens": 1}
+    completion = json.dumps(base).encode()[:-1]
+    chat = f'{{"model": "{model}", "messages": ['.encode()
+    keys = b",".join(b'"%07x": 0' % number for number in range(300_000))
+    # Each reference holds the whole path, so that resolving one is dear too.
+    path = "/".join(["#", *["a"] * 2000])
+    deep = {"schema": {"items": [{"$ref": f"{path}/{number}"} for number in range(900)]}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", **deep}}
+    bodies = {
+        "empty prompts": completion + b', "prompt": [' + repeated(b'""') + b"]}",
+        "empty lists for prompts": completion + b', "prompt": [' + repeated(b"[]") + b"]}",
+        "objects for prompts": completion + b', "prompt": [' + repeated(b'{"":0}') + b"]}",
+        "texts among token ids": completion + b', "prompt": [1,' + repeated(b'""') + b"]}",
+        "negative token ids": completion + b', "prompt": [' + repeated(b"-1") + b"]}",
+        "token ids": completion + b', "prompt": [' + repeated(b"1") + b"]}",
+        "empty stops": completion + b', "stop": [' + repeated(b'""') + b"]}",
+        "texts for stop_token_ids": completion + b', "stop_token_ids": [' + repeated(b'""') + b"]}",
+        "biases": completion + b', "logit_bias": {' + keys + b"}}",
+        "unknown fields": completion + b"," + keys + b"}",
+        "unknown options": completion + b', "stream_options": {' + keys + b"}}",
+        "lists in lists": completion + b', "prompt": [' + repeated(b"[" * 100 + b"]" * 100) + b"]}",
+        "a chain of 1,850 references": chained(1850),
+        "a chain of 90,000 references": chained(90_000),
+        "references with long paths": json.dumps({**base, "response_format": form}).encode(),
+        "a schema of empty lists": completion
+        + b', "response_format": {"type": "json_schema", "json_schema": {"name": "x", '
+        + b'"schema": {"a": ['
+        + repeated(b"[]")
+        + b"]}}}}",
+    }
+    for name, body in bodies.items():
+        yield name, COMPLETIONS, body
+    yield "numbers for messages", CHAT, chat + repeated(b"0") + b"]}"
+    yield "messages", CHAT, chat + repeated(b'{"role":"user"}', 1_600_000) + b"]}"
+    yield "empty messages", CHAT, chat + repeated(b"{}") + b"]}"
+    yield "parts", CHAT, chat + b'{"role":"user","content":[' + repeated(b"0") + b"]}]}"
+    yield "tools", CHAT, chat + b'{"role":"user"}], "tools": [' + repeated(b"0") + b"]}"
+    tokens = f'{{"model": "{model}", "tokens": ['.encode()
+    yield "texts for tokens", "/detokenize", tokens + repeated(b'""') + b"]}"

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,15 +23,35 @@ python_info{version="3"} 1.0
 """
 
 
+ENGINE_DIED = {
+    "message": "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    "type": "InternalServerError",
+    "param": None,
+    "code": 500,
+}
+
+
 def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) -> FastAPI:
     """A worker that always says `words`.
 
     ``app.state.bodies`` holds every request body but canaries, ``app.state.traces`` their
     traceparents. ``app.state.is_cut_off`` ends streams early; ``app.state.is_healthy`` is what
     /health says; ``app.state.gate``, once cleared, holds answers (of streams, after the first word)
-    back until it is set; ``app.state.num_left`` counts the clients that left meanwhile.
+    back until it is set; ``app.state.num_left`` counts the clients that left meanwhile, and
+    ``app.state.most_at_once`` the bodies that were being answered at the same time.
+
+    Faults: ``app.state.status`` is a completion's if not 200, ``app.state.canary_status`` a
+    canary's; a stream ends after ``app.state.error_at`` words with ``app.state.error``, or
+    ``app.state.raw_event``, and [DONE], as vLLM's does when its engine dies;
+    ``app.state.metrics`` is what /metrics says.
     """
     app = FastAPI()
+    app.state.status = app.state.canary_status = 200
+    app.state.error_at = None
+    app.state.error = ENGINE_DIED
+    app.state.raw_event = None
+    app.state.metrics = METRICS
+    app.state.num_at_once = app.state.most_at_once = 0
     app.state.bodies = []
     app.state.traces = []
     app.state.is_cut_off = False
@@ -50,7 +71,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(METRICS)
+        return PlainTextResponse(app.state.metrics)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -58,15 +79,20 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: dict[str, Any]) -> Response:
-        if body.get("prompt") == "a" and body.get("max_tokens") == 1:
+        if body == {"model": name, "prompt": "a", "max_tokens": 1}:
+            if app.state.canary_status != 200:
+                return JSONResponse({"error": ENGINE_DIED}, app.state.canary_status)
             return JSONResponse({"choices": [], "usage": usage_of(body)})
         app.state.bodies.append(body)
         app.state.traces += request.headers.getlist("traceparent")
         if body.get("user") == "unwelcome":
             return JSONResponse({"error": {"message": "not you", "code": 400}}, 400)
+        if app.state.status != 200:
+            return JSONResponse({"error": ENGINE_DIED}, app.state.status)
         if body.get("stream"):
             return StreamingResponse(stream(body), media_type="text/event-stream")
-        await opened(request)
+        with counted():
+            await opened(request)
         choice: dict[str, Any] = {"index": 0, "text": "".join(words), "finish_reason": "length"}
         usage = usage_of(body)
         if body.get("prompt_logprobs"):
@@ -99,8 +125,26 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
                 return
             await asyncio.sleep(0.01)
 
+    @contextmanager
+    def counted() -> Iterator[None]:
+        app.state.num_at_once += 1
+        app.state.most_at_once = max(app.state.most_at_once, app.state.num_at_once)
+        try:
+            yield
+        finally:
+            app.state.num_at_once -= 1
+
     async def stream(body: dict[str, Any]) -> AsyncIterator[str]:
+        with counted():
+            async for event in words_of(body):
+                yield event
+
+    async def words_of(body: dict[str, Any]) -> AsyncIterator[str]:
         for number, word in enumerate(words):
+            if app.state.error_at == number:
+                event = app.state.raw_event or json.dumps({"error": app.state.error})
+                yield f"data: {event}\n\ndata: [DONE]\n\n"
+                return
             reason = "length" if number == len(words) - 1 else None
             choice = {"index": 0, "text": word, "finish_reason": reason}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"

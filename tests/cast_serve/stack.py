@@ -65,6 +65,11 @@ class Servers:
         self.running[url] = (server, thread)
         return url
 
+    def connections(self, url: str) -> set[object]:
+        """Those that are open at one."""
+        server, _ = self.running[url.rstrip("/")]
+        return set(server.server_state.connections)
+
     def stop(self, url: str, is_lost: bool = True) -> None:
         """Ends one: lost at once, with whatever it is answering, or in good order."""
         server, thread = self.running.pop(url)

@@ -51,6 +51,9 @@ def test_a_client_that_wants_usage_gets_it(stack: Stack) -> None:
     [
         (b"{broken", 400, "not valid JSON"),
         (b"\xff\xfe", 400, "not valid JSON"),
+        (b'{"model": "dense", "prompt": "\xed\xa0\x80"}', 400, "not valid JSON: 'utf-8' codec"),
+        ('{"model": "dense", "prompt": "x"}'.encode("utf-16"), 400, "not valid JSON"),
+        (b'{"model": "dense", "prompt": [' + b"[]," * 3000 + b"[]]}", 400, "above the limit of 32"),
         (b"[" * 5000, 400, "not valid JSON"),
         (b"[1]", 400, "is a JSON list, not an object"),
         (b'{"prompt": "x"}', 400, "model is missing"),

@@ -1,11 +1,13 @@
 """cast-serve on the command line: a user's mistake is one line on stderr and exit 2."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from cast_serve import __main__ as cli
+from cast_serve.settings import GatewaySettings
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
@@ -20,6 +22,11 @@ def cast_serve(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
         return int(stop.value.code or 0), out, err
 
     return call
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
 
 
 def test_convert_then_inspect(cast_serve, save_gated: Save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -51,9 +58,63 @@ def test_wrong_use(  # type: ignore[no-untyped-def]
     cast_serve, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAST_PORT", free_port())
     code, out, err = cast_serve(*words)
     assert code == 2
     assert out == ""
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+# Of every setting a value that is not its default, as the environment has it.
+ENVIRONMENT = {
+    **{"host": "127.0.0.2", "port": "47123", "api_keys": "one", "api_keys_file": "keys"},
+    **{"max_body_bytes": "1", "max_header_bytes": "1", "max_connections": "1"},
+    **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
+    **{"max_prompts": "1", "max_running": "1", "max_queued": "1", "split": "both=a:1"},
+    **{"fallback": "a=b", "shadow_fraction": "0.5", "shadow_concurrency": "2"},
+    **{"comparison_window": "2", "startup_timeout_s": "1.5", "health_interval_s": "1.5"},
+    **{"hang_timeout_s": "1.5", "drain_delay_s": "1.5", "shutdown_grace_s": "1.5"},
+}
+
+
+def test_the_command_line_leaves_every_setting_to_the_environment(  # type: ignore[no-untyped-def]
+    cast_serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ENVIRONMENT) == set(GatewaySettings.model_fields)
+    served: list[GatewaySettings] = []
+
+    async def serve(_: object, settings: GatewaySettings) -> None:
+        served.append(settings)
+
+    monkeypatch.setattr("cast_serve.gateway.serve", serve)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(f"CAST_{name.upper()}", value)
+    code, _, err = cast_serve("gateway", "--variant", "a=http://x", "--variant", "b=http://y")
+    assert (code, len(served)) == (0, 1)
+    assert {name: str(getattr(served[0], name)) for name in ENVIRONMENT} == ENVIRONMENT
+    assert "gateway: http://127.0.0.2:47123" in err
+    words = ("--port", 47124, "--split", "each=b:1")
+    assert (
+        cast_serve("gateway", "--variant", "a=http://x", "--variant", "b=http://y", *words)[0] == 0
+    )
+    assert (served[1].port, served[1].split, served[1].max_queued) == (47124, "each=b:1", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CAST_PORT", "tcp://10.0.0.1:80", "CAST_PORT, or --port, is 'tcp://10.0.0.1:80': "),
+        ("CAST_API_KEYS", ",", "CAST_API_KEYS is ',', which holds no API key"),
+        ("CAST_API_KEYS", " ", "CAST_API_KEYS is ' ', which holds no API key"),
+    ],
+)
+def test_a_wrong_environment_is_named(  # type: ignore[no-untyped-def]
+    cast_serve, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv("CAST_PORT", free_port())
+    monkeypatch.setenv(name, value)
+    code, out, err = cast_serve("gateway", "--variant", "a=http://x")
+    assert (code, out) == (2, "")
+    assert message in err

@@ -360,7 +360,7 @@ def test_close_cancels_what_runs_and_ends_the_offers() -> None:
 def test_compare_by_hand() -> None:
     fake = FakeVariants()
     body = {"prompt": "Hi", "max_tokens": 3, "temperature": 0}
-    found = asyncio.run(compare(body, ["dense", "sparse"], fake.complete, fake.complete))
+    found = asyncio.run(compare(body, ["dense", "sparse"], fake.complete))
     assert [variant for variant, _, _ in fake.calls[:2]] == found["order"]
     assert sorted(found["order"]) == ["dense", "sparse"]
     assert all(asked["stream"] for _, asked, _ in fake.calls[:2])
@@ -390,8 +390,7 @@ def test_compare_asks_in_both_orders() -> None:
     fake = FakeVariants()
     variants = ["dense", "sparse"]
     orders = {
-        tuple(asyncio.run(compare(BODY, variants, fake.complete, fake.complete))["order"])
-        for _ in range(100)
+        tuple(asyncio.run(compare(BODY, variants, fake.complete))["order"]) for _ in range(100)
     }
     assert orders == {("dense", "sparse"), ("sparse", "dense")}
 
@@ -400,7 +399,7 @@ def test_compare_of_an_empty_answer_has_no_agreement() -> None:
     fake = FakeVariants()
     fake.texts["dense"] = ""
     fake.dense, fake.sparse = fake.dense[:2], fake.sparse[:2]  # type: ignore[assignment]
-    found = asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete, fake.complete))
+    found = asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete))
     assert found["agreement"]["sparse"] == {
         "token_agreement": None,
         "kl_nats_per_token": None,
@@ -410,12 +409,10 @@ def test_compare_of_an_empty_answer_has_no_agreement() -> None:
 
 
 def test_compare_passes_failures_on() -> None:
-    fake = FakeVariants()
-
     async def broken(
         variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
     ) -> tuple[dict[str, Any], RequestTiming]:
         raise ConnectionError("gone")
 
     with pytest.raises(ConnectionError, match="gone"):
-        asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete, broken))
+        asyncio.run(compare(BODY, ["dense", "sparse"], broken))

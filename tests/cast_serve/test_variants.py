@@ -1,6 +1,7 @@
 """Variants and the watch over them, with small scripts in the place of vLLM's workers."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,9 @@ import httpx
 import pytest
 
 from cast_serve import replicas, variants, watcher
+from cast_serve.gateway import Gateway, create_app
+from cast_serve.probes import Limits
+from cast_serve.settings import GatewaySettings
 from cast_serve.variants import (
     Replica,
     Variant,
@@ -290,7 +294,7 @@ def test_a_variants_limits_are_those_of_its_tightest_replica() -> None:
     (variant,) = remote_variants({"dense": ["http://a", "http://b", "http://c"]})
     assert (variant.max_model_len, variant.vocabulary_size) == (None, None)
     a, b, _ = variant.replicas
-    a.max_model_len, b.max_model_len, b.vocabulary_size = 8192, 4096, 100
+    a.limits, b.limits = Limits(max_model_len=8192), Limits(4096, vocabulary_size=100)
     assert (variant.max_model_len, variant.vocabulary_size) == (4096, 100)
 
 
@@ -298,17 +302,17 @@ async def test_limits_are_read_before_a_worker_is_up(remotes: list[Worker]) -> N
     silent, talkative = remotes
     cards = [{"id": "adapter", "max_model_len": 1}, {"id": "sparse", "max_model_len": 2048}]
     talkative.set("models", json.dumps({"data": cards}))
-    talkative.set("metrics", 'cast_worker_vocabulary_size{variant="sparse"} 49152.0\n')
+    talkative.set("metrics", "cast_worker_vocabulary_size 49152.0\ncast_worker_step_seconds 0.5\n")
     silent.set("metrics", "<html>")
-    limits = {}
+    limits: dict[str, Limits] = {}
 
     def note(replica: Replica) -> None:
         if replica.is_up:
-            limits[replica.variant] = (replica.max_model_len, replica.vocabulary_size)
+            limits[replica.variant] = replica.limits
 
     async with watching(*remotes, on_change=note) as watch:
         await watch.until(lambda: len(limits) == 2)
-    assert limits == {"dense": (None, None), "sparse": (2048, 49152)}
+    assert limits == {"dense": Limits(), "sparse": Limits(2048, 49152, 0.5)}
 
 
 async def test_a_replica_that_does_not_answer_keeps_no_other_waiting(
@@ -401,8 +405,9 @@ async def test_a_healthy_worker_that_answers_no_completion_is_restarted(
     local: Worker, trouble: str
 ) -> None:
     local.set("metrics", "vllm:generation_tokens_total 5.0\n")
-    local.set(trouble, "500")
     async with watching(local, hang_timeout_s=1) as watch:
+        await watch.until(lambda: local.replica.is_up)
+        local.set(trouble, "500")
         await watch.until(lambda: ("sparse", False, 1) in watch.told)
         local.clear(trouble)
         await watch.until(lambda: local.replica.is_up)
@@ -437,17 +442,21 @@ async def test_a_worker_whose_counters_move_is_busy_and_not_hung(
     local: Worker, counter: str
 ) -> None:
     local.set("metrics", f"{counter} NUM_READS\n")
-    local.set("hang")
     async with watching(local, hang_timeout_s=0.5) as watch:
-        await watch.until(lambda: len(local.lines("canaries")) >= 3)
+        await watch.until(lambda: local.replica.is_up)
+        local.set("hang")
+        num_canaries = len(local.lines("canaries"))
+        await watch.until(lambda: len(local.lines("canaries")) >= num_canaries + 3)
     assert watch.told == [("sparse", False, 0), ("sparse", True, 0)]
 
 
 async def test_a_worker_that_finishes_requests_during_a_canary_is_not_hung(local: Worker) -> None:
-    local.set("hang")
     async with watching(local, hang_timeout_s=0.5) as watch:
+        await watch.until(lambda: local.replica.is_up)
+        local.set("hang")
+        before = len(local.lines("canaries"))
         for num_canaries in range(1, 4):
-            await watch.until(lambda n=num_canaries: len(local.lines("canaries")) >= n)
+            await watch.until(lambda n=num_canaries: len(local.lines("canaries")) >= before + n)
             local.replica.num_received += 1
     assert watch.told == [("sparse", False, 0), ("sparse", True, 0)]
 
@@ -477,9 +486,9 @@ async def test_there_is_no_canary_while_requests_finish(local: Worker) -> None:
         await watch.until(lambda: local.replica.is_up)
         num_looks = len(local.lines("looks"))
         await watch.until(lambda: len(local.lines("looks")) >= num_looks + 10)
-        assert local.lines("canaries") == []
+        assert len(local.lines("canaries")) == 1  # the one that it came up with
         traffic.cancel()
-        await watch.until(lambda: local.lines("canaries"))
+        await watch.until(lambda: len(local.lines("canaries")) > 1)
 
 
 async def test_a_noted_failure_lasts_until_a_look_that_began_after_it(
@@ -514,6 +523,115 @@ async def test_every_noted_failure_and_return_is_told(remotes: list[Worker]) -> 
             note_failure(worker.replica)
         await watch.until(lambda: len(watch.told) == 12)
     assert watch.told == [("dense", False, 0), ("dense", True, 0)] * 6
+
+
+async def test_a_worker_is_up_once_it_has_answered_and_may_take_its_time(local: Worker) -> None:
+    """A first answer that takes longer than a hang may is no reason to end it, nor to ask it."""
+    local.set("hang")
+    async with watching(local, hang_timeout_s=0.3) as watch:
+        await watch.until(lambda: local.lines("canaries"))
+        await asyncio.sleep(1)
+        assert watch.told == [("sparse", False, 0)]
+        local.clear("hang")
+        await watch.until(lambda: local.replica.is_up)
+    assert watch.told == [("sparse", False, 0), ("sparse", True, 0)]
+    assert len(local.lines("canaries")) >= 1
+
+
+async def test_a_worker_that_never_answers_is_given_up(local: Worker) -> None:
+    local.set("hang")
+    async with watching(local, startup_timeout_s=1, hang_timeout_s=0.1) as watch:
+        with pytest.raises(VariantError, match=r"within 1 s \(CAST_STARTUP_TIMEOUT_S\)"):
+            await watch.until(lambda: False)
+
+
+async def test_the_hang_limit_is_that_of_the_machines_own_step(
+    local: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    local.set("metrics", "cast_worker_step_seconds 0.2\n")
+    async with watching(local, hang_timeout_s=0.1) as watch:
+        await watch.until(lambda: local.replica.is_up)
+        local.set("hang")
+        begun_s = time.monotonic()
+        await watch.until(lambda: not local.replica.is_up)
+        assert time.monotonic() - begun_s >= 2
+    assert "made no progress for 2 s (CAST_HANG_TIMEOUT_S is 0.1 s, raised to 10" in caplog.text
+
+
+async def test_a_restart_that_fails_for_want_of_memory_is_tried_again(
+    local: Worker, remotes: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, _ = remotes
+    num_failures = 0
+
+    def start(replica: Replica) -> None:
+        nonlocal num_failures
+        if num_failures < 2:
+            num_failures += 1
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        replicas.start_worker(replica)
+
+    async with watching(local, other) as watch:
+        await watch.until(lambda: local.replica.is_up and other.replica.is_up)
+        monkeypatch.setattr(watcher, "start_worker", start)
+        os.kill(local.pid, signal.SIGKILL)
+        await watch.until(lambda: num_failures == 2 and local.replica.is_up)
+        assert local.replica.num_restarts == 1
+        other.set("unhealthy")
+        await watch.until(lambda: not other.replica.is_up)
+
+
+async def test_a_fault_of_the_watch_ends_neither_it_nor_the_worker(
+    local: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_healthy = watcher.probes.is_healthy
+    num_faults = 0
+
+    async def faulty(client: httpx.AsyncClient, url: str) -> bool:
+        nonlocal num_faults
+        if local.replica.is_up and num_faults < 3:
+            num_faults += 1
+            raise KeyError("of ours")
+        return await is_healthy(client, url)
+
+    monkeypatch.setattr(watcher.probes, "is_healthy", faulty)
+    async with watching(local) as watch:
+        await watch.until(lambda: num_faults == 3)
+        local.set("unhealthy")
+        await watch.until(lambda: not local.replica.is_up)
+    assert local.replica.num_restarts == 0
+    assert caplog.text.count("watching it failed") == 3
+
+
+async def test_a_gateway_whose_watch_ends_has_failed(
+    remotes: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def watch(*_: object, **__: object) -> None:
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(variants, "watch", watch)
+    gateway = Gateway([worker.variant for worker in remotes], GatewaySettings())
+    ended = asyncio.Event()
+    await gateway.watch(ended.set)
+    assert ended.is_set()
+    assert "RuntimeError('gone')" in str(gateway.failure)
+    await gateway.proxy.close()
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+async def test_logs_stay_where_something_failed(
+    local: Worker, is_clean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if not is_clean:
+        local.set("fail")
+    ended = asyncio.Event()
+    app = create_app([local.variant], GatewaySettings(health_interval_s=0.05), ended.set)
+    async with asyncio.timeout(40), app.router.lifespan_context(app):
+        while not (local.replica.is_up or ended.is_set()):
+            await asyncio.sleep(0.01)
+        assert len(list(tmp_path.glob("cast-serve-*/sparse-*.log"))) == 1
+    assert len(list(tmp_path.glob("cast-serve-*"))) == (not is_clean)
 
 
 def test_stop_ends_the_whole_process_group_even_a_stubborn_one() -> None:
