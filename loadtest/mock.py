@@ -2,7 +2,7 @@
 
 A harness is checked against a server whose truth is known: `python -m loadtest.mock`, or
 `create_app` in a test. It makes no output worth reading. It can be told to vary, to queue, to
-freeze and to fail.
+freeze and to fail. When it did what, it notes itself: `GET /truth`.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +28,7 @@ class MockVariant:
     """How one variant behaves.
 
     Attributes:
-        ttft_s: from the request's arrival to the first token.
+        ttft_s: from the request's arrival, or from its turn, to the first token.
         itl_s: from each token to the next.
         fail_every: every so-manyth request is answered 503; 0 = none.
         missing_tokens: so many fewer tokens than asked for.
@@ -55,10 +55,43 @@ class MockVariant:
         return cls(ttft_s, itl_s)
 
 
+@dataclass
+class Answer:
+    """What the mock did for one request.
+
+    Attributes:
+        variant: the name asked for.
+        prompt: as it came; a chat's messages a line each.
+        arrived_s: when the request's head had come.
+        due_s: when each token was to leave.
+        sent_s: when each token was handed to the connection; fewer if the client left.
+    """
+
+    variant: str
+    prompt: str
+    arrived_s: float
+    due_s: list[float] = field(default_factory=list)
+    sent_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Truth:
+    """What the mock did; times on CLOCK_MONOTONIC, on Linux time.perf_counter of every process.
+
+    Attributes:
+        answers: one a request, in order of arrival, but for those told to fail.
+        frozen_s: when the stall really began and ended; None before its end.
+    """
+
+    answers: list[Answer] = field(default_factory=list)
+    frozen_s: tuple[float, float] | None = None
+
+
 def create_app(
     variants: Mapping[str, MockVariant], stall_s: tuple[float, float] | None = None
 ) -> FastAPI:
-    """The server. `app.state.requests` lists (variant, prompt) in order of arrival.
+    """The server. `app.state.requests` lists (variant, prompt) in order of arrival, and
+    `app.state.truth` is what GET /truth answers.
 
     Args:
         variants: by name.
@@ -67,6 +100,11 @@ def create_app(
     """
     app = FastAPI()
     app.state.requests = []
+    app.state.truth = Truth()
+
+    @app.get("/truth")
+    async def truth() -> dict[str, Any]:
+        return asdict(app.state.truth)
 
     @app.get("/health")
     async def health() -> Response:
@@ -77,7 +115,7 @@ def create_app(
         data = [{"id": name, "object": "model", "owned_by": "mock"} for name in variants]
         return {"object": "list", "data": data}
 
-    completions = _Completions(variants, stall_s, app.state.requests)
+    completions = _Completions(variants, stall_s, app.state.requests, app.state.truth)
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.router.routes.append(Route(path, endpoint=completions, methods=["POST"]))
     return app
@@ -94,10 +132,12 @@ class _Completions:
         variants: Mapping[str, MockVariant],
         stall_s: tuple[float, float] | None,
         requests: list[tuple[str, str]],
+        truth: Truth,
     ) -> None:
         self._variants = variants
         self._stall_s = stall_s
         self._requests = requests
+        self._truth = truth
         self._counts: Counter[str] = Counter()
         self._places = {
             name: asyncio.Semaphore(variant.max_concurrency) if variant.max_concurrency else None
@@ -106,6 +146,7 @@ class _Completions:
         self._frozen_s: tuple[float, float] | None = None  # the stall, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_s = asyncio.get_running_loop().time()
         body = b""
         while True:
             message = await receive()
@@ -116,7 +157,7 @@ class _Completions:
         name = asked["model"]
         if name not in self._variants:
             return await _error(404, f"the model {name!r} does not exist")(scope, receive, send)
-        self._start_clock()
+        self._start_clock(arrived_s)
         chat = asked.get("messages")
         prompt = "\n".join(said["content"] for said in chat) if chat else asked["prompt"]
         self._requests.append((name, prompt))
@@ -124,27 +165,33 @@ class _Completions:
         variant, number = self._variants[name], self._counts[name]
         if variant.fail_every and number % variant.fail_every == 0:
             return await _error(503, "told to fail")(scope, receive, send)
+        answer = Answer(name, prompt, arrived_s)
+        self._truth.answers.append(answer)
         has_left = asyncio.ensure_future(receive())  # the next message says that the client is gone
         try:
             async with self._places[name] or nullcontext():
                 rng = random.Random(f"{variant.seed}/{name}/{number}")
-                await self._stream(variant, rng, asked, len(prompt.split()), send, has_left.done)
+                await self._stream(variant, rng, asked, answer, send, has_left.done)
         finally:
             has_left.cancel()
 
-    def _start_clock(self) -> None:
+    def _start_clock(self, first_arrived_s: float) -> None:
         if self._stall_s and not self._frozen_s:
-            loop = asyncio.get_running_loop()
-            start_s, end_s = (loop.time() + after_s for after_s in self._stall_s)
+            start_s, end_s = (first_arrived_s + after_s for after_s in self._stall_s)
             self._frozen_s = start_s, end_s
-            loop.call_at(start_s, lambda: time.sleep(max(0.0, end_s - loop.time())))
+            asyncio.get_running_loop().call_at(start_s, self._freeze, end_s)
+
+    def _freeze(self, end_s: float) -> None:
+        began_s = time.monotonic()
+        time.sleep(max(0.0, end_s - began_s))
+        self._truth.frozen_s = began_s, time.monotonic()
 
     async def _stream(
         self,
         variant: MockVariant,
         rng: random.Random,
         asked: Mapping[str, Any],
-        prompt_tokens: int,
+        answer: Answer,
         send: Send,
         has_left: Callable[[], bool],
     ) -> None:
@@ -160,23 +207,26 @@ class _Completions:
             message = {"type": "http.response.body", "body": text.encode(), "more_body": more_body}
             await send(message)
 
-        due_s = now()
+        due_s = now() if self._places[answer.variant] else answer.arrived_s
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         num_tokens = asked["max_tokens"] - variant.missing_tokens
         for token in range(num_tokens):
             gap_s = variant.itl_s if token else variant.ttft_s
             due_s = self._after(due_s, gap_s * rng.lognormvariate(0.0, variant.noise))
+            answer.due_s.append(due_s)
             await asyncio.sleep(due_s - now())
             if has_left():
                 return
             reason = "length" if token == num_tokens - 1 else None
             said = {"delta": {"content": f" {token}"}} if is_chat else {"text": f" {token}"}
+            answer.sent_s.append(now())
             await emit([{"index": 0, **said, "finish_reason": reason}])
         if variant.is_cut_off:
             return await write("", more_body=False)
         if (asked.get("stream_options") or {}).get("include_usage"):
-            await emit([], usage={"prompt_tokens": prompt_tokens, "completion_tokens": num_tokens})
+            usage = {"prompt_tokens": len(answer.prompt.split()), "completion_tokens": num_tokens}
+            await emit([], usage=usage)
         await write("data: [DONE]\n\n", more_body=False)
 
     def _after(self, due_s: float, gap_s: float) -> float:
