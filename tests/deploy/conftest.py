@@ -38,7 +38,9 @@ def promtool() -> str:
 @pytest.fixture(scope="session")
 def rendered(npm: str, check: Any) -> dict[str, list[Resource]]:
     """Each overlay's resources by its name."""
-    return dict(check.rendered())
+    found = dict(check.rendered())
+    assert {"cpu", "gpu", "multi-node", "canary", "cpu with all components"} <= set(found)
+    return found
 
 
 @pytest.fixture(scope="session")

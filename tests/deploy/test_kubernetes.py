@@ -25,7 +25,9 @@ def templates(resources: list[Resource]) -> Iterator[tuple[str, dict[str, Any]]]
 
 def every_template(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
     for overlay, resources in rendered.items():
-        for name, template in templates(resources):
+        found = dict(templates(resources))
+        assert len(found) >= 3, overlay  # the gateway and two workers
+        for name, template in found.items():
             yield f"{overlay}: {name}", template
 
 

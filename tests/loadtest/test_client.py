@@ -149,10 +149,23 @@ def test_a_closed_loop_sends_when_a_place_is_free(serve: Serve) -> None:
     assert all(outcome.intended_send_s in freed for outcome in sent.outcomes)
 
 
-def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve: Serve) -> None:
-    url, _ = serve(dense=MockVariant(0.5, 0.0))
+def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve_app: ServeApp) -> None:
+    """The server answers none before all six are there."""
+    app = FastAPI()
+    num_arrived = 0
+
+    @app.post("/v1/completions")
+    async def complete() -> Response:
+        nonlocal num_arrived
+        num_arrived += 1
+        while num_arrived < 6:
+            await asyncio.sleep(0.01)
+        usage = 'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
+        return PlainTextResponse(TOKEN + usage + "data: [DONE]\n\n")
+
     due_s = (0.0, 0.0, 0.01, 0.02, 0.03, 0.1)
-    sent = send(url, replace(CLOSED, due_s=due_s))
+    sent = send(serve_app(app), replace(CLOSED, due_s=due_s))
+    assert [outcome.error for outcome in sent.outcomes] == [None] * 6
     assert [o.intended_send_s - sent.started_s for o in sent.outcomes] == pytest.approx(due_s)
     assert all(outcome.sent_s >= outcome.intended_send_s for outcome in sent.outcomes)
     assert most_in_flight(sent) == 6

@@ -11,7 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.story.conftest import Served, command, logits_error
+from tests.story.conftest import Served, command, free_port, logits_error
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
@@ -50,7 +50,7 @@ def test_every_target_runs_the_sparse_kernel(served: Served) -> None:
 def test_openai_client(client: openai.OpenAI, name: str) -> None:
     completion = client.completions.create(model=name, prompt="Hello", max_tokens=5)
     assert completion.usage is not None
-    assert completion.usage.completion_tokens <= 5
+    assert 1 <= completion.usage.completion_tokens <= 5
 
     chunks = list(client.completions.create(model=name, prompt="Hello", max_tokens=5, stream=True))
     assert chunks[-1].choices[0].finish_reason in ("length", "stop")
@@ -68,7 +68,7 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     found = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
     assert len(found.choices) == 2
     assert found.choices[0].logprobs is not None
-    assert len(found.choices[0].logprobs.tokens or []) <= 6
+    assert 1 <= len(found.choices[0].logprobs.tokens or []) <= 6
     again = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
     assert [c.text for c in again.choices] == [c.text for c in found.choices]
 
@@ -95,7 +95,9 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     chunks = client.chat.completions.create(
         model="sparse", messages=[message], max_tokens=4, stream=True, logprobs=True, top_logprobs=2
     )
-    assert [c for chunk in chunks for c in chunk.choices if c.logprobs]
+    told = [c.logprobs for chunk in chunks for c in chunk.choices if c.logprobs]
+    assert 1 <= len(told) <= 4
+    assert {len(token.top_logprobs) for each in told for token in each.content or []} == {2}
 
 
 def test_compare_refuses_logits_for_log_probabilities(served: Served) -> None:
@@ -125,6 +127,21 @@ def test_a_port_in_use_is_refused(served: Served, twins: dict[str, Path]) -> Non
         assert done.returncode == 2
         assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_worker_whose_engine_answers_nothing_is_not_served(twins: dict[str, Path]) -> None:
+    """A model length of 1 leaves no token to answer with."""
+    flags = ("--enforce-eager", "--max-model-len", 1)
+    words = ("worker", twins["dense"], "--name", "dense", "--port", free_port(), "--", *flags)
+    done = subprocess.run(
+        command("cast_serve", *words), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 1
+    said = (
+        "cast-serve: the engine did not answer a request of 1 prompt tokens before it was to serve"
+    )
+    assert any(line.startswith(said) for line in done.stderr.splitlines())
+    assert "Starting vLLM server" not in done.stdout + done.stderr
 
 
 def test_zz_ctrl_c_leaves_no_process(served: Served) -> None:

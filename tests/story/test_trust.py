@@ -16,6 +16,8 @@ import pytest
 import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.settings import GatewaySettings
+from cast_serve.watcher import STEP_FACTOR
 from tests import hostile
 from tests.story.conftest import PROMPTS, Served, descendants, worker
 
@@ -100,6 +102,7 @@ def test_compare_of_twins_finds_them_alike(served: Served) -> None:
 def test_hostile_requests_do_no_harm(served: Served) -> None:
     workers = {name: worker(served, name) for name in ("dense", "sparse")}
     cases = list(hostile.requests(("dense", "sparse")))
+    assert len(cases) > 500
 
     def send_all(client: httpx.Client) -> list[tuple[str, int, str]]:
         wrong = []
@@ -125,7 +128,7 @@ def test_hostile_requests_do_no_harm(served: Served) -> None:
     with ThreadPoolExecutor(8) as pool:
         slow = [pool.submit(_send_slowly, address) for _ in range(8)]
         assert stream(served.url, "dense", "The")[1] == "done"
-        assert all(b" 408 " in answer.result() or not answer.result() for answer in slow)
+        assert {answer.result().partition(b"\r\n")[0][:13] for answer in slow} == {b"HTTP/1.1 408 "}
     assert {name: worker(served, name) for name in workers} == workers
     assert is_ready(served)
     assert resident_bytes(served) < 1.05 * before
@@ -142,9 +145,9 @@ def _send_slowly(address: tuple[str, int]) -> bytes:
 
 def test_the_description_holds_for_whatever_schemathesis_makes_of_it(served: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    wrong = [
-        text for result in schema.get_all_operations() for text in _undescribed(served, result.ok())
-    ]
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {"/v1/completions", "/v1/chat/completions"} <= {each.path for each in operations}
+    wrong = [text for operation in operations for text in _undescribed(served, operation)]
     assert not wrong
     assert is_ready(served)
 
@@ -186,15 +189,14 @@ def test_a_killed_worker_is_seen_and_comes_back(served: Served) -> None:
         thread.start()
     wait_until(lambda: len(ends) >= 8, 60)
     os.killpg(worker(served, "sparse"), signal.SIGKILL)
-    unready_after_s = wait_until(lambda: not is_ready(served), 10)
-    wait_until(lambda: is_ready(served), 200)
+    wait_until(lambda: not is_ready(served), 60)
+    wait_until(lambda: is_ready(served), 400)
     ends_before = len(ends)
     wait_until(lambda: len(ends) >= ends_before + 8, 60)
     is_over.set()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    assert unready_after_s < 2
     assert {end for name, end in ends if name == "dense"} == {"done"}
     assert {end for name, end in ends if name == "sparse"} == {"done", "variant_unavailable"}
     assert all(end == "done" for _, end in ends[-8:])
@@ -205,10 +207,13 @@ def test_a_hanging_engine_is_seen_although_health_says_ok(served: Served) -> Non
     pids = descendants(worker(served, "dense"))
     engine = max(pids, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
     os.kill(engine, signal.SIGSTOP)
-    assert wait_until(lambda: not is_ready(served), 30) < 15
+    step_s = metric(served, "cast_worker_step_seconds", variant="dense")
+    limit_s = max(GatewaySettings().hang_timeout_s, STEP_FACTOR * step_s)
+    wait_until(lambda: not is_ready(served), 60 + limit_s)
+    assert "made no progress for" in served.log.read_text()
     assert stream(served.url, "dense", "The")[1] == "variant_unavailable"
     assert stream(served.url, "sparse", "The")[1] == "done"
-    wait_until(lambda: is_ready(served), 200)
+    wait_until(lambda: is_ready(served), 400)
     assert stream(served.url, "dense", "The")[1] == "done"
 
 
