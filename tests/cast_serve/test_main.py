@@ -113,6 +113,10 @@ def test_the_command_line_leaves_every_setting_to_the_environment(  # type: igno
 def test_a_wrong_environment_is_named(  # type: ignore[no-untyped-def]
     cast_serve, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
+    async def serve(_: object) -> None:
+        """In place of a server that would run until it is stopped."""
+
+    monkeypatch.setattr("uvicorn.Server.serve", serve)
     monkeypatch.setenv("CAST_PORT", free_port())
     monkeypatch.setenv(name, value)
     code, out, err = cast_serve("gateway", "--variant", "a=http://x")
