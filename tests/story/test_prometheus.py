@@ -101,7 +101,7 @@ def test_our_rules_tell_the_speed_up_and_a_worker_that_died(served: Served, tmp_
     (tmp_path / "rules.yaml").write_text(re.sub(r"for: \d+m", "for: 2s", text))
     down = 'ALERTS{alertname="CastVariantDown", variant="sparse", alertstate="firing"}'
     with prometheus(tmp_path, served, {"rule_files": ["rules.yaml"]}) as query:
-        for _ in range(4):
+        for _ in range(8):
             for name in ("dense", "sparse"):  # streamed: only then there is a time per token
                 body = {"model": name, "prompt": "The sea", "max_tokens": 16, "stream": True}
                 httpx.post(
@@ -110,7 +110,8 @@ def test_our_rules_tell_the_speed_up_and_a_worker_that_died(served: Served, tmp_
             time.sleep(2)
         speedup = 'variant:cast_speedup:ratio5m{variant="sparse", metric="tpot", quantile="0.5"}'
         wait_for(lambda: bool(query(speedup)), 60, "a speed-up")
-        # From the same requests, each median read from a bucket whose end is 5/3 of its begin.
+        # Of the same requests, but for those before the first scrape; each median is read from a
+        # bucket whose end is 5/3 of its begin.
         (exact,) = query('cast_speedup_ratio{metric="tpot", quantile="0.5"}')
         assert exact / (5 / 3) ** 2 < query(speedup)[0] < exact * (5 / 3) ** 2
         assert query('up{job="cast-serve"}') == [1]
