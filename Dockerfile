@@ -39,7 +39,7 @@ COPY loadtest/ loadtest/
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 WORKDIR /
 # For every instruction set; which one runs is decided where it runs.
-RUN python -m cast_serve.kernels.build
+RUN python -m cast_serve.kernels.cpu.build
 
 FROM base
 ARG VERSION=0.1.0

@@ -29,7 +29,7 @@ lint: setup
 	.venv/bin/ruff format --check cast_train cast_serve loadtest tests $(scripts)
 	.venv/bin/ruff check cast_train cast_serve loadtest tests $(scripts)
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/csrc/*
+	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/cpu/csrc/*
 
 check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too
 	$(python) scripts/check-deploy

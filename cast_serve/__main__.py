@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cast_serve.variants import Variant
+    from cast_serve.gateway.upstream.variants import Variant
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
 
@@ -37,7 +37,7 @@ def convert(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cast_serve import convert as converter
+    from cast_serve.checkpoint import convert as converter
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("converting", total=None)
@@ -54,7 +54,7 @@ def convert(
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="Any model directory.")]) -> None:
     """Say what a directory holds, and verify every group of every compressed layer."""
-    from cast_serve import convert as converter
+    from cast_serve.checkpoint import convert as converter
 
     summary = converter.inspect(folder)
     _say(f"{folder}: {_describe(summary)}")
@@ -73,7 +73,7 @@ def worker(
     ] = None,
 ) -> None:
     """Run one vLLM server for one variant. Flags after -- go to vLLM."""
-    from cast_serve import worker as server
+    from cast_serve.engine import worker as server
 
     _check_port_is_free(host, port)
     server.run(model, name, host, port, _parse_cores(cores), context.args)
@@ -107,7 +107,7 @@ def up(
 
     Flags after -- go to every vLLM server, for instance -- --enforce-eager.
     """
-    from cast_serve.variants import local_variants
+    from cast_serve.gateway.upstream.variants import local_variants
 
     models = {}
     for name, values in _parse_variants(variant).items():
@@ -129,7 +129,7 @@ def gateway(
 
     A name that is given again is another replica of that variant.
     """
-    from cast_serve.variants import remote_variants
+    from cast_serve.gateway.upstream.variants import remote_variants
 
     _serve(remote_variants(_parse_variants(variant)), host, port, split, fallback)
 
@@ -146,8 +146,8 @@ def _serve(
     import uvloop
     from pydantic import ValidationError
 
-    from cast_serve.gateway import serve
-    from cast_serve.settings import GatewaySettings
+    from cast_serve.gateway.app import serve
+    from cast_serve.gateway.settings import GatewaySettings
 
     flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
     try:

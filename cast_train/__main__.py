@@ -69,7 +69,7 @@ def run(
         settings = TrainConfig.from_toml(
             config, method=method, selector=selector, sparsity=sparsity, start=start, steps=steps
         )
-        from cast_train.run import train
+        from cast_train.training.run import train
 
         began = time.monotonic()
         record = train(
@@ -116,28 +116,29 @@ def evaluate(
 ) -> None:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
-        from cast_train import checkpoint, quality
+        from cast_train.checkpoint import models
+        from cast_train.evaluate import quality
         from cast_train.text import read_texts, to_blocks, tokenize
 
-        kind = checkpoint.kind_of(directory)
-        tokenizer = checkpoint.load_tokenizer(directory)
+        kind = models.kind_of(directory)
+        tokenizer = models.load_tokenizer(directory)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
         questions = {path.stem: quality.read_questions(path, limit) for path in choices or []}
         figures: dict[str, Any] = {}
         if kind == "gated":
-            model, gate_map, last = checkpoint.load_gated(directory, quality.arithmetic())
+            model, gate_map, last = models.load_gated(directory, quality.arithmetic())
             soft, hard = quality.soft_and_hard(model, gate_map, last, blocks)
             print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
             figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
         else:
             is_compressed = kind == "compressed"
-            load = checkpoint.load_compressed if is_compressed else checkpoint.load_dense
+            load = models.load_compressed if is_compressed else models.load_dense
             model = load(directory, quality.arithmetic())
             hard = quality.perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
         if reference is not None:
-            dense = checkpoint.load_dense(reference, quality.arithmetic())
+            dense = models.load_dense(reference, quality.arithmetic())
             figures["kl_nats_per_token"] = quality.mean_divergence(model, dense, blocks)
             print(
                 f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
@@ -170,7 +171,7 @@ def oneshot(
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():
-        from cast_train import oneshot as pruning
+        from cast_train.pruning import oneshot as pruning
 
         record = pruning.write_pruned(model, text or [], out, method, sparsity)
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
@@ -186,7 +187,7 @@ def permute(
 ) -> None:
     """Reorders a dense model's channels so that pruning costs less; it computes the same."""
     with _working():
-        from cast_train.permute import write_permuted
+        from cast_train.pruning.permute import write_permuted
 
         record = write_permuted(model, text, out, sparsity)
         for kind, (before, after) in record["kept_share"].items():
@@ -223,9 +224,9 @@ def study(
 ) -> None:
     """Compares the ways of learning the pattern, at equal tokens."""
     with _working():
-        from cast_train import report
-        from cast_train import study as comparison
         from cast_train.config import read_toml
+        from cast_train.evaluate import report
+        from cast_train.evaluate import study as comparison
 
         settings = read_toml(config) if config is not None else {}
         result = comparison.run(
@@ -251,7 +252,7 @@ def _working() -> Iterator[None]:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     _keep_freed_memory()
-    from cast_serve.nm import PatternError
+    from cast_serve.sparsity.pattern import PatternError
 
     try:
         yield

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cast_serve.nm import Pattern
-from cast_train.selection import patterns_of
+from cast_serve.sparsity.pattern import Pattern, patterns_of
 
 METHODS = ("gates", "ste", "adams", "dense")
 SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")

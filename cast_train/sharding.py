@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cast_serve.nm import PatternError
+from cast_serve.sparsity.pattern import PatternError
 from cast_train.config import TrainConfig
 
 

@@ -15,17 +15,18 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from loadtest import choices, commands, pareto, quality
-from loadtest.client import Client
-from loadtest.paired import PairedRun, Plan, check_fit, run_paired
-from loadtest.processes import Processes
+from loadtest.bench.shapes import parse_tokens, shapes_of
 from loadtest.provenance import provenance
-from loadtest.recorded import Recorded
-from loadtest.report import WRITTEN, check_out, result_of, write_out
-from loadtest.schedule import KINDS, Schedule, read_trace
-from loadtest.shapes import parse_tokens, shapes_of
-from loadtest.sweep import Load, parse_concurrency, parse_rate, sweep
-from loadtest.workload import Prompt, Workload, new_run_number, read_prompts, read_words
+from loadtest.quality import agreement, choices
+from loadtest.record import Recorded
+from loadtest.report import commands, pareto
+from loadtest.report.result import WRITTEN, check_out, result_of, write_out
+from loadtest.send.client import Client
+from loadtest.send.paired import PairedRun, Plan, check_fit, run_paired
+from loadtest.send.processes import Processes
+from loadtest.send.schedule import KINDS, Schedule, read_trace
+from loadtest.send.sweep import Load, parse_concurrency, parse_rate, sweep
+from loadtest.send.workload import Prompt, Workload, new_run_number, read_prompts, read_words
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(commands.report)
@@ -232,11 +233,11 @@ def kernels(
         raise typer.Exit(2) from None
     bench: Any  # a benchmark's needs are met only where it runs
     if device == "cuda":
-        from loadtest import gpu_kernels as bench
+        from loadtest.bench import kernels_gpu as bench
     else:
         import torch
 
-        from loadtest import kernels as bench
+        from loadtest.bench import kernels_cpu as bench
 
         torch.set_num_threads(threads)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -292,7 +293,7 @@ async def _quality(
     prompts = [_text(workload.prompt(index)) for index in range(num)]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("quality", total=num)
-        return await quality.measure_over_http(
+        return await agreement.measure_over_http(
             *(url, api_key, timeout_s, prompts, plan.baseline, plan.candidate),
             *(plan.output_tokens, lambda: progress.advance(task)),
         )

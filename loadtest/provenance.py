@@ -10,7 +10,7 @@ import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.connection import authorization
+from loadtest.send.connection import authorization
 
 SECRETS = {"api_key"}
 

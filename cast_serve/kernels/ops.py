@@ -4,7 +4,7 @@ and tells torch.compile the output's shape."""
 import torch
 from torch import Tensor
 
-from cast_serve.kernels import cuda
+from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import packed_shape
 
 
@@ -16,12 +16,12 @@ def load() -> None:
     """
     if hasattr(torch.ops.cast, "cpu_isas"):
         return
-    from cast_serve.kernels import build  # here, so that `python -m` can run it as well
+    from cast_serve.kernels.cpu import build  # here, so that `python -m` can run it as well
 
     build.load()
     torch.library.register_fake("cast::linear24")(_linear24_fake)
     if torch.cuda.is_available():
-        cuda.register()
+        dispatch.register()
 
 
 def _linear24_fake(

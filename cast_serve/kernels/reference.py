@@ -14,8 +14,8 @@ dropped, that row's output does not become NaN, as 0 * Inf would in a dense prod
 import torch
 from torch import Tensor
 
-from cast_serve.bitmask import decompress, unpack_mask
-from cast_serve.nm import PatternError
+from cast_serve.sparsity.bitmask import decompress, unpack_mask
+from cast_serve.sparsity.pattern import PatternError
 
 TILE_ROWS = 8
 TILE_COLUMNS = 64

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from cast_serve.nm import TWO_FOUR, Pattern, find_targets, hard_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, find_targets, hard_mask
 
 Save = Callable[..., Path]
 

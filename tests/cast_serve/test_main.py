@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cast_serve import __main__ as cli
-from cast_serve.settings import GatewaySettings
+from cast_serve.gateway.settings import GatewaySettings
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
@@ -88,7 +88,7 @@ def test_the_command_line_leaves_every_setting_to_the_environment(  # type: igno
     async def serve(_: object, settings: GatewaySettings) -> None:
         served.append(settings)
 
-    monkeypatch.setattr("cast_serve.gateway.serve", serve)
+    monkeypatch.setattr("cast_serve.gateway.app.serve", serve)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(f"CAST_{name.upper()}", value)
     code, _, err = cast_serve("gateway", "--variant", "a=http://x", "--variant", "b=http://y")

@@ -105,19 +105,20 @@ def untrained_llama_perplexity(llama_dir: Path, text_file: Path) -> float:
 
 
 def _perplexity(model_dir: Path, text_file: Path) -> float:
-    from cast_train import checkpoint, quality
+    from cast_train.checkpoint import models
+    from cast_train.evaluate import quality
     from cast_train.text import read_texts, to_blocks, tokenize
 
-    tokens = tokenize(read_texts([text_file]), checkpoint.load_tokenizer(model_dir), 128)
-    model = checkpoint.load_dense(model_dir, torch.float32)
+    tokens = tokenize(read_texts([text_file]), models.load_tokenizer(model_dir), 128)
+    model = models.load_dense(model_dir, torch.float32)
     return quality.perplexity(model, to_blocks(tokens, 32)).perplexity
 
 
 @pytest.fixture
 def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`train`, interrupted in a step, as by Ctrl-C."""
-    from cast_train.run import train
-    from cast_train.trainer import CastTrainer
+    from cast_train.training.run import train
+    from cast_train.training.trainer import CastTrainer
 
     def interrupted(step: int, *arguments: object) -> None:
         compute_loss = CastTrainer.compute_loss
@@ -138,7 +139,7 @@ def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def begun_at(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The names of the checkpoints that this test's runs went on from; None where one started."""
-    from cast_train.trainer import CastTrainer
+    from cast_train.training.trainer import CastTrainer
 
     found: list[str | None] = []
     begin = CastTrainer.train

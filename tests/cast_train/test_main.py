@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cast_train import quality
 from cast_train.__main__ import app, repeat_text_flag
-from cast_train.checkpoint import load_dense, load_tokenizer
+from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.evaluate import quality
 from cast_train.text import read_texts, to_blocks, tokenize
 
 

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from cast_serve.nm import PatternError
+from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
 from cast_train.config import TrainConfig
-from cast_train.run import train
+from cast_train.training.run import train
 
 SHARDED = TrainConfig(is_sharded=True)
 

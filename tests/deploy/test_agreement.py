@@ -10,8 +10,8 @@ import typer
 import yaml
 
 from cast_serve.__main__ import app
-from cast_serve.settings import GatewaySettings
-from loadtest.verdict import Guard
+from cast_serve.gateway.settings import GatewaySettings
+from loadtest.judge.verdict import Guard
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cast_serve.settings import GatewaySettings
+from cast_serve.gateway.settings import GatewaySettings
 
 Resource = dict[str, Any]
 Rendered = dict[str, list[Resource]]
@@ -173,7 +173,7 @@ def test_settings_hold_together(rendered: Rendered) -> None:
 def test_shadow_traffic_compares_dense_with_the_canary(rendered: Rendered) -> None:
     (container,) = dict(templates(rendered["canary"]))["gateway"]["spec"]["containers"]
     variants = re.findall(r"(\w+)=http", " ".join(container["args"]))
-    assert variants == ["dense", "canary", "sparse"]  # cast_serve.comparison takes the first two
+    assert variants == ["dense", "canary", "sparse"]  # compare/live.py takes the first two
 
 
 def test_only_the_needed_connections_are_open(rendered: Rendered) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cast_serve import kernels
-from cast_serve.kernels import cuda
+from cast_serve.kernels.gpu import dispatch
 from tests.cast_serve.kernels import test_linear24
 from tests.cast_serve.kernels.test_linear24 import assert_is_product
 
@@ -35,16 +35,16 @@ def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["cusparselt", "cutlass", "dense"])
 def test_second_forms(form: str) -> None:
     try:
-        cuda.check_form(form, torch.device("cuda", 0))
+        dispatch.check_form(form, torch.device("cuda", 0))
     except RuntimeError as error:
         pytest.skip(str(error))
     weight, packed = make((256, 512), torch.bfloat16)
-    second = cuda.second_form(packed, 256, 512, torch.bfloat16, form)
+    second = dispatch.second_form(packed, 256, 512, torch.bfloat16, form)
     bias = torch.randn(256, device="cuda").bfloat16()
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, 512, device="cuda").bfloat16()
         for given in (None, bias):
-            assert_is_product(cuda.product(x, second, form, given), x, weight, given)
+            assert_is_product(dispatch.product(x, second, form, given), x, weight, given)
             out = torch.ops.cast.linear24_many(x, packed, 256, given, second, form)
             assert_is_product(out, x, weight, given)
 

@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from loadtest.mock import MockVariant, create_app
+from loadtest.mock_server import MockVariant, create_app
 
 Serve = Callable[..., tuple[str, FastAPI]]
 ServeApp = Callable[[FastAPI], str]

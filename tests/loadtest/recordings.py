@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.recorded import Recorded, Request
+from loadtest.record import Recorded, Request
 
 PLAN = {
     "baseline": "dense",

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from loadtest.recorded import Recorded
-from loadtest.report import result_of
+from loadtest.record import Recorded
+from loadtest.report.result import result_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = sorted(path.parent for path in (DOCS / "example").glob("*/*/run.json"))

@@ -12,12 +12,12 @@ from fastapi import Request, Response
 from fastapi.responses import PlainTextResponse
 from typer.testing import CliRunner
 
-from cast_serve.gateway import create_app
-from cast_serve.settings import GatewaySettings
-from cast_serve.variants import remote_variants
+from cast_serve.gateway.app import create_app
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.variants import remote_variants
 from loadtest.__main__ import app
-from loadtest.mock import MockVariant
-from loadtest.schedule import Schedule
+from loadtest.mock_server import MockVariant
+from loadtest.send.schedule import Schedule
 from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from loadtest.batch import Batch
-from loadtest.client import Client, Sent
-from loadtest.mock import MockVariant
-from loadtest.paired import PairedRun, Plan, run_paired
-from loadtest.schedule import Schedule
-from loadtest.workload import Workload
+from loadtest.mock_server import MockVariant
+from loadtest.send.batch import Batch
+from loadtest.send.client import Client, Sent
+from loadtest.send.paired import PairedRun, Plan, run_paired
+from loadtest.send.schedule import Schedule
+from loadtest.send.workload import Workload
 from tests.loadtest.conftest import Serve
 
 StartMock = Callable[..., str]
@@ -37,7 +37,7 @@ def start_mock() -> Iterator[StartMock]:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         options = [word for variant in variants for word in ("--variant", variant)]
-        command = [sys.executable, "-m", "loadtest.mock", *options, "--port", str(port)]
+        command = [sys.executable, "-m", "loadtest.mock_server", *options, "--port", str(port)]
         process = subprocess.Popen(command)
         running.append(process)
         url = f"http://127.0.0.1:{port}"

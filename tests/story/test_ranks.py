@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from cast_serve.settings import GatewaySettings
-from cast_serve.watcher import STEP_FACTOR
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.supervisor import STEP_FACTOR
 from tests.story.conftest import FLAGS, PROMPTS, command, descendants, free_port
 
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]

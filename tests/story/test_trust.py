@@ -16,8 +16,8 @@ import pytest
 import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 
-from cast_serve.settings import GatewaySettings
-from cast_serve.watcher import STEP_FACTOR
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.supervisor import STEP_FACTOR
 from tests import hostile
 from tests.story.conftest import PROMPTS, Served, descendants, worker
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cast_serve import kernels
-from cast_serve.bitmask import compress
 from cast_serve.kernels import reference
-from cast_serve.nm import hard_mask
+from cast_serve.sparsity.bitmask import compress
+from cast_serve.sparsity.pattern import hard_mask
 
 SHAPES = [(1, 4), (7, 60), (8, 64), (33, 576), (129, 68), (40, 1536), (16, 8192), (1049, 132)]
 NUM_TOKENS = [*range(1, 18), 31, 32, 33, 41, 64, 130, 257]

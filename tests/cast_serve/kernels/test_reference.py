@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from cast_serve.bitmask import compress
 from cast_serve.kernels import reference
-from cast_serve.nm import PatternError, hard_mask
+from cast_serve.sparsity.bitmask import compress
+from cast_serve.sparsity.pattern import PatternError, hard_mask
 
 SHAPES = [(1, 4), (8, 64), (9, 60), (17, 68), (40, 576)]
 

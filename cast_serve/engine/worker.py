@@ -1,0 +1,276 @@
+"""One model directory -> one vLLM OpenAI server for one variant, on its own cores.
+
+vLLM's own ``vllm`` command fails with the CPU wheel (it asks for a distribution named vllm), so
+this starts the same server through vLLM's launcher. After loading it compares the layers that
+really run sparse with those that are sparse on disk, and refuses to serve if they differ. It
+listens only once the engine has answered (see `warmup`).
+"""
+
+import argparse
+import asyncio
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cast_serve.checkpoint.convert import count_compressed
+from cast_serve.engine.warmup import WarmUp, warm_up
+
+# From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.
+BUCKETS_S = [
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0),
+]
+KV_CACHE_BYTES = 1 << 30
+# A step of more tokens keeps a CPU busy for so long that the gateway takes it for a hang.
+CPU_STEP_TOKENS = 512
+
+
+class SparseReport:
+    """Mixed into vLLM's worker, so that the server can ask each rank what it loaded."""
+
+    def cast_report(self) -> dict[str, Any]:
+        """`sparse24.report` of this rank's part of the model, with its place among the ranks."""
+        from vllm.distributed.parallel_state import (
+            get_pipeline_model_parallel_rank,
+            get_tensor_model_parallel_rank,
+        )
+
+        from cast_serve.engine import sparse24
+
+        return {
+            "pipeline_rank": get_pipeline_model_parallel_rank(),
+            "tensor_rank": get_tensor_model_parallel_rank(),
+            **sparse24.report(self.model_runner.model),  # type: ignore[attr-defined]
+        }
+
+    def cast_make_stage_input(self) -> None:
+        """Makes the tensors that a pipeline stage receives the stage before's output in.
+
+        vLLM 0.32 makes them in its dummy step, which its CPU worker skips with --enforce-eager;
+        the first request then fails ("assert self.intermediate_tensors is not None"). To be removed
+        once `CPUModelRunner.warming_up_model` runs, or vLLM makes them elsewhere.
+        """
+        from vllm.distributed.parallel_state import get_pp_group
+
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def run(
+    model: Path,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    cores: Sequence[int] | None = None,
+    vllm_flags: Sequence[str] = (),
+) -> None:
+    """Serves until SIGTERM or Ctrl-C.
+
+    Args:
+        model: dense or compressed directory.
+        name: the variant's name, which requests put in ``model``.
+        host: address to listen on.
+        port: TCP port to listen on.
+        cores: CPU ids for this server and nothing else, dealt out to its ranks; None leaves
+            binding to vLLM.
+        vllm_flags: any flags of vLLM's server; they override ours.
+
+    Raises:
+        ValueError: if the directory holds no model, or there are fewer cores than ranks.
+        RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
+            answer its first requests.
+    """
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
+    expected = count_compressed(model)
+    _follow_parent()
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    args = _arguments(all_flags(model, name, host, port, vllm_flags))
+    if cores is not None:
+        num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_ranks(cores, num_ranks))
+    if args.headless:
+        _compute_for_another_node(args)
+    else:
+        asyncio.run(_serve(args, name, expected))
+
+
+def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
+    """The user's flags after ours, less those of ours that the user gave."""
+    families = ("request_latency", "time_to_first_token", "inter_token_latency")
+    ours = {
+        "--model": str(model),
+        "--served-model-name": name,
+        "--host": host,
+        "--port": str(port),
+        "--custom-histogram-buckets": json.dumps(dict.fromkeys(families, BUCKETS_S)),
+        "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
+        "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
+    }
+    if not torch.cuda.is_available():
+        ours["--max-num-batched-tokens"] = str(CPU_STEP_TOKENS)
+    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
+    defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
+    return [*defaults, *vllm_flags]
+
+
+def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
+    """Deals a node's cores out to its ranks, as VLLM_CPU_OMP_THREADS_BIND wants them: ``0,1|2,3``.
+
+    Raises:
+        ValueError: if there are fewer cores than ranks.
+    """
+    if len(cores) < num_ranks:
+        raise ValueError(
+            f"--cores has {len(cores)} cores for {num_ranks} ranks on this node; give at least one "
+            "each, or leave --cores out and set VLLM_CPU_OMP_THREADS_BIND=nobind"
+        )
+    ends = [len(cores) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return "|".join(
+        ",".join(str(core) for core in cores[first:last])
+        for first, last in zip(ends, ends[1:], strict=False)
+    )
+
+
+def _arguments(flags: list[str]) -> argparse.Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _compute_for_another_node(args: argparse.Namespace) -> None:
+    """Runs this node's ranks (--nnodes, --node-rank above 0); rank 0's node answers and reports."""
+    from vllm.entrypoints.cli.serve import run_headless
+
+    args.api_server_count = 0  # as `vllm serve --headless` sets it
+    run_headless(args)
+
+
+async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import (
+        build_and_serve,
+        build_async_engine_client,
+    )
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    def stop_loading(*_: object) -> None:  # until uvicorn installs its own handlers
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop_loading)
+    listen_address, sock = setup_server(args, reuse_port=False)
+    async with build_async_engine_client(args) as engine:
+        reports = await engine.collective_rpc("cast_report")
+        report = check_reports(reports, expected)
+        _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
+        await engine.collective_rpc("cast_make_stage_input")
+        warmed_up = await warm_up(engine)
+        _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
+        shutdown = await build_and_serve(engine, listen_address, sock, args)
+    try:
+        await shutdown
+    finally:
+        sock.close()
+
+
+def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
+    """Refuses a silent dense fallback.
+
+    Tensor-parallel ranks hold a share of every layer, pipeline ranks some layers whole, so it is
+    over the pipeline that layers add up.
+
+    Args:
+        reports: `SparseReport.cast_report` of every rank.
+        expected: linears that are compressed on disk.
+
+    Returns:
+        one report: the layers of the whole model, the bytes of all ranks.
+
+    Raises:
+        RuntimeError: if another number of layers runs the sparse kernel, at any tensor-parallel
+            rank.
+    """
+    shares: dict[int, list[dict[str, Any]]] = {}
+    for report in reports:
+        shares.setdefault(report["tensor_rank"], []).append(report)
+    for tensor_rank, stages in shares.items():
+        if _sum(stages, "num_sparse_layers") != expected:
+            found = ", ".join(
+                f"{stage['num_sparse_layers']} at pipeline rank {stage['pipeline_rank']}"
+                for stage in stages
+            )
+            raise RuntimeError(
+                f"{expected} layers are 2:4 on disk, but at tensor-parallel rank {tensor_rank} the "
+                f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
+                "its plugin not switched off by VLLM_PLUGINS?"
+            )
+    num_layers = ("num_sparse_layers", "num_dense_layers")
+    num_bytes = ("weight_bytes", "dense_weight_bytes")
+    return {
+        **{key: _sum(shares[0], key) for key in num_layers},
+        **{key: _sum(reports, key) for key in num_bytes},
+        "isa": next((report["isa"] for report in reports if report["isa"]), None),
+    }
+
+
+def _sum(reports: Sequence[dict[str, Any]], key: str) -> int:
+    return sum(report[key] for report in reports)
+
+
+def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
+    """Puts the report into this process's Prometheus registry, which vLLM's /metrics shows."""
+    from prometheus_client import Gauge
+
+    is_sparse = report["num_sparse_layers"] > 0
+    labels = {
+        "variant": name,
+        "pattern": "2:4" if is_sparse else "dense",
+        "kernel": "cast::linear24" if is_sparse else "vllm",
+        "isa": report["isa"] or "",
+        "dtype": dtype,
+        **{key: str(report[key]) for key in ("num_sparse_layers", "num_dense_layers")},
+        **{key: str(report[key]) for key in ("weight_bytes", "dense_weight_bytes")},
+    }
+    gauge = Gauge("cast_variant_info", "What the variant really runs", list(labels))
+    gauge.labels(**labels).set(1)
+    print(f"cast-serve worker {name}: {json.dumps(labels)}", flush=True)
+
+
+def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
+    """For the gateway: token ids at or above the size kill vLLM's engine, so it refuses them; an
+    engine that is busy with one step is silent for as long as that takes, and not hung.
+    """
+    from prometheus_client import Gauge
+
+    Gauge("cast_worker_vocabulary_size", "Token ids lie below it").set(vocabulary_size)
+    text = f"Seconds of one full step at start, of {warmed_up.step_tokens} tokens"
+    Gauge("cast_worker_step_seconds", text).set(warmed_up.step_s)
+    print(
+        f"cast-serve worker {name}: the first request took {warmed_up.first_s:.2f} s, a full step "
+        f"of {warmed_up.step_tokens} tokens takes {warmed_up.step_s:.2f} s",
+        flush=True,
+    )
+
+
+def _follow_parent() -> None:
+    """Asks Linux to end this process with the one that started it, so that none is orphaned."""
+    if os.environ.get("CAST_PARENT_PID") == str(os.getppid()):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,147 @@
+"""A request for a variant -> a place at its workers, a place in its queue, or 429 with Retry-After.
+
+Each variant has so many places (`max_running` per replica that is up) and a bounded queue, first
+come, first served. vLLM queues too, but without bound and before it has checked anything.
+
+A client may leave, or its time may run out, in the same pass of the event loop in which its turn
+comes. So a turn that is over already is passed over, and a turn that came too late is given back.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from cast_serve.gateway.api.errors import APIError
+
+RATE_WINDOW = 64  # finished requests that the service rate is measured over
+MAX_RETRY_AFTER_S = 60
+
+
+class NoPlacesError(Exception):
+    """The variant went down while the request waited in its queue."""
+
+
+class Admission:
+    """The places of one variant.
+
+    Args:
+        num_places: how many requests may run now; asked whenever one may be admitted.
+        max_queued: how many may wait.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        num_places: Callable[[], int],
+        max_queued: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._num_places = num_places
+        self._max_queued = max_queued
+        self._clock = clock
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._finished_busy_s: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._busy_s = 0.0  # with a request running, up to `_busy_since_s`
+        self._busy_since_s: float | None = None
+        self.num_running = 0
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def place(self, timeout_s: float) -> AsyncIterator[None]:
+        """Waits for a place, and gives it back at the end.
+
+        Raises:
+            APIError: 429 if the queue is full, 504 if no place was free in time.
+            NoPlacesError: if the variant went down meanwhile, see `turn_away`.
+        """
+        await self._enter(timeout_s)
+        try:
+            yield
+        finally:
+            self._give_back()
+            self._finished_busy_s.append(self._busy_now_s())
+            self.admit()
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until a request sent then should find a place: backlog over service rate.
+
+        The rate is that of the latest finished requests, over the time in which any was running; 1
+        a second while fewer than two have finished.
+        """
+        rate = 1.0
+        if len(self._finished_busy_s) > 1:
+            busy_s = self._busy_now_s() - self._finished_busy_s[0]
+            rate = (len(self._finished_busy_s) - 1) / max(busy_s, 1e-3)
+        return min(max(math.ceil((self.num_queued + 1) / rate), 1), MAX_RETRY_AFTER_S)
+
+    def admit(self) -> None:
+        """Lets as many in as there are places; to be called when a replica comes up."""
+        while self._waiting and self.num_running < self._num_places():
+            turn = self._waiting.popleft()
+            if not turn.done():  # else its client has left, and is about to leave the queue
+                self._take()
+                turn.set_result(None)
+
+    def turn_away(self) -> None:
+        """Ends the wait of all that queue; to be called when the variant's last replica is down."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(NoPlacesError())
+
+    async def _enter(self, timeout_s: float) -> None:
+        if self.num_running < self._num_places() and not self._waiting:
+            self._take()
+            return
+        if len(self._waiting) >= self._max_queued:
+            raise APIError(
+                429,
+                f"{len(self._waiting)} requests wait already, the limit of this variant; try again "
+                "after Retry-After seconds",
+                "rate_limit_error",
+                "queue_full",
+                headers={"Retry-After": str(self.retry_after_s())},
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except BaseException as error:  # also when the client left
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._give_back()  # its turn came at the same moment
+            self.admit()
+            if isinstance(error, TimeoutError):
+                raise APIError(
+                    504,
+                    f"no place was free within {timeout_s:g} s; ask again later, or allow more "
+                    "with X-Request-Timeout",
+                    "server_error",
+                    "timeout",
+                    headers={"Retry-After": str(self.retry_after_s())},
+                ) from None
+            raise
+
+    def _take(self) -> None:
+        if self._busy_since_s is None:
+            self._busy_since_s = self._clock()
+        self.num_running += 1
+
+    def _give_back(self) -> None:
+        self.num_running -= 1
+        if self.num_running == 0:
+            self._busy_s = self._busy_now_s()
+            self._busy_since_s = None
+
+    def _busy_now_s(self) -> float:
+        if self._busy_since_s is None:
+            return self._busy_s
+        return self._busy_s + self._clock() - self._busy_since_s

@@ -1,0 +1,58 @@
+"""What a worker sent -> a checked answer or chunk, its text, or the refusal that a client gets."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cast_serve.gateway.api.errors import APIError
+
+
+def parsed(data: str | bytes) -> dict[str, Any]:
+    """An answer or chunk.
+
+    Raises:
+        ValueError: if it is no JSON object, or its choices or usage are of another shape.
+    """
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
+    choices, usage = found.get("choices") or [], found.get("usage") or {}
+    if not (isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)):
+        raise ValueError("its choices are no list of objects")
+    if usage and not {"prompt_tokens", "completion_tokens"} <= set(usage):
+        raise ValueError("its usage counts no tokens")
+    return found
+
+
+def status_of(chunk: Mapping[str, Any]) -> int:
+    """The status that a worker's error event is about; 500 where it does not say."""
+    error = chunk["error"]
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def message_of(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the worker refused this: {content[:300].decode(errors='replace')}"
+
+
+def check_shape(status: int, content: bytes) -> None:
+    """Puts a worker's refusal that is no OpenAI error object into that shape."""
+    try:
+        is_shaped = isinstance(json.loads(content)["error"]["message"], str)
+    except (ValueError, KeyError, TypeError):
+        is_shaped = False
+    if not is_shaped:
+        status = 400 if status == 422 else status  # FastAPI's number for what OpenAI answers 400
+        raise APIError(status, message_of(content), "invalid_request_error")
+
+
+def text_of(answer: Mapping[str, Any]) -> str:
+    """The text of the first choice of an answer or chunk, completion or chat."""
+    for choice in answer.get("choices") or ():
+        if choice.get("index", 0) == 0:
+            part = choice.get("delta") or choice.get("message") or choice
+            return part.get("text") or part.get("content") or ""
+    return ""

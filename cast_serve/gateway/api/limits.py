@@ -1,0 +1,172 @@
+"""A checked body + the settings + the variant's limits -> nothing, or 400: what no type can say.
+
+`requests.parse` has checked each field for itself; here are the limits that the settings or the
+model set (choices, prompts, context, vocabulary), and fields against each other.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from cast_serve.gateway.api.errors import APIError, bad_request
+from cast_serve.gateway.api.schemas import (
+    ChatBody,
+    CompareBody,
+    CompletionBody,
+    DetokenizeBody,
+    Generating,
+    shortened,
+)
+from cast_serve.gateway.settings import GatewaySettings
+
+MAX_SCHEMA_NODES = 10_000  # values in a JSON schema, all levels together
+
+
+def check(
+    body: BaseModel,
+    settings: GatewaySettings,
+    max_model_len: int | None,
+    vocabulary_size: int | None,
+) -> None:
+    """Checks what depends on the settings and the model, before admission.
+
+    Args:
+        body: of `parse`.
+        settings: `max_choices`.
+        max_model_len: the variant's context in tokens; None: not known, vLLM checks it.
+        vocabulary_size: the variant's number of token ids; None: not known.
+
+    Raises:
+        APIError: 400.
+    """
+    if isinstance(body, DetokenizeBody):
+        _check_ids("tokens", body.tokens, vocabulary_size)
+    if isinstance(body, CompareBody):
+        _check_asked(body.max_tokens, max_model_len)
+    if not isinstance(body, Generating):
+        return
+    if body.n is not None and body.n > settings.max_choices:
+        raise _above("n", body.n, settings.max_choices, "ask for fewer choices")
+    _check_ids("stop_token_ids", body.stop_token_ids or (), vocabulary_size)
+    _check_ids("allowed_token_ids", body.allowed_token_ids or (), vocabulary_size)
+    _check_ids("logit_bias", [int(key) for key in body.logit_bias or ()], vocabulary_size)
+    if body.response_format is not None and body.response_format.json_schema is not None:
+        _check_references(body.response_format.json_schema.schema_)
+    asked = body.max_tokens or 0
+    if isinstance(body, ChatBody):
+        asked = max(asked, body.max_completion_tokens or 0)
+        if body.top_logprobs and not body.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise bad_request("prompt_logprobs cannot be streamed; leave stream out", "prompt_logprobs")
+    if body.min_tokens and asked and body.min_tokens > asked:
+        raise _above("min_tokens", body.min_tokens, asked, "it cannot exceed max_tokens")
+    _check_asked(asked, max_model_len)
+    if isinstance(body, CompletionBody):
+        _check_prompts(body, asked, max_model_len, vocabulary_size)
+
+
+def _check_asked(max_tokens: int, max_model_len: int | None) -> None:
+    if max_model_len is not None and max_tokens > max_model_len:
+        raise _above("max_tokens", max_tokens, max_model_len, "that is the model's context")
+
+
+def _check_references(schema: dict[str, Any]) -> None:
+    """Every $ref must lead, within the schema, to something else than a $ref back to itself.
+
+    Each value is looked at once and each reference followed once, whatever refers to it: a chain of
+    references costs no more than its length.
+    """
+    sound: set[str] = set()  # references that lead to something
+    todo: list[Any] = [schema]
+    num_nodes = 1
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            children: list[Any] = list(node.values())
+            if "$ref" in node:
+                _follow(node, schema, sound)
+        else:
+            children = node if isinstance(node, list) else []
+        num_nodes += len(children)
+        if num_nodes > MAX_SCHEMA_NODES:
+            raise bad_request(
+                f"response_format: the schema holds more than {MAX_SCHEMA_NODES} values; write a "
+                "smaller one",
+                "response_format",
+            )
+        todo += children
+
+
+def _follow(node: Any, schema: dict[str, Any], sound: set[str]) -> None:
+    """Adds a node's reference, and those that it leads over, to `sound`."""
+    chain: set[str] = set()
+    while isinstance(node, dict) and "$ref" in node:
+        where = node["$ref"]
+        if isinstance(where, str) and where in sound:
+            break
+        is_new = isinstance(where, str) and where not in chain
+        node = _resolve(schema, where) if is_new else None
+        if node is None:
+            raise bad_request(
+                f"response_format: $ref {shortened(where)} leads nowhere or back to itself; "
+                "write it as #/$defs/NAME and define NAME",
+                "response_format",
+            )
+        chain.add(where)
+    sound |= chain
+
+
+def _resolve(schema: dict[str, Any], where: str) -> Any:
+    if not where.startswith("#"):
+        return None
+    node: Any = schema
+    for part in filter(None, where[1:].split("/")):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _check_prompts(
+    body: CompletionBody,
+    asked: int,
+    max_model_len: int | None,
+    vocabulary_size: int | None,
+) -> None:
+    if isinstance(body.prompt, str):
+        if not body.prompt:
+            raise bad_request("prompt is empty; send some text or token ids", "prompt")
+        return
+    if not body.prompt:
+        raise bad_request("prompt is an empty list; send some text or token ids", "prompt")
+    is_one = isinstance(body.prompt[0], int)
+    prompts: list[Any] = [body.prompt] if is_one else list(body.prompt)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            continue
+        _check_ids("prompt", prompt, vocabulary_size)
+        if max_model_len is not None and len(prompt) + max(asked, 1) > max_model_len:
+            raise bad_request(
+                f"prompt has {len(prompt)} tokens and max_tokens is {asked or 'not given'}, but "
+                f"the model's context is {max_model_len} tokens; shorten one of them",
+                "prompt",
+                "context_length_exceeded",
+            )
+
+
+def _check_ids(field: str, ids: Any, vocabulary_size: int | None) -> None:
+    if vocabulary_size is None or not ids:
+        return
+    if (highest := max(ids)) >= vocabulary_size:
+        raise bad_request(
+            f"{field} holds token id {highest}, but the vocabulary ends at {vocabulary_size - 1}",
+            field,
+            "token_id_out_of_range",
+        )
+
+
+def _above(field: str, value: int, limit: int, remedy: str) -> APIError:
+    return bad_request(
+        f"{field} is {shortened(value)}, above the limit of {limit}; {remedy}", field
+    )

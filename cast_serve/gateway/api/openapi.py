@@ -1,0 +1,89 @@
+"""The application -> its OpenAPI description: every route, body and status."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from cast_serve.gateway.api.schemas import BODIES
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
+FAILURES = {
+    "400": "the body is not valid; the message names the field, the value and the limit",
+    "401": "no API key, or an unknown one",
+    "404": "the model does not exist",
+    "408": "the body did not arrive in time",
+    "413": "the body is too large",
+    "431": "the head is too large",
+    "429": "the queue is full; try again after Retry-After seconds",
+    "500": "the gateway failed; its log has the cause",
+    "503": "the variant does not answer; try again after Retry-After seconds",
+    "504": "the deadline has passed",
+}
+PROBES = ("/readyz", "/startupz", "/health")
+OPEN = ("/livez", *PROBES, "/")
+
+
+def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
+    """OpenAPI 3.1, made once.
+
+    Args:
+        models: what ``model`` may be.
+    """
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title="cast-serve gateway",
+            version=app.version,
+            description="OpenAI-compatible completions by variants of one model.",
+            routes=app.routes,
+        )
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= {"Error": ERROR}
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, methods in schema["paths"].items():
+            for operation in methods.values():
+                _complete(operation, path, schemas)
+        for body in BODIES.values():
+            fields = schemas[body.__name__]["properties"]
+            if "model" in fields:
+                fields["model"]["enum"] = list(models)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)  # never sent: a wrong body is a 400
+    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    if path in BODIES:
+        model = BODIES[path].model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= model.pop("$defs", {})
+        schemas[BODIES[path].__name__] = model
+        content = {"schema": {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+        responses |= {
+            status: {"description": text, "content": failure} for status, text in FAILURES.items()
+        }
+        if path.endswith("completions"):
+            responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    elif path in PROBES:
+        responses["503"] = {"description": "not yet, or no longer"}
+    if path not in OPEN and not path.startswith("/dashboard/"):
+        operation["security"] = [{"key": []}, {}]
+        responses["401"] = {"description": FAILURES["401"], "content": failure}

@@ -1,0 +1,244 @@
+"""Variants + settings -> the gateway: an OpenAI-compatible HTTP application and its life.
+
+    client -> RequestLog -> HeadLimit -> KeyCheck -> route -> Proxy -> vLLM workers
+
+Routes are here, what happens to a request is in proxy.py, the workers' life in variants.py.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from cast_serve.gateway.api import openapi
+from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.dashboard import page
+from cast_serve.gateway.metrics import CONTENT_TYPE
+from cast_serve.gateway.middleware import tracing
+from cast_serve.gateway.middleware.heads import BoundedHead, HeadLimit
+from cast_serve.gateway.middleware.keys import KeyCheck, load_keys
+from cast_serve.gateway.middleware.request_log import RequestLog
+from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream import variants as workers
+from cast_serve.gateway.upstream.variants import Replica, Variant, VariantError
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """The application's state beside the proxy: what the probes say, and why it ended."""
+
+    def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
+        self.variants = list(variants)
+        self.settings = settings
+        self.proxy = Proxy(variants, settings)
+        self.has_started = False
+        self.is_draining = False
+        self.failure: VariantError | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model that is advertised will be answered, by itself or its fallback."""
+        answered = all(self.proxy.answerer(variant.name) for variant in self.variants)
+        return answered and not self.is_draining
+
+    async def watch(self, on_failure: Callable[[], None]) -> None:
+        """Follows the workers; calls on_failure if one cannot be brought up, or this ends."""
+        num_restarts: dict[Replica, int] = {}
+
+        def note(replica: Replica) -> None:
+            name = replica.variant
+            self.proxy.note_state(name)
+            new = replica.num_restarts - num_restarts.get(replica, 0)
+            self.proxy.metrics.restarts.labels(name).inc(new)
+            num_restarts[replica] = replica.num_restarts
+            self.has_started = self.has_started or all(v.is_up for v in self.variants)
+
+        try:
+            await workers.watch(
+                self.variants,
+                self.proxy.client,
+                interval_s=self.settings.health_interval_s,
+                startup_timeout_s=self.settings.startup_timeout_s,
+                hang_timeout_s=self.settings.hang_timeout_s,
+                on_change=note,
+            )
+        except VariantError as failure:
+            self.failure = failure
+        except Exception as error:  # unwatched, a dead worker would stay up and never come back
+            logger.exception("gateway: watching the workers failed")
+            self.failure = VariantError(f"the watch over the workers failed: {error!r}")
+        on_failure()
+
+
+def create_app(
+    variants: Sequence[Variant],
+    settings: GatewaySettings,
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """The gateway as an ASGI application; its lifespan starts and stops the local workers.
+
+    Args:
+        variants: at least one.
+        settings: see `GatewaySettings`.
+        on_failure: called when a local worker cannot be brought up; ``app.state.gateway.failure``
+            says why.
+
+    Raises:
+        ValueError: if the keys cannot be read, or a split or fallback names no variant.
+    """
+    gateway = Gateway(variants, settings)
+    proxy = gateway.proxy
+    digests = load_keys(settings.api_keys, settings.api_keys_file)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            try:
+                workers.start(variants)
+            except OSError as error:  # no memory for a process, no room for its log
+                gateway.failure = VariantError(f"the workers could not be started: {error}")
+                raise gateway.failure from error
+            watching = asyncio.create_task(gateway.watch(on_failure))
+            yield
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        finally:
+            await asyncio.to_thread(workers.stop, variants)
+            await proxy.close()
+            if gateway.failure is None:  # else the logs say why
+                workers.remove_logs(variants)
+
+    app = FastAPI(
+        title="cast-serve",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would go where the Host header says
+    )
+    app.state.gateway = gateway
+    models = [*proxy.variants, *proxy.split]
+    app.openapi = lambda: openapi.describe(app, models)  # type: ignore[method-assign]
+
+    for path in PROXIED:
+        app.add_api_route(path, proxy.answer, methods=["POST"])
+    app.add_api_route(COMPARE, proxy.compare, methods=["POST"])
+    app.add_api_route("/v1/models", proxy.models, methods=["GET"])
+
+    @app.get("/v1/comparison")
+    async def comparison() -> dict[str, Any]:
+        return proxy.comparison.snapshot()
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/startupz")
+    async def startupz() -> Response:
+        return Response(status_code=200 if gateway.has_started else 503)
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        states = {variant.name: variant.is_up for variant in gateway.variants}
+        return JSONResponse(states, 200 if gateway.is_ready else 503)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if gateway.is_ready else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        from importlib.metadata import version as version_of
+
+        return {"version": version_of("cast-serve")}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await proxy.exposition(), media_type=CONTENT_TYPE)
+
+    app.include_router(page.router())
+
+    @app.exception_handler(APIError)
+    async def api_error(request: Request, error: APIError) -> JSONResponse:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        described = APIError(
+            error.status_code,
+            f"{request.method} {request.url.path[:200]}: {error.detail}",
+            "invalid_request_error",
+        )
+        return JSONResponse(described.body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def own_error(request: Request, error: Exception) -> JSONResponse:
+        described = APIError(
+            500, "the gateway failed at this request; its log has the cause", "server_error"
+        )
+        return JSONResponse(described.body, 500)
+
+    app.add_middleware(KeyCheck, digests=digests)
+    app.add_middleware(HeadLimit, max_bytes=settings.max_header_bytes)
+    if tracing.set_up():
+        app.add_middleware(tracing.Spans)
+    app.add_middleware(RequestLog)  # the last added is the outermost
+    return app
+
+
+async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
+    """Runs the gateway until SIGTERM or Ctrl-C, then lets running requests finish.
+
+    What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
+
+    Raises:
+        VariantError: if a local worker could not be brought up, or the watch over them failed.
+    """
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> Any:  # uvicorn's own would end us with the signal, not with 0
+            return nullcontext()
+
+    def close() -> None:
+        server.should_exit = True
+
+    def stop(*_: object) -> None:
+        gateway = app.state.gateway
+        if gateway.is_draining:  # the second signal does not wait for requests
+            server.force_exit = server.should_exit = True
+            return
+        gateway.is_draining = True
+        logger.info("gateway: stopping once the running requests are answered")
+        loop.call_later(settings.drain_delay_s, close)
+
+    app = create_app(variants, settings, on_failure=close)
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=partial(BoundedHead, timeout_s=settings.body_timeout_s),  # type: ignore[arg-type]
+            ws="none",
+            h11_max_incomplete_event_size=settings.max_header_bytes,
+            limit_concurrency=settings.max_connections,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+        )
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    await server.serve()
+    if app.state.gateway.failure is not None:
+        raise app.state.gateway.failure

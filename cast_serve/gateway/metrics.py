@@ -1,0 +1,199 @@
+"""Finished requests and the workers' own /metrics -> one Prometheus exposition.
+
+Ours are named cast_*; the workers' keep their names and get the labels ``variant`` and ``replica``
+(its place in the variant's list, from 0), so that one scrape of the gateway sees everything.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from cast_serve.gateway.admission import Admission
+from cast_serve.gateway.compare.live import Comparison
+from cast_serve.gateway.compare.shadow import Shadow
+from cast_serve.latency import RequestTiming
+
+logger = logging.getLogger(__name__)
+
+BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1),
+    *(0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0),
+)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Each worker has these of its own; vllm's and cast's matter.
+HIDDEN_PREFIXES = ("python_", "process_", "http_")
+
+
+class Metrics:
+    """The gateway's metrics, in a registry of their own.
+
+    Args:
+        comparison, shadow: read at every scrape.
+        admissions: each variant's queue, read at every scrape.
+    """
+
+    def __init__(
+        self, comparison: Comparison, shadow: Shadow, admissions: Mapping[str, Admission]
+    ) -> None:
+        self.comparison = comparison
+        registry = self.registry = CollectorRegistry()
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(name, text, ["variant"], buckets=BUCKETS_S, registry=registry)
+
+        self.requests = Counter(
+            "cast_requests_total",
+            "Requests answered",
+            ["variant", "route", "code"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "cast_requests_in_flight", "Requests being answered", ["variant"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "cast_prompt_tokens_total", "Prompt tokens", ["variant"], registry=registry
+        )
+        self.output_tokens = Counter(
+            "cast_output_tokens_total", "Output tokens", ["variant"], registry=registry
+        )
+        self.variant_up = Gauge(
+            "cast_variant_up", "1 if a replica answers", ["variant"], registry=registry
+        )
+        self.restarts = Counter(
+            "cast_variant_restarts_total",
+            "Local workers started again",
+            ["variant"],
+            registry=registry,
+        )
+        self.shed = Counter(
+            "cast_requests_shed_total", "Requests turned away", ["reason"], registry=registry
+        )
+        self.fallbacks = Counter(
+            "cast_fallbacks_total",
+            "Requests answered by another variant",
+            ["from_variant", "to_variant", "reason"],
+            registry=registry,
+        )
+        self.ttft = histogram("cast_time_to_first_token_seconds", "Arrival to first token")
+        self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
+        self.tpot = histogram("cast_time_per_output_token_seconds", "Per token after the first")
+        self.e2e = histogram("cast_e2e_request_latency_seconds", "Arrival to last token")
+        for name in admissions:  # a series that begins with its first event hides that event
+            self.variant_up.labels(name).set(0)
+            self.restarts.labels(name)
+        registry.register(_Speedups(comparison))
+        registry.register(_Queues(admissions))
+        registry.register(_Shadows(comparison, shadow))
+
+    def observe(self, variant: str, timing: RequestTiming, prompt_tokens: int) -> None:
+        """Adds one successfully finished request."""
+        self.comparison.observe(variant, timing)
+        self.e2e.labels(variant).observe(timing.e2e_s)
+        for gap_s in timing.itl_s:
+            self.itl.labels(variant).observe(gap_s)
+        if timing.ttft_s is not None:
+            self.ttft.labels(variant).observe(timing.ttft_s)
+        if timing.tpot_s is not None:
+            self.tpot.labels(variant).observe(timing.tpot_s)
+        self.prompt_tokens.labels(variant).inc(prompt_tokens)
+        self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
+
+    def expose(self, workers: Sequence[tuple[str, str, str]]) -> bytes:
+        """The exposition of our metrics and the workers'.
+
+        Args:
+            workers: variant, replica and exposition text of each worker that answers. One whose
+                text cannot be parsed is left out.
+        """
+        parsed = []
+        for variant, replica, text in workers:
+            try:
+                parsed.append((variant, replica, list(text_string_to_metric_families(text))))
+            except Exception as error:  # the parser raises whatever foreign text makes it raise
+                logger.warning(
+                    "%s, replica %s: left out, since its /metrics cannot be parsed: %.200s",
+                    variant,
+                    replica,
+                    error,
+                )
+        merged = CollectorRegistry()
+        merged.register(_Relabelled(parsed))
+        return generate_latest(self.registry) + generate_latest(merged)
+
+
+class _Speedups(Collector):
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "cast_speedup_ratio",
+            "Dense over sparse of live traffic; above 1 = sparse faster",
+            labels=["metric", "quantile"],
+        )
+        for metric, quantile, ratio in self._comparison.speedups():
+            family.add_metric([metric, str(quantile)], ratio)
+        yield family
+
+
+class _Queues(Collector):
+    def __init__(self, admissions: Mapping[str, Admission]) -> None:
+        self._admissions = admissions
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "cast_requests_queued", "Requests waiting for a place", labels=["variant"]
+        )
+        for name, admission in self._admissions.items():
+            family.add_metric([name], admission.num_queued)
+        yield family
+
+
+class _Shadows(Collector):
+    def __init__(self, comparison: Comparison, shadow: Shadow) -> None:
+        self._comparison = comparison
+        self._shadow = shadow
+
+    def collect(self) -> Iterator[Metric]:
+        outcomes = CounterMetricFamily(
+            "cast_shadow_requests", "Shadow requests by what became of them", labels=["outcome"]
+        )
+        outcomes.add_metric(["finished"], self._shadow.num_finished)
+        outcomes.add_metric(["failed"], self._shadow.num_failed)
+        outcomes.add_metric(["dropped"], self._shadow.num_dropped)
+        yield outcomes
+        found = self._comparison.snapshot()["agreement"]
+        if found is not None and found["token_agreement"] is not None:
+            yield GaugeMetricFamily(
+                "cast_shadow_token_agreement_ratio",
+                "Share of teacher-forced positions where both variants rank one token first",
+                value=found["token_agreement"]["mean"],
+            )
+            yield GaugeMetricFamily(
+                "cast_shadow_kl_nats",
+                "KL(baseline || candidate) per token, teacher-forced, a lower bound",
+                value=found["kl_nats"]["mean"],
+            )
+
+
+class _Relabelled(Collector):
+    def __init__(self, workers: Sequence[tuple[str, str, Sequence[Metric]]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for variant, replica, found in self._workers:
+            for family in found:
+                if family.name.startswith(HIDDEN_PREFIXES):
+                    continue
+                merged = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = {**sample.labels, "variant": variant, "replica": replica}
+                    merged.add_sample(sample.name, labels, sample.value)
+        yield from families.values()

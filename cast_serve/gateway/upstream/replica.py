@@ -1,0 +1,151 @@
+"""One vLLM server: its state and, for a local one, its processes: started, killed, their log read.
+
+A local worker is a process group of its own (``cast-serve worker``), so that Ctrl-C reaches only
+the gateway and killing takes the engine's processes along.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cast_serve.gateway.upstream.probes import Limits
+
+logger = logging.getLogger(__name__)
+
+KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
+
+
+@dataclass(eq=False)
+class Replica:
+    """One vLLM server.
+
+    Attributes:
+        variant: name of the variant that it serves.
+        url: where it answers, without a trailing slash.
+        model: the local worker's directory; None for a remote one.
+        cores: CPU ids of the local worker.
+        vllm_flags: passed on to the local worker's vLLM.
+        is_up: requests may go there.
+        num_outstanding: requests sent and not yet answered; the gateway counts.
+        num_received: answers and parts of streams that came; the gateway counts.
+        num_restarts: of the local worker.
+        limits: what the server says of itself.
+        is_doubted: set when a request failed at the server; its watch then sends a canary at once.
+        process: the local worker, leader of its process group.
+        log: what the local worker prints.
+        started_s: when the local worker was started, on the monotonic clock, as the next two.
+        came_up_s: when it first answered since its start; None before.
+        failed_s: when a request last could not reach it.
+    """
+
+    variant: str
+    url: str
+    model: Path | None = None
+    cores: tuple[int, ...] = ()
+    vllm_flags: tuple[str, ...] = ()
+    is_up: bool = False
+    num_outstanding: int = 0
+    num_received: int = 0
+    num_restarts: int = 0
+    limits: Limits = Limits()
+    is_doubted: asyncio.Event = field(default_factory=asyncio.Event)
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+    started_s: float = field(default_factory=time.monotonic)
+    came_up_s: float | None = None
+    failed_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.variant} at {self.url}"
+
+
+def worker_command(replica: Replica) -> list[str]:
+    """The command that runs a local replica."""
+    command = [sys.executable, "-m", "cast_serve", "worker", str(replica.model)]
+    command += ["--name", replica.variant, "--port", replica.url.rpartition(":")[2]]
+    command += ["--cores", ",".join(map(str, replica.cores)), "--", *replica.vllm_flags]
+    return command
+
+
+def start_worker(replica: Replica) -> None:
+    """Starts a local replica's process; returns at once, `watch_replica` tells when it answers.
+
+    To be called in the thread that lives longest: the worker ends with the thread that starts it.
+    """
+    assert replica.log is not None
+    with open(replica.log, "ab") as log:
+        replica.process = subprocess.Popen(
+            worker_command(replica),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "CAST_PARENT_PID": str(os.getpid())},
+        )
+    replica.started_s = time.monotonic()
+    cores = ",".join(map(str, replica.cores))
+    logger.info("%s: loading %s on cores %s, log %s", replica, replica.model, cores, replica.log)
+
+
+def note_failure(replica: Replica) -> None:
+    """Marks a replica down that refused or broke a connection, until its next good health check."""
+    if replica.is_up:
+        logger.warning("%s: a connection failed; down until its next good health check", replica)
+    replica.is_up = False
+    replica.failed_s = time.monotonic()
+
+
+def note_doubt(replica: Replica) -> None:
+    """Has a replica checked at once that answered with an error of its own; it stays up till then.
+
+    One request may fail for its own sake, so the canary decides and not the request.
+    """
+    replica.is_doubted.set()
+
+
+def signal_group(pid: int, number: int) -> None:
+    """Sends a signal to a process group, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def has_group(pid: int) -> bool:
+    """Whether a process group has a process left."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def kill_worker(replica: Replica) -> None:
+    """Ends a local replica's process group at once, and waits until nothing of it is left."""
+    assert replica.process is not None
+    process = replica.process
+    signal_group(process.pid, signal.SIGKILL)  # a stopped process does not take SIGTERM
+    deadline = time.monotonic() + KILL_GRACE_S
+    while process.poll() is None or has_group(process.pid):
+        if time.monotonic() > deadline:
+            logger.warning("%s: group %d is still there after SIGKILL", replica, process.pid)
+            break
+        await asyncio.sleep(0.02)
+    replica.process = None  # its id may belong to another process from now on
+
+
+def log_tail(replica: Replica, num_lines: int) -> list[str]:
+    """The last lines that a local replica printed."""
+    log = replica.log
+    assert log is not None
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 16384))
+            return file.read().decode(errors="replace").splitlines()[-num_lines:]
+    except OSError as error:
+        return [f"{log} cannot be read: {error}"]

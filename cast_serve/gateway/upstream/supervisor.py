@@ -1,0 +1,249 @@
+"""One replica -> whether requests may go to it, kept true to life; a local worker is restarted.
+
+A server is judged by its /health and by its progress: answers that came or, where none did, a
+canary, a request for one token. It is up once it has answered its first canary, which may take
+`FIRST_ANSWER_FACTOR` times as long as later ones; a request that failed at it brings another one
+at once. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
+
+Nothing that goes wrong here may end the watch over the other replicas, nor over this one.
+"""
+
+import asyncio
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import httpx
+
+from cast_serve.gateway.upstream import probes
+from cast_serve.gateway.upstream.probes import Canary, Limits
+from cast_serve.gateway.upstream.replica import Replica, kill_worker, log_tail, start_worker
+
+logger = logging.getLogger(__name__)
+
+CANARY_INTERVAL_S = 5.0  # between the starts of two
+EXIT_POLL_S = 0.2
+FIRST_BACKOFF_S = 1.0
+MAX_BACKOFF_S = 60.0
+STEADY_S = 300.0  # up for so long, a worker is forgiven its earlier ends
+MAX_FAILED_STARTS = 5  # in a row, of a worker that was up before
+STEP_FACTOR = 10  # an engine that has not moved for so many full steps hangs
+FIRST_ANSWER_FACTOR = 10  # times the hang limit: a first answer loads what later ones find loaded
+
+
+class VariantError(RuntimeError):
+    """A variant did not start, or did not come back."""
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How closely to watch.
+
+    Attributes:
+        interval_s: between two looks at a replica.
+        startup_timeout_s: for a local worker to answer after its start.
+        hang_timeout_s: for a canary to be answered, or the engine's counters to move; at least.
+    """
+
+    interval_s: float
+    startup_timeout_s: float
+    hang_timeout_s: float
+
+    def hang_limit_s(self, replica: Replica) -> float:
+        """Longer than the replica's slowest step, or a busy engine is taken for one that hangs."""
+        return max(self.hang_timeout_s, STEP_FACTOR * (replica.limits.step_s or 0.0))
+
+
+async def watch_replica(
+    replica: Replica,
+    client: httpx.AsyncClient,
+    settings: WatchSettings,
+    on_change: Callable[[Replica], None],
+) -> None:
+    """Keeps ``is_up`` true to life, and a local worker running, until cancelled.
+
+    Args:
+        replica: if local, started.
+        client: for health checks, canaries and the worker's limits.
+        settings: see there.
+        on_change: called at first, and when ``is_up`` or ``num_restarts`` changed.
+
+    Raises:
+        VariantError: if a local worker ends or times out before it ever was up, or
+            `MAX_FAILED_STARTS` times in a row after that.
+    """
+    told: tuple[bool, int] | None = None
+
+    def tell() -> None:
+        nonlocal told
+        if told != (replica.is_up, replica.num_restarts):
+            told = replica.is_up, replica.num_restarts
+            on_change(replica)
+
+    has_been_up = False
+    num_failed_starts = 0
+    backoff_s = FIRST_BACKOFF_S
+    while True:
+        replica.came_up_s = None
+        try:
+            if replica.model is not None and replica.process is None:
+                start_worker(replica)
+                replica.num_restarts += 1
+            fate = await _fate(replica, client, settings, tell)
+        except OSError as error:  # no memory for a process, no room for its log
+            fate = f"could not be started: {error}"
+        replica.is_up = False
+        tell()
+        if replica.model is None:
+            logger.warning("%s: %s; down until it answers a completion", replica, fate)
+            while not await _makes_progress(replica, client, settings):
+                await asyncio.sleep(CANARY_INTERVAL_S)
+            continue
+        if replica.came_up_s is None:
+            num_failed_starts += 1
+        else:
+            has_been_up = True
+            num_failed_starts = 0
+            if time.monotonic() - replica.came_up_s >= STEADY_S:
+                backoff_s = FIRST_BACKOFF_S
+        if not has_been_up or num_failed_starts == MAX_FAILED_STARTS:
+            times = f" ({num_failed_starts} starts in a row failed)" if has_been_up else ""
+            lines = "\n".join(log_tail(replica, 30))
+            raise VariantError(f"variant {replica} {fate}{times}; its log says:\n{lines}")
+        lines = " | ".join(log_tail(replica, 3))
+        logger.warning("%s: %s; restart in %.3g s; its log: %s", replica, fate, backoff_s, lines)
+        if replica.process is not None:
+            await kill_worker(replica)
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+
+async def _fate(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
+) -> str:
+    """Watches until the replica's process ended or must be ended; returns why, in words."""
+    watchers: list[Callable[[], Coroutine[Any, Any, str]]] = [
+        partial(_until_overdue, replica, client, settings, tell),
+        partial(_until_hung, replica, client, settings),
+    ]
+    if replica.process is not None:
+        watchers.append(partial(_until_ended, replica.process))
+    tasks = [asyncio.create_task(_whatever_happens(watcher, replica)) for watcher in watchers]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _whatever_happens(watch: Callable[[], Coroutine[Any, Any, str]], replica: Replica) -> str:
+    """Begins a watch again that failed itself: a fault of ours is no reason to end a worker."""
+    while True:
+        try:
+            return await watch()
+        except Exception:
+            logger.exception("%s: watching it failed; again in %.3g s", replica, CANARY_INTERVAL_S)
+        await asyncio.sleep(CANARY_INTERVAL_S)
+
+
+async def _until_ended(process: subprocess.Popen[bytes]) -> str:
+    while process.poll() is None:
+        await asyncio.sleep(EXIT_POLL_S)
+    return f"ended with {process.returncode}"
+
+
+async def _until_overdue(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
+) -> str:
+    """Marks the replica up and down by its /health and, where that is not enough, a canary."""
+    must_answer = True
+    while True:
+        tell()  # what `note_failure` changed
+        must_answer = must_answer or replica.is_doubted.is_set()
+        replica.is_doubted.clear()
+        looked_s = time.monotonic()
+        is_healthy = await probes.is_healthy(client, replica.url)
+        if is_healthy and not replica.is_up:
+            limits = await probes.read_limits(client, replica.url, replica.variant)
+            is_healthy = limits is not None
+            replica.limits = limits or Limits()
+        if is_healthy and must_answer:
+            canary = await _first_canary(replica, client, settings)
+            is_busy = canary is Canary.SILENT and replica.is_up  # or hangs: `_until_hung` tells
+            must_answer = not (canary is Canary.ANSWERED or is_busy)
+            is_healthy = not must_answer
+        now_s = time.monotonic()
+        if replica.is_up and not is_healthy:
+            logger.warning("%s: does not answer", replica)
+            replica.is_up = False
+        elif is_healthy and not replica.is_up and replica.failed_s < looked_s:
+            replica.is_up = True
+            if replica.came_up_s is None:
+                replica.came_up_s = now_s
+                logger.info("%s: ready after %.0f s", replica, now_s - replica.started_s)
+            else:
+                logger.info("%s: answers again", replica)
+        elif (
+            replica.process is not None
+            and replica.came_up_s is None
+            and now_s - replica.started_s > settings.startup_timeout_s
+        ):
+            return (
+                f"did not answer within {settings.startup_timeout_s:.0f} s (CAST_STARTUP_TIMEOUT_S)"
+            )
+        tell()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(settings.interval_s):
+                await replica.is_doubted.wait()
+
+
+async def _first_canary(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
+) -> Canary:
+    """The canary that decides whether the replica is up."""
+    timeout_s = settings.hang_limit_s(replica)
+    if replica.came_up_s is None:
+        timeout_s *= FIRST_ANSWER_FACTOR
+        if replica.process is not None:
+            timeout_s = min(timeout_s, settings.startup_timeout_s)
+    return await probes.send_canary(client, replica.url, replica.variant, timeout_s)
+
+
+async def _until_hung(replica: Replica, client: httpx.AsyncClient, settings: WatchSettings) -> str:
+    num_received = replica.num_received
+    wait_s = settings.interval_s
+    while True:
+        await asyncio.sleep(wait_s)
+        wait_s = settings.interval_s
+        if replica.came_up_s is not None and replica.num_received == num_received:
+            begun_s = time.monotonic()
+            if not await _makes_progress(replica, client, settings):
+                limit_s = settings.hang_limit_s(replica)
+                step = ""
+                if limit_s > settings.hang_timeout_s:
+                    step = (
+                        f", raised to {STEP_FACTOR} of its steps of {replica.limits.step_s:.3g} s"
+                    )
+                return (
+                    f"made no progress for {limit_s:.3g} s (CAST_HANG_TIMEOUT_S is "
+                    f"{settings.hang_timeout_s:.3g} s{step})"
+                )
+            wait_s = max(wait_s, begun_s + CANARY_INTERVAL_S - time.monotonic())
+        num_received = replica.num_received
+
+
+async def _makes_progress(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
+) -> bool:
+    num_received = replica.num_received
+    is_moving = await probes.makes_progress(
+        client, replica.url, replica.variant, settings.hang_limit_s(replica)
+    )
+    return is_moving or replica.num_received != num_received

@@ -1,0 +1,221 @@
+"""Directories or URLs by variant name -> the variants, each one or several vLLM servers."""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from cast_serve.gateway.upstream.replica import (
+    KILL_GRACE_S,
+    Replica,
+    has_group,
+    note_doubt,
+    note_failure,
+    signal_group,
+    start_worker,
+)
+from cast_serve.gateway.upstream.supervisor import VariantError, WatchSettings, watch_replica
+
+__all__ = [
+    "Replica",
+    "Variant",
+    "VariantError",
+    "local_variants",
+    "note_doubt",
+    "note_failure",
+    "remote_variants",
+    "remove_logs",
+    "start",
+    "stop",
+    "watch",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Variant:
+    """One served model.
+
+    Attributes:
+        name: what requests write in ``model``.
+        replicas: the servers that answer for it, at least one.
+    """
+
+    name: str
+    replicas: list[Replica]
+
+    @property
+    def is_up(self) -> bool:
+        return any(replica.is_up for replica in self.replicas)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that every replica can hold; None if none says."""
+        return _least(replica.limits.max_model_len for replica in self.replicas)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Token ids below it are known to every replica; None if none says."""
+        return _least(replica.limits.vocabulary_size for replica in self.replicas)
+
+    def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
+        """The replica that is up with the fewest outstanding requests, the first of equals.
+
+        Args:
+            tried: those that are not to be asked again.
+        """
+        up = [replica for replica in self.replicas if replica.is_up and replica not in tried]
+        return min(up, key=lambda replica: replica.num_outstanding, default=None)
+
+
+def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -> list[Variant]:
+    """Variants for directories, each on a free port and its own share of this process's cores.
+
+    Raises:
+        ValueError: if a directory holds no model, or there are fewer cores than variants.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < len(models):
+        raise ValueError(
+            f"{len(models)} variants need a core each, but this process has {len(cores)}; "
+            "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
+        )
+    for name, model in models.items():
+        if not (model / "config.json").is_file():
+            raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
+    share = len(cores) // len(models)
+    ports = _free_ports(len(models))
+    variants = []
+    for index, (name, model) in enumerate(models.items()):
+        url = f"http://127.0.0.1:{ports[index]}"
+        own = tuple(cores[index * share : (index + 1) * share])
+        variants.append(Variant(name, [Replica(name, url, model, own, tuple(vllm_flags))]))
+    return variants
+
+
+def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
+    """Variants for servers that run elsewhere.
+
+    Args:
+        urls: one or more per variant, as ``http://HOST:PORT``.
+
+    Raises:
+        ValueError: if one is no URL.
+    """
+    return [
+        Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
+        for name, given in urls.items()
+    ]
+
+
+def start(variants: Sequence[Variant]) -> None:
+    """Starts the local replicas; returns at once, `watch` tells when they answer."""
+    local = [replica for replica in _replicas(variants) if replica.model is not None]
+    if not local:
+        return
+    logs = Path(tempfile.mkdtemp(prefix="cast-serve-"))
+    for replica in local:
+        replica.log = logs / f"{replica.variant}-{replica.url.rpartition(':')[2]}.log"
+        start_worker(replica)
+
+
+async def watch(
+    variants: Sequence[Variant],
+    client: httpx.AsyncClient,
+    *,
+    interval_s: float,
+    startup_timeout_s: float,
+    hang_timeout_s: float,
+    on_change: Callable[[Replica], None],
+) -> None:
+    """Keeps every replica's ``is_up`` true to life, and local workers running, until cancelled.
+
+    Args:
+        variants: their local replicas started.
+        client: for health checks, canaries and the workers' limits.
+        interval_s: see `WatchSettings`, as the next two.
+        startup_timeout_s: for a local worker.
+        hang_timeout_s: for a canary.
+        on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
+            changed.
+
+    Raises:
+        VariantError: if a local worker does not start, or does not come back.
+    """
+    settings = WatchSettings(interval_s, startup_timeout_s, hang_timeout_s)
+    tasks = [
+        asyncio.create_task(watch_replica(replica, client, settings, on_change))
+        for replica in _replicas(variants)
+    ]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
+    """Ends the local workers and every process they started; returns when none is left.
+
+    Args:
+        variants: no longer watched, or they would be restarted.
+        grace_s: for a worker to end by itself after SIGTERM; then it is killed.
+    """
+    running = [r.process for r in _replicas(variants) if r.process is not None]
+    for process in running:
+        signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for process in running:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning("worker %d did not end in %.3g s; killing it", process.pid, grace_s)
+        signal_group(process.pid, signal.SIGKILL)  # what the leader left behind
+        process.wait()
+    deadline = time.monotonic() + KILL_GRACE_S
+    while any(has_group(process.pid) for process in running) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def remove_logs(variants: Sequence[Variant]) -> None:
+    """Removes what `start` made for the logs; of workers that have ended."""
+    for folder in {replica.log.parent for replica in _replicas(variants) if replica.log}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replicas(variants: Sequence[Variant]) -> list[Replica]:
+    return [replica for variant in variants for replica in variant.replicas]
+
+
+def _least(numbers: Iterable[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def _checked_url(name: str, text: str) -> str:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
+    return text.rstrip("/")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

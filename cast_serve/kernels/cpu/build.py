@@ -1,0 +1,122 @@
+"""C++ sources -> a loaded op library: found prebuilt in the cache, else compiled there once.
+
+The cache folder is ``$CAST_KERNEL_CACHE`` or ``~/.cache/cast_serve/kernels``; a library is filed
+under a hash of its sources, compiler, flags and torch version, so a stale one is never loaded.
+``python -m cast_serve.kernels.cpu.build`` builds ahead of time (set-up and the image do).
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DNDEBUG", "-Wall", "-Wno-psabi"]
+AVX512_FLAGS = ["-mavx512f", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+ISA_FLAGS = {
+    "ops": [],
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [
+        *AVX512_FLAGS,
+        *(f"-mavx512{extension}" for extension in ("bf16", "vbmi", "bw", "vl", "dq")),
+        "-mbmi2",
+    ],
+}
+
+
+class KernelBuildError(RuntimeError):
+    """The kernel library could not be built."""
+
+
+def load() -> None:
+    """Registers ``torch.ops.cast``, building the library first if it is in no cache.
+
+    Raises:
+        KernelBuildError: if there is no compiler or the compiler fails.
+    """
+    if not hasattr(torch.ops.cast, "cpu_isas"):
+        torch.ops.load_library(str(build()))
+
+
+def build() -> Path:
+    """Returns the library's path, compiling it if it is not in the cache.
+
+    Raises:
+        KernelBuildError: if there is no compiler or the compiler fails.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    folder = Path(os.environ.get("CAST_KERNEL_CACHE") or Path.home() / ".cache/cast_serve/kernels")
+    library = folder / f"cast_kernels-{_source_hash(compiler)}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # several workers may start at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            logger.warning("building the 2:4 CPU kernels once, about half a minute: %s", library)
+            _compile(compiler, library)
+    return library
+
+
+def _units() -> list[str]:
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return list(ISA_FLAGS) if is_x86 else ["ops", "portable"]
+
+
+def _source_hash(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    for part in (torch.__version__, platform.machine(), COMMON_FLAGS, ISA_FLAGS, compiler):
+        digest.update(repr(part).encode())
+    if found := shutil.which(compiler):
+        digest.update(subprocess.run([found, "--version"], capture_output=True).stdout)
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, library: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise KernelBuildError(
+            f"no C++ compiler {compiler!r} found, which builds the 2:4 kernels; install it "
+            "(Debian and Ubuntu: apt-get install g++) or name another in CXX"
+        )
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_libs = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+
+        def compile_unit(unit: str) -> str:
+            out = f"{folder}/{unit}.o"
+            flags = [*COMMON_FLAGS, *ISA_FLAGS[unit], *(includes if unit == "ops" else [])]
+            _run([compiler, *flags, "-c", str(SOURCES / f"{unit}.cpp"), "-o", out])
+            return out
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile_unit, _units()))
+        linked = f"{folder}/{library.name}"
+        libs = [f"-L{torch_libs}", "-lc10", "-ltorch", "-ltorch_cpu"]
+        _run([compiler, "-shared", "-fopenmp", *objects, *libs, "-o", linked])
+        os.replace(linked, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise KernelBuildError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    load()
+    print(f"2:4 CPU kernels: {build()} (this CPU runs {', '.join(torch.ops.cast.cpu_isas())})")

@@ -1,0 +1,257 @@
+"""``cast::linear24`` on a GPU: the Triton kernel, and for many tokens a second form if asked for.
+
+The packed weight serves any number of tokens. From some number on a product on 2:4 tensor cores,
+or a dense one, may be faster, but needs the weight once more in a layout of its own.
+``CAST_CUDA_MANY_TOKENS`` says which is kept beside the packed weight (bytes as a share of dense):
+
+    packed       none, 0.5625 (the default)
+    cusparselt   cuSPARSELt's, 1.125 in all
+    cutlass      torch's for CUTLASS, 1.125 in all; compute capability 8.x only
+    dense        the dense weight, 1.5625 in all
+
+crossover.json says from how many tokens on it is used, card by card, as scripts/measure-gpu
+measured it; any other card gets `UNMEASURED_TOKENS`, and one warning.
+"""
+
+import functools
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.reference import packed_shape, unpack
+from cast_serve.sparsity.bitmask import decompress
+
+logger = logging.getLogger(__name__)
+
+FORMS = ("packed", "cusparselt", "cutlass", "dense")
+# Both sizes of a weight must be whole multiples: (out_features, in_features).
+MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64), "dense": (1, 1)}
+CROSSOVER = Path(__file__).parent / "crossover.json"
+# Reading the packed weight takes as long as multiplying on dense tensor cores at 88 tokens with
+# 2 TB/s and 312 TFLOP/s, at 166 with 3.35 TB/s and 990: from there on a second form may pay.
+UNMEASURED_TOKENS = 128
+PADDED_TOKENS = 16  # the 2:4 products take whole multiples of it
+INTERPRETED_PROCESSORS = 4
+
+_registered: list[torch.library.Library] = []  # once collected, a library's kernels are gone
+
+
+def register() -> None:
+    """Gives ``cast::linear24`` its CUDA kernel and defines ``cast::linear24_many``, once."""
+    if _registered:
+        return
+    library = torch.library.Library("cast", "FRAGMENT")
+    _registered.append(library)
+    library.impl("linear24", linear24, "CUDA")
+    library.define(
+        "linear24_many(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor[] second, "
+        "str form) -> Tensor"
+    )
+    library.impl("linear24_many", linear24_many, "CUDA")
+    torch.library.register_fake("cast::linear24_many", _many_fake, lib=library)
+
+
+def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """reference.linear24 for x on a GPU, bf16 or fp16; also on a CPU in Triton's interpreter.
+
+    Raises:
+        ValueError: if the shapes do not belong together; TypeError for another dtype.
+        RuntimeError: if the GPU's compute capability is below 8.0.
+    """
+    from cast_serve.kernels.gpu import triton24  # here: the CPU extra need not have Triton
+
+    rows = _checked_rows(x, packed, out_features, bias)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            processors = properties(x.device.index).multi_processor_count
+            out = triton24.linear24(rows, packed, out_features, bias, processors)
+    else:
+        out = triton24.linear24(rows, packed, out_features, bias, INTERPRETED_PROCESSORS)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def linear24_many(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    second: list[Tensor],
+    form: str,
+) -> Tensor:
+    """`linear24`; from the card's crossover on by the second form.
+
+    Args:
+        x, packed, out_features, bias: as for `linear24`.
+        second: of `second_form`.
+        form: its name, of `FORMS`.
+    """
+    if x.numel() // x.shape[-1] < crossover(properties(x.device.index).name, form):
+        return linear24(x, packed, out_features, bias)
+    rows = _checked_rows(x, packed, out_features, bias)
+    return product(rows, second, form, bias).view(*x.shape[:-1], out_features)
+
+
+def _many_fake(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    second: list[Tensor],
+    form: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def product(x: Tensor, second: list[Tensor], form: str, bias: Tensor | None = None) -> Tensor:
+    """x [num_tokens, in_features] times a second form -> [num_tokens, out_features], x's dtype.
+
+    Args:
+        second: of `to_form`; form: its name.
+        bias: [out_features], x's dtype, or None.
+    """
+    if form == "dense":
+        return torch.nn.functional.linear(x, second[0], bias)
+    num_tokens = x.shape[0]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -num_tokens % PADDED_TOKENS))
+    if form == "cusparselt":
+        out = torch._cslt_sparse_mm(second[0], padded.t(), bias=bias, transpose_result=True)
+    else:
+        values, meta = second
+        out = torch._sparse_semi_structured_mm(values, meta, padded.t()).t()
+        out = out if bias is None else out + bias
+    return out[:num_tokens].contiguous()
+
+
+def wanted_form() -> str:
+    """What ``CAST_CUDA_MANY_TOKENS`` asks for.
+
+    Raises:
+        ValueError: if it is not one of `FORMS`.
+    """
+    form = os.environ.get("CAST_CUDA_MANY_TOKENS", FORMS[0])
+    if form not in FORMS:
+        raise ValueError(
+            f"CAST_CUDA_MANY_TOKENS={form} is not known; choose one of {', '.join(FORMS)}"
+        )
+    return form
+
+
+def second_form(
+    packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype, form: str
+) -> list[Tensor]:
+    """What is kept beside a packed weight on a GPU; nothing for the form ``packed``.
+
+    A weight of sizes that the form cannot hold gets nothing either, with a warning for the sizes.
+
+    Args:
+        packed: uint8 [tile_rows, tile_columns, 576], see reference.pack.
+        dtype: of the weight, bf16 or fp16.
+        form: of `FORMS`.
+
+    Raises:
+        RuntimeError: if this torch or this card has not got the form.
+    """
+    if form == "packed":
+        return []
+    multiples = MULTIPLES[form]
+    if out_features % multiples[0] or in_features % multiples[1]:
+        _warn_once(
+            f"linears of [{out_features}, {in_features}] are no multiples of {list(multiples)}, "
+            f"which {form} needs: they run the packed kernel for any number of tokens"
+        )
+        return []
+    check_form(form, packed.device)
+    values, bitmask = unpack(packed, out_features, in_features, dtype)
+    return to_form(decompress(values, bitmask, in_features), form)
+
+
+def to_form(weight: Tensor, form: str) -> list[Tensor]:
+    """A dense 2:4 weight [out_features, in_features], bf16 or fp16, on a GPU -> a second form.
+
+    Returns:
+        cusparselt: one tensor of torch's own layout; cutlass: the kept values and their metadata;
+        dense: the weight itself.
+    """
+    if form == "cusparselt":
+        return [torch._cslt_compress(weight)]
+    if form == "cutlass":
+        from torch.sparse import _semi_structured_conversions as conversions
+
+        return list(conversions.sparse_semi_structured_from_dense_cutlass(weight))
+    return [weight]
+
+
+def check_form(form: str, device: torch.device) -> None:
+    """Whether this torch and this card have a second form.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    remedy = "set CAST_CUDA_MANY_TOKENS to another form"
+    if form == "cusparselt" and not torch.backends.cusparselt.is_available():
+        raise RuntimeError(f"torch {torch.__version__} has no cuSPARSELt here; {remedy}")
+    if form == "cutlass" and (card := properties(device.index)).major != 8:
+        raise RuntimeError(
+            f"torch's CUTLASS 2:4 products need compute capability 8.x, but {card.name} has "
+            f"{card.major}.{card.minor}; {remedy}"
+        )
+
+
+@functools.cache
+def crossover(card: str, form: str) -> int:
+    """From how many tokens on a second form is used on a card; warns if nobody measured it."""
+    measured = json.loads(CROSSOVER.read_text()).get(card, {})
+    if form not in measured:
+        _warn_once(
+            f"{form} was not measured on {card}: it is used from {UNMEASURED_TOKENS} tokens on; "
+            "scripts/measure-gpu measures it"
+        )
+    return int(measured.get(form, UNMEASURED_TOKENS))
+
+
+@functools.cache
+def properties(index: int | None) -> Any:
+    """A GPU's properties.
+
+    Raises:
+        RuntimeError: if its compute capability is below 8.0.
+    """
+    card = torch.cuda.get_device_properties(index)
+    if card.major < 8:
+        raise RuntimeError(
+            f"{card.name} has compute capability {card.major}.{card.minor}; the 2:4 kernels need "
+            "8.0 or later (A100 and later cards)"
+        )
+    return card
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _checked_rows(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    """x as [num_tokens, in_features], once everything fits together as csrc/ops.cpp demands it."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"linear24: x is {x.dtype}; bfloat16 or float16 is needed on a GPU")
+    if not x.dim():
+        raise ValueError("linear24: x has no dimension; [..., in_features] is needed")
+    in_features = x.shape[-1]
+    if in_features == 0 or in_features % 4:
+        raise ValueError(f"linear24: in_features {in_features} is no positive multiple of 4")
+    shape = packed_shape(out_features, in_features, x.dtype)
+    if packed.dtype != torch.uint8 or packed.shape != shape or not packed.is_contiguous():
+        raise ValueError(
+            f"linear24: packed is {packed.dtype} {list(packed.shape)}, but x {list(x.shape)} of "
+            f"{x.dtype} and out_features {out_features} need a contiguous uint8 {list(shape)}"
+        )
+    if packed.device != x.device:
+        raise ValueError(f"linear24: x is on {x.device} and packed on {packed.device}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"linear24: bias is {list(bias.shape)}; [{out_features}] is needed")
+    return x.reshape(-1, in_features)

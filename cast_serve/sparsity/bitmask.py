@@ -1,0 +1,92 @@
+"""The ``sparse-24-bitmask`` codec: a 2:4 weight <-> its kept values and one bit per weight.
+
+On disk, for a weight [out_features, in_features]:
+    values   [out_features, in_features / 2]         the weight's dtype, kept weights left to right
+    bitmask  [out_features, ceil(in_features / 8)]   uint8, bit i of byte j = column 8j + i
+
+Every nibble of the bitmask that stands for a group has exactly two bits; where in_features is no
+multiple of 8 the last byte's upper nibble stands for none: we write 0, and read anything. A kept
+value may itself be 0: a group with fewer than two non-zeros keeps its first zeros. Both functions
+are pure and work on the meta device.
+Source: compressed-tensors up to 0.14, vLLM 0.7 to 0.18.
+"""
+
+import torch
+from torch import Tensor
+
+from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, groups, hard_mask
+
+
+def compress(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Compresses a 2:4 weight.
+
+    Args:
+        weight: [out_features, in_features], floating point or int8.
+        name: for error messages.
+
+    Returns:
+        values [out_features, in_features / 2] and bitmask [out_features, ceil(in_features / 8)].
+        -0.0 is stored as 0.0.
+
+    Raises:
+        PatternError: if in_features is no multiple of 4, or a group has more than two non-zeros.
+    """
+    out_features, in_features = weight.shape
+    groups(weight, 4)
+    if weight.is_meta:
+        return (
+            weight.new_empty(out_features, in_features // 2),
+            weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8),
+        )
+    check_weight(weight, TWO_FOUR, name)
+    mask = hard_mask((weight != 0).to(torch.uint8))
+    values = weight[mask].view(out_features, in_features // 2)
+    values = torch.where(values == 0, torch.zeros_like(values), values)
+    return values, pack_mask(mask)
+
+
+def decompress(values: Tensor, bitmask: Tensor, in_features: int, name: str = "weight") -> Tensor:
+    """The inverse of `compress`: the dense weight [out_features, in_features].
+
+    Raises:
+        PatternError: if the shapes do not belong together, or a group's bits are not exactly two.
+    """
+    out_features = values.shape[0]
+    expected = (out_features, in_features // 2), (out_features, -(-in_features // 8))
+    if (tuple(values.shape), tuple(bitmask.shape)) != expected or in_features % 4:
+        raise PatternError(
+            f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong "
+            f"to [{out_features}, {in_features}]; {list(expected[0])} and {list(expected[1])} do"
+        )
+    dense = values.new_zeros(out_features, in_features)
+    if values.is_meta:
+        return dense
+    mask = unpack_mask(bitmask, in_features, name)
+    dense[mask] = values.reshape(-1)
+    return dense
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool [out_features, in_features] -> uint8 [out_features, ceil(in_features / 8)]."""
+    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tensor:
+    """The inverse of `pack_mask`.
+
+    Raises:
+        PatternError: if a group of four has not exactly two bits.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask.unsqueeze(-1) >> shifts) & 1
+    mask = bits.flatten(-2)[..., :in_features].bool()
+    bad = groups(mask, 4).sum(-1) != 2
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
+        raise PatternError(
+            f"{name}: {int(bad.sum())} groups of the bitmask have not exactly two bits; the first "
+            f"is row {row}, group {group}; the file is damaged or not 2:4"
+        )
+    return mask

@@ -1,0 +1,200 @@
+"""N:M words: a weight or score tensor -> groups, exact masks, checks, and the errors they raise.
+
+Besides them what both packages need to trust a checkpoint's files: `sha256`.
+
+A *group* is M consecutive weights along in_features (the last dimension). A *mask* is a bool
+tensor, True = kept. This is the leaf of the house: torch only, imported by everything.
+"""
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Attention and MLP projections are targets; embeddings, heads and routers stay dense.
+DENSE_MODULES = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|router|gate)$")
+
+
+class PatternError(ValueError):
+    """A tensor does not have the N:M pattern that it must have, or cannot have it."""
+
+
+class CheckpointError(ValueError):
+    """A directory is not a checkpoint that can be read, or must not be overwritten."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a whole file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N of M consecutive weights are kept."""
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Parses ``"2:4"``.
+
+        Raises:
+            PatternError: if the text is not ``N:M`` with 0 < N < M.
+        """
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise PatternError(
+                f"sparsity {text!r} is not N:M with 0 < N < M; write for instance 2:4"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+TWO_FOUR = Pattern(2, 4)
+MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
+
+
+def groups(tensor: Tensor, m: int) -> Tensor:
+    """Views [..., K] as [..., K / m, m].
+
+    Raises:
+        PatternError: if K is no multiple of m.
+    """
+    if tensor.shape[-1] % m:
+        raise PatternError(
+            f"in_features {tensor.shape[-1]} is no multiple of {m}: no whole groups of {m}"
+        )
+    return tensor.unflatten(-1, (-1, m))
+
+
+def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
+    """The N largest scores of each group.
+
+    Args:
+        scores: any real dtype, [..., K]; ties go to the lower column.
+
+    Returns:
+        bool [..., K] with exactly N True in every group, also where scores are equal.
+
+    Raises:
+        PatternError: if K is no multiple of M, or a score is NaN.
+    """
+    grouped = groups(scores, pattern.m)
+    if torch.isnan(grouped).any():
+        raise PatternError(
+            "scores hold NaN, so they rank nothing; check the training for divergence"
+        )
+    columns = [column.contiguous() for column in grouped.unbind(-1)]
+    ranks = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in columns]
+    for left in range(pattern.m):  # counting beats sorting by far at such small M
+        for right in range(left + 1, pattern.m):
+            is_right_larger = columns[right] > columns[left]
+            ranks[left] += is_right_larger
+            ranks[right] += ~is_right_larger
+    return (torch.stack(ranks, dim=-1) < pattern.n).flatten(-2)
+
+
+def patterns_of(n: int, m: int) -> Tensor:
+    """All ways to keep N of M, fp32 [C(m, n), m] of 0 and 1, in lexicographic order.
+
+    Raises:
+        PatternError: if there are more than MAX_PATTERNS.
+    """
+    if math.comb(m, n) > MAX_PATTERNS:
+        raise PatternError(
+            f"{n}:{m} has {math.comb(m, n)} patterns per group; the gumbel selector takes up to "
+            f"{MAX_PATTERNS} (4:8); use soft_topk"
+        )
+    table = torch.zeros(math.comb(m, n), m)
+    for row, kept in zip(table, itertools.combinations(range(m), n), strict=True):
+        row[list(kept)] = 1
+    return table
+
+
+def check_mask(mask: Tensor, pattern: Pattern, name: str) -> None:
+    """Checks that every group of a mask keeps exactly N.
+
+    Raises:
+        PatternError: naming the tensor, the first bad row and group, and how many are bad.
+    """
+    _refuse_groups(groups(mask, pattern.m).sum(-1) != pattern.n, name, f"keep exactly {pattern.n}")
+
+
+def check_weight(weight: Tensor, pattern: Pattern, name: str) -> None:
+    """Checks that every group of a weight [out_features, in_features] has at most N non-zeros.
+
+    Raises:
+        PatternError: naming the tensor, the first bad row and group, and how many are bad.
+    """
+    num_nonzeros = (groups(weight, pattern.m) != 0).sum(-1)
+    _refuse_groups(num_nonzeros > pattern.n, name, f"have at most {pattern.n} non-zeros")
+
+
+def _refuse_groups(bad: Tensor, name: str, rule: str) -> None:
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
+        raise PatternError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} groups do not {rule}; the first is "
+            f"row {row}, group {group}; prune or train the model to the pattern first"
+        )
+
+
+def find_targets(
+    model: nn.Module, pattern: Pattern, include: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Which linears of a model become sparse: the one rule.
+
+    Every linear inside the transformer's blocks is a target; embeddings, heads, classifiers and
+    routers are not. A linear whose in_features is no multiple of M stays dense and is listed.
+
+    Args:
+        model: any torch model; ``nn.Linear`` and GPT-2's ``Conv1D`` count as linears.
+        include: regular expressions searched in the module's name; if given, only these are
+            targets.
+        exclude: regular expressions; what they match stays dense.
+
+    Returns:
+        targets by module name, and the reason by module name for each linear left dense.
+
+    Raises:
+        PatternError: if an included linear cannot have the pattern, or nothing is a target.
+    """
+    include, exclude = list(include), list(exclude)
+    targets: dict[str, nn.Module] = {}
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules():
+        is_conv1d = type(module).__name__ == "Conv1D"
+        if not (isinstance(module, nn.Linear) or is_conv1d):
+            continue
+        in_features = module.weight.shape[0 if is_conv1d else 1]
+        named = any(re.search(expression, name) for expression in include)
+        if any(re.search(expression, name) for expression in exclude):
+            dense[name] = "excluded"
+        elif (include and not named) or (not include and DENSE_MODULES.search(name)):
+            dense[name] = "not a target"
+        elif in_features % pattern.m:
+            reason = f"in_features {in_features} is no multiple of {pattern.m}"
+            if named:
+                raise PatternError(f"{name} is named as a target, but its {reason}")
+            dense[name] = reason
+        else:
+            targets[name] = module
+    if not targets:
+        raise PatternError(
+            f"no linear of the model can be {pattern}: {dense or 'it has no linears'}"
+        )
+    return targets, dense

@@ -1,0 +1,294 @@
+"""A trained model <-> a gated or pruned checkpoint directory that can be trusted.
+
+Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
+has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
+shape; none with method adams, where |W| decides) and maybe ``<name>.scale`` (fp32, scaling.py). To
+harden it: mask = the N largest logits of each group, W * mask * scale. A pruned one has its zeros
+written.
+
+Directories are written beside their place and renamed into it, so a name that exists is whole;
+cast.json carries the sha256 of every shard, and no pickle is read or written.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cast_serve.sparsity.bitmask import decompress
+from cast_serve.sparsity.pattern import CheckpointError, Pattern, sha256
+from cast_train.gates import gating, scaling
+from cast_train.gates.schedules import Phase
+
+FORMAT_VERSION = 1
+RECORD = "cast.json"
+MAX_SHARD_SIZE = "4GB"
+
+
+def write(
+    out: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    record: Mapping[str, Any],
+    gate_tensors: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Writes a whole checkpoint directory or none.
+
+    Args:
+        out: must not exist.
+        model: a transformers model without parametrizations, in the dtype to store.
+        tokenizer: its tokenizer.
+        record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
+        gate_tensors: as `gates.detach` gives them; None if not gated.
+
+    Returns:
+        cast.json's content.
+
+    Raises:
+        CheckpointError: if out exists.
+    """
+    check_new(out)
+    partial = out.with_name(out.name + ".writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        state = dict(model.state_dict())
+        state.update(gate_tensors or {})
+        model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(partial)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        full = {
+            "format_version": FORMAT_VERSION,
+            **record,
+            "versions": _versions(),
+            "sha256": {path.name: sha256(path) for path in _shards(partial)},
+        }
+        (partial / RECORD).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return full
+
+
+def check_new(out: Path) -> None:
+    """Refuses a name that is taken, before any work is done for it.
+
+    Raises:
+        CheckpointError: if out exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists; choose another --out or remove it")
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Reads cast.json and refuses what this version does not know.
+
+    Raises:
+        CheckpointError: if it is missing, no JSON, or of an unknown format_version.
+    """
+    path = directory / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint's record: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, but this program reads {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    return record
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Checks every shard against the sha256 of cast.json.
+
+    Returns:
+        cast.json's content.
+
+    Raises:
+        CheckpointError: naming the shard that is missing, unlisted or changed.
+    """
+    record = read_record(directory)
+    listed = record["sha256"]
+    found = {path.name: path for path in _shards(directory)}
+    if set(found) != set(listed):
+        raise CheckpointError(
+            f"{directory} holds the shards {sorted(found)}, but its record lists {sorted(listed)}; "
+            "copy the whole directory again"
+        )
+    for name, path in found.items():
+        if sha256(path) != listed[name]:
+            raise CheckpointError(
+                f"{path} was changed or damaged: its sha256 is not the recorded one"
+            )
+    return record
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: if the directory is missing or has no tokenizer.
+    """
+    check_directory(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no tokenizer that can be read: {error}") from error
+
+
+def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A causal language model from an ordinary HF directory; gates in it are left aside.
+
+    Raises:
+        CheckpointError: if the directory is missing, or lacks weights of the model.
+    """
+    check_directory(directory)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory} is no language model that can be read: {error}"
+        ) from error
+    if report["missing_keys"]:
+        raise CheckpointError(f"{directory} lacks the weights {sorted(report['missing_keys'])}")
+    return model
+
+
+def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A sparse-24-bitmask directory, decompressed into the dense model.
+
+    Raises:
+        CheckpointError: if it is missing, of another format, or lacks tensors.
+    """
+    settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+    found = settings.quantization_config
+    method = found.get("sparsity_config", found).get("format")
+    if method != "sparse-24-bitmask":
+        raise CheckpointError(f"{directory} is compressed as {method!r}, not as sparse-24-bitmask")
+    del settings.quantization_config
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    state: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors(directory):
+        name, _, part = key.rpartition(".")
+        if part in ("compressed", "bitmask", "shape"):
+            parts.setdefault(name, {})[part] = tensor
+        else:
+            state[key] = tensor
+    for name, found_parts in parts.items():
+        if len(found_parts) != 3:
+            raise CheckpointError(f"{directory}: {name} has only {sorted(found_parts)}")
+        in_features = int(found_parts["shape"][1])
+        weight = decompress(found_parts["compressed"], found_parts["bitmask"], in_features, name)
+        transposed = gating.is_transposed(model.get_submodule(name))
+        state[f"{name}.weight"] = weight.t() if transposed else weight
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(
+            f"{directory} lacks {sorted(set(missing) - tied)} or holds unknown {sorted(unexpected)}"
+        )
+    model.tie_weights()
+    return model
+
+
+def load_gated(
+    directory: Path, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, dict[str, gating.Gate], Phase]:
+    """A gated checkpoint, verified, with its gates attached.
+
+    Returns:
+        the model, its gates by target name, and the phase that training ended in.
+
+    Raises:
+        CheckpointError: if it is damaged or lacks gates.
+    """
+    record = verify(directory)
+    model = load_dense(directory, dtype)
+    targets = {name: model.get_submodule(name) for name in record["targets"]}
+    pattern = Pattern(record["n"], record["m"])
+    method, selector = record["method"], record.get("selector")
+    if method != "adams":  # its logits are stored, whatever computed them
+        method = "gates"
+    is_read = selector in ("gumbel", "penalty")  # else soft_topk reads what was computed
+    gate_map = gating.attach(
+        targets, pattern, method=method, selector=str(selector) if is_read else "soft_topk"
+    )
+    stored = read_gates(directory, targets)
+    for name, gate in gate_map.items():
+        if method != "adams":
+            if f"{name}.gate" not in stored:
+                raise CheckpointError(f"{directory} has no gates for {name}")
+            gate.logits.data.copy_(stored[f"{name}.gate"])
+    if method == "adams":
+        gating.come_to_rest(gate_map)
+    scales = {name: stored[f"{name}.scale"] for name in targets if f"{name}.scale" in stored}
+    if scales:
+        num_parts = next(iter(scales.values())).shape[1]
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, num_parts, pattern.m, transposed)
+        for name, linear in targets.items():
+            linear.parametrizations.weight[1].scale.data.copy_(scales[name])
+    return model, gate_map, Phase(**record["schedules_end"])
+
+
+def kind_of(directory: Path) -> str:
+    """``gated``, ``pruned``, ``compressed`` or ``dense``: what `cast-train eval` is given.
+
+    Raises:
+        CheckpointError: if it is no model directory.
+    """
+    check_directory(directory)
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in settings:
+        return "compressed"
+    return read_record(directory)["kind"] if (directory / RECORD).exists() else "dense"
+
+
+def check_directory(directory: Path) -> None:
+    """Refuses what is no model directory.
+
+    Raises:
+        CheckpointError: if it is missing or has no config.json.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is no directory; give a downloaded model's directory (none is fetched)"
+        )
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json, so it is no model directory")
+
+
+def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
+    """``<name>.gate`` and ``<name>.scale`` of the targets, fp32, as far as they are there."""
+    wanted = {f"{name}.{part}" for name in targets for part in ("gate", "scale")}
+    return {key: tensor for key, tensor in tensors(directory) if key in wanted}
+
+
+def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a directory's shards, one at a time."""
+    for path in _shards(directory):
+        with safe_open(path, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 - a shard is no dict
+                yield key, shard.get_tensor(key)
+
+
+def _shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _versions() -> dict[str, str]:
+    names = ("cast-serve", "torch", "transformers", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,107 @@
+"""OUT.partial: an unfinished run's identity and checkpoints -> the one to go on from.
+
+    run.json                the run's identity
+    checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
+                            random states of all processes
+    checkpoint-N/complete   empty; written last, when all of the above is on the disk
+
+Trainer writes into checkpoint-N as it goes, so a kill leaves a half of one. Only those with the
+mark are gone on from, and the one before is removed only after the mark.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cast_serve.sparsity.pattern import CheckpointError
+from cast_train.checkpoint import identity
+
+logger = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+COMPLETE = "complete"
+PREFIX = "checkpoint-"  # Trainer's
+
+
+def begin(partial: Path, wanted: Mapping[str, Any]) -> None:
+    """Makes the directory for a run, or leaves it to go on in."""
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / RUN_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bool) -> Path | None:
+    """The newest complete checkpoint to go on from, or None to start.
+
+    Args:
+        partial: OUT.partial.
+        wanted: the run's identity.
+        is_resume: whether going on was asked for.
+        is_first: whether this is the first of several processes, which does the checking and
+            removes what is half written; it may have just made the directory.
+
+    Raises:
+        CheckpointError: if there is an unfinished run that was not asked for, or another one.
+    """
+    if not partial.exists():
+        return None
+    if is_first:
+        _check(partial, wanted, is_resume)
+        for folder in _checkpoints(partial):
+            if not (folder / COMPLETE).exists():
+                logger.warning("%s is not complete and is removed", folder)
+                shutil.rmtree(folder)
+    complete = [f for f in _checkpoints(partial) if (f / COMPLETE).exists()] if is_resume else []
+    return max(complete, key=_step, default=None)
+
+
+def _check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
+    if not is_resume:
+        raise CheckpointError(
+            f"{partial} holds an unfinished run; go on with --resume, or remove it"
+        )
+    try:
+        found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{partial} is no unfinished run: {error}; remove it") from error
+    remedy = "repeat that run with its inputs and settings, or remove it"
+    identity.check(found, wanted, f"{partial} is another run", remedy)
+
+
+def mark_complete(folder: Path, best: str | None) -> None:
+    """Marks a checkpoint that every process has written, and removes the ones before it.
+
+    Args:
+        folder: OUT.partial/checkpoint-N.
+        best: the checkpoint that `keep_best` would return to; it stays.
+    """
+    for path in (*folder.rglob("*"), folder):
+        _to_disk(path)
+    (folder / COMPLETE).touch()
+    _to_disk(folder)
+    _to_disk(folder.parent)
+    kept = {folder.name, Path(best).name if best else None}
+    for other in _checkpoints(folder.parent):
+        if other.name not in kept:
+            (other / COMPLETE).unlink(missing_ok=True)  # first: half of it is no checkpoint
+            shutil.rmtree(other)
+
+
+def _to_disk(path: Path) -> None:
+    """Returns when the file's content, or the directory's list of names, outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints(partial: Path) -> list[Path]:
+    folders = partial.glob(f"{PREFIX}*")
+    return [p for p in folders if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))

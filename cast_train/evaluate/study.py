@@ -1,0 +1,312 @@
+"""A dense model + text -> every way of learning the pattern, at equal tokens and seeds, compared.
+
+Each run is a `cast-train run` of its own, in a process of its own, so that time and memory are its
+own too. Its figures go to OUT/results.jsonl as soon as it is done and its weights are removed; a
+study that was stopped goes on where it was. In the end:
+
+result.json    all figures, and their summary
+report.md      the table
+report.png     perplexity against tokens; of every way the last perplexities, the recovered share of
+               the gap, step time and memory
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.sparsity.pattern import CheckpointError, sha256
+from cast_train.checkpoint import identity
+from cast_train.config import TrainConfig
+from cast_train.evaluate import report
+from cast_train.pruning import oneshot
+
+# Name -> what it changes in the study's common settings.
+# The baselines are undistilled, as they are known; "ste distillation_weight=0.5" is the fair pair.
+WAYS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense", "distillation_weight": 0.0},
+    "fixed mask": {
+        "start": "wanda",
+        "hard_fraction": 0.0,
+        "tau_end_fraction": 0.0,
+        "blend_end_fraction": 0.0,
+        "distillation_weight": 0.0,
+    },
+    "ste": {"method": "ste", "distillation_weight": 0.0},
+    "soft_topk": {},
+    "gumbel": {"selector": "gumbel"},
+    "penalty": {
+        "selector": "penalty",
+        "gate_learning_rate": 0.1,
+        "hard_fraction": 0.5,
+        "tau_end_fraction": 0.45,
+    },
+    "generator": {"selector": "generator"},
+    "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
+}
+
+
+class StudyError(RuntimeError):
+    """A run of the study failed."""
+
+
+def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
+    """Parses ``ste;soft_topk;soft_topk start=magnitude``; None: all of WAYS.
+
+    Returns:
+        what each way changes in the common settings, by the way's text.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    ways = {}
+    for way in WAYS if text is None else (part.strip() for part in text.split(";")):
+        words = way.split()
+        name = " ".join(word for word in words if "=" not in word)
+        if name not in WAYS:
+            raise ValueError(
+                f"--ways has {name!r}; choose from {'; '.join(WAYS)}, each with "
+                "KEY=VALUE after it for any setting of the run"
+            )
+        changes = dict(word.split("=", 1) for word in words if "=" in word)
+        ways[way] = WAYS[name] | {key: _parsed(value) for key, value in changes.items()}
+    return ways
+
+
+def _parsed(value: str) -> Any:
+    """A TOML value; what is none is a string, so that no quotes need quoting."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def run(
+    model: Path,
+    text_files: Sequence[Path],
+    heldout: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    ways: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    choices: Sequence[Path] = (),
+    rivals: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Runs what is not in OUT/results.jsonl yet, and writes the report over all of it.
+
+    Args:
+        model: dense HF directory.
+        text_files: training text, UTF-8.
+        heldout: text to measure on.
+        out: directory; may hold an unfinished study of the same settings and files, see
+            identity.py. Ways, seeds and rivals may be added to it.
+        settings: of TrainConfig, common to all ways.
+        ways: what each changes in the settings, see `ways_of`.
+        seeds: each way runs once per seed.
+        choices: questions, JSONL, that every model answers; with any, KL to the dense model too.
+        rivals: directories that were pruned by other means, measured beside ours by their names.
+
+    Raises:
+        ValueError: for a wrong setting or rival's name.
+        CheckpointError: if out holds another study; it names what differs.
+        StudyError: if a run fails; what is done stays done.
+    """
+    configs = {
+        (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
+        for way, changes in ways.items()
+        for seed in seeds
+    }
+    taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
+    if taken:
+        raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
+    names = {
+        "model": model.resolve().name,
+        "text": [path.name for path in text_files],
+        "heldout": heldout.name,
+        "settings": dict(settings),
+    }
+    hashes = {
+        "model": identity.of_directory(model),
+        "text": [sha256(path) for path in text_files],
+        "heldout": sha256(heldout),
+        "choices": [identity.of_file(path) for path in choices],
+    }
+    _check_identity(out, {**names, "sha256": hashes}, rivals)
+    done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
+    measure = _Measure(model, heldout, choices, settings)
+    for name in ("before", *oneshot.METHODS, *(rival.name for rival in rivals)):
+        if (name, None) not in done:
+            figures = _measure_untrained(name, text_files, out, measure, rivals)
+            done[name, None] = _append(out, {"way": name, "seed": None, **figures})
+    for number, ((way, seed), config) in enumerate(configs.items(), 1):
+        if (way, seed) not in done:
+            print(f"study: run {number} of {len(configs)}: {way}, seed {seed}", flush=True)
+            row = _train(model, text_files, heldout, out, way, config, measure)
+            done[way, seed] = _append(out, row)
+    result = {
+        **names,
+        "runs": list(done.values()),
+        "summary": report.summarise(list(done.values())),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(report.table_of(result), encoding="utf-8")
+    report.draw(out / "report.png", result)
+    return result
+
+
+def _check_identity(out: Path, own: Mapping[str, Any], rivals: Sequence[Path]) -> None:
+    """Refuses another study's directory; writes study.json, in which rivals gather."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "study.json"
+    found: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    elif any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty and holds no study; choose another --out")
+    known = found.get("rivals", {})
+    new = {rival.name: identity.of_directory(rival) for rival in rivals}
+    if found:
+        again = {name: files for name, files in new.items() if name in known}
+        remedy = "choose another --out or remove it"
+        identity.check(
+            {**found, "rivals": {name: known[name] for name in again}},
+            {**own, "rivals": again},
+            f"{out} holds another study",
+            remedy,
+        )
+    text = json.dumps({**own, "rivals": known | new}, indent=2) + "\n"
+    partial = path.with_name(path.name + ".writing")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def _read_rows(out: Path) -> list[dict[str, Any]]:
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _append(out: Path, row: dict[str, Any]) -> dict[str, Any]:
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
+    """Runs `cast-train`: its last line, seconds, and peak memory in MB."""
+    command = [sys.executable, "-m", "cast_train", *map(str, arguments)]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with process.stdout as stdout:
+            printed = stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()  # a study that is stopped leaves no run behind
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise StudyError(
+            f"{' '.join(command)} ended with {process.returncode}; start the study again to go on"
+        )
+    elapsed_s = time.monotonic() - began
+    return json.loads(printed.splitlines()[-1]), elapsed_s, usage.ru_maxrss / 1024
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """`cast-train eval` as the study calls it."""
+
+    model: Path
+    heldout: Path
+    choices: Sequence[Path]
+    settings: Mapping[str, Any]
+
+    def __call__(self, directory: Path) -> dict[str, Any]:
+        """The directory's perplexity and, if there are choices, its KL and accuracies."""
+        config = TrainConfig.from_dict(dict(self.settings))
+        tokens = config.heldout_blocks * config.block_size
+        more: list[object] = []
+        if self.choices:
+            more = ["--reference", self.model]
+            for path in self.choices:
+                more += ["--choices", path]
+        found, _, _ = _call(
+            *("eval", directory, "--text", self.heldout),
+            *("--context", config.block_size, "--tokens", tokens, *more),
+        )
+        figures: dict[str, Any] = {
+            "perplexity": found.get("perplexity_hard", found.get("perplexity"))
+        }
+        if self.choices:
+            figures["kl_nats_per_token"] = found["kl_nats_per_token"]
+            figures["choices"] = {path.stem: found[path.stem] for path in self.choices}
+        return figures
+
+
+def _measure_untrained(
+    name: str, text_files: Sequence[Path], out: Path, measure: _Measure, rivals: Sequence[Path]
+) -> dict[str, Any]:
+    """Of the dense model ("before"), of what one shot makes of it, or of a rival."""
+    if name == "before":
+        return measure(measure.model)
+    if name not in oneshot.METHODS:
+        return measure(next(rival for rival in rivals if rival.name == name))
+    folder = out / "pruned"
+    shutil.rmtree(folder, ignore_errors=True)
+    text = ("--text", *text_files) if name != "magnitude" else ()
+    sparsity = TrainConfig.from_dict(dict(measure.settings)).sparsity
+    _call("oneshot", "--model", measure.model, "--method", name, "--sparsity", sparsity, *text,
+          "--out", folder)  # fmt: skip
+    figures = measure(folder)
+    shutil.rmtree(folder)
+    return figures
+
+
+def _train(
+    model: Path,
+    text_files: Sequence[Path],
+    heldout: Path,
+    out: Path,
+    way: str,
+    config: TrainConfig,
+    measure: _Measure,
+) -> dict[str, Any]:
+    folder = out / f"{re.sub('[^a-z0-9_.]+', '-', way)}-{config.seed}"
+    settings = folder.with_name(folder.name + ".toml")
+    settings.write_text(
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.as_dict().items())
+    )
+    figures, elapsed_s, peak_memory_mb = _call(
+        *("run", "--model", model, "--text", *text_files, "--heldout", heldout),
+        *("--config", settings, "--out", folder, "--resume"),
+    )
+    record = json.loads((folder / "cast.json").read_text(encoding="utf-8"))
+    answers = measure(folder) if measure.choices else {}
+    shutil.rmtree(folder)
+    settings.unlink()
+    return {
+        **answers,
+        "way": way,
+        "seed": config.seed,
+        "tokens": figures["tokens_seen"],
+        "perplexity": figures["perplexity_hard"],
+        "perplexity_soft": figures["perplexity_soft"],
+        "flipped_share": figures["flipped_share"],
+        "step_s": record["step_s"],
+        "elapsed_s": elapsed_s,
+        "peak_memory_mb": peak_memory_mb,
+        "curve": record["curve"],
+    }

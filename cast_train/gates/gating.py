@@ -1,0 +1,392 @@
+"""A dense model -> the same model with a gate beside every target weight, and back.
+
+A target linear with weight W [out_features, in_features] has gate logits L of the same shape:
+
+    s   = sigmoid(L)         gates in (0, 1), near 1 at the start
+    p   = selection(L)       soft mask; sigmoid is monotone, so the order of logits is that of gates
+    s'  = (1 - a) + a p      blend a, 1 by default: where it is 0 the model is the dense one
+    W'' = W * s'             what the linear multiplies with
+
+The selectors `soft_topk` and `gumbel` read L as it is learnt; `generator` computes L from the
+weights by a network that all linears share; `penalty` has no selection, its p is the gates
+themselves. The methods `ste` and `adams` learn no L: the weights' own sizes rank them.
+
+A linear whose weight is stored transposed, [in_features, out_features] (GPT-2's Conv1D), keeps its
+gate logits transposed too; groups always run along in_features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from cast_serve.sparsity.pattern import Pattern, groups
+from cast_train import sharding
+from cast_train.gates import scaling
+from cast_train.gates.schedules import Phase
+from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
+
+DENSE = Phase(blend=0.0, tau=1.0, penalty_weight=0.0, is_hard=False)
+# sigmoid(4) = 0.98: near 1, and still with a gradient.
+START_LOGIT = 4.0
+
+
+class Gate(nn.Module):
+    """The parametrization W -> W'' of one linear.
+
+    Attributes:
+        logits: gate logits, fp32, the shape of the weight; of a gate that computes them (see
+            `rows`), what they were when it came to rest.
+        phase: what `forward` does; set before each step.
+        penalty: of the last forward, see `sparsity_penalty`; None where lambda is 0.
+        is_at_rest: from the first exact mask on, the logits stay as they are.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        pattern: Pattern,
+        is_transposed: bool,
+        selector: str = "soft_topk",
+        is_learnt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits.float().contiguous(), requires_grad=is_learnt)
+        self.pattern = pattern
+        self.is_transposed = is_transposed
+        self.selector = selector
+        self.phase = DENSE
+        self.penalty: Tensor | None = None
+        self.is_at_rest = False
+        self._mask: Tensor | None = None
+        self._linear: list[Any] = []  # in a list, so that it is no part of the gate
+
+    def belongs_to(self, linear: Any) -> None:
+        """Registers the gate on a linear."""
+        self._linear = [linear]
+        parametrize.register_parametrization(linear, "weight", self)
+
+    def weight(self) -> Tensor:
+        """W, the linear's parameter, as it is stored; FSDP replaces it, so it is looked up anew."""
+        return stored_weight(self._linear[0])
+
+    def weight_rows(self) -> Tensor:
+        """W [out_features, in_features], whole, however it is stored."""
+        weight = sharding.whole(self.weight())
+        return weight.t() if self.is_transposed else weight
+
+    def rows(self) -> Tensor:
+        """The logits [out_features, in_features], whole, however the weight is stored."""
+        logits = sharding.whole(self.logits)
+        return logits.t() if self.is_transposed else logits
+
+    @torch.no_grad()
+    def come_to_rest(self) -> None:
+        """Keeps the logits as they are now: those that are computed are copied into `logits`."""
+        rows = self.rows()
+        logits = rows.t() if self.is_transposed else rows
+        self.logits.copy_(sharding.sharded_like(logits, self.logits))
+        self.is_at_rest = True
+        self._mask = None
+
+    def mask(self) -> Tensor:
+        """The exact N:M mask as 0 and 1, in the weight's layout; kept until the phase changes."""
+        if self._mask is None:
+            mask = hard(self.rows(), self.pattern.n, self.pattern.m)
+            self._mask = (mask.t() if self.is_transposed else mask).contiguous()
+        return self._mask
+
+    def soft_mask(self, phase: Phase) -> Tensor:
+        """p [out_features, in_features], differentiable."""
+        rows, (n, m) = self.rows(), (self.pattern.n, self.pattern.m)
+        if self.selector == "penalty":
+            return sigmoid_gates(rows, phase.relative_tau)
+        if self.selector == "gumbel":
+            return gumbel_topk(rows, n, m, phase.tau, phase.noise if self.training else 0.0)
+        return soft_topk(rows, n, m, phase.tau)
+
+    def set_phase(self, phase: Phase) -> None:
+        """The phase of the next passes; with the first exact mask the gate comes to rest."""
+        if not (phase.is_hard and self.phase.is_hard):
+            self._mask = None
+        if phase.is_hard and not self.is_at_rest:
+            self.come_to_rest()
+        self.phase = phase
+        self.penalty = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.phase.is_hard:
+            return weight * self.mask().to(weight.dtype)
+        return self.soft(weight)
+
+    def soft(self, weight: Tensor) -> Tensor:
+        """W'' before the mask is exact."""
+        if self.phase.blend == 0.0:
+            return weight
+        kept = self.soft_mask(self.phase)
+        if self.phase.penalty_weight:
+            self.penalty = sparsity_penalty(kept, self.pattern)
+        kept = kept.t() if self.is_transposed else kept
+        if self.phase.blend < 1:
+            kept = kept * self.phase.blend + (1 - self.phase.blend)
+        return weight * kept.to(weight.dtype)
+
+
+class GeneratedGate(Gate):
+    """A gate whose logits a shared network computes from the weights, until it comes to rest."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        pattern: Pattern,
+        is_transposed: bool,
+        generator: MaskGenerator,
+        is_owner: bool,
+    ) -> None:
+        super().__init__(logits, pattern, is_transposed, is_learnt=False)
+        self._generator = [generator]
+        if is_owner:
+            self.generator = generator  # in one place of the model's state
+
+    def rows(self) -> Tensor:
+        start = super().rows()
+        return start if self.is_at_rest else self._generator[0](self.weight_rows(), start)
+
+
+class RankedGate(Gate):
+    """No gate is learnt: |W| times a fixed factor per column decides, anew at every step.
+
+    Attributes:
+        column_scale: [in_features]; 1 ranks by magnitude, the norms of the inputs as Wanda does.
+        decay: SR-STE's pull on dropped weights, a share of each; None: the forward stays dense
+            until the mask is exact.
+    """
+
+    column_scale: Tensor
+
+    def __init__(
+        self,
+        logits: Tensor,
+        pattern: Pattern,
+        is_transposed: bool,
+        column_scale: Tensor,
+        decay: float | None,
+    ) -> None:
+        super().__init__(logits, pattern, is_transposed, is_learnt=False)
+        self.register_buffer("column_scale", column_scale.float(), persistent=False)
+        self.decay = decay
+
+    def rows(self) -> Tensor:
+        if self.is_at_rest:
+            return super().rows()
+        return self.weight_rows().detach().float().abs() * self.column_scale
+
+    def soft(self, weight: Tensor) -> Tensor:
+        if self.decay is None:
+            return weight
+        self._mask = None
+        return _StraightThrough.apply(weight, self.mask().to(weight.dtype), self.decay)
+
+    def soft_mask(self, phase: Phase) -> Tensor:
+        return hard(self.rows(), self.pattern.n, self.pattern.m)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """W * mask; backwards every weight, dropped or not, gets the gradient that W'' gets.
+
+    Dropped weights are pulled to 0 besides. Source: Zhou et al., "Learning N:M fine-grained
+    structured sparse neural networks from scratch" (SR-STE), 2021.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        ctx.decay = decay
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, mask = ctx.saved_tensors
+        return grad + ctx.decay * (1 - mask) * weight, None, None
+
+
+def stored_weight(linear: Any) -> Tensor:
+    """W, a linear's parameter, whether it has a gate or not (yet)."""
+    if parametrize.is_parametrized(linear, "weight"):
+        return linear.parametrizations.weight.original
+    return linear.weight
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the weight is stored [in_features, out_features], as in GPT-2's Conv1D."""
+    return type(linear).__name__ in ("Conv1D", "ParametrizedConv1D")
+
+
+def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
+    """L_sparsity: the sum of the M - N smallest gates of a group, averaged over the groups.
+
+    The mean, and not the sum over groups, keeps lambda's meaning the same for models of any size.
+
+    Args:
+        gates: gates or soft mask in [0, 1], [..., K].
+
+    Returns:
+        scalar from 0 (exactly N:M) to M - N (every gate open).
+
+    Raises:
+        PatternError: if K is no multiple of M.
+    """
+    dropped = 1 - hard(gates, pattern.n, pattern.m)  # topk is eight times as slow on small groups
+    return (gates * dropped).mean() * pattern.m
+
+
+def attach(
+    targets: Mapping[str, nn.Module],
+    pattern: Pattern,
+    scores: Mapping[str, Tensor] | None = None,
+    *,
+    method: str = "gates",
+    selector: str = "soft_topk",
+    decay: float = 0.0,
+) -> dict[str, Gate]:
+    """Puts a gate beside every weight of the targets.
+
+    Args:
+        targets: linears by name.
+        pattern: N:M.
+        scores: importance of each weight, not negative, [out_features, in_features] by name: within
+            a group the logits start in their order, apart by score over the group's mean score.
+            None: all logits start equal, and training alone decides. For ``ste`` a score is |W|
+            times a factor of its column.
+        method: ``gates``, ``ste`` or ``adams``.
+        selector: of ``gates``.
+        decay: of ``ste``.
+
+    Returns:
+        the gates by name, in the targets' order.
+    """
+    gates: dict[str, Gate] = {}
+    generator = MaskGenerator(pattern.m) if selector == "generator" else None
+    for name, linear in targets.items():
+        transposed = is_transposed(linear)
+        if method == "gates":
+            logits = torch.full_like(linear.weight, START_LOGIT, dtype=torch.float32)
+            if scores is not None:
+                spread = _spread(scores[name], pattern.m)
+                logits += spread.t() if transposed else spread
+            if generator is not None:
+                gate: Gate = GeneratedGate(
+                    logits, pattern, transposed, generator=generator, is_owner=not gates
+                )
+            else:
+                gate = Gate(logits, pattern, transposed, selector)
+        else:
+            weight = linear.weight.detach().t() if transposed else linear.weight.detach()
+            column_scale = torch.ones(weight.shape[1], device=weight.device)
+            if method == "ste" and scores is not None:
+                column_scale = scores[name].sum(0) / weight.float().abs().sum(0).clamp(min=1e-12)
+            gate = RankedGate(
+                torch.zeros_like(linear.weight, dtype=torch.float32),
+                pattern,
+                transposed,
+                column_scale=column_scale,
+                decay=decay if method == "ste" else None,
+            )
+        gate.belongs_to(linear)
+        gates[name] = gate
+    return gates
+
+
+def _spread(scores: Tensor, m: int) -> Tensor:
+    """Scores relative to their group's mean, less 1: around 0 whatever the layer's scale."""
+    grouped = groups(scores.float(), m)
+    mean = grouped.mean(-1, keepdim=True)
+    return torch.where(mean > 0, grouped / mean - 1, 0.0).flatten(-2)
+
+
+def detach(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Takes gates and scales off again: the linears compute with their own weights W, unmasked.
+
+    Returns:
+        ``<name>.gate``: gate logits, fp32, the shape of the weight; none where the weights' sizes
+        alone decide (``adams``). ``<name>.scale``: see scaling.py, where there is one.
+    """
+    tensors = {}
+    for name, linear in targets.items():
+        for module in linear.parametrizations.weight:
+            if isinstance(module, scaling.ColumnScale):
+                tensors[f"{name}.scale"] = module.scale.detach()
+            elif not (isinstance(module, RankedGate) and module.decay is None):
+                tensors[f"{name}.gate"] = module.logits.detach()
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    return tensors
+
+
+def set_phase(gates: Mapping[str, Gate], phase: Phase) -> None:
+    for gate in gates.values():
+        gate.set_phase(phase)
+
+
+def come_to_rest(gates: Mapping[str, Gate]) -> None:
+    for gate in gates.values():
+        gate.come_to_rest()
+
+
+def stay_at_rest(gates: Mapping[str, Gate]) -> None:
+    """For gates that came to rest before they were stored: the logits that were read are theirs."""
+    for gate in gates.values():
+        gate.is_at_rest = True
+
+
+def penalty(gates: Mapping[str, Gate]) -> Tensor | None:
+    """The penalties of the last forward, averaged over the targets; None if there are none."""
+    found = [gate.penalty for gate in gates.values() if gate.penalty is not None]
+    return torch.stack(found).mean() if found else None
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """Where the gates stand.
+
+    Attributes:
+        undecided_share: weights with a soft mask from 0.05 to 0.95, over all target weights.
+        flipped_share: groups' kept places taken by a weight that the start would have dropped.
+        dropped_to_kept: mean |W| of the weights that the mask drops, over that of those it keeps.
+    """
+
+    undecided_share: float
+    flipped_share: float
+    dropped_to_kept: float
+
+
+@torch.no_grad()
+def statistics(
+    gates: Mapping[str, Gate], phase: Phase, start: Mapping[str, Tensor] | None = None
+) -> GateStatistics:
+    """Measures the gates in a phase; the gates themselves stay in theirs.
+
+    Args:
+        start: bool masks by name, in the weights' layout, to count flips against; None: no flips.
+    """
+    num_weights = num_undecided = num_flipped = num_kept = 0
+    dropped = kept = 0.0
+    for name, gate in gates.items():
+        soft = gate.soft_mask(phase)
+        num_weights += soft.numel()
+        num_undecided += int(((soft > 0.05) & (soft < 0.95)).sum())
+        mask = hard(gate.rows(), gate.pattern.n, gate.pattern.m)
+        size = gate.weight_rows().detach().float().abs()
+        kept += float((size * mask).sum()) / gate.pattern.n
+        dropped += float((size * (1 - mask)).sum()) / (gate.pattern.m - gate.pattern.n)
+        if start is not None:
+            was = start[name].t() if gate.is_transposed else start[name]
+            num_flipped += int((mask.bool() & ~was).sum())
+            num_kept += int(was.sum())
+    return GateStatistics(
+        undecided_share=num_undecided / max(num_weights, 1),
+        flipped_share=num_flipped / max(num_kept, 1),
+        dropped_to_kept=dropped / max(kept, 1e-12),
+    )

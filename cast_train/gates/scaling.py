@@ -1,0 +1,64 @@
+"""A scale per row and column group of a target weight -> W * scale, learnt and later folded in.
+
+A target W [out_features, in_features] has a scale [out_features, num_parts], 1 at the start. Its
+columns are cut in num_parts equal parts; W_ij is multiplied by scale[i, part of j]. As a part holds
+whole groups of M, the scale changes no order inside a group, so mask and scale may be applied in
+either order. Source: Huang et al., "CAST", arXiv 2509.25996, 2025, there with two parts.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from cast_serve.sparsity.pattern import PatternError
+
+
+class ColumnScale(nn.Module):
+    """The parametrization W -> W * scale of one linear.
+
+    Attributes:
+        scale: fp32 [out_features, num_parts].
+    """
+
+    def __init__(self, out_features: int, num_parts: int, is_transposed: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(out_features, num_parts))
+        self.is_transposed = is_transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.t() if self.is_transposed else weight
+        scaled = scale_rows(rows, self.scale)
+        return scaled.t() if self.is_transposed else scaled
+
+
+def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """W * scale, computed in fp32, in the weight's dtype.
+
+    Args:
+        weight: [out_features, in_features].
+        scale: [out_features, num_parts].
+    """
+    parts = weight.unflatten(1, (scale.shape[1], -1))
+    return (parts.float() * scale.float().unsqueeze(-1)).to(weight.dtype).flatten(1)
+
+
+def attach(
+    targets: Mapping[str, nn.Module], num_parts: int, m: int, transposed: Mapping[str, bool]
+) -> None:
+    """Puts a scale on every target, after its gate.
+
+    Raises:
+        PatternError: if a target's columns cannot be cut into num_parts parts of whole groups.
+    """
+    for name, linear in targets.items():
+        weight = linear.weight.detach()
+        out_features, in_features = (weight.t() if transposed[name] else weight).shape
+        if in_features % (num_parts * m):
+            raise PatternError(
+                f"{name} has {in_features} columns, not {num_parts} parts of whole groups "
+                f"of {m}; set scale_parts to a divisor of {in_features // m}, or to 0"
+            )
+        scale = ColumnScale(out_features, num_parts, transposed[name]).to(weight.device)
+        parametrize.register_parametrization(linear, "weight", scale)

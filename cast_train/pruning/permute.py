@@ -1,0 +1,306 @@
+"""A dense model + calibration blocks -> the same function, its channels in an order that suits N:M.
+
+In a decoder of Llama's layout three sets of channels may change places without a change of what is
+computed, as long as those who write them and those who read them agree:
+
+    residual   hidden_size channels, one order for the whole model
+    inner      intermediate_size channels of an MLP: rows of gate_proj and up_proj, columns of
+               down_proj
+    values     head_dim channels of a key-value head: v_proj's rows, o_proj's columns
+
+Another order puts other weights into a group. Sought is one whose groups keep most of the squared
+Wanda scores (|W_ij| ||x_j||)^2, which is about the output's error that pruning is spared: groups
+are paired at random, and each pair exchanges the two channels that gain most, until little is won.
+Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al., "Plug-and-play:
+an efficient post-training pruning method for large language models", 2024, for the first order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cast_serve.sparsity.pattern import Pattern, PatternError, find_targets
+from cast_train.checkpoint import models
+from cast_train.pruning import oneshot
+
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+MAX_ROWS = 8192  # of all readers together; fewer and the order fits those rows alone (docs/log.md)
+MAX_SWEEPS = 8  # in each of which a group meets about as many others as there are
+LEAST_GAIN = 1e-4  # of a sweep, relative
+MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
+
+
+@torch.no_grad()
+def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict[str, list[float]]:
+    """Reorders the channels of a model in place.
+
+    Args:
+        model: a transformers causal language model of Llama's layout, fp32.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+        pattern: N:M.
+        seed: of the pairs of groups.
+
+    Returns:
+        [before, after] by set of channels: the share of the squared scores, of the rows that were
+        looked at, that the pattern keeps; the mean over layers.
+
+    Raises:
+        ValueError: if the model has another layout and is as it was, or computes something else
+            afterwards and is of no more use.
+        PatternError: if its channels make no whole groups.
+    """
+    layers = _layers(model)
+    _check_sizes(layers[0], pattern)
+    targets, _ = find_targets(model, pattern)
+    before = model(input_ids=blocks[:1], use_cache=False).logits
+    scores = oneshot.wanda_scores(model, targets, blocks)
+    of_linear = {linear: scores[name] for name, linear in targets.items()}
+    num_orders = 1 + sum(1 + _num_key_heads(layer.self_attn) for layer in layers)
+    with tqdm(total=num_orders, desc="order", unit="set") as progress:
+        orders = _Orders(pattern, torch.Generator().manual_seed(seed), progress)
+        readers = (reader for layer in layers for reader in _residual_readers(layer))
+        residual = orders.find("residual", *(of_linear[reader] for reader in readers))
+        for layer in layers:
+            _reorder_inner(layer.mlp, of_linear, orders)
+            _reorder_values(layer.self_attn, of_linear, orders)
+    _reorder_residual(model, layers, residual)
+    after = model(input_ids=blocks[:1], use_cache=False).logits
+    difference = float((after - before).abs().max() / before.abs().max())
+    if not difference <= MAX_DIFFERENCE:
+        raise ValueError(
+            f"{type(model).__name__} computes something else with its channels reordered (logits "
+            f"off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE}); train it as it is"
+        )
+    return {
+        kind: [sum(share) / len(found) for share in zip(*found, strict=True)]
+        for kind, found in orders.shares.items()
+    }
+
+
+@dataclass
+class _Orders:
+    """Finds one order after another; keeps the shares before and after by set of channels."""
+
+    pattern: Pattern
+    generator: torch.Generator
+    progress: Any
+    shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def find(self, kind: str, *readers: Tensor) -> Tensor:
+        """One order for the columns of all readers, int64 [num_channels].
+
+        Args:
+            kind: the set of channels, as `permute` names it.
+            readers: Wanda scores of what reads them, fp32 [num_rows, num_channels] each.
+        """
+        per_reader = max(MAX_ROWS // len(readers), 1)
+        squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
+        rows = torch.cat([scores / scores.mean() for scores in squared])
+        found, before, after = search(rows, self.pattern, self.generator)
+        self.shares.setdefault(kind, []).append((before, after))
+        self.progress.update()
+        return found
+
+
+def search(
+    scores: Tensor, pattern: Pattern, generator: torch.Generator
+) -> tuple[Tensor, float, float]:
+    """An order of channels whose groups keep much.
+
+    Args:
+        scores: fp32 [num_rows, num_channels], none below 0.
+        pattern: N:M; num_channels is a multiple of M.
+        generator: draws the pairs; on the CPU.
+
+    Returns:
+        int64 [num_channels], the channel that each place takes; the share of the scores' sum in the
+        N largest of each group and row, in the given order and in this one.
+    """
+    n, m = pattern.n, pattern.m
+    columns = scores.t().contiguous()
+    given = torch.arange(len(columns), device=scores.device)
+    by_size = columns.sum(1).argsort(descending=True)
+    spread = by_size.view(m, -1).t().flatten()  # large and small channels in every group
+    total = float(columns.sum())
+
+    def kept(members: Tensor) -> float:
+        return float(_largest(members, n)[0].sum()) / total
+
+    first = kept(columns.view(-1, m, len(scores)))
+    order = max(given, spread, key=lambda own: kept(columns[own].view(-1, m, len(scores))))
+    members, order = columns[order].view(-1, m, len(scores)), order.view(-1, m)
+    share = kept(members)
+    for _ in range(MAX_SWEEPS if len(members) > 1 else 0):
+        for _ in range(len(members)):
+            pairs = torch.randperm(len(members), generator=generator).to(scores.device)
+            half = len(members) // 2
+            _exchange(members, order, pairs[:half], pairs[half : 2 * half], n)
+        previous, share = share, kept(members)
+        if share < previous * (1 + LEAST_GAIN):
+            break
+    return order.flatten(), first, share
+
+
+def _exchange(members: Tensor, order: Tensor, left: Tensor, right: Tensor, n: int) -> None:
+    """Each pair of groups exchanges the one channel each that gains most, if any gains.
+
+    Args:
+        members: [num_groups, M, num_rows], changed in place, as is order [num_groups, M].
+        left, right: int64 [num_pairs], which groups meet.
+    """
+    ours, theirs = members[left], members[right]
+    m = ours.shape[1]
+    # Without channel i, a group's N largest sum to `rest`; one that comes in for it adds what it
+    # has above the least of them.
+    our_rest, our_least = _without_each(ours, n)
+    their_rest, their_least = _without_each(theirs, n)
+    kept = torch.stack(
+        [
+            (our_rest[:, i] + (theirs[:, j] - our_least[:, i]).relu_()).sum(-1)
+            + (their_rest[:, j] + (ours[:, i] - their_least[:, j]).relu_()).sum(-1)
+            for i in range(m)
+            for j in range(m)
+        ]
+    )
+    now = _largest(ours, n)[0].sum(-1) + _largest(theirs, n)[0].sum(-1)
+    best, which = kept.max(0)
+    gains = best > now * (1 + 1e-6)
+    left, right, which = left[gains], right[gains], which[gains]
+    i, j = which // m, which % m
+    for own in (members, order):
+        own[left, i], own[right, j] = own[right, j], own[left, i]
+
+
+def _largest(members: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Sum and least of the N largest: [..., M, num_rows], none below 0 -> twice [..., num_rows]."""
+    largest = [torch.zeros_like(members[..., 0, :]) for _ in range(n)]
+    for item in members.unbind(-2):
+        for place in range(n):
+            largest[place], item = (
+                torch.maximum(largest[place], item),
+                torch.minimum(largest[place], item),
+            )
+    return torch.stack(largest).sum(0), largest[-1]
+
+
+def _without_each(members: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`_largest` of all channels but the i-th, for each i: twice [num_groups, M, num_rows]."""
+    m = members.shape[1]
+    found = [_largest(members[:, [k for k in range(m) if k != i]], n) for i in range(m)]
+    return torch.stack([own[0] for own in found], 1), torch.stack([own[1] for own in found], 1)
+
+
+def _layers(model: Any) -> list[Any]:
+    layers = list(getattr(getattr(model, "model", None), "layers", []))
+    if not layers or not all(
+        {name for name, _ in layer.named_modules()} >= set(LINEARS) for layer in layers
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is no decoder of Llama's layout (model.layers, each with "
+            f"{', '.join(LINEARS)}), and which of its channels may change places is not known; "
+            "train it as it is"
+        )
+    return layers
+
+
+def _check_sizes(layer: Any, pattern: Pattern) -> None:
+    sizes = {
+        "hidden_size": layer.self_attn.q_proj.in_features,
+        "intermediate_size": layer.mlp.down_proj.in_features,
+        "head_dim": layer.self_attn.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % pattern.m:
+            raise PatternError(
+                f"{name} {size} is no multiple of {pattern.m}, so its channels make no whole "
+                f"groups of {pattern}; train it as it is"
+            )
+
+
+def _num_key_heads(attention: Any) -> int:
+    return int(attention.v_proj.weight.shape[0]) // int(attention.head_dim)
+
+
+def _residual_readers(layer: Any) -> list[nn.Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+
+
+def _reorder_inner(mlp: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
+    index = orders.find("inner", of_linear[mlp.down_proj])
+    _reorder((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1), index=index)
+
+
+def _reorder_values(attention: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
+    reads = of_linear[attention.o_proj].unflatten(1, (-1, attention.head_dim))
+    per_key_head = reads.shape[1] // _num_key_heads(attention)  # query heads that read it
+    found = [orders.find("values", part.flatten(0, 1)) for part in reads.split(per_key_head, dim=1)]
+    _reorder((attention.v_proj, 0), index=_by_head(found, 1))
+    _reorder((attention.o_proj, 1), index=_by_head(found, per_key_head))
+
+
+def _reorder_residual(model: Any, layers: Sequence[Any], index: Tensor) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    _reorder((embedding, 1), index=index)
+    if head.weight is not embedding.weight:
+        _reorder((head, 1), index=index)
+    for layer in layers:
+        _reorder(*((reader, 1) for reader in _residual_readers(layer)), index=index)
+        _reorder((layer.self_attn.o_proj, 0), (layer.mlp.down_proj, 0), index=index)
+    for module in (model.model.norm, *(child for layer in layers for child in layer.children())):
+        if getattr(module, "weight", None) is not None:  # a norm
+            _reorder((module, 0), index=index)
+
+
+def _reorder(*places: tuple[Any, int], index: Tensor) -> None:
+    """Reorders rows (0, with the bias) or columns (1) of the modules' weights."""
+    for module, dim in places:
+        module.weight.copy_(module.weight.index_select(dim, index))
+        if dim == 0 and getattr(module, "bias", None) is not None:
+            module.bias.copy_(module.bias[index])
+
+
+def _by_head(orders: Sequence[Tensor], repeats: int) -> Tensor:
+    """An order within each head -> one over all heads, each repeated for those that share it."""
+    own = [order for order in orders for _ in range(repeats)]
+    return torch.cat([order + number * len(order) for number, order in enumerate(own)])
+
+
+def write_permuted(
+    model_dir: Path, text_files: Sequence[Path], out: Path, sparsity: str = "2:4"
+) -> dict[str, Any]:
+    """A dense directory -> another one that computes the same.
+
+    Args:
+        model_dir: dense HF directory.
+        text_files: calibration text; its first `TrainConfig.calibration_blocks` are used.
+        out: must not exist.
+
+    Returns:
+        cast.json's content; ``kept_share`` is what `permute` returns.
+
+    Raises:
+        ValueError: for every wrong input; nothing is written then.
+    """
+    pattern = Pattern.parse(sparsity)
+    models.check_new(out)
+    tokenizer = models.load_tokenizer(model_dir)
+    blocks = oneshot.read_calibration(text_files, tokenizer)
+    model = models.load_dense(model_dir, torch.float32)
+    shares = permute(model, blocks, pattern)
+    record = {
+        "kind": "dense",
+        "method": "permute",
+        "n": pattern.n,
+        "m": pattern.m,
+        "kept_share": shares,
+    }
+    return models.write(out, model.to(torch.bfloat16), tokenizer, record)

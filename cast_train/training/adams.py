@@ -1,0 +1,136 @@
+"""AdamS: Adam that decays, more and more, those weights that an N:M mask would drop.
+
+For a target weight, at step t of T, with its mask = the N largest |W| of each group:
+
+    mu   = beta1 mu + (1 - beta1) g                      the decay never enters it
+    mu~  = mu / (1 - beta1^t)                            of kept weights
+    mu~  = (1 - a) mu / (1 - beta1^t) + a lambda sign(W)   of dropped ones, a = t / T
+    v    = beta2 v + (1 - beta2) mu~^2
+    W   -= lr * mu~ / (sqrt(v / (1 - beta2^t)) + eps)
+
+Towards the end a dropped weight thus walks to 0 by about lr a step, whatever lambda; how far it can
+walk in all is `reach`. The forward stays dense until the mask is applied after the last step.
+Other parameters are updated by plain Adam. Source: Huang et al., "CAST", arXiv 2509.25996, 2025.
+Ours: mu is bias-corrected before it is squared, else the first step is 1 / (1 - beta1) times lr.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_train import sharding
+from cast_train.config import TrainConfig
+
+
+class AdamS(torch.optim.Optimizer):
+    """See above. Groups with ``pattern`` None are plain Adam; state is fp32.
+
+    Args:
+        params: param groups; of each, ``pattern`` ((n, m) or None) and ``is_transposed`` count.
+        lr: step size.
+        total_steps: T.
+        decay: lambda.
+        mask_every: steps between two refreshes of the mask.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        total_steps: int,
+        decay: float,
+        mask_every: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "total_steps": total_steps,
+            "decay": decay,
+            "mask_every": mask_every,
+            "betas": betas,
+            "eps": eps,
+            "pattern": None,
+            "is_transposed": False,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["mu"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["v"] = torch.zeros_like(parameter, dtype=torch.float32)
+        pattern: tuple[int, int] | None = group["pattern"]  # a Pattern is not safe to unpickle
+        if pattern is not None and state["step"] % group["mask_every"] == 0:
+            own = sharding.local(parameter)
+            mask = hard_mask((own.t() if group["is_transposed"] else own).abs(), Pattern(*pattern))
+            state["dropped"] = ~(mask.t() if group["is_transposed"] else mask)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mu, v = sharding.local(state["mu"]), sharding.local(state["v"])
+        own, squared = sharding.local(parameter), sharding.local(parameter.grad).float()
+        mu.lerp_(squared, 1 - beta1)
+        direction = mu / (1 - beta1 ** state["step"])
+        if pattern is not None:
+            share = min(state["step"] / group["total_steps"], 1.0)
+            pulled = direction * (1 - share) + share * group["decay"] * own.sign()
+            squared = direction = torch.where(state["dropped"].bool(), pulled, direction)
+        v.lerp_(squared.square(), 1 - beta2)
+        scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        own.addcdiv_(direction.to(own.dtype), scale.to(own.dtype), value=-group["lr"])
+
+
+def reach(config: TrainConfig) -> float:
+    """How far a dropped weight can be moved towards 0 by the decay, in all: sum of lr_t * t / T."""
+    warmup = round(config.warmup_fraction * config.steps)
+
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return config.learning_rate * step / warmup
+        progress = (step - warmup) / max(config.steps - warmup, 1)
+        return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    return sum(learning_rate(step) * (step + 1) / config.steps for step in range(config.steps))
+
+
+def check_reach(config: TrainConfig, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Refuses a plan whose final pruning would cut off weights that are still large.
+
+    Args:
+        weights: the targets' [out_features, in_features] by name.
+
+    Returns:
+        the reach, and the mean |W| of the weights that a magnitude mask drops now.
+
+    Raises:
+        ValueError: if the first is below the second.
+    """
+    total = num_weights = 0.0
+    for weight in weights.values():
+        dropped = ~hard_mask(weight.abs(), config.pattern)
+        total += float((weight.abs() * dropped).sum())
+        num_weights += float(dropped.sum())
+    mean = total / max(num_weights, 1)
+    if reach(config) < mean:
+        raise ValueError(
+            f"with learning_rate {config.learning_rate} and {config.steps} steps AdamS can move a "
+            f"dropped weight by {reach(config):.2g}, but they are {mean:.2g} on average, so the "
+            f"final pruning would cut them off; raise steps or learning_rate at least "
+            f"{math.ceil(mean / max(reach(config), 1e-12) * 3)}-fold, or choose method gates"
+        )
+    return reach(config), mean

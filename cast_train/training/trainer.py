@@ -1,0 +1,250 @@
+"""CastTrainer: transformers' Trainer with gates, distillation and the sparsity penalty in its loss.
+
+Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; one optimiser
+with a learning rate for the weights and one for the gate logits. Weights and gates are fp32
+throughout, since bf16 would round small steps away.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from cast_train import losses
+from cast_train.checkpoint import resume
+from cast_train.config import TrainConfig
+from cast_train.evaluate import quality
+from cast_train.gates import gating
+from cast_train.gates.schedules import phase_at
+from cast_train.training import adams
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite; going on would only spoil the checkpoints."""
+
+
+class CastTrainer(Trainer):
+    """Trainer that sets the gates' phase before each pass and adds our terms to the loss.
+
+    Attributes:
+        targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
+        teacher: the dense model that is distilled from, or None.
+        figures: what the last pass's loss was made of; goes into the log beside ``loss``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        gate_map: Mapping[str, gating.Gate],
+        targets: Mapping[str, nn.Module],
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.config = config
+        self.gate_map = gate_map
+        self.targets = targets
+        self.teacher = teacher
+        self.figures: dict[str, float] = {}
+        self.remove_callback(ProgressCallback)
+        self.add_callback(LossProgress)
+        self.add_callback(RestedGates(self))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if not model.training:  # `evaluate`, in the phase of the last step
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        step = self.state.global_step
+        phase = phase_at(step, self.config)
+        gating.set_phase(self.gate_map, phase)
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        wanted = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+        loss, task, distillation = losses.losses(
+            outputs.logits,
+            inputs["labels"],
+            wanted,
+            0.0 if wanted is None else self.config.distillation_weight,
+            self.config.distillation_temperature,
+        )
+        self.figures = {"task_loss": task.item()}
+        if wanted is not None:
+            self.figures["distillation_loss"] = distillation.item()
+        if (sparsity := gating.penalty(self.gate_map)) is not None:
+            loss = loss + phase.penalty_weight * sparsity
+            self.figures["sparsity_loss"] = sparsity.item()
+        if not math.isfinite(loss.item()):
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {step}; lower learning_rate "
+                f"(now {self.config.learning_rate}) and start again"
+            )
+        # transformers takes the sum over the passes of a step, since the tokens are counted for it.
+        if kwargs.get("num_items_in_batch"):
+            loss = loss / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast is ours: Trainer's would make fp32 copies of all logits, and under FSDP cast the
+        gate logits to bf16."""
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(quality.autocast(self.config.precision, self.args.device.type))
+        return stack
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss on the evaluation set; infinite before the mask is exact, so never the best.
+
+        A soft model's loss is lower than what the same model hardened would have.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        is_exact = phase_at(self.state.global_step - 1, self.config).is_hard
+        if not is_exact and self.config.method != "dense":
+            metrics["eval_loss"] = math.inf
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | self.figures if "loss" in logs else logs, *args, **kwargs)
+
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = _optimizer(self.model, self.gate_map, self.targets, self.config)
+        return self.optimizer
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Trainer would take one step more if it goes on from the checkpoint of the last."""
+        if self.state.global_step < self.args.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer writes into the checkpoint as it goes; the mark says that all have done so."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{resume.PREFIX}{self.state.global_step}"
+            resume.mark_complete(folder, self.state.best_model_checkpoint)
+
+
+def _optimizer(
+    model: nn.Module,
+    gate_map: Mapping[str, gating.Gate],
+    targets: Mapping[str, nn.Module],
+    config: TrainConfig,
+) -> torch.optim.Optimizer:
+    own = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    gate_parameters = [
+        p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad
+    ]
+    if config.method == "adams":
+        is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
+        groups: list[dict[str, Any]] = [
+            {"params": [w for w in weights if id(w) not in is_transposed]},
+            *(
+                {
+                    "params": [w for w in weights if is_transposed.get(id(w)) is transposed],
+                    "pattern": (config.pattern.n, config.pattern.m),
+                    "is_transposed": transposed,
+                }
+                for transposed in (False, True)
+            ),
+        ]
+        return adams.AdamS(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            total_steps=config.steps,
+            decay=config.decay,
+            mask_every=config.mask_every,
+        )
+    # As is usual, matrices decay and norms, biases and embeddings do not; nor do the scales, which
+    # would pull the weights towards 0 a second time.
+    decayed = {id(gating.stored_weight(linear)) for linear in targets.values()}
+    groups = [
+        {
+            "params": [w for w in weights if id(w) in decayed],
+            "lr": config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [w for w in weights if id(w) not in decayed],
+            "lr": config.learning_rate,
+            "weight_decay": 0.0,
+        },
+        {"params": gate_parameters, "lr": config.gate_learning_rate, "weight_decay": 0.0},
+    ]
+    # fused: one pass over memory; the plain one makes ten
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+class Watch(TrainerCallback):
+    """Times the steps, and measures on the held-out text every so often.
+
+    Attributes:
+        step_s: seconds of each step of this process, measurements not counted.
+    """
+
+    def __init__(self, trainer: CastTrainer, heldout: Tensor, start: Mapping[str, Tensor]) -> None:
+        self.trainer = trainer
+        self.heldout = heldout
+        self.start = start
+        self.step_s: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_s.append(time.perf_counter() - self._began)
+        config, trainer = self.trainer.config, self.trainer
+        if config.evaluate_every and state.global_step % config.evaluate_every == 0:
+            with quality.autocast(config.precision, args.device.type):
+                found = quality.perplexity(trainer.model, self.heldout, name="held out")
+            phase = phase_at(state.global_step - 1, config)
+            trainer.log(
+                {
+                    "heldout_perplexity": found.perplexity,
+                    "tokens": float(tokens_per_step(config, args.world_size) * state.global_step),
+                    **dataclasses.asdict(gating.statistics(trainer.gate_map, phase, self.start)),
+                }
+            )
+
+
+class RestedGates(TrainerCallback):
+    """Gates that came to rest before the checkpoint that is gone on from keep its logits.
+
+    Else a gate that computes its logits would do so anew, from weights that have moved since.
+    """
+
+    def __init__(self, trainer: CastTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
+            gating.stay_at_rest(self.trainer.gate_map)
+
+
+class LossProgress(ProgressCallback):
+    """Trainer's progress bar with the loss beside it, in place of a line per step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:
+    """Tokens of one optimiser step."""
+    return config.batch_blocks * config.accumulation * config.block_size * num_processes

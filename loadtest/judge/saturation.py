@@ -1,0 +1,52 @@
+"""A recorded ramp -> the rate up to which each variant keeps up.
+
+While a server keeps up, TTFT does not depend on the rate. Once it does not, requests queue and TTFT
+grows for as long as the ramp goes on. So the requests of all blocks, in the order of their place in
+the block, are cut into ten parts; a variant is *saturated* from the part on from which every median
+TTFT is above one and a half times that of the first part. A failed request counts as longer than
+any answered one.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from loadtest.record import Recorded
+
+NUM_PARTS = 10
+FACTOR = 1.5
+
+
+def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
+    """Finds a variant's last rate before it is saturated.
+
+    Args:
+        recorded: with blocks.
+        variant: one of its two.
+
+    Returns:
+        `rate_per_s`: requests a second in the part before; `is_reached`: False if the variant kept
+        up to the end, and then the rate is that of the last part.
+    """
+    blocks = recorded.blocks_of(variant)
+    found = sorted(
+        (
+            request.intended_send_s - block.started_s,
+            np.inf if request.timing is None else request.timing.ttft_s or 0.0,
+        )
+        for block in blocks
+        for request in block.requests
+    )
+    parts = np.array_split(np.array(found), min(NUM_PARTS, len(found)))
+    medians_s = [float(np.median(part[:, 1])) for part in parts]
+    is_slow = [median_s > FACTOR * medians_s[0] for median_s in medians_s]
+    first = len(parts)
+    while first > 1 and is_slow[first - 1]:
+        first -= 1
+    part = parts[first - 1]
+    num_gaps = len(part) / len(blocks) - 1  # between a block's requests of the part
+    width_s = float(part[-1, 0] - part[0, 0])
+    return {
+        "rate_per_s": num_gaps / width_s if num_gaps > 0 and width_s > 0 else None,
+        "is_reached": first < len(parts),
+    }

@@ -1,0 +1,223 @@
+"""A recorded run -> percentiles, speed-ups with intervals, drift and goodput, in one JSON object.
+
+A request that failed or timed out stays in: its TTFT, TPOT and E2E, and as many ITLs as were asked
+for, count as longer than any answered one. A percentile that falls among those is None: nobody
+knows how long it is. Percentiles always come with their n.
+
+Every ratio above 1 favours the candidate: baseline / candidate for times, candidate / baseline for
+rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
+block pairs (intervals.py). *ratio* looks at each block pair alone: its two blocks' medians, and how
+the pairs spread. *drift* looks at each variant alone, block after block.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from loadtest.judge.intervals import (
+    Array,
+    Ratio,
+    draws,
+    finite,
+    quantile,
+    ratio_of_quantiles,
+    ratio_of_rates,
+)
+from loadtest.record import Block, Recorded, Request
+
+TIMES = ("ttft", "tpot", "itl", "e2e")
+THROUGHPUT = "output_tokens_per_s"
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+def values(requests: Iterable[Request], metric: str, output_tokens: int) -> Array:
+    """Ascending seconds of one of TIMES; inf for what a failed request would have had.
+
+    Args:
+        requests: any.
+        metric: one of TIMES.
+        output_tokens: asked of each request.
+    """
+    found: list[float] = []
+    for request in requests:
+        timing = request.timing
+        if timing is None:
+            found += [np.inf] * (output_tokens - 1 if metric == "itl" else 1)
+        elif metric == "itl":
+            found += timing.itl_s
+        else:
+            value: float | None = getattr(timing, f"{metric}_s")
+            found += [] if value is None else [value]
+    return np.sort(np.array(found, float))
+
+
+def distribution(ascending: Array) -> dict[str, Any]:
+    """Median, p95 and p99 in the values' unit; None without values, or among failed requests."""
+    marks: dict[str, float | None] = {"median": None, "p95": None, "p99": None}
+    if len(ascending):
+        for name, share in zip(marks, QUANTILES.values(), strict=True):
+            marks[name] = finite(quantile(ascending, share))
+    return {**marks, "n": len(ascending), "num_failed": int(np.isinf(ascending).sum())}
+
+
+def meets(request: Request, slo: dict[str, float | None]) -> bool:
+    """Whether a request was answered within `ttft_s` and `tpot_s`, as far as they are set."""
+    timing = request.timing
+    if timing is None:
+        return False
+    found = {"ttft_s": timing.ttft_s, "tpot_s": timing.tpot_s}
+    return all(limit is None or (found[name] or 0.0) <= limit for name, limit in slo.items())
+
+
+def speedups(recorded: Recorded) -> dict[str, Ratio]:
+    """By name: `ttft_p50` and so on for TIMES and QUANTILES, `throughput`, and `goodput` if asked.
+
+    Empty if nothing was measured.
+    """
+    pairs = recorded.pairs
+    if not pairs:
+        return {}
+    counts = draws(len(pairs))
+    found = {}
+    for metric in TIMES:
+        slow, fast = (_in_blocks(recorded, side, metric) for side in zip(*pairs, strict=True))
+        if any(map(len, slow)) and any(map(len, fast)):
+            for name, share in QUANTILES.items():
+                found[f"{metric}_{name}"] = ratio_of_quantiles(slow, fast, counts, share)
+
+    def rates(amount: Callable[[Block], float]) -> Ratio:
+        slow, fast = (
+            [(amount(block), block.wall_s) for block in side] for side in zip(*pairs, strict=True)
+        )
+        return ratio_of_rates(fast, slow, counts)
+
+    found["throughput"] = rates(lambda block: block.output_tokens)
+    if slo := recorded.about.get("slo"):
+        found["goodput"] = rates(lambda block: sum(meets(r, slo) for r in block.requests))
+    return found
+
+
+def ratios(recorded: Recorded, metric: str) -> list[float]:
+    """One ratio a block pair, above 1 = candidate better; pairs without a value drop out.
+
+    Args:
+        recorded: the blocks.
+        metric: one of TIMES, for the blocks' medians, or THROUGHPUT.
+    """
+    found = []
+    for pair in recorded.pairs:
+        baseline, candidate = (block_value(recorded, block, metric) for block in pair)
+        if baseline and candidate:
+            found.append(candidate / baseline if metric == THROUGHPUT else baseline / candidate)
+    return found
+
+
+def block_value(recorded: Recorded, block: Block, metric: str) -> float | None:
+    """A block's median of one of TIMES in seconds, or its THROUGHPUT; None if it has none."""
+    if metric == THROUGHPUT:
+        return block.output_tokens / block.wall_s
+    (ascending,) = _in_blocks(recorded, [block], metric)
+    return finite(quantile(ascending, 0.5)) if len(ascending) else None
+
+
+def _in_blocks(recorded: Recorded, blocks: Sequence[Block], metric: str) -> list[Array]:
+    output_tokens = recorded.about["plan"]["output_tokens"]
+    return [values(block.requests, metric, output_tokens) for block in blocks]
+
+
+def _spread(found: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median": float(np.median(found)) if found else None,
+        "min": min(found, default=None),
+        "max": max(found, default=None),
+        "num_block_pairs": len(found),
+        "per_block_pair": list(found),
+    }
+
+
+def drift(recorded: Recorded, variant: str, metric: str) -> dict[str, Any]:
+    """How a variant's blocks change over the run; all None if a block's median is not known.
+
+    Returns:
+        `per_block_s`: medians in the order run; `second_half_over_first`: mean of the later half of
+        them over that of the earlier half; `slope_per_minute`: of a straight line through them, as
+        a share of their mean.
+    """
+    blocks = recorded.blocks_of(variant)
+    medians = [block_value(recorded, block, metric) for block in blocks]
+    known = [median for median in medians if median is not None]
+    halves = slope = None
+    if len(blocks) >= 2 and len(known) == len(blocks) and min(known) > 0:
+        middle = len(known) // 2
+        halves = float(np.mean(known[-middle:]) / np.mean(known[:middle]))
+        minutes = np.array([block.started_s / 60 for block in blocks])
+        minutes -= minutes.mean()
+        slope = float(minutes @ known / (minutes @ minutes) / np.mean(known))
+    return {"per_block_s": medians, "second_half_over_first": halves, "slope_per_minute": slope}
+
+
+def goodput(recorded: Recorded, variant: str, slo: dict[str, float | None]) -> dict[str, Any]:
+    """Requests of a variant that met every limit: a second, and as a share of all of them."""
+    blocks = recorded.blocks_of(variant)
+    requests = [request for block in blocks for request in block.requests]
+    num_good = sum(meets(request, slo) for request in requests)
+    return {
+        "requests_per_s": num_good / sum(b.wall_s for b in blocks) if blocks else None,
+        "share": num_good / len(requests) if requests else None,
+        "n": len(requests),
+    }
+
+
+def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
+    """The part of the result that is computed.
+
+    Args:
+        recorded: the run.
+        found: its speedups.
+    """
+    variants = recorded.variants
+    output_tokens = recorded.about["plan"]["output_tokens"]
+    blocks = {v: recorded.blocks_of(v) for v in variants}
+    requests = {v: [r for b in blocks[v] for r in b.requests] for v in variants}
+    measured = [r for v in variants for r in requests[v]]
+    warmup = recorded.warmup
+    failed = {v: [r for r in requests[v] if r.error] for v in variants}
+    classes = {v: [r.error for r in warmup if r.error and r.variant == v] for v in variants}
+    prompt_tokens = [r.prompt_tokens for r in measured if r.prompt_tokens is not None]
+    slo = recorded.about.get("slo")
+    summary: dict[str, Any] = {
+        "num_requests": len(measured),
+        "num_block_pairs": len(recorded.pairs),
+        "num_errors": sum(map(len, failed.values())),
+        "num_warmup_errors": sum(r.error is not None for r in warmup),
+        "num_unequal_lengths": sum(
+            r.error is None and r.output_tokens != output_tokens for r in measured
+        ),
+        "errors": {
+            v: dict(Counter([*classes[v], *(r.error for r in failed[v])])) for v in variants
+        },
+        "error_rate": {
+            v: len(failed[v]) / len(requests[v]) if requests[v] else None for v in variants
+        },
+        "prompt_tokens_per_request": float(np.median(prompt_tokens)) if prompt_tokens else None,
+    }
+    for metric in TIMES:
+        summary[f"{metric}_s"] = {
+            v: distribution(values(requests[v], metric, output_tokens)) for v in variants
+        }
+    summary[THROUGHPUT] = {
+        v: sum(b.output_tokens for b in blocks[v]) / sum(b.wall_s for b in blocks[v])
+        if blocks[v]
+        else None
+        for v in variants
+    }
+    summary["speedups"] = {name: ratio.about() for name, ratio in found.items()}
+    summary["ratio"] = {
+        metric: _spread(ratios(recorded, metric)) for metric in (*TIMES, THROUGHPUT)
+    }
+    summary["drift"] = {m: {v: drift(recorded, v, m) for v in variants} for m in ("ttft", "tpot")}
+    summary["slo"] = slo
+    summary["goodput"] = {v: goodput(recorded, v, slo) for v in variants} if slo else None
+    return summary

@@ -1,0 +1,216 @@
+"""A result and guard rails -> passed or not, check by check, each with the reason.
+
+Guard rails come from a TOML file; every key may be left out:
+
+    min_speedup = {tpot_p50 = 1.2, throughput = 1.1}   # the interval's lower end must reach it
+    max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline, its upper end
+    max_error_rate = 0.01                              # of the worse variant
+    min_token_agreement = 0.5                          # the interval's lower end
+    max_accuracy_loss = 0.02                           # baseline - candidate, its upper end
+    allow_void = true                                  # judge even if the harness was too slow
+
+Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
+Answers of unequal length never pass: they compare unequal work. What was not measured does not
+pass either.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from loadtest.judge.statistics import QUANTILES, TIMES
+
+SPEEDUPS = (*(f"{time}_{name}" for time in TIMES for name in QUANTILES), "throughput", "goodput")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a run must keep to; see the module for each."""
+
+    min_speedup: Mapping[str, float] = field(default_factory=dict)
+    max_slowdown: Mapping[str, float] = field(default_factory=dict)
+    max_error_rate: float = 0.0
+    min_token_agreement: float | None = None
+    max_accuracy_loss: float | None = None
+    allow_void: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "Guard":
+        """Reads a TOML file.
+
+        Raises:
+            ValueError: if it cannot be read, or a key or value is none of ours.
+        """
+        try:
+            return cls.of(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"guard {path}: {error}") from error
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Guard":
+        """Checks keys and values as TOML or JSON gives them.
+
+        Raises:
+            ValueError: if one is none of ours.
+        """
+        known = [each.name for each in fields(cls)]
+        if unknown := sorted(given.keys() - set(known)):
+            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
+        for name in ("min_speedup", "max_slowdown"):
+            limits = given.get(name, {})
+            if not isinstance(limits, Mapping):
+                raise ValueError(f"{name} is {limits!r}; write for instance {{tpot_p50 = 1.1}}")
+            for metric, limit in limits.items():
+                if metric not in SPEEDUPS:
+                    raise ValueError(
+                        f"{name} has unknown key {metric!r}; known are {', '.join(SPEEDUPS)}"
+                    )
+                if not _is_number(limit) or limit <= 0:
+                    raise ValueError(f"{name}.{metric} is {limit!r}; give a number above 0")
+        for name in ("max_error_rate", "min_token_agreement", "max_accuracy_loss"):
+            share = given.get(name)
+            if share is not None and not (_is_number(share) and 0 <= share <= 1):
+                raise ValueError(f"{name} is {share!r}; give a number from 0 to 1")
+        if not isinstance(given.get("allow_void", False), bool):
+            raise ValueError(f"allow_void is {given['allow_void']!r}; give true or false")
+        return cls(**given)
+
+    def about(self) -> dict[str, Any]:
+        """As run.json has it; `of` reads it again."""
+        return asdict(self)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition: its limit, what was found, and in words why it passed or not."""
+
+    name: str
+    limit: float | bool
+    found: float | bool | None
+    passed: bool
+    why: str
+
+
+def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
+    """The verdict, as result.json has it.
+
+    Args:
+        result: with `num_*`, `error_rate`, `errors`, `speedups`, `harness`, `quality` and
+            `choices`.
+        guard: what to keep to.
+    """
+    if not result["num_requests"]:
+        why = (
+            f"the warm-up failed, so nothing was measured: {_classes(result)}; see the server's log"
+        )
+        checks = [Check("warmup", 0, result["num_warmup_errors"], False, why)]
+    else:
+        checks = [*_sound(result, guard), *_fast(result, guard), *_alike(result, guard)]
+        checks += _accurate(result, guard)
+    return {
+        "passed": all(check.passed for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _sound(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    """Whether the figures can be believed at all."""
+    rate, limit = max(result["error_rate"].values()), guard.max_error_rate
+    why = "no request failed"
+    if result["num_errors"]:
+        why = (
+            f"{result['num_errors']} of {result['num_requests']} requests failed: "
+            f"{_classes(result)}; see the server's log, or send less at a time"
+        )
+    yield Check("error_rate", limit, rate, rate <= limit, why)
+
+    unequal = result["num_unequal_lengths"]
+    why = "every answer has the length asked for"
+    if unequal:
+        why = (
+            f"{unequal} of {result['num_requests']} responses do not have "
+            f"{result['output_tokens_per_request']} tokens, so the variants did unequal work; "
+            "lower --output-tokens, or make the server honour ignore_eos"
+        )
+    yield Check("unequal_lengths", 0, unequal, unequal == 0, why)
+
+    harness = result["harness"]
+    why = harness["why"] if harness["is_void"] else "the harness kept up"
+    passed = guard.allow_void or not harness["is_void"]
+    yield Check("void", guard.allow_void, harness["is_void"], passed, why)
+
+
+def _fast(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    for kind, limits in (("min_speedup", guard.min_speedup), ("max_slowdown", guard.max_slowdown)):
+        for metric, limit in limits.items():
+            speedup = result["speedups"].get(metric, {})
+            ends = [speedup.get(key) for key in ("ratio", "low", "high")]
+            if not all(ends):
+                yield Check(f"{kind}.{metric}", limit, None, False, _unknown(metric, result))
+                continue
+            ratio, low, high = ends
+            if kind == "min_speedup":
+                found, passed = low, low >= limit
+                why = f"{ratio:.3f} ({low:.3f} to {high:.3f}): its lower end must reach {limit:g}"
+            else:
+                found, passed = 1 / low, 1 / low <= limit
+                why = (
+                    f"candidate over baseline {1 / ratio:.3f} ({1 / high:.3f} to {1 / low:.3f}): "
+                    f"its upper end may be {limit:g} at most"
+                )
+            yield Check(f"{kind}.{metric}", limit, found, passed, why)
+
+
+def _alike(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    limit, quality = guard.min_token_agreement, result["quality"]
+    if limit is None:
+        return
+    agreement = quality and quality["token_agreement"]
+    if agreement is None:
+        why = "quality was not measured; give --quality-prompts"
+        yield Check("min_token_agreement", limit, None, False, why)
+        return
+    why = (
+        f"{agreement['mean']:.3f} ({agreement['low']:.3f} to {agreement['high']:.3f}) over "
+        f"{quality['num_scored']} prompts: its lower end must reach {limit:g}"
+    )
+    found = agreement["low"]
+    yield Check("min_token_agreement", limit, found, found >= limit, why)
+
+
+def _accurate(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    limit, choices = guard.max_accuracy_loss, result.get("choices")
+    if limit is None:
+        return
+    if not choices:
+        why = "accuracy was not measured; give --choices"
+        yield Check("max_accuracy_loss", limit, None, False, why)
+        return
+    difference = choices["acc_norm_difference"]
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    why = (
+        f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
+        f"{difference['num_questions']} questions: its lower end must reach {0 - limit:g}"
+    )
+    loss = 0 - low  # never -0
+    yield Check("max_accuracy_loss", limit, loss, loss <= limit, why)
+
+
+def _unknown(metric: str, result: Mapping[str, Any]) -> str:
+    if metric == "goodput" and not result["slo"]:
+        return "no goodput was asked for; give --slo-ttft-ms or --slo-tpot-ms"
+    return "cannot be told: too many requests failed"
+
+
+def _classes(result: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{variant} {error} x{number}"
+        for variant, errors in result["errors"].items()
+        for error, number in errors.items()
+    )

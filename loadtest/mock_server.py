@@ -1,0 +1,284 @@
+"""Chosen TTFT and ITL a variant -> an OpenAI-compatible server that keeps exactly to them.
+
+A harness is checked against a server whose truth is known: `python -m loadtest.mock_server`, or
+`create_app` in a test. It makes no output worth reading. It can be told to vary, to queue, to
+freeze and to fail. When it did what, it notes itself: `GET /truth`.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+
+@dataclass(frozen=True)
+class MockVariant:
+    """How one variant behaves.
+
+    Attributes:
+        ttft_s: from the request's arrival, or from its turn, to the first token.
+        itl_s: from each token to the next.
+        fail_every: every so-manyth request is answered 503; 0 = none.
+        missing_tokens: so many fewer tokens than asked for.
+        is_cut_off: the stream ends without usage and `[DONE]`.
+        noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal and new each
+            time: the medians stay, the mean ITL, and so TPOT, grows by exp(noise^2 / 2).
+        seed: the same seed gives the n-th request the same factors.
+        max_concurrency: so many requests are worked on, the others wait their turn; 0 = all.
+    """
+
+    ttft_s: float
+    itl_s: float
+    fail_every: int = 0
+    missing_tokens: int = 0
+    is_cut_off: bool = False
+    noise: float = 0.0
+    seed: int = 0
+    max_concurrency: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "MockVariant":
+        """Parses `TTFT_S,ITL_S`."""
+        ttft_s, itl_s = _two_numbers(text, "TTFT_S,ITL_S; write for instance 0.1,0.01")
+        return cls(ttft_s, itl_s)
+
+
+@dataclass
+class Answer:
+    """What the mock did for one request.
+
+    Attributes:
+        variant: the name asked for.
+        prompt: as it came; a chat's messages a line each.
+        arrived_s: when the request's head had come.
+        due_s: when each token was to leave.
+        sent_s: when each token was handed to the connection; fewer if the client left.
+    """
+
+    variant: str
+    prompt: str
+    arrived_s: float
+    due_s: list[float] = field(default_factory=list)
+    sent_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Truth:
+    """What the mock did; times on CLOCK_MONOTONIC, on Linux time.perf_counter of every process.
+
+    Attributes:
+        answers: one a request, in order of arrival, but for those told to fail.
+        frozen_s: when the stall really began and ended; None before its end.
+    """
+
+    answers: list[Answer] = field(default_factory=list)
+    frozen_s: tuple[float, float] | None = None
+
+
+def create_app(
+    variants: Mapping[str, MockVariant], stall_s: tuple[float, float] | None = None
+) -> FastAPI:
+    """The server. `app.state.requests` lists (variant, prompt) in order of arrival, and
+    `app.state.truth` is what GET /truth answers.
+
+    Args:
+        variants: by name.
+        stall_s: from when to when nothing moves: nothing is accepted, read or written. Seconds from
+            the first completion request on, as only then a client's clock runs.
+    """
+    app = FastAPI()
+    app.state.requests = []
+    app.state.truth = Truth()
+
+    @app.get("/truth")
+    async def truth() -> dict[str, Any]:
+        return asdict(app.state.truth)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        data = [{"id": name, "object": "model", "owned_by": "mock"} for name in variants]
+        return {"object": "list", "data": data}
+
+    completions = _Completions(variants, stall_s, app.state.requests, app.state.truth)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        app.router.routes.append(Route(path, endpoint=completions, methods=["POST"]))
+    return app
+
+
+class _Completions:
+    """Both completion routes, as plain ASGI: a framework's responses would cost a load test's time.
+
+    A token is due at a time, not a pause after the one before, so late wake-ups do not add up.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, MockVariant],
+        stall_s: tuple[float, float] | None,
+        requests: list[tuple[str, str]],
+        truth: Truth,
+    ) -> None:
+        self._variants = variants
+        self._stall_s = stall_s
+        self._requests = requests
+        self._truth = truth
+        self._counts: Counter[str] = Counter()
+        self._places = {
+            name: asyncio.Semaphore(variant.max_concurrency) if variant.max_concurrency else None
+            for name, variant in variants.items()
+        }
+        self._frozen_s: tuple[float, float] | None = None  # the stall, on the loop's clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_s = asyncio.get_running_loop().time()
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        asked = json.loads(body)
+        name = asked["model"]
+        if name not in self._variants:
+            return await _error(404, f"the model {name!r} does not exist")(scope, receive, send)
+        self._start_clock(arrived_s)
+        chat = asked.get("messages")
+        prompt = "\n".join(said["content"] for said in chat) if chat else asked["prompt"]
+        self._requests.append((name, prompt))
+        self._counts[name] += 1
+        variant, number = self._variants[name], self._counts[name]
+        if variant.fail_every and number % variant.fail_every == 0:
+            return await _error(503, "told to fail")(scope, receive, send)
+        answer = Answer(name, prompt, arrived_s)
+        self._truth.answers.append(answer)
+        has_left = asyncio.ensure_future(receive())  # the next message says that the client is gone
+        try:
+            async with self._places[name] or nullcontext():
+                rng = random.Random(f"{variant.seed}/{name}/{number}")
+                await self._stream(variant, rng, asked, answer, send, has_left.done)
+        finally:
+            has_left.cancel()
+
+    def _start_clock(self, first_arrived_s: float) -> None:
+        if self._stall_s and not self._frozen_s:
+            start_s, end_s = (first_arrived_s + after_s for after_s in self._stall_s)
+            self._frozen_s = start_s, end_s
+            asyncio.get_running_loop().call_at(start_s, self._freeze, end_s)
+
+    def _freeze(self, end_s: float) -> None:
+        began_s = time.monotonic()
+        time.sleep(max(0.0, end_s - began_s))
+        self._truth.frozen_s = began_s, time.monotonic()
+
+    async def _stream(
+        self,
+        variant: MockVariant,
+        rng: random.Random,
+        asked: Mapping[str, Any],
+        answer: Answer,
+        send: Send,
+        has_left: Callable[[], bool],
+    ) -> None:
+        now = asyncio.get_running_loop().time
+        is_chat = "messages" in asked
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+
+        async def emit(choices: list[dict[str, Any]], **more: Any) -> None:
+            chunk = {"object": kind, "model": asked["model"], "choices": choices, **more}
+            await write(f"data: {json.dumps(chunk)}\n\n")
+
+        async def write(text: str, more_body: bool = True) -> None:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more_body}
+            await send(message)
+
+        due_s = now() if self._places[answer.variant] else answer.arrived_s
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        num_tokens = asked["max_tokens"] - variant.missing_tokens
+        for token in range(num_tokens):
+            gap_s = variant.itl_s if token else variant.ttft_s
+            due_s = self._after(due_s, gap_s * rng.lognormvariate(0.0, variant.noise))
+            answer.due_s.append(due_s)
+            await asyncio.sleep(due_s - now())
+            if has_left():
+                return
+            reason = "length" if token == num_tokens - 1 else None
+            said = {"delta": {"content": f" {token}"}} if is_chat else {"text": f" {token}"}
+            answer.sent_s.append(now())
+            await emit([{"index": 0, **said, "finish_reason": reason}])
+        if variant.is_cut_off:
+            return await write("", more_body=False)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": len(answer.prompt.split()), "completion_tokens": num_tokens}
+            await emit([], usage=usage)
+        await write("data: [DONE]\n\n", more_body=False)
+
+    def _after(self, due_s: float, gap_s: float) -> float:
+        """That much work later: none is done during the stall."""
+        if self._frozen_s and due_s < self._frozen_s[0] <= due_s + gap_s:
+            gap_s += self._frozen_s[1] - self._frozen_s[0]
+        return due_s + gap_s
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": status}}, status)
+
+
+def _two_numbers(text: str, form: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not {form}") from None
+    return first, second
+
+
+def main(
+    variant: Annotated[list[str], typer.Option(help="NAME=TTFT_S,ITL_S; may be repeated.")],
+    noise: Annotated[
+        float, typer.Option(help="Sigma of the log-normal factor on every time.", min=0)
+    ] = MockVariant.noise,
+    seed: Annotated[int, typer.Option(help="Same seed, same noise.")] = MockVariant.seed,
+    max_concurrency: Annotated[
+        int, typer.Option(help="Requests worked on at once, per variant; 0 = all.", min=0)
+    ] = MockVariant.max_concurrency,
+    stall: Annotated[
+        str | None, typer.Option(help="FROM_S,TO_S after the first request: nothing moves.")
+    ] = None,
+    host: str = "127.0.0.1",
+    port: int = 8009,
+) -> None:
+    """Serves variants with known latencies, to check a load test against."""
+    try:
+        pairs = [text.partition("=") for text in variant]
+        variants = {
+            name: replace(
+                MockVariant.parse(numbers), noise=noise, seed=seed, max_concurrency=max_concurrency
+            )
+            for name, _, numbers in pairs
+        }
+        stall_s = None if stall is None else _two_numbers(stall, "FROM_S,TO_S; write 2,3.5")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    # uvloop, which uvicorn prefers, rounds times to whole milliseconds, so tokens would come early.
+    app = create_app(variants, stall_s)
+    uvicorn.run(app, host=host, port=port, log_level="warning", loop="asyncio")
+
+
+if __name__ == "__main__":
+    typer.run(main)

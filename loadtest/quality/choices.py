@@ -1,0 +1,308 @@
+"""Questions with choices, and a server -> the answer that each variant finds likeliest.
+
+Every answer is scored as the continuation of "Question: ...\\nAnswer:", without examples: by the
+log likelihood of its tokens in sum (*acc*), and by that sum per byte of the answer, which favours
+no short ones (*acc_norm*). cast_train/evaluate/quality.py does the same on a model in memory.
+
+A server is asked through POST /v1/completions with `echo` and `logprobs`, a request an answer: it
+repeats the text with the log likelihood of each token. One token is asked for, because our gateway
+refuses 0 and llama-cpp-python takes 0 for no limit; what is generated is left out again.
+
+Which tokens are the answer's is told by the characters that they spell, counted from the end: those
+that end behind the border of prompt and answer, so one that straddles it counts in full, and those
+that begin at it. (A token spells nothing if it holds only part of a character.) `text_offset` is
+not read: vLLM's counts the text of a BOS token along, and SGLang's is always -1.
+
+The difference of the variants is paired: both got the same questions. Its interval is a bootstrap
+with questions as the units (intervals.py); it has no width where they chose alike throughout.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loadtest.judge.intervals import draws, quantile, tail
+from loadtest.send.connection import authorization
+
+Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
+"""The body of POST /v1/completions -> its answer."""
+MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
+"""By which score: the name of the share, and that of the choices in run.json."""
+NUM_IN_FLIGHT = 8
+ROUNDING = 1e-6  # of a log likelihood: one above this is none
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question.
+
+    Attributes:
+        question: what is asked.
+        choices: two answers or more, none empty.
+        answer: index of the right one.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        if len(self.choices) < 2 or not all(self.choices):
+            raise ValueError(f"{len(self.choices)} choices; give two or more, none empty")
+        if type(self.answer) is not int or self.answer not in range(len(self.choices)):
+            raise ValueError(
+                f"answer {self.answer!r}; give the right choice's index, 0 to "
+                f"{len(self.choices) - 1}"
+            )
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads before an answer."""
+        return f"Question: {self.question}\nAnswer:"
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Reads JSONL with `question`, `choices` and `answer`, as scripts/data writes it.
+
+    Args:
+        path: a line a question.
+        limit: take so many from the file's beginning; None: all.
+
+    Raises:
+        ValueError: if the limit is below 1, or the file cannot be read or has a line that is none.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--choices-limit {limit} is too small; give 1 or more")
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)[:limit]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"choices {path} cannot be read: {error}; name a .jsonl file, for instance one of "
+            "data/choices after running scripts/data"
+        ) from error
+    if not lines:
+        raise ValueError(f"choices {path} is empty; give a line of JSON a question")
+    return [_parse(line, f"choices {path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, where: str) -> Question:
+    try:
+        given = json.loads(line)
+        if not isinstance(given["choices"], list):
+            raise TypeError(f"choices {given['choices']!r} are no list")
+        choices = tuple(str(choice) for choice in given["choices"])
+        return Question(str(given["question"]), choices, given["answer"])
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error
+
+
+def about(path: Path, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """As run.json has it: where the questions are from, and what `measure` returned."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"source": str(path), "source_sha256": digest, "each": list(each)}
+
+
+async def measure(
+    ask: Ask,
+    questions: Sequence[Question],
+    baseline: str,
+    candidate: str,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Lets both variants score every answer, at most NUM_IN_FLIGHT at a time.
+
+    Args:
+        ask: sends one body.
+        questions: one or more.
+        baseline: a variant's name.
+        candidate: likewise.
+        on_answer: called after each answer, for a progress bar.
+
+    Returns:
+        For each question `right`, the index of the right answer, and `by_sum` and `by_byte`: by
+        variant, the index of the answer that it finds likeliest; of equals, the first.
+
+    Raises:
+        ValueError: at the first answer that a variant does not score; nothing is left out.
+    """
+    variants = (baseline, candidate)
+    scores: dict[tuple[int, str, int], float] = {}
+
+    def places() -> Iterator[tuple[int, str, int]]:
+        for number, question in enumerate(questions):
+            for variant in variants:
+                yield from ((number, variant, choice) for choice in range(len(question.choices)))
+
+    waiting = places()
+
+    async def keep_asking() -> None:
+        for place in waiting:
+            number, variant, choice = place
+            question = questions[number]
+            continuation = f" {question.choices[choice]}"
+            body = {
+                "model": variant,
+                "prompt": question.prompt + continuation,
+                "max_tokens": 1,
+                "temperature": 0,
+                "echo": True,
+                "logprobs": 1,
+            }
+            try:
+                scores[place] = log_likelihood(await ask(body), continuation)
+            except ValueError as error:
+                where = f"question {number + 1}, variant {variant}"
+                raise ValueError(f"accuracy cannot be measured: {where}: {error}") from error
+            on_answer()
+
+    tasks = [asyncio.create_task(keep_asking()) for _ in range(NUM_IN_FLIGHT)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def chosen(number: int, is_per_byte: bool) -> dict[str, int]:
+        choices, found = questions[number].choices, {}
+        for variant in variants:
+            own = [
+                scores[number, variant, index] / (len(choice.encode()) if is_per_byte else 1)
+                for index, choice in enumerate(choices)
+            ]
+            found[variant] = own.index(max(own))
+        return found
+
+    return [
+        {
+            "right": question.answer,
+            "by_sum": chosen(number, is_per_byte=False),
+            "by_byte": chosen(number, is_per_byte=True),
+        }
+        for number, question in enumerate(questions)
+    ]
+
+
+def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
+    """Nats of the prompt's last part, as the server's tokens cut it.
+
+    Args:
+        response: to a completion with `echo` and `logprobs`; what was generated is left out.
+        continuation: the last part of the prompt.
+
+    Raises:
+        ValueError: if the response does not have them.
+    """
+    try:
+        found = response["choices"][0]["logprobs"]
+        num = max(0, len(found["tokens"]) - response["usage"]["completion_tokens"])
+        tokens, logprobs = found["tokens"][:num], found["token_logprobs"][:num]
+        spelled = "".join(tokens)
+    except (KeyError, IndexError, TypeError):
+        tokens, logprobs = [], []
+    if not tokens or len(tokens) != len(logprobs):
+        raise ValueError(
+            "the server repeats no prompt with log probabilities (echo with logprobs); serve the "
+            "variant by vLLM, or leave --choices out"
+        )
+    if not spelled.endswith(continuation):
+        raise ValueError(
+            f"the tokens spell {spelled[-80:]!r}, which does not end with the answer "
+            f"{continuation!r}; if the server shows token ids in place of text, switch that off, "
+            "else leave the question out"
+        )
+    border = len(spelled) - len(continuation)
+    ends = list(accumulate(map(len, tokens)))
+    own = [
+        logprob
+        for start, end, logprob in zip([0, *ends[:-1]], ends, logprobs, strict=True)
+        if end > border or start == border
+    ]
+    if not all(isinstance(logprob, int | float) for logprob in own):
+        raise ValueError(
+            f"the server gives no log probability to a part of the answer {continuation!r}; serve "
+            "the variant by vLLM, or leave --choices out"
+        )
+    if wrong := [logprob for logprob in own if not logprob <= ROUNDING]:
+        raise ValueError(
+            f"the server reports {wrong[0]:g} as a log probability; if these are logits, start it "
+            "without --logprobs-mode"
+        )
+    return float(sum(own))
+
+
+async def measure_over_http(
+    url: str, api_key: str | None, timeout_s: float, *arguments: Any
+) -> list[dict[str, Any]]:
+    """`measure` with a server's POST /v1/completions; `arguments` are its others.
+
+    Raises:
+        ValueError: also if the server cannot be reached or refuses a request.
+    """
+    headers = authorization(api_key)
+    async with httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False) as client:
+
+        async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
+            try:
+                response = await client.post(f"{url.rstrip('/')}/v1/completions", json=body)
+                reason = f"{response.status_code} {response.text[:200]}"
+                if response.status_code == 200:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+            except (httpx.HTTPError, ValueError) as error:
+                reason = f"{type(error).__name__} {error}".strip()
+            raise ValueError(
+                f"POST {url}/v1/completions gave {reason}; see the server's log, raise --timeout-s "
+                "if it was too slow, or leave --choices out"
+            )
+
+        return await measure(ask, *arguments)
+
+
+def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[str, Any]:
+    """Accuracies with standard errors, sqrt(p (1 - p) / (n - 1)), and how the variants differ.
+
+    Args:
+        asked: as `about` returns it.
+        baseline: a variant's name.
+        candidate: likewise.
+
+    Returns:
+        `source`; `accuracy`: by variant `acc`, `acc_norm`, their standard errors (None for one
+        question) and `num_questions`; `acc_norm_difference`: `mean` of candidate - baseline, `low`,
+        `high` and `num_questions`.
+    """
+    each, variants = asked["each"], (baseline, candidate)
+    right, num = np.array([one["right"] for one in each]), len(each)
+    accuracy: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
+    hits = {}
+    for variant in variants:
+        for name, score in MEASURES.items():
+            hits[variant, name] = np.array([one[score][variant] for one in each]) == right
+            share = int(hits[variant, name].sum()) / num
+            error = math.sqrt(share * (1 - share) / (num - 1)) if num > 1 else None
+            accuracy[variant] |= {name: share, f"{name}_stderr": error}
+        accuracy[variant]["num_questions"] = num
+    gained = hits[candidate, "acc_norm"].astype(int) - hits[baseline, "acc_norm"]
+    resampled = np.sort(draws(num) @ gained / num)
+    return {
+        "source": asked["source"],
+        "accuracy": accuracy,
+        "acc_norm_difference": {
+            "mean": int(gained.sum()) / num,
+            "low": quantile(resampled, tail(num)),
+            "high": quantile(resampled, 1 - tail(num)),
+            "num_questions": num,
+        },
+    }

@@ -1,0 +1,253 @@
+"""A paired run, or the directory it was written to -> one form in memory, and back without loss.
+
+run.json        what is not per request: plan, workload, schedule, harness, url, date, versions, and
+                by what the run is judged
+requests.jsonl  one line a request; times in seconds from the run's start
+
+Statistics, verdict and reports know a run only in this form, so whoever has the two files can
+compute everything again.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cast_serve.latency import RequestTiming
+from loadtest.send.client import Outcome
+from loadtest.send.paired import PairedRun
+
+FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+REQUESTS_FILE = "requests.jsonl"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request; all times in seconds from the run's start.
+
+    Attributes:
+        block: its block's place in the order run; None = warm-up.
+        block_pair: the pair of blocks that shares its prompt; None = warm-up.
+        variant: the name asked for.
+        prompt_index: which prompt of the workload.
+        error: error class; None for a complete response.
+        prompt_tokens: as the server counted them; None if it did not.
+        output_tokens: likewise; None for a failed request.
+        intended_send_s: when it should have left.
+        sent_s: when it left.
+        token_events_s: arrival of each token event; empty for a failed request.
+        last_s: when the output was complete; None for a failed request.
+        ended_s: when it was over, also if it failed.
+    """
+
+    block: int | None
+    block_pair: int | None
+    variant: str
+    prompt_index: int
+    error: str | None
+    prompt_tokens: int | None
+    output_tokens: int | None
+    intended_send_s: float
+    sent_s: float
+    token_events_s: tuple[float, ...]
+    last_s: float | None
+    ended_s: float
+
+    @cached_property
+    def timing(self) -> RequestTiming | None:
+        """Its time stamps; None exactly if `error` is set."""
+        if self.last_s is None:
+            return None
+        return RequestTiming(
+            self.intended_send_s, self.token_events_s, self.last_s, self.output_tokens
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """The requests that one variant got in its half of a block pair."""
+
+    block_pair: int
+    variant: str
+    requests: tuple[Request, ...]
+
+    @property
+    def started_s(self) -> float:
+        """First intended send."""
+        return min(request.intended_send_s for request in self.requests)
+
+    @property
+    def wall_s(self) -> float:
+        """First intended send to the end of the last request, failed ones included."""
+        return max(request.ended_s for request in self.requests) - self.started_s
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of complete responses."""
+        return sum(request.output_tokens or 0 for request in self.requests)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run.
+
+    Attributes:
+        about: what run.json holds.
+        requests: in the order of requests.jsonl, warm-up included.
+    """
+
+    about: Mapping[str, Any]
+    requests: tuple[Request, ...]
+
+    @classmethod
+    def of(cls, run: PairedRun, about: Mapping[str, Any]) -> "Recorded":
+        """Takes down a run.
+
+        Args:
+            run: what was sent and what came of it.
+            about: whatever of run.json the run does not know: url, workload, date, versions.
+        """
+        known = {
+            "format_version": FORMAT_VERSION,
+            "plan": asdict(run.plan),
+            "schedule": run.schedule,
+            "rate_per_s": run.rate_per_s,
+            "harness": asdict(run.harness),
+        }
+        requests = [_request(outcome, None, None, run.started_s) for outcome in run.warmup]
+        for number, block in enumerate(run.blocks):
+            requests += [
+                _request(outcome, number, block.block_pair, run.started_s)
+                for outcome in block.outcomes
+            ]
+        return cls({**known, **about}, tuple(requests))
+
+    @property
+    def baseline(self) -> str:
+        """The variant compared against."""
+        return str(self.about["plan"]["baseline"])
+
+    @property
+    def candidate(self) -> str:
+        """The variant that should be better."""
+        return str(self.about["plan"]["candidate"])
+
+    @property
+    def variants(self) -> tuple[str, str]:
+        """Baseline, candidate."""
+        return self.baseline, self.candidate
+
+    @property
+    def warmup(self) -> list[Request]:
+        """Requests that were sent before anything was counted."""
+        return [request for request in self.requests if request.block is None]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """In the order run; empty if the warm-up failed."""
+        grouped: dict[int, list[Request]] = {}
+        for request in self.requests:
+            if request.block is not None:
+                grouped.setdefault(request.block, []).append(request)
+        return [
+            Block(found[0].block_pair or 0, found[0].variant, tuple(found))
+            for _, found in sorted(grouped.items())
+        ]
+
+    def blocks_of(self, variant: str) -> list[Block]:
+        """A variant's, in the order run."""
+        return [block for block in self.blocks if block.variant == variant]
+
+    @cached_property
+    def pairs(self) -> list[tuple[Block, Block]]:
+        """(baseline's block, candidate's block) of every block pair."""
+        sides: dict[int, dict[str, Block]] = {}
+        for block in self.blocks:
+            sides.setdefault(block.block_pair, {})[block.variant] = block
+        for number, both in sides.items():
+            if len(both) < 2:
+                raise ValueError(f"block pair {number} has one block only")
+        return [(both[self.baseline], both[self.candidate]) for _, both in sorted(sides.items())]
+
+    def write(self, directory: Path) -> None:
+        """Writes both files into a directory that exists."""
+        self.write_about(directory)
+        with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
+            for request in self.requests:
+                file.write(json.dumps(asdict(request), allow_nan=False) + "\n")
+
+    def write_about(self, directory: Path) -> None:
+        """Writes run.json alone, in one step: a crash must not cost an old one."""
+        partial = directory / f".{RUN_FILE}"
+        about = json.dumps(self.about, indent=2, allow_nan=False)
+        partial.write_text(about + "\n", encoding="utf-8")
+        partial.replace(directory / RUN_FILE)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Recorded":
+        """Reads both files.
+
+        Raises:
+            ValueError: if one is missing or does not hold what `write` puts there.
+        """
+        path = directory / RUN_FILE
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            version = about["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format_version {version!r}, but only {FORMAT_VERSION} is known")
+            asked = about["plan"]["baseline"], about["plan"]["candidate"]
+            path = directory / REQUESTS_FILE
+            requests = []
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                requests.append(_parsed(line, number, asked))
+            recorded = cls(about, tuple(requests))
+            if not recorded.pairs and not recorded.warmup:
+                raise ValueError("it holds no requests")
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read: {error.strerror}; name a directory that "
+                "`cast-loadtest run --out` made"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is no record of a run: {reason}; run it again") from error
+        return recorded
+
+
+def _request(
+    outcome: Outcome, block: int | None, block_pair: int | None, started_s: float
+) -> Request:
+    timing = outcome.timing
+    return Request(
+        block=block,
+        block_pair=block_pair,
+        variant=outcome.variant,
+        prompt_index=outcome.prompt_index,
+        error=outcome.error,
+        prompt_tokens=outcome.prompt_tokens,
+        output_tokens=timing.output_tokens if timing else None,
+        intended_send_s=outcome.intended_send_s - started_s,
+        sent_s=outcome.sent_s - started_s,
+        token_events_s=tuple(s - started_s for s in timing.token_events_s) if timing else (),
+        last_s=timing.last_s - started_s if timing else None,
+        ended_s=outcome.ended_s - started_s,
+    )
+
+
+def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:
+    try:
+        fields = json.loads(line)
+        request = Request(**{**fields, "token_events_s": tuple(fields["token_events_s"])})
+        if request.variant not in variants:
+            raise ValueError(f"variant {request.variant!r} is none of {', '.join(variants)}")
+        if (request.timing is None) != (request.error is not None):
+            raise ValueError("a request has either an error or a last_s")
+    except KeyError as error:
+        raise ValueError(f"line {number}: {error} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"line {number}: {error}") from None
+    return request

@@ -1,0 +1,152 @@
+"""Run directories -> `cast-loadtest report` and `compare`; and, for `run`, by what it is judged."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from loadtest.judge.verdict import Guard
+from loadtest.record import Recorded
+from loadtest.report import pareto, regression
+from loadtest.report.result import WRITTEN, check_matplotlib, result_of, table_of, write_reports
+
+
+def terms_of(
+    guard: Path | None,
+    slo_ttft_ms: float | None,
+    slo_tpot_ms: float | None,
+    num_quality_prompts: int,
+    is_aa: bool,
+    has_choices: bool = False,
+) -> dict[str, Any]:
+    """By what a run is judged, for run.json.
+
+    Raises:
+        ValueError: if the guard file is wrong, a limit is not above 0, or the guard asks for
+            agreement or accuracy that nothing measures.
+    """
+    limits = {"ttft_s": slo_ttft_ms, "tpot_s": slo_tpot_ms}
+    for name, limit_ms in limits.items():
+        if limit_ms is not None and limit_ms <= 0:
+            option = f"--slo-{name.removesuffix('_s')}-ms"
+            raise ValueError(f"{option} {limit_ms:g} is too small; give more than 0")
+    slo = {name: None if limit is None else limit / 1e3 for name, limit in limits.items()}
+    rails = Guard() if guard is None else Guard.read(guard)
+    if num_quality_prompts < 0:
+        raise ValueError(f"--quality-prompts {num_quality_prompts} is too small; give 0 or more")
+    if rails.min_token_agreement is not None and not num_quality_prompts:
+        raise ValueError(
+            f"guard {guard} sets min_token_agreement, but nothing measures it; give "
+            "--quality-prompts, or drop it"
+        )
+    if rails.max_accuracy_loss is not None and not has_choices:
+        raise ValueError(
+            f"guard {guard} sets max_accuracy_loss, but nothing measures it; give --choices, or "
+            "drop it"
+        )
+    return {
+        "guard": rails.about(),
+        "slo": slo if any(limit is not None for limit in slo.values()) else None,
+        "is_aa": is_aa,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints a result for people, whatever may mislead last, where it is seen."""
+    console = Console()
+    console.print(table_of(result))
+    console.print(result["headline"], markup=False, highlight=False)
+    for text in result["warnings"]:
+        console.print(f"warning: {text}", style="bold red", markup=False, highlight=False)
+
+
+def failures_of(result: dict[str, Any]) -> list[str]:
+    """Why a result did not pass, a line a check."""
+    checks = result["verdict"]["checks"]
+    return [f"{check['name']}: {check['why']}" for check in checks if not check["passed"]]
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="As made by `run --out`, or a sweep of them.")],
+    guard: Annotated[
+        Path | None, typer.Option(help="Judge by this TOML file instead of the run's own.")
+    ] = None,
+) -> None:
+    """Computes result.json and the reports anew from run.json and requests.jsonl.
+
+    Of a directory whose sub-directories are runs, it computes each, and throughput against
+    interactivity of them all. Exit code 0: done, 1: a run does not pass, 2: wrong use.
+    """
+    try:
+        check_matplotlib()
+        rails = None if guard is None else Guard.read(guard).about()
+        if pareto.is_sweep(directory):
+            runs = pareto.runs_in(directory)
+        else:
+            runs = [("", Recorded.read(directory))]
+        if rails is not None:
+            runs = [
+                (name, Recorded({**run.about, "guard": rails}, run.requests)) for name, run in runs
+            ]
+    except ValueError as error:
+        _refuse(error)
+    failures = []
+    for name, run in runs:
+        printed = result_of(run)
+        if rails is not None:
+            run.write_about(directory / name)
+        write_reports(directory / name, run, printed)
+        show(printed)
+        failures += [f"{name}: {text}" if name else text for text in failures_of(printed)]
+    if pareto.is_sweep(directory):
+        printed = pareto.sweep_of(runs)
+        pareto.write_sweep(directory, printed)
+        Console().print(pareto.headline(printed))
+    print(f"written: {directory}/{WRITTEN}")
+    finish(printed, failures)
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(help="Directory of the earlier run.")],
+    new: Annotated[Path, typer.Argument(help="Directory of the later run.")],
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="Exit 1 if a speed-up got worse.")
+    ] = False,
+) -> None:
+    """Prints the speed-ups of two runs side by side, and how they changed.
+
+    A speed-up got worse if its new interval lies wholly below the old one. Exit code 0: done, 1:
+    one got worse and --fail-on-regression is given, 2: wrong use.
+    """
+    try:
+        runs = [Recorded.read(directory) for directory in (old, new)]
+    except ValueError as error:
+        _refuse(error)
+    found = regression.compare(*runs)
+    console = Console()
+    console.width = max(console.width, regression.TABLE_WIDTH)
+    console.print(regression.table_of(found))
+    for text in found["warnings"]:
+        console.print(f"warning, {text}", style="bold red", markup=False, highlight=False)
+    for text in found["differences"]:
+        console.print(f"not the same, {text}", style="yellow", markup=False, highlight=False)
+    worse = [name for name, change in found["changes"].items() if change["verdict"] == "worse"]
+    failures = [f"worse than {old}: {', '.join(worse)}"] if worse and fail_on_regression else []
+    finish(found, failures)
+
+
+def finish(printed: dict[str, Any], failures: list[str]) -> None:
+    """Ends a command: the line of JSON, then what is wrong, and exit code 1 if anything is."""
+    print(json.dumps(printed, allow_nan=False), flush=True)
+    for failure in failures:
+        print(f"cast-loadtest: {failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    print(f"cast-loadtest: {error}", file=sys.stderr)
+    raise typer.Exit(2) from None

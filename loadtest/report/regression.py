@@ -1,0 +1,115 @@
+"""Two recorded runs, an old and a new one -> how the speed-ups changed, with intervals.
+
+Two runs at different times on perhaps different machines cannot be compared in milliseconds. Their
+speed-ups can: each is of two variants that shared a machine and a time. A speed-up became *worse*
+if the new interval lies wholly below the old one, *better* if wholly above.
+"""
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from loadtest.judge.intervals import SEED, Ratio, tail
+from loadtest.judge.statistics import THROUGHPUT, TIMES, speedups
+from loadtest.record import Recorded
+from loadtest.report.result import result_of
+from loadtest.report.words import rows, times
+
+TABLE_WIDTH = 110
+LOAD = ("plan", "workload", "schedule", "rate_per_s", "timeout_s")
+NOT_LOAD = {"run_number"}  # drawn anew for every run
+
+
+def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
+    """Compares two runs.
+
+    Returns:
+        `changes`: by name of the speed-up, `old` and `new` and `change`, new over old, all with
+        intervals, and `verdict`: worse, better or same, None where failed requests hide it;
+        `differences`: what the runs did not have in common, in words; `warnings`: of both runs;
+        `num_worse`: changes for the worse; `old` and `new`: their times and rates.
+    """
+    sides = [(run, speedups(run)) for run in (old, new)]
+    num_pairs = min(len(run.pairs) for run in (old, new))
+    # Both runs were drawn from the same seed; turned round, one does not follow the other.
+    order = np.random.default_rng(SEED).permutation
+    changes: dict[str, Any] = {}
+    for name in (name for name in sides[0][1] if name in sides[1][1]):
+        before, after = sides[0][1][name], sides[1][1][name]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = Ratio.of(
+                np.divide(after.value or np.nan, before.value or np.nan),
+                after.resampled / order(before.resampled),
+                tail(num_pairs),
+            )
+        changes[name] = {
+            "old": before.about(),
+            "new": after.about(),
+            "change": change.about(),
+            "verdict": _verdict(before, after),
+        }
+    results = {"old": result_of(old), "new": result_of(new)}
+    kept = ("baseline", "candidate", "num_requests", "slo", "goodput", THROUGHPUT)
+    return {
+        "changes": changes,
+        "num_worse": sum(change["verdict"] == "worse" for change in changes.values()),
+        "differences": _differences(old, new),
+        "warnings": [
+            f"{which}: {text}" for which, result in results.items() for text in result["warnings"]
+        ],
+        **{
+            which: {key: result[key] for key in (*kept, *(f"{m}_s" for m in TIMES), "speedups")}
+            for which, result in results.items()
+        },
+    }
+
+
+def _verdict(before: Ratio, after: Ratio) -> str | None:
+    if None in (before.low, before.high, after.low, after.high):
+        return None
+    if after.high < before.low:  # type: ignore[operator]
+        return "worse"
+    return "better" if after.low > before.high else "same"  # type: ignore[operator]
+
+
+def _differences(old: Recorded, new: Recorded) -> list[str]:
+    """Each setting that decides what was measured and is not the same, as `name: OLD, then NEW`."""
+
+    def flat(run: Recorded) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in LOAD:
+            value = run.about[key]
+            found |= value if isinstance(value, dict) else {key: value}
+        return {key: value for key, value in found.items() if key not in NOT_LOAD}
+
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before.get(key)}, then {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def table_of(comparison: dict[str, Any]) -> Table:
+    """The comparison for the terminal: speed-ups, then each variant's own figures."""
+    table = Table(caption="worse or better: the old and the new interval do not overlap")
+    table.add_column("", no_wrap=True)
+    for heading in ("old", "new", "change, new over old"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    styles = {"worse": "red", "better": "green"}
+    for name, found in comparison["changes"].items():
+        cells = [
+            times(found[key]) if found[key]["ratio"] else "-" for key in ("old", "new", "change")
+        ]
+        verdict = found["verdict"]
+        table.add_row(f"speed-up, {name}", *cells, verdict or "unknown", style=styles.get(verdict))
+    table.add_section()
+    old, new = comparison["old"], comparison["new"]
+    for before, after in zip(rows(old), rows(new), strict=False):
+        if "p95" not in before.label and "p99" not in before.label:
+            for side in ("baseline", "candidate"):
+                cells = [getattr(before, side), getattr(after, side)]
+                table.add_row(f"{old[side]}, {before.label}", *cells, "", "")
+    return table

@@ -1,0 +1,283 @@
+"""A result -> what every report says in words: headline, warnings, table rows, how it was measured.
+
+Whatever may mislead is said first: a void run, failed requests, unequal lengths, too few block
+pairs, drift.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES
+
+MIN_BLOCK_PAIRS = 4
+MAX_DRIFT = 0.10
+NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        label: what it is, with its unit.
+        baseline: the figure, formatted.
+        candidate: likewise.
+        speedup: ratio with interval; "-" if there is none.
+        interval: (ratio, low, high) if all three are known.
+        n: values behind it, of baseline and candidate; None for rates.
+    """
+
+    label: str
+    baseline: str
+    candidate: str
+    speedup: str
+    interval: tuple[float, float, float] | None
+    n: tuple[int, int] | None
+
+
+def headline(result: Result) -> str:
+    """The run in one sentence."""
+    if not result["num_requests"]:
+        return "Nothing was measured: the warm-up failed."
+    baseline, candidate, speedups = result["baseline"], result["candidate"], result["speedups"]
+    per_token, first = (times(speedups.get(f"{name}_p50")) for name in ("tpot", "ttft"))
+    rate = times(speedups["throughput"])
+    start = "VOID: " if result["harness"]["is_void"] else ""
+    if result["is_aa"]:
+        start += "one model under two names: "
+    return (
+        f"{start}{candidate} is {per_token} as fast per token as {baseline} and {first} to the "
+        f"first token, with {rate} the tokens per second."
+    )
+
+
+def times(speedup: Mapping[str, float | None] | None) -> str:
+    """A ratio with its interval, as `1.28x (1.21 to 1.36)`."""
+    if not speedup or not speedup["ratio"]:
+        return "an unknown number of times"
+    if speedup["low"] is None or speedup["high"] is None:
+        return f"{speedup['ratio']:.2f}x (interval unknown)"
+    return f"{speedup['ratio']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
+
+
+def warnings(result: Result) -> list[str]:
+    """What a reader must know before any figure; the gravest first."""
+    found = []
+    classes = "; ".join(
+        f"{variant}: {', '.join(f'{error} x{number}' for error, number in errors.items())}"
+        for variant, errors in result["errors"].items()
+        if errors
+    )
+    if not result["num_requests"]:
+        return [f"The warm-up failed ({classes}). Nothing was measured; see the server's log."]
+    if result["harness"]["is_void"]:
+        found.append(
+            f"VOID. The harness did not keep up: {result['harness']['why']}. "
+            "The figures are as much about it as about the server."
+        )
+    if result["num_errors"]:
+        found.append(
+            f"{result['num_errors']} of {result['num_requests']} requests failed ({classes}). "
+            "They count as longer than any answered one; a percentile among them reads “failed”."
+        )
+    if result["num_unequal_lengths"]:
+        found.append(
+            f"{result['num_unequal_lengths']} of {result['num_requests']} answers do not have the "
+            f"{result['output_tokens_per_request']} tokens asked for: the variants did unequal "
+            "work. The server must honour ignore_eos."
+        )
+    served = result["served"].get(result["candidate"], {})
+    if not result["is_aa"] and served.get("num_sparse_layers") == "0":
+        found.append(
+            f"{result['candidate']} has no sparse layer: dense was measured against dense."
+        )
+    if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
+        found.append(
+            f"{result['num_block_pairs']} block pairs are too few for an interval; give --blocks "
+            f"{MIN_BLOCK_PAIRS} at the least, and 8 or more for one to rely on."
+        )
+    drifts = [
+        f"{variant} {NAMES[metric]} {drift['second_half_over_first']:.2f}x"
+        for metric, variants in result["drift"].items()
+        for variant, drift in variants.items()
+        if abs((drift["second_half_over_first"] or 1) - 1) > MAX_DRIFT
+    ]
+    if drifts:
+        found.append(
+            f"The run drifted, later half of the blocks over the earlier: {', '.join(drifts)}. "
+            "Pairing cancels this in the ratios, not in the milliseconds."
+        )
+    return found
+
+
+def notes(result: Result) -> list[str]:
+    """What helps to read the figures."""
+    if not result["num_requests"]:
+        return []
+    found = [
+        "Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over "
+        f"{result['num_block_pairs']} block pairs; one that holds 1 shows no difference."
+    ]
+    if result["is_aa"]:
+        known = [s for s in result["speedups"].values() if s["low"] is not None]
+        covering = sum(s["low"] <= 1 <= (s["high"] or 1) for s in known)
+        found.append(
+            f"A/A calibration: both names serve one model, so the truth is 1, and 95 of 100 "
+            f"intervals should hold it; here {covering} of {len(known)} do, which are of one run "
+            "and so right or wrong together."
+        )
+    n = min(side["n"] for side in result["e2e_s"].values())
+    if n < 100:
+        found.append(f"With {n} requests a variant, p99 is little more than the slowest one.")
+    if result["schedule"] != "closed":
+        found.append(
+            "Requests left by a timetable, so throughput follows the timetable until a variant "
+            "can no longer keep up."
+        )
+    if result["saturation"]:
+        limits = [
+            f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
+            + ("" if limit["is_reached"] else ", where the ramp ends")
+            for variant, limit in result["saturation"].items()
+        ]
+        found.append(
+            f"Saturation: {'; '.join(limits)}. Beyond it, TTFT stays above one and a half times "
+            "that of the ramp's first tenth."
+        )
+    return found
+
+
+def rows(result: Result) -> list[Row]:
+    """The table: each time at each percentile, then the rates."""
+    variants, speedups = (result["baseline"], result["candidate"]), result["speedups"]
+    found = []
+    for metric in TIMES:
+        sides = [result[f"{metric}_s"][variant] for variant in variants]
+        n = (sides[0]["n"], sides[1]["n"])
+        for name in QUANTILES:
+            key = "median" if name == "p50" else name
+            cells = [_milliseconds(side[key], side["n"]) for side in sides]
+            label = f"{NAMES[metric]} {name}, ms"
+            found.append(_row(label, cells, speedups.get(f"{metric}_{name}"), n))
+    speeds = [_rate(result[THROUGHPUT][variant]) for variant in variants]
+    found.append(_row("output tokens/s", speeds, speedups.get("throughput"), None))
+    if result["goodput"]:
+        goods = [result["goodput"][variant] for variant in variants]
+        rates = [_rate(good["requests_per_s"], 3) for good in goods]
+        found.append(_row("goodput, requests/s", rates, speedups.get("goodput"), None))
+        shares = ["-" if good["share"] is None else f"{good['share']:.1%}" for good in goods]
+        found.append(_row("within the limits", shares, None, (goods[0]["n"], goods[1]["n"])))
+    return found
+
+
+def _row(
+    label: str,
+    cells: list[str],
+    speedup: Mapping[str, float | None] | None,
+    n: tuple[int, int] | None,
+) -> Row:
+    ratio, low, high = (speedup[key] if speedup else None for key in ("ratio", "low", "high"))
+    shown = times(speedup) if ratio else "failed" if ratio == 0 else "-"
+    interval = (ratio, low, high) if ratio and low and high else None
+    return Row(label, cells[0], cells[1], shown, interval, n)
+
+
+def _milliseconds(seconds: float | None, n: int) -> str:
+    if seconds is None:
+        return "failed" if n else "-"
+    return f"{1e3 * seconds:.2f}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _rate(per_s: float | None, digits: int = 1) -> str:
+    return "-" if per_s is None else f"{per_s:.{digits}f}"
+
+
+def facts(result: Result) -> list[tuple[str, str]]:
+    """(name, value) of how it was measured."""
+    plan, harness, workload = result["plan"], result["harness"], result["workload"]
+    rate = f", {result['rate_per_s']:g} requests/s on average" if result["rate_per_s"] else ""
+    load = f"{result['schedule']}{rate}"
+    if result["schedule"] == "closed":
+        load = f"closed loop, {plan['concurrency']} in flight"
+    lengths = f"{plan['output_tokens']} output tokens each"
+    if result["prompt_tokens_per_request"] is not None:
+        lengths = f"{result['prompt_tokens_per_request']:g} prompt tokens (median), {lengths}"
+    found = [
+        ("command", result["command"]),
+        ("server", result["url"]),
+        ("date", result["date"]),
+        ("load", load),
+        (
+            "plan",
+            f"{plan['num_block_pairs']} block pairs in ABBA order, {plan['num_prompts']} prompts "
+            f"a block, {plan['num_warmup']} warm-up requests a variant, not counted",
+        ),
+        ("lengths", lengths),
+        ("workload", ", ".join(f"{key} {value}" for key, value in workload.items())),
+        ("time-out", f"{result['timeout_s']:g} s a request"),
+        (
+            "harness",
+            f"{harness['num_processes']} process{'es' if harness['num_processes'] > 1 else ''}, "
+            f"requests left {1e3 * harness['slip_p99_s']:.2f} ms late (p99), "
+            f"{harness['cpu_share']:.0%} of a core (busiest process)",
+        ),
+        ("versions", ", ".join(f"{name} {text}" for name, text in result["versions"].items())),
+    ]
+    for variant, labels in result["served"].items():
+        found.append((variant, ", ".join(f"{key} {text}" for key, text in labels.items() if text)))
+    if result["slo"]:
+        limits = [
+            f"{NAMES[name.removesuffix('_s')]} {1e3 * limit:g} ms"
+            for name, limit in result["slo"].items()
+            if limit is not None
+        ]
+        found.append(("limits", f"good is {' and '.join(limits)} at most"))
+    return found
+
+
+def quality_texts(result: Result) -> list[str]:
+    """What is known about quality, a paragraph each."""
+    return [text for text in (quality_text(result), accuracy_text(result)) if text]
+
+
+def quality_text(result: Result) -> str | None:
+    """Agreement and KL in a sentence; None if quality was not measured."""
+    quality = result["quality"]
+    if not quality:
+        return None
+    agreement, kl = quality["token_agreement"], quality["kl_nats_per_token"]
+    if agreement is None:
+        return f"None of {quality['num_prompts']} prompts could be compared token by token."
+    return (
+        f"{result['candidate']} finds the same token likeliest as {result['baseline']} at "
+        f"{agreement['mean']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%}) of the "
+        f"{quality['num_tokens']} tokens that {result['baseline']} answered, KL at least "
+        f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token; "
+        f"{quality['num_scored']} of {quality['num_prompts']} prompts."
+    )
+
+
+def accuracy_text(result: Result) -> str | None:
+    """Accuracy on a choice set in a sentence; None if it was not measured."""
+    choices = result["choices"]
+    if not choices:
+        return None
+    candidate, baseline = result["candidate"], result["baseline"]
+    ours, theirs = choices["accuracy"][candidate], choices["accuracy"][baseline]
+    difference = choices["acc_norm_difference"]
+    mean, low, high = (f"{100 * difference[key]:+.1f}" for key in ("mean", "low", "high"))
+    return (
+        f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
+        f"{_share(ours, 'acc_norm')} rightly and {baseline} {_share(theirs, 'acc_norm')} by log "
+        f"likelihood per byte (acc_norm): a difference of {mean} points ({low} to {high}), paired "
+        f"by question. By their sum (acc) it is {_share(ours, 'acc')} and {_share(theirs, 'acc')}. "
+        "± is one standard error."
+    )
+
+
+def _share(side: Mapping[str, float | None], name: str) -> str:
+    error = side[f"{name}_stderr"]
+    return f"{side[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")

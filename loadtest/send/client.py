@@ -1,0 +1,273 @@
+"""A variant and prompts -> one streamed completion's time stamps each, or the class of its error.
+
+Nothing is retried and nothing is dropped: every request becomes one Outcome. Error classes are
+`http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
+connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
+stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event) and
+`no_usage`.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Self
+
+from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.send.batch import Batch
+from loadtest.send.connection import Pool, TransportError, authorization
+from loadtest.send.workload import Prompt
+
+
+class UnreachableError(ValueError):
+    """The server cannot be asked for its variants."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request; all times on the clock time.perf_counter.
+
+    Attributes:
+        variant: the name asked for.
+        prompt_index: which prompt of the workload.
+        timing: the time stamps; None exactly if `error` is set.
+        prompt_tokens: as the server counted them; None if it did not.
+        error: error class; None for a complete response.
+        intended_send_s: when it should have left.
+        sent_s: when it left: was written to an open connection, or began to open one.
+        ended_s: when the response was over, or had failed.
+    """
+
+    variant: str
+    prompt_index: int
+    timing: RequestTiming | None
+    prompt_tokens: int | None
+    error: str | None
+    intended_send_s: float
+    sent_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of a batch.
+
+    Attributes:
+        started_s: the batch's time 0, on the outcomes' clock.
+        outcomes: one a prompt, in the batch's order.
+        cpu_s: CPU time that each client process spent on it.
+    """
+
+    started_s: float
+    outcomes: tuple[Outcome, ...]
+    cpu_s: tuple[float, ...]
+
+
+class _Completion:
+    """Feeds every event of a streamed completion to a stopwatch; the message is the error class."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, intended_send_s: float) -> None:
+        self.watch = Stopwatch(intended_send_s)
+        self.usage: Mapping[str, Any] = {}
+        self.is_done = False
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and not self.is_done:
+                self._event(line[len(b"data:") :].strip())
+
+    def _event(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self.is_done = True
+            return
+        try:
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise self.Error("stream_error")
+            self.watch.observe(chunk)
+            self.usage = chunk.get("usage") or self.usage
+        except (ValueError, AttributeError, TypeError) as error:
+            raise self.Error("malformed_chunk") from error
+
+    def timing(self, status: int) -> RequestTiming:
+        if status != 200:
+            raise self.Error(f"http_{status}")
+        if not self.is_done:
+            raise self.Error("incomplete_stream")
+        try:
+            timing = self.watch.finish()
+        except (ValueError, TypeError) as error:  # a token count that is none
+            raise self.Error("malformed_chunk") from error
+        if not timing.token_events_s:
+            raise self.Error("no_output")
+        if timing.output_tokens is None:
+            raise self.Error("no_usage")
+        return timing
+
+
+class Client:
+    """Talks to one OpenAI-compatible server, straight: a proxy would be measured along with it.
+
+    Args:
+        url: the server's root, without `/v1`.
+        timeout_s: longest time that one request may take as a whole.
+        api_key: sent as a bearer token; None sends none.
+    """
+
+    num_processes = 1
+
+    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        try:
+            self._pool = Pool(self.url, authorization(api_key))
+        except ValueError as error:
+            raise UnreachableError(f"URL {url!r} is no URL: {error}") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.close()
+        await asyncio.sleep(0)  # lets the transports close
+
+    async def variants(self) -> list[str]:
+        """The names in `GET /v1/models`.
+
+        Raises:
+            UnreachableError: if the server does not answer it as an OpenAI server does.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.exchange("GET", "/v1/models", b"", body.extend)
+            if response.status == 200:
+                return [str(model["id"]) for model in json.loads(body)["data"]]
+            reason = f"{response.status} {HTTPStatus(response.status).phrase}"
+        except TimeoutError:
+            reason = f"no answer within {self._timeout_s:g} s"
+        except TransportError as error:
+            reason = str(error.__cause__ or error)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"the answer is no list of models ({type(error).__name__})"
+        raise UnreachableError(
+            f"{self.url}/v1/models cannot be read: {reason}; start the gateway, "
+            "or correct --url or --api-key"
+        )
+
+    async def send(
+        self,
+        batch: Batch,
+        on_response: Callable[[], None] = lambda: None,
+        start: Callable[[], float] = time.perf_counter,
+    ) -> Sent:
+        """Sends a batch.
+
+        Args:
+            batch: what to send, and when.
+            on_response: called after each request, for a progress bar.
+            start: called once all is ready; returns the time 0 of the timetable (perf_counter).
+        """
+        outcomes: list[Outcome | None] = [None] * len(batch.prompts)
+        waiting = iter(range(len(batch.prompts)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await self._pool.open_ahead(batch.concurrency)
+        cpu_s = -time.thread_time()
+        started_s = start()
+
+        async def one(place: int, intended_send_s: float) -> Outcome:
+            index, prompt = batch.prompts[place]
+            outcome = await self.complete(
+                batch.variant, index, prompt, batch.output_tokens, intended_send_s
+            )
+            outcomes[place] = outcome
+            on_response()
+            return outcome
+
+        async def keep_busy() -> None:
+            free_s = started_s
+            for place in waiting:
+                free_s = (await one(place, free_s)).ended_s
+
+        async with asyncio.TaskGroup() as tasks:
+            await _sleep_until(started_s)
+            if batch.due_s is None:
+                for _ in range(batch.concurrency):
+                    tasks.create_task(keep_busy())
+            else:
+                for place, due_s in zip(waiting, batch.due_s, strict=True):
+                    await _sleep_until(started_s + due_s)
+                    tasks.create_task(one(place, started_s + due_s))
+        cpu_s += time.thread_time()
+        return Sent(started_s, tuple(o for o in outcomes if o), (cpu_s,))
+
+    async def complete(
+        self,
+        variant: str,
+        prompt_index: int,
+        prompt: Prompt,
+        output_tokens: int,
+        intended_send_s: float | None = None,
+    ) -> Outcome:
+        """Sends one prompt and reads the whole stream.
+
+        Args:
+            variant: who is asked.
+            prompt_index: noted in the outcome.
+            prompt: a text, or the messages of a chat.
+            output_tokens: how many tokens are asked for, whatever the model would like to say.
+            intended_send_s: when it should have left (perf_counter); None = now.
+        """
+        body = {
+            "model": variant,
+            **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
+            "max_tokens": output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
+        data = json.dumps(body).encode()
+        sent_s = time.perf_counter()
+        completion = _Completion(sent_s if intended_send_s is None else intended_send_s)
+        timing: RequestTiming | None = None
+        error: str | None = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._pool.exchange("POST", path, data, completion.feed)
+            ended_s = response.ended_s
+            timing = completion.timing(response.status)
+        except TimeoutError:
+            ended_s, error = time.perf_counter(), "timeout"
+        except (TransportError, _Completion.Error) as exception:
+            ended_s, error = time.perf_counter(), str(exception)
+        return Outcome(
+            variant=variant,
+            prompt_index=prompt_index,
+            timing=timing,
+            prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,
+            error=error,
+            intended_send_s=sent_s if intended_send_s is None else intended_send_s,
+            sent_s=sent_s,
+            ended_s=ended_s,
+        )
+
+
+async def _sleep_until(moment_s: float) -> None:
+    await asyncio.sleep(max(0.0, moment_s - time.perf_counter()))

@@ -1,0 +1,223 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cast_serve.checkpoint.convert import check_converted, convert, count_compressed, inspect
+from cast_serve.sparsity.bitmask import decompress
+from cast_serve.sparsity.pattern import CheckpointError, Pattern, PatternError, hard_mask, sha256
+from tests.cast_serve.conftest import Save
+from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_gated_is_hardened_by_its_gates(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama())
+    summary = convert(source, tmp_path / "out")
+    assert summary["kind"] == "compressed"
+    assert summary["num_sparse_layers"] == 14
+    assert summary["linear_bytes_ratio"] == 0.5625
+    before, after = all_tensors(source), all_tensors(tmp_path / "out")
+    assert not [name for name in after if name.endswith(".gate")]
+    for name in json.loads((source / "cast.json").read_text())["targets"]:
+        weight, gate = before[f"{name}.weight"], before[f"{name}.gate"]
+        assert f"{name}.weight" not in after
+        assert after[f"{name}.shape"].flatten().tolist() == list(weight.shape)
+        dense = decompress(
+            after[f"{name}.compressed"], after[f"{name}.bitmask"], weight.shape[1], name
+        )
+        assert torch.equal(dense, weight * hard_mask(gate))
+    others = [name for name in before if "norm" in name or "embed" in name]
+    assert others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_config_is_what_old_readers_expect(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama())
+    convert(source, tmp_path / "out")
+    quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert quantization["sparsity_config"] == {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "global_sparsity": 0.5,
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+        "registry_requires_subclass": False,
+    }
+    cast = json.loads((tmp_path / "out/cast.json").read_text())
+    assert cast["method"] == "gates"
+    assert cast["converted_from"] == {"model.safetensors": sha256(source / "model.safetensors")}
+    assert "source" not in cast  # the fixture says nothing of training
+
+
+def test_what_training_read_is_kept(save_gated: Save, tmp_path: Path) -> None:
+    """From cast.json alone it can be told what a served directory was made from."""
+    trained = {
+        "model": "m",
+        "model_sha256": {"model.safetensors": "a"},
+        "text": [{"name": "t", "sha256": "b"}],
+        "teacher": "t",
+        "teacher_sha256": {"model.safetensors": "c"},
+    }
+    source = save_gated(tiny_llama(), source=trained)
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    for folder in ("out", "twin"):
+        cast = json.loads((tmp_path / folder / "cast.json").read_text())
+        assert cast["source"] == trained
+        assert list(cast["converted_from"]) == ["model.safetensors"]
+        assert list(cast["sha256"]) == ["model.safetensors"]
+
+
+def test_another_source_than_was_converted_is_named(save_gated: Save, tmp_path: Path) -> None:
+    source, out = save_gated(tiny_llama()), tmp_path / "out"
+    convert(source, out)
+    check_converted(source, out)
+    model = tiny_llama()
+    torch.manual_seed(1)
+    save_gated(model)  # trained anew: other gates under the same name
+    message = r"not converted from what .*gated holds now: model\.safetensors differ; remove"
+    with pytest.raises(CheckpointError, match=message):
+        check_converted(source, out)
+    cast = json.loads((out / "cast.json").read_text())
+    cast["source"] = cast.pop("converted_from")  # as earlier releases wrote it
+    (out / "cast.json").write_text(json.dumps(cast))
+    assert inspect(out)["kind"] == "compressed"
+    with pytest.raises(CheckpointError, match="has no converted_from.*convert .* again"):
+        check_converted(source, out)
+
+
+def test_the_dense_twin_computes_the_same_model(save_pruned: Save, tmp_path: Path) -> None:
+    source = save_pruned(tiny_llama(), max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 1
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    assert count_compressed(tmp_path / "out") == 14
+    assert (tmp_path / "out/model.safetensors.index.json").is_file()
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(
+            torch.arange(12)[None]
+        ).logits
+        for folder in (source, tmp_path / "twin")
+    ]
+    assert torch.equal(*logits)
+    assert inspect(tmp_path / "twin")["kind"] == "pruned"
+
+
+def test_gpt2_stores_its_weights_the_other_way_round(save_gated: Save, tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    source = save_gated(model)
+    tensors = all_tensors(source)
+    name = "transformer.h.0.attn.c_attn"
+    tensors[f"{name}.gate"] = torch.randn(32, 96)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    cast = json.loads((source / "cast.json").read_text())
+    del cast["sha256"]
+    (source / "cast.json").write_text(json.dumps(cast))
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    expected = tensors[f"{name}.weight"].T * hard_mask(tensors[f"{name}.gate"].T)
+    out = all_tensors(tmp_path / "out")
+    assert out[f"{name}.shape"].flatten().tolist() == [96, 32]
+    dense = decompress(out[f"{name}.compressed"], out[f"{name}.bitmask"], 32)
+    assert torch.equal(dense, expected)
+    assert torch.equal(all_tensors(tmp_path / "twin")[f"{name}.weight"], expected.T)
+
+
+def assert_refused(source: Path, tmp_path: Path, error: type[Exception], message: str) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=message):
+        convert(source, tmp_path / "out", tmp_path / "twin")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_refuses_a_group_that_is_not_two_of_four(save_pruned: Save, tmp_path: Path) -> None:
+    source = save_pruned(tiny_llama())
+    tensors = all_tensors(source)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4:8] = 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = r"model.layers.1.mlp.up_proj: 1 of 512 groups .* row 3, group 1"
+    assert_refused(source, tmp_path, PatternError, message)
+
+
+def test_refuses_a_changed_shard(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama())
+    tensors = all_tensors(source)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(source, tmp_path, CheckpointError, "was changed or damaged")
+
+
+def test_refuses_nan_gates(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama(), sha256={})
+    tensors = all_tensors(source)
+    tensors["model.layers.0.mlp.up_proj.gate"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(
+        source, tmp_path, PatternError, "model.layers.0.mlp.up_proj.gate: scores hold NaN"
+    )
+
+
+def test_refuses_another_format_version(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama(), format_version=7)
+    assert_refused(source, tmp_path, CheckpointError, "format_version 7, but this release reads 1")
+
+
+def test_refuses_other_patterns(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama(), Pattern(4, 8))
+    assert_refused(source, tmp_path, PatternError, "is 4:8, but only 2:4")
+
+
+def test_refuses_a_missing_gate(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama(), sha256={})
+    tensors = all_tensors(source)
+    del tensors["model.layers.0.mlp.up_proj.gate"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(source, tmp_path, CheckpointError, "no tensor model.layers.0.mlp.up_proj.gate")
+
+
+def test_refuses_folders_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no config.json"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match="is not readable JSON"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_refuses_an_existing_output_and_a_compressed_source(
+    save_gated: Save, tmp_path: Path
+) -> None:
+    source = save_gated(tiny_llama())
+    convert(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is compressed already"):
+        convert(tmp_path / "out", tmp_path / "again")
+
+
+def test_refuses_a_quantised_source(save_pruned: Save, tmp_path: Path) -> None:
+    source = save_pruned(tiny_llama())
+    edit_json(source / "config.json", quantization_config={"quant_method": "gptq"})
+    assert_refused(source, tmp_path, CheckpointError, r"is quantised \(gptq\)")
+
+
+def test_inspect_finds_damage(save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out")
+    edit_json(tmp_path / "out/cast.json", sha256={})
+    tensors = all_tensors(tmp_path / "out")
+    tensors["model.layers.0.mlp.up_proj.bitmask"][5, 1] = 0xFF
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PatternError, match=r"up_proj: 2 groups .* row 5, group 2"):
+        inspect(tmp_path / "out")

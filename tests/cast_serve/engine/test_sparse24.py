@@ -1,0 +1,125 @@
+"""Which checkpoints the vLLM plugin claims, and what it refuses."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
+
+from vllm.model_executor.layers.quantization import (  # noqa: E402
+    QUANTIZATION_METHODS,
+    get_quantization_config,
+)
+
+from cast_serve.engine import plugin  # noqa: E402
+
+# What vLLM's own imports warn of.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CHECKPOINT: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "sparsity_config": {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def config_class() -> Any:
+    plugin.register()
+    plugin.register()  # vLLM calls it in every process, some twice
+    assert QUANTIZATION_METHODS.count("cast_sparse24") == 1
+    return get_quantization_config("cast_sparse24")
+
+
+def test_claims_our_format_and_no_other(config_class: Any) -> None:
+    claim = config_class.override_quantization_method
+    assert claim(CHECKPOINT, None) == "cast_sparse24"
+    assert claim({"quant_method": "compressed-tensors", "format": "int-quantized"}, None) is None
+    assert claim({"quant_method": "gptq", "sparsity_config": None}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\)"),
+        ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
+        ({"sparsity_config": {"targets": []}}, r"targets \[\] is not served"),
+        ({"sparsity_config": {"sparsity_structure": "4:8"}}, "'4:8' with targets"),
+    ],
+)
+def test_refuses(config_class: Any, changes: dict[str, Any], message: str) -> None:
+    config = copy.deepcopy(CHECKPOINT)
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        config_class.from_config(config)
+
+
+def test_only_linears_are_touched(config_class: Any) -> None:
+    assert config_class.from_config(CHECKPOINT).get_quant_method(nn.Embedding(2, 2), "x") is None
+
+
+def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> None:
+    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+
+    with pytest.raises(ValueError, match=r"o_proj: in_features 24 over 2 .* leaves 12 per rank"):
+        Sparse24LinearMethod("o_proj").create_weights(
+            nn.Module(), 12, [8], 24, 8, torch.bfloat16, weight_loader=None
+        )
+
+
+@pytest.mark.parametrize("form", ["packed", "cusparselt"])
+def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
+    """A fake GPU: its tensors have shapes and a device, and the ops are those that vLLM traces."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from cast_serve import kernels
+    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+    from cast_serve.kernels.gpu import dispatch
+
+    called = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            called.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    kernels.load()
+    dispatch.register()
+    with FakeTensorMode(), Recording():
+        layer = nn.Module()
+        layer.packed = torch.empty(5, 1, 576, dtype=torch.uint8, device="cuda")
+        layer.cast_out_features, layer.cast_form = 40, form
+        layer.cast_second = [torch.empty(1440, dtype=torch.bfloat16, device="cuda")]
+        x = torch.empty(3, 64, dtype=torch.bfloat16, device="cuda")
+        out = Sparse24LinearMethod("o_proj").apply(layer, x)
+    assert (out.shape, out.device.type) == ((3, 40), "cuda")
+    ours = [name for name in called if name.startswith("cast.")]
+    assert ours == [f"cast.linear24{'' if form == 'packed' else '_many'}.default"]
+
+
+def test_what_a_layer_holds_on_a_cpu() -> None:
+    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+    from cast_serve.sparsity.bitmask import compress
+    from cast_serve.sparsity.pattern import hard_mask
+
+    layer, scores = nn.Module(), torch.randn(40, 64)
+    loaded = (*compress((scores * hard_mask(scores.abs())).bfloat16()), torch.tensor([40, 64]))
+    for name, tensor in zip(("compressed", "bitmask", "shape"), loaded, strict=True):
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    layer.cast_out_features, layer.cast_in_features = 40, 64
+    layer.params_dtype = torch.bfloat16
+    Sparse24LinearMethod("o_proj").process_weights_after_loading(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["packed"]
+    assert layer.cast_form == "packed"

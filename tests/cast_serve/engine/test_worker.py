@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from cast_serve.engine import worker
+
+WHOLE = {
+    "num_sparse_layers": 210,
+    "num_dense_layers": 0,
+    "weight_bytes": 9,
+    "dense_weight_bytes": 16,
+    "isa": "avx2",
+}
+"""What is reported of a whole model on one rank."""
+
+
+def rank(pipeline_rank: int = 0, tensor_rank: int = 0, **changes: object) -> dict[str, object]:
+    return {"pipeline_rank": pipeline_rank, "tensor_rank": tensor_rank, **WHOLE, **changes}
+
+
+def test_tensor_parallel_ranks_each_have_a_share_of_every_layer() -> None:
+    assert worker.check_reports([rank()], 210) == WHOLE
+    both = {**WHOLE, "weight_bytes": 18, "dense_weight_bytes": 32}
+    assert worker.check_reports([rank(), rank(tensor_rank=1)], 210) == both
+
+
+@pytest.mark.parametrize("num_tensor_ranks", [1, 2])
+def test_pipeline_ranks_have_some_layers_each(num_tensor_ranks: int) -> None:
+    reports = [
+        rank(stage, share, num_sparse_layers=layers, num_dense_layers=stage, isa=isa)
+        for stage, (layers, isa) in enumerate([(0, None), (112, "avx2"), (98, "avx2")])
+        for share in range(num_tensor_ranks)
+    ]
+    num_ranks = 3 * num_tensor_ranks
+    assert worker.check_reports(reports, 210) == {
+        **WHOLE,
+        "num_dense_layers": 3,
+        "weight_bytes": 9 * num_ranks,
+        "dense_weight_bytes": 16 * num_ranks,
+    }
+
+
+@pytest.mark.parametrize("dense", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_silent_dense_fallback_is_refused_on_any_rank(dense: tuple[int, int]) -> None:
+    """Two pipeline stages of two tensor-parallel ranks; one of the four runs dense."""
+    places = [(stage, share) for stage in range(2) for share in range(2)]
+    reports = [
+        rank(*place, num_sparse_layers=0 if place == dense else 105, num_dense_layers=0)
+        for place in places
+    ]
+    stage, share = dense
+    message = rf"210 layers are 2:4 .* rank {share} .* runs .*\b0 at pipeline rank {stage}\b"
+    with pytest.raises(RuntimeError, match=message):
+        worker.check_reports(reports, 210)
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_ranks", "dealt"),
+    [([0], 1, "0"), ([4, 5], 1, "4,5"), ([0, 1, 2, 3], 2, "0,1|2,3"), ([0, 1, 2], 2, "0|1,2")],
+)
+def test_cores_are_dealt_out_to_ranks(cores: list[int], num_ranks: int, dealt: str) -> None:
+    assert worker.cores_of_ranks(cores, num_ranks) == dealt
+
+
+def test_fewer_cores_than_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 cores for 2 ranks .*nobind"):
+        worker.cores_of_ranks([7], 2)
+
+
+def test_a_flag_given_by_the_user_replaces_ours() -> None:
+    given = ["--kv_cache_memory_bytes=5", "--port", "1"]
+    flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
+    assert flags[-3:] == given
+    assert "--kv-cache-memory-bytes" not in flags
+    assert flags.count("--port") == 1
+    assert flags[flags.index("--served-model-name") + 1] == "sparse"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no model"):
+        worker.run(tmp_path, "sparse")

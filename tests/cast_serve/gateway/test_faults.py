@@ -1,0 +1,253 @@
+"""Workers that fail and clients that leave: who is answered by whom, and what is counted."""
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+
+from cast_serve.gateway import forward
+from cast_serve.gateway.app import create_app
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.variants import remote_variants
+from tests.cast_serve.gateway.stack import Servers, Stack, events, running, wait_until
+
+
+def url_of(stack: Stack, variant: str, replica: int = 0) -> str:
+    return stack.gateway.proxy.variants[variant].replicas[replica].url
+
+
+def num_requests(stack: Stack, variant: str, code: int, route: str = "/v1/completions") -> float:
+    labels = (("code", str(code)), ("route", route), ("variant", variant))
+    return stack.metrics().get(("cast_requests_total", labels), 0)
+
+
+def test_an_engine_that_dies_in_a_stream_is_an_error_and_no_latency() -> None:
+    with running() as stack:
+        stack.workers["dense"].state.error_at = 2
+        *words, last = events(stack.complete(model="dense", stream=True))
+        assert [json.loads(word)["choices"][0]["text"] for word in words] == ["one", " two"]
+        error = json.loads(last)["error"]
+        assert error["code"] == "variant_unavailable"
+        assert "EngineCore" not in last
+        wait_until(lambda: num_requests(stack, "dense", 503) == 1)
+        assert num_requests(stack, "dense", 200) == 0
+        count = "cast_e2e_request_latency_seconds_count"
+        assert stack.metrics().get((count, (("variant", "dense"),)), 0) == 0
+        assert stack.client.get("/v1/comparison").json()["variants"]["dense"]["num_requests"] == 0
+
+
+def test_an_engine_that_dies_before_its_first_word_has_another_one_asked() -> None:
+    with running(fallback="sparse=dense") as stack:
+        stack.workers["sparse"].state.error_at = 0
+        found = stack.complete(model="sparse", stream=True)
+        assert found.headers["X-Cast-Fallback"] == "sparse"
+        *words, done = events(found)
+        assert (len(words), done) == (3, "[DONE]")
+
+
+def test_a_refusal_in_a_stream_reaches_the_client() -> None:
+    with running() as stack:
+        worker = stack.workers["dense"]
+        worker.state.error = {"message": "no such grammar", "type": "BadRequest", "code": 400}
+        worker.state.error_at = 0
+        found = stack.complete(model="dense", stream=True)
+        assert (found.status_code, found.json()["error"]["message"]) == (400, "no such grammar")
+        assert num_requests(stack, "dense", 400) == 1
+
+
+@pytest.mark.parametrize("event", ["5", "null", "{", '{"choices": [1]}', '{"choices": 3}'])
+def test_an_event_that_is_none_ends_the_stream_with_ours(event: str) -> None:
+    with running() as stack:
+        worker = stack.workers["dense"]
+        worker.state.error_at = 1
+        worker.state.raw_event = event
+        *_, last = events(stack.complete(model="dense", stream=True))
+        assert json.loads(last)["error"]["code"] == "variant_unavailable"
+        wait_until(lambda: num_requests(stack, "dense", 503) == 1)
+
+
+@pytest.mark.parametrize("fallback", ["sparse=dense", ""])
+def test_who_queues_for_a_variant_that_dies_does_not_wait_for_the_deadline(fallback: str) -> None:
+    with running(max_running=1, fallback=fallback, health_interval_s=30) as stack:
+        with ThreadPoolExecutor(3) as pool:
+            stack.workers["sparse"].state.gate.clear()
+            asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
+            admission = stack.gateway.proxy.admissions["sparse"]
+            wait_until(lambda: admission.num_queued == 2)
+            stack.servers.stop(url_of(stack, "sparse"))
+            found = [future.result(timeout=15) for future in asked]
+        if fallback:
+            assert [answer.status_code for answer in found] == [200] * 3
+            assert {answer.headers["X-Cast-Fallback"] for answer in found} == {"sparse"}
+        else:
+            assert [answer.status_code for answer in found] == [503] * 3
+        assert (admission.num_running, admission.num_queued) == (0, 0)
+
+
+def test_a_worker_that_answers_500_is_passed_over_and_checked_at_once() -> None:
+    with running(num_replicas=2, health_interval_s=30) as stack:
+        replica = stack.gateway.proxy.variants["dense"].replicas[0]
+        state = stack.workers["dense"].state
+        state.status = state.canary_status = 500  # its /health stays good
+        assert stack.complete(model="dense").status_code == 200
+        assert len(stack.others["dense"].state.bodies) == 1
+        wait_until(lambda: not replica.is_up)
+    with running(fallback="sparse=dense", health_interval_s=0.05) as stack:
+        state = stack.workers["sparse"].state
+        state.status = state.canary_status = 500
+        assert stack.complete(model="sparse").headers["X-Cast-Fallback"] == "sparse"
+        wait_until(lambda: not stack.gateway.proxy.variants["sparse"].is_up)
+        state.status = state.canary_status = 200
+        wait_until(lambda: stack.gateway.proxy.variants["sparse"].is_up)
+        assert "X-Cast-Fallback" not in stack.complete(model="sparse").headers
+
+
+def test_a_request_that_fails_for_its_own_sake_takes_no_worker_down() -> None:
+    with running() as stack:
+        stack.workers["dense"].state.status = 500
+        downs = []
+        replica = stack.gateway.proxy.variants["dense"].replicas[0]
+        for _ in range(5):
+            found = stack.complete(model="dense")
+            assert (found.status_code, found.json()["error"]["code"]) == (
+                503,
+                "variant_unavailable",
+            )
+            assert "EngineCore" not in found.text
+            wait_until(lambda: not replica.is_doubted.is_set())
+            downs.append(not replica.is_up)
+        assert not any(downs)
+
+
+def test_comparisons_queue_for_places_like_other_requests() -> None:
+    with running(max_running=1, max_queued=8) as stack, ThreadPoolExecutor(8) as pool:
+        for worker in stack.workers.values():
+            worker.state.gate.clear()
+        body = {"prompt": "x", "max_tokens": 3}
+        asked = [pool.submit(stack.client.post, "/v1/compare", json=body) for _ in range(8)]
+        admissions = stack.gateway.proxy.admissions.values()
+        wait_until(lambda: sum(a.num_running + a.num_queued for a in admissions) == 8)
+        for worker in stack.workers.values():
+            worker.state.gate.set()
+        assert [found.result().status_code for found in asked] == [200] * 8
+        assert [worker.state.most_at_once for worker in stack.workers.values()] == [1, 1]
+        assert num_requests(stack, "", 200, "/v1/compare") == 8
+
+
+def test_a_comparison_has_the_models_limits_and_one_for_its_log_probabilities() -> None:
+    with running() as stack:
+        found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 65})
+        assert (found.status_code, found.json()["error"]["param"]) == (400, "max_tokens")
+        found = stack.client.post("/v1/compare", json={"prompt": "x " * 1022, "max_tokens": 3})
+        assert found.status_code == 200
+        assert found.json()["agreement"]["sparse"]["token_agreement"] is None
+        assert "1025 tokens" in found.json()["agreement"]["sparse"]["reason"]
+        bodies = [body for worker in stack.workers.values() for body in worker.state.bodies]
+        assert len(bodies) == 2
+        assert not [body for body in bodies if "prompt_logprobs" in body]
+        stack.workers["sparse"].state.status = 400
+        found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 3})
+        assert found.status_code == 400  # as the worker said, and not 503
+
+
+def test_a_comparison_ends_with_its_client() -> None:
+    with running() as stack:
+        for worker in stack.workers.values():
+            worker.state.gate.clear()
+        with half_sent(stack, "/v1/compare", json.dumps({"prompt": "x"}).encode(), 0):
+            wait_until(lambda: any(worker.state.bodies for worker in stack.workers.values()))
+        wait_until(lambda: sum(worker.state.num_left for worker in stack.workers.values()) == 1)
+        wait_until(lambda: num_requests(stack, "", 499, "/v1/compare") == 1)
+        assert [a.num_running for a in stack.gateway.proxy.admissions.values()] == [0, 0]
+
+
+@contextmanager
+def half_sent(stack: Stack, path: str, content: bytes, num_missing: int) -> Iterator[None]:
+    """A request that lacks its last bytes; at the end the client leaves."""
+    address = (stack.client.base_url.host, stack.client.base_url.port)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content) + num_missing}"
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        yield
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/compare"])
+def test_a_client_that_leaves_in_mid_body_is_499(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running() as stack:
+        for _ in range(12):
+            with half_sent(stack, path, b'{"model": "dense"', 100):
+                pass
+        wait_until(lambda: num_requests(stack, "", 499, path) == 12)
+        assert num_requests(stack, "", 500, path) == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    "text", ["{{{{", "a b c d\n", 'x{y="', "# TYPE x y z\n", "\0\x01", "x 1e\n"]
+)
+def test_metrics_that_cannot_be_parsed_spoil_no_others(text: str) -> None:
+    with running() as stack:
+        stack.workers["sparse"].state.metrics = text
+        found = stack.client.get("/metrics")
+        assert found.status_code == 200
+        labels = 'engine="0",model_name="x",replica="0",variant="dense"'
+        assert f"vllm:num_requests_running{{{labels}}} 3.0" in found.text
+        assert 'cast_variant_up{variant="sparse"} 1.0' in found.text
+
+
+class DroppingWorker(BaseHTTPRequestHandler):
+    """Closes the connection of the first request that is no canary, without an answer."""
+
+    protocol_version = "HTTP/1.1"
+    has_dropped = False
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer({"data": []})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body["prompt"] != "a" and not type(self).has_dropped:
+            type(self).has_dropped = True
+            self.close_connection = True
+            return
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        self._answer({"choices": [{"index": 0, "text": "one"}], "usage": usage})
+
+    def _answer(self, answer: object) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
+    assert forward.KEEP_ALIVE_S < 5  # vLLM's own
+    DroppingWorker.has_dropped = False
+    worker = ThreadingHTTPServer(("127.0.0.1", 0), DroppingWorker)
+    threading.Thread(target=worker.serve_forever, daemon=True).start()
+    servers = Servers()
+    variants = remote_variants({"dense": [f"http://127.0.0.1:{worker.server_port}"]})
+    url = servers.start(create_app(variants, GatewaySettings(health_interval_s=30)))
+    try:
+        wait_until(lambda: variants[0].is_up)
+        found = httpx.post(f"{url}/v1/completions", json={"model": "dense", "prompt": "x"})
+        assert DroppingWorker.has_dropped
+        assert found.status_code == 200
+        assert variants[0].is_up
+    finally:
+        servers.stop(url, is_lost=False)
+        worker.shutdown()
+        worker.server_close()

@@ -1,0 +1,185 @@
+"""The gateway as a process of its own, as its operator starts it and an attacker meets it."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests import hostile
+from tests.cast_serve.gateway import fake_worker
+from tests.cast_serve.gateway.stack import Servers, wait_until
+
+MAX_GROWTH_BYTES = 150 << 20
+
+
+@dataclass
+class Process:
+    """A running `cast-serve gateway` before two fake workers."""
+
+    url: str
+    popen: subprocess.Popen[str]
+
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def gateway(**environment: str) -> Iterator[Process]:
+    """Started without --port and --host: they come from the environment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    servers = Servers()
+    command = [sys.executable, "-m", "cast_serve", "gateway"]
+    for name in ("dense", "sparse"):
+        command += ["--variant", f"{name}={servers.start(fake_worker.create_app(name))}"]
+    settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
+    popen = subprocess.Popen(
+        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL, text=True
+    )
+    process = Process(f"http://127.0.0.1:{port}", popen)
+    try:
+        wait_until(lambda: popen.poll() is not None or is_ready(process.url), 60)
+        assert popen.poll() is None
+        yield process
+    finally:
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(30) == 0
+        for url in list(servers.running):
+            servers.stop(url)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Pulse:
+    """Asks for /livez again and again, each time on the same connection; the slowest answer."""
+
+    def __init__(self, url: str) -> None:
+        self.slowest_s = 0.0
+        self._url = url
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> "Pulse":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self._is_over.is_set():
+                begun_s = time.monotonic()
+                assert client.get(f"{self._url}/livez").status_code == 200
+                self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
+                time.sleep(0.005)
+
+
+def test_no_body_holds_up_others_or_takes_much_memory() -> None:
+    """The best of three tries counts: another process may keep the machine busy."""
+    wrong = []
+    with gateway() as process, httpx.Client(base_url=process.url, timeout=30) as client:
+        assert client.post("/v1/completions", json={"model": "dense", "prompt": "a"}).is_success
+        start_bytes = process.resident_bytes()
+        for name, path, content in hostile.heavy("dense"):
+            for _ in range(3):
+                with Pulse(process.url) as pulse:
+                    found = client.post(path, content=content)
+                if pulse.slowest_s < 0.5:
+                    break
+            growth_bytes = process.resident_bytes() - start_bytes
+            is_answered = found.status_code < 500
+            if not (is_answered and pulse.slowest_s < 0.5 and growth_bytes < MAX_GROWTH_BYTES):
+                wrong.append((name, found.status_code, pulse.slowest_s, growth_bytes))
+    assert wrong == []
+
+
+def test_thousands_that_leave_around_their_turn_take_no_place_along() -> None:
+    """2,000 clients before one place, in groups of 50 behind each other.
+
+    The others of every second group leave together when its first is answered, which is when the
+    place goes from one of them to the next.
+    """
+    num_groups, group_size = 40, 50
+    limits = {"CAST_MAX_RUNNING": "1", "CAST_MAX_QUEUED": "2000", "CAST_MAX_CONNECTIONS": "3000"}
+    body = b'{"model": "dense", "prompt": "x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    codes: Counter[bytes] = Counter()
+
+    async def ask(port: int, is_leaving: bool, has_first: asyncio.Event, is_first: bool) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + body)
+        answer = asyncio.ensure_future(reader.readline())
+        if is_leaving and not is_first:
+            await has_first.wait()
+            answer.cancel()
+        with suppress(asyncio.CancelledError):
+            codes[(await answer)[9:12]] += 1
+        has_first.set()
+        writer.close()
+
+    async def ask_all(port: int) -> None:
+        async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+            for number in range(num_groups):
+                has_first = asyncio.Event()
+                for place in range(group_size):
+                    group.create_task(ask(port, number % 2 == 1, has_first, place == 0))
+                await asyncio.sleep(0.05)  # the groups arrive one after the other
+
+    with gateway(**limits) as process, httpx.Client(base_url=process.url, timeout=20) as client:
+        asyncio.run(ask_all(int(process.url.rpartition(":")[2])))
+        assert codes == {b"200": num_groups // 2 * (group_size + 1)}
+        for _ in range(20):
+            assert client.post("/v1/completions", content=body).status_code == 200
+        metrics = client.get("/metrics").text
+        assert 'cast_requests_in_flight{variant="dense"} 0.0' in metrics
+        assert 'cast_requests_queued{variant="dense"} 0.0' in metrics
+        assert 'code="5' not in metrics
+
+
+def test_heads_that_never_end_are_closed_and_keep_nobody_out() -> None:
+    limits = {"CAST_BODY_TIMEOUT_S": "1", "CAST_MAX_CONNECTIONS": "40"}
+    with gateway(**limits) as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        silent = [socket.create_connection(address) for _ in range(15)]
+        begun = [socket.create_connection(address) for _ in range(15)]
+        later = [socket.create_connection(address) for _ in range(15)]
+        for connection in begun:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: ")
+        for connection in later:  # whose first request was whole
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HT")
+        for connection in (*silent, *begun, *later):
+            connection.settimeout(20)
+            while connection.recv(1000):  # empty once the gateway has closed it
+                pass
+            connection.close()
+        assert httpx.get(f"{process.url}/livez").status_code == 200
+
+
+def test_a_head_may_come_in_pieces() -> None:
+    with gateway() as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        with socket.create_connection(address) as connection:
+            for _ in range(3):
+                for part in (b"GET /livez HTTP", b"/1.1\r\nHost: x\r", b"\n\r\n"):
+                    connection.sendall(part)
+                    time.sleep(0.02)
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200")

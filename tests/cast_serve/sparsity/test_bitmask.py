@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cast_serve.sparsity.bitmask import compress, decompress, pack_mask, unpack_mask
+from cast_serve.sparsity.pattern import PatternError, hard_mask
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
+
+
+def sparse_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight = (scores * 20).to(dtype)
+    return weight * hard_mask(scores)
+
+
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 17),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_round_trip(rows: int, groups: int, dtype: torch.dtype, seed: int) -> None:
+    weight = sparse_weight(rows, groups * 4, dtype, seed)
+    values, bitmask = compress(weight)
+    assert values.dtype == dtype
+    assert values.shape == (rows, groups * 2)
+    assert bitmask.shape == (rows, -(-groups * 4 // 8))
+    assert torch.equal(decompress(values, bitmask, groups * 4), weight)
+
+
+def test_layout_bit_by_bit() -> None:
+    weight = torch.tensor([[0, 5, 0, 6, 7, 0, 0, 8, 0, 0, 9, 1]], dtype=torch.float32)
+    values, bitmask = compress(weight)
+    assert values.tolist() == [[5, 6, 7, 8, 9, 1]]
+    assert bitmask.tolist() == [[0b1001_1010, 0b0000_1100]]
+
+
+def test_agrees_with_compressed_tensors() -> None:
+    utils = pytest.importorskip("compressed_tensors.utils", reason="comes with vLLM")
+    mask = hard_mask(torch.randn(7, 24))
+    assert torch.equal(pack_mask(mask), utils.pack_bitmasks(mask))
+    assert torch.equal(utils.unpack_bitmasks(pack_mask(mask), [7, 24]), mask)
+
+
+def test_zero_groups_still_keep_two_and_minus_zero_becomes_zero() -> None:
+    weight = torch.tensor([[0.0, 0.0, 0.0, 0.0, -0.0, 3.0, -0.0, 0.0]])
+    values, bitmask = compress(weight)
+    assert torch.equal(unpack_mask(bitmask, 8).view(2, 4).sum(1), torch.tensor([2, 2]))
+    assert values.tolist() == [[0, 0, 0, 3]]
+    assert not torch.signbit(values).any()
+
+
+def test_a_full_group_is_refused_not_pruned() -> None:
+    weight = torch.zeros(4, 8)
+    weight[2, 4:7] = 1
+    with pytest.raises(PatternError, match="model.q: 1 of 8 groups .* row 2, group 1"):
+        compress(weight, "model.q")
+
+
+def test_damaged_bitmask_is_refused() -> None:
+    values, bitmask = compress(sparse_weight(3, 16, torch.float32))
+    bitmask[1, 1] = 0b0111_0011
+    with pytest.raises(PatternError, match="1 groups of the bitmask .* row 1, group 3"):
+        decompress(values, bitmask, 16)
+
+
+def test_bits_past_in_features_are_not_read() -> None:
+    weight = sparse_weight(3, 20, torch.float32)
+    values, bitmask = compress(weight)
+    assert (bitmask[:, -1] < 16).all()
+    bitmask[:, -1] |= 0xF0
+    assert torch.equal(decompress(values, bitmask, 20), weight)
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    values, bitmask = compress(sparse_weight(3, 16, torch.float32))
+    with pytest.raises(PatternError, match="do not belong to"):
+        decompress(values, bitmask, 24)
+
+
+def test_meta() -> None:
+    values, bitmask = compress(torch.empty(6, 20, device="meta", dtype=torch.bfloat16))
+    assert (values.shape, bitmask.shape) == ((6, 10), (6, 3))
+    assert decompress(values, bitmask, 20).shape == (6, 20)

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from cast_serve.sparsity.pattern import (
+    TWO_FOUR,
+    Pattern,
+    PatternError,
+    check_mask,
+    check_weight,
+    find_targets,
+    groups,
+    hard_mask,
+)
+
+
+@pytest.mark.parametrize("text", ["4:2", "2:2", "0:4", "2", "a:b", "", "-1:4"])
+def test_pattern_refuses(text: str) -> None:
+    with pytest.raises(PatternError, match="is not N:M"):
+        Pattern.parse(text)
+
+
+def test_pattern_round_trip() -> None:
+    assert Pattern.parse(" 4:8 ") == Pattern(4, 8)
+    assert str(Pattern(1, 4)) == "1:4"
+
+
+@given(
+    scores=st.lists(st.integers(-2, 2), min_size=16, max_size=16),
+    pattern=st.sampled_from([Pattern(1, 4), Pattern(2, 4), Pattern(4, 8), Pattern(3, 16)]),
+)
+def test_hard_mask_keeps_the_n_largest_and_lower_columns_on_ties(
+    scores: list[int], pattern: Pattern
+) -> None:
+    mask = hard_mask(torch.tensor([scores], dtype=torch.float32), pattern)
+    check_mask(mask, pattern, "mask")
+    for first in range(0, 16, pattern.m):
+        group = scores[first : first + pattern.m]
+        order = sorted(range(pattern.m), key=lambda column: (-group[column], column))
+        kept = mask[0, first : first + pattern.m].nonzero().flatten().tolist()
+        assert kept == sorted(order[: pattern.n])
+
+
+def test_hard_mask_refuses_nan() -> None:
+    with pytest.raises(PatternError, match="NaN"):
+        hard_mask(torch.tensor([[1.0, float("nan"), 0.0, 2.0]]))
+
+
+def test_groups_refuse_other_multiples() -> None:
+    with pytest.raises(PatternError, match="in_features 10 is no multiple of 4"):
+        groups(torch.zeros(2, 10), 4)
+
+
+def test_check_weight_names_the_first_bad_group() -> None:
+    weight = torch.zeros(3, 12)
+    weight[1, 8:11] = 1.0
+    with pytest.raises(PatternError, match=r"layer: 1 of 9 groups .* row 1, group 2"):
+        check_weight(weight, TWO_FOUR, "layer")
+    weight[1, 9] = -0.0
+    check_weight(weight, TWO_FOUR, "layer")
+
+
+def test_check_mask_refuses_too_few() -> None:
+    with pytest.raises(PatternError, match="keep exactly 2"):
+        check_mask(torch.tensor([[True, False, False, False]]), TWO_FOUR, "mask")
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(8, 8),
+            "q_proj": nn.Linear(8, 4),
+            "gate_proj": nn.Linear(8, 4),
+            "gate": nn.Linear(8, 2),
+            "odd": nn.Linear(6, 4),
+            "lm_head": nn.Linear(8, 8),
+        }
+    )
+
+
+def test_targets_are_the_linears_of_the_blocks() -> None:
+    targets, dense = find_targets(model(), TWO_FOUR)
+    assert list(targets) == ["q_proj", "gate_proj"]
+    assert dense == {
+        "gate": "not a target",
+        "odd": "in_features 6 is no multiple of 4",
+        "lm_head": "not a target",
+    }
+
+
+def test_targets_can_be_named() -> None:
+    assert list(find_targets(model(), TWO_FOUR, include=["lm_head"])[0]) == ["lm_head"]
+    assert list(find_targets(model(), TWO_FOUR, exclude=["^q_"])[0]) == ["gate_proj"]
+    with pytest.raises(PatternError, match="odd is named as a target"):
+        find_targets(model(), TWO_FOUR, include=["odd"])
+    with pytest.raises(PatternError, match="no linear of the model can be 2:4"):
+        find_targets(nn.Embedding(4, 4), TWO_FOUR)

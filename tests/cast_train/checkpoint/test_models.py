@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cast_serve.checkpoint.convert import convert
+from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, find_targets, sha256
+from cast_train.checkpoint import models
+from cast_train.checkpoint.models import load_compressed, load_dense, load_gated, load_tokenizer
+from cast_train.gates import gating
+
+TOKENS = torch.arange(64).view(2, 32)
+END = {"blend": 1.0, "tau": 1e-3, "penalty_weight": 0.0, "is_hard": True}
+
+
+@pytest.fixture
+def gated(model_dir, tmp_path):
+    """A gated checkpoint with random logits: its directory, and the logits."""
+    model = load_dense(model_dir)
+    targets, _ = find_targets(model, TWO_FOUR)
+    generator = torch.Generator().manual_seed(0)
+    logits = {
+        f"{name}.gate": torch.randn(linear.weight.shape, generator=generator)
+        for name, linear in targets.items()
+    }
+    record = {
+        "kind": "gated",
+        "method": "gates",
+        "n": 2,
+        "m": 4,
+        "targets": list(targets),
+        "schedules_end": END,
+    }
+    models.write(tmp_path / "gated", model, load_tokenizer(model_dir), record, logits)
+    return tmp_path / "gated", logits
+
+
+def test_what_is_written_is_read(gated, model_dir):
+    folder, logits = gated
+    found = models.read_gates(folder, [name.removesuffix(".gate") for name in logits])
+    assert found.keys() == logits.keys()
+    assert all(torch.equal(found[name], logits[name]) for name in logits)
+    dense = load_dense(model_dir).state_dict()
+    assert all(
+        torch.equal(tensor, dense[name]) for name, tensor in load_dense(folder).state_dict().items()
+    )
+    record = models.verify(folder)
+    assert record["format_version"] == 1
+    assert set(record["sha256"]) == {"model.safetensors"}
+    assert set(record["versions"]) == {"cast-serve", "torch", "transformers", "safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == ["gated"]
+
+
+def test_hardened_compressed_and_hard_gates_agree(gated):
+    folder, _ = gated
+    convert(folder, folder.parent / "compressed")
+    model, gate_map, last = load_gated(folder, torch.float32)
+    gating.set_phase(gate_map, last)
+    compressed = load_compressed(folder.parent / "compressed", torch.float32)
+    torch.testing.assert_close(compressed(TOKENS).logits, model(TOKENS).logits)
+    kinds = [models.kind_of(folder), models.kind_of(folder.parent / "compressed")]
+    assert kinds == ["gated", "compressed"]
+
+
+def test_a_changed_shard_is_found(gated):
+    folder, _ = gated
+    shard = folder / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed or damaged"):
+        load_gated(folder)
+
+
+def test_an_extra_shard_is_found(gated):
+    folder, _ = gated
+    save_file({"x": torch.zeros(1)}, folder / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors"):
+        models.verify(folder)
+
+
+def test_an_unknown_format_version_is_named(gated):
+    folder, _ = gated
+    record = json.loads((folder / "cast.json").read_text()) | {"format_version": 7}
+    (folder / "cast.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="format_version 7, but this program reads 1"):
+        models.verify(folder)
+
+
+def test_a_missing_gate_is_named(gated):
+    folder, logits = gated
+    name = next(iter(logits))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    record = json.loads((folder / "cast.json").read_text())
+    record["sha256"]["model.safetensors"] = sha256(folder / "model.safetensors")
+    (folder / "cast.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"no gates for {name.removesuffix('.gate')}"):
+        load_gated(folder)
+
+
+def test_a_failed_write_leaves_nothing(model_dir, tmp_path):
+    class NoTokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        models.write(tmp_path / "out", load_dense(model_dir), NoTokenizer(), {"kind": "pruned"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_in_the_way_is_refused(gated, model_dir):
+    folder, _ = gated
+    with pytest.raises(CheckpointError, match="gated exists; choose another --out"):
+        models.write(folder, load_dense(model_dir), None, {})
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="none is fetched"):
+        load_dense(tmp_path / "org" / "model")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_dense(tmp_path)

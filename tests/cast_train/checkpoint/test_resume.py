@@ -1,0 +1,160 @@
+"""A run that was killed goes on as if it had not been, wherever the kill fell."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.training.run import train
+from cast_train.training.trainer import CastTrainer
+
+
+@pytest.fixture
+def config(settings_file):
+    return TrainConfig.from_toml(settings_file, steps=10)
+
+
+def assert_same_result(first, second):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    records = [models.verify(folder) for folder in (first, second)]
+    for key in ("quality", "gates", "best_step"):
+        assert records[0][key] == records[1][key]
+
+
+def kill_while_writing(monkeypatch, step, where, run):
+    """A kill when `where` of Trainer is reached in the checkpoint of a step."""
+    write = getattr(Trainer, where)
+
+    def stop(self, output_dir, *arguments, **more):
+        if output_dir.endswith(f"checkpoint-{step}"):
+            if where == "save_model":  # in the midst of the weights
+                write(self, output_dir, *arguments, **more)
+                file = os.path.join(output_dir, "model.safetensors")
+                os.truncate(file, os.path.getsize(file) // 2)
+            raise KeyboardInterrupt
+        return write(self, output_dir, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+@pytest.mark.parametrize(
+    "where", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"]
+)
+def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
+    where, llama_dir, text_file, config, tmp_path, monkeypatch, begun_at
+):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    kill_while_writing(monkeypatch, 8, where, lambda: train(*arguments))
+    assert (tmp_path / "out.partial" / "checkpoint-4").is_dir()
+    assert (tmp_path / "out.partial" / "checkpoint-8").is_dir()
+    train(*arguments, is_resume=True)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    assert begun_at == [None, "checkpoint-4", None]
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_if_no_checkpoint_is_complete_the_run_starts(
+    llama_dir, text_file, config, tmp_path, monkeypatch, begun_at
+):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    kill_while_writing(monkeypatch, 4, "_save_rng_state", lambda: train(*arguments))
+    train(*arguments, is_resume=True)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    assert begun_at == [None, None, None]
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def test_the_best_checkpoint_outlives_a_kill(
+    llama_dir, text_file, config, tmp_path, monkeypatch, begun_at
+):
+    """Of the losses made up for steps 4, 6 and 8 that of 4 is the least."""
+    evaluate = CastTrainer.evaluate
+
+    def pretend(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        return metrics | {"eval_loss": {4: 1.0}.get(self.state.global_step, 2.0)}
+
+    monkeypatch.setattr(CastTrainer, "evaluate", pretend)
+    config = dataclasses.replace(
+        config, steps=8, evaluate_every=2, checkpoint_every=2, keep_best=True, method="ste"
+    )
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    kill_while_writing(monkeypatch, 8, "_save_rng_state", lambda: train(*arguments))
+    left = {path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")}
+    assert left == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    record = train(*arguments, is_resume=True)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    assert begun_at == [None, "checkpoint-6", None]
+    assert record["best_step"] == 4
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "goes_on_from"),
+    [(5, "checkpoint-4"), (9, "checkpoint-8"), (None, "checkpoint-10")],
+    ids=["at the step that makes it exact", "after it", "after the last step"],
+)
+@pytest.mark.parametrize(
+    "way", [{"method": "ste"}, {"selector": "generator"}, {"method": "adams"}], ids=str
+)
+def test_the_mask_rests_as_it_was(
+    way,
+    stop_at,
+    goes_on_from,
+    llama_dir,
+    text_file,
+    config,
+    tmp_path,
+    train_until,
+    begun_at,
+    monkeypatch,
+):
+    """Gates that are computed come to rest after step 4, while the weights move on; AdamS's at the
+    end."""
+    config = dataclasses.replace(
+        config,
+        **way,
+        learning_rate=2e-2,
+        tau_end_fraction=0.4,
+        hard_fraction=0.4,
+        checkpoint_every=2,
+        start="magnitude",
+    )
+    torch.manual_seed(0)  # of the generator's network, as in a process of its own
+    whole = train(llama_dir, [text_file], tmp_path / "whole", config)
+    written = load_file(tmp_path / "whole" / "model.safetensors")
+    if way.get("method") == "ste":  # else the test could not fail
+        ranks = [written[f"{name}.weight"].float().abs() for name in whole["targets"]]
+        assert any(
+            not torch.equal(rank.topk(2).indices, written[f"{name}.gate"].topk(2).indices)
+            for rank, name in zip(ranks, whole["targets"], strict=True)
+        )
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    torch.manual_seed(0)
+    if stop_at is not None:
+        train_until(stop_at, *arguments)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "write", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(*arguments)
+    if stop_at is None:
+        monkeypatch.setattr(CastTrainer, "compute_loss", None)  # all steps are done
+    train(*arguments, is_resume=True)
+    assert begun_at == [None, None, goes_on_from]
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt

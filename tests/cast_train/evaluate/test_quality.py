@@ -1,0 +1,102 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cast_serve.sparsity.pattern import TWO_FOUR, find_targets
+from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.evaluate import quality
+from cast_train.gates import gating
+from cast_train.gates.schedules import Phase
+
+
+class Fixed(nn.Module):
+    """Predicts token 1 of four with one fixed logit, whatever it reads."""
+
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(logit))
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.zeros(*input_ids.shape, 4)
+        logits[..., 1] = self.logit
+        return SimpleNamespace(logits=logits)
+
+
+def test_perplexity_of_known_chances():
+    blocks = torch.tensor([[0, 1, 1], [0, 1, 2], [2, 1, 1]])
+    found = quality.perplexity(Fixed(math.log(5.0)), blocks, batch_blocks=2)
+    chances = [5 / 8] * 5 + [1 / 8]
+    assert found.perplexity == pytest.approx(math.exp(-sum(map(math.log, chances)) / 6))
+    assert (found.num_tokens, found.context_tokens) == (6, 3)
+
+
+def test_a_damaged_model_is_refused():
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        quality.perplexity(Fixed(math.nan), torch.tensor([[0, 1]]))
+
+
+def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
+    model = load_dense(llama_dir, torch.float32)
+    targets, _ = find_targets(model, TWO_FOUR)
+    gate_map = gating.attach(targets, TWO_FOUR)
+    for gate in gate_map.values():
+        gate.logits.data.normal_(generator=torch.Generator().manual_seed(0))
+    blocks = torch.arange(128).view(4, 32)
+    cold, warm = (Phase(1.0, tau, 0.0, True) for tau in (1e-4, 1.0))
+    soft, hard = quality.soft_and_hard(model, gate_map, cold, blocks)
+    assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-3)
+    soft, same = quality.soft_and_hard(model, gate_map, warm, blocks)
+    assert same == hard
+    assert abs(soft.perplexity / hard.perplexity - 1) > 1e-4
+
+
+def test_the_divergence_from_itself_is_zero_and_from_another_is_not(llama_dir):
+    model, other = (load_dense(llama_dir, torch.float32) for _ in range(2))
+    blocks = torch.arange(128).view(4, 32)
+    assert quality.mean_divergence(model, other, blocks) == pytest.approx(0, abs=1e-6)
+    other.model.layers[0].mlp.down_proj.weight.data.neg_()
+    found = quality.mean_divergence(model, other, blocks, batch_blocks=3)
+    with torch.no_grad():
+        ours, theirs = (m(blocks).logits.log_softmax(-1) for m in (model, other))
+    assert found == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+
+
+def test_choices_are_scored_by_their_continuation(llama_dir):
+    model, tokenizer = load_dense(llama_dir, torch.float32), load_tokenizer(llama_dir)
+    choices = ("yes", "a much longer answer", "no")
+    scores = []
+    for choice in choices:
+        prompt = tokenizer("Question: Is it?\nAnswer:").input_ids
+        ids = torch.tensor([prompt + tokenizer(f" {choice}").input_ids])
+        with torch.no_grad():
+            log_p = model(ids).logits.log_softmax(-1)[0]
+        scores.append(sum(float(log_p[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1])))
+    best = scores.index(max(scores))
+    norms = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+    best_norm = norms.index(max(norms))
+    questions = [quality.Question("Is it?", choices, answer) for answer in (best, best, 1 - best)]
+    found = quality.choice_accuracy(model, tokenizer, questions, batch_rows=2)
+    assert found.acc == pytest.approx(2 / 3)
+    assert found.acc_stderr == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert found.acc_norm == sum(q.answer == best_norm for q in questions) / 3
+    assert found.num_questions == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no question"),
+        ('{"question": "?", "choices": ["a"], "answer": 0}', "line 2 .*two choices or more"),
+        ('{"question": "?", "choices": ["a", "b"], "answer": 2}', "line 2 is no question"),
+        ('{"question": "?", "choices": ["a", "b"]}', "line 2 is no question"),
+    ],
+)
+def test_a_broken_question_is_named(line, message, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 1}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        quality.read_questions(path)
+    assert quality.read_questions(path, limit=1) == [quality.Question("?", ("a", "b"), 1)]

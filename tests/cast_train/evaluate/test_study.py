@@ -1,0 +1,227 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cast_train.evaluate import report, study
+
+ROWS = [
+    {"way": "magnitude", "seed": None, "perplexity": 80.0},
+    {"way": "wanda", "seed": None, "perplexity": 40.0},
+    {"way": "before", "seed": None, "perplexity": 10.0},
+    *(
+        {
+            "way": "ste",
+            "seed": seed,
+            "tokens": 1000,
+            "perplexity": perplexity,
+            "perplexity_soft": perplexity / 1.01,
+            "flipped_share": 0.1,
+            "step_s": 0.5,
+            "peak_memory_mb": 100.0 + seed,
+            "curve": [{"tokens": 500, "perplexity": 30.0}, {"tokens": 1000, "perplexity": 20.0}],
+        }
+        for seed, perplexity in enumerate((19.0, 21.0))
+    ),
+]
+
+
+def test_the_summary_by_hand():
+    found = report.summarise(ROWS)
+    assert found["wanda"] == {"perplexity": 40.0, "num_seeds": 0}
+    ste = found["ste"]
+    assert (ste["perplexity"], ste["perplexity_min"], ste["perplexity_max"]) == (20.0, 19.0, 21.0)
+    assert ste["recovered"] == pytest.approx(math.log(2) / math.log(4))
+    assert ste["soft_to_hard"] == pytest.approx(0.01)
+    assert (ste["peak_memory_mb"], ste["num_seeds"]) == (101.0, 2)
+
+
+def test_the_table_is_sorted_by_perplexity():
+    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": report.summarise(ROWS)}
+    lines = report.table_of(result).splitlines()[4:]
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names == ["dense, as given", "ste", "one-shot wanda", "one-shot magnitude"]
+    assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 101" in lines[1]
+
+
+def test_an_unknown_way_is_named():
+    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed mask; ste"):
+        study.ways_of("magic steps=3")
+
+
+def test_a_way_may_change_any_setting():
+    assert study.ways_of(
+        " ste ; fixed mask start=magnitude learning_rate=1e-4 include=['q_proj']"
+    ) == {
+        "ste": study.WAYS["ste"],
+        "fixed mask start=magnitude learning_rate=1e-4 include=['q_proj']": {
+            **study.WAYS["fixed mask"],
+            "start": "magnitude",
+            "learning_rate": 1e-4,
+            "include": ["q_proj"],
+        },
+    }
+    assert list(study.ways_of(None)) == list(study.WAYS)
+
+
+def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypatch):
+    settings = {"steps": 4, "block_size": 32, "heldout_blocks": 4, "calibration_blocks": 4}
+    settings |= {"learning_rate": 3e-3, "evaluate_every": 2}
+    out = tmp_path / "study"
+    rival = tmp_path / "twin"
+    shutil.copytree(llama_dir, rival)
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text(
+        '{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n'
+        '{"question": "1 + 2", "choices": ["2", "3"], "answer": 1}\n'
+    )
+    more = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
+    more |= {"choices": [questions], "rivals": [rival]}
+    arguments = (llama_dir, [text_file], text_file, out, settings)
+    with pytest.raises(ValueError, match="a rival cannot be called wanda"):
+        study.run(*arguments, **more | {"rivals": [tmp_path / "wanda"]})
+    result = study.run(*arguments, **more)
+    summary = result["summary"]
+    assert summary["twin"] == summary["before"]
+    assert summary["twin"]["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+    assert summary["ste"]["kl_nats_per_token"] > 1e-6
+    assert "sums acc_norm" in (out / "report.md").read_text()
+    (row,) = [row for row in result["runs"] if row["seed"] is not None]
+    assert (row["way"], row["tokens"]) == ("ste", 4 * 4 * 32)
+    assert [point["tokens"] for point in row["curve"]] == [256, 512]
+    assert row["step_s"] > 0
+    assert row["peak_memory_mb"] > 50
+    assert json.loads((out / "result.json").read_text()) == result
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    names = {"study.json", "results.jsonl", "result.json", "report.md", "report.png"}
+    assert {path.name for path in out.iterdir()} == names  # no weights left
+
+    monkeypatch.setattr(study, "_call", lambda *_: pytest.fail("ran again"))
+    assert study.run(*arguments, **more) == result
+    with pytest.raises(ValueError, match="holds another study"):
+        study.run(*arguments[:4], settings | {"steps": 5}, **more)
+
+
+@pytest.fixture
+def inputs(llama_dir, text_file, tmp_path):
+    """A study's inputs in a folder of their own, to be changed, as `study.run` takes them."""
+    folder = tmp_path / "inputs"
+    for name in ("model", "rival"):
+        shutil.copytree(llama_dir, folder / name)
+    for name in ("train.txt", "heldout.txt"):
+        shutil.copy(text_file, folder / name)
+    questions = folder / "sums.jsonl"
+    questions.write_text('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
+    return {
+        "model": folder / "model",
+        "text_files": [folder / "train.txt"],
+        "heldout": folder / "heldout.txt",
+        "choices": [questions],
+        "rivals": [folder / "rival"],
+    }
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Directories that a study measures; nothing is run for it."""
+    found = []
+
+    def call(command, *arguments):
+        if command == "oneshot":
+            Path(arguments[-1]).mkdir(parents=True)
+            return {}, 1.0, 1.0
+        found.append(arguments[0].name)
+        accuracy = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5)
+        return {"perplexity": 9.0, "kl_nats_per_token": 0.0, "sums": accuracy}, 1.0, 1.0
+
+    monkeypatch.setattr(study, "_call", call)
+    return found
+
+
+def damage(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+CHANGES = {
+    "model": (lambda of: damage(of["model"]), "sha256.model.model.safetensors is"),
+    "text": (lambda of: of["text_files"][0].write_text("other\n"), r"sha256.text\[0\] is"),
+    "heldout": (lambda of: of["heldout"].write_text("other\n"), "sha256.heldout is"),
+    "choices": (
+        lambda of: of["choices"][0].write_text(of["choices"][0].read_text() * 2),
+        r"sha256.choices\[0\].sha256 is",
+    ),
+    "rival": (lambda of: damage(of["rivals"][0]), "rivals.rival.model.safetensors is"),
+}
+
+
+no_curves = pytest.mark.filterwarnings("ignore:No artists with labels found to put in legend")
+
+
+@no_curves
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_study_of_other_files_by_the_same_names_is_refused(change, inputs, measured, tmp_path):
+    alter, message = CHANGES[change]
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    first = study.run(**inputs, **common)
+    assert measured == ["model", "pruned", "pruned", "pruned", "rival"]
+    assert study.run(**inputs, **common) == first
+    alter(inputs)
+    with pytest.raises(ValueError, match=f"holds another study .*{message}.*; choose another"):
+        study.run(**inputs, **common)
+    assert len(measured) == 5
+
+
+@no_curves
+def test_a_study_takes_more_rivals_and_remembers_those_it_had(inputs, measured, tmp_path):
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    study.run(**inputs, **common)
+    more = inputs["model"].with_name("more")
+    shutil.copytree(inputs["model"], more)
+    study.run(**inputs | {"rivals": [more]}, **common)
+    assert measured[5:] == ["more"]
+    damage(inputs["rivals"][0])
+    with pytest.raises(ValueError, match="holds another study .*rivals.rival"):
+        study.run(**inputs, **common)
+
+
+@no_curves
+def test_a_study_of_an_earlier_release_says_what_it_lacks(inputs, measured, tmp_path):
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    study.run(**inputs, **common)
+    path = tmp_path / "study" / "study.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="holds another study .sha256 is missing.*; choose"):
+        study.run(**inputs, **common)
+
+
+def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):
+    run = tmp_path / "run"
+    run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
+    run.chmod(0o755)
+    code = f"import sys; from cast_train import study; sys.executable = {str(run)!r}; study._call()"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    file = tmp_path / "run.pid"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=60) == 128 + signal.SIGTERM
+    pid = int(file.read_text())
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the run outlived the study")

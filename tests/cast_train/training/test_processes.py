@@ -1,0 +1,107 @@
+"""One run in two processes, with copies of the parameters or shares of them: what one would do."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.training.run import train
+
+# `cast-train`, that ends in a step after the first checkpoint, or if it begins before it.
+STOP_IF = """
+import sys
+from cast_train.__main__ import main
+from cast_train.trainer import CastTrainer
+
+compute_loss = CastTrainer.compute_loss
+
+def stop(self, *args, **kwargs):
+    if self.state.global_step {condition}:
+        sys.exit("stopped")
+    return compute_loss(self, *args, **kwargs)
+
+CastTrainer.compute_loss = stop
+main()
+"""
+
+
+def in_two_processes(config, out, model_dir, text_file, *more, program=("-m", "cast_train")):
+    """`cast-train run` under torchrun; half a batch each."""
+    halved = dataclasses.replace(config, batch_blocks=config.batch_blocks // 2)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in halved.as_dict().items()]
+    settings = out.with_suffix(".toml")
+    settings.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *program, "run", "--model", str(model_dir)]
+    command += ["--text", str(text_file), "--config", str(settings), "--out", str(out), *more]
+    return subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"method": "gates"}),
+        ("llama", {"method": "adams", "learning_rate": 0.01}),
+        ("llama", {"method": "gates", "is_sharded": True, "precision": "bf16", "scale_parts": 2}),
+        ("llama", {"method": "adams", "learning_rate": 0.01, "is_sharded": True}),
+        ("gpt2", {"method": "ste", "is_sharded": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_two_processes_learn_what_one_does(
+    family, settings, request, text_file, settings_file, tmp_path
+):
+    model_dir = request.getfixturevalue(f"{family}_dir")
+    config = TrainConfig.from_toml(settings_file, **{"steps": 10, "evaluate_every": 5, **settings})
+    alone = dataclasses.replace(config, is_sharded=False)
+    one = train(model_dir, [text_file], tmp_path / "one", alone)
+    done = in_two_processes(config, tmp_path / "two", model_dir, text_file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = models.verify(tmp_path / "two")
+    assert two["tokens_seen"] == one["tokens_seen"]
+    rel = 1e-2 if config.precision == "bf16" else 1e-3
+    for ours, theirs in zip(two["curve"], one["curve"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=rel)
+    assert two["quality"]["perplexity_hard"] == pytest.approx(
+        one["quality"]["perplexity_hard"], rel=rel
+    )
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("one", "two"))
+    assert first.keys() == second.keys()
+    for name in first:  # AdamW's first steps are signs, so single small weights may differ,
+        if first[name].ndim < 2:  # and so may biases whose true gradient is 0
+            continue
+        error = (first[name].float() - second[name].float()).norm() / first[name].float().norm()
+        assert error < 3e-2, name
+
+
+def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, steps=10, is_sharded=True)
+    whole = in_two_processes(config, tmp_path / "whole", llama_dir, text_file)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
+    arguments = (config, tmp_path / "out", llama_dir, text_file)
+    stopped = in_two_processes(*arguments, program=[str(tmp_path / "stop.py")])
+    assert stopped.returncode != 0
+    assert not (tmp_path / "out").exists()
+    written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
+    shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
+    for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
+        (half / file).unlink(missing_ok=True)
+    (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
+    resumed = in_two_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name)

@@ -1,0 +1,85 @@
+"""scripts/train-and-convert: one command from a dense model and text to a compressed checkpoint."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from cast_serve.checkpoint.convert import convert
+from cast_train.config import TrainConfig
+from cast_train.training.run import train
+
+SCRIPT = Path(__file__).parents[3] / "scripts/train-and-convert"
+
+
+def call(*words):
+    return subprocess.run([SCRIPT, *(str(word) for word in words)], capture_output=True, text=True)
+
+
+def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):
+    out = tmp_path / "sparse"
+    words = ("--model", llama_dir, "--text", text_file, text_file, "--out", out)
+    words += ("--config", settings_file, "--steps", 3)
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["kind"], summary["num_sparse_layers"]) == ("compressed", 14)
+    cast = json.loads((out / "cast.json").read_text())
+    assert cast["steps"] == 3
+
+    written = (out / "cast.json").stat().st_mtime_ns
+    again = call(*words)
+    assert json.loads(again.stdout) == summary
+    assert (out / "cast.json").stat().st_mtime_ns == written
+
+    trained = (tmp_path / "sparse.gated/cast.json").stat().st_mtime_ns
+    shutil.rmtree(out)
+    assert json.loads(call(*words).stdout) == summary
+    assert (tmp_path / "sparse.gated/cast.json").stat().st_mtime_ns == trained
+
+
+def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings_file, tmp_path):
+    model, out, gated = tmp_path / "model", tmp_path / "sparse", tmp_path / "sparse.gated"
+    shutil.copytree(llama_dir, model)
+    words = ("--model", model, "--text", text_file, "--out", out, "--config", settings_file)
+    train(model, [text_file], gated, TrainConfig.from_toml(settings_file))
+    convert(gated, out)
+
+    # OUT.gated was trained anew since.
+    cast = json.loads((out / "cast.json").read_text())
+    (out / "cast.json").write_text(json.dumps(cast | {"converted_from": {"model.safetensors": ""}}))
+    other = call(*words)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "was not converted from what" in other.stderr
+    (out / "cast.json").write_text(json.dumps(cast))
+
+    # Without OUT.gated OUT's own record is compared; nothing is trained again.
+    gated.rename(tmp_path / "aside")
+    again = call(*words)
+    assert json.loads(again.stdout)["kind"] == "compressed"
+    assert not gated.exists()
+
+    # Weights trained anew under the same name: neither OUT nor OUT.gated is of them.
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    stale = [call(*words)]
+    shutil.rmtree(out)
+    (tmp_path / "aside").rename(gated)
+    stale.append(call(*words))
+    for done in stale:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is another run (source.model_sha256.model.safetensors is" in done.stderr
+        assert "choose another --out or remove it" in done.stderr
+    assert not out.exists()
+
+
+def test_wrong_use(llama_dir, text_file, tmp_path):
+    assert "are needed" in call("--model", llama_dir).stderr
+    missing = call("--model", tmp_path / "no", "--text", text_file, "--out", tmp_path / "out")
+    assert missing.returncode == 2
+    assert str(tmp_path / "no") in missing.stderr
+    assert list(tmp_path.glob("out*")) == []

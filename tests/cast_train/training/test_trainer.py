@@ -1,0 +1,179 @@
+import dataclasses
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, hard_mask
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.gates import gating
+from cast_train.training import run
+from cast_train.training.run import train
+from cast_train.training.trainer import CastTrainer, DivergedError
+
+
+@pytest.fixture
+def config(settings_file):
+    return TrainConfig.from_toml(settings_file, steps=10)
+
+
+def test_a_run_learns_and_writes_a_gated_checkpoint(
+    model_dir, text_file, config, tmp_path, untrained_perplexity
+):
+    config = dataclasses.replace(config, steps=40, checkpoint_every=40)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    assert models.verify(tmp_path / "out") == record
+    assert (record["kind"], record["n"], record["m"]) == ("gated", TWO_FOUR.n, TWO_FOUR.m)
+    assert TrainConfig.from_dict(record["config"]) == config
+    assert record["tokens_seen"] == 40 * 4 * 32
+    quality = record["quality"]
+    assert quality["perplexity_hard"] < 0.8 * untrained_perplexity
+    assert quality["perplexity_soft"] == pytest.approx(quality["perplexity_hard"], rel=5e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    llama_dir, text_file, config, tmp_path, train_until, begun_at
+):
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+
+    train_until(6, llama_dir, [text_file], tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+    with pytest.raises(CheckpointError, match="go on with --resume"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+    other = dataclasses.replace(config, steps=11)
+    with pytest.raises(CheckpointError, match="steps is 10, not 11"):
+        train(llama_dir, [text_file], tmp_path / "out", other, is_resume=True)
+
+    train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    assert begun_at == [None, None, "checkpoint-4"]
+    whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+HARD_AT_ONCE = {"hard_fraction": 0.0, "tau_end_fraction": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 2, **HARD_AT_ONCE}], ids=str)
+@pytest.mark.parametrize("way", [{"method": "ste"}, {"selector": "generator"}], ids=str)
+def test_a_mask_that_is_exact_from_the_first_step_is_the_starts(
+    way, settings, model_dir, text_file, config, tmp_path
+):
+    """By magnitude; ties, as of logits that nobody has written, would keep columns 0 and 1."""
+    config = dataclasses.replace(config, start="magnitude", learning_rate=1e-5, **settings, **way)
+    record = train(model_dir, [text_file], tmp_path / "out", config)
+    assert record["gates"]["flipped_share"] == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    dense = models.load_dense(model_dir, torch.float32)
+    for name in record["targets"]:
+        linear = dense.get_submodule(name)
+        weight, gate = linear.weight.detach(), written[f"{name}.gate"]
+        if gating.is_transposed(linear):
+            weight, gate = weight.t(), gate.t()
+        assert torch.equal(hard_mask(gate), hard_mask(weight.abs())), name
+
+
+@pytest.mark.parametrize(
+    "way", [{"method": "dense"}, {"start": "ones", "scale_parts": 2}, {"method": "ste"}], ids=str
+)
+def test_weight_decay_is_of_the_targets_weights_only(way, model_dir, text_file, config, tmp_path):
+    """One step with and one without: what differs is rate * decay of the targets' weights."""
+    rate, decay = 1e-3, 100.0
+    changes = {"steps": 1, "learning_rate": rate, "warmup_fraction": 0.0, "train_embeddings": True}
+    results = []
+    for weight_decay in (0.0, decay):
+        changed = dataclasses.replace(config, **changes, weight_decay=weight_decay, **way)
+        record = train(model_dir, [text_file], tmp_path / str(weight_decay), changed)
+        results.append(load_file(tmp_path / str(weight_decay) / "model.safetensors"))
+    plain, decayed = results
+    differ = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert differ == {f"{name}.weight" for name in record["targets"]}
+    before = models.load_dense(model_dir, torch.float32).state_dict()
+    for name in differ:
+        torch.testing.assert_close(
+            (plain[name].float() - decayed[name].float()),
+            rate * decay * before[name],
+            rtol=0.05,
+            atol=5e-4,  # both are stored in bf16
+        )
+
+
+def test_adams_says_that_it_has_a_decay_of_its_own(llama_dir, text_file, config, tmp_path, caplog):
+    config = dataclasses.replace(config, method="adams", learning_rate=0.02, weight_decay=0.1)
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    assert "weight_decay 0.1 is not applied" in caplog.text
+
+
+def test_a_finished_run_is_not_run_again(llama_dir, text_file, config, tmp_path, monkeypatch):
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    monkeypatch.setattr(CastTrainer, "train", None)
+    assert train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True) == record
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(CheckpointError, match="is another run .*seed is 0, not 1"):
+        train(llama_dir, [text_file], tmp_path / "out", other)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="is no checkpoint's record"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    def poisoned(directory, dtype):
+        model = models.load_dense(directory, dtype)
+        model.lm_head.weight.data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(run, "load_dense", poisoned)
+    config = dataclasses.replace(config, start="ones")
+    with pytest.raises(DivergedError, match="at step 0; lower learning_rate"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_stay_as_they_were_unless_asked(llama_dir, text_file, config, tmp_path):
+    before = models.load_dense(llama_dir).get_input_embeddings().weight
+    for name, is_trained in (("frozen", False), ("trained", True)):
+        settings = dataclasses.replace(config, train_embeddings=is_trained)
+        train(llama_dir, [text_file], tmp_path / name, settings)
+        after = models.load_dense(tmp_path / name).get_input_embeddings().weight
+        assert torch.equal(before, after) != is_trained
+
+
+def test_the_best_exact_mask_is_kept(llama_dir, text_file, config, tmp_path, monkeypatch):
+    """Step 2 is soft; of the losses made up for 4, 6 and 8 that of 6 is the least."""
+    measured, weights = {}, {}
+    evaluate = CastTrainer.evaluate
+
+    def evaluate_and_pretend(self, *args, **kwargs):
+        metrics = evaluate(self, *args, **kwargs)
+        step = self.state.global_step
+        measured[step] = metrics["eval_loss"]
+        weights[step] = self.model.model.embed_tokens.weight.detach().clone()
+        return metrics | {"eval_loss": {2: metrics["eval_loss"], 4: 3.0, 6: 1.0, 8: 2.0}[step]}
+
+    monkeypatch.setattr(CastTrainer, "evaluate", evaluate_and_pretend)
+    config = dataclasses.replace(
+        config,
+        steps=8,
+        evaluate_every=2,
+        checkpoint_every=2,
+        keep_best=True,
+        train_embeddings=True,
+        method="ste",
+        tau_end_fraction=0.3,
+        hard_fraction=0.3,
+    )
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    assert math.isinf(measured[2])
+    assert all(1 < measured[step] < 10 for step in (4, 6, 8))
+    assert record["best_step"] == 6
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(written, weights[6].to(torch.bfloat16))
+    assert not torch.equal(written, weights[8].to(torch.bfloat16))

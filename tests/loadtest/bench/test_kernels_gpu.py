@@ -1,0 +1,64 @@
+"""What of the GPU benchmark needs no GPU: its arithmetic, its table, and its refusal."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loadtest.__main__ import app
+from loadtest.bench import kernels_gpu
+
+
+def row(num_tokens: int, packed_ms: float, cublas_ms: float) -> dict[str, Any]:
+    ms = {"packed": packed_ms, "cublas": cublas_ms}
+    ops = {
+        name: {"ms": value, "weight_gb_s": 500.0, "relative_error": 1e-3}
+        for name, value in ms.items()
+    }
+    return {"in_features": 64, "out_features": 32, "num_tokens": num_tokens, "ops": ops}
+
+
+def test_the_crossover_is_where_a_form_wins_for_good() -> None:
+    rows = [row(1, 1, 2), row(8, 3, 2), row(64, 1, 2), row(256, 3, 2), row(1024, 3, 2)]
+    assert kernels_gpu._crossovers(rows, ["cublas"]) == {"dense": 256}
+    assert kernels_gpu._crossovers([row(1, 1, 2)], ["cublas"]) == {}
+    assert kernels_gpu._crossovers([row(1, 2, 1), row(4, 2, 1)], ["cublas"]) == {"dense": 1}
+
+
+def test_the_table_says_how_many_times_faster() -> None:
+    result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [row(8, 0.01, 0.02)]}
+    *_, line = kernels_gpu.table_of(result).splitlines()
+    assert " ".join(line.split()) == "64 x 32 8 10.0 2.00 20.0 1.00 50% 1.0e-03"
+
+
+def test_a_nan_is_shown_and_not_a_crash() -> None:
+    found = row(8, 0.01, 0.02)
+    found["ops"]["packed"]["relative_error"] = None
+    result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [found]}
+    assert kernels_gpu.table_of(result).endswith(" NaN")
+
+
+def test_medians_rates_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 9.0, *range(1, 2 * kernels_gpu.NUM_REPETITIONS + 1)])  # the first warms up
+    monkeypatch.setattr(kernels_gpu, "_captured", lambda work: work)
+    monkeypatch.setattr(kernels_gpu, "_ms", lambda replay: float(next(times)))
+    weight = torch.randn(32, 64).bfloat16()
+    wrong: Callable[..., Any] = lambda x: x @ weight.T * float("nan")  # noqa: E731
+    ops = {"packed": ([lambda x: x @ weight.T] * 2, 2_000_000), "cublas": ([wrong], 1_000_000)}
+    found = kernels_gpu._measure(weight, 3, ops)
+    assert (found["in_features"], found["out_features"], found["num_tokens"]) == (64, 32, 3)
+    packed, cublas = found["ops"]["packed"], found["ops"]["cublas"]
+    assert (packed["ms_min"], packed["ms"], packed["ms_max"]) == (0.5, 4.5, 8.5)
+    assert cublas["ms"] == 10.0
+    assert packed["weight_gb_s"] == pytest.approx(2e6 / 4.5e-3 / 1e9)
+    assert packed["relative_error"] < 1e-2
+    assert cublas["relative_error"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = CliRunner().invoke(app, ["kernels", "--device", "cuda"])
+    assert done.exit_code == 1
+    assert "no CUDA device is here" in done.stderr

@@ -1,0 +1,101 @@
+"""Percentiles and intervals against figures worked out by hand, and against drawing for real."""
+
+import math
+
+import numpy as np
+import pytest
+
+from loadtest.judge.intervals import (
+    NUM_RESAMPLES,
+    Ratio,
+    draws,
+    quantile,
+    ratio_of_quantiles,
+    ratio_of_rates,
+    resampled_quantile,
+    tail,
+)
+
+INF = math.inf
+
+
+def test_quantile_by_hand() -> None:
+    five = np.array([1.0, 2.0, 3.0, 4.0, 9.0])
+    assert quantile(five, 0.5) == 3.0
+    assert quantile(five, 0.95) == pytest.approx(8.0)  # rank 3.8: 4 + 0.8 * (9 - 4)
+    assert quantile(np.array([1.0, 2.0]), 0.5) == 1.5
+    assert quantile(np.array([7.0]), 0.99) == 7.0
+
+
+def test_quantile_beside_infinity() -> None:
+    assert quantile(np.array([1.0, 2.0, INF]), 0.5) == 2.0  # exactly on the 2
+    assert quantile(np.array([1.0, INF]), 0.5) == INF
+    assert quantile(np.array([INF, INF]), 0.5) == INF
+
+
+def test_draws_take_as_many_units_as_there_are_and_are_always_the_same() -> None:
+    counts = draws(5)
+    assert counts.shape == (NUM_RESAMPLES, 5)
+    assert (counts.sum(axis=1) == 5).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(5), abs=0.1)
+    assert (counts == draws(5)).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95, 0.99])
+def test_resampled_quantiles_equal_those_of_values_drawn_for_real(share: float) -> None:
+    rng = np.random.default_rng(3)
+    # Blocks of unequal size, with values that many of them share.
+    blocks = [np.sort(rng.integers(0, 30, size=size) / 7) for size in (1, 4, 9, 30)]
+    counts = draws(4)
+    found = resampled_quantile(blocks, counts, share)
+    for drawn, value in list(zip(counts, found, strict=True))[:200]:
+        pooled = np.concatenate([np.repeat(b, n) for b, n in zip(blocks, drawn, strict=True)])
+        assert value == pytest.approx(np.quantile(pooled, share), rel=1e-12)
+
+
+def test_resampled_quantiles_beside_infinity_and_nothing() -> None:
+    blocks = [np.array([1.0, INF]), np.array([])]
+    found = resampled_quantile(blocks, np.array([[2, 0], [1, 1], [0, 2]]), 0.5)
+    assert found.tolist()[:2] == [INF, INF]
+    assert math.isnan(found[2])
+
+
+def test_interval_by_hand() -> None:
+    # 41 draws from 1.00 to 1.40: 2.5 % of the way lies at rank 1, 97.5 % at rank 39.
+    ratio = Ratio.of(1.2, 1 + np.arange(41) / 100, 0.025)
+    assert ratio.about() == {"ratio": 1.2, "low": pytest.approx(1.01), "high": pytest.approx(1.39)}
+
+
+def test_the_tail_is_that_of_students_t() -> None:
+    # t(0.975) = 2.262 with 9 degrees of freedom: Phi(-2.262 * sqrt(10 / 9)) = Phi(-2.3844)
+    assert tail(10) == pytest.approx(0.00855, rel=2e-3)
+    # 2.093 with 19: Phi(-2.1474)
+    assert tail(20) == pytest.approx(0.01588, rel=2e-3)
+    assert tail(10**6) == pytest.approx(0.025, rel=1e-3)
+    assert tail(1) == 0
+
+
+def test_two_units_by_hand() -> None:
+    # Drawn: both (ratio 2.5) in half the cases, one alone (2 or 3) in a quarter each.
+    sides = ([np.array([4.0]), np.array([6.0])], [np.array([2.0]), np.array([2.0])])
+    ratio = ratio_of_quantiles(*sides, draws(2), 0.5)
+    assert ratio.about() == {"ratio": 2.5, "low": 2.0, "high": 3.0}
+    assert set(ratio.resampled) == {2.0, 2.5, 3.0}
+
+
+def test_rates_by_hand() -> None:
+    # 30 tokens in 10 s over 20 tokens in 20 s: 3. Alone: 10/5 over 10/10, and 20/5 over 10/10.
+    fast, slow = [(10.0, 5.0), (20.0, 5.0)], [(10.0, 10.0), (10.0, 10.0)]
+    ratio = ratio_of_rates(fast, slow, draws(2))
+    assert ratio.about() == {"ratio": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_what_failures_leave_unknown_is_none() -> None:
+    failed, answered = [np.array([INF])], [np.array([2.0])]
+    counts = draws(1)
+    assert ratio_of_quantiles(answered, failed, counts, 0.5).about() == {
+        **{"ratio": 0.0, "low": 0.0, "high": 0.0},
+    }
+    none = {"ratio": None, "low": None, "high": None}
+    assert ratio_of_quantiles(failed, answered, counts, 0.5).about() == none
+    assert ratio_of_quantiles(failed, failed, counts, 0.5).about() == none

@@ -1,0 +1,58 @@
+"""Where queues begin, by hand."""
+
+from typing import Any
+
+import pytest
+
+from loadtest.judge.saturation import saturation
+from loadtest.record import Request
+from loadtest.report.result import result_of
+from loadtest.report.words import notes
+from tests.loadtest.recordings import recorded, request
+
+# Ten parts of ten requests: part p lasts 10 / (p + 1) seconds, so its rate is p + 1.
+STARTS_S = [sum(10 / (earlier + 1) for earlier in range(part)) for part in range(10)]
+
+
+def ramp(block: int, variant: str, saturated_from: int, *, error: bool = False) -> list[Request]:
+    """A block whose TTFT is 0.1 s, and from that part on 0.3 s, or an error."""
+    found = []
+    for part, start_s in enumerate(STARTS_S):
+        is_slow = part >= saturated_from
+        ttft_s = None if is_slow and error else 0.3 if is_slow else 0.1
+        for place in range(10):
+            sent_s = 1000.0 * block + start_s + place / (part + 1)
+            found.append(request(block, 0, variant, ttft_s, 0.01, sent_s=sent_s))
+    return found
+
+
+def run(dense: list[Request], sparse: list[Request]) -> Any:
+    return recorded([*dense, *sparse], schedule="ramp", rate_per_s=5.5)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_the_rate_before_queues_begin(error: bool) -> None:
+    found = run(ramp(0, "dense", 6, error=error), ramp(1, "sparse", 10))
+    dense = saturation(found, "dense")
+    assert dense == {"rate_per_s": pytest.approx(6.0), "is_reached": True}
+    sparse = saturation(found, "sparse")
+    assert sparse == {"rate_per_s": pytest.approx(10.0), "is_reached": False}
+
+
+def test_a_slow_spell_that_ends_is_no_saturation() -> None:
+    slow = ramp(0, "dense", 3)[:40] + ramp(0, "dense", 10)[40:]
+    assert not saturation(run(slow, ramp(1, "sparse", 10)), "dense")["is_reached"]
+
+
+def test_it_is_told() -> None:
+    found = result_of(run(ramp(0, "dense", 6), ramp(1, "sparse", 10)))
+    assert found["saturation"]["dense"]["is_reached"]
+    (note,) = (text for text in notes(found) if "dense keeps up to" in text)
+    assert (
+        "dense keeps up to 6.0 requests/s; sparse keeps up to 10.0 requests/s, where the ramp ends"
+        in note
+    )
+
+
+def test_only_ramps_have_one() -> None:
+    assert result_of(recorded(ramp(0, "dense", 9) + ramp(1, "sparse", 9)))["saturation"] is None

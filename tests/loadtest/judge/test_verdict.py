@@ -1,0 +1,157 @@
+"""Guard rails: which hold, which do not, and files that are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.judge.verdict import Guard, judge
+
+SPEEDUP = {"ratio": 1.25, "low": 1.2, "high": 1.3}
+RESULT: dict[str, Any] = {
+    "num_requests": 100,
+    "num_errors": 1,
+    "num_warmup_errors": 0,
+    "num_unequal_lengths": 0,
+    "output_tokens_per_request": 32,
+    "errors": {"dense": {}, "sparse": {"timeout": 1}},
+    "error_rate": {"dense": 0.0, "sparse": 0.02},
+    "speedups": {"tpot_p50": SPEEDUP, "ttft_p99": {"ratio": 1.0, "low": 0.8, "high": 1.25}},
+    "harness": {"is_void": False, "why": None},
+    "slo": None,
+    "quality": None,
+}
+FINE = {**RESULT, "num_errors": 0, "error_rate": {"dense": 0.0, "sparse": 0.0}}
+
+
+def found(result: dict[str, Any], **guard: Any) -> dict[str, Any]:
+    verdict = judge({**FINE, **result}, Guard.of(guard))
+    assert verdict["passed"] == all(check["passed"] for check in verdict["checks"])
+    return {check["name"]: check for check in verdict["checks"]}
+
+
+def test_without_guard_rails_soundness_is_judged() -> None:
+    checks = found({})
+    assert list(checks) == ["error_rate", "unequal_lengths", "void"]
+    assert all(check["passed"] for check in checks.values())
+
+
+def test_errors() -> None:
+    check = found(RESULT)["error_rate"]
+    assert (check["limit"], check["found"], check["passed"]) == (0.0, 0.02, False)
+    assert "1 of 100 requests failed: sparse timeout x1" in check["why"]
+    assert found(RESULT, max_error_rate=0.02)["error_rate"]["passed"]
+    assert not found(RESULT, max_error_rate=0.019)["error_rate"]["passed"]
+
+
+def test_unequal_lengths_never_pass() -> None:
+    check = found({"num_unequal_lengths": 2}, max_error_rate=1.0)["unequal_lengths"]
+    assert not check["passed"]
+    assert "2 of 100 responses do not have 32 tokens" in check["why"]
+
+
+def test_void() -> None:
+    void = {"harness": {"is_void": True, "why": "slip p99 30 ms"}}
+    assert not found(void)["void"]["passed"]
+    assert found(void)["void"]["why"] == "slip p99 30 ms"
+    assert found(void, allow_void=True)["void"]["passed"]
+
+
+def test_a_failed_warmup_is_the_only_check() -> None:
+    checks = found({**RESULT, "num_requests": 0}, min_speedup={"tpot_p50": 1})
+    assert list(checks) == ["warmup"]
+    assert (
+        "the warm-up failed, so nothing was measured: sparse timeout x1"
+        in (checks["warmup"]["why"])
+    )
+
+
+def test_the_lower_end_must_reach_the_least_speedup() -> None:
+    check = found({}, min_speedup={"tpot_p50": 1.2})["min_speedup.tpot_p50"]
+    assert (check["limit"], check["found"], check["passed"]) == (1.2, 1.2, True)
+    assert check["why"] == "1.250 (1.200 to 1.300): its lower end must reach 1.2"
+    assert not found({}, min_speedup={"tpot_p50": 1.21})["min_speedup.tpot_p50"]["passed"]
+
+
+def test_the_upper_end_must_keep_to_the_greatest_slowdown() -> None:
+    check = found({}, max_slowdown={"ttft_p99": 1.25})["max_slowdown.ttft_p99"]
+    assert (check["found"], check["passed"]) == (1.25, True)  # 1 / 0.8
+    assert "1.000 (0.800 to 1.250): its upper end may be 1.25" in check["why"]
+    assert not found({}, max_slowdown={"ttft_p99": 1.24})["max_slowdown.ttft_p99"]["passed"]
+
+
+@pytest.mark.parametrize("kind", ["min_speedup", "max_slowdown"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"ratio": None, "low": None, "high": None},
+        {"ratio": 0.0, "low": 0.0, "high": 0.0},
+        {"ratio": None, "low": 1.5, "high": None},
+    ],
+)
+def test_what_failed_requests_leave_unknown_does_not_pass(kind: str, ends: dict[str, Any]) -> None:
+    check = found({"speedups": {"e2e_p99": ends}}, **{kind: {"e2e_p99": 1.1}})[f"{kind}.e2e_p99"]
+    assert (check["found"], check["passed"]) == (None, False)
+    assert "too many requests failed" in check["why"]
+
+
+def test_goodput_needs_limits() -> None:
+    check = found({}, min_speedup={"goodput": 1.1})["min_speedup.goodput"]
+    assert not check["passed"]
+    assert "give --slo-ttft-ms" in check["why"]
+
+
+def test_token_agreement() -> None:
+    agreement = {"mean": 0.7, "low": 0.6, "high": 0.8}
+    measured = {"quality": {"token_agreement": agreement, "num_scored": 9}}
+    check = found(measured, min_token_agreement=0.6)["min_token_agreement"]
+    assert (check["found"], check["passed"]) == (0.6, True)
+    assert "over 9 prompts" in check["why"]
+    assert not found(measured, min_token_agreement=0.61)["min_token_agreement"]["passed"]
+    unmeasured = found({}, min_token_agreement=0.6)["min_token_agreement"]
+    assert (unmeasured["found"], unmeasured["passed"]) == (None, False)
+    assert "give --quality-prompts" in unmeasured["why"]
+
+
+GUARD = """
+min_speedup = {tpot_p50 = 1.2, throughput = 1.1}
+max_slowdown = {ttft_p99 = 1.1}
+max_error_rate = 0.01
+min_token_agreement = 0.5
+allow_void = false
+"""
+
+
+def test_a_file_is_read_and_goes_through_json(tmp_path: Path) -> None:
+    path = tmp_path / "guard.toml"
+    path.write_text(GUARD)
+    guard = Guard.read(path)
+    assert guard.min_speedup == {"tpot_p50": 1.2, "throughput": 1.1}
+    assert (guard.max_error_rate, guard.min_token_agreement, guard.allow_void) == (0.01, 0.5, False)
+    assert Guard.of(guard.about()) == guard
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("min_sped = 1", "unknown key 'min_sped'; known are min_speedup, max_slowdown"),
+        ("min_speedup = {tpot = 1.2}", "min_speedup has unknown key 'tpot'; known are ttft_p50"),
+        ("min_speedup = 1.2", "min_speedup is 1.2; write for instance"),
+        ("max_slowdown = {ttft_p99 = 0}", "max_slowdown.ttft_p99 is 0; give a number above 0"),
+        ("max_slowdown = {ttft_p99 = true}", "is True; give a number above 0"),
+        ("max_error_rate = 1.5", "max_error_rate is 1.5; give a number from 0 to 1"),
+        ("min_token_agreement = 'a'", "min_token_agreement is 'a'; give a number from 0 to 1"),
+        ("allow_void = 1", "allow_void is 1; give true or false"),
+        ("min_speedup =", "Invalid value"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "guard.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"guard {path}: .*{message}"):
+        Guard.read(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        Guard.read(tmp_path / "absent")

@@ -1,0 +1,150 @@
+"""`report` and `compare` on directories, and what `run` refuses to be judged by."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtest.__main__ import app
+from loadtest.mock_server import MockVariant
+from loadtest.record import Recorded
+from loadtest.report.commands import terms_of
+from loadtest.report.result import result_of, write_out
+from tests.loadtest.conftest import Serve
+from tests.loadtest.recordings import simulated, two_pairs
+
+
+def cast_loadtest(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def last_line(done: Any) -> dict[str, Any]:
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The directory of a run that is 1.5 times as fast."""
+    run = simulated(1, speedup=1.5, num_block_pairs=8)
+    write_out(tmp_path / "out", run, result_of(run))
+    return tmp_path / "out"
+
+
+def test_report_makes_everything_anew(out: Path) -> None:
+    names = ("result.json", "report.html", "report.md")
+    before = {name: (out / name).read_text() for name in names}
+    for name in (*names, "report.png"):
+        (out / name).unlink()
+    done = cast_loadtest("report", out)
+    assert done.exit_code == 0, done.output
+    assert {name: (out / name).read_text() for name in names} == before
+    assert (out / "report.png").exists()
+    assert last_line(done) == json.loads(before["result.json"])
+
+
+def test_report_judges_by_another_guard(out: Path, tmp_path: Path) -> None:
+    guard = tmp_path / "guard.toml"
+    guard.write_text("min_speedup = {tpot_p50 = 1.6}")
+    done = cast_loadtest("report", out, "--guard", guard)
+    assert done.exit_code == 1
+    assert "min_speedup.tpot_p50: " in done.stderr
+    assert "its lower end must reach 1.6" in done.stderr
+    assert not last_line(done)["passed"]
+    # It stays the run's own, so that result.json still follows from run.json.
+    assert Recorded.read(out).about["guard"]["min_speedup"] == {"tpot_p50": 1.6}
+    assert cast_loadtest("report", out).exit_code == 1
+    guard.write_text("min_speedup = {tpot_p50 = 1.4}")
+    assert cast_loadtest("report", out, "--guard", guard).exit_code == 0
+
+
+def test_report_of_a_sweep(out: Path, tmp_path: Path) -> None:
+    done = cast_loadtest("report", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert list(last_line(done)["runs"]) == ["out"]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_compare_fails_on_regression_only_if_told(out: Path, tmp_path: Path) -> None:
+    slower = simulated(2, speedup=1.1, num_block_pairs=8)
+    write_out(tmp_path / "new", slower, result_of(slower))
+    done = cast_loadtest("compare", out, tmp_path / "new")
+    assert done.exit_code == 0, done.output
+    assert last_line(done)["changes"]["tpot_p50"]["verdict"] == "worse"
+    done = cast_loadtest("compare", out, tmp_path / "new", "--fail-on-regression")
+    assert done.exit_code == 1
+    assert "tpot_p50" in done.stderr
+    assert cast_loadtest("compare", tmp_path / "new", out, "--fail-on-regression").exit_code == 0
+
+
+@pytest.mark.parametrize("command", [("report",), ("compare", "."), ("compare", "--", ".")])
+def test_no_run_exits_2(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = cast_loadtest(*command, tmp_path)
+    assert done.exit_code == 2
+    assert "run.json cannot be read" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+SMALL = ("--num-prompts", 2, "--blocks", 2, "--output-tokens", 4, "--prompt-tokens", 8)
+
+
+def test_run_is_judged_by_its_guard(serve: Serve, tmp_path: Path) -> None:
+    url, server = serve(dense=MockVariant(0.03, 0.01), sparse=MockVariant(0.01, 0.002))
+    each = {"token_agreement": 0.75, "kl_nats_per_token": 0.1, "num_tokens": 4}
+    agreement = {"agreement": {"baseline": "dense", "sparse": each}}
+    server.add_api_route("/v1/compare", lambda: agreement, methods=["POST"])
+    guard = tmp_path / "guard.toml"
+    guard.write_text("min_speedup = {tpot_p50 = 1.5}\nmin_token_agreement = 0.8\nallow_void = true")
+    flags = ("run", "--url", url, *SMALL, "--slo-tpot-ms", 5, "--guard", guard, "--same-model")
+    done = cast_loadtest(*flags, "--quality-prompts", 2, "--out", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    found = last_line(done)
+    checks = {check["name"]: check["passed"] for check in found["verdict"]["checks"]}
+    assert checks["min_speedup.tpot_p50"]
+    assert not checks["min_token_agreement"]
+    assert "min_token_agreement: 0.750 (0.750 to 0.750) over 2 prompts" in done.stderr
+    assert found["goodput"]["dense"]["share"] == 0
+    assert found["quality"]["num_tokens"] == 8
+    recorded = Recorded.read(tmp_path / "out")
+    assert recorded.about["is_aa"]
+    assert recorded.about["command"].startswith(f"cast-loadtest run --url {url} ")
+    assert result_of(recorded) == found
+
+
+def test_quality_needs_the_gateway_and_comes_before_the_load(serve: Serve) -> None:
+    url, server = serve(dense=MockVariant(0.0, 0.0), sparse=MockVariant(0.0, 0.0))
+    done = cast_loadtest("run", "--url", url, *SMALL, "--quality-prompts", 1)
+    assert done.exit_code == 2
+    assert "/v1/compare gave 404" in done.stderr
+    assert server.state.requests == []
+
+
+def test_terms(tmp_path: Path) -> None:
+    assert terms_of(None, None, 50.0, 0, is_aa=True) == {
+        "guard": {
+            "min_speedup": {},
+            "max_slowdown": {},
+            "max_error_rate": 0.0,
+            "min_token_agreement": None,
+            "max_accuracy_loss": None,
+            "allow_void": False,
+        },
+        "slo": {"ttft_s": None, "tpot_s": 0.05},
+        "is_aa": True,
+    }
+    assert terms_of(None, None, None, 0, is_aa=False)["slo"] is None
+    guard = tmp_path / "guard.toml"
+    guard.write_text("min_token_agreement = 0.5")
+    assert terms_of(guard, None, None, 4, is_aa=False)["guard"]["min_token_agreement"] == 0.5
+    with pytest.raises(ValueError, match="nothing measures it; give --quality-prompts"):
+        terms_of(guard, None, None, 0, is_aa=False)
+    with pytest.raises(ValueError, match="--slo-ttft-ms 0 is too small"):
+        terms_of(None, 0.0, None, 0, is_aa=False)
+    with pytest.raises(ValueError, match="--quality-prompts -1 is too small"):
+        terms_of(None, None, None, -1, is_aa=False)
+
+
+def test_warnings_are_printed(tmp_path: Path) -> None:
+    write_out(tmp_path / "out", two_pairs(), result_of(two_pairs()))
+    assert "warning: 2 block pairs are too few" in cast_loadtest("report", tmp_path / "out").stdout

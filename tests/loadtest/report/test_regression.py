@@ -1,0 +1,66 @@
+"""Changes between two runs."""
+
+import pytest
+from rich.console import Console
+
+from loadtest.report.regression import TABLE_WIDTH, compare, table_of
+from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+
+
+def test_a_slower_candidate_is_worse_and_a_faster_one_better() -> None:
+    fast, slow = simulated(1, speedup=1.5), simulated(2, speedup=1.2)
+    worse = compare(fast, slow)["changes"]["tpot_p50"]
+    assert worse["verdict"] == "worse"
+    assert worse["new"]["high"] < worse["old"]["low"]
+    assert worse["change"]["ratio"] == pytest.approx(
+        worse["new"]["ratio"] / worse["old"]["ratio"], rel=1e-12
+    )
+    assert worse["change"]["low"] < 1.2 / 1.5 < worse["change"]["high"] < 1
+    assert compare(slow, fast)["changes"]["tpot_p50"]["verdict"] == "better"
+    assert compare(slow, fast)["num_worse"] == 0
+
+
+def test_two_runs_of_the_same_are_the_same() -> None:
+    found = compare(simulated(1), simulated(2))
+    assert found["num_worse"] == 0
+    changes = found["changes"].values()
+    covering = sum(each["change"]["low"] <= 1 <= each["change"]["high"] for each in changes)
+    assert covering >= len(changes) - 1
+
+
+def test_a_run_against_itself_still_has_an_interval() -> None:
+    change = compare(simulated(1), simulated(1))["changes"]["tpot_p50"]["change"]
+    assert change["ratio"] == 1
+    assert change["low"] < 0.999 < 1.001 < change["high"]
+
+
+def test_what_failures_hide_is_not_judged() -> None:
+    lost = [
+        request(n, 0, v, 0.1 if v == "sparse" else None) for n, v in enumerate(("dense", "sparse"))
+    ]
+    found = compare(two_pairs(), recorded(lost))
+    assert found["changes"]["ttft_p50"]["verdict"] is None
+    assert found["changes"]["ttft_p50"]["change"] == {"ratio": None, "low": None, "high": None}
+
+
+def test_other_settings_are_named_but_for_what_is_drawn_anew() -> None:
+    new = two_pairs(
+        plan={"concurrency": 8},
+        schedule="poisson",
+        workload={"seed": 0, "prompt_words": 128, "run_number": 3},
+    )
+    assert compare(two_pairs(), new)["differences"] == [
+        *("concurrency: 1, then 8", "schedule: closed, then poisson"),
+    ]
+
+
+def test_table_and_warnings() -> None:
+    found = compare(simulated(1, speedup=1.5), two_pairs())
+    assert any(text.startswith("new: 2 block pairs are too few") for text in found["warnings"])
+    console = Console(width=TABLE_WIDTH)
+    with console.capture() as capture:
+        console.print(table_of(found))
+    text = capture.get()
+    assert "better" in text
+    assert "sparse, TTFT p50, ms" in text
+    assert "…" not in text

@@ -1,0 +1,196 @@
+"""Requests against the mock: when they leave, their time stamps, or the class of their error."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import pytest
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.middleware.base import RequestResponseEndpoint
+
+from loadtest.mock_server import MockVariant, create_app
+from loadtest.send.batch import Batch
+from loadtest.send.client import Client, Outcome, Sent, UnreachableError
+from loadtest.send.workload import Prompt
+from tests.loadtest.conftest import Serve, ServeApp
+
+QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
+
+
+def complete(
+    url: str,
+    variant: str,
+    timeout_s: float = 30.0,
+    prompt: Prompt = "one two three",
+    intended_send_s: float | None = None,
+) -> Outcome:
+    async def ask() -> Outcome:
+        async with Client(url, timeout_s=timeout_s) as client:
+            return await client.complete(variant, 3, prompt, 4, intended_send_s)
+
+    return asyncio.run(ask())
+
+
+def test_a_complete_response(serve: Serve) -> None:
+    url, app = serve(dense=MockVariant(ttft_s=0.08, itl_s=0.02))
+    outcome = complete(url, "dense")
+    assert outcome.error is None
+    assert (outcome.variant, outcome.prompt_index, outcome.prompt_tokens) == ("dense", 3, 3)
+    timing = outcome.timing
+    assert timing is not None
+    assert timing.output_tokens == 4
+    assert len(timing.token_events_s) == 4
+    # The mock never answers early, so these hold however slow the machine is.
+    assert timing.ttft_s is not None
+    assert timing.ttft_s >= 0.08
+    assert timing.e2e_s >= 0.08 + 3 * 0.02
+    assert app.state.requests == [("dense", "one two three")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "error"),
+    [
+        (MockVariant(0.0, 0.0, fail_every=1), "http_503"),
+        (MockVariant(0.0, 0.0, is_cut_off=True), "incomplete_stream"),
+        (MockVariant(0.0, 0.0, missing_tokens=4), "no_output"),
+    ],
+)
+def test_errors_are_classed(serve: Serve, variant: MockVariant, error: str) -> None:
+    url, _ = serve(dense=variant)
+    outcome = complete(url, "dense")
+    assert outcome.error == error
+    assert outcome.timing is None
+
+
+TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"),
+    [
+        (TOKEN + 'data: {"error": {"message": "engine died"}}\n\n', "stream_error"),
+        (TOKEN + "data: {\n\n", "malformed_chunk"),
+        (TOKEN + "data: []\n\n", "malformed_chunk"),
+        (
+            TOKEN + 'data: {"usage": {"completion_tokens": -1}}\n\ndata: [DONE]\n\n',
+            "malformed_chunk",
+        ),
+        (
+            TOKEN + 'data: {"usage": {"completion_tokens": "1"}}\n\ndata: [DONE]\n\n',
+            "malformed_chunk",
+        ),
+        (TOKEN, "incomplete_stream"),
+        (TOKEN + "data: [DONE]\n\n", "no_usage"),
+    ],
+)
+def test_broken_streams_are_classed(serve_app: ServeApp, stream: str, error: str) -> None:
+    app = FastAPI()
+    app.add_api_route("/v1/completions", lambda: PlainTextResponse(stream), methods=["POST"])
+    assert complete(serve_app(app), "dense").error == error
+
+
+def test_unknown_variant_is_an_http_error(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK)
+    assert complete(url, "absent").error == "http_404"
+
+
+def test_a_whole_request_that_takes_too_long_is_a_timeout(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(ttft_s=0.0, itl_s=0.2))
+    assert complete(url, "dense", timeout_s=0.3).error == "timeout"
+
+
+def test_refused_connection_is_named() -> None:
+    assert complete("http://127.0.0.1:1", "dense").error == "connect_error"
+
+
+def test_a_chat_goes_to_the_chat_route(serve: Serve) -> None:
+    url, app = serve(dense=MockVariant(0.0, 0.0))
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    outcome = complete(url, "dense", prompt=chat)
+    assert outcome.timing is not None
+    assert outcome.timing.output_tokens == 4
+    assert app.state.requests == [("dense", "be kind\nhi")]
+
+
+def test_times_of_a_request_run_forward_also_when_it_fails(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.0, 0.0), sparse=MockVariant(0.0, 0.0, fail_every=1))
+    for variant in ("dense", "sparse"):
+        outcome = complete(url, variant, intended_send_s=time.perf_counter() - 1.0)
+        assert outcome.sent_s - outcome.intended_send_s >= 1.0
+        assert outcome.ended_s > outcome.sent_s
+        if outcome.timing:
+            assert outcome.timing.intended_send_s == outcome.intended_send_s
+            assert outcome.timing.last_s <= outcome.ended_s
+
+
+CLOSED = Batch("dense", tuple((n, f"prompt {n}") for n in range(6)), 3, concurrency=2)
+
+
+def send(url: str, batch: Batch) -> Sent:
+    async def measure() -> Sent:
+        async with Client(url, timeout_s=30.0) as client:
+            return await client.send(batch)
+
+    return asyncio.run(measure())
+
+
+def most_in_flight(sent: Sent) -> int:
+    begun = [outcome.sent_s for outcome in sent.outcomes]
+    return max(sum(o.sent_s <= moment < o.ended_s for o in sent.outcomes) for moment in begun)
+
+
+def test_a_closed_loop_sends_when_a_place_is_free(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.02, 0.01))
+    sent = send(url, CLOSED)
+    assert [outcome.prompt_index for outcome in sent.outcomes] == list(range(6))
+    assert most_in_flight(sent) == 2
+    freed = {sent.started_s} | {outcome.ended_s for outcome in sent.outcomes}
+    assert all(outcome.intended_send_s in freed for outcome in sent.outcomes)
+
+
+def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve_app: ServeApp) -> None:
+    """The server answers none before all six are there."""
+    app = FastAPI()
+    num_arrived = 0
+
+    @app.post("/v1/completions")
+    async def complete() -> Response:
+        nonlocal num_arrived
+        num_arrived += 1
+        while num_arrived < 6:
+            await asyncio.sleep(0.01)
+        usage = 'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
+        return PlainTextResponse(TOKEN + usage + "data: [DONE]\n\n")
+
+    due_s = (0.0, 0.0, 0.01, 0.02, 0.03, 0.1)
+    sent = send(serve_app(app), replace(CLOSED, due_s=due_s))
+    assert [outcome.error for outcome in sent.outcomes] == [None] * 6
+    assert [o.intended_send_s - sent.started_s for o in sent.outcomes] == pytest.approx(due_s)
+    assert all(outcome.sent_s >= outcome.intended_send_s for outcome in sent.outcomes)
+    assert most_in_flight(sent) == 6
+
+
+def test_connections_are_used_again(serve_app: ServeApp) -> None:
+    app = create_app({"dense": MockVariant(0.0, 0.0)})
+    peers: set[object] = set()
+
+    @app.middleware("http")
+    async def note(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        peers.add(request.client)
+        return await call_next(request)
+
+    send(serve_app(app), CLOSED)
+    assert len(peers) == 2
+
+
+def test_variants_are_listed(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=QUICK)
+
+    async def ask(url: str) -> list[str]:
+        async with Client(url, timeout_s=5.0) as client:
+            return await client.variants()
+
+    assert asyncio.run(ask(url + "/")) == ["dense", "sparse"]
+    with pytest.raises(UnreachableError, match="404 Not Found.*correct --url"):
+        asyncio.run(ask(url + "/v1"))

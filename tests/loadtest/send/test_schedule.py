@@ -1,0 +1,117 @@
+"""Timetables by hand, and what is refused."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.send.schedule import Schedule, read_trace
+
+
+def test_closed_has_no_timetable() -> None:
+    assert Schedule().times_s(4, 0) is None
+
+
+def test_constant_by_hand() -> None:
+    assert Schedule("constant", 4.0).times_s(4, 0) == (0.0, 0.25, 0.5, 0.75)
+
+
+def test_burst_by_hand() -> None:
+    # Three at once, every 3 / 2 s.
+    times_s = Schedule("burst", 2.0, burst=3).times_s(7, 0)
+    assert times_s == (0.0, 0.0, 0.0, 1.5, 1.5, 1.5, 3.0)
+
+
+def test_ramp_by_hand() -> None:
+    # From 1/s to 3/s the mean is 2/s, so 16 take 8 s, and t + t^2 / 8 have left by t.
+    times_s = Schedule("ramp", 1.0, 3.0).times_s(16, 0)
+    assert times_s is not None
+    assert [t + t**2 / 8 for t in times_s] == pytest.approx(range(16))
+    falling = Schedule("ramp", 3.0, 1.0).times_s(16, 0)
+    assert falling is not None
+    assert [3 * t - t**2 / 8 for t in falling] == pytest.approx(range(16))
+    assert Schedule("ramp", 2.0, 2.0).times_s(3, 0) == pytest.approx((0.0, 0.5, 1.0))
+
+
+def test_poisson_is_seeded_and_has_exponential_gaps() -> None:
+    schedule = Schedule("poisson", 5.0, seed=3)
+    times_s = schedule.times_s(4000, 0)
+    assert times_s == Schedule("poisson", 5.0, seed=3).times_s(4000, 0)
+    assert times_s != schedule.times_s(4000, 1)
+    assert times_s != Schedule("poisson", 5.0, seed=4).times_s(4000, 0)
+    assert times_s is not None
+    gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
+    assert min(gaps_s) >= 0
+    assert statistics.mean(gaps_s) == pytest.approx(0.2, rel=0.05)
+    assert statistics.stdev(gaps_s) == pytest.approx(0.2, rel=0.1)  # as its mean
+    assert statistics.median(gaps_s) == pytest.approx(0.2 * 0.6931, rel=0.1)
+
+
+def test_trace_gives_its_times() -> None:
+    assert Schedule("trace", trace_s=(0.0, 0.5, 0.5, 2.0)).times_s(3, 1) == (0.0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mean"),
+    [
+        (Schedule(), None),
+        (Schedule("constant", 4.0), 4.0),
+        (Schedule("ramp", 1.0, 3.0), 2.0),
+        (Schedule("trace", trace_s=(0.0,)), None),
+    ],
+)
+def test_mean_rate(schedule: Schedule, mean: float | None) -> None:
+    assert schedule.mean_rate_per_s == mean
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "random"}, "--schedule random is unknown; give one of closed, constant, poisson"),
+        ({"kind": "poisson"}, "--schedule poisson needs --rate"),
+        ({"rate_per_s": 1.0}, "--rate is for --schedule constant and poisson and burst and ramp"),
+        (
+            {"kind": "constant", "rate_per_s": 0.0},
+            "--rate 0.0 is out of range; give a number above",
+        ),
+        ({"kind": "constant", "rate_per_s": float("inf")}, "--rate inf is out of range"),
+        ({"kind": "constant", "rate_per_s": float("nan")}, "--rate nan is out of range"),
+        ({"kind": "ramp", "rate_per_s": 1.0}, "--schedule ramp needs --rate-to"),
+        ({"kind": "burst", "rate_per_s": 1.0}, "--schedule burst needs --burst"),
+        ({"kind": "burst", "rate_per_s": 1.0, "burst": 0}, "--burst 0 is out of range"),
+        ({"kind": "trace"}, "--schedule trace needs --trace"),
+        ({"kind": "constant", "rate_per_s": 1.0, "trace_s": (0.0,)}, "--trace is for --schedule"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**fields)
+
+
+def test_a_trace_file(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("0\n0.5\n 0.5\n2e1\n")
+    assert read_trace(tmp_path / "trace") == (0.0, 0.5, 0.5, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("0\n-1\n", "line 2: '-1' is no number of seconds"),
+        ("1\n0.5\n", "line 2: '0.5' is no number of seconds, .* not before the line above"),
+        ("a\n", "line 1: 'a'"),
+        ("nan\n", "line 1: 'nan'"),
+        ("inf\n", "line 1: 'inf'"),
+        ("0\n\n1\n", "line 2: ''"),
+    ],
+)
+def test_bad_trace_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "trace").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_trace(tmp_path / "trace")
+
+
+def test_missing_trace_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent cannot be read"):
+        read_trace(tmp_path / "absent")

@@ -1,0 +1,97 @@
+"""A record on disk says what the one in memory says, and broken ones are refused by line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loadtest.record import Recorded
+from tests.loadtest.recordings import about, recorded, request, two_pairs
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    run = two_pairs()
+    failed = request(0, 0, "dense", None, sent_s=1.0)
+    run = recorded([request(None, None, "dense", 1.0), failed, *run.requests])
+    run.write(tmp_path)
+    assert Recorded.read(tmp_path) == run
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert lines[1] == {
+        "block": 0,
+        "block_pair": 0,
+        "variant": "dense",
+        "prompt_index": 0,
+        "error": "http_503",
+        "prompt_tokens": None,
+        "output_tokens": None,
+        "intended_send_s": 1.0,
+        "sent_s": 1.0,
+        "token_events_s": [],
+        "last_s": None,
+        "ended_s": 2.0,
+    }
+
+
+def test_blocks_and_pairs_by_hand() -> None:
+    failed = request(0, 0, "dense", None, sent_s=11.0)  # ends at 12, after the last answer
+    run = recorded([request(None, None, "dense", 1.0), failed, *two_pairs().requests])
+    assert [(block.variant, block.block_pair) for block in run.blocks] == [
+        *(("dense", 0), ("sparse", 0), ("sparse", 1), ("dense", 1)),
+    ]
+    assert [(a.variant, b.variant, a.block_pair) for a, b in run.pairs] == [
+        *(("dense", "sparse", 0), ("dense", "sparse", 1)),
+    ]
+    assert len(run.warmup) == 1
+    first = run.blocks[0]
+    assert (first.started_s, first.wall_s, first.output_tokens) == (0.0, 12.0, 9)
+    assert (run.blocks[1].started_s, run.blocks[1].wall_s) == (100.0, 3.5)
+
+
+def test_a_failed_request_has_no_timing() -> None:
+    assert request(0, 0, "dense", None).timing is None
+    answered = request(0, 0, "dense", 2.0, 0.5, sent_s=1.0).timing
+    assert answered is not None
+    assert (answered.ttft_s, answered.tpot_s, answered.e2e_s) == (2.0, 0.5, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 13: Expecting property name"),
+        ("{}", "line 13: 'token_events_s' is missing"),
+        ('{"token_events_s": [], "colour": 1}', "line 13: .*unexpected keyword argument 'colour'"),
+        (None, "line 13: a request has either an error or a last_s"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path: Path, line: str | None, message: str) -> None:
+    run = two_pairs()
+    run.write(tmp_path)
+    if line is None:
+        line = json.dumps(replace(run.requests[0], error="timeout").__dict__)
+    with (tmp_path / "requests.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        Recorded.read(tmp_path)
+
+
+def test_other_directories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.json cannot be read.*`cast-loadtest run --out`"):
+        Recorded.read(tmp_path)
+    recorded([], format_version=2).write(tmp_path)
+    with pytest.raises(ValueError, match="format_version 2, but only 1 is known"):
+        Recorded.read(tmp_path)
+    recorded([]).write(tmp_path)
+    with pytest.raises(ValueError, match="it holds no requests"):
+        Recorded.read(tmp_path)
+    recorded([request(0, 0, "other", 1.0)]).write(tmp_path)
+    with pytest.raises(ValueError, match="variant 'other' is none of dense, sparse"):
+        Recorded.read(tmp_path)
+    recorded([request(0, 0, "dense", 1.0)]).write(tmp_path)
+    with pytest.raises(ValueError, match="block pair 0 has one block only"):
+        Recorded.read(tmp_path)
+    no_plan = about()
+    del no_plan["plan"]
+    (tmp_path / "run.json").write_text(json.dumps(no_plan))
+    with pytest.raises(ValueError, match="'plan' is missing"):
+        Recorded.read(tmp_path)
