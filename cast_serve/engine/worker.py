@@ -35,18 +35,18 @@ class SparseReport:
     """Mixed into vLLM's worker, so that the server can ask each rank what it loaded."""
 
     def cast_report(self) -> dict[str, Any]:
-        """`sparse24.report` of this rank's part of the model, with its place among the ranks."""
+        """`report` of this rank's part of the model, with its place among the ranks."""
         from vllm.distributed.parallel_state import (
             get_pipeline_model_parallel_rank,
             get_tensor_model_parallel_rank,
         )
 
-        from cast_serve.engine import sparse24
+        from cast_serve.engine.report import report
 
         return {
             "pipeline_rank": get_pipeline_model_parallel_rank(),
             "tensor_rank": get_tensor_model_parallel_rank(),
-            **sparse24.report(self.model_runner.model),  # type: ignore[attr-defined]
+            **report(self.model_runner.model),  # type: ignore[attr-defined]
         }
 
     def cast_make_stage_input(self) -> None:

@@ -28,7 +28,8 @@ from starlette.requests import ClientDisconnect
 from cast_serve.gateway.admission import Admission, NoPlacesError
 from cast_serve.gateway.api import limits, schemas
 from cast_serve.gateway.api.errors import APIError, unavailable
-from cast_serve.gateway.compare import shadow
+from cast_serve.gateway.compare import side_by_side
+from cast_serve.gateway.compare.agreement import COMPLETIONS
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.exchange import (
@@ -167,7 +168,7 @@ class Proxy:
         until_s = deadline_s(request, self.settings.request_timeout_s)
 
         async def complete(
-            name: str, body: dict[str, Any], route: str = shadow.COMPLETIONS
+            name: str, body: dict[str, Any], route: str = COMPLETIONS
         ) -> tuple[dict[str, Any], RequestTiming]:
             variant = self.variants[name]
             if not variant.is_up:
@@ -182,7 +183,7 @@ class Proxy:
             baseline = self.comparison.baseline
             names = sorted(self.variants, key=lambda name: name != baseline)
             body = checked.model_dump(exclude_none=True)
-            found = JSONResponse(await shadow.compare(body, names, complete))
+            found = JSONResponse(await side_by_side.compare(body, names, complete))
             outcome.end(200)
             return found
 
@@ -316,7 +317,7 @@ class Proxy:
             yield
 
     async def _repeat(
-        self, name: str, body: dict[str, Any], route: str = shadow.COMPLETIONS
+        self, name: str, body: dict[str, Any], route: str = COMPLETIONS
     ) -> tuple[dict[str, Any], RequestTiming]:
         """A request of the shadow's, outside the queue: its own budget bounds it."""
         until_s = asyncio.get_running_loop().time() + self.settings.request_timeout_s

@@ -12,12 +12,12 @@ comes without one.
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cast_serve.gateway.compare.agreement import Agreement
 from cast_serve.latency import RequestTiming
 
 METRICS = ("ttft", "itl", "tpot", "e2e")
@@ -29,25 +29,6 @@ NUM_RESAMPLES = 200
 SEED = 0
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What one prompt, given to both variants, says about them.
-
-    Attributes:
-        num_tokens: positions of the answer that both judged; 0 if only latency is known.
-        num_agreeing: those where both find the same token likeliest.
-        kl_nats: KL(baseline || candidate), a lower bound, summed over the tokens.
-        ttft_ratio: baseline over candidate; None if an answer was not streamed.
-        e2e_ratio: likewise; None unless both answers have as many tokens.
-    """
-
-    num_tokens: int
-    num_agreeing: int
-    kl_nats: float
-    ttft_ratio: float | None
-    e2e_ratio: float | None
 
 
 class Comparison:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cast_serve.gateway.compare.live import Agreement, Comparison
+from cast_serve.gateway.compare.agreement import Agreement
+from cast_serve.gateway.compare.live import Comparison
 from cast_serve.latency import RequestTiming
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from cast_serve.gateway.compare.agreement import Agreement, agreement_of
 from cast_serve.gateway.compare.live import Comparison
-from cast_serve.gateway.compare.shadow import Agreement, Shadow, agreement_of, compare
+from cast_serve.gateway.compare.shadow import Shadow
+from cast_serve.gateway.compare.side_by_side import compare
 from cast_serve.latency import RequestTiming
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

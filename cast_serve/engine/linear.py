@@ -1,0 +1,110 @@
+"""One compressed linear of a checkpoint -> a vLLM linear that runs ``cast::linear24``.
+
+It creates the tensors that are on disk, so that vLLM's own loaders merge qkv and gate_up and narrow
+for tensor parallelism, packs them into the kernel's layout after loading, and drops them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from cast_serve import kernels
+from cast_serve.kernels.gpu import dispatch
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """One linear (merged ones count as one) whose weight is packed 2:4."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Creates what is on disk: ``compressed``, ``bitmask`` and ``shape``.
+
+        Raises:
+            ValueError: if in_features cannot be cut into whole groups and bitmask bytes.
+        """
+        is_sharded = input_size_per_partition != input_size
+        unit = 8 if is_sharded else 4
+        if input_size_per_partition % unit:
+            raise ValueError(
+                f"{self.prefix}: in_features {input_size} over "
+                f"{input_size // input_size_per_partition} tensor-parallel ranks leaves "
+                f"{input_size_per_partition} per rank, no multiple of {unit}; use fewer ranks"
+            )
+        rows = sum(output_partition_sizes)
+
+        def on_disk(columns: int, dtype: torch.dtype) -> ModelWeightParameter:
+            return ModelWeightParameter(
+                data=torch.zeros(rows, columns, dtype=dtype),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=extra_weight_attrs["weight_loader"],
+            )
+
+        half = input_size_per_partition // 2
+        layer.register_parameter("compressed", on_disk(half, params_dtype))
+        layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
+        shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
+        shape.weight_loader = _shape_checker(self.prefix, input_size)
+        layer.register_parameter("shape", shape)
+        layer.cast_out_features = rows
+        layer.cast_in_features = input_size_per_partition
+        layer.cast_num_linears = len(output_partition_sizes)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Packs into the kernel's layout and drops what was loaded.
+
+        Raises:
+            PatternError: if a group of the bitmask has not exactly two bits (a tensor that was
+                not in the checkpoint has none).
+        """
+        kernels.load()
+        try:
+            packed = kernels.pack(layer.compressed.data, layer.bitmask.data)
+        except ValueError as error:
+            raise type(error)(f"{self.prefix}: {error}") from None
+        for name in ("compressed", "bitmask", "shape"):
+            delattr(layer, name)
+        layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        form = dispatch.wanted_form() if packed.is_cuda else "packed"
+        second = dispatch.second_form(
+            *(packed, layer.cast_out_features, layer.cast_in_features, layer.params_dtype, form)
+        )
+        layer.cast_form = form if second else "packed"
+        layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        arguments = (x, layer.packed, layer.cast_out_features, bias)
+        if layer.cast_form == "packed":
+            return torch.ops.cast.linear24(*arguments)
+        return torch.ops.cast.linear24_many(*arguments, [*layer.cast_second], layer.cast_form)
+
+
+def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:
+    def check(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+        found = loaded.flatten().tolist()
+        if len(found) != 2 or found[1] != in_features:
+            raise ValueError(
+                f"{prefix}: the checkpoint says shape {found}, but in_features is {in_features}"
+            )
+
+    return check

@@ -1,0 +1,57 @@
+"""A loaded vLLM model -> what it really runs: sparse and dense layers, their bytes, the kernel."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from cast_serve import kernels
+from cast_serve.engine.linear import Sparse24LinearMethod
+from cast_serve.kernels.gpu import dispatch
+
+
+def report(model: nn.Module) -> dict[str, Any]:
+    """What a loaded vLLM model really runs.
+
+    Returns:
+        num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
+        weight_bytes of all linears as held, dense_weight_bytes they would take, isa (the CPU
+        kernel, or the GPU's architecture and second form; None if no layer is sparse).
+    """
+    num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
+    runs_on = None
+    for module in model.modules():
+        if not isinstance(module, LinearBase):
+            continue
+        packed = getattr(module, "packed", None)
+        if isinstance(module.quant_method, Sparse24LinearMethod) and packed is not None:
+            num_sparse += module.cast_num_linears
+            weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
+            runs_on = _runs_on(packed, module.cast_form)
+            itemsize = module.params_dtype.itemsize
+            dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
+        else:
+            num_dense += len(getattr(module, "output_sizes", [0]))
+            num_bytes = _dense_bytes(module)
+            weight_bytes += num_bytes
+            dense_weight_bytes += num_bytes
+    return {
+        "num_sparse_layers": num_sparse,
+        "num_dense_layers": num_dense,
+        "weight_bytes": weight_bytes,
+        "dense_weight_bytes": dense_weight_bytes,
+        "isa": runs_on,
+    }
+
+
+def _runs_on(packed: Tensor, form: str) -> str:
+    if not packed.is_cuda:
+        return kernels.isa()
+    card = dispatch.properties(packed.device.index)
+    return f"sm_{card.major}{card.minor}" + ("" if form == "packed" else f" {form}")
+
+
+def _dense_bytes(module: LinearBase) -> int:
+    out_features = getattr(module, "output_size_per_partition", module.output_size)
+    in_features = getattr(module, "input_size_per_partition", module.input_size)
+    return int(out_features * in_features * module.params_dtype.itemsize)
