@@ -28,10 +28,10 @@ from cast_serve.sparsity.pattern import (
     Pattern,
     PatternError,
     check_weight,
-    find_targets,
     hard_mask,
     sha256,
 )
+from cast_serve.sparsity.targets import find_targets
 
 FORMAT_VERSION = 1
 CAST_JSON = "cast.json"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cast_serve.sparsity.pattern import Pattern, find_targets, hard_mask
+from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed

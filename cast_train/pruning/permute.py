@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cast_serve.sparsity.pattern import Pattern, PatternError, find_targets
+from cast_serve.sparsity.pattern import Pattern, PatternError
+from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.pruning import oneshot
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from cast_serve.sparsity.pattern import find_targets
+from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer

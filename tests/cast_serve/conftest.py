@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, find_targets, hard_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
+from cast_serve.sparsity.targets import find_targets
 
 Save = Callable[..., Path]
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from cast_serve.sparsity.pattern import (
     TWO_FOUR,
@@ -10,7 +9,6 @@ from cast_serve.sparsity.pattern import (
     PatternError,
     check_mask,
     check_weight,
-    find_targets,
     groups,
     hard_mask,
 )
@@ -65,35 +63,3 @@ def test_check_weight_names_the_first_bad_group() -> None:
 def test_check_mask_refuses_too_few() -> None:
     with pytest.raises(PatternError, match="keep exactly 2"):
         check_mask(torch.tensor([[True, False, False, False]]), TWO_FOUR, "mask")
-
-
-def model() -> nn.Module:
-    return nn.ModuleDict(
-        {
-            "embed": nn.Embedding(8, 8),
-            "q_proj": nn.Linear(8, 4),
-            "gate_proj": nn.Linear(8, 4),
-            "gate": nn.Linear(8, 2),
-            "odd": nn.Linear(6, 4),
-            "lm_head": nn.Linear(8, 8),
-        }
-    )
-
-
-def test_targets_are_the_linears_of_the_blocks() -> None:
-    targets, dense = find_targets(model(), TWO_FOUR)
-    assert list(targets) == ["q_proj", "gate_proj"]
-    assert dense == {
-        "gate": "not a target",
-        "odd": "in_features 6 is no multiple of 4",
-        "lm_head": "not a target",
-    }
-
-
-def test_targets_can_be_named() -> None:
-    assert list(find_targets(model(), TWO_FOUR, include=["lm_head"])[0]) == ["lm_head"]
-    assert list(find_targets(model(), TWO_FOUR, exclude=["^q_"])[0]) == ["gate_proj"]
-    with pytest.raises(PatternError, match="odd is named as a target"):
-        find_targets(model(), TWO_FOUR, include=["odd"])
-    with pytest.raises(PatternError, match="no linear of the model can be 2:4"):
-        find_targets(nn.Embedding(4, 4), TWO_FOUR)

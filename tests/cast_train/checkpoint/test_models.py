@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, find_targets, sha256
+from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, sha256
+from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.checkpoint.models import load_compressed, load_dense, load_gated, load_tokenizer
 from cast_train.gates import gating

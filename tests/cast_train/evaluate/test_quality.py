@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from cast_serve.sparsity.pattern import TWO_FOUR, find_targets
+from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.evaluate import quality
 from cast_train.gates import gating

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, check_weight, find_targets, hard_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, check_weight, hard_mask
+from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
 from cast_train.gates import gating
 from cast_train.gates.gating import sparsity_penalty

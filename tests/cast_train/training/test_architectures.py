@@ -14,7 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from cast_serve.sparsity.pattern import TWO_FOUR, check_weight, find_targets
+from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
+from cast_serve.sparsity.targets import find_targets
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
 from cast_train.pruning import oneshot

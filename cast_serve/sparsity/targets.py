@@ -1,0 +1,58 @@
+"""A model -> which of its linears become sparse, and why each other linear stays dense."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from cast_serve.sparsity.pattern import Pattern, PatternError
+
+# Attention and MLP projections are targets; embeddings, heads and routers stay dense.
+DENSE_MODULES = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|router|gate)$")
+
+
+def find_targets(
+    model: nn.Module, pattern: Pattern, include: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Which linears of a model become sparse: the one rule.
+
+    Every linear inside the transformer's blocks is a target; embeddings, heads, classifiers and
+    routers are not. A linear whose in_features is no multiple of M stays dense and is listed.
+
+    Args:
+        model: any torch model; ``nn.Linear`` and GPT-2's ``Conv1D`` count as linears.
+        include: regular expressions searched in the module's name; if given, only these are
+            targets.
+        exclude: regular expressions; what they match stays dense.
+
+    Returns:
+        targets by module name, and the reason by module name for each linear left dense.
+
+    Raises:
+        PatternError: if an included linear cannot have the pattern, or nothing is a target.
+    """
+    include, exclude = list(include), list(exclude)
+    targets: dict[str, nn.Module] = {}
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules():
+        is_conv1d = type(module).__name__ == "Conv1D"
+        if not (isinstance(module, nn.Linear) or is_conv1d):
+            continue
+        in_features = module.weight.shape[0 if is_conv1d else 1]
+        named = any(re.search(expression, name) for expression in include)
+        if any(re.search(expression, name) for expression in exclude):
+            dense[name] = "excluded"
+        elif (include and not named) or (not include and DENSE_MODULES.search(name)):
+            dense[name] = "not a target"
+        elif in_features % pattern.m:
+            reason = f"in_features {in_features} is no multiple of {pattern.m}"
+            if named:
+                raise PatternError(f"{name} is named as a target, but its {reason}")
+            dense[name] = reason
+        else:
+            targets[name] = module
+    if not targets:
+        raise PatternError(
+            f"no linear of the model can be {pattern}: {dense or 'it has no linears'}"
+        )
+    return targets, dense
