@@ -1,7 +1,10 @@
 """Dense model + text + TrainConfig -> a gated checkpoint: the life of a training run.
 
-Text -> blocks -> gates on the dense model -> steps (CastTrainer's loop, checkpoints in
-OUT.partial/) -> bf16 -> quality of the soft and the hard model -> gates off -> OUT, whole.
+read     text -> blocks; the inputs' identity -> is this run done, or can it go on?
+prepare  gates on the dense model, the teacher (prepare.py)
+fit      CastTrainer's steps, checkpoints in OUT.partial/
+measure  bf16 -> quality of the soft and the hard model
+write    gates off -> OUT, whole
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from cast_serve.sparsity.targets import find_targets
@@ -25,9 +28,8 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate import quality
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import phase_at
-from cast_train.pruning import oneshot
-from cast_train.text import TokenBlocks, read_texts, split_held_out, to_blocks, tokenize
-from cast_train.training import adams
+from cast_train.text import TokenBlocks
+from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
 from cast_train.training.trainer import CastTrainer, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
@@ -67,14 +69,7 @@ def train(
         DivergedError: if the loss is not finite.
     """
     tokenizer = load_tokenizer(model_dir)
-    blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
-    blocks, heldout = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
-    validation = heldout
-    if heldout_file is not None:
-        tokens = tokenize(
-            read_texts([heldout_file]), tokenizer, config.heldout_blocks * config.block_size
-        )
-        heldout = to_blocks(tokens, config.block_size)
+    blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     own = {
         "config": config.as_dict(),
         "source": identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir),
@@ -83,86 +78,88 @@ def train(
         return _finished(out, own)
     partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, own, is_resume, is_first=_rank() == 0)
-
-    model = load_dense(model_dir, torch.float32)
-    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
-    if config.is_sharded:
-        transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
-        sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
-    gate_map = _attach(model, targets, blocks, config)
-    start = {name: gate.mask().bool() for name, gate in gate_map.items()}
-    if not config.train_embeddings:
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if embedding is not None:
-                embedding.requires_grad_(False)
-    teacher = None
-    if config.distillation_weight:
-        teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
-
+    prepared = prepare(model_dir, teacher_dir, blocks, config)
     if _rank() == 0:
         resume.begin(partial, own)
+    trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
+    trained = _as_stored(trainer, prepared, model_dir, config)
+    record = _measure(trained, trainer, blocks, config)
+    tensors = gating.detach(trained.targets) if trained.gate_map else {}
+    if trainer.is_world_process_zero():
+        trained.model.to(torch.bfloat16)
+        record = models.write(out, trained.model, tokenizer, {**record, **own}, tensors)
+        shutil.rmtree(partial)
+    return record
+
+
+def _fit(
+    prepared: Prepared,
+    blocks: Blocks,
+    config: TrainConfig,
+    partial: Path,
+    resume_from: Path | None,
+    tensorboard_dir: Path | None,
+) -> CastTrainer:
+    """All steps, from the checkpoint `resume_from` if there is one."""
     trainer = CastTrainer(
         config=config,
-        gate_map=gate_map,
-        targets=targets,
-        teacher=teacher,
-        model=model,
+        gate_map=prepared.gate_map,
+        targets=prepared.targets,
+        teacher=prepared.teacher,
+        model=prepared.model,
         args=_arguments(partial, config),
-        train_dataset=TokenBlocks(blocks),
-        eval_dataset=TokenBlocks(validation),
+        train_dataset=TokenBlocks(blocks.train),
+        eval_dataset=TokenBlocks(blocks.validation),
     )
-    if teacher is not None:
-        teacher.to(trainer.args.device)
-    watch = Watch(trainer, heldout, start)
-    trainer.add_callback(watch)
+    if prepared.teacher is not None:
+        prepared.teacher.to(trainer.args.device)
+    trainer.watch = Watch(trainer, blocks.heldout, prepared.start)
+    trainer.add_callback(trainer.watch)
     if tensorboard_dir is not None:
         trainer.add_callback(_tensorboard(tensorboard_dir))
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return trainer
 
-    last = phase_at(config.steps, config)
+
+def _as_stored(
+    trainer: CastTrainer, prepared: Prepared, model_dir: Path, config: TrainConfig
+) -> Prepared:
+    """The trained model, whole and in the numbers that will be on disk."""
+    trained = prepared
     if config.is_sharded:
-        model, targets, gate_map = _gathered(trainer.model, gate_map, model_dir, config)
-    _round_as_stored(model, gate_map)
+        trained = _gathered(trainer.model, prepared, model_dir, config)
+    _round_as_stored(trained.model, trained.gate_map)
     if config.method == "adams":  # the others came to rest on their way
-        gating.come_to_rest(gate_map)
-    record = {
+        gating.come_to_rest(trained.gate_map)
+    return trained
+
+
+def _measure(
+    trained: Prepared, trainer: CastTrainer, blocks: Blocks, config: TrainConfig
+) -> dict[str, Any]:
+    """What cast.json says of the run, but for its inputs."""
+    last = phase_at(config.steps, config)
+    step_s = trainer.watch.step_s
+    return {
         "kind": "dense" if config.method == "dense" else "gated",
         "method": config.method,
         "n": config.pattern.n,
         "m": config.pattern.m,
-        "targets": list(targets),
+        "targets": list(trained.targets),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
         "steps": config.steps,
         "best_step": trainer.state.best_global_step,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
-        "step_s": statistics.median(watch.step_s) if watch.step_s else None,
+        "step_s": statistics.median(step_s) if step_s else None,
         "curve": [
             {"tokens": int(entry["tokens"]), "perplexity": entry["heldout_perplexity"]}
             for entry in trainer.state.log_history
             if "heldout_perplexity" in entry
         ],
-        "gates": dataclasses.asdict(gating.statistics(gate_map, last, start)),
-        "quality": _quality(model, gate_map, heldout, config, heldout_file),
-        **own,
+        "gates": dataclasses.asdict(gating.statistics(trained.gate_map, last, trained.start)),
+        "quality": _quality(trained, blocks, config),
     }
-    tensors = gating.detach(targets) if gate_map else {}
-    if trainer.is_world_process_zero():
-        model.to(torch.bfloat16)
-        record = models.write(out, model, tokenizer, record, tensors)
-        shutil.rmtree(partial)
-    return record
-
-
-def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
-    teacher = load_dense(directory, quality.arithmetic(config.precision)).requires_grad_(False)
-    if teacher.config.vocab_size != vocabulary:
-        raise ValueError(
-            f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
-            f"the model one of {vocabulary}; only a teacher with the model's own tokenizer can be "
-            "distilled from"
-        )
-    return teacher.eval()
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
@@ -191,69 +188,18 @@ def _finished(out: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _attach(
-    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
-) -> dict[str, gating.Gate]:
-    """Gates, and scales if asked for, on the targets."""
-    if config.method == "dense":
-        return {}
-    scores = None
-    if config.method == "adams":
-        scores = oneshot.magnitude_scores(targets)
-        reach, dropped = adams.check_reach(config, scores)
-        if reach < 3 * dropped:
-            logger.warning(
-                "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
-                "or a higher learning_rate would leave less to cut off at the end",
-                reach,
-                dropped,
-            )
-        if config.weight_decay:  # a study has one for all its ways, so it is no error
-            logger.warning(
-                "weight_decay %g is not applied: AdamS decays what the mask drops, by decay %g",
-                config.weight_decay,
-                config.decay,
-            )
-    elif config.first_order == "magnitude":
-        scores = oneshot.magnitude_scores(targets)
-    elif config.first_order == "wanda":
-        scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
-    elif config.first_order == "sparsegpt":
-        scores = oneshot.sparsegpt_scores(
-            model, targets, blocks[: config.calibration_blocks], config.pattern
-        )
-    return _with_gates(targets, scores, config)
-
-
-def _with_gates(
-    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: TrainConfig
-) -> dict[str, gating.Gate]:
-    gate_map = gating.attach(
-        targets,
-        config.pattern,
-        scores,
-        method=config.method,
-        selector=config.selector,
-        decay=config.decay,
-    )
-    if config.scale_parts:
-        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
-        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
-    return gate_map
-
-
 def _gathered(
-    sharded: nn.Module, gate_map: Mapping[str, gating.Gate], model_dir: Path, config: TrainConfig
-) -> tuple[Any, dict[str, nn.Module], dict[str, gating.Gate]]:
+    sharded: nn.Module, prepared: Prepared, model_dir: Path, config: TrainConfig
+) -> Prepared:
     """The trained model, whole again in every process, with its targets and gates."""
     state = sharding.whole_state(sharded)
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
-    whole = {} if config.method == "dense" else _with_gates(targets, None, config)
+    gate_map = {} if config.method == "dense" else with_gates(targets, None, config)
     model.load_state_dict(state)
-    for name, gate in whole.items():
-        gate.is_at_rest = gate_map[name].is_at_rest
-    return model, targets, whole
+    for name, gate in gate_map.items():
+        gate.is_at_rest = prepared.gate_map[name].is_at_rest
+    return dataclasses.replace(prepared, model=model, targets=targets, gate_map=gate_map)
 
 
 @torch.no_grad()
@@ -268,19 +214,14 @@ def _round_as_stored(model: nn.Module, gate_map: Mapping[str, gating.Gate]) -> N
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def _quality(
-    model: nn.Module,
-    gate_map: Mapping[str, gating.Gate],
-    heldout: Tensor,
-    config: TrainConfig,
-    heldout_file: Path | None,
-) -> dict[str, Any]:
+def _quality(trained: Prepared, blocks: Blocks, config: TrainConfig) -> dict[str, Any]:
     """Perplexity of the soft and the hard model."""
     last = phase_at(config.steps, config)
-    with quality.autocast(config.precision, next(model.parameters()).device.type):
-        soft, hard = quality.soft_and_hard(model, gate_map, last, heldout)
+    device = next(trained.model.parameters()).device
+    with quality.autocast(config.precision, device.type):
+        soft, hard = quality.soft_and_hard(trained.model, trained.gate_map, last, blocks.heldout)
     return {
-        "text": heldout_file.name if heldout_file else "held-out split of the training text",
+        "text": blocks.heldout_name,
         "perplexity_soft": soft.perplexity,
         "perplexity_hard": hard.perplexity,
         "num_tokens": hard.num_tokens,

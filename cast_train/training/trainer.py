@@ -38,7 +38,10 @@ class CastTrainer(Trainer):
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         teacher: the dense model that is distilled from, or None.
         figures: what the last pass's loss was made of; goes into the log beside ``loss``.
+        watch: times the steps; set by who adds it.
     """
+
+    watch: "Watch"
 
     def __init__(
         self,

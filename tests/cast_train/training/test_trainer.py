@@ -10,7 +10,7 @@ from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
-from cast_train.training import run
+from cast_train.training import prepare
 from cast_train.training.run import train
 from cast_train.training.trainer import CastTrainer, DivergedError
 
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         model.lm_head.weight.data.fill_(float("inf"))
         return model
 
-    monkeypatch.setattr(run, "load_dense", poisoned)
+    monkeypatch.setattr(prepare, "load_dense", poisoned)
     config = dataclasses.replace(config, start="ones")
     with pytest.raises(DivergedError, match="at step 0; lower learning_rate"):
         train(llama_dir, [text_file], tmp_path / "out", config)

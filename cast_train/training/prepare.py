@@ -1,0 +1,170 @@
+"""Dense model + text + TrainConfig -> all that a training run works on: blocks, gates, teacher."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cast_serve.sparsity.targets import find_targets
+from cast_train import sharding
+from cast_train.checkpoint.models import load_dense
+from cast_train.config import TrainConfig
+from cast_train.evaluate import quality
+from cast_train.gates import gating, scaling
+from cast_train.pruning import oneshot
+from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
+from cast_train.training import adams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A run's text, int64 [num_blocks, block_size] each.
+
+    Attributes:
+        train: trained on.
+        validation: kept out of the training text; `keep_best` chooses by it.
+        heldout: what quality is measured on: validation, or a text of its own.
+        heldout_name: what it is, in words.
+    """
+
+    train: Tensor
+    validation: Tensor
+    heldout: Tensor
+    heldout_name: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: fp32, its targets with gates.
+        targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
+        gate_map: their gates, by the same names; none with ``dense``.
+        start: the mask that each gate starts from, bool, in the weight's layout.
+        teacher: the dense model that is distilled from, or None.
+    """
+
+    model: Any
+    targets: Mapping[str, nn.Module]
+    gate_map: Mapping[str, gating.Gate]
+    start: Mapping[str, Tensor]
+    teacher: Any
+
+
+def read_blocks(
+    text_files: Sequence[Path], heldout_file: Path | None, tokenizer: Any, config: TrainConfig
+) -> Blocks:
+    """Reads and cuts the texts.
+
+    Raises:
+        ValueError: if a file cannot be read or a text is too short.
+    """
+    blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
+    train, validation = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
+    if heldout_file is None:
+        return Blocks(train, validation, validation, "held-out split of the training text")
+    num_tokens = config.heldout_blocks * config.block_size
+    tokens = tokenize(read_texts([heldout_file]), tokenizer, num_tokens)
+    return Blocks(train, validation, to_blocks(tokens, config.block_size), heldout_file.name)
+
+
+def prepare(
+    model_dir: Path, teacher_dir: Path | None, blocks: Blocks, config: TrainConfig
+) -> Prepared:
+    """Loads the model and its teacher, and puts gates on the targets.
+
+    Args:
+        model_dir: dense HF directory.
+        teacher_dir: another one to distil from; None: model_dir.
+        blocks: the gates' start may be measured on the first of them.
+        config: all settings.
+
+    Raises:
+        ValueError: for every wrong input.
+    """
+    model = load_dense(model_dir, torch.float32)
+    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    if config.is_sharded:
+        transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
+        sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
+    gate_map = _attach(model, targets, blocks.train, config)
+    start = {name: gate.mask().bool() for name, gate in gate_map.items()}
+    if not config.train_embeddings:
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if embedding is not None:
+                embedding.requires_grad_(False)
+    teacher = None
+    if config.distillation_weight:
+        teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
+    return Prepared(model, targets, gate_map, start, teacher)
+
+
+def with_gates(
+    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: TrainConfig
+) -> dict[str, gating.Gate]:
+    """Gates, and scales if asked for, on the targets; `scores` as for `gating.attach`."""
+    gate_map = gating.attach(
+        targets,
+        config.pattern,
+        scores,
+        method=config.method,
+        selector=config.selector,
+        decay=config.decay,
+    )
+    if config.scale_parts:
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+    return gate_map
+
+
+def _attach(
+    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
+) -> dict[str, gating.Gate]:
+    """Gates that start from the order that the settings ask for."""
+    if config.method == "dense":
+        return {}
+    scores = None
+    if config.method == "adams":
+        scores = oneshot.magnitude_scores(targets)
+        reach, dropped = adams.check_reach(config, scores)
+        if reach < 3 * dropped:
+            logger.warning(
+                "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
+                "or a higher learning_rate would leave less to cut off at the end",
+                reach,
+                dropped,
+            )
+        if config.weight_decay:  # a study has one for all its ways, so it is no error
+            logger.warning(
+                "weight_decay %g is not applied: AdamS decays what the mask drops, by decay %g",
+                config.weight_decay,
+                config.decay,
+            )
+    elif config.first_order == "magnitude":
+        scores = oneshot.magnitude_scores(targets)
+    elif config.first_order == "wanda":
+        scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+    elif config.first_order == "sparsegpt":
+        scores = oneshot.sparsegpt_scores(
+            model, targets, blocks[: config.calibration_blocks], config.pattern
+        )
+    return with_gates(targets, scores, config)
+
+
+def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
+    teacher = load_dense(directory, quality.arithmetic(config.precision)).requires_grad_(False)
+    if teacher.config.vocab_size != vocabulary:
+        raise ValueError(
+            f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
+            f"the model one of {vocabulary}; only a teacher with the model's own tokenizer can be "
+            "distilled from"
+        )
+    return teacher.eval()
