@@ -30,7 +30,7 @@ class MockVariant:
     Attributes:
         ttft_s: from the request's arrival, or from its turn, to the first token.
         itl_s: from each token to the next.
-        fail_every: every so-manyth request is answered 503; 0 = none.
+        fail_every: every n-th request is answered 503; 0 = none.
         missing_tokens: so many fewer tokens than asked for.
         is_cut_off: the stream ends without usage and `[DONE]`.
         noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal and new each

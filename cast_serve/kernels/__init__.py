@@ -1,8 +1,8 @@
 """2:4 kernels: a packed weight and activations -> the linear's output, on the device x lies on.
 
 `pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
-`linear24` multiplies; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one). cuda.py is
-the GPU's side.
+`linear24` multiplies; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).
+gpu/dispatch.py is the GPU's side.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A recorded run -> its result (one JSON object), a table for the terminal, and a directory.
 
-run.json, requests.jsonl   the record (recorded.py)
+run.json, requests.jsonl   the record (record.py)
 result.json                the result: all that follows from the record, the verdict included
 report.html, .md, .png     the same for people
 """

@@ -1,6 +1,6 @@
 """A checked body + the settings + the variant's limits -> nothing, or 400: what no type can say.
 
-`requests.parse` has checked each field for itself; here are the limits that the settings or the
+`schemas.parse` has checked each field for itself; here are the limits that the settings or the
 model set (choices, prompts, context, vocabulary), and fields against each other.
 """
 

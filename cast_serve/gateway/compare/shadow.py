@@ -51,7 +51,7 @@ class Shadow:
     Attributes:
         num_finished: repeated requests whose agreement was observed.
         num_dropped: chosen requests that were not repeated for want of room.
-        num_failed: those that were, but in vain.
+        num_failed: those that were, and failed.
     """
 
     def __init__(

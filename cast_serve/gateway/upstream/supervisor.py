@@ -1,4 +1,4 @@
-"""One replica -> whether requests may go to it, kept true to life; a local worker is restarted.
+"""One replica -> whether requests may go to it, followed all the time; a local worker is restarted.
 
 A server is judged by its /health and by its progress: answers that came or, where none did, a
 canary, a request for one token. It is up once it has answered its first canary, which may take
@@ -65,7 +65,7 @@ async def watch_replica(
     settings: WatchSettings,
     on_change: Callable[[Replica], None],
 ) -> None:
-    """Keeps ``is_up`` true to life, and a local worker running, until cancelled.
+    """Keeps ``is_up`` current, and a local worker running, until cancelled.
 
     Args:
         replica: if local, started.
@@ -94,15 +94,16 @@ async def watch_replica(
             if replica.model is not None and replica.process is None:
                 start_worker(replica)
                 replica.num_restarts += 1
-            fate = await _fate(replica, client, settings, tell)
+            failure = await _watch_until_failure(replica, client, settings, tell)
         except OSError as error:  # no memory for a process, no room for its log
-            fate = f"could not be started: {error}"
+            failure = f"could not be started: {error}"
         replica.is_up = False
         tell()
         if replica.model is None:
-            logger.warning("%s: %s; down until it answers a completion", replica, fate)
-            while not await _makes_progress(replica, client, settings):
-                await asyncio.sleep(CANARY_INTERVAL_S)
+            logger.warning("%s: %s; down until it answers a completion", replica, failure)
+            await _begin_again_on_error(
+                partial(_wait_for_progress, replica, client, settings), replica
+            )
             continue
         if replica.came_up_s is None:
             num_failed_starts += 1
@@ -114,26 +115,26 @@ async def watch_replica(
         if not has_been_up or num_failed_starts == MAX_FAILED_STARTS:
             times = f" ({num_failed_starts} starts in a row failed)" if has_been_up else ""
             lines = "\n".join(log_tail(replica, 30))
-            raise VariantError(f"variant {replica} {fate}{times}; its log says:\n{lines}")
+            raise VariantError(f"variant {replica} {failure}{times}; its log says:\n{lines}")
         lines = " | ".join(log_tail(replica, 3))
-        logger.warning("%s: %s; restart in %.3g s; its log: %s", replica, fate, backoff_s, lines)
+        logger.warning("%s: %s; restart in %.3g s; its log: %s", replica, failure, backoff_s, lines)
         if replica.process is not None:
             await kill_worker(replica)
         await asyncio.sleep(backoff_s)
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
-async def _fate(
+async def _watch_until_failure(
     replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
 ) -> str:
     """Watches until the replica's process ended or must be ended; returns why, in words."""
     watchers: list[Callable[[], Coroutine[Any, Any, str]]] = [
-        partial(_until_overdue, replica, client, settings, tell),
-        partial(_until_hung, replica, client, settings),
+        partial(_follow_health, replica, client, settings, tell),
+        partial(_follow_progress, replica, client, settings),
     ]
     if replica.process is not None:
-        watchers.append(partial(_until_ended, replica.process))
-    tasks = [asyncio.create_task(_whatever_happens(watcher, replica)) for watcher in watchers]
+        watchers.append(partial(_wait_for_exit, replica.process))
+    tasks = [asyncio.create_task(_begin_again_on_error(watcher, replica)) for watcher in watchers]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return done.pop().result()
@@ -143,7 +144,9 @@ async def _fate(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _whatever_happens(watch: Callable[[], Coroutine[Any, Any, str]], replica: Replica) -> str:
+async def _begin_again_on_error(
+    watch: Callable[[], Coroutine[Any, Any, str]], replica: Replica
+) -> str:
     """Begins a watch again that failed itself: a fault of ours is no reason to end a worker."""
     while True:
         try:
@@ -153,13 +156,13 @@ async def _whatever_happens(watch: Callable[[], Coroutine[Any, Any, str]], repli
         await asyncio.sleep(CANARY_INTERVAL_S)
 
 
-async def _until_ended(process: subprocess.Popen[bytes]) -> str:
+async def _wait_for_exit(process: subprocess.Popen[bytes]) -> str:
     while process.poll() is None:
         await asyncio.sleep(EXIT_POLL_S)
     return f"ended with {process.returncode}"
 
 
-async def _until_overdue(
+async def _follow_health(
     replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
 ) -> str:
     """Marks the replica up and down by its /health and, where that is not enough, a canary."""
@@ -176,7 +179,9 @@ async def _until_overdue(
             replica.limits = limits or Limits()
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
-            is_busy = canary is Canary.SILENT and replica.is_up  # or hangs: `_until_hung` tells
+            is_busy = (
+                canary is Canary.SILENT and replica.is_up
+            )  # or hangs: `_follow_progress` tells
             must_answer = not (canary is Canary.ANSWERED or is_busy)
             is_healthy = not must_answer
         now_s = time.monotonic()
@@ -216,7 +221,9 @@ async def _first_canary(
     return await probes.send_canary(client, replica.url, replica.variant, timeout_s)
 
 
-async def _until_hung(replica: Replica, client: httpx.AsyncClient, settings: WatchSettings) -> str:
+async def _follow_progress(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
+) -> str:
     num_received = replica.num_received
     wait_s = settings.interval_s
     while True:
@@ -237,6 +244,14 @@ async def _until_hung(replica: Replica, client: httpx.AsyncClient, settings: Wat
                 )
             wait_s = max(wait_s, begun_s + CANARY_INTERVAL_S - time.monotonic())
         num_received = replica.num_received
+
+
+async def _wait_for_progress(
+    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
+) -> str:
+    while not await _makes_progress(replica, client, settings):
+        await asyncio.sleep(CANARY_INTERVAL_S)
+    return "makes progress"
 
 
 async def _makes_progress(

@@ -139,7 +139,7 @@ async def watch(
     hang_timeout_s: float,
     on_change: Callable[[Replica], None],
 ) -> None:
-    """Keeps every replica's ``is_up`` true to life, and local workers running, until cancelled.
+    """Keeps every replica's ``is_up`` current, and local workers running, until cancelled.
 
     Args:
         variants: their local replicas started.
