@@ -18,8 +18,9 @@ import pytest
 
 from cast_serve.gateway.app import Gateway, create_app
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream import replica, supervisor, variants
+from cast_serve.gateway.upstream import supervisor, variants
 from cast_serve.gateway.upstream.probes import Limits
+from cast_serve.gateway.upstream.replica import start_worker, worker_command
 from cast_serve.gateway.upstream.variants import (
     Replica,
     Variant,
@@ -132,7 +133,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         port = replica.url.rpartition(":")[2]
         return [sys.executable, "-S", str(script), port, str(replica.model)]
 
-    monkeypatch.setattr(replica, "worker_command", command)
+    monkeypatch.setattr("cast_serve.gateway.upstream.replica.worker_command", command)
     monkeypatch.setattr(supervisor, "EXIT_POLL_S", 0.02)
     monkeypatch.setattr(supervisor, "CANARY_INTERVAL_S", 0.05)
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.05)
@@ -254,7 +255,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_the_worker_is_told_its_name_port_cores_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     replica = Replica("sparse", "http://127.0.0.1:81", Path("m"), (2, 3), ("--enforce-eager",))
-    words = " ".join(replica.worker_command(replica)[1:])
+    words = " ".join(worker_command(replica)[1:])
     assert words == (
         "-m cast_serve worker m --name sparse --port 81 --cores 2,3 -- --enforce-eager"
     )
@@ -569,7 +570,7 @@ async def test_a_restart_that_fails_for_want_of_memory_is_tried_again(
         if num_failures < 2:
             num_failures += 1
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        replica.start_worker(replica)
+        start_worker(replica)
 
     async with watching(local, other) as watch:
         await watch.until(lambda: local.replica.is_up and other.replica.is_up)
