@@ -54,9 +54,9 @@ def convert(
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="Any model directory.")]) -> None:
     """Say what a directory holds, and verify every group of every compressed layer."""
-    from cast_serve.checkpoint import convert as converter
+    from cast_serve.checkpoint import inspect as inspection
 
-    summary = converter.inspect(folder)
+    summary = inspection.inspect(folder)
     _say(f"{folder}: {_describe(summary)}")
     print(json.dumps({"path": str(folder), **summary}))
 

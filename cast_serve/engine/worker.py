@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cast_serve.checkpoint.convert import count_compressed
+from cast_serve.checkpoint.inspect import count_compressed
 from cast_serve.engine.warmup import WarmUp, warm_up
 
 # From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.

@@ -1,17 +1,13 @@
 """N:M words: a weight or score tensor -> groups, exact masks, checks, and the errors they raise.
 
-Besides them what both packages need to trust a checkpoint's files: `sha256`.
-
 A *group* is M consecutive weights along in_features (the last dimension). A *mask* is a bool
-tensor, True = kept. This is the leaf of the house: torch only, imported by everything.
+tensor, True = kept. This module needs torch only and is imported by everything.
 """
 
-import hashlib
 import itertools
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,20 +15,6 @@ from torch import Tensor
 
 class PatternError(ValueError):
     """A tensor does not have the N:M pattern that it must have, or cannot have it."""
-
-
-class CheckpointError(ValueError):
-    """A directory is not a checkpoint that can be read, or must not be overwritten."""
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a whole file.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

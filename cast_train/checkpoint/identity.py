@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_serve.sparsity.pattern import CheckpointError, sha256
+from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint.models import check_directory
 
 # Weights, configuration and tokenizer, as transformers names them.

@@ -6,13 +6,11 @@ shape; none with method adams, where |W| decides) and maybe ``<name>.scale`` (fp
 harden it: mask = the N largest logits of each group, W * mask * scale. A pruned one has its zeros
 written.
 
-Directories are written beside their place and renamed into it, so a name that exists is whole;
-cast.json carries the sha256 of every shard, and no pickle is read or written.
+Directories appear whole and their shards are checked (record.py); no pickle is read or written.
 """
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cast_serve.checkpoint.record import (
+    CAST_JSON,
+    CheckpointError,
+    new_directory,
+    read_record,
+    shards,
+    verify,
+    write_record,
+)
 from cast_serve.sparsity.bitmask import decompress
-from cast_serve.sparsity.pattern import CheckpointError, Pattern, sha256
+from cast_serve.sparsity.pattern import Pattern
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import Phase
 
-FORMAT_VERSION = 1
-RECORD = "cast.json"
 MAX_SHARD_SIZE = "4GB"
 
 
@@ -54,83 +59,12 @@ def write(
     Raises:
         CheckpointError: if out exists.
     """
-    check_new(out)
-    partial = out.with_name(out.name + ".writing")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_directory(out) as partial:
         state = dict(model.state_dict())
         state.update(gate_tensors or {})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
-        full = {
-            "format_version": FORMAT_VERSION,
-            **record,
-            "versions": _versions(),
-            "sha256": {path.name: sha256(path) for path in _shards(partial)},
-        }
-        (partial / RECORD).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return full
-
-
-def check_new(out: Path) -> None:
-    """Refuses a name that is taken, before any work is done for it.
-
-    Raises:
-        CheckpointError: if out exists.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; choose another --out or remove it")
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """Reads cast.json and refuses what this version does not know.
-
-    Raises:
-        CheckpointError: if it is missing, no JSON, or of an unknown format_version.
-    """
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint's record: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version!r}, but this program reads {FORMAT_VERSION}; "
-            "use the release that wrote it"
-        )
-    return record
-
-
-def verify(directory: Path) -> dict[str, Any]:
-    """Checks every shard against the sha256 of cast.json.
-
-    Returns:
-        cast.json's content.
-
-    Raises:
-        CheckpointError: naming the shard that is missing, unlisted or changed.
-    """
-    record = read_record(directory)
-    listed = record["sha256"]
-    found = {path.name: path for path in _shards(directory)}
-    if set(found) != set(listed):
-        raise CheckpointError(
-            f"{directory} holds the shards {sorted(found)}, but its record lists {sorted(listed)}; "
-            "copy the whole directory again"
-        )
-    for name, path in found.items():
-        if sha256(path) != listed[name]:
-            raise CheckpointError(
-                f"{path} was changed or damaged: its sha256 is not the recorded one"
-            )
-    return record
+        return write_record(partial, {**record, "versions": _versions()})
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -254,7 +188,7 @@ def kind_of(directory: Path) -> str:
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in settings:
         return "compressed"
-    return read_record(directory)["kind"] if (directory / RECORD).exists() else "dense"
+    return read_record(directory)["kind"] if (directory / CAST_JSON).exists() else "dense"
 
 
 def check_directory(directory: Path) -> None:
@@ -279,14 +213,10 @@ def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
 
 def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a directory's shards, one at a time."""
-    for path in _shards(directory):
+    for path in shards(directory):
         with safe_open(path, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118 - a shard is no dict
                 yield key, shard.get_tensor(key)
-
-
-def _shards(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*.safetensors"))
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cast_serve.sparsity.pattern import CheckpointError
+from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cast_serve.sparsity.pattern import CheckpointError, sha256
+from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig
 from cast_train.evaluate import report

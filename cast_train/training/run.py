@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from cast_serve.checkpoint.record import verify
 from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
@@ -181,7 +182,7 @@ def _rank() -> int:
 
 def _finished(out: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run that is done already."""
-    record = models.verify(out)
+    record = verify(out)
     remedy = "choose another --out or remove it"
     identity.check(record, own, f"{out} exists and is another run", remedy)
     logger.info("%s is the finished result of this run; nothing to do", out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cast_serve.sparsity.pattern import CheckpointError
+from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig
 from cast_train.training import prepare

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, sha256
+from cast_serve.checkpoint.record import CheckpointError, sha256, verify
+from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.checkpoint.models import load_compressed, load_dense, load_gated, load_tokenizer
@@ -46,7 +47,7 @@ def test_what_is_written_is_read(gated, model_dir):
     assert all(
         torch.equal(tensor, dense[name]) for name, tensor in load_dense(folder).state_dict().items()
     )
-    record = models.verify(folder)
+    record = verify(folder)
     assert record["format_version"] == 1
     assert set(record["sha256"]) == {"model.safetensors"}
     assert set(record["versions"]) == {"cast-serve", "torch", "transformers", "safetensors"}
@@ -70,23 +71,10 @@ def test_a_changed_shard_is_found(gated):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed or damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors has sha256 .* changed or damaged"
+    ):
         load_gated(folder)
-
-
-def test_an_extra_shard_is_found(gated):
-    folder, _ = gated
-    save_file({"x": torch.zeros(1)}, folder / "more.safetensors")
-    with pytest.raises(CheckpointError, match=r"more\.safetensors"):
-        models.verify(folder)
-
-
-def test_an_unknown_format_version_is_named(gated):
-    folder, _ = gated
-    record = json.loads((folder / "cast.json").read_text()) | {"format_version": 7}
-    (folder / "cast.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="format_version 7, but this program reads 1"):
-        models.verify(folder)
 
 
 def test_a_missing_gate_is_named(gated):
@@ -114,7 +102,7 @@ def test_a_failed_write_leaves_nothing(model_dir, tmp_path):
 
 def test_a_directory_in_the_way_is_refused(gated, model_dir):
     folder, _ = gated
-    with pytest.raises(CheckpointError, match="gated exists; choose another --out"):
+    with pytest.raises(CheckpointError, match="gated exists already; remove it"):
         models.write(folder, load_dense(model_dir), None, {})
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, Pattern, check_weight, hard_mask
+from cast_serve.checkpoint.record import CheckpointError, verify
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import find_targets
-from cast_train.checkpoint.models import load_dense, verify
+from cast_train.checkpoint.models import load_dense
 from cast_train.pruning import oneshot
 
 

@@ -2,11 +2,12 @@ import itertools
 
 import pytest
 import torch
-from tests.cast_train.test_architectures import COMMON, FAMILIES
+from tests.cast_train.training.test_architectures import COMMON, FAMILIES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, Pattern, PatternError
-from cast_train.checkpoint.models import kind_of, load_dense, verify
+from cast_serve.checkpoint.record import CheckpointError, verify
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
+from cast_train.checkpoint.models import kind_of, load_dense
 from cast_train.config import TrainConfig
 from cast_train.pruning import oneshot, permute
 

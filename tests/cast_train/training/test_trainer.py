@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cast_serve.sparsity.pattern import TWO_FOUR, CheckpointError, hard_mask
+from cast_serve.checkpoint.record import CheckpointError, verify
+from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
@@ -25,7 +26,7 @@ def test_a_run_learns_and_writes_a_gated_checkpoint(
 ):
     config = dataclasses.replace(config, steps=40, checkpoint_every=40)
     record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
-    assert models.verify(tmp_path / "out") == record
+    assert verify(tmp_path / "out") == record
     assert (record["kind"], record["n"], record["m"]) == ("gated", TWO_FOUR.n, TWO_FOUR.m)
     assert TrainConfig.from_dict(record["config"]) == config
     assert record["tokens_seen"] == 40 * 4 * 32

@@ -1,0 +1,184 @@
+"""A model directory <-> ``cast.json``, its shards and their sha256; a new directory appears whole.
+
+``cast.json`` says what a directory holds and what it was made from. Training writes it beside a
+gated or pruned model, conversion beside a compressed one; both read and write it here only. Its
+content is theirs; what stands in each is ``format_version`` and the ``sha256`` of every shard.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CAST_JSON = "cast.json"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A directory is not a checkpoint that can be read, or must not be overwritten."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a whole file.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shards(directory: Path) -> list[Path]:
+    """The ``*.safetensors`` of a directory, by name."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, such as config.json.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Reads cast.json and refuses what this release does not know.
+
+    Raises:
+        CheckpointError: if it is missing, no JSON, or of an unknown format_version.
+    """
+    path = directory / CAST_JSON
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint's record: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {version!r}, but this program reads {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    return record
+
+
+def check_listed(directory: Path, record: Mapping[str, Any]) -> None:
+    """Checks the shards that a record lists; others may lie beside them.
+
+    Raises:
+        CheckpointError: naming the shard that is missing or changed.
+    """
+    path = directory / CAST_JSON
+    for name, expected in record.get("sha256", {}).items():
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing, but {path} lists it")
+        if (found := sha256(directory / name)) != expected:
+            raise CheckpointError(
+                f"{directory / name} has sha256 {found}, but {path} says {expected}; "
+                "the file was changed or damaged after it was written"
+            )
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Checks that the shards are exactly those of cast.json, unchanged.
+
+    Returns:
+        cast.json's content.
+
+    Raises:
+        CheckpointError: naming the shard that is missing, unlisted or changed.
+    """
+    record = read_record(directory)
+    found = [path.name for path in shards(directory)]
+    listed = sorted(record["sha256"])
+    if found != listed:
+        raise CheckpointError(
+            f"{directory} holds the shards {found}, but its record lists {listed}; "
+            "copy the whole directory again"
+        )
+    check_listed(directory, record)
+    return record
+
+
+def check_new(out: Path) -> None:
+    """Refuses a name that is taken, before any work is done for it.
+
+    Raises:
+        CheckpointError: if out exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists already; remove it or name another directory")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A temporary neighbour of `out` to fill: renamed to it on success, removed on any failure.
+
+    So a name that exists is whole. A process that is killed leaves its neighbour ``.OUT-*``; no
+    other process removes it, which could still be writing.
+
+    Raises:
+        CheckpointError: if out exists.
+    """
+    check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield directory
+        for path in directory.iterdir():
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        directory.chmod(0o755)
+        directory.rename(out)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def write_record(
+    directory: Path,
+    content: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    weight_map: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Writes the index, config.json and cast.json, once all shards are written.
+
+    Args:
+        directory: holds every shard.
+        content: what cast.json says; its own format_version and sha256 are replaced.
+        config: config.json; None: it is there already.
+        weight_map: shard by tensor, for an index if there are several shards; None: it is there
+            already.
+
+    Returns:
+        cast.json's content.
+    """
+    names = [path.name for path in shards(directory)]
+    if weight_map is not None and len(names) > 1:
+        total = sum((directory / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+    if config is not None:
+        _write_json(directory / "config.json", config)
+    record = {
+        "format_version": FORMAT_VERSION,
+        **{key: value for key, value in content.items() if key not in ("format_version", "sha256")},
+        "sha256": {name: sha256(directory / name) for name in names},
+    }
+    _write_json(directory / CAST_JSON, record)
+    return record
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cast_serve.checkpoint.record import (
+    CheckpointError,
+    check_listed,
+    new_directory,
+    read_json,
+    read_record,
+    sha256,
+    verify,
+    write_record,
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A directory of two shards and no model."""
+    with new_directory(tmp_path / "out") as folder:
+        for name in ("a", "b"):
+            save_file({name: torch.ones(2)}, folder / f"{name}.safetensors")
+        write_record(
+            folder,
+            {"kind": "pruned", "format_version": 0, "sha256": {"old.safetensors": ""}},
+            config={"model_type": "none"},
+            weight_map={name: f"{name}.safetensors" for name in ("a", "b")},
+        )
+    return tmp_path / "out"
+
+
+def edit(written: Path, **changes: object) -> None:
+    record = json.loads((written / "cast.json").read_text()) | changes
+    (written / "cast.json").write_text(json.dumps(record))
+
+
+def test_a_new_directory_is_whole_and_readable_by_all(written: Path) -> None:
+    assert [path.name for path in written.parent.iterdir()] == ["out"]
+    record = verify(written)
+    assert list(record) == ["format_version", "kind", "sha256"]
+    assert (record["format_version"], record["kind"]) == (1, "pruned")
+    assert record["sha256"] == {
+        f"{n}.safetensors": sha256(written / f"{n}.safetensors") for n in "ab"
+    }
+    assert read_json(written / "config.json") == {"model_type": "none"}
+    index = read_json(written / "model.safetensors.index.json")
+    assert index["weight_map"] == {"a": "a.safetensors", "b": "b.safetensors"}
+    shards = (written / "a.safetensors", written / "b.safetensors")
+    assert index["metadata"] == {"total_size": sum(shard.stat().st_size for shard in shards)}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written.iterdir()} == {0o644}
+    assert stat.S_IMODE(written.stat().st_mode) == 0o755
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as folder:  # noqa: PT012
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_taken_is_refused(written: Path) -> None:
+    before = sorted(written.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match="out exists already"), new_directory(written):
+        pass
+    assert sorted(written.parent.rglob("*")) == before
+
+
+def test_a_changed_shard_is_named(written: Path) -> None:
+    shard = written / "b.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors has sha256 .* changed or damaged"):
+        verify(written)
+
+
+def test_a_missing_shard_is_named(written: Path) -> None:
+    (written / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds the shards \['a.safetensors'\], but"):
+        verify(written)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is missing, but .* lists it"):
+        check_listed(written, read_record(written))
+
+
+def test_an_extra_shard_is_named(written: Path) -> None:
+    save_file({"x": torch.zeros(1)}, written / "more.safetensors")
+    check_listed(written, read_record(written))
+    with pytest.raises(CheckpointError, match=r"more\.safetensors"):
+        verify(written)
+
+
+def test_an_unknown_format_version_is_named(written: Path) -> None:
+    edit(written, format_version=7)
+    with pytest.raises(CheckpointError, match="format_version 7, but this program reads 1"):
+        read_record(written)
+
+
+@pytest.mark.parametrize("content", [None, "{broken", "[]", "{}"])
+def test_what_is_no_record_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "cast.json").write_text(content)
+    with pytest.raises(CheckpointError, match="is no checkpoint's record"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{broken", "not readable JSON"), ("[]", "holds list, not a JSON")]
+)
+def test_what_is_no_object_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_json(tmp_path / "config.json")
