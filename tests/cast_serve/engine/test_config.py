@@ -70,7 +70,7 @@ def test_only_linears_are_touched(config_class: Any) -> None:
 
 
 def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> None:
-    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod
 
     with pytest.raises(ValueError, match=r"o_proj: in_features 24 over 2 .* leaves 12 per rank"):
         Sparse24LinearMethod("o_proj").create_weights(
@@ -81,7 +81,7 @@ def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> Non
 @pytest.mark.parametrize("form", ["packed", "cusparselt"])
 def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
     """A fake GPU: its tensors have shapes and a device, and the ops are those that vLLM traces."""
-    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,7 +110,7 @@ def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
 
 
 def test_what_a_layer_holds_on_a_cpu() -> None:
-    from cast_serve.engine.sparse24 import Sparse24LinearMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod
 
     from cast_serve.sparsity.bitmask import compress
     from cast_serve.sparsity.pattern import hard_mask

@@ -251,8 +251,10 @@ def test_every_file_is_served_under_the_policy(url: str) -> None:
 
 def test_every_file_is_in_the_wheel() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = setuptools["package-data"]["cast_serve"]
-    packed = {path for pattern in patterns for path in (ROOT / "cast_serve").glob(pattern)}
+    package = "cast_serve.gateway.dashboard"
+    patterns = setuptools["package-data"][package]
+    folder = ROOT / package.replace(".", "/")
+    packed = {path for pattern in patterns for path in folder.glob(pattern)}
     assert set(STATIC.iterdir()) <= packed
     assert {path.name for path in STATIC.iterdir()} == {name for name, _ in FILES.values()}
 
