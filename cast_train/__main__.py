@@ -117,34 +117,36 @@ def evaluate(
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
         from cast_train.checkpoint import models
-        from cast_train.evaluate import quality
+        from cast_train.evaluate.choices import choice_accuracy, read_questions
+        from cast_train.evaluate.perplexity import mean_divergence, perplexity, soft_and_hard
+        from cast_train.evaluate.precision import arithmetic
         from cast_train.text import read_texts, to_blocks, tokenize
 
         kind = models.kind_of(directory)
         tokenizer = models.load_tokenizer(directory)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
-        questions = {path.stem: quality.read_questions(path, limit) for path in choices or []}
+        questions = {path.stem: read_questions(path, limit) for path in choices or []}
         figures: dict[str, Any] = {}
         if kind == "gated":
-            model, gate_map, last = models.load_gated(directory, quality.arithmetic())
-            soft, hard = quality.soft_and_hard(model, gate_map, last, blocks)
+            model, gate_map, last = models.load_gated(directory, arithmetic())
+            soft, hard = soft_and_hard(model, gate_map, last, blocks)
             print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
             figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
         else:
             is_compressed = kind == "compressed"
             load = models.load_compressed if is_compressed else models.load_dense
-            model = load(directory, quality.arithmetic())
-            hard = quality.perplexity(model, blocks)
+            model = load(directory, arithmetic())
+            hard = perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
         if reference is not None:
-            dense = models.load_dense(reference, quality.arithmetic())
-            figures["kl_nats_per_token"] = quality.mean_divergence(model, dense, blocks)
+            dense = models.load_dense(reference, arithmetic())
+            figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
             print(
                 f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
             )
         for name, asked in questions.items():
-            found = quality.choice_accuracy(model, tokenizer, asked)
+            found = choice_accuracy(model, tokenizer, asked)
             figures[name] = dataclasses.asdict(found)
             print(
                 f"{name}: acc {found.acc:.3f} +- {found.acc_stderr:.3f}, acc_norm "

@@ -59,12 +59,23 @@ def write(
     Raises:
         CheckpointError: if out exists.
     """
+    check_new(out)
     with new_directory(out) as partial:
         state = dict(model.state_dict())
         state.update(gate_tensors or {})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         return write_record(partial, {**record, "versions": _versions()})
+
+
+def check_new(out: Path) -> None:
+    """Refuses a taken --out, before any work is done for it.
+
+    Raises:
+        CheckpointError: if out exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists; choose another --out or remove it")
 
 
 def load_tokenizer(directory: Path) -> Any:

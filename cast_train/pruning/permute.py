@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.pruning import oneshot
+from cast_train.pruning.scores import wanda_scores
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -63,7 +63,7 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
     _check_sizes(layers[0], pattern)
     targets, _ = find_targets(model, pattern)
     before = model(input_ids=blocks[:1], use_cache=False).logits
-    scores = oneshot.wanda_scores(model, targets, blocks)
+    scores = wanda_scores(model, targets, blocks)
     of_linear = {linear: scores[name] for name, linear in targets.items()}
     num_orders = 1 + sum(1 + _num_key_heads(layer.self_attn) for layer in layers)
     with tqdm(total=num_orders, desc="order", unit="set") as progress:
@@ -293,7 +293,7 @@ def write_permuted(
         ValueError: for every wrong input; nothing is written then.
     """
     pattern = Pattern.parse(sparsity)
-    check_new(out)
+    models.check_new(out)
     tokenizer = models.load_tokenizer(model_dir)
     blocks = oneshot.read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir, torch.float32)

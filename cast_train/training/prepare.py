@@ -14,9 +14,10 @@ from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint.models import load_dense
 from cast_train.config import TrainConfig
-from cast_train.evaluate import quality
+from cast_train.evaluate.precision import arithmetic
 from cast_train.gates import gating, scaling
-from cast_train.pruning import oneshot
+from cast_train.pruning.scores import magnitude_scores, wanda_scores
+from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
 from cast_train.training import adams
 
@@ -133,7 +134,7 @@ def _attach(
         return {}
     scores = None
     if config.method == "adams":
-        scores = oneshot.magnitude_scores(targets)
+        scores = magnitude_scores(targets)
         reach, dropped = adams.check_reach(config, scores)
         if reach < 3 * dropped:
             logger.warning(
@@ -149,18 +150,18 @@ def _attach(
                 config.decay,
             )
     elif config.first_order == "magnitude":
-        scores = oneshot.magnitude_scores(targets)
+        scores = magnitude_scores(targets)
     elif config.first_order == "wanda":
-        scores = oneshot.wanda_scores(model, targets, blocks[: config.calibration_blocks])
+        scores = wanda_scores(model, targets, blocks[: config.calibration_blocks])
     elif config.first_order == "sparsegpt":
-        scores = oneshot.sparsegpt_scores(
+        scores = sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )
     return with_gates(targets, scores, config)
 
 
 def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
-    teacher = load_dense(directory, quality.arithmetic(config.precision)).requires_grad_(False)
+    teacher = load_dense(directory, arithmetic(config.precision)).requires_grad_(False)
     if teacher.config.vocab_size != vocabulary:
         raise ValueError(
             f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "

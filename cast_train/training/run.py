@@ -26,7 +26,8 @@ from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
-from cast_train.evaluate import quality
+from cast_train.evaluate.perplexity import soft_and_hard
+from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import phase_at
 from cast_train.text import TokenBlocks
@@ -219,8 +220,8 @@ def _quality(trained: Prepared, blocks: Blocks, config: TrainConfig) -> dict[str
     """Perplexity of the soft and the hard model."""
     last = phase_at(config.steps, config)
     device = next(trained.model.parameters()).device
-    with quality.autocast(config.precision, device.type):
-        soft, hard = quality.soft_and_hard(trained.model, trained.gate_map, last, blocks.heldout)
+    with autocast(config.precision, device.type):
+        soft, hard = soft_and_hard(trained.model, trained.gate_map, last, blocks.heldout)
     return {
         "text": blocks.heldout_name,
         "perplexity_soft": soft.perplexity,

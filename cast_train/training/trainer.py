@@ -21,7 +21,8 @@ from transformers.trainer_callback import ProgressCallback
 from cast_train import losses
 from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
-from cast_train.evaluate import quality
+from cast_train.evaluate.perplexity import perplexity
+from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
 from cast_train.training import adams
@@ -102,7 +103,7 @@ class CastTrainer(Trainer):
         """Autocast is ours: Trainer's would make fp32 copies of all logits, and under FSDP cast the
         gate logits to bf16."""
         stack = super().compute_loss_context_manager()
-        stack.enter_context(quality.autocast(self.config.precision, self.args.device.type))
+        stack.enter_context(autocast(self.config.precision, self.args.device.type))
         return stack
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -214,8 +215,8 @@ class Watch(TrainerCallback):
         self.step_s.append(time.perf_counter() - self._began)
         config, trainer = self.trainer.config, self.trainer
         if config.evaluate_every and state.global_step % config.evaluate_every == 0:
-            with quality.autocast(config.precision, args.device.type):
-                found = quality.perplexity(trainer.model, self.heldout, name="held out")
+            with autocast(config.precision, args.device.type):
+                found = perplexity(trainer.model, self.heldout, name="held out")
             phase = phase_at(state.global_step - 1, config)
             trainer.log(
                 {

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.evaluate import quality
+from cast_train.evaluate.perplexity import perplexity
+from cast_train.evaluate.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
 
 
@@ -52,7 +53,7 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
     for folder, kind in ((llama_dir, "dense"), (Path("pruned"), "pruned")):
         found = last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))
         assert found["kind"] == kind
-        expected = quality.perplexity(load_dense(folder, quality.arithmetic()), blocks).perplexity
+        expected = perplexity(load_dense(folder, arithmetic()), blocks).perplexity
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
         measured.append(expected)
     assert abs(measured[1] / measured[0] - 1) > 1e-3  # so that one cannot pass for the other

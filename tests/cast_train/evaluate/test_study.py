@@ -207,7 +207,8 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):
     run = tmp_path / "run"
     run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
     run.chmod(0o755)
-    code = f"import sys; from cast_train import study; sys.executable = {str(run)!r}; study._call()"
+    start = f"sys.executable = {str(run)!r}; study._call()"
+    code = f"import sys; from cast_train.evaluate import study; {start}"
     parent = subprocess.Popen([sys.executable, "-c", code])
     file = tmp_path / "run.pid"
     deadline = time.monotonic() + 60

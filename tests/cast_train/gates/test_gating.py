@@ -12,6 +12,7 @@ from cast_train.gates import gating
 from cast_train.gates.gating import sparsity_penalty
 from cast_train.gates.schedules import Phase
 from cast_train.pruning import oneshot
+from cast_train.pruning.scores import magnitude_scores
 
 HARD = Phase(blend=1.0, tau=1e-3, penalty_weight=0.0, is_hard=True)
 SOFT = Phase(blend=1.0, tau=0.5, penalty_weight=0.1, is_hard=False)
@@ -26,7 +27,7 @@ def model(model_dir):
 
 def attached(model, pattern=TWO_FOUR, is_scored=True):
     targets, _ = find_targets(model, pattern)
-    scores = oneshot.magnitude_scores(targets) if is_scored else None
+    scores = magnitude_scores(targets) if is_scored else None
     return targets, gating.attach(targets, pattern, scores)
 
 
@@ -54,7 +55,7 @@ def test_hard_gates_from_magnitude_are_one_shot_pruning(model, model_dir):
     gating.set_phase(gate_map, HARD)
     pruned = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(pruned, TWO_FOUR)
-    oneshot.prune(targets, oneshot.magnitude_scores(targets), TWO_FOUR)
+    oneshot.prune(targets, magnitude_scores(targets), TWO_FOUR)
     torch.testing.assert_close(model(TOKENS).logits, pruned(TOKENS).logits)
 
 
@@ -82,7 +83,7 @@ def test_the_mask_follows_logits_that_moved(model):
 def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
     """The logits of such a gate are only what it came to rest with: not zeros, not the start's."""
     targets, _ = find_targets(model, TWO_FOUR)
-    gate_map = gating.attach(targets, TWO_FOUR, oneshot.magnitude_scores(targets), **settings)
+    gate_map = gating.attach(targets, TWO_FOUR, magnitude_scores(targets), **settings)
     if "selector" in settings:
         next(iter(gate_map.values())).generator.outer.weight.data.normal_()
     computed = {name: gate.rows().detach().clone() for name, gate in gate_map.items()}

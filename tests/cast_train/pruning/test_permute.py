@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-from tests.cast_train.training.test_architectures import COMMON, FAMILIES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cast_serve.checkpoint.record import CheckpointError, verify
@@ -10,6 +9,7 @@ from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
 from cast_train.checkpoint.models import kind_of, load_dense
 from cast_train.config import TrainConfig
 from cast_train.pruning import oneshot, permute
+from tests.cast_train.training.test_architectures import COMMON, FAMILIES
 
 OTHER_LAYOUTS = ("gpt2", "opt")
 LIKE_LLAMA = {name: config for name, (config, _) in FAMILIES.items() if name not in OTHER_LAYOUTS}

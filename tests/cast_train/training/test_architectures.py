@@ -18,7 +18,7 @@ from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
-from cast_train.pruning import oneshot
+from cast_train.pruning.scores import magnitude_scores
 
 COMMON = {
     "vocab_size": 96,
@@ -73,7 +73,7 @@ def test_gates_learn_and_harden(family, selector):
     model, _ = family
     before = model(TOKENS).logits
     targets, _ = find_targets(model, TWO_FOUR)
-    scores = oneshot.magnitude_scores(targets)
+    scores = magnitude_scores(targets)
     gate_map = gating.attach(targets, TWO_FOUR, scores, selector=selector)
     torch.testing.assert_close(model(TOKENS).logits, before)
     gating.set_phase(gate_map, SOFT)

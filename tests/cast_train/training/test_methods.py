@@ -10,7 +10,7 @@ from cast_serve.sparsity.pattern import Pattern
 from cast_train import losses
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
-from cast_train.evaluate import quality
+from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.gates import gating
 from cast_train.text import read_texts, to_blocks, tokenize
 from cast_train.training.run import train
@@ -76,7 +76,7 @@ def test_other_patterns_train_and_evaluate(
     assert (record["n"], record["m"]) == (pattern.n, pattern.m)
     model, gate_map, last = models.load_gated(tmp_path / "gated", torch.float32)
     tokens = tokenize(read_texts([text_file]), models.load_tokenizer(llama_dir))
-    soft, hard = quality.soft_and_hard(model, gate_map, last, to_blocks(tokens, 32)[:4])
+    soft, hard = soft_and_hard(model, gate_map, last, to_blocks(tokens, 32)[:4])
     assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-2)
     assert hard.perplexity < LEARNT * untrained_llama_perplexity
     for gate in gate_map.values():

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cast_serve.gateway.app import create_app as create_gateway
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.variants import remote_variants
-from cast_train.evaluate import quality
+from cast_train.evaluate import choices as in_memory
 from loadtest import mock_server
 from loadtest.__main__ import app as command
 from loadtest.judge.verdict import Guard, judge
@@ -306,15 +306,15 @@ def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> Non
     rows = asyncio.run(choices.measure_over_http(url, None, 30.0, questions, "dense", "sparse"))
     for row, asked in zip(rows, questions, strict=True):
         in_sum, per_byte = (
-            quality.choice_accuracy(
+            in_memory.choice_accuracy(
                 *(model, tokenizer),
-                [quality.Question(asked.question, asked.choices, row[score]["dense"])],
+                [in_memory.Question(asked.question, asked.choices, row[score]["dense"])],
             )
             for score in ("by_sum", "by_byte")
         )
         assert (in_sum.acc, per_byte.acc_norm) == (1, 1)
-    known = [quality.Question(q.question, q.choices, q.answer) for q in questions]
-    wanted = quality.choice_accuracy(model, tokenizer, known)
+    known = [in_memory.Question(q.question, q.choices, q.answer) for q in questions]
+    wanted = in_memory.choice_accuracy(model, tokenizer, known)
     found = summarise(each([]) | {"each": rows}, "dense", "sparse")["accuracy"]
     assert found["dense"] == pytest.approx(vars(wanted))
     assert any(row["by_sum"] != row["by_byte"] for row in rows)
@@ -357,7 +357,7 @@ def test_questions_are_read_as_in_training(tmp_path: Path) -> None:
     path.write_text(f'{GOOD}\n{{"question": 7, "choices": [1, 2.5], "answer": 0}}\n')
     found = read_questions(path)
     assert found == [YES_OR_NO, Question("7", ("1", "2.5"), 0)]
-    assert [vars(one) for one in found] == [vars(one) for one in quality.read_questions(path)]
+    assert [vars(one) for one in found] == [vars(one) for one in in_memory.read_questions(path)]
     assert read_questions(path, limit=1) == [YES_OR_NO]
     about = choices.about(path, [])
     assert (about["source"], len(about["source_sha256"]), about["each"]) == (str(path), 64, [])

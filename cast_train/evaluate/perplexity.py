@@ -1,0 +1,114 @@
+"""A model + token blocks -> perplexity, or divergence from another model, with its token count."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from cast_train import losses
+from cast_train.gates import gating
+from cast_train.gates.schedules import Phase
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Exp of the mean negative log likelihood per predicted token.
+
+    Attributes:
+        perplexity: 1 is perfect; inf where exp overflows.
+        num_tokens: predicted tokens; the first token of each block is only read.
+        context_tokens: the block size; no token sees more than this before it.
+    """
+
+    perplexity: float
+    num_tokens: int
+    context_tokens: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, blocks: Tensor, batch_blocks: int = 4, name: str = "perplexity"
+) -> Perplexity:
+    """Measures a causal language model; blocks do not see one another.
+
+    Args:
+        model: a transformers causal language model; it is left as it was.
+        blocks: int64 [num_blocks, block_size].
+        batch_blocks: blocks per pass.
+        name: shown beside the progress bar.
+
+    Raises:
+        ValueError: if the model's output is not finite.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for batch in tqdm(blocks.split(batch_blocks), desc=name, unit="batch", leave=False):
+            batch = batch.to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            for sequence, row in zip(batch, logits, strict=True):
+                total += float(cross_entropy(row[:-1].float(), sequence[1:], reduction="sum"))
+    finally:
+        model.train(was_training)
+    num_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
+    mean = total / num_tokens
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"the model's log likelihood on this text is {mean}; its weights are damaged"
+        )
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, num_tokens, blocks.shape[1])
+
+
+@torch.no_grad()
+def mean_divergence(
+    model: nn.Module, reference: nn.Module, blocks: Tensor, batch_blocks: int = 4
+) -> float:
+    """KL(reference || model) in nats per token, over all positions of the blocks.
+
+    Args:
+        model, reference: transformers causal language models of one vocabulary; left as they were.
+        blocks: int64 [num_blocks, block_size].
+        batch_blocks: blocks per pass.
+    """
+    modes = [(module, module.training) for module in (model, reference)]
+    total = 0.0
+    try:
+        for module, _ in modes:
+            module.eval()
+        for batch in tqdm(blocks.split(batch_blocks), desc="divergence", leave=False):
+            pair = []
+            for module, _ in modes:
+                on_device = batch.to(next(module.parameters()).device)
+                pair.append(module(input_ids=on_device, use_cache=False).logits)
+            for ours, theirs in zip(*pair, strict=True):
+                total += float(losses.divergence(ours, theirs.to(ours.device)))
+    finally:
+        for module, was_training in modes:
+            module.train(was_training)
+    return total / blocks.shape[0]
+
+
+def soft_and_hard(
+    model: nn.Module, gate_map: Mapping[str, gating.Gate], last: Phase, blocks: Tensor
+) -> tuple[Perplexity, Perplexity]:
+    """Measures a gated model under the soft mask at its last temperature, and under the exact one.
+
+    Args:
+        model: with its gates attached; left in the hard phase.
+        last: the phase that training ended in.
+        blocks: int64 [num_blocks, block_size].
+
+    Raises:
+        ValueError: if the model's output is not finite.
+    """
+    gating.set_phase(gate_map, dataclasses.replace(last, is_hard=False))
+    soft = perplexity(model, blocks, name="soft")
+    gating.set_phase(gate_map, dataclasses.replace(last, is_hard=True))
+    return soft, perplexity(model, blocks, name="hard")

@@ -1,0 +1,109 @@
+"""A model + calibration blocks -> SparseGPT's scores, and weights that make up for what goes.
+
+SparseGPT scores a weight by |W_ij| / U_jj, U the upper Cholesky factor of the inverse of
+H = X^T X, and it moves the weights that stay so that they make up for those that go. Source:
+Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot",
+2023.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_train.gates.gating import is_transposed
+from cast_train.pruning.scores import check_reached, weight_rows
+
+DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
+COLUMNS = 128  # at most, that SparseGPT works on before it carries their errors to the rest
+
+
+@torch.no_grad()
+def sparsegpt_scores(
+    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, pattern: Pattern
+) -> dict[str, Tensor]:
+    """SparseGPT's scores by name, fp32 [out_features, in_features]; the weights are moved.
+
+    One pass over all blocks at once: each target is pruned as its inputs arrive, and its outputs
+    are already those of the pruned one, so later layers make up for earlier ones. In the end the
+    weights that the N highest scores keep are those that make up for the others; the others have
+    the value that they were dropped with.
+
+    Args:
+        model: a transformers model that the targets belong to, fp32: they move by less than bf16
+            can hold.
+        targets: linears by name; their weights are overwritten.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+        pattern: N:M.
+
+    Raises:
+        ValueError: if the calibration tokens never reach a target.
+    """
+    moved: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    seen: list[Tensor] = [torch.empty(0)] * 2  # the last inputs and their H: q, k and v share it
+    progress = tqdm(total=len(targets), desc="calibration", unit="linear")
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(linear: Any, inputs: Any) -> None:
+            if inputs[0] is not seen[0]:
+                tokens = inputs[0].flatten(0, -2).float()
+                seen[:] = inputs[0], tokens.t() @ tokens
+            moved[name], scores[name] = _sparsegpt(weight_rows(linear), seen[1], pattern)
+            kept = moved[name] * hard_mask(scores[name], pattern)
+            linear.weight.copy_(kept.t() if is_transposed(linear) else kept)
+            progress.update()
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in targets.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        model.base_model(input_ids=blocks.to(device), use_cache=False)  # no logits
+    finally:
+        model.train(was_training)
+        progress.close()
+        for hook in hooks:
+            hook.remove()
+    check_reached(targets, scores)
+    for name, linear in targets.items():
+        linear.weight.copy_(moved[name].t() if is_transposed(linear) else moved[name])
+    return scores
+
+
+def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """One linear's moved weights and scores, [out_features, in_features].
+
+    Args:
+        weight: fp32 [out_features, in_features].
+        hessian: X^T X, fp32 [in_features, in_features].
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always 0
+    diagonal += DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    columns = weight.t().contiguous()  # a column of the weight is a row here
+    scores = torch.empty_like(columns)
+    kept = torch.empty_like(columns, dtype=torch.bool)
+    m, num_columns = pattern.m, len(columns)
+    # Whole groups: a group's columns are ranked together, so all must have the errors before them.
+    block = max(COLUMNS // m * m, m)
+    for begin in range(0, num_columns, block):
+        end = min(begin + block, num_columns)
+        errors = torch.empty_like(columns[begin:end])
+        for i in range(begin, end):
+            if i % m == 0:
+                group = slice(i, i + m)
+                scores[group] = columns[group].abs() / upper.diagonal()[group, None]
+                kept[group] = hard_mask(scores[group].t(), pattern).t()
+            errors[i - begin] = columns[i].masked_fill(kept[i], 0) / upper[i, i]
+            columns[i + 1 : end] -= upper[i, i + 1 : end, None] * errors[i - begin]
+        columns[end:] -= upper[begin:end, end:].t() @ errors
+    return columns.t().contiguous(), scores.t().contiguous()

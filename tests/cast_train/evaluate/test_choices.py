@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.evaluate.choices import Question, choice_accuracy, read_questions
+
+
+def test_choices_are_scored_by_their_continuation(llama_dir):
+    model, tokenizer = load_dense(llama_dir, torch.float32), load_tokenizer(llama_dir)
+    choices = ("yes", "a much longer answer", "no")
+    scores = []
+    for choice in choices:
+        prompt = tokenizer("Question: Is it?\nAnswer:").input_ids
+        ids = torch.tensor([prompt + tokenizer(f" {choice}").input_ids])
+        with torch.no_grad():
+            log_p = model(ids).logits.log_softmax(-1)[0]
+        scores.append(sum(float(log_p[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1])))
+    best = scores.index(max(scores))
+    norms = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+    best_norm = norms.index(max(norms))
+    questions = [Question("Is it?", choices, answer) for answer in (best, best, 1 - best)]
+    found = choice_accuracy(model, tokenizer, questions, batch_rows=2)
+    assert found.acc == pytest.approx(2 / 3)
+    assert found.acc_stderr == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert found.acc_norm == sum(q.answer == best_norm for q in questions) / 3
+    assert found.num_questions == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no question"),
+        ('{"question": "?", "choices": ["a"], "answer": 0}', "line 2 .*two choices or more"),
+        ('{"question": "?", "choices": ["a", "b"], "answer": 2}', "line 2 is no question"),
+        ('{"question": "?", "choices": ["a", "b"]}', "line 2 is no question"),
+    ],
+)
+def test_a_broken_question_is_named(line, message, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 1}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        read_questions(path)
+    assert read_questions(path, limit=1) == [Question("?", ("a", "b"), 1)]

@@ -1,0 +1,65 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_serve.sparsity.targets import find_targets
+from cast_train.checkpoint.models import load_dense
+from cast_train.evaluate.perplexity import mean_divergence, perplexity, soft_and_hard
+from cast_train.gates import gating
+from cast_train.gates.schedules import Phase
+
+
+class Fixed(nn.Module):
+    """Predicts token 1 of four with one fixed logit, whatever it reads."""
+
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(logit))
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.zeros(*input_ids.shape, 4)
+        logits[..., 1] = self.logit
+        return SimpleNamespace(logits=logits)
+
+
+def test_perplexity_of_known_chances():
+    blocks = torch.tensor([[0, 1, 1], [0, 1, 2], [2, 1, 1]])
+    found = perplexity(Fixed(math.log(5.0)), blocks, batch_blocks=2)
+    chances = [5 / 8] * 5 + [1 / 8]
+    assert found.perplexity == pytest.approx(math.exp(-sum(map(math.log, chances)) / 6))
+    assert (found.num_tokens, found.context_tokens) == (6, 3)
+
+
+def test_a_damaged_model_is_refused():
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        perplexity(Fixed(math.nan), torch.tensor([[0, 1]]))
+
+
+def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
+    model = load_dense(llama_dir, torch.float32)
+    targets, _ = find_targets(model, TWO_FOUR)
+    gate_map = gating.attach(targets, TWO_FOUR)
+    for gate in gate_map.values():
+        gate.logits.data.normal_(generator=torch.Generator().manual_seed(0))
+    blocks = torch.arange(128).view(4, 32)
+    cold, warm = (Phase(1.0, tau, 0.0, True) for tau in (1e-4, 1.0))
+    soft, hard = soft_and_hard(model, gate_map, cold, blocks)
+    assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-3)
+    soft, same = soft_and_hard(model, gate_map, warm, blocks)
+    assert same == hard
+    assert abs(soft.perplexity / hard.perplexity - 1) > 1e-4
+
+
+def test_the_divergence_from_itself_is_zero_and_from_another_is_not(llama_dir):
+    model, other = (load_dense(llama_dir, torch.float32) for _ in range(2))
+    blocks = torch.arange(128).view(4, 32)
+    assert mean_divergence(model, other, blocks) == pytest.approx(0, abs=1e-6)
+    other.model.layers[0].mlp.down_proj.weight.data.neg_()
+    found = mean_divergence(model, other, blocks, batch_blocks=3)
+    with torch.no_grad():
+        ours, theirs = (m(blocks).logits.log_softmax(-1) for m in (model, other))
+    assert found == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
