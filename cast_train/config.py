@@ -58,7 +58,7 @@ class TrainConfig:
             on hardening; 0: none.
         distillation_weight: eta, the share of the distillation loss against the dense model.
         distillation_temperature: T of both logits in it.
-        hard_fraction: from then on the mask is exact, the gates rest and only weights learn.
+        hard_fraction: from then on the mask is exact, the gates are frozen and only weights learn.
         calibration_blocks: sequences that ``wanda`` and ``sparsegpt`` measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the

@@ -51,7 +51,7 @@ def write(
         model: a transformers model without parametrizations, in the dtype to store.
         tokenizer: its tokenizer.
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
-        gate_tensors: as `gates.detach` gives them; None if not gated.
+        gate_tensors: as `gating.detach` gives them; None if not gated.
 
     Returns:
         cast.json's content.
@@ -178,7 +178,7 @@ def load_gated(
                 raise CheckpointError(f"{directory} has no gates for {name}")
             gate.logits.data.copy_(stored[f"{name}.gate"])
     if method == "adams":
-        gating.come_to_rest(gate_map)
+        gating.freeze(gate_map)
     scales = {name: stored[f"{name}.scale"] for name in targets if f"{name}.scale" in stored}
     if scales:
         num_parts = next(iter(scales.values())).shape[1]

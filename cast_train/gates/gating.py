@@ -39,10 +39,10 @@ class Gate(nn.Module):
 
     Attributes:
         logits: gate logits, fp32, the shape of the weight; of a gate that computes them (see
-            `rows`), what they were when it came to rest.
+            `rows`), what they were when it was frozen.
         phase: what `forward` does; set before each step.
         penalty: of the last forward, see `sparsity_penalty`; None where lambda is 0.
-        is_at_rest: from the first exact mask on, the logits stay as they are.
+        is_frozen: from the first exact mask on, the logits stay as they are.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Gate(nn.Module):
         self.selector = selector
         self.phase = DENSE
         self.penalty: Tensor | None = None
-        self.is_at_rest = False
+        self.is_frozen = False
         self._mask: Tensor | None = None
         self._linear: list[Any] = []  # in a list, so that it is no part of the gate
 
@@ -84,12 +84,12 @@ class Gate(nn.Module):
         return logits.t() if self.is_transposed else logits
 
     @torch.no_grad()
-    def come_to_rest(self) -> None:
+    def freeze(self) -> None:
         """Keeps the logits as they are now: those that are computed are copied into `logits`."""
         rows = self.rows()
         logits = rows.t() if self.is_transposed else rows
         self.logits.copy_(sharding.sharded_like(logits, self.logits))
-        self.is_at_rest = True
+        self.is_frozen = True
         self._mask = None
 
     def mask(self) -> Tensor:
@@ -109,11 +109,11 @@ class Gate(nn.Module):
         return soft_topk(rows, n, m, phase.tau)
 
     def set_phase(self, phase: Phase) -> None:
-        """The phase of the next passes; with the first exact mask the gate comes to rest."""
+        """The phase of the next passes; with the first exact mask the gate is frozen."""
         if not (phase.is_hard and self.phase.is_hard):
             self._mask = None
-        if phase.is_hard and not self.is_at_rest:
-            self.come_to_rest()
+        if phase.is_hard and not self.is_frozen:
+            self.freeze()
         self.phase = phase
         self.penalty = None
 
@@ -136,7 +136,7 @@ class Gate(nn.Module):
 
 
 class GeneratedGate(Gate):
-    """A gate whose logits a shared network computes from the weights, until it comes to rest."""
+    """A gate whose logits a shared network computes from the weights, until it is frozen."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class GeneratedGate(Gate):
 
     def rows(self) -> Tensor:
         start = super().rows()
-        return start if self.is_at_rest else self._generator[0](self.weight_rows(), start)
+        return start if self.is_frozen else self._generator[0](self.weight_rows(), start)
 
 
 class RankedGate(Gate):
@@ -180,7 +180,7 @@ class RankedGate(Gate):
         self.decay = decay
 
     def rows(self) -> Tensor:
-        if self.is_at_rest:
+        if self.is_frozen:
             return super().rows()
         return self.weight_rows().detach().float().abs() * self.column_scale
 
@@ -330,15 +330,15 @@ def set_phase(gates: Mapping[str, Gate], phase: Phase) -> None:
         gate.set_phase(phase)
 
 
-def come_to_rest(gates: Mapping[str, Gate]) -> None:
+def freeze(gates: Mapping[str, Gate]) -> None:
     for gate in gates.values():
-        gate.come_to_rest()
+        gate.freeze()
 
 
-def stay_at_rest(gates: Mapping[str, Gate]) -> None:
-    """For gates that came to rest before they were stored: the logits that were read are theirs."""
+def stay_frozen(gates: Mapping[str, Gate]) -> None:
+    """For gates that were frozen before they were stored: the logits that were read are theirs."""
     for gate in gates.values():
-        gate.is_at_rest = True
+        gate.is_frozen = True
 
 
 def penalty(gates: Mapping[str, Gate]) -> Tensor | None:

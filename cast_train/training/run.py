@@ -131,8 +131,8 @@ def _as_stored(
     if config.is_sharded:
         trained = _gathered(trainer.model, prepared, model_dir, config)
     _round_as_stored(trained.model, trained.gate_map)
-    if config.method == "adams":  # the others came to rest on their way
-        gating.come_to_rest(trained.gate_map)
+    if config.method == "adams":  # the others were frozen on their way
+        gating.freeze(trained.gate_map)
     return trained
 
 
@@ -200,7 +200,7 @@ def _gathered(
     gate_map = {} if config.method == "dense" else with_gates(targets, None, config)
     model.load_state_dict(state)
     for name, gate in gate_map.items():
-        gate.is_at_rest = prepared.gate_map[name].is_at_rest
+        gate.is_frozen = prepared.gate_map[name].is_frozen
     return dataclasses.replace(prepared, model=model, targets=targets, gate_map=gate_map)
 
 
@@ -259,5 +259,5 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=True,  # gates at rest get no gradient
+        ddp_find_unused_parameters=True,  # frozen gates get no gradient
     )

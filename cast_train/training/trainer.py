@@ -61,7 +61,7 @@ class CastTrainer(Trainer):
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         self.add_callback(LossProgress)
-        self.add_callback(RestedGates(self))
+        self.add_callback(FrozenGates(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -227,8 +227,8 @@ class Watch(TrainerCallback):
             )
 
 
-class RestedGates(TrainerCallback):
-    """Gates that came to rest before the checkpoint that is gone on from keep its logits.
+class FrozenGates(TrainerCallback):
+    """Gates that were frozen before the checkpoint that is gone on from keep its logits.
 
     Else a gate that computes its logits would do so anew, from weights that have moved since.
     """
@@ -238,7 +238,7 @@ class RestedGates(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
-            gating.stay_at_rest(self.trainer.gate_map)
+            gating.stay_frozen(self.trainer.gate_map)
 
 
 class LossProgress(ProgressCallback):

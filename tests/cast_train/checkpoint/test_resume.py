@@ -120,7 +120,7 @@ def test_the_mask_rests_as_it_was(
     begun_at,
     monkeypatch,
 ):
-    """Gates that are computed come to rest after step 4, while the weights move on; AdamS's at the
+    """Gates that are computed are frozen after step 4, while the weights move on; AdamS's at the
     end."""
     config = dataclasses.replace(
         config,

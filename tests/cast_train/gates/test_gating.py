@@ -81,7 +81,7 @@ def test_the_mask_follows_logits_that_moved(model):
 
 @pytest.mark.parametrize("settings", [{"method": "ste"}, {"selector": "generator"}], ids=str)
 def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
-    """The logits of such a gate are only what it came to rest with: not zeros, not the start's."""
+    """The logits of such a gate are only what it was frozen with: not zeros, not the start's."""
     targets, _ = find_targets(model, TWO_FOUR)
     gate_map = gating.attach(targets, TWO_FOUR, magnitude_scores(targets), **settings)
     if "selector" in settings:

@@ -81,7 +81,7 @@ def test_gates_learn_and_harden(family, selector):
     learnt = [p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad]
     assert all(parameter.grad is not None for parameter in learnt)
     assert max(float(parameter.grad.abs().max()) for parameter in learnt) > 0
-    gating.come_to_rest(gate_map)
+    gating.freeze(gate_map)
     gating.set_phase(gate_map, HARD)
     for name, linear in targets.items():
         weight = linear.weight.t() if gating.is_transposed(linear) else linear.weight

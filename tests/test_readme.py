@@ -1,0 +1,47 @@
+"""README's tree is what lies on the disk."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cast_train", "cast_serve", "loadtest")
+LINE = re.compile(r"^( *)(?:(\w+)/)? *(.*)$")
+
+
+def modules_in_readme() -> dict[str, set[str]]:
+    """The modules that README's tree names, by folder."""
+    tree = (ROOT / "README.md").read_text().split("## The file tree")[1].split("```")[1]
+    found: dict[str, set[str]] = {}
+    around: list[str] = []  # the folders that the line lies in
+    for line in tree.strip().splitlines():
+        match = LINE.match(line)
+        assert match is not None
+        depth = len(match[1]) // 2
+        if depth == 0:
+            around = [str(match[2])]
+            continue
+        if around[0] not in PACKAGES:
+            continue
+        if match[2] is not None:
+            around = [*around[:depth], match[2]]
+        names = match[3].split(",")[0].split()  # after a comma: what is no module
+        found.setdefault("/".join(around[: depth + (match[2] is not None)]), set()).update(names)
+    return found
+
+
+def test_the_tree_names_every_module_and_no_other() -> None:
+    on_disk: dict[str, set[str]] = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name != "__init__.py":
+                folder = path.parent.relative_to(ROOT).as_posix()
+                on_disk.setdefault(folder, set()).add(path.stem)
+    assert modules_in_readme() == on_disk
+
+
+def test_no_folder_holds_too_much() -> None:
+    for folder, names in modules_in_readme().items():
+        assert len(names) <= 10, folder
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
