@@ -81,11 +81,11 @@ def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> Non
 @pytest.mark.parametrize("form", ["packed", "cusparselt"])
 def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
     """A fake GPU: its tensors have shapes and a device, and the ops are those that vLLM traces."""
-    from cast_serve.engine.linear import Sparse24LinearMethod
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from cast_serve import kernels
+    from cast_serve.engine.linear import Sparse24LinearMethod
     from cast_serve.kernels.gpu import dispatch
 
     called = []
@@ -111,7 +111,6 @@ def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
 
 def test_what_a_layer_holds_on_a_cpu() -> None:
     from cast_serve.engine.linear import Sparse24LinearMethod
-
     from cast_serve.sparsity.bitmask import compress
     from cast_serve.sparsity.pattern import hard_mask
 
