@@ -20,12 +20,8 @@ import torch
 
 from cast_serve.checkpoint.inspect import count_compressed
 from cast_serve.engine.warmup import WarmUp, warm_up
+from cast_serve.latency import BUCKETS_S
 
-# From 0.5 ms: vLLM's own start at 10 ms, above a small model's inter-token latency.
-BUCKETS_S = [
-    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0),
-]
 KV_CACHE_BYTES = 1 << 30
 # A step of more tokens keeps a CPU busy for so long that the gateway takes it for a hang.
 CPU_STEP_TOKENS = 512

@@ -19,6 +19,7 @@ import httpx
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cast_serve import sse
 from cast_serve.gateway.api import answers
 from cast_serve.gateway.api.errors import APIError, unavailable
 from cast_serve.gateway.compare.shadow import Shadow
@@ -31,7 +32,6 @@ from cast_serve.latency import RequestTiming, Stopwatch
 
 logger = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 # Servers close a connection that was idle for 5 s (uvicorn's and vLLM's own limit): before that it
 # must not be taken for another request.
 KEEP_ALIVE_S = 2.0
@@ -152,13 +152,12 @@ class Forwarder:
         async with self.client.stream("POST", f"{replica.url}{route}", json=body) as upstream:
             if upstream.status_code != 200:
                 self._check_status(replica, upstream.status_code, await upstream.aread())
-            async for line in upstream.aiter_lines():
-                data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
+            async for data in sse.data_of(upstream.aiter_bytes()):
+                if data == sse.DONE:
                     continue
                 chunk = answers.parsed(data)
                 if chunk.get("error"):
-                    self._check_status(replica, answers.status_of(chunk), data.encode())
+                    self._check_status(replica, answers.status_of(chunk), data)
                 stopwatch.observe(chunk)
                 texts.append(answers.text_of(chunk))
                 for choice in chunk.get("choices") or ():
@@ -201,7 +200,7 @@ class Forwarder:
                 raise
             failure = error if isinstance(error, APIError) else unavailable(replica.variant)
         exchange.outcome.end(failure.status)
-        yield f"data: {json.dumps(failure.body)}\n\n".encode()
+        yield sse.event(json.dumps(failure.body).encode())
 
     async def _passed_on(
         self, upstream: httpx.Response, replica: Replica, exchange: Exchange
@@ -209,23 +208,20 @@ class Forwarder:
         """The events up to [DONE]; what goes wrong is raised as in `forward`."""
         prompt_tokens = 0
         texts: list[str] = []
-        lines = upstream.aiter_lines()
+        events = sse.data_of(upstream.aiter_bytes())
         try:
-            # The deadline bounds each wait for a line and no yield: it must not cancel the sender.
-            while (line := await before(exchange.deadline_s, anext(lines, None))) is not None:
-                if not line.startswith("data:"):
-                    continue
-                data = line.removeprefix("data:").strip()
+            # The deadline bounds the waits for events and no yield: it must not cancel the sender.
+            while (data := await before(exchange.deadline_s, anext(events, None))) is not None:
                 replica.num_received += 1
-                if data == "[DONE]":
+                if data == sse.DONE:
                     timing = exchange.stopwatch.finish()
                     self._finished(replica.variant, exchange, timing, prompt_tokens, "".join(texts))
                     exchange.outcome.end(200)
-                    yield DONE
+                    yield sse.event(sse.DONE)
                     return
                 chunk = answers.parsed(data)
                 if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
-                    self._check_status(replica, answers.status_of(chunk), data.encode())
+                    self._check_status(replica, answers.status_of(chunk), data)
                 exchange.stopwatch.observe(chunk)
                 if self.shadow.is_on:
                     texts.append(answers.text_of(chunk))
@@ -235,8 +231,8 @@ class Forwarder:
                         continue
                 if not exchange.has_usage and "usage" in chunk:
                     del chunk["usage"]
-                    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-                yield f"data: {data}\n\n".encode()
+                    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
+                yield sse.event(data)
         except TimeoutError:
             raise late(replica.variant) from None
         except httpx.HTTPError as error:

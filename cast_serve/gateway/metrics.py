@@ -15,14 +15,10 @@ from prometheus_client.registry import Collector
 from cast_serve.gateway.admission import Admission
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
-from cast_serve.latency import RequestTiming
+from cast_serve.latency import BUCKETS_S, RequestTiming
 
 logger = logging.getLogger(__name__)
 
-BUCKETS_S = (
-    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1),
-    *(0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0),
-)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Each worker has these of its own; vllm's and cast's matter.
 HIDDEN_PREFIXES = ("python_", "process_", "http_")

@@ -2,7 +2,7 @@
 
 Every answer is scored as the continuation of "Question: ...\\nAnswer:", without examples: by the
 log likelihood of its tokens in sum (*acc*), and by that sum per byte of the answer, which favours
-no short ones (*acc_norm*). cast_train/evaluate/quality.py does the same on a model in memory.
+no short ones (*acc_norm*). cast_train/evaluate/choices.py does the same on a model in memory.
 
 A server is asked through POST /v1/completions with `echo` and `logprobs`, a request an answer: it
 repeats the text with the log likelihood of each token. One token is asked for, because our gateway

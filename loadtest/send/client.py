@@ -17,6 +17,7 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
+from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
 from loadtest.send.batch import Batch
 from loadtest.send.connection import Pool, TransportError, authorization
@@ -77,16 +78,15 @@ class _Completion:
         self.watch = Stopwatch(intended_send_s)
         self.usage: Mapping[str, Any] = {}
         self.is_done = False
-        self._rest = b""
+        self._reader = sse.Reader()
 
-    def feed(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and not self.is_done:
-                self._event(line[len(b"data:") :].strip())
+    def feed(self, piece: bytes) -> None:
+        for data in self._reader.feed(piece):
+            if not self.is_done:
+                self._event(data)
 
     def _event(self, data: bytes) -> None:
-        if data == b"[DONE]":
+        if data == sse.DONE:
             self.is_done = True
             return
         try:

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from cast_serve.gateway.api.paths import PROBES, is_open
 from cast_serve.gateway.api.schemas import BODIES
 
 ERROR = {
@@ -36,8 +37,6 @@ FAILURES = {
     "503": "the variant does not answer; try again after Retry-After seconds",
     "504": "the deadline has passed",
 }
-PROBES = ("/readyz", "/startupz", "/health")
-OPEN = ("/livez", *PROBES, "/")
 
 
 def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> 
         }
         if path.endswith("completions"):
             responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    elif path in PROBES:
+    elif path in PROBES and path != "/livez":  # which is never 503
         responses["503"] = {"description": "not yet, or no longer"}
-    if path not in OPEN and not path.startswith("/dashboard/"):
+    if not is_open(path):
         operation["security"] = [{"key": []}, {}]
         responses["401"] = {"description": FAILURES["401"], "content": failure}

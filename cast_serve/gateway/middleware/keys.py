@@ -14,10 +14,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cast_serve.gateway.api.errors import APIError
-
-# Probes, and the dashboard's files, which hold nothing and ask for the key themselves.
-OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/")
-OPEN_PREFIX = "/dashboard/"
+from cast_serve.gateway.api.paths import is_open
 
 
 def load_keys(text: str, file: Path | None) -> list[bytes]:
@@ -70,7 +67,7 @@ class KeyCheck:
         self.digests = tuple(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.digests or _is_open(scope["path"]):
+        if scope["type"] != "http" or not self.digests or is_open(scope["path"]):
             return await self.app(scope, receive, send)
         if self._is_known(dict(scope["headers"]).get(b"authorization", b"")):
             return await self.app(scope, receive, send)
@@ -89,7 +86,3 @@ class KeyCheck:
         digest = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self.digests]  # all of them
         return scheme.lower() == b"bearer" and any(matches)
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)

@@ -12,9 +12,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cast_serve.gateway.api.paths import PROBES
+
 logger = logging.getLogger(__name__)
 
-QUIET_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/metrics", "/v1/comparison")
+QUIET_PATHS = (*PROBES, "/metrics", "/v1/comparison")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 
