@@ -48,7 +48,7 @@ class Gateway:
     @property
     def is_ready(self) -> bool:
         """Whether every model that is advertised will be answered, by itself or its fallback."""
-        answered = all(self.proxy.answerer(variant.name) for variant in self.variants)
+        answered = all(self.proxy.router.answerer(variant) for variant in self.variants)
         return answered and not self.is_draining
 
     async def watch(self, on_failure: Callable[[], None]) -> None:
@@ -127,7 +127,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would go where the Host header says
     )
     app.state.gateway = gateway
-    models = [*proxy.variants, *proxy.split]
+    models = [*proxy.variants, *proxy.router.split]
     app.openapi = lambda: openapi.describe(app, models)  # type: ignore[method-assign]
 
     for path in PROXIED:

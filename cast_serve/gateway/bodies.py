@@ -1,0 +1,70 @@
+"""A request as it arrives -> its body, bounded in bytes and time, parsed and checked."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from cast_serve.gateway.api import schemas
+from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.settings import GatewaySettings
+
+LARGE_BODY_BYTES = 1 << 16  # takes long enough to check that others would wait for the event loop
+
+
+class BodyReader:
+    """Reads bodies; large ones are checked in a thread.
+
+    Args:
+        settings: `max_body_bytes`, `body_timeout_s` and `max_prompts`.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
+        # One at a time: memory and the interpreter's lock are not for large bodies alone.
+        self._checker = ThreadPoolExecutor(1, "check-body")
+
+    def close(self) -> None:
+        self._checker.shutdown()
+
+    async def read(self, request: Request) -> tuple[dict[str, Any], BaseModel]:
+        """The body, as it came and checked.
+
+        Raises:
+            APIError: 400, 408 or 413.
+            ClientDisconnect: if the client leaves before the body is whole.
+        """
+        limit = self.settings.max_body_bytes
+        too_large = APIError(
+            413,
+            f"the request body is larger than {limit} bytes; send less, or raise "
+            "CAST_MAX_BODY_BYTES",
+            "invalid_request_error",
+            "request_too_large",
+        )
+        if int(request.headers.get("content-length", 0)) > limit:
+            raise too_large
+        content = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                async for chunk in request.stream():
+                    content += chunk
+                    if len(content) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise APIError(
+                408,
+                f"the request body did not arrive within {self.settings.body_timeout_s:g} s",
+                "invalid_request_error",
+                "body_timeout",
+            ) from None
+
+        def check() -> tuple[dict[str, Any], BaseModel]:
+            body = schemas.read_json(content)
+            return body, schemas.parse(request.url.path, body, self.settings.max_prompts)
+
+        if len(content) < LARGE_BODY_BYTES:
+            return check()
+        return await asyncio.get_running_loop().run_in_executor(self._checker, check)
