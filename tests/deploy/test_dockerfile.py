@@ -43,7 +43,9 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
         for source in line.split()[:-1]
     ]
     assert sorted(copied) == sorted(allowed)
-    packages = {name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.removesuffix("*") for pattern in patterns}
+    assert packages == {"cast_train", "cast_serve", "loadtest"}
     assert packages <= set(copied)
 
 

@@ -13,7 +13,7 @@ from tests.story.conftest import Served, complete
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(1200)]
 
 DTYPE = "bfloat16"
-NUM_BUSY = 6
+NUM_BUSY = 3
 
 
 @pytest.fixture(scope="module", autouse=True)

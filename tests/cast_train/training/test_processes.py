@@ -19,7 +19,7 @@ from cast_train.training.run import train
 STOP_IF = """
 import sys
 from cast_train.__main__ import main
-from cast_train.trainer import CastTrainer
+from cast_train.training.trainer import CastTrainer
 
 compute_loss = CastTrainer.compute_loss
 
@@ -93,6 +93,7 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     arguments = (config, tmp_path / "out", llama_dir, text_file)
     stopped = in_two_processes(*arguments, program=[str(tmp_path / "stop.py")])
     assert stopped.returncode != 0
+    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
     assert not (tmp_path / "out").exists()
     written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
     shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
