@@ -154,6 +154,7 @@ def local(model: Path) -> Iterator[Worker]:
     worker = Worker(model, *local_variants({"sparse": model}))
     yield worker
     variants.stop([worker.variant], 1)
+    variants.remove_logs([worker.variant])
 
 
 @pytest.fixture
