@@ -116,8 +116,9 @@ def evaluate(
 ) -> None:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
+        from cast_serve.questions import read_questions
         from cast_train.checkpoint import models
-        from cast_train.evaluate.choices import choice_accuracy, read_questions
+        from cast_train.evaluate.choices import choice_accuracy
         from cast_train.evaluate.perplexity import mean_divergence, perplexity, soft_and_hard
         from cast_train.evaluate.precision import arithmetic
         from cast_train.text import read_texts, to_blocks, tokenize

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from cast_serve.questions import Question, read_questions
 from loadtest.bench.shapes import parse_tokens, shapes_of
 from loadtest.provenance import provenance
 from loadtest.quality import agreement, choices
@@ -156,7 +157,9 @@ def run(
         )
         if choices_file is None and choices_limit is not None:
             raise ValueError(f"--choices-limit {choices_limit} limits nothing; give --choices too")
-        questions = choices.read_questions(choices_file, choices_limit) if choices_file else []
+        if choices_limit is not None and choices_limit < 1:
+            raise ValueError(f"--choices-limit {choices_limit} is too small; give 1 or more")
+        questions = read_questions(choices_file, choices_limit) if choices_file else []
         agreements = asyncio.run(_quality(url, plan, workload, timeout_s, api_key, quality_prompts))
         chosen = asyncio.run(_choices(url, plan, timeout_s, api_key, questions))
         results, failures, records = [], [], []
@@ -304,7 +307,7 @@ async def _choices(
     plan: Plan,
     timeout_s: float,
     api_key: str | None,
-    questions: Sequence[choices.Question],
+    questions: Sequence[Question],
 ) -> list[dict[str, Any]]:
     if not questions:
         return []

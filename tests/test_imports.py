@@ -32,7 +32,10 @@ ROOTS_WITHOUT_HTTP = {
 }
 HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
 # What another package may use of cast_serve.
-ALLOWED = {"cast_train": {"sparsity", "checkpoint"}, "loadtest": {"latency", "sse", "kernels"}}
+ALLOWED = {
+    "cast_train": {"sparsity", "checkpoint", "questions"},
+    "loadtest": {"latency", "sse", "intervals", "questions", "kernels"},
+}
 
 
 def imported(module: str, *, at_top: bool = False) -> Iterator[str]:

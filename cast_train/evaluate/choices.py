@@ -1,10 +1,8 @@
 """A model + multiple-choice questions -> the share answered rightly, with its standard error."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,48 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question.
-
-    Attributes:
-        question: what is asked.
-        choices: two answers or more.
-        answer: index of the right one.
-    """
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Reads JSONL with ``question``, ``choices`` and ``answer``, as scripts/data writes it.
-
-    Args:
-        limit: take so many from the file's beginning; None: all.
-
-    Raises:
-        ValueError: naming the file and line that is none.
-    """
-    questions = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the questions {path}: {error}") from error
-    for number, line in enumerate(lines[:limit], 1):
-        try:
-            row = json.loads(line)
-            found = Question(str(row["question"]), tuple(map(str, row["choices"])), row["answer"])
-            if not (len(found.choices) > 1 and found.choices[found.answer]):
-                raise ValueError("needs two choices or more, and an answer among them")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}, line {number} is no question: {error!r}") from error
-        questions.append(found)
-    if not questions:
-        raise ValueError(f"{path} holds no questions")
-    return questions
+from cast_serve.questions import Question
 
 
 @dataclass(frozen=True)
@@ -88,7 +45,7 @@ def choice_accuracy(
     """
     rows, spans = [], []
     for question in questions:
-        prompt = tokenizer(f"Question: {question.question}\nAnswer:").input_ids
+        prompt = tokenizer(question.prompt).input_ids
         for choice in question.choices:
             answer = tokenizer(f" {choice}", add_special_tokens=False).input_ids
             rows.append([*prompt, *answer])

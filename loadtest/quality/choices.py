@@ -19,10 +19,8 @@ with questions as the units (intervals.py); it has no width where they chose ali
 
 import asyncio
 import hashlib
-import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from cast_serve.questions import Question
 from loadtest.judge.intervals import draws, quantile, tail
 from loadtest.send.connection import authorization
 
@@ -39,72 +38,6 @@ MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """By which score: the name of the share, and that of the choices in run.json."""
 NUM_IN_FLIGHT = 8
 ROUNDING = 1e-6  # of a log likelihood: one above this is none
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question.
-
-    Attributes:
-        question: what is asked.
-        choices: two answers or more, none empty.
-        answer: index of the right one.
-    """
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-
-    def __post_init__(self) -> None:
-        if len(self.choices) < 2 or not all(self.choices):
-            raise ValueError(f"{len(self.choices)} choices; give two or more, none empty")
-        if type(self.answer) is not int or self.answer not in range(len(self.choices)):
-            raise ValueError(
-                f"answer {self.answer!r}; give the right choice's index, 0 to "
-                f"{len(self.choices) - 1}"
-            )
-
-    @property
-    def prompt(self) -> str:
-        """What the model reads before an answer."""
-        return f"Question: {self.question}\nAnswer:"
-
-
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Reads JSONL with `question`, `choices` and `answer`, as scripts/data writes it.
-
-    Args:
-        path: a line a question.
-        limit: take so many from the file's beginning; None: all.
-
-    Raises:
-        ValueError: if the limit is below 1, or the file cannot be read or has a line that is none.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--choices-limit {limit} is too small; give 1 or more")
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)[:limit]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"choices {path} cannot be read: {error}; name a .jsonl file, for instance one of "
-            "data/choices after running scripts/data"
-        ) from error
-    if not lines:
-        raise ValueError(f"choices {path} is empty; give a line of JSON a question")
-    return [_parse(line, f"choices {path}, line {n}") for n, line in enumerate(lines, 1)]
-
-
-def _parse(line: str, where: str) -> Question:
-    try:
-        given = json.loads(line)
-        if not isinstance(given["choices"], list):
-            raise TypeError(f"choices {given['choices']!r} are no list")
-        choices = tuple(str(choice) for choice in given["choices"])
-        return Question(str(given["question"]), choices, given["answer"])
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error
 
 
 def about(path: Path, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

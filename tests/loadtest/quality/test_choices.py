@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from typer.testing import CliRunner
 from cast_serve.gateway.app import create_app as create_gateway
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.variants import remote_variants
-from cast_train.evaluate import choices as in_memory
+from cast_serve.questions import Question
+from cast_train.evaluate.choices import choice_accuracy
 from loadtest import mock_server
 from loadtest.__main__ import app as command
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import choices
-from loadtest.quality.choices import Question, log_likelihood, measure, read_questions, summarise
+from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
 from loadtest.report.result import markdown_of, result_of, write_out
@@ -33,7 +35,7 @@ from loadtest.report.words import accuracy_text
 from tests.loadtest.conftest import ServeApp
 from tests.loadtest.recordings import two_pairs
 
-YES_OR_NO = Question("Is it?", ("yes", "no"), 1)
+GOOD = '{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}'
 
 
 def echoed(*tokens: tuple[str, float | None], num_generated: int = 0) -> dict[str, Any]:
@@ -306,15 +308,11 @@ def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> Non
     rows = asyncio.run(choices.measure_over_http(url, None, 30.0, questions, "dense", "sparse"))
     for row, asked in zip(rows, questions, strict=True):
         in_sum, per_byte = (
-            in_memory.choice_accuracy(
-                *(model, tokenizer),
-                [in_memory.Question(asked.question, asked.choices, row[score]["dense"])],
-            )
+            choice_accuracy(model, tokenizer, [replace(asked, answer=row[score]["dense"])])
             for score in ("by_sum", "by_byte")
         )
         assert (in_sum.acc, per_byte.acc_norm) == (1, 1)
-    known = [in_memory.Question(q.question, q.choices, q.answer) for q in questions]
-    wanted = in_memory.choice_accuracy(model, tokenizer, known)
+    wanted = choice_accuracy(model, tokenizer, questions)
     found = summarise(each([]) | {"each": rows}, "dense", "sparse")["accuracy"]
     assert found["dense"] == pytest.approx(vars(wanted))
     assert any(row["by_sum"] != row["by_byte"] for row in rows)
@@ -349,54 +347,11 @@ def test_over_a_socket(serve_app: ServeApp) -> None:
         over_http("http://127.0.0.1:1", "good")
 
 
-GOOD = '{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}'
-
-
-def test_questions_are_read_as_in_training(tmp_path: Path) -> None:
+def test_the_record_names_the_file_and_its_content(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
-    path.write_text(f'{GOOD}\n{{"question": 7, "choices": [1, 2.5], "answer": 0}}\n')
-    found = read_questions(path)
-    assert found == [YES_OR_NO, Question("7", ("1", "2.5"), 0)]
-    assert [vars(one) for one in found] == [vars(one) for one in in_memory.read_questions(path)]
-    assert read_questions(path, limit=1) == [YES_OR_NO]
+    path.write_text(f"{GOOD}\n")
     about = choices.about(path, [])
     assert (about["source"], len(about["source_sha256"]), about["each"]) == (str(path), 64, [])
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "is no question: Expecting property name"),
-        ("", "is no question: Expecting value"),
-        ('{"question": "?", "choices": ["a"], "answer": 0}', "1 choices; give two or more"),
-        ('{"question": "?", "choices": ["a", ""], "answer": 0}', "none empty"),
-        ('{"question": "?", "choices": "ab", "answer": 0}', "choices 'ab' are no list"),
-        ('{"question": "?", "choices": ["a", "b"], "answer": 2}', "answer 2; give .* 0 to 1"),
-        ('{"question": "?", "choices": ["a", "b"], "answer": -1}', "answer -1; give the right"),
-        ('{"question": "?", "choices": ["a", "b"], "answer": true}', "answer True; give the right"),
-        ('{"question": "?", "choices": ["a", "b"], "answer": "0"}', "answer '0'; give the right"),
-        ('{"question": "?", "choices": ["a", "b"]}', "'answer' is missing"),
-        ("[]", "is no question: list indices"),
-    ],
-)
-def test_a_broken_question_is_named(line: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "set.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(ValueError, match=f"choices {path}, line 2: .*{message}"):
-        read_questions(path)
-
-
-def test_unreadable_files_and_limits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="absent cannot be read: .*after running scripts/data"):
-        read_questions(tmp_path / "absent")
-    (tmp_path / "latin").write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match="latin cannot be read: 'utf-8' codec"):
-        read_questions(tmp_path / "latin")
-    (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="empty is empty; give a line of JSON"):
-        read_questions(tmp_path / "empty")
-    with pytest.raises(ValueError, match="--choices-limit 0 is too small; give 1 or more"):
-        read_questions(tmp_path / "empty", 0)
 
 
 # 100 questions: dense 60 right, sparse 58: 5 won, 7 lost.
@@ -530,7 +485,7 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--choices", "/absent"], "choices /absent cannot be read"),
+        (["--choices", "/absent"], "questions /absent cannot be read"),
         (["--choices-limit", "3"], "--choices-limit 3 limits nothing; give --choices too"),
         (["--choices", "SET", "--choices-limit", "0"], "--choices-limit 0 is too small"),
         (["--choices", "SET"], "POST http://127.0.0.1:1/v1/completions gave ConnectError"),

@@ -1,0 +1,74 @@
+"""A JSONL file -> multiple-choice questions, for whoever scores a model on them.
+
+cast_train scores a model in memory, loadtest a served one; both read the same files by this module,
+so that their accuracies can be compared.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question.
+
+    Attributes:
+        question: what is asked.
+        choices: two answers or more, none empty.
+        answer: index of the right one.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        if len(self.choices) < 2 or not all(self.choices):
+            raise ValueError(f"{len(self.choices)} choices; give two or more, none empty")
+        if type(self.answer) is not int or self.answer not in range(len(self.choices)):
+            raise ValueError(
+                f"answer {self.answer!r}; give the right choice's index, 0 to "
+                f"{len(self.choices) - 1}"
+            )
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads before an answer, which follows after a space."""
+        return f"Question: {self.question}\nAnswer:"
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Reads JSONL with `question`, `choices` and `answer`, as scripts/data writes it.
+
+    Args:
+        path: a line a question.
+        limit: read only the first so many, at least 1; None: all.
+
+    Raises:
+        ValueError: if the file cannot be read, is empty, or a line is no question.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(islice(file, limit))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"questions {path} cannot be read: {error}; name a .jsonl file, for instance one of "
+            "data/choices after running scripts/data"
+        ) from error
+    if not lines:
+        raise ValueError(f"questions {path} is empty; give a line of JSON a question")
+    return [_parse(line, f"questions {path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, where: str) -> Question:
+    try:
+        given = json.loads(line)
+        if not isinstance(given["choices"], list):
+            raise TypeError(f"choices {given['choices']!r} are no list")
+        choices = tuple(str(choice) for choice in given["choices"])
+        return Question(str(given["question"]), choices, given["answer"])
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error
