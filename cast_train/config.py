@@ -2,20 +2,30 @@
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from cast_serve.sparsity.pattern import Pattern, patterns_of
 
-METHODS = ("gates", "ste", "adams", "dense")
-SELECTORS = ("soft_topk", "gumbel", "penalty", "generator")
-STARTS = ("auto", "ones", "magnitude", "wanda", "sparsegpt")
-RAMPS = ("constant", "linear", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(ge=1e-4)]  # of a selection, in logits
+Names = Annotated[tuple[str, ...], Strict(False)]  # a list, as TOML and JSON have it, will do
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class TrainConfig:
     """One run of `cast-train run`. Fractions are of `steps`, so the whole plan scales with it.
 
@@ -73,77 +83,50 @@ class TrainConfig:
         seed: of the order of the sequences.
     """
 
-    method: str = "gates"
-    selector: str = "soft_topk"
+    method: Literal["gates", "ste", "adams", "dense"] = "gates"
+    selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
     sparsity: str = "2:4"
-    start: str = "auto"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    steps: int = 32
-    block_size: int = 512
-    batch_blocks: int = 4
-    accumulation: int = 1
+    start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
+    include: Names = ()
+    exclude: Names = ()
+    steps: PositiveInt = 32
+    block_size: Annotated[int, Field(ge=2)] = 512
+    batch_blocks: PositiveInt = 4
+    accumulation: PositiveInt = 1
     is_checkpointed: bool = False
-    learning_rate: float = 5e-4
-    gate_learning_rate: float = 1e-2
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.05
-    max_grad_norm: float = 1.0
-    penalty_weight: float = 0.1
-    penalty_ramp: str = "linear"
-    tau_start: float = 0.1
-    tau_end: float = 1e-3
-    tau_end_fraction: float = 0.04
-    blend_end_fraction: float = 0.0
-    blend_ramp: str = "linear"
-    gumbel_noise: float = 0.5
-    decay: float = 2e-4
-    mask_every: int = 10
-    scale_parts: int = 0
-    distillation_weight: float = 0.9
-    distillation_temperature: float = 1.0
-    hard_fraction: float = 0.05
-    calibration_blocks: int = 16
-    heldout_blocks: int = 16
-    evaluate_every: int = 0
+    learning_rate: NonNegativeFloat = 5e-4
+    gate_learning_rate: NonNegativeFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_fraction: Fraction = 0.05
+    max_grad_norm: Annotated[float, Field(allow_inf_nan=True)] = 1.0
+    penalty_weight: NonNegativeFloat = 0.1
+    penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"
+    tau_start: Temperature = 0.1
+    tau_end: Temperature = 1e-3
+    tau_end_fraction: Fraction = 0.04
+    blend_end_fraction: Fraction = 0.0
+    blend_ramp: Literal["linear", "cosine"] = "linear"
+    gumbel_noise: NonNegativeFloat = 0.5
+    decay: NonNegativeFloat = 2e-4
+    mask_every: PositiveInt = 10
+    scale_parts: NonNegativeInt = 0
+    distillation_weight: Fraction = 0.9
+    distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    hard_fraction: Fraction = 0.05
+    calibration_blocks: PositiveInt = 16
+    heldout_blocks: PositiveInt = 16
+    evaluate_every: NonNegativeInt = 0
     keep_best: bool = False
     train_embeddings: bool = False
     is_sharded: bool = False
-    precision: str = "auto"
-    checkpoint_every: int = 20
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: PositiveInt = 20
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.default)
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainConfig":
+        """What one field's own limits cannot say."""
         Pattern.parse(self.sparsity)
-        _check_choice("method", self.method, METHODS)
-        _check_choice("selector", self.selector, SELECTORS)
-        _check_choice("start", self.start, STARTS)
-        _check_choice("penalty_ramp", self.penalty_ramp, RAMPS)
-        _check_choice("blend_ramp", self.blend_ramp, RAMPS[1:])
-        _check_choice("precision", self.precision, PRECISIONS)
-        for name in (
-            "steps",
-            "batch_blocks",
-            "accumulation",
-            "mask_every",
-            "calibration_blocks",
-            "heldout_blocks",
-            "checkpoint_every",
-        ):
-            _check_range(name, getattr(self, name), 1)
-        _check_range("block_size", self.block_size, 2)
-        for name in ("learning_rate", "gate_learning_rate", "weight_decay", "penalty_weight"):
-            _check_range(name, getattr(self, name), 0)
-        for name in ("gumbel_noise", "decay", "scale_parts", "evaluate_every"):
-            _check_range(name, getattr(self, name), 0)
-        _check_range("distillation_weight", self.distillation_weight, 0, 1)
-        _check_range("distillation_temperature", self.distillation_temperature, 0.01)
-        for name in ("tau_start", "tau_end"):
-            _check_range(name, getattr(self, name), 1e-4)
-        for name in ("warmup_fraction", "tau_end_fraction", "blend_end_fraction", "hard_fraction"):
-            _check_range(name, getattr(self, name), 0, 1)
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
         if self.start == "sparsegpt" and self.method == "ste":
@@ -164,6 +147,7 @@ class TrainConfig:
                 f"tau_end_fraction {self.tau_end_fraction}: "
                 "the last steps must see the exact mask that is served"
             )
+        return self
 
     def _check_keep_best(self) -> None:
         if self.method == "adams":
@@ -212,17 +196,11 @@ class TrainConfig:
         Raises:
             ValueError: if a key is unknown, or a value is wrong.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown setting {', '.join(unknown)}; the settings are {', '.join(known)}"
-            )
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in settings.items()
-        }
-        return cls(**values)
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            faults = [_describe(fault) for fault in error.errors(include_url=False)]
+            raise ValueError("; ".join(faults)) from None
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, as JSON has them."""
@@ -244,24 +222,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the settings {path}: {error}") from error
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
-    want = type(default)
-    right = isinstance(value, want) and (want is bool or not isinstance(value, bool))
-    if want is float and isinstance(value, int) and not isinstance(value, bool):
-        right = True
-    if want is tuple and right:
-        right = all(isinstance(item, str) for item in value)
-    if not right:
-        kind = "list of strings" if want is tuple else want.__name__
-        raise ValueError(f"{name} is {value!r}, but must be a {kind}, for instance {default!r}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} does not exist; choose from {', '.join(choices)}")
-
-
-def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    if not low <= value <= high or value == float("inf"):
-        limit = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-        raise ValueError(f"{name} is {value}, but must be {limit}")
+def _describe(fault: ErrorDetails) -> str:
+    """One of pydantic's errors in a line: the setting, its value, the limit and the default."""
+    if not fault["loc"]:  # of several settings together
+        return str(fault["ctx"]["error"])
+    name = fault["loc"][0]
+    if fault["type"] == "unexpected_keyword_argument":
+        known = ", ".join(field.name for field in dataclasses.fields(TrainConfig))
+        return f"unknown setting {name}; the settings are {known}"
+    limit = fault["msg"].replace("Input should", "must").replace("tuple", "list of strings")
+    return f"{name} is {fault['input']!r}, but {limit} (default: {getattr(TrainConfig, str(name))})"

@@ -78,11 +78,17 @@ def test_permute_then_measure(cast_train, llama_dir, text_file):
     [
         ({"--model": "gone"}, "gone is no directory"),
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
-        ({"--method": "magic"}, "method 'magic' does not exist; choose from gates"),
-        ({"--selector": "sort"}, "selector 'sort' does not exist; choose from soft_topk"),
+        (
+            {"--method": "magic"},
+            "method is 'magic', but must be 'gates', 'ste', 'adams' or 'dense'",
+        ),
+        ({"--selector": "sort"}, "selector is 'sort', but must be 'soft_topk', 'gumbel'"),
         ({"--sparsity": "4:2"}, "is not N:M"),
-        ({"--start": "zeros"}, "choose from auto, ones, magnitude, wanda"),
-        ({"--steps": "0"}, "steps is 0, but must be at least 1"),
+        (
+            {"--start": "zeros"},
+            "start is 'zeros', but must be 'auto', 'ones', 'magnitude', 'wanda' or",
+        ),
+        ({"--steps": "0"}, "steps is 0, but must be greater than 0"),
         ({"--config": "gone.toml"}, "cannot read the settings gone.toml"),
         ({"--config": None}, "tokens in whole blocks, but"),
     ],
