@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cast_serve.gateway.upstream.variants import Variant
+    from cast_serve.gateway.upstream.replica import Variant
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
 

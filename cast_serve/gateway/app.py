@@ -29,7 +29,8 @@ from cast_serve.gateway.middleware.request_log import RequestLog
 from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import variants as workers
-from cast_serve.gateway.upstream.variants import Replica, Variant, VariantError
+from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.gateway.upstream.supervisor import VariantError
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +131,8 @@ def create_app(
     models = [*proxy.variants, *proxy.router.split]
     app.openapi = lambda: openapi.describe(app, models)  # type: ignore[method-assign]
 
-    for path in PROXIED:
+    for path in (*PROXIED, COMPARE):
         app.add_api_route(path, proxy.answer, methods=["POST"])
-    app.add_api_route(COMPARE, proxy.compare, methods=["POST"])
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
 
     @app.get("/v1/comparison")

@@ -1,71 +1,97 @@
-"""One request on its way through the gateway: what came in, its deadline, what became of it."""
+"""One request on its way through the gateway: what came in, its deadline, what became of it.
+
+A client's request is an exchange, and so is each that the gateway sends itself to compare variants.
+"""
 
 import asyncio
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from cast_serve.gateway.api.errors import bad_request
-from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
-from cast_serve.latency import Stopwatch
+from cast_serve.latency import RequestTiming, Stopwatch
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 TIMEOUT_HEADER = "x-request-timeout"
 T = TypeVar("T")
 
 
-class Outcome:
-    """Counts a request once, whatever ends it."""
-
-    def __init__(self, metrics: Metrics, route: str) -> None:
-        self.metrics = metrics
-        self.route = route
-        self.variant = ""
-        self._has_ended = False
-
-    def end(self, status: int) -> None:
-        if not self._has_ended:
-            self._has_ended = True
-            self.metrics.requests.labels(self.variant, self.route, str(status)).inc()
-
-
+@dataclass(eq=False)
 class Exchange:
-    """A checked request.
+    """The state of one request; each stage sets what it finds out.
 
     Attributes:
-        has_usage: whether the client asked for the usage chunk of its stream.
+        route: where it came in, and where it is sent on to.
+        keeps_text: whether `text` is wanted; it costs memory in a stream.
+        on_end: called once, with the exchange, whatever ends it; None: it is not counted.
+        facts: what its log line says besides.
+        stopwatch: runs from its arrival.
+        body: as it came.
         deadline_s: on the event loop's clock.
+        variant: who was asked for; empty until that is known.
         sent_s: when a worker got it, on the stopwatch's clock.
+        answered_by: the variant that answered in full; as the next three, set by `finish`.
+        timing: None unless text was generated.
+        prompt_tokens: as the worker counted them.
+        text: of the first choice.
+        status: the HTTP status it ended with; None while it runs.
     """
 
-    def __init__(
-        self,
-        route: str,
-        body: dict[str, Any],
-        stopwatch: Stopwatch,
-        deadline_s: float,
-        outcome: Outcome,
-        facts: dict[str, Any],
-    ) -> None:
-        self.route = route
-        self.body = body
-        self.stopwatch = stopwatch
-        self.deadline_s = deadline_s
-        self.outcome = outcome
-        self.facts = facts
-        self.sent_s = 0.0
-        self.is_stream = route in GENERATING and body.get("stream") is True
-        self.has_usage = (body.get("stream_options") or {}).get("include_usage") is True
+    route: str
+    keeps_text: bool
+    on_end: Callable[["Exchange"], None] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    body: dict[str, Any] = field(default_factory=dict)
+    deadline_s: float = 0.0
+    variant: str = ""
+    sent_s: float = 0.0
+    answered_by: str = ""
+    timing: RequestTiming | None = None
+    prompt_tokens: int = 0
+    text: str = ""
+    status: int | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.route in GENERATING and self.body.get("stream") is True
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether the client asked for the usage chunk of its stream."""
+        return (self.body.get("stream_options") or {}).get("include_usage") is True
 
     def body_for(self, variant: str) -> dict[str, Any]:
+        """What a variant's worker gets: a stream is always asked for its usage."""
         body = {**self.body, "model": variant}
         if self.is_stream:
             body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
         return body
+
+    def finish(self, variant: str, usage: dict[str, Any], text: str) -> None:
+        """Takes down a whole answer.
+
+        Args:
+            variant: whose it is.
+            usage: OpenAI's, with `prompt_tokens` and `completion_tokens`.
+            text: of the first choice; empty unless `keeps_text`.
+        """
+        self.answered_by = variant
+        self.timing = self.stopwatch.finish(usage.get("completion_tokens"))
+        self.prompt_tokens = usage.get("prompt_tokens", 0)
+        self.text = text
+
+    def end(self, status: int) -> None:
+        """Ends it; only the first call counts."""
+        if self.status is None:
+            self.status = status
+            if self.on_end is not None:
+                self.on_end(self)
 
 
 def deadline_s(request: Request, longest_s: float) -> float:
@@ -100,7 +126,7 @@ async def before(deadline_s: float, awaited: Awaitable[T]) -> T:
 
 
 async def unless_the_client_leaves(
-    request: Request, answer: Awaitable[Response], outcome: Outcome
+    request: Request, answer: Awaitable[Response], exchange: Exchange
 ) -> Response:
     """The answer; if the client closes the connection first, the work for it is cancelled."""
 
@@ -113,7 +139,7 @@ async def unless_the_client_leaves(
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        outcome.end(CLIENT_LEFT)
+        exchange.end(CLIENT_LEFT)
         return Response(status_code=CLIENT_LEFT)
     finally:
         work.cancel()

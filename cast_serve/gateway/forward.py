@@ -7,12 +7,11 @@ did not ask.
 """
 
 import asyncio
-import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any
 
 import httpx
@@ -22,13 +21,10 @@ from starlette.types import Receive, Scope, Send
 from cast_serve import sse
 from cast_serve.gateway.api import answers
 from cast_serve.gateway.api.errors import APIError, unavailable
-from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.exchange import GENERATING, Exchange, before
-from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
-from cast_serve.gateway.upstream.variants import Replica, note_doubt, note_failure
-from cast_serve.latency import RequestTiming, Stopwatch
+from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +43,10 @@ class Forwarder:
     """The HTTP client to the workers.
 
     Args:
-        metrics: counts what is in flight and what was finished.
         on_lost: called with a replica that was just marked down.
-
-    Attributes:
-        shadow: gets every finished request; set by who makes it, which needs `complete` for it.
     """
 
-    shadow: Shadow
-
-    def __init__(self, metrics: Metrics, on_lost: Callable[[Replica], None]) -> None:
-        self.metrics = metrics
+    def __init__(self, on_lost: Callable[[Replica], None]) -> None:
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=5),  # the request's deadline bounds the rest
             limits=httpx.Limits(
@@ -76,137 +65,131 @@ class Forwarder:
 
         Args:
             replica: who is asked.
-            exchange: the request.
+            exchange: a client's request.
             stack: what is held for the request; a stream takes it over and closes it at its end.
 
         Raises:
             BrokenError: if the replica was lost, or failed, before a byte was passed on.
             APIError: its refusal (4xx), or 504.
         """
-        stack.enter_context(_Counted(replica, self.metrics))
-        exchange.sent_s = time.perf_counter()
-        upstream = await self._send(replica, exchange)
-        stack.push_async_callback(upstream.aclose)
+        upstream = await self._send(replica, exchange, stack)
         media_type = upstream.headers.get("content-type", "application/json")
         if exchange.is_stream and upstream.status_code == 200:
             events = self._events(upstream, replica, exchange)
             await stack.enter_async_context(aclosing(events))
             first = await anext(events)
             return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
+        content = await self._read(upstream, replica, exchange)
+        if upstream.status_code >= 500:
+            self._check_status(replica, upstream.status_code, content)
+        if upstream.status_code >= 400:
+            answers.check_shape(upstream.status_code, content)
+        if upstream.status_code == 200 and exchange.route in GENERATING:
+            self._finish_whole(replica, exchange, content)
+        exchange.end(upstream.status_code)
+        return Response(content, upstream.status_code, media_type=media_type)
+
+    async def collect(self, replica: Replica, exchange: Exchange) -> dict[str, Any]:
+        """The whole answer to an exchange of the gateway's own, on a generating route.
+
+        Returns:
+            The answer as a JSON object; a streamed one in the shape of one that was not.
+
+        Raises:
+            BrokenError, APIError: as `forward` does.
+        """
+        async with AsyncExitStack() as stack:
+            upstream = await self._send(replica, exchange, stack)
+            if not exchange.is_stream or upstream.status_code != 200:
+                content = await self._read(upstream, replica, exchange)
+                self._check_status(replica, upstream.status_code, content)
+                return self._finish_whole(replica, exchange, content)
+            choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+            usage = None
+            async with aclosing(self._chunks(upstream, replica, exchange)) as chunks:
+                async for _, chunk in chunks:
+                    usage = chunk.get("usage") or usage
+                    for part in chunk.get("choices") or ():
+                        choice["finish_reason"] = (
+                            part.get("finish_reason") or choice["finish_reason"]
+                        )
+            choice["text"] = exchange.text
+            return {"choices": [choice], "usage": usage}
+
+    async def _send(
+        self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
+    ) -> httpx.Response:
+        """The head of the replica's answer; the stack closes the connection."""
+        headers = tracing.outgoing_headers()
+        if "request_id" in exchange.facts:
+            headers["X-Request-Id"] = exchange.facts["request_id"]
+        request = self.client.build_request(
+            "POST",
+            f"{replica.url}{exchange.route}",
+            json=exchange.body_for(replica.variant),
+            headers=headers,
+        )
+        stack.enter_context(_counted_as_outstanding(replica))
+        exchange.sent_s = time.perf_counter()
+        for is_last in (False, True):
+            try:
+                sent = self.client.send(request, stream=True)
+                upstream = await before(exchange.deadline_s, sent)
+            except TimeoutError:
+                raise late(replica.variant) from None
+            except httpx.HTTPError as error:
+                if is_last or not isinstance(error, DROPPED):
+                    raise self._broken(replica, error) from None
+            else:
+                stack.push_async_callback(upstream.aclose)
+                return upstream
+        raise AssertionError("the loop returns or raises")
+
+    async def _read(self, upstream: httpx.Response, replica: Replica, exchange: Exchange) -> bytes:
         try:
             content = await before(exchange.deadline_s, upstream.aread())
         except TimeoutError:
             raise late(replica.variant) from None
         except httpx.HTTPError as error:
             raise self._broken(replica, error) from None
-        if upstream.status_code >= 500:
-            self._check_status(replica, upstream.status_code, content)
-        if upstream.status_code >= 400:
-            answers.check_shape(upstream.status_code, content)
-        if upstream.status_code == 200:
-            self._finish_whole(replica, exchange, content)
-        exchange.outcome.end(upstream.status_code)
-        return Response(content, upstream.status_code, media_type=media_type)
-
-    async def complete(
-        self, replica: Replica, body: Mapping[str, Any], route: str, deadline_s: float
-    ) -> tuple[dict[str, Any], RequestTiming]:
-        """A request of the gateway's own, uncounted as traffic.
-
-        Returns:
-            The answer, streamed or not in the shape of one that was not, and its timing.
-
-        Raises:
-            APIError: 503 if the replica fails, 504 after the deadline, or its refusal (4xx).
-        """
-        stopwatch = Stopwatch()
-        asked = {**body, "model": replica.variant}
-        try:
-            with _Counted(replica, None):
-                async with asyncio.timeout_at(deadline_s):
-                    if asked.get("stream"):
-                        answer = await self._collect(replica, route, asked, stopwatch)
-                    else:
-                        response = await self.client.post(f"{replica.url}{route}", json=asked)
-                        self._check_status(replica, response.status_code, response.content)
-                        answer = answers.parsed(response.content)
-        except TimeoutError:
-            raise late(replica.variant) from None
-        except BrokenError:
-            raise unavailable(replica.variant) from None
-        except httpx.HTTPError as error:
-            self._broken(replica, error)
-            raise unavailable(replica.variant) from None
-        except ValueError as error:
-            logger.warning("%s: sent an answer that is none: %s", replica.variant, error)
-            raise unavailable(replica.variant) from None
-        return answer, stopwatch.finish((answer.get("usage") or {}).get("completion_tokens"))
-
-    async def _collect(
-        self, replica: Replica, route: str, body: dict[str, Any], stopwatch: Stopwatch
-    ) -> dict[str, Any]:
-        """A stream's last answer: its texts joined in one choice."""
-        texts: list[str] = []
-        answer: dict[str, Any] = {"choices": [{"index": 0, "finish_reason": None}]}
-        body = {**body, "stream_options": {"include_usage": True}}
-        async with self.client.stream("POST", f"{replica.url}{route}", json=body) as upstream:
-            if upstream.status_code != 200:
-                self._check_status(replica, upstream.status_code, await upstream.aread())
-            async for data in sse.data_of(upstream.aiter_bytes()):
-                if data == sse.DONE:
-                    continue
-                chunk = answers.parsed(data)
-                if chunk.get("error"):
-                    self._check_status(replica, answers.status_of(chunk), data)
-                stopwatch.observe(chunk)
-                texts.append(answers.text_of(chunk))
-                for choice in chunk.get("choices") or ():
-                    if choice.get("finish_reason"):
-                        answer["choices"][0]["finish_reason"] = choice["finish_reason"]
-                answer["usage"] = chunk.get("usage") or answer.get("usage")
-        answer["choices"][0]["text"] = "".join(texts)
-        return answer
-
-    async def _send(self, replica: Replica, exchange: Exchange) -> httpx.Response:
-        request = self.client.build_request(
-            "POST",
-            f"{replica.url}{exchange.route}",
-            json=exchange.body_for(replica.variant),
-            headers={"X-Request-Id": exchange.facts["request_id"], **tracing.outgoing_headers()},
-        )
-        for is_last in (False, True):
-            try:
-                return await before(exchange.deadline_s, self.client.send(request, stream=True))
-            except TimeoutError:
-                raise late(replica.variant) from None
-            except httpx.HTTPError as error:
-                if is_last or not isinstance(error, DROPPED):
-                    raise self._broken(replica, error) from None
-        raise AssertionError("the loop returns or raises")
+        replica.num_received += 1
+        return content
 
     async def _events(
         self, upstream: httpx.Response, replica: Replica, exchange: Exchange
     ) -> AsyncGenerator[bytes, None]:
         """The SSE events of a stream, ended by [DONE] or, once it has begun, by an error event."""
+        has_usage = exchange.has_usage
         has_begun = False
         try:
-            async with aclosing(self._passed_on(upstream, replica, exchange)) as events:
-                async for event in events:
+            async with aclosing(self._chunks(upstream, replica, exchange)) as chunks:
+                async for data, chunk in chunks:
+                    if not has_usage and "usage" in chunk:
+                        if chunk["usage"] and not chunk.get("choices"):
+                            continue
+                        del chunk["usage"]
+                        data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
                     has_begun = True
-                    yield event
-                return
+                    yield sse.event(data)
+            exchange.end(200)
+            yield sse.event(sse.DONE)
+            return
         except (BrokenError, APIError) as error:
             if not has_begun:
                 raise
             failure = error if isinstance(error, APIError) else unavailable(replica.variant)
-        exchange.outcome.end(failure.status)
+        exchange.end(failure.status)
         yield sse.event(json.dumps(failure.body).encode())
 
-    async def _passed_on(
+    async def _chunks(
         self, upstream: httpx.Response, replica: Replica, exchange: Exchange
-    ) -> AsyncGenerator[bytes, None]:
-        """The events up to [DONE]; what goes wrong is raised as in `forward`."""
-        prompt_tokens = 0
+    ) -> AsyncGenerator[tuple[bytes, dict[str, Any]], None]:
+        """Each event up to [DONE], as it came and parsed; the exchange is then finished.
+
+        Raises:
+            BrokenError, APIError: as `forward` does.
+        """
+        usage: dict[str, Any] = {}
         texts: list[str] = []
         events = sse.data_of(upstream.aiter_bytes())
         try:
@@ -214,25 +197,16 @@ class Forwarder:
             while (data := await before(exchange.deadline_s, anext(events, None))) is not None:
                 replica.num_received += 1
                 if data == sse.DONE:
-                    timing = exchange.stopwatch.finish()
-                    self._finished(replica.variant, exchange, timing, prompt_tokens, "".join(texts))
-                    exchange.outcome.end(200)
-                    yield sse.event(sse.DONE)
+                    exchange.finish(replica.variant, usage, "".join(texts))
                     return
                 chunk = answers.parsed(data)
                 if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
                     self._check_status(replica, answers.status_of(chunk), data)
                 exchange.stopwatch.observe(chunk)
-                if self.shadow.is_on:
+                usage = chunk.get("usage") or usage
+                if exchange.keeps_text:
                     texts.append(answers.text_of(chunk))
-                if usage := chunk.get("usage"):
-                    prompt_tokens = usage["prompt_tokens"]
-                    if not exchange.has_usage and not chunk.get("choices"):
-                        continue
-                if not exchange.has_usage and "usage" in chunk:
-                    del chunk["usage"]
-                    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
-                yield sse.event(data)
+                yield data, chunk
         except TimeoutError:
             raise late(replica.variant) from None
         except httpx.HTTPError as error:
@@ -241,40 +215,17 @@ class Forwarder:
             logger.warning("%s: sent an event that is none: %s", replica.variant, error)
         raise BrokenError  # also if it ended without [DONE]
 
-    def _finish_whole(self, replica: Replica, exchange: Exchange, content: bytes) -> None:
-        replica.num_received += 1
-        if exchange.route not in GENERATING:
-            return
+    def _finish_whole(self, replica: Replica, exchange: Exchange, content: bytes) -> dict[str, Any]:
+        """The answer, parsed; the exchange is finished."""
         try:
             answer = answers.parsed(content)
-            usage = answer["usage"]
-            if usage is None:
+            if not answer.get("usage"):
                 raise ValueError("it has no usage")
-        except (ValueError, KeyError) as error:
-            logger.warning("%s: sent an answer that is none: %r", replica.variant, error)
+        except ValueError as error:
+            logger.warning("%s: sent an answer that is none: %s", replica.variant, error)
             raise BrokenError from None
-        timing = exchange.stopwatch.finish(usage["completion_tokens"])
-        self._finished(
-            replica.variant, exchange, timing, usage["prompt_tokens"], answers.text_of(answer)
-        )
-
-    def _finished(
-        self,
-        variant: str,
-        exchange: Exchange,
-        timing: RequestTiming,
-        prompt_tokens: int,
-        text: str,
-    ) -> None:
-        self.metrics.observe(variant, timing, prompt_tokens)
-        exchange.facts |= {
-            "prompt_tokens": prompt_tokens,
-            "output_tokens": timing.output_tokens,
-            "ttft_s": None if timing.ttft_s is None else round(timing.ttft_s, 6),
-        }
-        # The repeat does not queue, so what it is held against has no waiting in it either.
-        alone = dataclasses.replace(timing, intended_send_s=exchange.sent_s)
-        self.shadow.offer(exchange.route, exchange.body, variant, text, alone)
+        exchange.finish(replica.variant, answer["usage"], answers.text_of(answer))
+        return answer
 
     def _broken(self, replica: Replica, error: httpx.HTTPError) -> BrokenError:
         logger.warning("%s: %s: %s", replica, type(error).__name__, error)
@@ -296,22 +247,13 @@ class Forwarder:
         note_doubt(replica)
 
 
-class _Counted:
-    """Counts a request at its replica while it runs."""
-
-    def __init__(self, replica: Replica, metrics: Metrics | None) -> None:
-        self._replica = replica
-        self._gauge = metrics.in_flight.labels(replica.variant) if metrics else None
-
-    def __enter__(self) -> None:
-        self._replica.num_outstanding += 1
-        if self._gauge:
-            self._gauge.inc()
-
-    def __exit__(self, *_: object) -> None:
-        self._replica.num_outstanding -= 1
-        if self._gauge:
-            self._gauge.dec()
+@contextmanager
+def _counted_as_outstanding(replica: Replica) -> Iterator[None]:
+    replica.num_outstanding += 1
+    try:
+        yield
+    finally:
+        replica.num_outstanding -= 1
 
 
 class _ProxiedStream(StreamingResponse):
@@ -328,14 +270,14 @@ class _ProxiedStream(StreamingResponse):
         super().__init__(_joined(first, rest), media_type=media_type)
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # nginx would collect the stream
-        self._outcome = exchange.outcome
+        self._exchange = exchange
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._outcome.end(CLIENT_LEFT)  # unless it has ended otherwise
+            self._exchange.end(CLIENT_LEFT)  # unless it has ended otherwise
             await asyncio.shield(self._on_close())
 
 

@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 
 from cast_serve.gateway.admission import Admission
 from cast_serve.gateway.compare.live import Comparison
-from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.latency import BUCKETS_S, RequestTiming
 
 logger = logging.getLogger(__name__)
@@ -28,12 +27,16 @@ class Metrics:
     """The gateway's metrics, in a registry of their own.
 
     Args:
-        comparison, shadow: read at every scrape.
-        admissions: each variant's queue, read at every scrape.
+        comparison: read at every scrape, as the next two.
+        shadow_outcomes: how many shadow requests had each outcome.
+        admissions: each variant's queue.
     """
 
     def __init__(
-        self, comparison: Comparison, shadow: Shadow, admissions: Mapping[str, Admission]
+        self,
+        comparison: Comparison,
+        shadow_outcomes: Mapping[str, int],
+        admissions: Mapping[str, Admission],
     ) -> None:
         self.comparison = comparison
         registry = self.registry = CollectorRegistry()
@@ -83,7 +86,7 @@ class Metrics:
             self.restarts.labels(name)
         registry.register(_Speedups(comparison))
         registry.register(_Queues(admissions))
-        registry.register(_Shadows(comparison, shadow))
+        registry.register(_Shadows(comparison, shadow_outcomes))
 
     def observe(self, variant: str, timing: RequestTiming, prompt_tokens: int) -> None:
         """Adds one successfully finished request."""
@@ -150,17 +153,16 @@ class _Queues(Collector):
 
 
 class _Shadows(Collector):
-    def __init__(self, comparison: Comparison, shadow: Shadow) -> None:
+    def __init__(self, comparison: Comparison, num_outcomes: Mapping[str, int]) -> None:
         self._comparison = comparison
-        self._shadow = shadow
+        self._num_outcomes = num_outcomes
 
     def collect(self) -> Iterator[Metric]:
         outcomes = CounterMetricFamily(
             "cast_shadow_requests", "Shadow requests by what became of them", labels=["outcome"]
         )
-        outcomes.add_metric(["finished"], self._shadow.num_finished)
-        outcomes.add_metric(["failed"], self._shadow.num_failed)
-        outcomes.add_metric(["dropped"], self._shadow.num_dropped)
+        for outcome, number in self._num_outcomes.items():
+            outcomes.add_metric([outcome], number)
         yield outcomes
         found = self._comparison.snapshot()["agreement"]
         if found is not None and found["token_agreement"] is not None:

@@ -1,6 +1,6 @@
 """A request -> the variant that its ``model`` field names, or another -> its answer.
 
-    bodies -> router -> limits -> admission -> forward -> answer
+    bodies -> router -> limits -> admission -> forward -> account
                                       ^           |
                                       +-----------+  another replica, then the fallback
 
@@ -10,8 +10,8 @@ stream that has begun, as its last event.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -32,7 +32,6 @@ from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.exchange import (
     GENERATING,
     Exchange,
-    Outcome,
     deadline_s,
     unless_the_client_leaves,
 )
@@ -41,10 +40,8 @@ from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream.variants import Replica, Variant
-from cast_serve.latency import RequestTiming, Stopwatch
-
-logger = logging.getLogger(__name__)
+from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.latency import RequestTiming
 
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
 COMPARE = "/v1/compare"
@@ -70,9 +67,8 @@ class Proxy:
         self.shadow = Shadow(
             settings.shadow_fraction, settings.shadow_concurrency, self.comparison, self._repeat
         )
-        self.metrics = Metrics(self.comparison, self.shadow, self.admissions)
-        self.forwarder = Forwarder(self.metrics, lambda replica: self.note_state(replica.variant))
-        self.forwarder.shadow = self.shadow
+        self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
+        self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant))
         self.client = self.forwarder.client
 
     async def close(self) -> None:
@@ -97,83 +93,46 @@ class Proxy:
             self.admissions[name].turn_away()
 
     async def answer(self, request: Request) -> Response:
-        """Answers one request of `PROXIED`."""
-        return await self._counted(request, self._answer)
-
-    async def compare(self, request: Request) -> Response:
-        """One prompt on every variant, one after the other: POST /v1/compare."""
-        return await self._counted(request, self._compare)
-
-    async def _counted(
-        self, request: Request, answer: Callable[[Request, Outcome], Awaitable[Response]]
-    ) -> Response:
-        outcome = Outcome(self.metrics, request.url.path)
+        """Answers one request of `PROXIED`, or of `COMPARE`."""
+        exchange = Exchange(
+            request.url.path, self.shadow.is_on, self._account, facts_of(request.scope)
+        )
         try:
-            return await answer(request, outcome)
+            exchange.body, checked = await self.bodies.read(request)
+            variants = self._route(exchange, checked, request.headers.get(STICKY_HEADER))
+            for variant in variants:
+                limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
+            exchange.deadline_s = deadline_s(request, self.settings.request_timeout_s)
+            if exchange.route == COMPARE:
+                work = self._compare(exchange, checked)
+            else:
+                work = self._answer_by(variants, exchange)
+            return await unless_the_client_leaves(request, work, exchange)
         except ClientDisconnect:  # in the middle of its body
-            outcome.end(CLIENT_LEFT)
+            exchange.end(CLIENT_LEFT)
             return Response(status_code=CLIENT_LEFT)
         except APIError as error:
-            outcome.end(error.status)
+            exchange.end(error.status)
             raise
         except BaseException:
-            outcome.end(500)
+            exchange.end(500)
             raise
 
-    async def _answer(self, request: Request, outcome: Outcome) -> Response:
-        stopwatch = Stopwatch()
-        facts = facts_of(request.scope)
-        body, checked = await self.bodies.read(request)
-        key = request.headers.get(STICKY_HEADER) or getattr(checked, "user", None)
-        variant = self.router.choose(body["model"], key)
-        outcome.variant = facts["variant"] = variant.name
-        for candidate in self.router.candidates(variant):
-            self._check_limits(checked, candidate)
-        exchange = Exchange(
-            outcome.route,
-            body,
-            stopwatch,
-            deadline_s(request, self.settings.request_timeout_s),
-            outcome,
-            facts,
-        )
-        return await unless_the_client_leaves(request, self._answer_by(variant, exchange), outcome)
+    def _route(
+        self, exchange: Exchange, checked: BaseModel, sticky_key: str | None
+    ) -> list[Variant]:
+        """Who may answer: the variant asked for and then its fallback; all, for a comparison."""
+        if exchange.route == COMPARE:
+            return list(self.variants.values())
+        key = sticky_key or getattr(checked, "user", None)
+        variant = self.router.choose(exchange.body["model"], key)
+        exchange.variant = exchange.facts["variant"] = variant.name
+        return self.router.candidates(variant)
 
-    async def _compare(self, request: Request, outcome: Outcome) -> Response:
-        _, checked = await self.bodies.read(request)
-        for variant in self.variants.values():
-            self._check_limits(checked, variant)
-        until_s = deadline_s(request, self.settings.request_timeout_s)
-
-        async def complete(
-            name: str, body: dict[str, Any], route: str = COMPLETIONS
-        ) -> tuple[dict[str, Any], RequestTiming]:
-            variant = self.variants[name]
-            if not variant.is_up:
-                raise unavailable(name)
-            try:
-                async with self._place(variant, until_s):
-                    return await self._complete(name, body, route, until_s)
-            except BrokenError:
-                raise unavailable(name) from None
-
-        async def work() -> Response:
-            baseline = self.comparison.baseline
-            names = sorted(self.variants, key=lambda name: name != baseline)
-            body = checked.model_dump(exclude_none=True)
-            found = JSONResponse(await side_by_side.compare(body, names, complete))
-            outcome.end(200)
-            return found
-
-        return await unless_the_client_leaves(request, work(), outcome)
-
-    def _check_limits(self, checked: BaseModel, variant: Variant) -> None:
-        limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
-
-    async def _answer_by(self, variant: Variant, exchange: Exchange) -> Response:
-        """Asks the variant's replicas, each once, and then its fallback's."""
+    async def _answer_by(self, candidates: Sequence[Variant], exchange: Exchange) -> Response:
+        """Asks each candidate's replicas, each once, until one answers."""
         reason = "down"
-        for candidate in self.router.candidates(variant):
+        for candidate in candidates:
             tried: set[Replica] = set()
             while candidate.pick(tried) is not None:
                 try:
@@ -182,12 +141,12 @@ class Proxy:
                     reason = "broken"
                     continue
                 response.headers["X-Cast-Variant"] = candidate.name
-                if candidate is not variant:
-                    response.headers["X-Cast-Fallback"] = variant.name
+                if candidate is not candidates[0]:
+                    response.headers["X-Cast-Fallback"] = exchange.variant
                     exchange.facts["fallback"] = candidate.name
-                    self.metrics.fallbacks.labels(variant.name, candidate.name, reason).inc()
+                    self.metrics.fallbacks.labels(exchange.variant, candidate.name, reason).inc()
                 return response
-        raise unavailable(variant.name)
+        raise unavailable(exchange.variant)
 
     async def _ask(self, variant: Variant, tried: set[Replica], exchange: Exchange) -> Response:
         """One try at one replica, from its place in the queue to the answer or its first event.
@@ -206,6 +165,8 @@ class Proxy:
             if replica is None:
                 raise BrokenError
             tried.add(replica)
+            in_flight = self.metrics.in_flight.labels(variant.name)
+            stack.enter_context(in_flight.track_inprogress())
             return await self.forwarder.forward(replica, exchange, stack)
 
     @asynccontextmanager
@@ -227,6 +188,45 @@ class Proxy:
                 raise
             yield
 
+    def _account(self, exchange: Exchange) -> None:
+        """Counts a request that has ended; what it generated is timed, and may be repeated."""
+        self.metrics.requests.labels(exchange.variant, exchange.route, str(exchange.status)).inc()
+        timing = exchange.timing
+        if timing is None:
+            return
+        self.metrics.observe(exchange.answered_by, timing, exchange.prompt_tokens)
+        exchange.facts |= {
+            "prompt_tokens": exchange.prompt_tokens,
+            "output_tokens": timing.output_tokens,
+            "ttft_s": None if timing.ttft_s is None else round(timing.ttft_s, 6),
+        }
+        # The repetition does not queue, so what it is held against has no waiting in it either.
+        without_queue = dataclasses.replace(timing, intended_send_s=exchange.sent_s)
+        self.shadow.offer(
+            exchange.route, exchange.body, exchange.answered_by, exchange.text, without_queue
+        )
+
+    async def _compare(self, exchange: Exchange, checked: BaseModel) -> Response:
+        """One prompt on every variant, one after the other, each in a place of its queue."""
+
+        async def complete(
+            name: str, body: dict[str, Any], route: str = COMPLETIONS
+        ) -> tuple[dict[str, Any], RequestTiming]:
+            if not self.variants[name].is_up:
+                raise unavailable(name)
+            try:
+                async with self._place(self.variants[name], exchange.deadline_s):
+                    return await self._complete(name, body, route, exchange.deadline_s)
+            except BrokenError:
+                raise unavailable(name) from None
+
+        baseline = self.comparison.baseline
+        names = sorted(self.variants, key=lambda name: name != baseline)
+        body = checked.model_dump(exclude_none=True)
+        found = JSONResponse(await side_by_side.compare(body, names, complete))
+        exchange.end(200)
+        return found
+
     async def _repeat(
         self, name: str, body: dict[str, Any], route: str = COMPLETIONS
     ) -> tuple[dict[str, Any], RequestTiming]:
@@ -237,10 +237,17 @@ class Proxy:
     async def _complete(
         self, name: str, body: dict[str, Any], route: str, until_s: float
     ) -> tuple[dict[str, Any], RequestTiming]:
+        """An exchange of the gateway's own, which is not counted as traffic."""
         replica = self.variants[name].pick()
         if replica is None:
             raise unavailable(name)
-        return await self.forwarder.complete(replica, body, route, until_s)
+        exchange = Exchange(route, keeps_text=True, body=body, deadline_s=until_s)
+        try:
+            answer = await self.forwarder.collect(replica, exchange)
+        except BrokenError:
+            raise unavailable(name) from None
+        assert exchange.timing is not None
+        return answer, exchange.timing
 
     async def models(self) -> dict[str, Any]:
         """OpenAI's model list: each variant as its worker describes it, and the splits."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 from cast_serve.gateway.api.errors import APIError
-from cast_serve.gateway.upstream.variants import Variant
+from cast_serve.gateway.upstream.replica import Variant
 
 
 class Router:

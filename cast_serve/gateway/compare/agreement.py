@@ -44,7 +44,7 @@ class Agreement:
 
 
 class Complete(Protocol):
-    """Sends a body to a variant; raises what it likes if that fails.
+    """Sends a body to a variant, under its name; raises what it likes if that fails.
 
     Returns:
         The answer, streamed or not in the shape of one that was not, and its timing.
@@ -119,7 +119,6 @@ async def forced_text(
     answer, _ = await complete(
         variant,
         {
-            "model": variant,
             "prompt": answer_text,
             "max_tokens": 1,
             "add_special_tokens": False,
@@ -135,7 +134,6 @@ async def logprobs_of(
     answer, _ = await complete(
         variant,
         {
-            "model": variant,
             "prompt": forced,
             "max_tokens": 1,
             "temperature": 0,

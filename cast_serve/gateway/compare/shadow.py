@@ -49,9 +49,8 @@ class Shadow:
         seed: of the choice of requests.
 
     Attributes:
-        num_finished: repeated requests whose agreement was observed.
-        num_dropped: chosen requests that were not repeated for want of room.
-        num_failed: those that were, and failed.
+        outcomes: how many chosen requests were repeated and observed (`finished`), not repeated for
+            want of room (`dropped`), repeated without success (`failed`).
     """
 
     def __init__(
@@ -62,9 +61,7 @@ class Shadow:
         complete: Complete,
         seed: int = 0,
     ) -> None:
-        self.num_finished = 0
-        self.num_dropped = 0
-        self.num_failed = 0
+        self.outcomes = {"finished": 0, "failed": 0, "dropped": 0}
         self._fraction = fraction
         self._max_concurrent = max_concurrent
         self._comparison = comparison
@@ -101,7 +98,7 @@ class Shadow:
         if self._random.random() >= self._fraction:
             return
         if len(self._running) >= self._max_concurrent:
-            self.num_dropped += 1
+            self.outcomes["dropped"] += 1
             return
         task = asyncio.create_task(self._run(route, dict(body), variant, answer_text, timing))
         self._running.add(task)
@@ -120,17 +117,17 @@ class Shadow:
         try:
             agreement = await self._measure(route, body, variant, text, timing)
         except Exception as error:  # whatever it is, no client may notice
-            self.num_failed += 1
+            self.outcomes["failed"] += 1
             if time.monotonic() - self._logged_s >= LOG_INTERVAL_S:
                 self._logged_s = time.monotonic()
                 logger.warning(
                     "%d shadow requests failed so far, the last with %s: %s",
-                    self.num_failed,
+                    self.outcomes["failed"],
                     type(error).__name__,
                     str(error)[:200],
                 )
         else:
-            self.num_finished += 1
+            self.outcomes["finished"] += 1
             self._comparison.observe_agreement(agreement)
 
     async def _measure(
@@ -138,13 +135,9 @@ class Shadow:
     ) -> Agreement:
         baseline, candidate = self._comparison.baseline, self._comparison.candidate
         assert candidate is not None
-        is_baseline = variant == baseline
-        other = candidate if is_baseline else baseline
-        repeated = {**body, "model": other}
-        if body.get("stream"):
-            repeated["stream_options"] = {"include_usage": True}
-        answer, other_timing = await self._complete(other, repeated, route)
-        slow, fast = (timing, other_timing) if is_baseline else (other_timing, timing)
+        other = candidate if variant == baseline else baseline
+        answer, other_timing = await self._complete(other, body, route)
+        timings = {variant: timing, other: other_timing}
 
         agreement = None
         first_position = answer["usage"]["prompt_tokens"]
@@ -156,14 +149,14 @@ class Shadow:
                 await logprobs_of(body, forced, candidate, self._complete),
                 first_position,
             )
+        of_baseline, of_candidate = timings[baseline], timings[candidate]
+        has_same_length = of_baseline.output_tokens == of_candidate.output_tokens
         return replace(
             agreement or Agreement(0, 0, 0.0, None, None),
-            ttft_ratio=_ratio(slow.ttft_s, fast.ttft_s),
-            e2e_ratio=_ratio(slow.e2e_s, fast.e2e_s)
-            if slow.output_tokens == fast.output_tokens
-            else None,
+            ttft_ratio=_ratio(of_baseline.ttft_s, of_candidate.ttft_s),
+            e2e_ratio=_ratio(of_baseline.e2e_s, of_candidate.e2e_s) if has_same_length else None,
         )
 
 
-def _ratio(slow_s: float | None, fast_s: float | None) -> float | None:
-    return slow_s / fast_s if slow_s and fast_s else None
+def _ratio(baseline_s: float | None, candidate_s: float | None) -> float | None:
+    return baseline_s / candidate_s if baseline_s and candidate_s else None

@@ -36,8 +36,7 @@ async def compare(
     order = random.sample(list(variants), len(variants))
     answers, timings = {}, {}
     for variant in order:
-        body = {**prompt_body, "model": variant, "stream": True}
-        body["stream_options"] = {"include_usage": True}
+        body = {**prompt_body, "stream": True}
         answers[variant], timings[variant] = await complete(variant, body)
     choices = {variant: answer["choices"][0] for variant, answer in answers.items()}
     baseline = variants[0]

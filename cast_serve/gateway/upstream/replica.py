@@ -1,4 +1,4 @@
-"""One vLLM server: its state and, for a local one, its processes: started, killed, their log read.
+"""A variant's replicas, each one vLLM server: their state and, for a local one, its processes.
 
 A local worker is a process group of its own (``cast-serve worker``), so that Ctrl-C reaches only
 the gateway and killing takes the engine's processes along.
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,42 @@ class Replica:
 
     def __str__(self) -> str:
         return f"{self.variant} at {self.url}"
+
+
+@dataclass(eq=False)
+class Variant:
+    """One served model.
+
+    Attributes:
+        name: what requests write in ``model``.
+        replicas: the servers that answer for it, at least one.
+    """
+
+    name: str
+    replicas: list[Replica]
+
+    @property
+    def is_up(self) -> bool:
+        return any(replica.is_up for replica in self.replicas)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that every replica can hold; None if none says."""
+        return _least(replica.limits.max_model_len for replica in self.replicas)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Token ids below it are known to every replica; None if none says."""
+        return _least(replica.limits.vocabulary_size for replica in self.replicas)
+
+    def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
+        """The replica that is up with the fewest outstanding requests, the first of equals.
+
+        Args:
+            tried: those that are not to be asked again.
+        """
+        up = [replica for replica in self.replicas if replica.is_up and replica not in tried]
+        return min(up, key=lambda replica: replica.num_outstanding, default=None)
 
 
 def worker_command(replica: Replica) -> list[str]:
@@ -149,3 +186,7 @@ def log_tail(replica: Replica, num_lines: int) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
     except OSError as error:
         return [f"{log} cannot be read: {error}"]
+
+
+def _least(numbers: Iterable[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)

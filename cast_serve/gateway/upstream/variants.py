@@ -9,8 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,65 +17,14 @@ import httpx
 from cast_serve.gateway.upstream.replica import (
     KILL_GRACE_S,
     Replica,
+    Variant,
     has_group,
-    note_doubt,
-    note_failure,
     signal_group,
     start_worker,
 )
-from cast_serve.gateway.upstream.supervisor import VariantError, WatchSettings, watch_replica
-
-__all__ = [
-    "Replica",
-    "Variant",
-    "VariantError",
-    "local_variants",
-    "note_doubt",
-    "note_failure",
-    "remote_variants",
-    "remove_logs",
-    "start",
-    "stop",
-    "watch",
-]
+from cast_serve.gateway.upstream.supervisor import WatchSettings, watch_replica
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Variant:
-    """One served model.
-
-    Attributes:
-        name: what requests write in ``model``.
-        replicas: the servers that answer for it, at least one.
-    """
-
-    name: str
-    replicas: list[Replica]
-
-    @property
-    def is_up(self) -> bool:
-        return any(replica.is_up for replica in self.replicas)
-
-    @property
-    def max_model_len(self) -> int | None:
-        """Tokens that every replica can hold; None if none says."""
-        return _least(replica.limits.max_model_len for replica in self.replicas)
-
-    @property
-    def vocabulary_size(self) -> int | None:
-        """Token ids below it are known to every replica; None if none says."""
-        return _least(replica.limits.vocabulary_size for replica in self.replicas)
-
-    def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
-        """The replica that is up with the fewest outstanding requests, the first of equals.
-
-        Args:
-            tried: those that are not to be asked again.
-        """
-        up = [replica for replica in self.replicas if replica.is_up and replica not in tried]
-        return min(up, key=lambda replica: replica.num_outstanding, default=None)
 
 
 def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -> list[Variant]:
@@ -197,10 +145,6 @@ def remove_logs(variants: Sequence[Variant]) -> None:
 
 def _replicas(variants: Sequence[Variant]) -> list[Replica]:
     return [replica for variant in variants for replica in variant.replicas]
-
-
-def _least(numbers: Iterable[int | None]) -> int | None:
-    return min((number for number in numbers if number is not None), default=None)
 
 
 def _checked_url(name: str, text: str) -> str:

@@ -253,6 +253,9 @@ def test_compare_asks_both_and_comparison_shows_it() -> None:
         assert set(found["variants"]) == {"dense", "sparse"}
         assert found["variants"]["dense"]["text"] == "one two three"
         assert found["variants"]["dense"]["ttft_s"] > 0
+        for name, worker in stack.workers.items():
+            asked = worker.state.bodies[0]
+            assert (asked["model"], asked["stream_options"]) == (name, {"include_usage": True})
         assert stack.client.post("/v1/compare", json={"prompt": ""}).status_code == 400
         stack.complete(model="dense", stream=True)
         shown = stack.client.get("/v1/comparison").json()
@@ -264,7 +267,7 @@ def test_shadow_traffic_is_not_seen_by_the_client_and_counted_apart() -> None:
     with running(shadow_fraction=1.0) as stack:
         assert stack.complete(model="sparse", stream=True).headers["X-Cast-Variant"] == "sparse"
         wait_until(lambda: bool(stack.workers["dense"].state.bodies))
-        wait_until(lambda: stack.gateway.proxy.shadow.num_finished > 0)
+        wait_until(lambda: stack.gateway.proxy.shadow.outcomes["finished"] > 0)
         assert stack.complete(model="sparse").status_code == 200
         metrics = stack.metrics()
         labels = (("code", "200"), ("route", "/v1/completions"), ("variant", "dense"))

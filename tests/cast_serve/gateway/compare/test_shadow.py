@@ -1,55 +1,17 @@
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from cast_serve.gateway.compare.agreement import Agreement, agreement_of
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
-from cast_serve.gateway.compare.side_by_side import compare
 from cast_serve.latency import RequestTiming
+from tests.cast_serve.gateway.compare.fakes import BODY, COMPLETIONS, KL_OF_ANSWER, FakeVariants
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-BODY = {"model": "any", "prompt": "Hi", "max_tokens": 3}
+CHAT = "/v1/chat/completions"
 PRIMARY = RequestTiming(0.0, (0.4, 0.5, 0.6), 0.6, 3)
-
-
-def position(**probabilities: float) -> dict[str, dict[str, Any]]:
-    """One entry of vLLM's prompt_logprobs: the k-th named token has rank k."""
-    return {
-        token: {"logprob": math.log(p), "rank": rank, "decoded_token": token}
-        for rank, (token, p) in enumerate(probabilities.items(), start=1)
-    }
-
-
-class FakeVariants:
-    """Variants that answer " a b c" after 0.2 s to the first and 0.3 s to the last token.
-
-    A prompt of two tokens and the answer's three have the logprobs of `dense` or `sparse`.
-    """
-
-    dense: tuple[Any, ...] | None = (None, position(x=0.9), *[position(x=0.5, y=0.3)] * 3)
-    sparse = (None, position(y=0.9), *[position(x=0.4, y=0.2)] * 2, position(y=0.6, x=0.3))
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any], str]] = []
-        self.texts = {"dense": " a b c", "sparse": " a b d"}
-
-    async def complete(
-        self, variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
-    ) -> tuple[dict[str, Any], RequestTiming]:
-        self.calls.append((variant, body, route))
-        choice: dict[str, Any] = {"text": self.texts[variant], "finish_reason": "length"}
-        if body.get("prompt_logprobs"):
-            choice["prompt_logprobs"] = list(getattr(self, variant))
-        if body.get("return_token_ids"):
-            choice["prompt_token_ids"] = [7, 8, 9]
-        usage = {"prompt_tokens": 2, "completion_tokens": 3}
-        events = (0.2, 0.25, 0.3) if body.get("stream") else ()
-        return {"choices": [choice], "usage": usage}, RequestTiming(0.0, events, 0.3, 3)
 
 
 def run_shadow(
@@ -77,84 +39,6 @@ async def ended() -> None:
         await asyncio.wait(others, timeout=10)
 
 
-# agreement_of
-
-
-def test_identical_variants_agree_and_do_not_diverge() -> None:
-    logprobs = [None, position(a=0.6, b=0.3), position(b=0.7, c=0.1)]
-    assert agreement_of(logprobs, logprobs, 1) == Agreement(2, 2, 0.0, None, None)
-
-
-def test_kl_by_hand_with_the_rest_in_one_bucket() -> None:
-    baseline = [None, position(a=0.5, b=0.3, c=0.1)]
-    candidate = [None, position(b=0.6, a=0.2, d=0.1)]
-    found = agreement_of(baseline, candidate, 1)
-    assert found is not None
-    assert (found.num_tokens, found.num_agreeing) == (1, 0)
-    by_hand = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.6) + 0.2 * math.log(0.2 / 0.2)
-    assert found.kl_nats == pytest.approx(by_hand)
-
-
-def test_kl_goes_from_the_baseline_to_the_candidate() -> None:
-    one, other = [position(a=0.9, b=0.1)], [position(a=0.5, b=0.5)]
-    there, back = agreement_of(one, other, 0), agreement_of(other, one, 0)
-    assert there is not None
-    assert back is not None
-    assert there.kl_nats == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), abs=1e-5)
-    assert back.kl_nats == pytest.approx(0.5 * math.log(5 / 9) + 0.5 * math.log(5), abs=1e-5)
-
-
-def test_kl_with_a_bucket_never_exceeds_the_whole() -> None:
-    p, q = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}, {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
-    whole = sum(p[token] * math.log(p[token] / q[token]) for token in p)
-    bounds = []
-    for kept in ("a", "ab", "abc", "abcd"):
-        cut = ({token: of[token] for token in kept} for of in (p, q))
-        found = agreement_of(*([position(**of)] for of in cut), 0)
-        assert found is not None
-        bounds.append(found.kl_nats)
-    assert bounds == sorted(bounds)
-    assert bounds[0] < bounds[-1] == pytest.approx(whole, abs=1e-5)
-
-
-def test_tokens_that_only_one_list_holds_are_in_the_bucket() -> None:
-    found = agreement_of([position(a=0.75)], [position(b=0.5)], 0)
-    assert found == Agreement(1, 0, 0.0, None, None)  # nothing in common: the bound is 0
-
-
-def test_probabilities_that_round_above_one_are_no_error() -> None:
-    found = agreement_of([position(a=1.0)], [position(a=1.0000001)], 0)
-    assert found == Agreement(1, 1, 0.0, None, None)  # and not below 0
-
-
-def test_the_prompt_does_not_count() -> None:
-    found = agreement_of(FakeVariants.dense, FakeVariants.sparse, 2)
-    assert found is not None
-    assert (found.num_tokens, found.num_agreeing) == (3, 2)
-
-
-def test_likeliest_is_by_rank_not_by_place() -> None:
-    actual_token_first = {"y": {"logprob": -3.0, "rank": 9}, **position(x=0.5)}
-    found = agreement_of([actual_token_first], [position(x=0.5)], 0)
-    assert found is not None
-    assert found.num_agreeing == 1
-
-
-@pytest.mark.parametrize(("other_length", "first"), [(4, 2), (5, 5)])
-def test_what_cannot_be_aligned_is_none(other_length: int, first: int) -> None:
-    assert agreement_of(FakeVariants.dense, FakeVariants.sparse[:other_length], first) is None
-
-
-# Shadow
-
-KL_OF_ANSWER = (
-    2 * (0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.2) + 0.2 * math.log(0.2 / 0.4))
-    + 0.5 * math.log(0.5 / 0.3)
-    + 0.3 * math.log(0.3 / 0.6)
-    + 0.2 * math.log(0.2 / 0.1)
-)
-
-
 @pytest.mark.parametrize(("variant", "ratio"), [("dense", 0.6 / 0.3), ("sparse", 0.3 / 0.6)])
 def test_a_request_is_repeated_on_the_other_and_both_are_scored(variant: str, ratio: float) -> None:
     fake = FakeVariants()
@@ -162,9 +46,9 @@ def test_a_request_is_repeated_on_the_other_and_both_are_scored(variant: str, ra
         fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, variant, " a b c", PRIMARY)
     )
     other = {"dense": "sparse", "sparse": "dense"}[variant]
-    assert fake.calls[0] == (other, {**BODY, "model": other}, COMPLETIONS)
+    assert fake.calls[0] == (other, BODY, COMPLETIONS)
     for name, (asked, body, _) in zip(("dense", "sparse"), fake.calls[1:], strict=True):
-        assert asked == body["model"] == name
+        assert asked == name
         assert body["prompt"] == "Hi a b c"
         assert (body["max_tokens"], body["temperature"], body["prompt_logprobs"]) == (1, 0, 20)
     assert found["token_agreement"]["mean"] == pytest.approx(2 / 3)
@@ -172,7 +56,7 @@ def test_a_request_is_repeated_on_the_other_and_both_are_scored(variant: str, ra
     assert found["kl_nats"]["mean"] == pytest.approx(KL_OF_ANSWER / 3)
     assert found["e2e_ratio"]["ratio"] == pytest.approx(ratio)
     assert found["ttft_ratio"] is None  # the repetition was not streamed
-    assert (shadow.num_finished, shadow.num_failed, shadow.num_dropped) == (1, 0, 0)
+    assert shadow.outcomes == {"finished": 1, "failed": 0, "dropped": 0}
 
 
 def test_a_streamed_request_is_repeated_streamed() -> None:
@@ -181,8 +65,7 @@ def test_a_streamed_request_is_repeated_streamed() -> None:
     found, _ = run_shadow(
         fake, lambda shadow: shadow.offer(COMPLETIONS, body, "dense", " a b c", PRIMARY)
     )
-    assert fake.calls[0][1]["stream_options"] == {"include_usage": True}
-    assert "stream_options" not in body
+    assert fake.calls[0][1]["stream"] is True
     assert not any("stream" in body for _, body, _ in fake.calls[1:])
     assert found["ttft_ratio"]["ratio"] == pytest.approx(0.4 / 0.2)
 
@@ -246,7 +129,7 @@ def test_off_does_nothing() -> None:
             shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
 
     found, shadow = run_shadow(fake, offer, fraction=0.0)
-    assert (found, fake.calls, shadow.num_dropped) == (None, [], 0)
+    assert (found, fake.calls, shadow.outcomes["dropped"]) == (None, [], 0)
 
 
 def test_a_third_variant_is_left_alone() -> None:
@@ -291,12 +174,13 @@ def test_the_budget_is_kept_and_what_is_above_it_counted() -> None:
         for _ in range(10):
             shadow.offer(CHAT, BODY, "dense", "a", PRIMARY)
             await asyncio.sleep(0)
-        assert (num_running, num_calls, shadow.num_dropped) == (2, 2, 8)
+        assert (num_running, num_calls, shadow.outcomes["dropped"]) == (2, 2, 8)
         gate.set()
         await ended()
         shadow.offer(CHAT, BODY, "dense", "a", PRIMARY)  # there is room again
         await ended()
-        assert (highest, num_calls, shadow.num_dropped, shadow.num_finished) == (2, 3, 8, 3)
+        assert (highest, num_calls) == (2, 3)
+        assert shadow.outcomes == {"finished": 3, "failed": 0, "dropped": 8}
 
     asyncio.run(run())
 
@@ -314,7 +198,7 @@ def test_failures_stay_inside_and_are_logged_once(caplog: pytest.LogCaptureFixtu
 
     with caplog.at_level(logging.WARNING):
         found, shadow = run_shadow(Broken(), offer)
-    assert (found, shadow.num_failed, shadow.num_finished) == (None, 3, 0)
+    assert (found, shadow.outcomes["failed"], shadow.outcomes["finished"]) == (None, 3, 0)
     [record] = caplog.records
     assert "ConnectionError: sparse is gone" in record.getMessage()
     assert len(record.getMessage()) < 300
@@ -327,7 +211,7 @@ def test_an_answer_of_another_shape_is_a_failure() -> None:
     _, shadow = run_shadow(
         Odd(), lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
     )
-    assert shadow.num_failed == 1
+    assert shadow.outcomes["failed"] == 1
 
 
 def test_close_cancels_what_runs_and_ends_the_offers() -> None:
@@ -351,70 +235,6 @@ def test_close_cancels_what_runs_and_ends_the_offers() -> None:
         assert cancelled.is_set()
         shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert (shadow.num_failed, shadow.num_dropped) == (0, 0)
+        assert (shadow.outcomes["failed"], shadow.outcomes["dropped"]) == (0, 0)
 
     asyncio.run(run())
-
-
-# compare
-
-
-def test_compare_by_hand() -> None:
-    fake = FakeVariants()
-    body = {"prompt": "Hi", "max_tokens": 3, "temperature": 0}
-    found = asyncio.run(compare(body, ["dense", "sparse"], fake.complete))
-    assert [variant for variant, _, _ in fake.calls[:2]] == found["order"]
-    assert sorted(found["order"]) == ["dense", "sparse"]
-    assert all(asked["stream"] for _, asked, _ in fake.calls[:2])
-    assert [asked["prompt"] for _, asked, _ in fake.calls[2:]] == ["Hi a b c"] * 2
-    assert found["prompt_tokens"] == 2
-    assert found["variants"]["sparse"] == {
-        "text": " a b d",
-        "output_tokens": 3,
-        "ttft_s": 0.2,
-        "tpot_s": pytest.approx(0.05),
-        "e2e_s": 0.3,
-        "finish_reason": "length",
-    }
-    assert found["agreement"] == {
-        "baseline": "dense",
-        "sparse": {
-            "token_agreement": pytest.approx(2 / 3),
-            "kl_nats_per_token": pytest.approx(KL_OF_ANSWER / 3),
-            "num_tokens": 3,
-            "common_prefix_characters": len(" a b "),
-        },
-    }
-    assert "stream" not in body
-
-
-def test_compare_asks_in_both_orders() -> None:
-    fake = FakeVariants()
-    variants = ["dense", "sparse"]
-    orders = {
-        tuple(asyncio.run(compare(BODY, variants, fake.complete))["order"]) for _ in range(100)
-    }
-    assert orders == {("dense", "sparse"), ("sparse", "dense")}
-
-
-def test_compare_of_an_empty_answer_has_no_agreement() -> None:
-    fake = FakeVariants()
-    fake.texts["dense"] = ""
-    fake.dense, fake.sparse = fake.dense[:2], fake.sparse[:2]  # type: ignore[assignment]
-    found = asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete))
-    assert found["agreement"]["sparse"] == {
-        "token_agreement": None,
-        "kl_nats_per_token": None,
-        "num_tokens": 0,
-        "common_prefix_characters": 0,
-    }
-
-
-def test_compare_passes_failures_on() -> None:
-    async def broken(
-        variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
-    ) -> tuple[dict[str, Any], RequestTiming]:
-        raise ConnectionError("gone")
-
-    with pytest.raises(ConnectionError, match="gone"):
-        asyncio.run(compare(BODY, ["dense", "sparse"], broken))

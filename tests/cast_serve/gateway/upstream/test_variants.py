@@ -20,15 +20,15 @@ from cast_serve.gateway.app import Gateway, create_app
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import supervisor, variants
 from cast_serve.gateway.upstream.probes import Limits
-from cast_serve.gateway.upstream.replica import start_worker, worker_command
-from cast_serve.gateway.upstream.variants import (
+from cast_serve.gateway.upstream.replica import (
     Replica,
     Variant,
-    VariantError,
-    local_variants,
     note_failure,
-    remote_variants,
+    start_worker,
+    worker_command,
 )
+from cast_serve.gateway.upstream.supervisor import VariantError
+from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,69 @@
+import asyncio
+from typing import Any
+
+import pytest
+
+from cast_serve.gateway.compare.side_by_side import compare
+from cast_serve.latency import RequestTiming
+from tests.cast_serve.gateway.compare.fakes import BODY, COMPLETIONS, KL_OF_ANSWER, FakeVariants
+
+
+def test_compare_by_hand() -> None:
+    fake = FakeVariants()
+    body = {"prompt": "Hi", "max_tokens": 3, "temperature": 0}
+    found = asyncio.run(compare(body, ["dense", "sparse"], fake.complete))
+    assert [variant for variant, _, _ in fake.calls[:2]] == found["order"]
+    assert sorted(found["order"]) == ["dense", "sparse"]
+    assert all(asked["stream"] for _, asked, _ in fake.calls[:2])
+    assert [asked["prompt"] for _, asked, _ in fake.calls[2:]] == ["Hi a b c"] * 2
+    assert found["prompt_tokens"] == 2
+    assert found["variants"]["sparse"] == {
+        "text": " a b d",
+        "output_tokens": 3,
+        "ttft_s": 0.2,
+        "tpot_s": pytest.approx(0.05),
+        "e2e_s": 0.3,
+        "finish_reason": "length",
+    }
+    assert found["agreement"] == {
+        "baseline": "dense",
+        "sparse": {
+            "token_agreement": pytest.approx(2 / 3),
+            "kl_nats_per_token": pytest.approx(KL_OF_ANSWER / 3),
+            "num_tokens": 3,
+            "common_prefix_characters": len(" a b "),
+        },
+    }
+    assert "stream" not in body
+
+
+def test_compare_asks_in_both_orders() -> None:
+    fake = FakeVariants()
+    variants = ["dense", "sparse"]
+    orders = {
+        tuple(asyncio.run(compare(BODY, variants, fake.complete))["order"]) for _ in range(100)
+    }
+    assert orders == {("dense", "sparse"), ("sparse", "dense")}
+
+
+def test_compare_of_an_empty_answer_has_no_agreement() -> None:
+    fake = FakeVariants()
+    fake.texts["dense"] = ""
+    fake.dense, fake.sparse = fake.dense[:2], fake.sparse[:2]  # type: ignore[assignment]
+    found = asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete))
+    assert found["agreement"]["sparse"] == {
+        "token_agreement": None,
+        "kl_nats_per_token": None,
+        "num_tokens": 0,
+        "common_prefix_characters": 0,
+    }
+
+
+def test_compare_passes_failures_on() -> None:
+    async def broken(
+        variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
+    ) -> tuple[dict[str, Any], RequestTiming]:
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError, match="gone"):
+        asyncio.run(compare(BODY, ["dense", "sparse"], broken))
