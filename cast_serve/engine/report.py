@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 
 from cast_serve import kernels
-from cast_serve.engine.linear import Sparse24LinearMethod
 from cast_serve.kernels.gpu import dispatch
 
 
@@ -24,7 +23,8 @@ def report(model: nn.Module) -> dict[str, Any]:
         if not isinstance(module, LinearBase):
             continue
         packed = getattr(module, "packed", None)
-        if isinstance(module.quant_method, Sparse24LinearMethod) and packed is not None:
+        # engine/linear.py sets both on a layer whose weight it has packed.
+        if packed is not None and hasattr(module, "cast_num_linears"):
             num_sparse += module.cast_num_linears
             weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
             runs_on = _runs_on(packed, module.cast_form)
