@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.judge.intervals import (
+from cast_serve.intervals import (
     Array,
     Ratio,
     draws,

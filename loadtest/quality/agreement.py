@@ -3,7 +3,7 @@
 The gateway lets the baseline answer, then asks both variants what they find likeliest at each token
 of that answer. *Token agreement* is the share of tokens where it is the same one; *KL* is the
 divergence of the candidate's distribution from the baseline's, a lower bound, in nats a token.
-Means are over tokens; their intervals are bootstraps with prompts as the units (intervals.py).
+Means are over tokens; their intervals are bootstraps with prompts as the units.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from loadtest.judge.intervals import draws, quantile, tail
+from cast_serve.intervals import draws, ratio_of_sums
 from loadtest.send.connection import authorization
 
 Compare = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -103,13 +103,8 @@ def summarise(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         counts, num_tokens = draws(len(scored)), np.array([one["num_tokens"] for one in scored])
         for name in MEASURES:
             totals = np.array([one[name] for one in scored]) * num_tokens
-            resampled = np.sort((counts @ totals) / (counts @ num_tokens))
-            left_out = tail(len(scored))
-            found[name] = {
-                "mean": float(totals.sum() / num_tokens.sum()),
-                "low": quantile(resampled, left_out),
-                "high": quantile(resampled, 1 - left_out),
-            }
+            mean = ratio_of_sums(totals, num_tokens, counts)
+            found[name] = {"mean": mean.value, "low": mean.low, "high": mean.high}
     num_tokens_scored = sum(one["num_tokens"] for one in scored)
     return {
         **found,

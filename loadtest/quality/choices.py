@@ -14,7 +14,7 @@ that begin at it. (A token spells nothing if it holds only part of a character.)
 not read: vLLM's counts the text of a BOS token along, and SGLang's is always -1.
 
 The difference of the variants is paired: both got the same questions. Its interval is a bootstrap
-with questions as the units (intervals.py); it has no width where they chose alike throughout.
+with questions as the units; it has no width where they chose alike throughout.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from cast_serve.intervals import draws, ratio_of_sums
 from cast_serve.questions import Question
-from loadtest.judge.intervals import draws, quantile, tail
 from loadtest.send.connection import authorization
 
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -227,15 +227,15 @@ def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[s
             error = math.sqrt(share * (1 - share) / (num - 1)) if num > 1 else None
             accuracy[variant] |= {name: share, f"{name}_stderr": error}
         accuracy[variant]["num_questions"] = num
-    gained = hits[candidate, "acc_norm"].astype(int) - hits[baseline, "acc_norm"]
-    resampled = np.sort(draws(num) @ gained / num)
+    gained = hits[candidate, "acc_norm"].astype(float) - hits[baseline, "acc_norm"]
+    difference = ratio_of_sums(gained, np.ones(num), draws(num))
     return {
         "source": asked["source"],
         "accuracy": accuracy,
         "acc_norm_difference": {
-            "mean": int(gained.sum()) / num,
-            "low": quantile(resampled, tail(num)),
-            "high": quantile(resampled, 1 - tail(num)),
+            "mean": difference.value,
+            "low": difference.low,
+            "high": difference.high,
             "num_questions": num,
         },
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from loadtest.judge.intervals import SEED, Ratio, tail
+from cast_serve.intervals import SEED, Ratio
 from loadtest.judge.statistics import THROUGHPUT, TIMES, speedups
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
@@ -41,7 +41,7 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
             change = Ratio.of(
                 np.divide(after.value or np.nan, before.value or np.nan),
                 after.resampled / order(before.resampled),
-                tail(num_pairs),
+                num_pairs,
             )
         changes[name] = {
             "old": before.about(),

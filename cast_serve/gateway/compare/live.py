@@ -1,12 +1,12 @@
-"""Request timings and agreements of the variants -> rolling dense-over-sparse statistics.
+"""Request timings and agreements of the variants -> rolling baseline-over-candidate statistics.
 
-Two kinds of evidence. The *speed-ups* compare live traffic: the variants met other prompts at other
-times. The *agreement* and its ratios come from shadow traffic (shadow.py) and are paired: both
-variants answered the same prompt. For a controlled measurement use ``cast-loadtest run``.
+Two kinds of evidence. The *speed-ups* compare live traffic: the variants got different prompts at
+different times. The *agreement* and its ratios come from shadow traffic (shadow.py) and are paired:
+both variants answered the same prompt. For a controlled measurement use ``cast-loadtest run``.
 
-Intervals are percentile bootstraps with requests as the units, always from the same seed: the same
-window gives the same interval. Inter-token gaps of one request depend on each other, so their ratio
-comes without one.
+Intervals are bootstraps with requests as the units (cast_serve/intervals.py), always from the same
+seed: the same window gives the same interval. Inter-token gaps of one request depend on each other,
+so their ratio comes without one.
 """
 
 import math
@@ -15,20 +15,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cast_serve.gateway.compare.agreement import Agreement
+from cast_serve.intervals import (
+    CONFIDENCE,
+    SEED,
+    Array,
+    Ratio,
+    draws,
+    ratio_of_sums,
+    resampled_order_statistic,
+)
 from cast_serve.latency import RequestTiming
 
 METRICS = ("ttft", "itl", "tpot", "e2e")
 THROUGHPUT = "output_tokens_per_s"
 QUANTILES = (0.5, 0.95)
 MIN_SAMPLES = 5
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 200
-SEED = 0
-
-Array = NDArray[np.float64]
+NUM_RESAMPLES = 200  # a tenth of a load test's: this runs while requests are served
 
 
 class Comparison:
@@ -66,19 +70,19 @@ class Comparison:
             samples[THROUGHPUT].append(timing.output_tokens / timing.e2e_s)
 
     def observe_agreement(self, agreement: Agreement) -> None:
-        """Adds one prompt that both variants met."""
+        """Adds one prompt that both variants answered."""
         self._agreements.append(agreement)
 
     def speedups(self) -> Iterator[tuple[str, float, float]]:
         """(metric, quantile, baseline over candidate) where both have at least 5 samples."""
         for metric in METRICS:
-            slow, fast = self._sides(metric)
-            if min(len(slow), len(fast)) < MIN_SAMPLES:
+            baseline, candidate = self._sides(metric)
+            if min(len(baseline), len(candidate)) < MIN_SAMPLES:
                 continue
             for quantile in QUANTILES:
-                divisor = np.quantile(fast, quantile)
+                divisor = np.quantile(candidate, quantile)
                 if divisor > 0:
-                    yield metric, quantile, float(np.quantile(slow, quantile) / divisor)
+                    yield metric, quantile, float(np.quantile(baseline, quantile) / divisor)
 
     def snapshot(self) -> dict[str, Any]:
         """The body of GET /v1/comparison.
@@ -102,7 +106,7 @@ class Comparison:
                 for name, samples in self._samples.items()
             },
             "speedups": {
-                metric: _speedup(*self._sides(metric), has_interval=metric != "itl")
+                metric: _speedups(*self._sides(metric), has_interval=metric != "itl")
                 for metric in METRICS
             },
             "agreement": _summary(self._agreements) if self._agreements else None,
@@ -110,9 +114,9 @@ class Comparison:
 
     def _sides(self, metric: str) -> tuple[Array, Array]:
         """Ascending samples of the baseline and of the candidate."""
-        slow = self._samples[self.baseline][metric]
-        fast = self._samples[self.candidate][metric] if self.candidate is not None else ()
-        return np.sort(np.array(slow, float)), np.sort(np.array(fast, float))
+        baseline = self._samples[self.baseline][metric]
+        candidate = self._samples[self.candidate][metric] if self.candidate is not None else ()
+        return np.sort(np.array(baseline, float)), np.sort(np.array(candidate, float))
 
 
 def _distribution(samples: Sequence[float]) -> dict[str, Any]:
@@ -122,37 +126,28 @@ def _distribution(samples: Sequence[float]) -> dict[str, Any]:
     return {"p50": p50, "p95": p95, "p99": p99, "n": len(samples)}
 
 
-def _speedup(slow: Array, fast: Array, has_interval: bool) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    if min(len(slow), len(fast)) < MIN_SAMPLES:
+def _speedups(
+    baseline: Array, candidate: Array, has_interval: bool
+) -> dict[str, dict[str, float | None]]:
+    """By quantile, baseline over candidate; of ascending samples, a request each."""
+    found: dict[str, dict[str, float | None]] = {}
+    num_units = min(len(baseline), len(candidate))
+    if num_units < MIN_SAMPLES:
         return found
     rng = np.random.default_rng(SEED)
     for quantile in QUANTILES:
-        above, below = (_resampled_quantiles(side, quantile, rng) for side in (slow, fast))
+        above = resampled_order_statistic(baseline, quantile, NUM_RESAMPLES, rng)
+        below = resampled_order_statistic(candidate, quantile, NUM_RESAMPLES, rng)
         if below.min() <= 0:  # as the TPOT of an answer that came in one event
             continue
-        ratio = {"ratio": float(np.quantile(slow, quantile) / np.quantile(fast, quantile))}
+        value = np.quantile(baseline, quantile) / np.quantile(candidate, quantile)
+        ratio = Ratio.of(float(value), above / below, num_units)
+        name = f"p{quantile * 100:.0f}"
         if has_interval:
-            ratio |= {**_interval(above / below), "confidence": CONFIDENCE}
-        found[f"p{quantile * 100:.0f}"] = ratio
+            found[name] = {**ratio.about(), "confidence": CONFIDENCE}
+        else:
+            found[name] = {"ratio": ratio.value}
     return found
-
-
-def _resampled_quantiles(ordered: Array, quantile: float, rng: np.random.Generator) -> Array:
-    """One quantile of each bootstrap resample, without drawing the resamples.
-
-    A resample draws n ranks at random, and the k-th smallest of n uniform numbers is
-    Beta(k, n + 1 - k). That costs the same for every window.
-    """
-    n = len(ordered)
-    k = round(quantile * (n - 1)) + 1
-    ranks: Array = rng.beta(k, n + 1 - k, NUM_RESAMPLES) * n
-    return ordered[ranks.astype(int).clip(max=n - 1)]
-
-
-def _interval(resampled: Array) -> dict[str, float]:
-    low, high = np.quantile(resampled, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)).tolist()
-    return {"low": low, "high": high}
 
 
 def _summary(agreements: Iterable[Agreement]) -> dict[str, Any]:
@@ -169,16 +164,15 @@ def _summary(agreements: Iterable[Agreement]) -> dict[str, Any]:
     }
 
 
-def _mean(totals: Sequence[float], counts: Sequence[float]) -> dict[str, float] | None:
-    """Sum of totals over sum of counts, which hold one number a request."""
+def _mean(totals: Sequence[float], counts: Sequence[float]) -> dict[str, Any] | None:
+    """Sum of totals over sum of counts, which hold one number a request; None without any."""
     if not totals:
         return None
-    above, below = np.array(totals, float), np.array(counts, float)
-    found = {"mean": float(above.sum() / below.sum())}
-    if (n := len(totals)) >= MIN_SAMPLES:
-        picked = np.random.default_rng(SEED).integers(n, size=(NUM_RESAMPLES, n))
-        found |= _interval(above[picked].sum(axis=1) / below[picked].sum(axis=1))
-    return found
+    if len(totals) < MIN_SAMPLES:
+        return {"mean": sum(totals) / sum(counts)}
+    resamples = draws(len(totals), NUM_RESAMPLES)
+    mean = ratio_of_sums(np.array(totals, float), np.array(counts, float), resamples)
+    return {"mean": mean.value, "low": mean.low, "high": mean.high}
 
 
 def _geometric_mean(ratios: Iterable[float | None]) -> dict[str, float] | None:

@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.judge.intervals import (
+from cast_serve.intervals import (
     NUM_RESAMPLES,
     Ratio,
     draws,
     quantile,
     ratio_of_quantiles,
     ratio_of_rates,
+    ratio_of_sums,
+    resampled_order_statistic,
     resampled_quantile,
     tail,
 )
@@ -61,8 +63,8 @@ def test_resampled_quantiles_beside_infinity_and_nothing() -> None:
 
 
 def test_interval_by_hand() -> None:
-    # 41 draws from 1.00 to 1.40: 2.5 % of the way lies at rank 1, 97.5 % at rank 39.
-    ratio = Ratio.of(1.2, 1 + np.arange(41) / 100, 0.025)
+    # 41 ratios from 1.00 to 1.40: 2.5 % of the way lies at rank 1, 97.5 % at rank 39.
+    ratio = Ratio.of(1.2, 1 + np.arange(41) / 100, num_units=10**9)
     assert ratio.about() == {"ratio": 1.2, "low": pytest.approx(1.01), "high": pytest.approx(1.39)}
 
 
@@ -93,9 +95,35 @@ def test_rates_by_hand() -> None:
 def test_what_failures_leave_unknown_is_none() -> None:
     failed, answered = [np.array([INF])], [np.array([2.0])]
     counts = draws(1)
-    assert ratio_of_quantiles(answered, failed, counts, 0.5).about() == {
-        **{"ratio": 0.0, "low": 0.0, "high": 0.0},
-    }
+    assert ratio_of_quantiles(answered, failed, counts, 0.5).about() == dict.fromkeys(
+        ("ratio", "low", "high"), 0.0
+    )
     none = {"ratio": None, "low": None, "high": None}
     assert ratio_of_quantiles(failed, answered, counts, 0.5).about() == none
     assert ratio_of_quantiles(failed, failed, counts, 0.5).about() == none
+
+
+def test_sums_by_hand() -> None:
+    # 1 + 6 over 1 + 2. Alone: 1 over 1, and 6 over 2.
+    ratio = ratio_of_sums(np.array([1.0, 6.0]), np.array([1.0, 2.0]), draws(2))
+    assert ratio.about() == {"ratio": pytest.approx(7 / 3), "low": 1.0, "high": 3.0}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_order_statistics_are_distributed_as_quantiles_of_values_drawn_for_real(
+    share: float,
+) -> None:
+    rng = np.random.default_rng(7)
+    values = np.sort(rng.lognormal(size=101))
+    found = resampled_order_statistic(values, share, 4000, rng)
+    picked = np.quantile(rng.choice(values, (4000, 101)), share, axis=1)
+    for part in (0.1, 0.5, 0.9):
+        # 0.03 is almost three standard errors of the difference of two such shares.
+        at = np.quantile(picked, part)
+        assert (found <= at).mean() == pytest.approx((picked <= at).mean(), abs=0.03)
+    assert set(found) <= set(values)
+
+
+def test_the_order_statistic_of_one_value_is_that_value() -> None:
+    rng = np.random.default_rng(0)
+    assert resampled_order_statistic(np.array([2.0]), 0.95, 3, rng).tolist() == [2.0, 2.0, 2.0]
