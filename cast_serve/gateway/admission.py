@@ -4,7 +4,7 @@ Each variant has so many places (`max_running` per replica that is up) and a bou
 come, first served. vLLM queues too, but without bound and before it has checked anything.
 
 A client may leave, or its time may run out, in the same pass of the event loop in which its turn
-comes. So a turn that is over already is passed over, and a turn that came too late is given back.
+comes. So a turn whose client has left is skipped, and a turn that came too late is given back.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
-"""Variants + settings -> the gateway: an OpenAI-compatible HTTP application and its life.
+"""Variants + settings -> the gateway: an OpenAI-compatible HTTP application, started and stopped.
 
     client -> RequestLog -> HeadLimit -> KeyCheck -> route -> Proxy -> vLLM workers
 
-Routes are here, what happens to a request is in proxy.py, the workers' life in variants.py.
+Routes are here; proxy.py holds what happens to a request, upstream/variants.py starts and stops the
+workers.
 """
 
 import asyncio

@@ -136,7 +136,7 @@ class Forwarder:
                 sent = self.client.send(request, stream=True)
                 upstream = await before(exchange.deadline_s, sent)
             except TimeoutError:
-                raise late(replica.variant) from None
+                raise timed_out(replica.variant) from None
             except httpx.HTTPError as error:
                 if is_last or not isinstance(error, DROPPED):
                     raise self._broken(replica, error) from None
@@ -149,7 +149,7 @@ class Forwarder:
         try:
             content = await before(exchange.deadline_s, upstream.aread())
         except TimeoutError:
-            raise late(replica.variant) from None
+            raise timed_out(replica.variant) from None
         except httpx.HTTPError as error:
             raise self._broken(replica, error) from None
         replica.num_received += 1
@@ -208,11 +208,11 @@ class Forwarder:
                     texts.append(answers.text_of(chunk))
                 yield data, chunk
         except TimeoutError:
-            raise late(replica.variant) from None
+            raise timed_out(replica.variant) from None
         except httpx.HTTPError as error:
             raise self._broken(replica, error) from None
         except ValueError as error:
-            logger.warning("%s: sent an event that is none: %s", replica.variant, error)
+            logger.warning("%s: sent an invalid event: %s", replica.variant, error)
         raise BrokenError  # also if it ended without [DONE]
 
     def _finish_whole(self, replica: Replica, exchange: Exchange, content: bytes) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class Forwarder:
             if not answer.get("usage"):
                 raise ValueError("it has no usage")
         except ValueError as error:
-            logger.warning("%s: sent an answer that is none: %s", replica.variant, error)
+            logger.warning("%s: sent an invalid answer: %s", replica.variant, error)
             raise BrokenError from None
         exchange.finish(replica.variant, answer["usage"], answers.text_of(answer))
         return answer
@@ -287,7 +287,7 @@ async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byt
         yield event
 
 
-def late(variant: str) -> APIError:
+def timed_out(variant: str) -> APIError:
     return APIError(
         504,
         f"variant {variant!r} did not answer in time; allow more with X-Request-Timeout, or ask "

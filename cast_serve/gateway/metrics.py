@@ -81,7 +81,7 @@ class Metrics:
         self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
         self.tpot = histogram("cast_time_per_output_token_seconds", "Per token after the first")
         self.e2e = histogram("cast_e2e_request_latency_seconds", "Arrival to last token")
-        for name in admissions:  # a series that begins with its first event hides that event
+        for name in admissions:  # a counter must exist at 0, or rate() misses its first event
             self.variant_up.labels(name).set(0)
             self.restarts.labels(name)
         registry.register(_Speedups(comparison))

@@ -1,12 +1,12 @@
 """What a client may send -> checked bodies: the fields we pass on to vLLM, with their limits.
 
-vLLM drops what it does not know, and lets some values through that hurt it; so a body is checked
-here, before a place in the queue is taken. An unknown field, or one that vLLM would ignore, is an
-error that names it. What is checked is also what /openapi.json shows.
+vLLM ignores unknown fields, and accepts some values that make its engine fail; so a body is checked
+here, before it takes a place in the queue. An unknown field, or one that vLLM would ignore, is an
+error that names it. /openapi.json shows the same types.
 
-The limits that no setting moves stand in the types below; those that depend on the settings or on
-the model are in limits.py. A body is hostile until it is checked: of a list, length and type come
-first and the first wrong item ends the check, since a million wrong items make a million errors.
+Fixed limits are in the types below; those that depend on the settings or on the model are in
+limits.py. A list's length and type are checked before its items, and the first wrong item ends the
+check: pydantic would otherwise keep an error for each of a million wrong items.
 """
 
 import json
@@ -39,10 +39,11 @@ MAX_TOOLS = 1024
 MAX_CONTAINERS = 100_000  # lists and objects in a body: Python needs up to 200 bytes for each
 
 
-def _few(value: Any) -> Any:
-    """A mapping's length before its items."""
+def _check_length_first(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_IDS:
-        raise PydanticCustomError("too_long", f"holds {len(value)} items, at most {MAX_IDS} may be")
+        raise PydanticCustomError(
+            "too_long", f"holds {len(value)} items, above the limit of {MAX_IDS}"
+        )
     return value
 
 
@@ -81,14 +82,14 @@ class Body(Closed):
 
 
 class StreamOptions(Closed):
-    """OpenAI's."""
+    """OpenAI's `stream_options`."""
 
     include_usage: StrictBool | None = None
     continuous_usage_stats: StrictBool | None = None
 
 
 class JSONSchema(Closed):
-    """A name and the schema itself, as OpenAI has it."""
+    """OpenAI's `json_schema`: a name and the schema itself."""
 
     name: StrictStr
     description: StrictStr | None = None
@@ -122,7 +123,7 @@ class Generating(Body):
                 Annotated[StrictStr, Field(pattern=r"^\d{1,9}$")],
                 Annotated[Number, Field(ge=-100, le=100, allow_inf_nan=False)],
             ],
-            BeforeValidator(_few),
+            BeforeValidator(_check_length_first),
         ]
         | None
     ) = None
@@ -284,13 +285,13 @@ def parse(route: str, body: Any, max_prompts: int) -> BaseModel:
 
 
 _REFUSED = {
-    "best_of": "it is no field of this route; ask for n",
-    "chat_template": "a template runs as code; the model's own is used",
-    "chat_template_kwargs": "a template runs as code; the model's own is used",
-    "prompt_embeds": "only text and token ids are",
+    "best_of": "this route has no such field; ask for n",
+    "chat_template": "a template runs as code; leave it out, the model's own is used",
+    "chat_template_kwargs": "a template runs as code; leave it out, the model's own is used",
+    "prompt_embeds": "send text or token ids",
     "structured_outputs": "write response_format",
-    "kv_transfer_params": "it steers the engine",
-    "priority": "the queue is first come, first served",
+    "kv_transfer_params": "it controls the engine; leave it out",
+    "priority": "the queue is first come, first served; leave it out",
     "request_id": "send the header X-Request-Id",
 }
 

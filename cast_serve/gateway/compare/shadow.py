@@ -1,4 +1,6 @@
-"""A finished request -> the same on the other variant, unseen: paired latency and agreement.
+"""A finished request -> the same on the other variant: paired latency and agreement.
+
+The client has its answer by then and does not notice.
 
     client <-- answer -- gateway, variant A
                             | offer(), returns at once

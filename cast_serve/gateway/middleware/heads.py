@@ -1,8 +1,8 @@
 """Heads of requests, bounded in time and in bytes.
 
-uvicorn bounds the time between requests, but waits for ever for the rest of a head that has begun.
-Connections are limited, so a few thousand unfinished heads would shut everybody else out. And it
-bounds the bytes of a head only where they do not arrive at once.
+uvicorn limits the time between requests, but waits without limit for the rest of a head. Since the
+number of connections is limited, a few thousand unfinished heads would keep all other clients out.
+And it limits the bytes of a head only if they arrive in more than one piece.
 """
 
 import asyncio

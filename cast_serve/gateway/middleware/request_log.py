@@ -1,6 +1,6 @@
 """Every request -> an id that goes in and out as X-Request-Id, and one line of JSON in the log.
 
-The line says who was asked, what came of it and how long it took; never what was in a body.
+The line has the variant, the status and the time taken; it never has anything of a body.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A vLLM server's URL -> what it says of itself: is it healthy, does it move, what are its limits.
+"""A vLLM server's URL -> whether it is healthy and makes progress, and what its limits are.
 
 /health stays 200 while the engine behind it hangs. So progress is asked for with a canary, one
 token long, and read from the engine's own counters where the canary had to wait.
@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
 
-# These move only when the engine reports a step. The counters stand still while a long prompt is
-# computed in chunks; the cache's usage does not.
+# These change only when the engine reports a step. While a long prompt is computed in chunks the
+# counters stay the same, and the cache's usage changes.
 PROGRESS = (
     "vllm:iteration_tokens_total_count",
     "vllm:generation_tokens_total",
@@ -86,7 +86,7 @@ def _max_model_len(models: httpx.Response, model: str) -> int | None:
 
 
 async def makes_progress(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> bool:
-    """Whether a canary is answered within the time-out, or else anything moved meanwhile."""
+    """Whether a canary is answered within the time-out or, if not, a counter changed meanwhile."""
     begun_s = time.monotonic()
     before, canary = await asyncio.gather(
         _progress(client, url), send_canary(client, url, model, timeout_s)

@@ -140,9 +140,9 @@ def note_failure(replica: Replica) -> None:
 
 
 def note_doubt(replica: Replica) -> None:
-    """Has a replica checked at once that answered with an error of its own; it stays up till then.
+    """Has a replica checked at once that answered with status 5xx; it stays up until then.
 
-    One request may fail for its own sake, so the canary decides and not the request.
+    A single request may be what makes it fail, so a canary decides and not that request.
     """
     replica.is_doubted.set()
 

@@ -5,7 +5,7 @@ canary, a request for one token. It is up once it has answered its first canary,
 `FIRST_ANSWER_FACTOR` times as long as later ones; a request that failed at it brings another one
 at once. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
 
-Nothing that goes wrong here may end the watch over the other replicas, nor over this one.
+An error in here ends neither the watch over the other replicas nor that over this one.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ CANARY_INTERVAL_S = 5.0  # between the starts of two
 EXIT_POLL_S = 0.2
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
-STEADY_S = 300.0  # up for so long, a worker is forgiven its earlier ends
+STEADY_S = 300.0  # up for so long, a worker's next pause is the first one again
 MAX_FAILED_STARTS = 5  # in a row, of a worker that was up before
-STEP_FACTOR = 10  # an engine that has not moved for so many full steps hangs
-FIRST_ANSWER_FACTOR = 10  # times the hang limit: a first answer loads what later ones find loaded
+STEP_FACTOR = 10  # an engine without progress for so many full steps hangs
+FIRST_ANSWER_FACTOR = 10  # times the hang limit: the first answer compiles and loads what it needs
 
 
 class VariantError(RuntimeError):
@@ -179,9 +179,8 @@ async def _follow_health(
             replica.limits = limits or Limits()
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
-            is_busy = (
-                canary is Canary.SILENT and replica.is_up
-            )  # or hangs: `_follow_progress` tells
+            # Busy, or it hangs, which `_follow_progress` finds out.
+            is_busy = canary is Canary.SILENT and replica.is_up
             must_answer = not (canary is Canary.ANSWERED or is_busy)
             is_healthy = not must_answer
         now_s = time.monotonic()

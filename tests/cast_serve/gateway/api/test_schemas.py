@@ -95,7 +95,7 @@ def test_what_the_openai_client_and_vllms_users_send_passes(more: dict[str, obje
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, above the limit of 4", "min_tokens"),
     ],
 )
-def test_what_would_be_ignored_or_hurts_is_named(
+def test_what_would_be_ignored_or_fail_in_vllm_is_named(
     more: dict[str, object], message: str, param: str
 ) -> None:
     with pytest.raises(APIError) as caught:

@@ -1,4 +1,4 @@
-"""Variants that answer by heart, and what by hand follows from their answers."""
+"""Variants with fixed answers, and the KL divergence computed from these answers by hand."""
 
 import math
 from typing import Any
