@@ -106,6 +106,12 @@ def test_a_server_that_closes_gets_a_new_connection() -> None:
     assert (statuses, body, num_connections) == ([200, 200], b"ahello world", 2)
 
 
+@pytest.mark.parametrize("more", [b"!", b"HTTP/1.1 200 OK\r\n", CHUNKED + b"1\r\na\r\n"])
+def test_bytes_after_a_response_are_dropped_with_their_connection(more: bytes) -> None:
+    statuses, body, _, num_connections = exchange(LENGTH + more, LENGTH)
+    assert (statuses, body, num_connections) == ([200, 200], b"hello worldhello world", 2)
+
+
 def test_an_old_idle_connection_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_MAX_IDLE_S", -1.0)
     assert exchange(LENGTH, LENGTH)[3] == 2
@@ -120,6 +126,9 @@ def test_an_old_idle_connection_is_not_trusted(monkeypatch: pytest.MonkeyPatch) 
         (CHUNKED + b"5\r\nab", "disconnected"),
         (CHUNKED + b"2\r\nab\r\n", "disconnected"),
         (CHUNKED + b"xyz\r\nab\r\n", "malformed_response"),
+        (CHUNKED + b"-1\r\nab\r\n", "malformed_response"),
+        (HEAD + b"Content-Length: 2\r\n" + CHUNKED.removeprefix(HEAD), "malformed_response"),
+        (HEAD.replace(b"\r\n", b"\n"), "malformed_response"),
         (b"hello\r\n\r\n", "malformed_response"),
         (b"HTTP/1.1 OK\r\n\r\n", "malformed_response"),
         (HEAD + b"Content-Length: many\r\n\r\n", "malformed_response"),
