@@ -23,7 +23,7 @@ from loadtest.record import Recorded
 from loadtest.report import commands, pareto
 from loadtest.report.result import WRITTEN, check_out, result_of, write_out
 from loadtest.send.client import Client
-from loadtest.send.paired import PairedRun, Plan, check_fit, run_paired
+from loadtest.send.paired import Plan, check_fit, run_paired
 from loadtest.send.processes import Processes
 from loadtest.send.schedule import KINDS, Schedule, read_trace
 from loadtest.send.sweep import Load, parse_concurrency, parse_rate, sweep
@@ -165,8 +165,9 @@ def run(
         results, failures, records = [], [], []
         for load in loads:
             workload = replace(workload, run_number=new_run_number())
-            paired_run = asyncio.run(_measure(url, load, workload, timeout_s, api_key, processes))
+            sent = asyncio.run(_measure(url, load, workload, timeout_s, api_key, processes))
             about = {
+                **sent.about,
                 **provenance(context, url, api_key),
                 **terms,
                 "workload": workload.about(),
@@ -174,7 +175,7 @@ def run(
                 "quality": agreements,
                 "choices": choices.about(choices_file, chosen) if choices_file else None,
             }
-            recorded = Recorded.of(paired_run, about)
+            recorded = Recorded(about, sent.requests)
             result, failed = _conclude(recorded, load.out(out))
             results.append(result)
             records.append((load.name or "", recorded))
@@ -266,7 +267,7 @@ async def _measure(
     timeout_s: float,
     api_key: str | None,
     num_processes: int,
-) -> PairedRun:
+) -> Recorded:
     plan = load.plan
     async with Client(url, timeout_s=timeout_s, api_key=api_key) as client:
         known = await client.variants()

@@ -1,23 +1,21 @@
-"""A paired run, or the directory it was written to -> one form in memory, and back without loss.
+"""The requests of a paired run, and what is known about it -> two files, and back without loss.
 
 run.json        what is not per request: plan, workload, schedule, harness, url, date, versions, and
-                by what the run is judged
+                the limits that the run is judged by
 requests.jsonl  one line a request; times in seconds from the run's start
 
-Statistics, verdict and reports know a run only in this form, so whoever has the two files can
-compute everything again.
+What sends requests returns them in this form, and statistics, verdict and reports read a run only
+in this form. So the two files are enough to compute everything again.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cast_serve.latency import RequestTiming
-from loadtest.send.client import Outcome
-from loadtest.send.paired import PairedRun
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -26,7 +24,9 @@ REQUESTS_FILE = "requests.jsonl"
 
 @dataclass(frozen=True)
 class Request:
-    """One request; all times in seconds from the run's start.
+    """What became of one request; times in seconds, in a record from the run's start.
+
+    As the client returns it, before it has a place in a run, times are those of time.perf_counter.
 
     Attributes:
         block: its block's place in the order run; None = warm-up.
@@ -37,10 +37,10 @@ class Request:
         prompt_tokens: as the server counted them; None if it did not.
         output_tokens: likewise; None for a failed request.
         intended_send_s: when it should have left.
-        sent_s: when it left.
+        sent_s: when it left: was written to an open connection, or began to open one.
         token_events_s: arrival of each token event; empty for a failed request.
         last_s: when the output was complete; None for a failed request.
-        ended_s: when it was over, also if it failed.
+        ended_s: when the response was over, or had failed.
     """
 
     block: int | None
@@ -63,6 +63,19 @@ class Request:
             return None
         return RequestTiming(
             self.intended_send_s, self.token_events_s, self.last_s, self.output_tokens
+        )
+
+    def placed(self, block: int | None, block_pair: int | None, start_s: float) -> "Request":
+        """The same request in a block, with times counted from `start_s`."""
+        return replace(
+            self,
+            block=block,
+            block_pair=block_pair,
+            intended_send_s=self.intended_send_s - start_s,
+            sent_s=self.sent_s - start_s,
+            token_events_s=tuple(event_s - start_s for event_s in self.token_events_s),
+            last_s=None if self.last_s is None else self.last_s - start_s,
+            ended_s=self.ended_s - start_s,
         )
 
 
@@ -101,29 +114,6 @@ class Recorded:
 
     about: Mapping[str, Any]
     requests: tuple[Request, ...]
-
-    @classmethod
-    def of(cls, run: PairedRun, about: Mapping[str, Any]) -> "Recorded":
-        """Takes down a run.
-
-        Args:
-            run: what was sent and what came of it.
-            about: whatever of run.json the run does not know: url, workload, date, versions.
-        """
-        known = {
-            "format_version": FORMAT_VERSION,
-            "plan": asdict(run.plan),
-            "schedule": run.schedule,
-            "rate_per_s": run.rate_per_s,
-            "harness": asdict(run.harness),
-        }
-        requests = [_request(outcome, None, None, run.started_s) for outcome in run.warmup]
-        for number, block in enumerate(run.blocks):
-            requests += [
-                _request(outcome, number, block.block_pair, run.started_s)
-                for outcome in block.outcomes
-            ]
-        return cls({**known, **about}, tuple(requests))
 
     @property
     def baseline(self) -> str:
@@ -216,26 +206,6 @@ class Recorded:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is no record of a run: {reason}; run it again") from error
         return recorded
-
-
-def _request(
-    outcome: Outcome, block: int | None, block_pair: int | None, started_s: float
-) -> Request:
-    timing = outcome.timing
-    return Request(
-        block=block,
-        block_pair=block_pair,
-        variant=outcome.variant,
-        prompt_index=outcome.prompt_index,
-        error=outcome.error,
-        prompt_tokens=outcome.prompt_tokens,
-        output_tokens=timing.output_tokens if timing else None,
-        intended_send_s=outcome.intended_send_s - started_s,
-        sent_s=outcome.sent_s - started_s,
-        token_events_s=tuple(s - started_s for s in timing.token_events_s) if timing else (),
-        last_s=timing.last_s - started_s if timing else None,
-        ended_s=outcome.ended_s - started_s,
-    )
 
 
 def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:

@@ -1,6 +1,6 @@
 """A variant and prompts -> one streamed completion's time stamps each, or the class of its error.
 
-Nothing is retried and nothing is dropped: every request becomes one Outcome. Error classes are
+Nothing is retried and nothing is dropped: each prompt becomes one record.Request. Error classes are
 `http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
 connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
 stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event) and
@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.record import Request
 from loadtest.send.batch import Batch
 from loadtest.send.connection import Pool, TransportError, authorization
 from loadtest.send.workload import Prompt
@@ -29,43 +30,23 @@ class UnreachableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one request; all times on the clock time.perf_counter.
-
-    Attributes:
-        variant: the name asked for.
-        prompt_index: which prompt of the workload.
-        timing: the time stamps; None exactly if `error` is set.
-        prompt_tokens: as the server counted them; None if it did not.
-        error: error class; None for a complete response.
-        intended_send_s: when it should have left.
-        sent_s: when it left: was written to an open connection, or began to open one.
-        ended_s: when the response was over, or had failed.
-    """
-
-    variant: str
-    prompt_index: int
-    timing: RequestTiming | None
-    prompt_tokens: int | None
-    error: str | None
-    intended_send_s: float
-    sent_s: float
-    ended_s: float
-
-
-@dataclass(frozen=True)
 class Sent:
     """What became of a batch.
 
     Attributes:
-        started_s: the batch's time 0, on the outcomes' clock.
-        outcomes: one a prompt, in the batch's order.
+        started_s: time 0 of the batch's timetable; all times are those of time.perf_counter.
+        requests: one a prompt, in the batch's order.
         cpu_s: CPU time that each client process spent on it.
     """
 
     started_s: float
-    outcomes: tuple[Outcome, ...]
+    requests: tuple[Request, ...]
     cpu_s: tuple[float, ...]
+
+    @property
+    def wall_s(self) -> float:
+        """From time 0 to the end of the last request."""
+        return max(request.ended_s for request in self.requests) - self.started_s
 
 
 class _Completion:
@@ -182,7 +163,7 @@ class Client:
             on_response: called after each request, for a progress bar.
             start: called once all is ready; returns the time 0 of the timetable (perf_counter).
         """
-        outcomes: list[Outcome | None] = [None] * len(batch.prompts)
+        done: list[Request | None] = [None] * len(batch.prompts)
         waiting = iter(range(len(batch.prompts)))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
@@ -190,14 +171,14 @@ class Client:
         cpu_s = -time.thread_time()
         started_s = start()
 
-        async def one(place: int, intended_send_s: float) -> Outcome:
+        async def one(place: int, intended_send_s: float) -> Request:
             index, prompt = batch.prompts[place]
-            outcome = await self.complete(
+            request = await self.complete(
                 batch.variant, index, prompt, batch.output_tokens, intended_send_s
             )
-            outcomes[place] = outcome
+            done[place] = request
             on_response()
-            return outcome
+            return request
 
         async def keep_busy() -> None:
             free_s = started_s
@@ -214,7 +195,7 @@ class Client:
                     await _sleep_until(started_s + due_s)
                     tasks.create_task(one(place, started_s + due_s))
         cpu_s += time.thread_time()
-        return Sent(started_s, tuple(o for o in outcomes if o), (cpu_s,))
+        return Sent(started_s, tuple(request for request in done if request), (cpu_s,))
 
     async def complete(
         self,
@@ -223,12 +204,12 @@ class Client:
         prompt: Prompt,
         output_tokens: int,
         intended_send_s: float | None = None,
-    ) -> Outcome:
+    ) -> Request:
         """Sends one prompt and reads the whole stream.
 
         Args:
             variant: who is asked.
-            prompt_index: noted in the outcome.
+            prompt_index: noted in what is returned.
             prompt: a text, or the messages of a chat.
             output_tokens: how many tokens are asked for, whatever the model would like to say.
             intended_send_s: when it should have left (perf_counter); None = now.
@@ -257,14 +238,18 @@ class Client:
             ended_s, error = time.perf_counter(), "timeout"
         except (TransportError, _Completion.Error) as exception:
             ended_s, error = time.perf_counter(), str(exception)
-        return Outcome(
+        return Request(
+            block=None,
+            block_pair=None,
             variant=variant,
             prompt_index=prompt_index,
-            timing=timing,
-            prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,
             error=error,
+            prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,
+            output_tokens=timing.output_tokens if timing else None,
             intended_send_s=sent_s if intended_send_s is None else intended_send_s,
             sent_s=sent_s,
+            token_events_s=timing.token_events_s if timing else (),
+            last_s=timing.last_s if timing else None,
             ended_s=ended_s,
         )
 

@@ -1,4 +1,4 @@
-"""A plan, a workload and a client -> blocks of outcomes, baseline and candidate in ABBA order.
+"""A plan, a workload and a client -> a recorded run, baseline and candidate in ABBA order.
 
 Machines drift: they warm up, throttle and get busy. If one variant ran after the other, drift would
 look like speed-up. So the run is cut into block pairs. Both blocks of a pair send the same prompts
@@ -15,13 +15,14 @@ is always a closed loop.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 
 import numpy as np
 
+from loadtest.record import FORMAT_VERSION, Recorded
 from loadtest.send.batch import Batch
-from loadtest.send.client import Client, Outcome
+from loadtest.send.client import Client, Sent
 from loadtest.send.processes import Processes
 from loadtest.send.schedule import Schedule
 from loadtest.send.workload import Workload
@@ -90,17 +91,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One variant's half of a block pair; times on the clock of the outcomes' time stamps."""
-
-    block_pair: int
-    variant: str
-    started_s: float
-    ended_s: float
-    outcomes: tuple[Outcome, ...]
-
-
-@dataclass(frozen=True)
 class Harness:
     """Whether the harness itself kept up, over all measured blocks.
 
@@ -119,18 +109,15 @@ class Harness:
     why: str | None
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], cpu_s: Sequence[Sequence[float]]) -> "Harness":
-        """Judges a run with blocks.
-
-        Args:
-            blocks: what was measured.
-            cpu_s: for each block, the CPU time of each client process.
-        """
-        outcomes = [outcome for block in blocks for outcome in block.outcomes]
-        slip_s = float(np.percentile([o.sent_s - o.intended_send_s for o in outcomes], 99))
-        wall_s = sum(block.ended_s - block.started_s for block in blocks)
-        cpu_share = float(np.sum(cpu_s, axis=0).max() / wall_s)
-        ttfts_s = [o.timing.ttft_s for o in outcomes if o.timing and o.timing.ttft_s is not None]
+    def of(cls, blocks: Sequence[Sent]) -> "Harness":
+        """Judges a run by what was sent in its blocks, at least one."""
+        requests = [request for block in blocks for request in block.requests]
+        slips_s = [request.sent_s - request.intended_send_s for request in requests]
+        slip_s = float(np.percentile(slips_s, 99))
+        cpu_s = np.sum([block.cpu_s for block in blocks], axis=0)
+        cpu_share = float(cpu_s.max() / sum(block.wall_s for block in blocks))
+        timings = [request.timing for request in requests]
+        ttfts_s = [timing.ttft_s for timing in timings if timing and timing.ttft_s is not None]
         ttft_s = float(np.median(ttfts_s)) if ttfts_s else 0.0
         limit_s = max(MAX_SLIP_S, MAX_SLIP_SHARE * ttft_s)
         why = []
@@ -140,24 +127,14 @@ class Harness:
             )
         if cpu_share > MAX_CPU_SHARE:
             why.append(f"a client process used {cpu_share:.2f} of a core, limit {MAX_CPU_SHARE}")
-        num_processes = len(cpu_s[0])
-        remedy = f"; raise --processes above {num_processes}, lower the load, or free the machine"
+        remedy = f"; raise --processes above {len(cpu_s)}, lower the load, or free the machine"
         return cls(
-            num_processes, slip_s, cpu_share, bool(why), " and ".join(why) + remedy if why else None
+            num_processes=len(cpu_s),
+            slip_p99_s=slip_s,
+            cpu_share=cpu_share,
+            is_void=bool(why),
+            why=" and ".join(why) + remedy if why else None,
         )
-
-
-@dataclass(frozen=True)
-class PairedRun:
-    """Everything that was sent. Without blocks, the warm-up failed and nothing was measured."""
-
-    plan: Plan
-    started_s: float
-    warmup: tuple[Outcome, ...]
-    blocks: tuple[Block, ...]
-    harness: Harness
-    schedule: str = Schedule.kind
-    rate_per_s: float | None = None
 
 
 def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
@@ -186,8 +163,8 @@ async def run_paired(
     workload: Workload,
     on_response: Callable[[], None] = lambda: None,
     schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
-) -> PairedRun:
-    """Warms both variants up, then runs every block.
+) -> Recorded:
+    """Warms both variants up, then runs every block; if a warm-up request fails, none.
 
     Args:
         client: connected to the server that has both variants.
@@ -196,6 +173,10 @@ async def run_paired(
             block is a pass of its own.
         on_response: called after each request, for a progress bar.
         schedule: when requests leave.
+
+    Returns:
+        All requests; `about` holds what run.json says about the sending: plan, schedule, rate and
+        harness.
 
     Raises:
         ValueError: if plan, schedule and client do not fit together.
@@ -214,19 +195,27 @@ async def run_paired(
         await client.send(batch(variant, indices, 0, None), on_response)
         for variant in (plan.baseline, plan.candidate)
     ]
-    warmup = tuple(outcome for sent in warmups for outcome in sent.outcomes)
-    started_s = warmups[0].started_s
-    about = (schedule.kind, schedule.mean_rate_per_s)
-    if any(outcome.error for outcome in warmup):
-        idle = Harness(client.num_processes, 0.0, 0.0, False, None)
-        return PairedRun(plan, started_s, warmup, (), idle, *about)
-
-    pairs = [[next(numbers) for _ in range(plan.num_prompts)] for _ in range(plan.num_block_pairs)]
-    blocks, cpu_s = [], []
-    for pass_number, (pair, variant) in enumerate(plan.block_order(), start=1):
-        due_s = schedule.times_s(plan.num_prompts, pair)
-        sent = await client.send(batch(variant, pairs[pair], pass_number, due_s), on_response)
-        ended_s = max(outcome.ended_s for outcome in sent.outcomes)
-        blocks.append(Block(pair, variant, sent.started_s, ended_s, sent.outcomes))
-        cpu_s.append(sent.cpu_s)
-    return PairedRun(plan, started_s, warmup, tuple(blocks), Harness.of(blocks, cpu_s), *about)
+    start_s = warmups[0].started_s
+    requests = [
+        request.placed(None, None, start_s) for sent in warmups for request in sent.requests
+    ]
+    harness = Harness(client.num_processes, 0.0, 0.0, False, None)
+    if not any(request.error for request in requests):
+        pairs = [
+            [next(numbers) for _ in range(plan.num_prompts)] for _ in range(plan.num_block_pairs)
+        ]
+        blocks = []
+        for number, (pair, variant) in enumerate(plan.block_order()):
+            due_s = schedule.times_s(plan.num_prompts, pair)
+            sent = await client.send(batch(variant, pairs[pair], number + 1, due_s), on_response)
+            requests += [request.placed(number, pair, start_s) for request in sent.requests]
+            blocks.append(sent)
+        harness = Harness.of(blocks)
+    about = {
+        "format_version": FORMAT_VERSION,
+        "plan": asdict(plan),
+        "schedule": schedule.kind,
+        "rate_per_s": schedule.mean_rate_per_s,
+        "harness": asdict(harness),
+    }
+    return Recorded(about, tuple(requests))

@@ -76,11 +76,11 @@ class Processes:
             sent: list[Sent] = await self._answers()
         except (EOFError, OSError) as error:
             raise ChildProcessError("a client process died; see its message above") from error
-        by_index = {o.prompt_index: o for share in sent for o in share.outcomes}
-        outcomes = tuple(by_index[index] for index, _ in batch.prompts)
-        for _ in outcomes:
+        by_index = {request.prompt_index: request for share in sent for request in share.requests}
+        requests = tuple(by_index[index] for index, _ in batch.prompts)
+        for _ in requests:
             on_response()
-        return Sent(started_s, outcomes, tuple(share.cpu_s[0] for share in sent))
+        return Sent(started_s, requests, tuple(share.cpu_s[0] for share in sent))
 
     async def _answers(self) -> list[Any]:
         return await asyncio.gather(*(asyncio.to_thread(pipe.recv) for pipe in self._pipes))

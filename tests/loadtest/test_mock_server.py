@@ -46,20 +46,20 @@ def test_noise_multiplies_by_seeded_lognormal_factors(serve: Serve) -> None:
 
 def test_no_token_is_early_and_the_client_sees_none_before_it_left(serve: Serve) -> None:
     url, app = serve(dense=MockVariant(0.02, 0.01))
-    outcomes = send(url, num=5, concurrency=1, tokens=4).outcomes
-    for outcome, answer in zip(outcomes, app.state.truth.answers, strict=True):
+    requests = send(url, num=5, concurrency=1, tokens=4).requests
+    for request, answer in zip(requests, app.state.truth.answers, strict=True):
         assert len(answer.due_s) == 4
-        assert outcome.timing is not None
+        assert request.timing is not None
         for due_s, sent_s, seen_s in zip(
-            answer.due_s, answer.sent_s, outcome.timing.token_events_s, strict=True
+            answer.due_s, answer.sent_s, request.timing.token_events_s, strict=True
         ):
             assert due_s <= sent_s <= seen_s
 
 
 def test_max_concurrency_makes_requests_wait_their_turn(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.1, 0.0, max_concurrency=2))
-    outcomes = send(url, num=6, concurrency=6).outcomes
-    ttfts_s = sorted(o.timing.ttft_s or 0.0 for o in outcomes if o.timing)
+    requests = send(url, num=6, concurrency=6).requests
+    ttfts_s = sorted(request.timing.ttft_s or 0.0 for request in requests if request.timing)
     assert len(ttfts_s) == 6
     # Never early: two at once, then two after these, then two more.
     assert ttfts_s[2] >= 0.2
@@ -68,9 +68,9 @@ def test_max_concurrency_makes_requests_wait_their_turn(serve: Serve) -> None:
 
 def test_a_client_that_leaves_frees_its_place(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.0, 0.05, max_concurrency=1))
-    gone = send(url, num=1, concurrency=1, tokens=10_000, timeout_s=0.2).outcomes[0]
+    gone = send(url, num=1, concurrency=1, tokens=10_000, timeout_s=0.2).requests[0]
     assert gone.error == "timeout"  # all its tokens would take 500 s
-    assert send(url, num=1, concurrency=1, timeout_s=100.0).outcomes[0].error is None
+    assert send(url, num=1, concurrency=1, timeout_s=100.0).requests[0].error is None
 
 
 def test_a_stall_holds_up_tokens_under_way_and_new_requests(serve: Serve) -> None:

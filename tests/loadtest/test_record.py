@@ -95,3 +95,10 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(no_plan))
     with pytest.raises(ValueError, match="'plan' is missing"):
         Recorded.read(tmp_path)
+
+
+def test_a_placed_request_has_its_times_from_the_start() -> None:
+    sent = request(None, None, "dense", 2.0, 0.5, sent_s=10.0)
+    assert sent.placed(3, 1, 9.0) == request(3, 1, "dense", 2.0, 0.5, sent_s=1.0)
+    failed = request(None, None, "dense", None, sent_s=10.0)
+    assert failed.placed(3, 1, 9.0) == request(3, 1, "dense", None, sent_s=1.0)

@@ -20,7 +20,7 @@ import pytest
 from loadtest.mock_server import MockVariant
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
-from loadtest.send.paired import PairedRun, Plan, run_paired
+from loadtest.send.paired import Plan, run_paired
 from loadtest.send.schedule import Schedule
 from loadtest.send.workload import Workload
 from tests.loadtest.conftest import Serve
@@ -55,16 +55,31 @@ def start_mock() -> Iterator[StartMock]:
         process.wait()
 
 
+class RememberingClient(Client):
+    """Keeps what it sent: on the clock that the mock reads too, where a record has its own."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, timeout_s=300.0)
+        self.sent: list[Sent] = []
+
+    async def send(self, *arguments: Any, **more: Any) -> Sent:
+        self.sent.append(await super().send(*arguments, **more))
+        return self.sent[-1]
+
+
 def run(
     url: str,
     plan: Plan,
     schedule: Schedule,
     on_response: Callable[[], None] = lambda: None,
     workload: Workload = Workload(prompt_words=8),  # noqa: B008  (frozen)
-) -> PairedRun:
-    async def measure() -> PairedRun:
-        async with Client(url, timeout_s=300.0) as client:
-            return await run_paired(client, plan, workload, on_response, schedule)
+) -> tuple[dict[str, Any], list[Sent]]:
+    """Returns what the run says about its harness, and what was sent in each block."""
+
+    async def measure() -> tuple[dict[str, Any], list[Sent]]:
+        async with RememberingClient(url) as client:
+            recorded = await run_paired(client, plan, workload, on_response, schedule)
+            return recorded.about["harness"], client.sent[2:]  # without the warm-ups
 
     return asyncio.run(measure())
 
@@ -107,32 +122,34 @@ def test_each_time_stamp_lies_where_the_server_allows_it(
         output_tokens=9,
     )
     workload = Workload(prompt_words=8)
-    blocks = run(url, plan, Schedule(), workload=workload).blocks
+    _, blocks = run(url, plan, Schedule(), workload=workload)
     answers = answers_by_request(url)
     seen_in_time = []
     for number, block in enumerate(blocks, start=1):
-        ttft_s, itl_s = nominal_s[block.variant]
-        assert len(block.outcomes) == plan.num_prompts
-        prompts = [str(workload.prompt(o.prompt_index, number)) for o in block.outcomes]
-        block_answers = [answers[block.variant, prompt] for prompt in prompts]
-        for outcome, answer in zip(block.outcomes, block_answers, strict=True):
-            assert outcome.error is None
-            assert outcome.timing is not None
+        assert len(block.requests) == plan.num_prompts
+        block_answers = [
+            answers[request.variant, str(workload.prompt(request.prompt_index, number))]
+            for request in block.requests
+        ]
+        for request, answer in zip(block.requests, block_answers, strict=True):
+            ttft_s, itl_s = nominal_s[request.variant]
+            assert request.error is None
+            assert request.timing is not None
             # Its clock starts before the server hears of the request.
-            assert outcome.timing.intended_send_s <= outcome.sent_s <= answer["arrived_s"]
-            seen_s = outcome.timing.token_events_s
+            assert request.timing.intended_send_s <= request.sent_s <= answer["arrived_s"]
+            seen_s = request.timing.token_events_s
             assert len(seen_s) == len(answer["sent_s"]) == plan.output_tokens
             assert all(sent <= seen for sent, seen in zip(answer["sent_s"], seen_s, strict=True))
             # So what it measures is never less than what the server was told to take.
-            assert (outcome.timing.ttft_s or 0.0) >= ttft_s
-            assert outcome.timing.e2e_s >= ttft_s + 8 * itl_s
+            assert (request.timing.ttft_s or 0.0) >= ttft_s
+            assert request.timing.e2e_s >= ttft_s + 8 * itl_s
             # And, for most tokens, too much by less than the server waits before the next.
             next_s = answer["sent_s"][1:]
             seen_in_time += [seen < sent for seen, sent in zip(seen_s, next_s, strict=False)]
         if concurrency == 1:  # the next request leaves when one is over: its end is bounded too
-            for outcome, later in zip(block.outcomes, block_answers[1:], strict=False):
-                assert outcome.timing is not None
-                assert outcome.timing.last_s <= outcome.ended_s <= later["arrived_s"]
+            for request, later in zip(block.requests, block_answers[1:], strict=False):
+                assert request.timing is not None
+                assert request.timing.last_s <= request.ended_s <= later["arrived_s"]
     assert len(seen_in_time) == 4 * plan.num_prompts * 8
     assert sum(seen_in_time) > len(seen_in_time) / 2
 
@@ -155,21 +172,21 @@ def test_a_stall_shows_in_all_requests_that_were_due_during_it(serve: Serve) -> 
     sent = send(url, Batch("dense", prompts, 2, 1, due_s))
     frozen_s, thawed_s = app.state.truth.frozen_s
     num_held_up = 0
-    for outcome, after_s in zip(sent.outcomes, due_s, strict=True):
-        assert outcome.timing is not None
+    for request, after_s in zip(sent.requests, due_s, strict=True):
+        assert request.timing is not None
         intended_s = sent.started_s + after_s
-        assert outcome.timing.intended_send_s == pytest.approx(intended_s, abs=1e-6)
+        assert request.timing.intended_send_s == pytest.approx(intended_s, abs=1e-6)
         if frozen_s <= intended_s < thawed_s:
             num_held_up += 1
-            assert intended_s + (outcome.timing.ttft_s or 0.0) >= thawed_s
+            assert intended_s + (request.timing.ttft_s or 0.0) >= thawed_s
     assert num_held_up > 1
 
     # A closed loop sends nothing meanwhile: one request meets the stall, the others never know.
     url, app = serve(dense=variant, stall_s=(1.0, 2.5))
     closed = send(url, Batch("dense", prompts, 2, 1))
     _, thawed_s = app.state.truth.frozen_s
-    assert sum(o.sent_s < thawed_s <= o.ended_s for o in closed.outcomes) == 1
-    assert max(o.ended_s for o in closed.outcomes) > thawed_s
+    assert sum(r.sent_s < thawed_s <= r.ended_s for r in closed.requests) == 1
+    assert max(request.ended_s for request in closed.requests) > thawed_s
 
 
 PLAN = Plan(num_prompts=30, num_block_pairs=2, num_warmup=1, output_tokens=2)
@@ -186,10 +203,10 @@ def test_a_harness_that_cannot_keep_up_voids_the_run_and_an_idle_one_is_less_lat
         while time.thread_time() < until_s:
             pass
 
-    overloaded = run(url, PLAN, Schedule("constant", 100.0), work).harness
-    assert overloaded.is_void
-    assert overloaded.slip_p99_s > 0.1
-    assert "ms late" in (overloaded.why or "")
-    idle = run(url, PLAN, Schedule("poisson", 30.0)).harness
-    assert 0 < idle.slip_p99_s < overloaded.slip_p99_s
-    assert 0 < idle.cpu_share < overloaded.cpu_share
+    overloaded, _ = run(url, PLAN, Schedule("constant", 100.0), work)
+    assert overloaded["is_void"]
+    assert overloaded["slip_p99_s"] > 0.1
+    assert "ms late" in overloaded["why"]
+    idle, _ = run(url, PLAN, Schedule("poisson", 30.0))
+    assert 0 < idle["slip_p99_s"] < overloaded["slip_p99_s"]
+    assert 0 < idle["cpu_share"] < overloaded["cpu_share"]

@@ -5,13 +5,15 @@ import time
 from dataclasses import replace
 
 import pytest
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 from starlette.middleware.base import RequestResponseEndpoint
+from starlette.requests import Request as HTTPRequest
 
 from loadtest.mock_server import MockVariant, create_app
+from loadtest.record import Request
 from loadtest.send.batch import Batch
-from loadtest.send.client import Client, Outcome, Sent, UnreachableError
+from loadtest.send.client import Client, Sent, UnreachableError
 from loadtest.send.workload import Prompt
 from tests.loadtest.conftest import Serve, ServeApp
 
@@ -24,8 +26,8 @@ def complete(
     timeout_s: float = 30.0,
     prompt: Prompt = "one two three",
     intended_send_s: float | None = None,
-) -> Outcome:
-    async def ask() -> Outcome:
+) -> Request:
+    async def ask() -> Request:
         async with Client(url, timeout_s=timeout_s) as client:
             return await client.complete(variant, 3, prompt, 4, intended_send_s)
 
@@ -34,10 +36,10 @@ def complete(
 
 def test_a_complete_response(serve: Serve) -> None:
     url, app = serve(dense=MockVariant(ttft_s=0.08, itl_s=0.02))
-    outcome = complete(url, "dense")
-    assert outcome.error is None
-    assert (outcome.variant, outcome.prompt_index, outcome.prompt_tokens) == ("dense", 3, 3)
-    timing = outcome.timing
+    request = complete(url, "dense")
+    assert request.error is None
+    assert (request.variant, request.prompt_index, request.prompt_tokens) == ("dense", 3, 3)
+    timing = request.timing
     assert timing is not None
     assert timing.output_tokens == 4
     assert len(timing.token_events_s) == 4
@@ -58,9 +60,9 @@ def test_a_complete_response(serve: Serve) -> None:
 )
 def test_errors_are_classed(serve: Serve, variant: MockVariant, error: str) -> None:
     url, _ = serve(dense=variant)
-    outcome = complete(url, "dense")
-    assert outcome.error == error
-    assert outcome.timing is None
+    request = complete(url, "dense")
+    assert request.error == error
+    assert request.timing is None
 
 
 TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
@@ -107,21 +109,21 @@ def test_refused_connection_is_named() -> None:
 def test_a_chat_goes_to_the_chat_route(serve: Serve) -> None:
     url, app = serve(dense=MockVariant(0.0, 0.0))
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
-    outcome = complete(url, "dense", prompt=chat)
-    assert outcome.timing is not None
-    assert outcome.timing.output_tokens == 4
+    request = complete(url, "dense", prompt=chat)
+    assert request.timing is not None
+    assert request.timing.output_tokens == 4
     assert app.state.requests == [("dense", "be kind\nhi")]
 
 
 def test_times_of_a_request_run_forward_also_when_it_fails(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.0, 0.0), sparse=MockVariant(0.0, 0.0, fail_every=1))
     for variant in ("dense", "sparse"):
-        outcome = complete(url, variant, intended_send_s=time.perf_counter() - 1.0)
-        assert outcome.sent_s - outcome.intended_send_s >= 1.0
-        assert outcome.ended_s > outcome.sent_s
-        if outcome.timing:
-            assert outcome.timing.intended_send_s == outcome.intended_send_s
-            assert outcome.timing.last_s <= outcome.ended_s
+        request = complete(url, variant, intended_send_s=time.perf_counter() - 1.0)
+        assert request.sent_s - request.intended_send_s >= 1.0
+        assert request.ended_s > request.sent_s
+        if request.timing:
+            assert request.timing.intended_send_s == request.intended_send_s
+            assert request.timing.last_s <= request.ended_s
 
 
 CLOSED = Batch("dense", tuple((n, f"prompt {n}") for n in range(6)), 3, concurrency=2)
@@ -136,17 +138,20 @@ def send(url: str, batch: Batch) -> Sent:
 
 
 def most_in_flight(sent: Sent) -> int:
-    begun = [outcome.sent_s for outcome in sent.outcomes]
-    return max(sum(o.sent_s <= moment < o.ended_s for o in sent.outcomes) for moment in begun)
+    begun = [request.sent_s for request in sent.requests]
+    return max(
+        sum(request.sent_s <= moment < request.ended_s for request in sent.requests)
+        for moment in begun
+    )
 
 
 def test_a_closed_loop_sends_when_a_place_is_free(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.02, 0.01))
     sent = send(url, CLOSED)
-    assert [outcome.prompt_index for outcome in sent.outcomes] == list(range(6))
+    assert [request.prompt_index for request in sent.requests] == list(range(6))
     assert most_in_flight(sent) == 2
-    freed = {sent.started_s} | {outcome.ended_s for outcome in sent.outcomes}
-    assert all(outcome.intended_send_s in freed for outcome in sent.outcomes)
+    freed = {sent.started_s} | {request.ended_s for request in sent.requests}
+    assert all(request.intended_send_s in freed for request in sent.requests)
 
 
 def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve_app: ServeApp) -> None:
@@ -165,9 +170,11 @@ def test_an_open_loop_sends_on_time_whatever_is_outstanding(serve_app: ServeApp)
 
     due_s = (0.0, 0.0, 0.01, 0.02, 0.03, 0.1)
     sent = send(serve_app(app), replace(CLOSED, due_s=due_s))
-    assert [outcome.error for outcome in sent.outcomes] == [None] * 6
-    assert [o.intended_send_s - sent.started_s for o in sent.outcomes] == pytest.approx(due_s)
-    assert all(outcome.sent_s >= outcome.intended_send_s for outcome in sent.outcomes)
+    assert [request.error for request in sent.requests] == [None] * 6
+    assert [request.intended_send_s - sent.started_s for request in sent.requests] == pytest.approx(
+        due_s
+    )
+    assert all(request.sent_s >= request.intended_send_s for request in sent.requests)
     assert most_in_flight(sent) == 6
 
 
@@ -176,9 +183,9 @@ def test_connections_are_used_again(serve_app: ServeApp) -> None:
     peers: set[object] = set()
 
     @app.middleware("http")
-    async def note(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        peers.add(request.client)
-        return await call_next(request)
+    async def note(asked: HTTPRequest, call_next: RequestResponseEndpoint) -> Response:
+        peers.add(asked.client)
+        return await call_next(asked)
 
     send(serve_app(app), CLOSED)
     assert len(peers) == 2

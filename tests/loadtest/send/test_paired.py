@@ -1,15 +1,15 @@
 """The order of blocks, who gets which prompts, and plans that are refused."""
 
 import asyncio
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from cast_serve.latency import RequestTiming
 from loadtest.mock_server import MockVariant
-from loadtest.send.client import Client, Outcome
-from loadtest.send.paired import Block, Harness, PairedRun, Plan, check_fit, run_paired
+from loadtest.record import Recorded, Request
+from loadtest.send.client import Client, Sent
+from loadtest.send.paired import Harness, Plan, check_fit, run_paired
 from loadtest.send.schedule import Schedule
 from loadtest.send.workload import Workload
 from tests.loadtest.conftest import Serve
@@ -24,8 +24,8 @@ def run(
     plan: Plan = PLAN,
     workload: Workload | None = None,
     schedule: Schedule = CLOSED,
-) -> PairedRun:
-    async def measure() -> PairedRun:
+) -> Recorded:
+    async def measure() -> Recorded:
         async with Client(url, timeout_s=30.0) as client:
             return await run_paired(
                 client, plan, workload or Workload(prompt_words=5), schedule=schedule
@@ -52,43 +52,64 @@ def test_what_the_server_saw(serve: Serve) -> None:
     ]
     assert len(order) == PLAN.num_requests
     assert len(paired.warmup) == 2
-    assert paired.schedule == "closed"
+    assert paired.about["plan"] == asdict(PLAN)
+    assert (paired.about["schedule"], paired.about["rate_per_s"]) == ("closed", None)
+    # Blocks in the order run, and times from the run's start, which is the warm-up's.
+    assert [(b.variant, b.block_pair) for b in paired.blocks] == [
+        (variant, pair) for pair, variant in PLAN.block_order()
+    ]
+    starts_s = [paired.warmup[0].intended_send_s, *(b.started_s for b in paired.blocks)]
+    assert starts_s[0] == 0.0
+    assert starts_s == sorted(starts_s)
 
 
 def test_both_blocks_of_a_pair_have_one_timetable(serve: Serve) -> None:
     url, _ = serve(dense=QUICK, sparse=QUICK)
     paired = run(url, schedule=Schedule("poisson", rate_per_s=100.0))
     times_s = [
-        [outcome.intended_send_s - block.started_s for outcome in block.outcomes]
+        [request.intended_send_s - block.started_s for request in block.requests]
         for block in paired.blocks
     ]
     assert times_s[0] == pytest.approx(times_s[1])
     assert times_s[2] == pytest.approx(times_s[3])
     assert times_s[0] != pytest.approx(times_s[2])
-    assert (paired.schedule, paired.rate_per_s) == ("poisson", 100.0)
+    assert (paired.about["schedule"], paired.about["rate_per_s"]) == ("poisson", 100.0)
 
 
 def test_concurrency_keeps_that_many_in_flight(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.05, 0.0), sparse=MockVariant(0.05, 0.0))
     block = run(url, replace(PLAN, concurrency=3)).blocks[0]
-    timings = [outcome.timing for outcome in block.outcomes]
+    timings = [request.timing for request in block.requests]
     assert all(timings)
     latest_send = max(timing.intended_send_s for timing in timings if timing)
     assert latest_send < min(timing.last_s for timing in timings if timing)
-    assert [outcome.prompt_index for outcome in block.outcomes] == [1, 2, 3]
+    assert [request.prompt_index for request in block.requests] == [1, 2, 3]
 
 
 def test_a_failed_warmup_measures_nothing(serve: Serve) -> None:
     url, app = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, fail_every=1))
     paired = run(url)
-    assert paired.blocks == ()
-    assert [outcome.error for outcome in paired.warmup] == [None, "http_503"]
+    assert paired.blocks == []
+    assert [request.error for request in paired.warmup] == [None, "http_503"]
     assert len(app.state.requests) == 2
 
 
-def late(slip_s: float, ttft_s: float | None) -> Outcome:
-    timing = None if ttft_s is None else RequestTiming(0.0, (ttft_s,), ttft_s, 1)
-    return Outcome("dense", 0, timing, None, None if timing else "timeout", 0.0, slip_s, 9.0)
+def late(slip_s: float, ttft_s: float | None, ended_s: float) -> Request:
+    failed = ttft_s is None
+    return Request(
+        block=None,
+        block_pair=None,
+        variant="dense",
+        prompt_index=0,
+        error="timeout" if failed else None,
+        prompt_tokens=None,
+        output_tokens=None if failed else 1,
+        intended_send_s=0.0,
+        sent_s=slip_s,
+        token_events_s=() if ttft_s is None else (ttft_s,),
+        last_s=ttft_s,
+        ended_s=ended_s,
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,8 +129,8 @@ def test_a_harness_that_does_not_keep_up_voids_the_run(
     slip_s: float, ttft_s: float | None, cpu_s: float, why: str | None
 ) -> None:
     # Two blocks of 5 s; the busier of two processes has all its CPU time in the second.
-    blocks = [Block(0, "dense", 5.0 * n, 5.0 * n + 5.0, (late(slip_s, ttft_s),)) for n in (0, 1)]
-    harness = Harness.of(blocks, [(2.0, 0.0), (2.0, cpu_s)])
+    block = (late(slip_s, ttft_s, ended_s=5.0),)
+    harness = Harness.of([Sent(0.0, block, (2.0, 0.0)), Sent(0.0, block, (2.0, cpu_s))])
     assert harness.num_processes == 2
     assert harness.slip_p99_s == pytest.approx(slip_s)
     assert harness.cpu_share == pytest.approx(max(4.0, cpu_s) / 10)
@@ -119,8 +140,8 @@ def test_a_harness_that_does_not_keep_up_voids_the_run(
 
 def test_slip_is_a_99th_percentile() -> None:
     # Ranks 0 to 200, of which 199 and 200 are late: the 99th percentile is rank 198.
-    outcomes = tuple(late(0.1 if place > 198 else 0.0, 0.01) for place in range(201))
-    assert Harness.of([Block(0, "dense", 0.0, 1.0, outcomes)], [(0.1,)]).slip_p99_s == 0
+    requests = tuple(late(0.1 if place > 198 else 0.0, 0.01, 1.0) for place in range(201))
+    assert Harness.of([Sent(0.0, requests, (0.1,))]).slip_p99_s == 0
 
 
 @pytest.mark.parametrize(

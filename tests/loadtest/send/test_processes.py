@@ -28,15 +28,15 @@ def test_two_processes_send_a_timetable_and_then_a_closed_loop(serve: Serve) -> 
         url, Batch("dense", PROMPTS, 2, 1, due_s), Batch("dense", PROMPTS, 2, concurrency=3)
     )
     for sent in (opened, closed):
-        assert [outcome.prompt_index for outcome in sent.outcomes] == list(range(10))
-        assert [outcome.error for outcome in sent.outcomes] == [None] * 10
+        assert [request.prompt_index for request in sent.requests] == list(range(10))
+        assert [request.error for request in sent.requests] == [None] * 10
         assert len(sent.cpu_s) == 2
         assert min(sent.cpu_s) > 0
     assert sorted(app.state.requests) == sorted(2 * [("dense", prompt) for _, prompt in PROMPTS])
     # The clocks of the processes and ours are one: nobody is ahead of the timetable.
-    intended_s = [o.intended_send_s - opened.started_s for o in opened.outcomes]
+    intended_s = [request.intended_send_s - opened.started_s for request in opened.requests]
     assert intended_s == pytest.approx(due_s)
-    assert all(outcome.sent_s >= outcome.intended_send_s for outcome in opened.outcomes)
+    assert all(request.sent_s >= request.intended_send_s for request in opened.requests)
 
 
 def test_a_dead_process_is_named(serve: Serve) -> None:
