@@ -4,7 +4,6 @@ Speaks to people while it works and ends stdout with one line of JSON. Exit 0: d
 diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind.
 """
 
-import ctypes
 import dataclasses
 import json
 import logging
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from cast_train import memory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
 
@@ -254,12 +255,10 @@ def _working() -> Iterator[None]:
     for noisy in ("transformers", "accelerate", "torch", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    _keep_freed_memory()
-    from cast_serve.sparsity.pattern import PatternError
-
+    memory.keep_freed()
     try:
         yield
-    except (ValueError, OSError, PatternError) as error:
+    except (ValueError, OSError) as error:
         _fail(str(error), 2)
     except RuntimeError as error:
         if type(error).__name__ not in ("DivergedError", "StudyError"):
@@ -270,17 +269,6 @@ def _working() -> Iterator[None]:
 def _fail(message: str, code: int) -> None:
     print(f"cast-train: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(code)
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc reuse freed blocks: a step frees and asks for the same gigabytes, and handing them
-    back to the kernel each time costs half of the step in page faults (docs/log.md)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            m_trim_threshold, m_mmap_max = -1, -4
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def repeat_text_flag(arguments: Sequence[str]) -> list[str]:

@@ -71,7 +71,8 @@ def build() -> Path:
     return library
 
 
-def _units() -> list[str]:
+def units() -> list[str]:
+    """The sources in `SOURCES`, without their suffix, that are compiled on this kind of CPU."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     return list(ISA_FLAGS) if is_x86 else ["ops", "portable"]
 
@@ -104,7 +105,7 @@ def _compile(compiler: str, library: Path) -> None:
             return out
 
         with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compile_unit, _units()))
+            objects = list(pool.map(compile_unit, units()))
         linked = f"{folder}/{library.name}"
         libs = [f"-L{torch_libs}", "-lc10", "-ltorch", "-ltorch_cpu"]
         _run([compiler, "-shared", "-fopenmp", *objects, *libs, "-o", linked])

@@ -1,0 +1,154 @@
+"""A dense model + text -> seconds and bytes of a training step: plain, soft gates, exact mask.
+
+The three ways take turns in one process, each on a model of its own, without distillation and with
+the defaults of `cast-train run`. Ratios are taken round by round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.sparsity.targets import find_targets
+from cast_train import losses
+from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.config import TrainConfig
+from cast_train.evaluate.precision import autocast
+from cast_train.gates import gating
+from cast_train.gates.schedules import phase_at
+from cast_train.pruning.scores import wanda_scores
+from cast_train.text import read_texts, to_blocks, tokenize
+
+CONFIG = TrainConfig(steps=1000)
+# The step of CONFIG's plan whose phase is measured.
+WAYS = {"plain": None, "soft": 30, "exact": 500}
+
+
+class Way:
+    """A model that learns in one way.
+
+    Args:
+        directory: dense HF directory.
+        step: whose phase the gates are in; None: no gates.
+        blocks: int64 [num_blocks, block_size].
+        config: of the run.
+    """
+
+    def __init__(
+        self, directory: Path, step: int | None, blocks: Tensor, config: TrainConfig
+    ) -> None:
+        self.max_grad_norm = config.max_grad_norm
+        self.model = load_dense(directory, torch.float32).train()
+        for embedding in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            embedding.requires_grad_(False)
+        self.gates: dict[str, gating.Gate] = {}
+        if step is not None:
+            targets, _ = find_targets(self.model, config.pattern)
+            scores = wanda_scores(self.model, targets, blocks)
+            self.gates = gating.attach(targets, config.pattern, scores)
+            self.phase = phase_at(step, config)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameter_bytes = sum(p.nbytes for p in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Of int64 [batch, block_size], with the penalty on the gates if there are any."""
+        if self.gates:
+            gating.set_phase(self.gates, self.phase)
+        with autocast("auto", "cpu"):
+            logits = self.model(input_ids=batch, use_cache=False).logits
+            loss = losses.losses(logits, batch)[0]
+        if self.gates and (penalty := gating.penalty(self.gates)) is not None:
+            loss = loss + self.phase.penalty_weight * penalty
+        return loss
+
+    def step_s(self, batch: Tensor) -> float:
+        """Takes one step."""
+        began = time.perf_counter()
+        self.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    def kept_bytes(self, batch: Tensor) -> int:
+        """What a forward keeps for its backward besides the parameters."""
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.loss(batch)
+        return sum(kept.values())
+
+
+def measure(
+    model_dir: Path,
+    text: Path,
+    rounds: int,
+    config: TrainConfig = CONFIG,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Measures with torch's number of threads.
+
+    Args:
+        model_dir: dense HF directory.
+        text: UTF-8; as much of it as one step takes is used.
+        rounds: steps of each way, after a first that is not counted.
+        config: block size, blocks of a batch and the phases' plan.
+        on_round: called after each round, the first too.
+
+    Returns:
+        num_tokens and num_threads; by way: step_s (median), over_plain (median of the rounds'
+        ratios) with its range, trained_parameter_bytes, kept_bytes.
+
+    Raises:
+        ValueError: if the model or the text cannot be read, the text is too short, or there is no
+            round.
+    """
+    if rounds < 1:
+        raise ValueError(f"{rounds} rounds measure nothing; ask for 1 or more")
+    num_tokens = config.batch_blocks * config.block_size
+    tokens = tokenize(read_texts([text]), load_tokenizer(model_dir), num_tokens)
+    batch = to_blocks(tokens, config.block_size)
+    ways = {name: Way(model_dir, step, batch, config) for name, step in WAYS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in sorted(ways, reverse=number % 2 == 0):
+            seconds[name].append(ways[name].step_s(batch))
+        on_round()
+    found: dict[str, Any] = {"num_tokens": num_tokens, "num_threads": torch.get_num_threads()}
+    for name, way in ways.items():
+        measured = seconds[name][1:]
+        ratios = [own / plain for own, plain in zip(measured, seconds["plain"][1:], strict=True)]
+        found[name] = {
+            "step_s": statistics.median(measured),
+            "over_plain": statistics.median(ratios),
+            "over_plain_min": min(ratios),
+            "over_plain_max": max(ratios),
+            "trained_parameter_bytes": way.parameter_bytes,
+            "kept_bytes": way.kept_bytes(batch),
+        }
+    return found
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """The result for people, a line each way."""
+    lines = []
+    for name in WAYS:
+        way = found[name]
+        lines.append(
+            f"{name}: {way['step_s']:.2f} s, {way['over_plain']:.2f} times plain "
+            f"({way['over_plain_min']:.2f} to {way['over_plain_max']:.2f}), "
+            f"keeps {way['kept_bytes'] / 1e6:.0f} MB"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from cast_train.config import TrainConfig
+from loadtest.bench import train_step
+
+CONFIG = TrainConfig(steps=1000, block_size=32)
+
+
+def test_three_ways_over_the_same_rounds(llama_dir: Path, text_file: Path) -> None:
+    done: list[None] = []
+    found = train_step.measure(llama_dir, text_file, 2, CONFIG, lambda: done.append(None))
+    assert len(done) == 3  # the first is not counted
+    assert found["num_tokens"] == CONFIG.batch_blocks * 32
+    plain, soft, exact = (found[name] for name in ("plain", "soft", "exact"))
+    assert plain["over_plain"] == plain["over_plain_min"] == plain["over_plain_max"] == 1.0
+    assert plain["trained_parameter_bytes"] == exact["trained_parameter_bytes"] - gate_bytes()
+    assert plain["kept_bytes"] < soft["kept_bytes"]
+    for way in (soft, exact):
+        assert way["step_s"] > 0
+        assert way["over_plain_min"] <= way["over_plain"] <= way["over_plain_max"]
+    first, *_ = lines = train_step.text_of(found).splitlines()
+    assert first.startswith("plain: ")
+    assert "1.00 times plain (1.00 to 1.00), keeps " in first
+    assert len(lines) == 3
+
+
+def gate_bytes() -> int:
+    """Of the tiny model's two layers: a float32 logit beside every weight of a target."""
+    per_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    return 2 * per_layer * 4
+
+
+def test_no_rounds_are_refused(llama_dir: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match="0 rounds measure nothing; ask for 1 or more"):
+        train_step.measure(llama_dir, text_file, 0)
