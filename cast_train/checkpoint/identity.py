@@ -1,10 +1,10 @@
 """What a run or a study reads -> its identity: names, and the sha256 of every file.
 
-Names alone tell nothing: weights that were trained anew under the same name are other weights. So
-every file is hashed whole, each time that a command starts. One core with SHA instructions hashes
-about 1.7 GB a second (AMD Zen 4, measured): 0.2 s for SmolLM2-135M, 10 s for 8 billion parameters
-in bf16. Sizes and times of change would be quicker, but a copy changes the times and leaves the
-weights, and a training run changes the weights and leaves the sizes.
+Names do not identify files: weights may be trained again under the same name. So every file is
+hashed whole, each time a command starts. One core with SHA instructions hashes about 1.7 GB a
+second (AMD Zen 4, measured): 0.2 s for SmolLM2-135M, 10 s for 8 billion parameters in bf16. Sizes
+and modification times would be quicker, but copying changes the times and not the weights, and
+training changes the weights and not the sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def of_file(path: Path) -> dict[str, str]:
 def of_directory(directory: Path) -> dict[str, str]:
     """The sha256 by name of every file that a model directory's reader may read.
 
-    ``*.bin`` count only where there is no ``*.safetensors``: transformers does not read them else.
+    ``*.bin`` count only where there is no ``*.safetensors``; otherwise transformers ignores them.
 
     Raises:
         CheckpointError: if it is no model directory.
@@ -71,12 +71,12 @@ def of_inputs(
 
 
 def check(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Refuses a record whose identity is another.
+    """Refuses a record of other inputs or settings.
 
     Args:
         found: a record; only the keys of `wanted` are compared.
         wanted: the identity of what is asked for now.
-        what: the record's owner, as in "OUT is another run".
+        what: begins the message, as in "OUT is another run".
         remedy: what to do.
 
     Raises:
@@ -112,6 +112,6 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """A value in a message; hashes and tables by their beginning."""
+    """A value for a message, hashes and tables abbreviated."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:20]}..."

@@ -1,8 +1,8 @@
-"""A trained model <-> a gated or pruned checkpoint directory that can be trusted.
+"""A trained model <-> a gated or pruned checkpoint directory, written whole and verified.
 
 Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
 has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
-shape; none with method adams, where |W| decides) and maybe ``<name>.scale`` (fp32, scaling.py). To
+shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py). To
 harden it: mask = the N largest logits of each group, W * mask * scale. A pruned one has its zeros
 written.
 
@@ -69,7 +69,7 @@ def write(
 
 
 def check_new(out: Path) -> None:
-    """Refuses a taken --out, before any work is done for it.
+    """Refuses an --out that exists, before any work is done for it.
 
     Raises:
         CheckpointError: if out exists.
@@ -92,7 +92,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A causal language model from an ordinary HF directory; gates in it are left aside.
+    """A causal language model from an ordinary HF directory; gates in it are ignored.
 
     Raises:
         CheckpointError: if the directory is missing, or lacks weights of the model.
@@ -165,12 +165,11 @@ def load_gated(
     targets = {name: model.get_submodule(name) for name in record["targets"]}
     pattern = Pattern(record["n"], record["m"])
     method, selector = record["method"], record.get("selector")
-    if method != "adams":  # its logits are stored, whatever computed them
+    if method != "adams":  # the logits are stored, whatever computed them
         method = "gates"
-    is_read = selector in ("gumbel", "penalty")  # else soft_topk reads what was computed
-    gate_map = gating.attach(
-        targets, pattern, method=method, selector=str(selector) if is_read else "soft_topk"
-    )
+    if selector not in ("gumbel", "penalty"):  # the others' logits are read by soft_topk
+        selector = "soft_topk"
+    gate_map = gating.attach(targets, pattern, method=method, selector=selector)
     stored = read_gates(directory, targets)
     for name, gate in gate_map.items():
         if method != "adams":
@@ -217,7 +216,7 @@ def check_directory(directory: Path) -> None:
 
 
 def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
-    """``<name>.gate`` and ``<name>.scale`` of the targets, fp32, as far as they are there."""
+    """``<name>.gate`` and ``<name>.scale`` of the targets, fp32; those that are stored."""
     wanted = {f"{name}.{part}" for name in targets for part in ("gate", "scale")}
     return {key: tensor for key, tensor in tensors(directory) if key in wanted}
 

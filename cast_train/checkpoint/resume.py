@@ -1,12 +1,12 @@
-"""OUT.partial: an unfinished run's identity and checkpoints -> the one to go on from.
+"""OUT.partial: an unfinished run's identity and checkpoints -> the checkpoint to resume from.
 
     run.json                the run's identity
     checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
                             random states of all processes
     checkpoint-N/complete   empty; written last, when all of the above is on the disk
 
-Trainer writes into checkpoint-N as it goes, so a kill leaves a half of one. Only those with the
-mark are gone on from, and the one before is removed only after the mark.
+Trainer writes checkpoint-N file by file, so a kill may leave an incomplete one. Only checkpoints
+with the file ``complete`` are resumed from, and the one before is removed only once it is written.
 """
 
 import json
@@ -27,23 +27,23 @@ PREFIX = "checkpoint-"  # Trainer's
 
 
 def begin(partial: Path, wanted: Mapping[str, Any]) -> None:
-    """Makes the directory for a run, or leaves it to go on in."""
+    """Makes the directory of a run, if it is not there, and writes its identity."""
     partial.mkdir(parents=True, exist_ok=True)
     (partial / RUN_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bool) -> Path | None:
-    """The newest complete checkpoint to go on from, or None to start.
+    """The newest complete checkpoint, or None to start from the beginning.
 
     Args:
         partial: OUT.partial.
         wanted: the run's identity.
-        is_resume: whether going on was asked for.
-        is_first: whether this is the first of several processes, which does the checking and
-            removes what is half written; it may have just made the directory.
+        is_resume: whether --resume was given.
+        is_first: whether this is the first of several processes. It alone checks the identity and
+            removes incomplete checkpoints, and it may have just made the directory.
 
     Raises:
-        CheckpointError: if there is an unfinished run that was not asked for, or another one.
+        CheckpointError: if there is an unfinished run without --resume, or of another identity.
     """
     if not partial.exists():
         return None
@@ -75,22 +75,22 @@ def mark_complete(folder: Path, best: str | None) -> None:
 
     Args:
         folder: OUT.partial/checkpoint-N.
-        best: the checkpoint that `keep_best` would return to; it stays.
+        best: the checkpoint that `keep_best` would load at the end; it is kept.
     """
     for path in (*folder.rglob("*"), folder):
-        _to_disk(path)
+        _fsync(path)
     (folder / COMPLETE).touch()
-    _to_disk(folder)
-    _to_disk(folder.parent)
+    _fsync(folder)
+    _fsync(folder.parent)
     kept = {folder.name, Path(best).name if best else None}
     for other in _checkpoints(folder.parent):
         if other.name not in kept:
-            (other / COMPLETE).unlink(missing_ok=True)  # first: half of it is no checkpoint
+            (other / COMPLETE).unlink(missing_ok=True)  # first, in case rmtree is interrupted
             shutil.rmtree(other)
 
 
-def _to_disk(path: Path) -> None:
-    """Returns when the file's content, or the directory's list of names, outlives a power cut."""
+def _fsync(path: Path) -> None:
+    """Writes a file's content, or a directory's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,7 @@ class Perplexity:
 def perplexity(
     model: nn.Module, blocks: Tensor, batch_blocks: int = 4, name: str = "perplexity"
 ) -> Perplexity:
-    """Measures a causal language model; blocks do not see one another.
+    """Measures a causal language model; each block is read on its own.
 
     Args:
         model: a transformers causal language model; it is left as it was.

@@ -1,4 +1,4 @@
-"""A study's rows -> their summary, a table in Markdown and a picture."""
+"""A study's rows -> their summary, a table in Markdown and a plot."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What report.png draws a bar of for every way, beside the perplexities.
+# The figures that report.png shows as bars, one per way, beside the perplexities.
 BARS = {
     "recovered": "share of the log gap recovered,\none-shot Wanda to dense",
     "step_s": "seconds a step, median",
@@ -18,7 +18,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Way -> mean and range over its seeds.
 
     ``recovered`` is the share of the gap in log perplexity between one-shot Wanda (0) and the dense
-    model before any training (1) that the way closes; above 1 is possible, since it trains.
+    model before any training (1) that the way closes. It may exceed 1, since the ways train.
     """
     single = {row["way"]: row["perplexity"] for row in rows if row["seed"] is None}
     gap = math.log(single["wanda"]) - math.log(single["before"])
@@ -89,7 +89,7 @@ def table_of(result: Mapping[str, Any]) -> str:
             ]
         else:
             name = "dense, as given" if way == "before" else f"one-shot {way}"
-            cells = [name, "0", f"{row['perplexity']:.2f}", *[""] * 5]
+            cells = [name, "0", f"{row['perplexity']:.2f}", "", "", "", "", ""]
         if asked:
             cells.append(f"{row['kl_nats_per_token']:.3f}" if "choices" in row else "")
             for name in asked:
@@ -137,9 +137,9 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
         ends.scatter(
             [row["perplexity"] for row in runs], [number] * len(runs), color=f"C{number % 10}"
         )
-    for axes in (curves.axhline, ends.axvline):
-        axes(summary["before"]["perplexity"], color="grey", linewidth=1)
-        axes(summary["wanda"]["perplexity"], color="grey", linewidth=1, linestyle=":")
+    for draw_line in (curves.axhline, ends.axvline):
+        draw_line(summary["before"]["perplexity"], color="grey", linewidth=1)
+        draw_line(summary["wanda"]["perplexity"], color="grey", linewidth=1, linestyle=":")
     curves.set(
         xlabel="training tokens",
         ylabel="held-out perplexity in the model's phase",

@@ -1,13 +1,13 @@
 """A dense model + text -> every way of learning the pattern, at equal tokens and seeds, compared.
 
-Each run is a `cast-train run` of its own, in a process of its own, so that time and memory are its
-own too. Its figures go to OUT/results.jsonl as soon as it is done and its weights are removed; a
-study that was stopped goes on where it was. In the end:
+Each run is a `cast-train run` in a process of its own, so that its time and memory can be measured.
+Its figures go to OUT/results.jsonl as soon as it ends, and its weights are removed. A study that
+was stopped continues with the next run. At the end it writes
 
 result.json    all figures, and their summary
 report.md      the table
-report.png     perplexity against tokens; of every way the last perplexities, the recovered share of
-               the gap, step time and memory
+report.png     perplexity against tokens; for every way the last perplexities, the recovered share
+               of the gap, step time and memory
 """
 
 import json
@@ -31,7 +31,8 @@ from cast_train.evaluate import report
 from cast_train.pruning import oneshot
 
 # Name -> what it changes in the study's common settings.
-# The baselines are undistilled, as they are known; "ste distillation_weight=0.5" is the fair pair.
+# The baselines are undistilled, as published; to compare ste with the default method at equal
+# distillation, use "ste distillation_weight=0.9".
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "distillation_weight": 0.0},
     "fixed mask": {
@@ -83,7 +84,7 @@ def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _parsed(value: str) -> Any:
-    """A TOML value; what is none is a string, so that no quotes need quoting."""
+    """A TOML value; text that is not TOML is a string, so that it needs no quotes."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -101,7 +102,7 @@ def run(
     choices: Sequence[Path] = (),
     rivals: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Runs what is not in OUT/results.jsonl yet, and writes the report over all of it.
+    """Runs what is not in OUT/results.jsonl yet, and writes the report over all runs.
 
     Args:
         model: dense HF directory.
@@ -113,12 +114,12 @@ def run(
         ways: what each changes in the settings, see `ways_of`.
         seeds: each way runs once per seed.
         choices: questions, JSONL, that every model answers; with any, KL to the dense model too.
-        rivals: directories that were pruned by other means, measured beside ours by their names.
+        rivals: directories that other tools pruned, measured beside ours under their names.
 
     Raises:
         ValueError: for a wrong setting or rival's name.
         CheckpointError: if out holds another study; it names what differs.
-        StudyError: if a run fails; what is done stays done.
+        StudyError: if a run fails; the finished ones are kept.
     """
     configs = {
         (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
@@ -163,8 +164,8 @@ def run(
     return result
 
 
-def _check_identity(out: Path, own: Mapping[str, Any], rivals: Sequence[Path]) -> None:
-    """Refuses another study's directory; writes study.json, in which rivals gather."""
+def _check_identity(out: Path, wanted: Mapping[str, Any], rivals: Sequence[Path]) -> None:
+    """Refuses another study's directory; writes study.json, with the rivals of all calls."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
     found: dict[str, Any] = {}
@@ -179,11 +180,11 @@ def _check_identity(out: Path, own: Mapping[str, Any], rivals: Sequence[Path]) -
         remedy = "choose another --out or remove it"
         identity.check(
             {**found, "rivals": {name: known[name] for name in again}},
-            {**own, "rivals": again},
+            {**wanted, "rivals": again},
             f"{out} holds another study",
             remedy,
         )
-    text = json.dumps({**own, "rivals": known | new}, indent=2) + "\n"
+    text = json.dumps({**wanted, "rivals": known | new}, indent=2) + "\n"
     partial = path.with_name(path.name + ".writing")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
@@ -238,15 +239,13 @@ class _Measure:
         """The directory's perplexity and, if there are choices, its KL and accuracies."""
         config = TrainConfig.from_dict(dict(self.settings))
         tokens = config.heldout_blocks * config.block_size
-        more: list[object] = []
+        command: list[object] = ["eval", directory, "--text", self.heldout]
+        command += ["--context", config.block_size, "--tokens", tokens]
         if self.choices:
-            more = ["--reference", self.model]
+            command += ["--reference", self.model]
             for path in self.choices:
-                more += ["--choices", path]
-        found, _, _ = _call(
-            *("eval", directory, "--text", self.heldout),
-            *("--context", config.block_size, "--tokens", tokens, *more),
-        )
+                command += ["--choices", path]
+        found, _, _ = _call(*command)
         figures: dict[str, Any] = {
             "perplexity": found.get("perplexity_hard", found.get("perplexity"))
         }
@@ -259,17 +258,19 @@ class _Measure:
 def _measure_untrained(
     name: str, text_files: Sequence[Path], out: Path, measure: _Measure, rivals: Sequence[Path]
 ) -> dict[str, Any]:
-    """Of the dense model ("before"), of what one shot makes of it, or of a rival."""
+    """Measures the dense model ("before"), a one-shot pruning of it, or a rival."""
     if name == "before":
         return measure(measure.model)
     if name not in oneshot.METHODS:
         return measure(next(rival for rival in rivals if rival.name == name))
     folder = out / "pruned"
     shutil.rmtree(folder, ignore_errors=True)
-    text = ("--text", *text_files) if name != "magnitude" else ()
     sparsity = TrainConfig.from_dict(dict(measure.settings)).sparsity
-    _call("oneshot", "--model", measure.model, "--method", name, "--sparsity", sparsity, *text,
-          "--out", folder)  # fmt: skip
+    command: list[object] = ["oneshot", "--model", measure.model, "--method", name]
+    command += ["--sparsity", sparsity]
+    if name != "magnitude":
+        command += ["--text", *text_files]
+    _call(*command, "--out", folder)
     figures = measure(folder)
     shutil.rmtree(folder)
     return figures
@@ -289,10 +290,9 @@ def _train(
     settings.write_text(
         "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.as_dict().items())
     )
-    figures, elapsed_s, peak_memory_mb = _call(
-        *("run", "--model", model, "--text", *text_files, "--heldout", heldout),
-        *("--config", settings, "--out", folder, "--resume"),
-    )
+    command: list[object] = ["run", "--model", model, "--text", *text_files, "--heldout", heldout]
+    command += ["--config", settings, "--out", folder, "--resume"]
+    figures, elapsed_s, peak_memory_mb = _call(*command)
     record = json.loads((folder / "cast.json").read_text(encoding="utf-8"))
     answers = measure(folder) if measure.choices else {}
     shutil.rmtree(folder)

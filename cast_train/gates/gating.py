@@ -62,15 +62,14 @@ class Gate(nn.Module):
         self.penalty: Tensor | None = None
         self.is_frozen = False
         self._mask: Tensor | None = None
-        self._linear: list[Any] = []  # in a list, so that it is no part of the gate
+        self._linear: list[Any] = []  # in a list, so that torch does not register it as a submodule
 
-    def belongs_to(self, linear: Any) -> None:
-        """Registers the gate on a linear."""
+    def register_on(self, linear: Any) -> None:
         self._linear = [linear]
         parametrize.register_parametrization(linear, "weight", self)
 
     def weight(self) -> Tensor:
-        """W, the linear's parameter, as it is stored; FSDP replaces it, so it is looked up anew."""
+        """W, the linear's parameter, as it is stored; looked up each time, as FSDP replaces it."""
         return stored_weight(self._linear[0])
 
     def weight_rows(self) -> Tensor:
@@ -85,7 +84,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Keeps the logits as they are now: those that are computed are copied into `logits`."""
+        """Stops training the gate; logits that are computed (see `rows`) are copied to `logits`."""
         rows = self.rows()
         logits = rows.t() if self.is_transposed else rows
         self.logits.copy_(sharding.sharded_like(logits, self.logits))
@@ -101,7 +100,7 @@ class Gate(nn.Module):
 
     def soft_mask(self, phase: Phase) -> Tensor:
         """p [out_features, in_features], differentiable."""
-        rows, (n, m) = self.rows(), (self.pattern.n, self.pattern.m)
+        rows, n, m = self.rows(), self.pattern.n, self.pattern.m
         if self.selector == "penalty":
             return sigmoid_gates(rows, phase.relative_tau)
         if self.selector == "gumbel":
@@ -109,7 +108,7 @@ class Gate(nn.Module):
         return soft_topk(rows, n, m, phase.tau)
 
     def set_phase(self, phase: Phase) -> None:
-        """The phase of the next passes; with the first exact mask the gate is frozen."""
+        """Sets the phase of the next passes; with the first exact mask the gate is frozen."""
         if not (phase.is_hard and self.phase.is_hard):
             self._mask = None
         if phase.is_hard and not self.is_frozen:
@@ -149,7 +148,7 @@ class GeneratedGate(Gate):
         super().__init__(logits, pattern, is_transposed, is_learnt=False)
         self._generator = [generator]
         if is_owner:
-            self.generator = generator  # in one place of the model's state
+            self.generator = generator  # registered once, so that it is saved and trained once
 
     def rows(self) -> Tensor:
         start = super().rows()
@@ -157,7 +156,7 @@ class GeneratedGate(Gate):
 
 
 class RankedGate(Gate):
-    """No gate is learnt: |W| times a fixed factor per column decides, anew at every step.
+    """No gate is learnt: |W| times a fixed factor per column ranks the weights at every step.
 
     Attributes:
         column_scale: [in_features]; 1 ranks by magnitude, the norms of the inputs as Wanda does.
@@ -195,10 +194,10 @@ class RankedGate(Gate):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """W * mask; backwards every weight, dropped or not, gets the gradient that W'' gets.
+    """W * mask; in backward every weight, kept or dropped, gets the gradient of W''.
 
-    Dropped weights are pulled to 0 besides. Source: Zhou et al., "Learning N:M fine-grained
-    structured sparse neural networks from scratch" (SR-STE), 2021.
+    The gradient of dropped weights has decay * W added, which pulls them to 0. Source: Zhou et al.,
+    "Learning N:M fine-grained structured sparse neural networks from scratch" (SR-STE), 2021.
     """
 
     @staticmethod
@@ -228,7 +227,7 @@ def is_transposed(linear: nn.Module) -> bool:
 def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
     """L_sparsity: the sum of the M - N smallest gates of a group, averaged over the groups.
 
-    The mean, and not the sum over groups, keeps lambda's meaning the same for models of any size.
+    It is the mean over groups, not the sum, so that one lambda fits models of any size.
 
     Args:
         gates: gates or soft mask in [0, 1], [..., K].
@@ -258,9 +257,8 @@ def attach(
         targets: linears by name.
         pattern: N:M.
         scores: importance of each weight, not negative, [out_features, in_features] by name: within
-            a group the logits start in their order, apart by score over the group's mean score.
-            None: all logits start equal, and training alone decides. For ``ste`` a score is |W|
-            times a factor of its column.
+            a group the logits start in their order, spaced by score over the group's mean score.
+            None: all logits start equal. For ``ste`` a score is |W| times a factor of its column.
         method: ``gates``, ``ste`` or ``adams``.
         selector: of ``gates``.
         decay: of ``ste``.
@@ -275,8 +273,8 @@ def attach(
         if method == "gates":
             logits = torch.full_like(linear.weight, START_LOGIT, dtype=torch.float32)
             if scores is not None:
-                spread = _spread(scores[name], pattern.m)
-                logits += spread.t() if transposed else spread
+                offsets = _start_offsets(scores[name], pattern.m)
+                logits += offsets.t() if transposed else offsets
             if generator is not None:
                 gate: Gate = GeneratedGate(
                     logits, pattern, transposed, generator=generator, is_owner=not gates
@@ -295,20 +293,20 @@ def attach(
                 column_scale=column_scale,
                 decay=decay if method == "ste" else None,
             )
-        gate.belongs_to(linear)
+        gate.register_on(linear)
         gates[name] = gate
     return gates
 
 
-def _spread(scores: Tensor, m: int) -> Tensor:
-    """Scores relative to their group's mean, less 1: around 0 whatever the layer's scale."""
+def _start_offsets(scores: Tensor, m: int) -> Tensor:
+    """Scores over their group's mean, minus 1: around 0, whatever the layer's scale."""
     grouped = groups(scores.float(), m)
     mean = grouped.mean(-1, keepdim=True)
     return torch.where(mean > 0, grouped / mean - 1, 0.0).flatten(-2)
 
 
 def detach(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Takes gates and scales off again: the linears compute with their own weights W, unmasked.
+    """Removes gates and scales: the linears compute with their own weights W again, unmasked.
 
     Returns:
         ``<name>.gate``: gate logits, fp32, the shape of the weight; none where the weights' sizes
@@ -335,8 +333,8 @@ def freeze(gates: Mapping[str, Gate]) -> None:
         gate.freeze()
 
 
-def stay_frozen(gates: Mapping[str, Gate]) -> None:
-    """For gates that were frozen before they were stored: the logits that were read are theirs."""
+def mark_frozen(gates: Mapping[str, Gate]) -> None:
+    """For gates that were frozen before they were saved: keeps the logits that were read."""
     for gate in gates.values():
         gate.is_frozen = True
 
@@ -349,11 +347,12 @@ def penalty(gates: Mapping[str, Gate]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Where the gates stand.
+    """The state of all gates.
 
     Attributes:
         undecided_share: weights with a soft mask from 0.05 to 0.95, over all target weights.
-        flipped_share: groups' kept places taken by a weight that the start would have dropped.
+        flipped_share: weights that are kept now and that the start would have dropped, over all
+            that the start would have kept.
         dropped_to_kept: mean |W| of the weights that the mask drops, over that of those it keeps.
     """
 
@@ -366,7 +365,7 @@ class GateStatistics:
 def statistics(
     gates: Mapping[str, Gate], phase: Phase, start: Mapping[str, Tensor] | None = None
 ) -> GateStatistics:
-    """Measures the gates in a phase; the gates themselves stay in theirs.
+    """Measures the gates in a phase, without setting it.
 
     Args:
         start: bool masks by name, in the weights' layout, to count flips against; None: no flips.
@@ -382,9 +381,9 @@ def statistics(
         kept += float((size * mask).sum()) / gate.pattern.n
         dropped += float((size * (1 - mask)).sum()) / (gate.pattern.m - gate.pattern.n)
         if start is not None:
-            was = start[name].t() if gate.is_transposed else start[name]
-            num_flipped += int((mask.bool() & ~was).sum())
-            num_kept += int(was.sum())
+            start_mask = start[name].t() if gate.is_transposed else start[name]
+            num_flipped += int((mask.bool() & ~start_mask).sum())
+            num_kept += int(start_mask.sum())
     return GateStatistics(
         undecided_share=num_undecided / max(num_weights, 1),
         flipped_share=num_flipped / max(num_kept, 1),

@@ -1,4 +1,4 @@
-"""A scale per row and column group of a target weight -> W * scale, learnt and later folded in.
+"""A scale per row and column part of a target weight -> W * scale, learnt and later folded in.
 
 A target W [out_features, in_features] has a scale [out_features, num_parts], 1 at the start. Its
 columns are cut in num_parts equal parts; W_ij is multiplied by scale[i, part of j]. As a part holds

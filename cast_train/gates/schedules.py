@@ -2,8 +2,8 @@
 
 blend   0 ------ ramp ------ 1 ----------------------------------   0: dense, 1: the mask alone
 tau     tau_start --- geometric --- tau_end ---------------------
-lambda  0 ------------- ramp ------------------- penalty_weight     nothing to push once hard
-hard    no ----------------------------- yes --------------------   gates rest, weights learn on
+lambda  0 ------------- ramp ------------------- penalty_weight     0 once hard
+hard    no ----------------------------- yes --------------------   gates frozen, weights trained
 noise   gumbel_noise ---- linear ---- 0 -------------------------   of the gumbel selector
 """
 
@@ -55,10 +55,10 @@ def ramp(shape: str, progress: float) -> float:
 
 
 def phase_at(step: int, config: TrainConfig) -> Phase:
-    """The phase of step 0, 1, ... and, with step = steps, of the end.
+    """The phase of a step, from 0; step = steps is the end of training.
 
-    The last step is always hard, whatever the fractions round to, but with ``adams``, whose forward
-    is dense to the end, and with ``dense``.
+    The last step is always hard, whatever the fractions round to, except with ``adams``, whose
+    forward is dense to the end, and with ``dense``.
     """
 
     def progress(fraction: float) -> float:

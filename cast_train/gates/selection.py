@@ -17,9 +17,9 @@ Numbers that stay finite:
     that far from the border is decided to within exp(-40) = 4e-18, below fp32 and fp64 rounding of
     p, so clipping changes neither p nor its gradient, and exp cannot overflow: (e^40)^2 < 3.4e38.
   * In 2:4 the gradient is written with k_ij = p_i p_j - P_ij >= 0, for which the terms that cancel
-    can be struck out by hand: k_ij = x_i x_j (x_u^2 + x_u x_v + x_v^2) / e_2^2, {u, v} the other
+    are removed by hand: k_ij = x_i x_j (x_u^2 + x_u x_v + x_v^2) / e_2^2, {u, v} the other
     two. As a row of P - p p^T sums to 0, dL/ds_i = sum_j k_ij (g_i - g_j) / tau. A decided group
-    thus gets a gradient of 0 and not rounding noise over tau, which Adam would blow up.
+    thus gets a gradient of 0 and not rounding noise over tau, which Adam would amplify.
 
 2:4 works on the four columns of all groups as four contiguous planes, because a loop over a last
 dimension of 4 is slow. Source: Chen and Liu, "Statistical applications of the Poisson-binomial and
@@ -106,10 +106,10 @@ class _SoftTwoOfFour(torch.autograd.Function):
         grads = [torch.zeros_like(scale) for _ in range(4)]
         for i, j in product:
             u, v = (index for index in range(4) if index not in (i, j))
-            push = torch.addcmul(product[u, v], x[u], x[u]).addcmul_(x[v], x[v])
-            push.mul_(product[i, j]).mul_(scale).mul_(g[i] - g[j])
-            grads[i].add_(push)
-            grads[j].sub_(push)
+            term = torch.addcmul(product[u, v], x[u], x[u]).addcmul_(x[v], x[v])
+            term.mul_(product[i, j]).mul_(scale).mul_(g[i] - g[j])
+            grads[i].add_(term)
+            grads[j].sub_(term)
         return torch.stack(grads, dim=-1), None
 
 
@@ -159,7 +159,7 @@ def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Ten
     """A softmax over the C(M, N) patterns of a group, with Gumbel noise on each pattern's score.
 
     A pattern's score is the sum of its weights' scores, so without noise this is `soft_topk`, at
-    the price of C(M, N) numbers a group; with noise the groups try other patterns than their best.
+    the cost of C(M, N) numbers a group; with noise the groups try other patterns than their best.
     Source of the noise: Fang et al., "MaskLLM", 2024 (there each pattern has a logit of its own).
 
     Args:
@@ -185,7 +185,7 @@ def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Ten
 
 
 def sigmoid_gates(scores: Tensor, tau: float) -> Tensor:
-    """No selection at all: every gate for itself, sigmoid(score / tau). The penalty does the rest.
+    """sigmoid(score / tau): no selection within a group; only the penalty pushes gates to 0.
 
     Args:
         scores: gate logits [..., K].
@@ -197,9 +197,9 @@ def sigmoid_gates(scores: Tensor, tau: float) -> Tensor:
 class MaskGenerator(nn.Module):
     """A small network, shared by all linears: features of a group of weights -> its gate logits.
 
-    It sees, for every weight of a group, log(|w| / the group's mean |w|) and the start's logit, and
-    adds to the latter what it has learnt. Its last layer starts at 0, so that the start decides at
-    first. About M * 3 * num_hidden numbers take the place of a logit per weight.
+    Its inputs are, for every weight of a group, log(|w| / the group's mean |w|) and the start's
+    logit, and its output is added to the latter. The last layer starts at 0, so the first mask is
+    the start's. About M * 3 * num_hidden numbers are trained in place of a logit per weight.
     """
 
     def __init__(self, m: int, num_hidden: int = 16) -> None:

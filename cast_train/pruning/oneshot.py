@@ -1,7 +1,7 @@
 """A dense directory (+ calibration text) -> a pruned directory with exact N:M zeros, in one shot.
 
 The methods score the weights (scores.py, sparsegpt.py); of each group the N highest scores stay.
-All are baselines that training must beat, and the gates' possible starts.
+Each is a baseline for training and a possible start of the gates.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,16 +1,17 @@
 """A dense model + calibration blocks -> the same function, its channels in an order that suits N:M.
 
-In a decoder of Llama's layout three sets of channels may change places without a change of what is
-computed, as long as those who write them and those who read them agree:
+In a decoder of Llama's layout three sets of channels can be reordered without changing what is
+computed, if the linears that write them and those that read them use the same order:
 
     residual   hidden_size channels, one order for the whole model
     inner      intermediate_size channels of an MLP: rows of gate_proj and up_proj, columns of
                down_proj
     values     head_dim channels of a key-value head: v_proj's rows, o_proj's columns
 
-Another order puts other weights into a group. Sought is one whose groups keep most of the squared
-Wanda scores (|W_ij| ||x_j||)^2, which is about the output's error that pruning is spared: groups
-are paired at random, and each pair exchanges the two channels that gain most, until little is won.
+Another order puts other weights into a group. The search looks for one whose groups keep most of
+the squared Wanda scores (|W_ij| ||x_j||)^2, since the sum of those that are dropped estimates the
+output's error. Groups are paired at random, and each pair exchanges the two channels that gain
+most, until a sweep gains little.
 Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al., "Plug-and-play:
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
@@ -31,11 +32,16 @@ from cast_train.pruning import oneshot
 from cast_train.pruning.scores import wanda_scores
 
 LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
 )
-MAX_ROWS = 8192  # of all readers together; fewer and the order fits those rows alone (docs/log.md)
-MAX_SWEEPS = 8  # in each of which a group meets about as many others as there are
+MAX_ROWS = 8192  # of all readers together; with few rows the order fits those only (docs/log.md)
+MAX_SWEEPS = 8  # in each a group is paired about as often as there are groups
 LEAST_GAIN = 1e-4  # of a sweep, relative
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
@@ -51,12 +57,12 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
         seed: of the pairs of groups.
 
     Returns:
-        [before, after] by set of channels: the share of the squared scores, of the rows that were
-        looked at, that the pattern keeps; the mean over layers.
+        [before, after] by set of channels: the share of the squared scores that the pattern keeps,
+        over the rows that were searched; the mean over layers.
 
     Raises:
-        ValueError: if the model has another layout and is as it was, or computes something else
-            afterwards and is of no more use.
+        ValueError: if the model has another layout (it is unchanged then), or if it computes
+            something else afterwards (it is not usable then).
         PatternError: if its channels make no whole groups.
     """
     layers = _layers(model)
@@ -89,7 +95,7 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
 
 @dataclass
 class _Orders:
-    """Finds one order after another; keeps the shares before and after by set of channels."""
+    """Finds the orders, and collects the kept shares before and after by set of channels."""
 
     pattern: Pattern
     generator: torch.Generator
@@ -101,7 +107,7 @@ class _Orders:
 
         Args:
             kind: the set of channels, as `permute` names it.
-            readers: Wanda scores of what reads them, fp32 [num_rows, num_channels] each.
+            readers: Wanda scores of the linears that read them, fp32 [num_rows, num_channels] each.
         """
         per_reader = max(MAX_ROWS // len(readers), 1)
         squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
@@ -115,7 +121,7 @@ class _Orders:
 def search(
     scores: Tensor, pattern: Pattern, generator: torch.Generator
 ) -> tuple[Tensor, float, float]:
-    """An order of channels whose groups keep much.
+    """An order of channels whose groups keep a large share of the scores.
 
     Args:
         scores: fp32 [num_rows, num_channels], none below 0.
@@ -130,14 +136,14 @@ def search(
     columns = scores.t().contiguous()
     given = torch.arange(len(columns), device=scores.device)
     by_size = columns.sum(1).argsort(descending=True)
-    spread = by_size.view(m, -1).t().flatten()  # large and small channels in every group
+    spread = by_size.view(m, -1).t().flatten()  # every group has large and small channels
     total = float(columns.sum())
 
     def kept(members: Tensor) -> float:
         return float(_largest(members, n)[0].sum()) / total
 
     first = kept(columns.view(-1, m, len(scores)))
-    order = max(given, spread, key=lambda own: kept(columns[own].view(-1, m, len(scores))))
+    order = max(given, spread, key=lambda one: kept(columns[one].view(-1, m, len(scores))))
     members, order = columns[order].view(-1, m, len(scores)), order.view(-1, m)
     share = kept(members)
     for _ in range(MAX_SWEEPS if len(members) > 1 else 0):
@@ -152,16 +158,16 @@ def search(
 
 
 def _exchange(members: Tensor, order: Tensor, left: Tensor, right: Tensor, n: int) -> None:
-    """Each pair of groups exchanges the one channel each that gains most, if any gains.
+    """Each pair of groups exchanges the two channels, one of each, that gain most, if any gain.
 
     Args:
         members: [num_groups, M, num_rows], changed in place, as is order [num_groups, M].
-        left, right: int64 [num_pairs], which groups meet.
+        left, right: int64 [num_pairs], the two groups of each pair.
     """
     ours, theirs = members[left], members[right]
     m = ours.shape[1]
-    # Without channel i, a group's N largest sum to `rest`; one that comes in for it adds what it
-    # has above the least of them.
+    # Without channel i, a group's N largest sum to `rest`. A channel that replaces it adds the
+    # amount by which it exceeds the least of them, if it does.
     our_rest, our_least = _without_each(ours, n)
     their_rest, their_least = _without_each(theirs, n)
     kept = torch.stack(
@@ -177,8 +183,8 @@ def _exchange(members: Tensor, order: Tensor, left: Tensor, right: Tensor, n: in
     gains = best > now * (1 + 1e-6)
     left, right, which = left[gains], right[gains], which[gains]
     i, j = which // m, which % m
-    for own in (members, order):
-        own[left, i], own[right, j] = own[right, j], own[left, i]
+    for tensor in (members, order):
+        tensor[left, i], tensor[right, j] = tensor[right, j], tensor[left, i]
 
 
 def _largest(members: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +203,8 @@ def _without_each(members: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`_largest` of all channels but the i-th, for each i: twice [num_groups, M, num_rows]."""
     m = members.shape[1]
     found = [_largest(members[:, [k for k in range(m) if k != i]], n) for i in range(m)]
-    return torch.stack([own[0] for own in found], 1), torch.stack([own[1] for own in found], 1)
+    sums, least = zip(*found, strict=True)
+    return torch.stack(sums, 1), torch.stack(least, 1)
 
 
 def _layers(model: Any) -> list[Any]:
@@ -207,7 +214,7 @@ def _layers(model: Any) -> list[Any]:
     ):
         raise ValueError(
             f"{type(model).__name__} is no decoder of Llama's layout (model.layers, each with "
-            f"{', '.join(LINEARS)}), and which of its channels may change places is not known; "
+            f"{', '.join(LINEARS)}), and which of its channels can be reordered is not known; "
             "train it as it is"
         )
     return layers
@@ -238,42 +245,48 @@ def _residual_readers(layer: Any) -> list[nn.Linear]:
 
 def _reorder_inner(mlp: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
     index = orders.find("inner", of_linear[mlp.down_proj])
-    _reorder((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1), index=index)
+    _reorder_rows(mlp.gate_proj, index)
+    _reorder_rows(mlp.up_proj, index)
+    _reorder_columns(mlp.down_proj, index)
 
 
 def _reorder_values(attention: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
     reads = of_linear[attention.o_proj].unflatten(1, (-1, attention.head_dim))
     per_key_head = reads.shape[1] // _num_key_heads(attention)  # query heads that read it
     found = [orders.find("values", part.flatten(0, 1)) for part in reads.split(per_key_head, dim=1)]
-    _reorder((attention.v_proj, 0), index=_by_head(found, 1))
-    _reorder((attention.o_proj, 1), index=_by_head(found, per_key_head))
+    _reorder_rows(attention.v_proj, _over_heads(found, 1))
+    _reorder_columns(attention.o_proj, _over_heads(found, per_key_head))
 
 
 def _reorder_residual(model: Any, layers: Sequence[Any], index: Tensor) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _reorder((embedding, 1), index=index)
+    _reorder_columns(embedding, index)
     if head.weight is not embedding.weight:
-        _reorder((head, 1), index=index)
+        _reorder_columns(head, index)
     for layer in layers:
-        _reorder(*((reader, 1) for reader in _residual_readers(layer)), index=index)
-        _reorder((layer.self_attn.o_proj, 0), (layer.mlp.down_proj, 0), index=index)
+        for reader in _residual_readers(layer):
+            _reorder_columns(reader, index)
+        _reorder_rows(layer.self_attn.o_proj, index)
+        _reorder_rows(layer.mlp.down_proj, index)
     for module in (model.model.norm, *(child for layer in layers for child in layer.children())):
         if getattr(module, "weight", None) is not None:  # a norm
-            _reorder((module, 0), index=index)
+            _reorder_rows(module, index)
 
 
-def _reorder(*places: tuple[Any, int], index: Tensor) -> None:
-    """Reorders rows (0, with the bias) or columns (1) of the modules' weights."""
-    for module, dim in places:
-        module.weight.copy_(module.weight.index_select(dim, index))
-        if dim == 0 and getattr(module, "bias", None) is not None:
-            module.bias.copy_(module.bias[index])
+def _reorder_rows(module: Any, index: Tensor) -> None:
+    module.weight.copy_(module.weight[index])
+    if getattr(module, "bias", None) is not None:
+        module.bias.copy_(module.bias[index])
 
 
-def _by_head(orders: Sequence[Tensor], repeats: int) -> Tensor:
-    """An order within each head -> one over all heads, each repeated for those that share it."""
-    own = [order for order in orders for _ in range(repeats)]
-    return torch.cat([order + number * len(order) for number, order in enumerate(own)])
+def _reorder_columns(module: Any, index: Tensor) -> None:
+    module.weight.copy_(module.weight[:, index])
+
+
+def _over_heads(orders: Sequence[Tensor], repeats: int) -> Tensor:
+    """Orders within each head -> one over all heads, each repeated for the heads that share it."""
+    of_heads = [order for order in orders for _ in range(repeats)]
+    return torch.cat([order + number * len(order) for number, order in enumerate(of_heads)])
 
 
 def write_permuted(

@@ -36,14 +36,16 @@ def wanda_scores(
     """
     squares: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+    def add_squares(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(_: nn.Module, inputs: Any) -> None:
             found = inputs[0].detach().flatten(0, -2).float().square().sum(0)
             squares[name] = squares[name] + found if name in squares else found
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in targets.items()]
+    hooks = [
+        linear.register_forward_pre_hook(add_squares(name)) for name, linear in targets.items()
+    ]
     was_training = model.training
     model.eval()
     try:
@@ -66,7 +68,7 @@ def check_reached(targets: Mapping[str, nn.Module], reached: Mapping[str, Any]) 
 
     Args:
         targets: linears by name.
-        reached: whatever was computed, by the names of the linears that saw inputs.
+        reached: what was computed, by the names of the linears that received inputs.
 
     Raises:
         ValueError: naming the targets that are missing.

@@ -1,7 +1,7 @@
-"""A model + calibration blocks -> SparseGPT's scores, and weights that make up for what goes.
+"""A model + calibration blocks -> SparseGPT's scores, and weights that compensate for the pruning.
 
 SparseGPT scores a weight by |W_ij| / U_jj, U the upper Cholesky factor of the inverse of
-H = X^T X, and it moves the weights that stay so that they make up for those that go. Source:
+H = X^T X, and it moves the kept weights so that they compensate for the dropped ones. Source:
 Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot",
 2023.
 """
@@ -18,7 +18,7 @@ from cast_train.gates.gating import is_transposed
 from cast_train.pruning.scores import check_reached, weight_rows
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
-COLUMNS = 128  # at most, that SparseGPT works on before it carries their errors to the rest
+COLUMNS = 128  # of a block, at most: errors reach the columns after it once the block is done
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def sparsegpt_scores(
     """SparseGPT's scores by name, fp32 [out_features, in_features]; the weights are moved.
 
     One pass over all blocks at once: each target is pruned as its inputs arrive, and its outputs
-    are already those of the pruned one, so later layers make up for earlier ones. In the end the
-    weights that the N highest scores keep are those that make up for the others; the others have
-    the value that they were dropped with.
+    are those of the pruned linear, so later layers compensate for earlier ones. At the end the
+    weights with the N highest scores of a group compensate for the others; the others have the
+    value that they were dropped with.
 
     Args:
         model: a transformers model that the targets belong to, fp32: they move by less than bf16
@@ -44,27 +44,29 @@ def sparsegpt_scores(
     """
     moved: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
-    seen: list[Tensor] = [torch.empty(0)] * 2  # the last inputs and their H: q, k and v share it
+    last: list[Tensor] = [torch.empty(0)] * 2  # inputs and their H, which q, k and v share
     progress = tqdm(total=len(targets), desc="calibration", unit="linear")
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+    def prune_on_input(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(linear: Any, inputs: Any) -> None:
-            if inputs[0] is not seen[0]:
+            if inputs[0] is not last[0]:
                 tokens = inputs[0].flatten(0, -2).float()
-                seen[:] = inputs[0], tokens.t() @ tokens
-            moved[name], scores[name] = _sparsegpt(weight_rows(linear), seen[1], pattern)
+                last[:] = inputs[0], tokens.t() @ tokens
+            moved[name], scores[name] = _sparsegpt(weight_rows(linear), last[1], pattern)
             kept = moved[name] * hard_mask(scores[name], pattern)
             linear.weight.copy_(kept.t() if is_transposed(linear) else kept)
             progress.update()
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in targets.items()]
+    hooks = [
+        linear.register_forward_pre_hook(prune_on_input(name)) for name, linear in targets.items()
+    ]
     was_training = model.training
     model.eval()
     try:
         device = next(model.parameters()).device
-        model.base_model(input_ids=blocks.to(device), use_cache=False)  # no logits
+        model.base_model(input_ids=blocks.to(device), use_cache=False)  # needs no logits
     finally:
         model.train(was_training)
         progress.close()
@@ -93,7 +95,8 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tenso
     scores = torch.empty_like(columns)
     kept = torch.empty_like(columns, dtype=torch.bool)
     m, num_columns = pattern.m, len(columns)
-    # Whole groups: a group's columns are ranked together, so all must have the errors before them.
+    # Blocks are whole groups: a group's columns are ranked together, so the errors of all columns
+    # before the group must have reached each of them.
     block = max(COLUMNS // m * m, m)
     for begin in range(0, num_columns, block):
         end = min(begin + block, num_columns)

@@ -8,8 +8,8 @@ For a target weight, at step t of T, with its mask = the N largest |W| of each g
     v    = beta2 v + (1 - beta2) mu~^2
     W   -= lr * mu~ / (sqrt(v / (1 - beta2^t)) + eps)
 
-Towards the end a dropped weight thus walks to 0 by about lr a step, whatever lambda; how far it can
-walk in all is `reach`. The forward stays dense until the mask is applied after the last step.
+Towards the end a dropped weight thus moves to 0 by about lr a step, whatever lambda is; how far it
+can move in all is `reach`. The forward stays dense until the mask is applied after the last step.
 Other parameters are updated by plain Adam. Source: Huang et al., "CAST", arXiv 2509.25996, 2025.
 Ours: mu is bias-corrected before it is squared, else the first step is 1 / (1 - beta1) times lr.
 """
@@ -27,10 +27,10 @@ from cast_train.config import TrainConfig
 
 
 class AdamS(torch.optim.Optimizer):
-    """See above. Groups with ``pattern`` None are plain Adam; state is fp32.
+    """The module's algorithm. Groups with ``pattern`` None are plain Adam; state is fp32.
 
     Args:
-        params: param groups; of each, ``pattern`` ((n, m) or None) and ``is_transposed`` count.
+        params: param groups, each with ``pattern`` ((n, m) or None) and ``is_transposed``.
         lr: step size.
         total_steps: T.
         decay: lambda.
@@ -61,7 +61,6 @@ class AdamS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -77,22 +76,25 @@ class AdamS(torch.optim.Optimizer):
             state["v"] = torch.zeros_like(parameter, dtype=torch.float32)
         pattern: tuple[int, int] | None = group["pattern"]  # a Pattern is not safe to unpickle
         if pattern is not None and state["step"] % group["mask_every"] == 0:
-            own = sharding.local(parameter)
-            mask = hard_mask((own.t() if group["is_transposed"] else own).abs(), Pattern(*pattern))
+            weight = sharding.local(parameter)
+            rows = weight.t() if group["is_transposed"] else weight
+            mask = hard_mask(rows.abs(), Pattern(*pattern))
             state["dropped"] = ~(mask.t() if group["is_transposed"] else mask)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         mu, v = sharding.local(state["mu"]), sharding.local(state["v"])
-        own, squared = sharding.local(parameter), sharding.local(parameter.grad).float()
-        mu.lerp_(squared, 1 - beta1)
+        weight, gradient = sharding.local(parameter), sharding.local(parameter.grad).float()
+        mu.lerp_(gradient, 1 - beta1)
         direction = mu / (1 - beta1 ** state["step"])
         if pattern is not None:
             share = min(state["step"] / group["total_steps"], 1.0)
-            pulled = direction * (1 - share) + share * group["decay"] * own.sign()
-            squared = direction = torch.where(state["dropped"].bool(), pulled, direction)
-        v.lerp_(squared.square(), 1 - beta2)
+            pulled = direction * (1 - share) + share * group["decay"] * weight.sign()
+            direction = torch.where(state["dropped"].bool(), pulled, direction)
+            v.lerp_(direction.square(), 1 - beta2)
+        else:
+            v.lerp_(gradient.square(), 1 - beta2)
         scale = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        own.addcdiv_(direction.to(own.dtype), scale.to(own.dtype), value=-group["lr"])
+        weight.addcdiv_(direction.to(weight.dtype), scale.to(weight.dtype), value=-group["lr"])
 
 
 def reach(config: TrainConfig) -> float:
@@ -109,7 +111,7 @@ def reach(config: TrainConfig) -> float:
 
 
 def check_reach(config: TrainConfig, weights: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Refuses a plan whose final pruning would cut off weights that are still large.
+    """Refuses settings whose final pruning would set weights to 0 that are still large.
 
     Args:
         weights: the targets' [out_features, in_features] by name.

@@ -1,4 +1,4 @@
-"""Dense model + text + TrainConfig -> all that a training run works on: blocks, gates, teacher."""
+"""Dense model + text + TrainConfig -> a run's token blocks, model with gates, and teacher."""
 
 import logging
 import os
@@ -85,7 +85,7 @@ def prepare(
     Args:
         model_dir: dense HF directory.
         teacher_dir: another one to distil from; None: model_dir.
-        blocks: the gates' start may be measured on the first of them.
+        blocks: the text; the first training blocks calibrate the gates' start.
         config: all settings.
 
     Raises:
@@ -129,7 +129,7 @@ def with_gates(
 def _attach(
     model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
 ) -> dict[str, gating.Gate]:
-    """Gates that start from the order that the settings ask for."""
+    """Puts gates on the targets, in the order that the settings ask for."""
     if config.method == "dense":
         return {}
     scores = None
@@ -143,7 +143,7 @@ def _attach(
                 reach,
                 dropped,
             )
-        if config.weight_decay:  # a study has one for all its ways, so it is no error
+        if config.weight_decay:  # no error: a study sets it for all its ways
             logger.warning(
                 "weight_decay %g is not applied: AdamS decays what the mask drops, by decay %g",
                 config.weight_decay,

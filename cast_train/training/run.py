@@ -1,10 +1,10 @@
-"""Dense model + text + TrainConfig -> a gated checkpoint: the life of a training run.
+"""Dense model + text + TrainConfig -> a gated checkpoint: the steps of a training run.
 
-read     text -> blocks; the inputs' identity -> is this run done, or can it go on?
+read     text -> blocks; the inputs' identity -> is this run finished, new, or to be resumed?
 prepare  gates on the dense model, the teacher (prepare.py)
 fit      CastTrainer's steps, checkpoints in OUT.partial/
 measure  bf16 -> quality of the soft and the hard model
-write    gates off -> OUT, whole
+write    gates removed -> OUT, complete or not at all
 """
 
 import dataclasses
@@ -55,15 +55,14 @@ def train(
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
             see resume.py.
         config: all settings.
-        is_resume: go on from OUT.partial if it is there; start if it is not.
+        is_resume: continue from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
         tensorboard_dir: where TensorBoard's files go; None: none are written.
         teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
 
     Returns:
-        cast.json's content. If out is already the result of this very run, of the same settings
-        and of files with the same sha256 (see identity.py), it is verified and returned, and
-        nothing is trained.
+        cast.json's content. If out is already the result of this run (the same settings, and files
+        with the same sha256, see identity.py), it is verified and returned, and nothing is trained.
 
     Raises:
         ValueError: for every wrong input; nothing is written then.
@@ -72,24 +71,24 @@ def train(
     """
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
-    own = {
+    run_identity = {
         "config": config.as_dict(),
         "source": identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir),
     }
     if out.exists():
-        return _finished(out, own)
+        return _finished(out, run_identity)
     partial = out.with_name(out.name + ".partial")
-    resume_from = resume.find(partial, own, is_resume, is_first=_rank() == 0)
+    resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
     prepared = prepare(model_dir, teacher_dir, blocks, config)
     if _rank() == 0:
-        resume.begin(partial, own)
+        resume.begin(partial, run_identity)
     trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
     trained = _as_stored(trainer, prepared, model_dir, config)
     record = _measure(trained, trainer, blocks, config)
     tensors = gating.detach(trained.targets) if trained.gate_map else {}
     if trainer.is_world_process_zero():
         trained.model.to(torch.bfloat16)
-        record = models.write(out, trained.model, tokenizer, {**record, **own}, tensors)
+        record = models.write(out, trained.model, tokenizer, {**record, **run_identity}, tensors)
         shutil.rmtree(partial)
     return record
 
@@ -126,12 +125,12 @@ def _fit(
 def _as_stored(
     trainer: CastTrainer, prepared: Prepared, model_dir: Path, config: TrainConfig
 ) -> Prepared:
-    """The trained model, whole and in the numbers that will be on disk."""
+    """The trained model, unsharded, its weights rounded as they will be on disk."""
     trained = prepared
     if config.is_sharded:
         trained = _gathered(trainer.model, prepared, model_dir, config)
     _round_as_stored(trained.model, trained.gate_map)
-    if config.method == "adams":  # the others were frozen on their way
+    if config.method == "adams":  # the other methods froze theirs in training
         gating.freeze(trained.gate_map)
     return trained
 
@@ -139,7 +138,7 @@ def _as_stored(
 def _measure(
     trained: Prepared, trainer: CastTrainer, blocks: Blocks, config: TrainConfig
 ) -> dict[str, Any]:
-    """What cast.json says of the run, but for its inputs."""
+    """cast.json's content, without the run's identity."""
     last = phase_at(config.steps, config)
     step_s = trainer.watch.step_s
     return {
@@ -177,15 +176,15 @@ def _tensorboard(folder: Path) -> TrainerCallback:
 
 
 def _rank() -> int:
-    """This process's number under torchrun, known before torch has joined the others."""
+    """This process's rank under torchrun, also before torch.distributed is initialised."""
     return int(os.environ.get("RANK", 0))
 
 
-def _finished(out: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run that is done already."""
+def _finished(out: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a finished run, verified."""
     record = verify(out)
     remedy = "choose another --out or remove it"
-    identity.check(record, own, f"{out} exists and is another run", remedy)
+    identity.check(record, run_identity, f"{out} exists and is another run", remedy)
     logger.info("%s is the finished result of this run; nothing to do", out)
     return record
 
@@ -193,7 +192,7 @@ def _finished(out: Path, own: Mapping[str, Any]) -> dict[str, Any]:
 def _gathered(
     sharded: nn.Module, prepared: Prepared, model_dir: Path, config: TrainConfig
 ) -> Prepared:
-    """The trained model, whole again in every process, with its targets and gates."""
+    """The trained model, unsharded in every process, with its targets and gates."""
     state = sharding.whole_state(sharded)
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
@@ -217,7 +216,6 @@ def _round_as_stored(model: nn.Module, gate_map: Mapping[str, gating.Gate]) -> N
 
 
 def _quality(trained: Prepared, blocks: Blocks, config: TrainConfig) -> dict[str, Any]:
-    """Perplexity of the soft and the hard model."""
     last = phase_at(config.steps, config)
     device = next(trained.model.parameters()).device
     with autocast(config.precision, device.type):

@@ -29,7 +29,7 @@ from cast_train.training import adams
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite; going on would only spoil the checkpoints."""
+    """The loss is not finite; further steps would only overwrite good checkpoints."""
 
 
 class CastTrainer(Trainer):
@@ -38,8 +38,8 @@ class CastTrainer(Trainer):
     Attributes:
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         teacher: the dense model that is distilled from, or None.
-        figures: what the last pass's loss was made of; goes into the log beside ``loss``.
-        watch: times the steps; set by who adds it.
+        figures: the terms of the last pass's loss; logged beside ``loss``.
+        watch: times the steps; set by run.py.
     """
 
     watch: "Watch"
@@ -94,14 +94,16 @@ class CastTrainer(Trainer):
                 f"the loss is {loss.item()} at step {step}; lower learning_rate "
                 f"(now {self.config.learning_rate}) and start again"
             )
-        # transformers takes the sum over the passes of a step, since the tokens are counted for it.
+        # Where transformers counts the tokens of a step, it sums the losses of its passes.
         if kwargs.get("num_items_in_batch"):
             loss = loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Autocast is ours: Trainer's would make fp32 copies of all logits, and under FSDP cast the
-        gate logits to bf16."""
+        """Adds our own autocast.
+
+        Trainer's would make fp32 copies of all logits, and under FSDP cast the gate logits to bf16.
+        """
         stack = super().compute_loss_context_manager()
         stack.enter_context(autocast(self.config.precision, self.args.device.type))
         return stack
@@ -109,7 +111,7 @@ class CastTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on the evaluation set; infinite before the mask is exact, so never the best.
 
-        A soft model's loss is lower than what the same model hardened would have.
+        A soft model's loss is lower than that of the same model hardened.
         """
         metrics = super().evaluate(*args, **kwargs)
         is_exact = phase_at(self.state.global_step - 1, self.config).is_hard
@@ -128,14 +130,14 @@ class CastTrainer(Trainer):
         return self.optimizer
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Trainer would take one step more if it goes on from the checkpoint of the last."""
+        """Resumed from the checkpoint of the last step, Trainer would take one step more."""
         if self.state.global_step < self.args.max_steps:
             super()._run_epoch(**kwargs)
         else:
             self.control.should_training_stop = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer writes into the checkpoint as it goes; the mark says that all have done so."""
+        """Marks the checkpoint as complete once every process has written its part (resume.py)."""
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -149,24 +151,24 @@ def _optimizer(
     targets: Mapping[str, nn.Module],
     config: TrainConfig,
 ) -> torch.optim.Optimizer:
-    own = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    gate_ids = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]
     gate_parameters = [
         p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad
     ]
     if config.method == "adams":
         is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
         groups: list[dict[str, Any]] = [
-            {"params": [w for w in weights if id(w) not in is_transposed]},
-            *(
+            {"params": [w for w in weights if id(w) not in is_transposed]}
+        ]
+        for transposed in (False, True):
+            groups.append(
                 {
                     "params": [w for w in weights if is_transposed.get(id(w)) is transposed],
                     "pattern": (config.pattern.n, config.pattern.m),
                     "is_transposed": transposed,
                 }
-                for transposed in (False, True)
-            ),
-        ]
+            )
         return adams.AdamS(
             [group for group in groups if group["params"]],
             lr=config.learning_rate,
@@ -174,8 +176,8 @@ def _optimizer(
             decay=config.decay,
             mask_every=config.mask_every,
         )
-    # As is usual, matrices decay and norms, biases and embeddings do not; nor do the scales, which
-    # would pull the weights towards 0 a second time.
+    # As is usual, weight decay applies to matrices and not to norms, biases and embeddings. It does
+    # not apply to the scales either, since that would decay the weights a second time.
     decayed = {id(gating.stored_weight(linear)) for linear in targets.values()}
     groups = [
         {
@@ -190,15 +192,15 @@ def _optimizer(
         },
         {"params": gate_parameters, "lr": config.gate_learning_rate, "weight_decay": 0.0},
     ]
-    # fused: one pass over memory; the plain one makes ten
+    # fused: one pass over memory in place of ten
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 class Watch(TrainerCallback):
-    """Times the steps, and measures on the held-out text every so often.
+    """Times the steps, and measures on the held-out text every `evaluate_every` steps.
 
     Attributes:
-        step_s: seconds of each step of this process, measurements not counted.
+        step_s: seconds of each step of this process, without the measurements.
     """
 
     def __init__(self, trainer: CastTrainer, heldout: Tensor, start: Mapping[str, Tensor]) -> None:
@@ -228,9 +230,9 @@ class Watch(TrainerCallback):
 
 
 class FrozenGates(TrainerCallback):
-    """Gates that were frozen before the checkpoint that is gone on from keep its logits.
+    """On resuming, gates that were frozen at the checkpoint keep the checkpoint's logits.
 
-    Else a gate that computes its logits would do so anew, from weights that have moved since.
+    Otherwise a gate that computes its logits would do so again, from weights that have changed.
     """
 
     def __init__(self, trainer: CastTrainer) -> None:
@@ -238,7 +240,7 @@ class FrozenGates(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
-            gating.stay_frozen(self.trainer.gate_map)
+            gating.mark_frozen(self.trainer.gate_map)
 
 
 class LossProgress(ProgressCallback):
@@ -250,5 +252,5 @@ class LossProgress(ProgressCallback):
 
 
 def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:
-    """Tokens of one optimiser step."""
+    """Tokens of one optimiser step, over all processes."""
     return config.batch_blocks * config.accumulation * config.block_size * num_processes
