@@ -32,21 +32,32 @@ def convert(
     dense_twin: Annotated[
         Path | None, typer.Option(help="Also write the hardened weights densely, to compare with.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep OUT if it is there and of what SOURCE holds now."),
+    ] = False,
 ) -> None:
     """Harden the gates to an exact 2:4 mask and write compressed weights."""
     from rich.console import Console
     from rich.progress import Progress
 
     from cast_serve.checkpoint import convert as converter
+    from cast_serve.checkpoint import inspect as inspection
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("converting", total=None)
-        summary = converter.convert(
-            source,
-            out,
-            dense_twin,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    outputs = [out] if dense_twin is None else [out, dense_twin]
+    if resume and all(folder.exists() for folder in outputs):
+        for folder in outputs:
+            converter.check_converted(source, folder)
+        summary = inspection.inspect(out)
+    else:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("converting", total=None)
+            summary = converter.convert(
+                source,
+                out,
+                dense_twin,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
     _say(f"{out}: {_describe(summary)}")
     print(json.dumps({"path": str(out), **summary}))
 

@@ -1,19 +1,24 @@
 """cast-serve on the command line: a user's mistake is one line on stderr and exit 2."""
 
 import json
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cast_serve import __main__ as cli
 from cast_serve.gateway.settings import GatewaySettings
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
+Call = Callable[..., tuple[int, str, str]]  # exit status, stdout, stderr
+
 
 @pytest.fixture
-def cast_serve(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def cast_serve(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["cast-serve", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
@@ -29,13 +34,34 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_convert_then_inspect(cast_serve, save_gated: Save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_convert_then_inspect(cast_serve: Call, save_gated: Save, tmp_path: Path) -> None:
     code, out, _ = cast_serve("convert", save_gated(tiny_llama()), tmp_path / "out")
     assert code == 0
     converted = json.loads(out.splitlines()[-1])
     code, out, err = cast_serve("inspect", tmp_path / "out")
     assert (code, json.loads(out.splitlines()[-1])) == (0, converted)
     assert "14 sparse and 1 dense linear layers" in err
+
+
+def test_a_conversion_is_kept_if_it_is_of_the_same_source(
+    cast_serve: Call, save_gated: Save, tmp_path: Path
+) -> None:
+    words = ("convert", save_gated(tiny_llama()), tmp_path / "out")
+    twin = ("--dense-twin", tmp_path / "twin")
+    code, first, _ = cast_serve(*words, *twin)
+    assert code == 0
+    written = (tmp_path / "out/cast.json").stat().st_mtime_ns
+    assert cast_serve(*words, *twin, "--resume")[:2] == (0, first)
+    assert (tmp_path / "out/cast.json").stat().st_mtime_ns == written
+    code, out, err = cast_serve(*words)
+    assert (code, out, "out exists already" in err) == (2, "", True)
+    shutil.rmtree(tmp_path / "twin")
+    assert cast_serve(*words, *twin, "--resume")[:2] == (2, "")  # one of the two is missing
+    model = tiny_llama()
+    torch.manual_seed(1)
+    save_gated(model)  # trained anew: other gates under the same name
+    code, out, err = cast_serve(*words, "--resume")
+    assert (code, out, "was not converted from what" in err) == (2, "", True)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +80,12 @@ def test_convert_then_inspect(cast_serve, save_gated: Save, tmp_path: Path) -> N
         (["gateway", "--variant", "a=http://x", "--split", "b=c:1"], "names 'c'"),
     ],
 )
-def test_wrong_use(  # type: ignore[no-untyped-def]
-    cast_serve, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_wrong_use(
+    cast_serve: Call,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAST_PORT", free_port())
@@ -79,8 +109,8 @@ ENVIRONMENT = {
 }
 
 
-def test_the_command_line_leaves_every_setting_to_the_environment(  # type: ignore[no-untyped-def]
-    cast_serve, monkeypatch: pytest.MonkeyPatch
+def test_the_command_line_leaves_every_setting_to_the_environment(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert set(ENVIRONMENT) == set(GatewaySettings.model_fields)
     served: list[GatewaySettings] = []
@@ -110,8 +140,8 @@ def test_the_command_line_leaves_every_setting_to_the_environment(  # type: igno
         ("CAST_API_KEYS", " ", "CAST_API_KEYS is ' ', which holds no API key"),
     ],
 )
-def test_a_wrong_environment_is_named(  # type: ignore[no-untyped-def]
-    cast_serve, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+def test_a_wrong_environment_is_named(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     async def serve(_: object) -> None:
         """In place of a server that would run until it is stopped."""
