@@ -1,8 +1,8 @@
-"""Chosen TTFT and ITL a variant -> an OpenAI-compatible server that keeps exactly to them.
+"""A TTFT and an ITL for each variant -> an OpenAI-compatible server with these latencies.
 
-A harness is checked against a server whose truth is known: `python -m loadtest.mock_server`, or
-`create_app` in a test. It makes no output worth reading. It can be told to vary, to queue, to
-freeze and to fail. When it did what, it notes itself: `GET /truth`.
+The load test is checked against it: `python -m loadtest.mock_server`, or `create_app` in a test.
+Its output is numbered placeholder tokens. It can vary its latencies, queue, stall and fail, and it
+records when each request arrived and when each token left: `GET /truth`.
 """
 
 import asyncio
@@ -28,15 +28,16 @@ class MockVariant:
     """How one variant behaves.
 
     Attributes:
-        ttft_s: from the request's arrival, or from its turn, to the first token.
+        ttft_s: from the request's arrival, or with `max_concurrency` from the end of its wait, to
+            the first token.
         itl_s: from each token to the next.
         fail_every: every n-th request is answered 503; 0 = none.
-        missing_tokens: so many fewer tokens than asked for.
+        missing_tokens: how many tokens fewer than asked for are sent.
         is_cut_off: the stream ends without usage and `[DONE]`.
         noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal and new each
             time: the medians stay, the mean ITL, and so TPOT, grows by exp(noise^2 / 2).
         seed: the same seed gives the n-th request the same factors.
-        max_concurrency: so many requests are worked on, the others wait their turn; 0 = all.
+        max_concurrency: how many requests are worked on at once, the others wait; 0 = all.
     """
 
     ttft_s: float
@@ -61,8 +62,8 @@ class Answer:
 
     Attributes:
         variant: the name asked for.
-        prompt: as it came; a chat's messages a line each.
-        arrived_s: when the request's head had come.
+        prompt: as received; of a chat, one message a line.
+        arrived_s: when the request's head had arrived.
         due_s: when each token was to leave.
         sent_s: when each token was handed to the connection; fewer if the client left.
     """
@@ -79,7 +80,7 @@ class Truth:
     """What the mock did; times on CLOCK_MONOTONIC, on Linux time.perf_counter of every process.
 
     Attributes:
-        answers: one a request, in order of arrival, but for those told to fail.
+        answers: one for each request that was not told to fail, in order of arrival.
         frozen_s: when the stall really began and ended; None before its end.
     """
 
@@ -95,8 +96,8 @@ def create_app(
 
     Args:
         variants: by name.
-        stall_s: from when to when nothing moves: nothing is accepted, read or written. Seconds from
-            the first completion request on, as only then a client's clock runs.
+        stall_s: start and end of a stall, in which nothing is accepted, read or written. Seconds
+            after the first completion request, as a client's clock starts only then.
     """
     app = FastAPI()
     app.state.requests = []
@@ -122,9 +123,9 @@ def create_app(
 
 
 class _Completions:
-    """Both completion routes, as plain ASGI: a framework's responses would cost a load test's time.
+    """Both completion routes, as plain ASGI: FastAPI's responses would cost CPU time a token.
 
-    A token is due at a time, not a pause after the one before, so late wake-ups do not add up.
+    Each token is due at a moment, not a pause after the token before it, so delays do not add up.
     """
 
     def __init__(
@@ -153,13 +154,13 @@ class _Completions:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        asked = json.loads(body)
-        name = asked["model"]
+        request = json.loads(body)
+        name = request["model"]
         if name not in self._variants:
             return await _error(404, f"the model {name!r} does not exist")(scope, receive, send)
         self._start_clock(arrived_s)
-        chat = asked.get("messages")
-        prompt = "\n".join(said["content"] for said in chat) if chat else asked["prompt"]
+        chat = request.get("messages")
+        prompt = "\n".join(m["content"] for m in chat) if chat else request["prompt"]
         self._requests.append((name, prompt))
         self._counts[name] += 1
         variant, number = self._variants[name], self._counts[name]
@@ -167,11 +168,11 @@ class _Completions:
             return await _error(503, "told to fail")(scope, receive, send)
         answer = Answer(name, prompt, arrived_s)
         self._truth.answers.append(answer)
-        has_left = asyncio.ensure_future(receive())  # the next message says that the client is gone
+        has_left = asyncio.ensure_future(receive())  # the next message is the client's disconnect
         try:
             async with self._places[name] or nullcontext():
                 rng = random.Random(f"{variant.seed}/{name}/{number}")
-                await self._stream(variant, rng, asked, answer, send, has_left.done)
+                await self._stream(variant, rng, request, answer, send, has_left.done)
         finally:
             has_left.cancel()
 
@@ -190,17 +191,17 @@ class _Completions:
         self,
         variant: MockVariant,
         rng: random.Random,
-        asked: Mapping[str, Any],
+        request: Mapping[str, Any],
         answer: Answer,
         send: Send,
         has_left: Callable[[], bool],
     ) -> None:
         now = asyncio.get_running_loop().time
-        is_chat = "messages" in asked
+        is_chat = "messages" in request
         kind = "chat.completion.chunk" if is_chat else "text_completion"
 
         async def emit(choices: list[dict[str, Any]], **more: Any) -> None:
-            chunk = {"object": kind, "model": asked["model"], "choices": choices, **more}
+            chunk = {"object": kind, "model": request["model"], "choices": choices, **more}
             await write(f"data: {json.dumps(chunk)}\n\n")
 
         async def write(text: str, more_body: bool = True) -> None:
@@ -210,7 +211,7 @@ class _Completions:
         due_s = now() if self._places[answer.variant] else answer.arrived_s
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        num_tokens = asked["max_tokens"] - variant.missing_tokens
+        num_tokens = request["max_tokens"] - variant.missing_tokens
         for token in range(num_tokens):
             gap_s = variant.itl_s if token else variant.ttft_s
             due_s = self._after(due_s, gap_s * rng.lognormvariate(0.0, variant.noise))
@@ -219,18 +220,18 @@ class _Completions:
             if has_left():
                 return
             reason = "length" if token == num_tokens - 1 else None
-            said = {"delta": {"content": f" {token}"}} if is_chat else {"text": f" {token}"}
+            output = {"delta": {"content": f" {token}"}} if is_chat else {"text": f" {token}"}
             answer.sent_s.append(now())
-            await emit([{"index": 0, **said, "finish_reason": reason}])
+            await emit([{"index": 0, **output, "finish_reason": reason}])
         if variant.is_cut_off:
             return await write("", more_body=False)
-        if (asked.get("stream_options") or {}).get("include_usage"):
+        if (request.get("stream_options") or {}).get("include_usage"):
             usage = {"prompt_tokens": len(answer.prompt.split()), "completion_tokens": num_tokens}
             await emit([], usage=usage)
         await write("data: [DONE]\n\n", more_body=False)
 
     def _after(self, due_s: float, gap_s: float) -> float:
-        """That much work later: none is done during the stall."""
+        """The moment after `gap_s` of work from `due_s` on; during the stall no work is done."""
         if self._frozen_s and due_s < self._frozen_s[0] <= due_s + gap_s:
             gap_s += self._frozen_s[1] - self._frozen_s[0]
         return due_s + gap_s
@@ -258,7 +259,7 @@ def main(
         int, typer.Option(help="Requests worked on at once, per variant; 0 = all.", min=0)
     ] = MockVariant.max_concurrency,
     stall: Annotated[
-        str | None, typer.Option(help="FROM_S,TO_S after the first request: nothing moves.")
+        str | None, typer.Option(help="FROM_S,TO_S after the first request: a stall.")
     ] = None,
     host: str = "127.0.0.1",
     port: int = 8009,
@@ -275,7 +276,7 @@ def main(
         stall_s = None if stall is None else _two_numbers(stall, "FROM_S,TO_S; write 2,3.5")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    # uvloop, which uvicorn prefers, rounds times to whole milliseconds, so tokens would come early.
+    # uvloop, which uvicorn prefers, rounds times to whole milliseconds: tokens would leave early.
     app = create_app(variants, stall_s)
     uvicorn.run(app, host=host, port=port, log_level="warning", loop="asyncio")
 

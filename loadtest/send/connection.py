@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# Many servers close a connection that was idle for 5 s, and a request on it would fail: one that was
-# idle for longer than this is not used again.
+# Many servers close a connection that was idle for 5 s, and a request on it would fail. So one that
+# was idle for longer than this is not used again.
 _MAX_IDLE_S = 2.0
 
 
