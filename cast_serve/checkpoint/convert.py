@@ -1,11 +1,11 @@
 """A gated or already N:M directory -> hardened weights -> a compressed directory, by shards.
 
 Hardening keeps the N largest gates of each group and writes zeros for the rest. Every group of
-every target is verified, in what is read and in what was written; the output appears under its
-name only when it is whole. Layout of the output: bitmask.py, and ``quantization_config`` and
-``cast.json`` as others and we read them. ``cast.json`` keeps what training wrote, its ``source``
-(hashes of model, text and teacher) included, and adds ``converted_from``: the sha256 of every shard
-that was converted. Up to 0.1.0's first conversions ``source`` held the latter.
+every target is verified, in the input and in the output; the output appears under its name only
+when it is complete. bitmask.py describes the tensors; ``quantization_config`` is that of
+compressed-tensors. ``cast.json`` keeps what training wrote, with its ``source`` (hashes of model,
+text and teacher), and adds ``converted_from``: the sha256 of every shard that was converted. Early
+builds of 0.1.0 wrote the latter to ``source``.
 """
 
 import shutil
@@ -107,7 +107,7 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     if source.kind != "gated":
         check_weight(weight, source.pattern, name)
         return weight
-    if source.record.get("method") == "adams":  # the weights' own sizes are its gates
+    if source.record.get("method") == "adams":  # it has no gates: |W| ranks the weights
         gate = weight.float().abs()
     else:
         gate = source.get(f"{name}.gate")
@@ -200,7 +200,7 @@ def _finish(
     config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
-    """Copies tokenizer and the like; writes index, config and cast.json last."""
+    """Copies the tokenizer and other small files; writes index, config and cast.json last."""
     for file in source.iterdir():
         is_ours = file.name in ("config.json", CAST_JSON) or ".safetensors" in file.name
         if file.is_file() and not is_ours and file.suffix not in (".bin", ".pt", ".pth"):

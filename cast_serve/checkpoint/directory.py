@@ -19,16 +19,16 @@ from cast_serve.sparsity.targets import find_targets
 
 
 class ModelDirectory:
-    """A model directory that is read; nothing is loaded before it is asked for.
+    """A model directory for reading; tensors are loaded only by `get`.
 
     Attributes:
         kind: dense, pruned, gated or compressed.
         pattern: N:M of the record; 2:4 if there is none.
         config: config.json.
-        record: cast.json, its shards checked; empty if there is none.
+        record: cast.json, after the shards that it lists were checked; empty if there is none.
         files: shard by tensor name.
         linears: every linear of the model, and whether it stores its weight transposed (GPT-2).
-        targets: the linears that are sparse, or would be.
+        targets: the linears that are sparse, or by `find_targets` would be.
 
     Raises:
         CheckpointError: if it cannot be read, is damaged, or is quantised in another format.

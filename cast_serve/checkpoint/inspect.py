@@ -1,4 +1,4 @@
-"""A model directory -> what it holds, in numbers; every group of a compressed linear is checked."""
+"""A model directory -> its kind, layers and bytes; every group of compressed linears is checked."""
 
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,9 @@
 """A model directory <-> ``cast.json``, its shards and their sha256; a new directory appears whole.
 
 ``cast.json`` says what a directory holds and what it was made from. Training writes it beside a
-gated or pruned model, conversion beside a compressed one; both read and write it here only. Its
-content is theirs; what stands in each is ``format_version`` and the ``sha256`` of every shard.
+gated or pruned model, conversion beside a compressed one; both read and write it only through this
+module. It always has ``format_version`` and the ``sha256`` of every shard; training and conversion
+decide the rest.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def check_listed(directory: Path, record: Mapping[str, Any]) -> None:
-    """Checks the shards that a record lists; others may lie beside them.
+    """Checks the shards that a record lists; the directory may have others.
 
     Raises:
         CheckpointError: naming the shard that is missing or changed.
@@ -111,7 +112,7 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def check_new(out: Path) -> None:
-    """Refuses a name that is taken, before any work is done for it.
+    """Refuses an output that exists, before any work is done for it.
 
     Raises:
         CheckpointError: if out exists.
@@ -122,10 +123,10 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary neighbour of `out` to fill: renamed to it on success, removed on any failure.
+    """A temporary directory beside `out` to fill: renamed to `out` on success, removed on failure.
 
-    So a name that exists is whole. A process that is killed leaves its neighbour ``.OUT-*``; no
-    other process removes it, which could still be writing.
+    So a directory called `out` is always complete. A process that is killed leaves ``.OUT-*``
+    behind; no other process removes it, since its owner could still be writing.
 
     Raises:
         CheckpointError: if out exists.
@@ -157,8 +158,8 @@ def write_record(
     Args:
         directory: holds every shard.
         content: what cast.json says; its own format_version and sha256 are replaced.
-        config: config.json; None: it is there already.
-        weight_map: shard by tensor, for an index if there are several shards; None: it is there
+        config: config.json; None: it is written already.
+        weight_map: shard by tensor, for an index if there are several shards; None: it is written
             already.
 
     Returns:

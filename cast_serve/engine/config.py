@@ -21,7 +21,7 @@ FORMAT = "sparse-24-bitmask"
 
 @register_quantization_config(METHOD)
 class Sparse24Config(QuantizationConfig):
-    """Which layers of a checkpoint are 2:4-sparse.
+    """vLLM's configuration of a 2:4-sparse checkpoint.
 
     Args:
         ignore: module names, or regular expressions after ``re:``, that stay dense.

@@ -1,7 +1,8 @@
 """One compressed linear of a checkpoint -> a vLLM linear that runs ``cast::linear24``.
 
-It creates the tensors that are on disk, so that vLLM's own loaders merge qkv and gate_up and narrow
-for tensor parallelism, packs them into the kernel's layout after loading, and drops them.
+It creates parameters for the tensors on disk, so that vLLM's own loaders merge qkv and gate_up and
+narrow for tensor parallelism. After loading it packs them into the kernel's layout and deletes
+them.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cast_serve.kernels.gpu import dispatch
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """One linear (merged ones count as one) whose weight is packed 2:4."""
+    """A linear, possibly a merged one, whose weight is packed 2:4."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -36,7 +37,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Creates what is on disk: ``compressed``, ``bitmask`` and ``shape``.
+        """Creates parameters for the tensors on disk: ``compressed``, ``bitmask`` and ``shape``.
 
         Raises:
             ValueError: if in_features cannot be cut into whole groups and bitmask bytes.
@@ -70,11 +71,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.cast_num_linears = len(output_partition_sizes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Packs into the kernel's layout and drops what was loaded.
+        """Packs into the kernel's layout and deletes the loaded parameters.
 
         Raises:
-            PatternError: if a group of the bitmask has not exactly two bits (a tensor that was
-                not in the checkpoint has none).
+            PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
+                not in the checkpoint is all zeros).
         """
         kernels.load()
         try:
@@ -86,17 +87,22 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
         form = dispatch.wanted_form() if packed.is_cuda else "packed"
         second = dispatch.second_form(
-            *(packed, layer.cast_out_features, layer.cast_in_features, layer.params_dtype, form)
+            packed,
+            layer.cast_out_features,
+            layer.cast_in_features,
+            layer.params_dtype,
+            form,
         )
         layer.cast_form = form if second else "packed"
         layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        arguments = (x, layer.packed, layer.cast_out_features, bias)
+        packed, out_features = layer.packed, layer.cast_out_features
         if layer.cast_form == "packed":
-            return torch.ops.cast.linear24(*arguments)
-        return torch.ops.cast.linear24_many(*arguments, [*layer.cast_second], layer.cast_form)
+            return torch.ops.cast.linear24(x, packed, out_features, bias)
+        second = list(layer.cast_second)
+        return torch.ops.cast.linear24_many(x, packed, out_features, bias, second, layer.cast_form)
 
 
 def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:

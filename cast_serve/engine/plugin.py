@@ -1,4 +1,4 @@
-"""vLLM's entry point: vLLM starts -> the 2:4 quantisation method is known to it.
+"""vLLM's plugin entry point: registers the 2:4 quantisation method.
 
 vLLM calls `register` in its API process, engine core and every worker, so it is idempotent, and
 nothing heavy is imported before it is called (an ImportError at module top would be swallowed).

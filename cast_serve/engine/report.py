@@ -1,4 +1,4 @@
-"""A loaded vLLM model -> what it really runs: sparse and dense layers, their bytes, the kernel."""
+"""A loaded vLLM model -> which layers run sparse or dense, their bytes, and the kernel."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from cast_serve.kernels.gpu import dispatch
 
 
 def report(model: nn.Module) -> dict[str, Any]:
-    """What a loaded vLLM model really runs.
+    """Counts the layers of a loaded vLLM model by what they run.
 
     Returns:
         num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
-        weight_bytes of all linears as held, dense_weight_bytes they would take, isa (the CPU
+        weight_bytes of all linears in memory, dense_weight_bytes if all were dense, isa (the CPU
         kernel, or the GPU's architecture and second form; None if no layer is sparse).
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0

@@ -1,8 +1,8 @@
 """A loaded engine -> the same engine after its first answers, and the seconds of its full step.
 
-vLLM leaves work for its first requests: among it, g++ compiles a function for the first one that
-wants log-probabilities. On a busy machine that took longer than a gateway waits for a sign of life,
-so a worker that had just said "ready" was killed. Here that work is done before "ready" is said.
+vLLM does some work with its first requests; for one, g++ compiles a function when log-probabilities
+are first asked for. On a busy machine that took longer than the gateway's hang limit, so a worker
+that had just reported "ready" was killed. Here the work is done before the worker reports "ready".
 """
 
 import time
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What the first requests took.
+    """Times of the first requests.
 
     Attributes:
-        first_s: seconds of the very first one, of one token.
+        first_s: seconds of the first request, of one token.
         step_s: seconds of a full step, once warm.
         step_tokens: prompt tokens of that step.
     """
@@ -29,14 +29,14 @@ class WarmUp:
 
 
 async def warm_up(engine: "EngineClient") -> WarmUp:
-    """Has one request of one token answered, then two that each fill a step; times the last.
+    """Sends one request of one token, then two that each fill a step; times the last.
 
     vLLM's own metrics count these three like any other: the engine client has no public way to
-    leave a request out. They stand in the counters before the first scrape, so rates and increases
-    do not see them.
+    leave a request out. They are counted before the first scrape, so rates and increases do not
+    include them.
 
     Args:
-        engine: loaded, and asked by nobody else meanwhile.
+        engine: loaded, without other requests meanwhile.
 
     Raises:
         RuntimeError: if the engine does not answer one of them.
@@ -48,12 +48,12 @@ async def warm_up(engine: "EngineClient") -> WarmUp:
     )
     seconds = []
     for first_id, num_tokens in enumerate((1, step_tokens, step_tokens)):
-        # The prefix cache would answer for a prompt that begins like one before.
+        # Each prompt begins with another token, else the prefix cache would spare its computation.
         prompt = [(first_id + place) % vocabulary_size for place in range(num_tokens)]
         begun_s = time.perf_counter()
         try:
             await _answer(engine, prompt, f"warm-up-{first_id}")
-        except Exception as error:  # whatever it is, this engine is not to be served
+        except Exception as error:  # whatever it is, this engine must not be served
             cause = error.__cause__ or error
             raise RuntimeError(
                 f"the engine did not answer a request of {num_tokens} prompt tokens before it was "
@@ -67,7 +67,7 @@ async def _answer(engine: "EngineClient", prompt: list[int], request_id: str) ->
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
-    # logprobs=0: of the sampled token alone, which no --max-logprobs forbids.
+    # logprobs=0: only of the sampled token, which every --max-logprobs allows.
     asked = SamplingParams(max_tokens=1, logprobs=0, detokenize=False)
     async for _ in engine.generate(tokens_input(prompt), asked, request_id):
         pass

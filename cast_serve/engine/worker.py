@@ -1,9 +1,9 @@
 """One model directory -> one vLLM OpenAI server for one variant, on its own cores.
 
 vLLM's own ``vllm`` command fails with the CPU wheel (it asks for a distribution named vllm), so
-this starts the same server through vLLM's launcher. After loading it compares the layers that
-really run sparse with those that are sparse on disk, and refuses to serve if they differ. It
-listens only once the engine has answered (see `warmup`).
+this starts the same server through vLLM's launcher. After loading it compares the number of layers
+that run sparse with the number that are sparse on disk, and refuses to serve if they differ. It
+listens only once the engine has answered (see warmup.py).
 """
 
 import argparse
@@ -23,12 +23,12 @@ from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 
 KV_CACHE_BYTES = 1 << 30
-# A step of more tokens keeps a CPU busy for so long that the gateway takes it for a hang.
+# A step of more tokens may take a CPU longer than the gateway's hang limit.
 CPU_STEP_TOKENS = 512
 
 
 class SparseReport:
-    """Mixed into vLLM's worker, so that the server can ask each rank what it loaded."""
+    """An extension of vLLM's worker class, by which the server asks each rank what it loaded."""
 
     def cast_report(self) -> dict[str, Any]:
         """`report` of this rank's part of the model, with its place among the ranks."""
@@ -46,7 +46,7 @@ class SparseReport:
         }
 
     def cast_make_stage_input(self) -> None:
-        """Makes the tensors that a pipeline stage receives the stage before's output in.
+        """Makes the tensors in which a pipeline stage receives the previous stage's output.
 
         vLLM 0.32 makes them in its dummy step, which its CPU worker skips with --enforce-eager;
         the first request then fails ("assert self.intermediate_tensors is not None"). To be removed
@@ -77,8 +77,8 @@ def run(
         name: the variant's name, which requests put in ``model``.
         host: address to listen on.
         port: TCP port to listen on.
-        cores: CPU ids for this server and nothing else, dealt out to its ranks; None leaves
-            binding to vLLM.
+        cores: CPU ids for this server only, distributed to its ranks; None leaves binding to
+            vLLM.
         vllm_flags: any flags of vLLM's server; they override ours.
 
     Raises:
@@ -89,7 +89,7 @@ def run(
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
     expected = count_compressed(model)
-    _follow_parent()
+    _end_with_parent()
     if cores is not None:
         os.sched_setaffinity(0, cores)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -99,13 +99,13 @@ def run(
         num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_ranks(cores, num_ranks))
     if args.headless:
-        _compute_for_another_node(args)
+        _run_headless(args)
     else:
         asyncio.run(_serve(args, name, expected))
 
 
 def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
-    """The user's flags after ours, less those of ours that the user gave."""
+    """Our flags for vLLM, except those that the user gave, and then the user's."""
     families = ("request_latency", "time_to_first_token", "inter_token_latency")
     ours = {
         "--model": str(model),
@@ -124,7 +124,7 @@ def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence
 
 
 def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
-    """Deals a node's cores out to its ranks, as VLLM_CPU_OMP_THREADS_BIND wants them: ``0,1|2,3``.
+    """Distributes a node's cores to its ranks, in VLLM_CPU_OMP_THREADS_BIND's form: ``0,1|2,3``.
 
     Raises:
         ValueError: if there are fewer cores than ranks.
@@ -152,8 +152,8 @@ def _arguments(flags: list[str]) -> argparse.Namespace:
     return args
 
 
-def _compute_for_another_node(args: argparse.Namespace) -> None:
-    """Runs this node's ranks (--nnodes, --node-rank above 0); rank 0's node answers and reports."""
+def _run_headless(args: argparse.Namespace) -> None:
+    """Runs this node's ranks (--nnodes, --node-rank above 0); rank 0's node has the HTTP server."""
     from vllm.entrypoints.cli.serve import run_headless
 
     args.api_server_count = 0  # as `vllm serve --headless` sets it
@@ -187,10 +187,10 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
 
 
 def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
-    """Refuses a silent dense fallback.
+    """Refuses a model of which a layer fell back to dense.
 
-    Tensor-parallel ranks hold a share of every layer, pipeline ranks some layers whole, so it is
-    over the pipeline that layers add up.
+    A tensor-parallel rank holds a share of every layer and a pipeline rank some whole layers, so
+    the numbers of layers are added over the pipeline ranks.
 
     Args:
         reports: `SparseReport.cast_report` of every rank.
@@ -200,7 +200,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
         one report: the layers of the whole model, the bytes of all ranks.
 
     Raises:
-        RuntimeError: if another number of layers runs the sparse kernel, at any tensor-parallel
+        RuntimeError: if another number of layers runs the sparse kernel at any tensor-parallel
             rank.
     """
     shares: dict[int, list[dict[str, Any]]] = {}
@@ -217,11 +217,11 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
                 f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
                 "its plugin not switched off by VLLM_PLUGINS?"
             )
-    num_layers = ("num_sparse_layers", "num_dense_layers")
-    num_bytes = ("weight_bytes", "dense_weight_bytes")
     return {
-        **{key: _sum(shares[0], key) for key in num_layers},
-        **{key: _sum(reports, key) for key in num_bytes},
+        "num_sparse_layers": _sum(shares[0], "num_sparse_layers"),
+        "num_dense_layers": _sum(shares[0], "num_dense_layers"),
+        "weight_bytes": _sum(reports, "weight_bytes"),
+        "dense_weight_bytes": _sum(reports, "dense_weight_bytes"),
         "isa": next((report["isa"] for report in reports if report["isa"]), None),
     }
 
@@ -241,8 +241,10 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
         "kernel": "cast::linear24" if is_sparse else "vllm",
         "isa": report["isa"] or "",
         "dtype": dtype,
-        **{key: str(report[key]) for key in ("num_sparse_layers", "num_dense_layers")},
-        **{key: str(report[key]) for key in ("weight_bytes", "dense_weight_bytes")},
+        "num_sparse_layers": str(report["num_sparse_layers"]),
+        "num_dense_layers": str(report["num_dense_layers"]),
+        "weight_bytes": str(report["weight_bytes"]),
+        "dense_weight_bytes": str(report["dense_weight_bytes"]),
     }
     gauge = Gauge("cast_variant_info", "What the variant really runs", list(labels))
     gauge.labels(**labels).set(1)
@@ -250,8 +252,10 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
 
 
 def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
-    """For the gateway: token ids at or above the size kill vLLM's engine, so it refuses them; an
-    engine that is busy with one step is silent for as long as that takes, and not hung.
+    """Publishes what the gateway must know of this worker.
+
+    Token ids at or above the vocabulary's size crash vLLM's engine, so the gateway refuses them. An
+    engine sends nothing during a step, so the gateway's hang limit must be longer than a step.
     """
     from prometheus_client import Gauge
 
@@ -265,8 +269,8 @@ def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
     )
 
 
-def _follow_parent() -> None:
-    """Asks Linux to end this process with the one that started it, so that none is orphaned."""
+def _end_with_parent() -> None:
+    """Asks Linux to terminate this process when the gateway that started it ends."""
     if os.environ.get("CAST_PARENT_PID") == str(os.getppid()):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

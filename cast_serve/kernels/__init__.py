@@ -1,4 +1,4 @@
-"""2:4 kernels: a packed weight and activations -> the linear's output, on the device x lies on.
+"""2:4 kernels: a packed weight and activations -> the linear's output, on the device of x.
 
 `pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
 `linear24` multiplies; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).

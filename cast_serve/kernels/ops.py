@@ -1,5 +1,4 @@
-"""``torch.ops.cast.linear24``: loads the compiled op, adds the GPU's kernels where there is a GPU,
-and tells torch.compile the output's shape."""
+"""The op ``torch.ops.cast.linear24``: the compiled CPU kernels, the GPU's, and its fake."""
 
 import torch
 from torch import Tensor
@@ -9,14 +8,14 @@ from cast_serve.kernels.reference import packed_shape
 
 
 def load() -> None:
-    """Registers the op, its fake and its GPU kernels once per process; building it if need be.
+    """Registers the op, its fake and its GPU kernels once per process; compiles it if necessary.
 
     Raises:
-        KernelBuildError: if it is not prebuilt and cannot be built.
+        KernelBuildError: if it is not compiled yet and cannot be.
     """
     if hasattr(torch.ops.cast, "cpu_isas"):
         return
-    from cast_serve.kernels.cpu import build  # here, so that `python -m` can run it as well
+    from cast_serve.kernels.cpu import build  # here, so that `python -m` can run build.py too
 
     build.load()
     torch.library.register_fake("cast::linear24")(_linear24_fake)

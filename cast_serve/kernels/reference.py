@@ -7,8 +7,8 @@ in_features (csrc/linear24.h draws it):
     the last 64 bytes                positions: 8 rows of 64 bits, 4 bits a group
 
 out_features and in_features are padded to whole tiles with zero values at columns 0 and 1.
-A dropped weight never meets its activation: where x is Inf or NaN in a column that a row has
-dropped, that row's output does not become NaN, as 0 * Inf would in a dense product.
+A dropped weight is not multiplied at all: where x is Inf or NaN in a column that a row has dropped,
+that row's output does not become NaN, as it would by 0 * Inf in a dense product.
 """
 
 import torch
@@ -64,7 +64,7 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
     unpack_mask(bitmask, in_features)  # raises where it is not 2:4
     bits = bitmask.clone()
-    if in_features % 8:  # foreign files may hold anything in the upper nibble
+    if in_features % 8:  # files of other tools may have any bits in the upper nibble
         bits[:, -1] = (bits[:, -1] & 0b0000_1111) | 0b0011_0000
     positions = POSITIONS_OF_BITMASK.to(bits.device)[bits.long()]
 

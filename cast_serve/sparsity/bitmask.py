@@ -4,10 +4,10 @@ On disk, for a weight [out_features, in_features]:
     values   [out_features, in_features / 2]         the weight's dtype, kept weights left to right
     bitmask  [out_features, ceil(in_features / 8)]   uint8, bit i of byte j = column 8j + i
 
-Every nibble of the bitmask that stands for a group has exactly two bits; where in_features is no
-multiple of 8 the last byte's upper nibble stands for none: we write 0, and read anything. A kept
-value may itself be 0: a group with fewer than two non-zeros keeps its first zeros. Both functions
-are pure and work on the meta device.
+Every nibble of the bitmask that belongs to a group has exactly two bits set. Where in_features is
+no multiple of 8, the last byte's upper nibble belongs to no group: it is written as 0 and ignored
+on reading. A kept value may itself be 0: a group with fewer than two non-zeros keeps its first
+zeros. `compress` and `decompress` are pure and work on the meta device.
 Source: compressed-tensors up to 0.14, vLLM 0.7 to 0.18.
 """
 

@@ -1,4 +1,4 @@
-"""N:M words: a weight or score tensor -> groups, exact masks, checks, and the errors they raise.
+"""N:M patterns: a weight or score tensor -> groups, exact masks, checks, and their errors.
 
 A *group* is M consecutive weights along in_features (the last dimension). A *mask* is a bool
 tensor, True = kept. This module needs torch only and is imported by everything.
@@ -74,11 +74,11 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
     grouped = groups(scores, pattern.m)
     if torch.isnan(grouped).any():
         raise PatternError(
-            "scores hold NaN, so they rank nothing; check the training for divergence"
+            "scores hold NaN, so they cannot be ranked; check the training for divergence"
         )
     columns = [column.contiguous() for column in grouped.unbind(-1)]
     ranks = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in columns]
-    for left in range(pattern.m):  # counting beats sorting by far at such small M
+    for left in range(pattern.m):  # counting is far faster than sorting at such small M
         for right in range(left + 1, pattern.m):
             is_right_larger = columns[right] > columns[left]
             ranks[left] += is_right_larger

@@ -14,10 +14,10 @@ DENSE_MODULES = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|router|ga
 def find_targets(
     model: nn.Module, pattern: Pattern, include: Iterable[str] = (), exclude: Iterable[str] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Which linears of a model become sparse: the one rule.
+    """Which linears of a model become sparse.
 
     Every linear inside the transformer's blocks is a target; embeddings, heads, classifiers and
-    routers are not. A linear whose in_features is no multiple of M stays dense and is listed.
+    routers are not. A linear whose in_features is no multiple of M stays dense.
 
     Args:
         model: any torch model; ``nn.Linear`` and GPT-2's ``Conv1D`` count as linears.

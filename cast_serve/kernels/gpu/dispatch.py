@@ -1,7 +1,7 @@
 """``cast::linear24`` on a GPU: the Triton kernel, and for many tokens a second form if asked for.
 
-The packed weight serves any number of tokens. From some number on a product on 2:4 tensor cores,
-or a dense one, may be faster, but needs the weight once more in a layout of its own.
+The Triton kernel works for any number of tokens. From some number on a product on 2:4 tensor cores,
+or a dense one, may be faster, but it needs the weight a second time in another layout.
 ``CAST_CUDA_MANY_TOKENS`` says which is kept beside the packed weight (bytes as a share of dense):
 
     packed       none, 0.5625 (the default)
@@ -38,7 +38,7 @@ UNMEASURED_TOKENS = 128
 PADDED_TOKENS = 16  # the 2:4 products take whole multiples of it
 INTERPRETED_PROCESSORS = 4
 
-_registered: list[torch.library.Library] = []  # once collected, a library's kernels are gone
+_registered: list[torch.library.Library] = []  # kept, since a collected library is unregistered
 
 
 def register() -> None:
@@ -83,11 +83,11 @@ def linear24_many(
     second: list[Tensor],
     form: str,
 ) -> Tensor:
-    """`linear24`; from the card's crossover on by the second form.
+    """`linear24`, computed by the second form from the card's crossover on.
 
     Args:
         x, packed, out_features, bias: as for `linear24`.
-        second: of `second_form`.
+        second: what `second_form` returned.
         form: its name, of `FORMS`.
     """
     if x.numel() // x.shape[-1] < crossover(properties(x.device.index).name, form):
@@ -111,7 +111,8 @@ def product(x: Tensor, second: list[Tensor], form: str, bias: Tensor | None = No
     """x [num_tokens, in_features] times a second form -> [num_tokens, out_features], x's dtype.
 
     Args:
-        second: of `to_form`; form: its name.
+        second: what `to_form` returned.
+        form: its name.
         bias: [out_features], x's dtype, or None.
     """
     if form == "dense":
@@ -146,7 +147,7 @@ def second_form(
 ) -> list[Tensor]:
     """What is kept beside a packed weight on a GPU; nothing for the form ``packed``.
 
-    A weight of sizes that the form cannot hold gets nothing either, with a warning for the sizes.
+    A weight whose sizes the form does not support gets nothing either, with a warning.
 
     Args:
         packed: uint8 [tile_rows, tile_columns, 576], see reference.pack.
@@ -154,7 +155,7 @@ def second_form(
         form: of `FORMS`.
 
     Raises:
-        RuntimeError: if this torch or this card has not got the form.
+        RuntimeError: if this torch or this card does not have the form.
     """
     if form == "packed":
         return []
@@ -187,10 +188,10 @@ def to_form(weight: Tensor, form: str) -> list[Tensor]:
 
 
 def check_form(form: str, device: torch.device) -> None:
-    """Whether this torch and this card have a second form.
+    """Checks that this torch and this card have a second form.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: if they do not.
     """
     remedy = "set CAST_CUDA_MANY_TOKENS to another form"
     if form == "cusparselt" and not torch.backends.cusparselt.is_available():
@@ -204,7 +205,7 @@ def check_form(form: str, device: torch.device) -> None:
 
 @functools.cache
 def crossover(card: str, form: str) -> int:
-    """From how many tokens on a second form is used on a card; warns if nobody measured it."""
+    """The number of tokens from which a card uses a second form; warns if it was not measured."""
     measured = json.loads(CROSSOVER.read_text()).get(card, {})
     if form not in measured:
         _warn_once(
@@ -236,7 +237,7 @@ def _warn_once(text: str) -> None:
 
 
 def _checked_rows(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-    """x as [num_tokens, in_features], once everything fits together as csrc/ops.cpp demands it."""
+    """x as [num_tokens, in_features], after the same checks as in csrc/ops.cpp."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"linear24: x is {x.dtype}; bfloat16 or float16 is needed on a GPU")
     if not x.dim():

@@ -2,8 +2,9 @@
 
 One kernel for any number of tokens. It reads the packed weight as it is (reference.py), 0.5625 of
 the dense bytes, and expands it in registers: column c of every group of four is one matrix, zero
-where a row dropped it, and four tensor-core products, one a column, add up to the linear. Where
-rows are few, K is split over programs and a second kernel adds the parts up, in a fixed order.
+where a row dropped it, and the linear is the sum of four tensor-core products, one per column.
+Where there are few rows, K is split over programs and a second kernel adds the parts, in a fixed
+order.
 
 The zeros are multiplied: where an activation is Inf or NaN, every row becomes NaN, as in a dense
 product and unlike the CPU kernels. ``TRITON_INTERPRET=1`` runs all of this on a CPU, in numpy.
@@ -23,7 +24,7 @@ NUM_STAGES = 3
 
 
 def blocks_of(num_tokens: int) -> dict[str, int]:
-    """Sizes of a program: compiled, they spill 8 bytes at most on SM80 and nothing on SM90."""
+    """Sizes of a program. Compiled, they spill at most 8 bytes on SM80 and nothing on SM90."""
     block_tokens = min(MAX_BLOCK_TOKENS, max(16, triton.next_power_of_2(num_tokens)))
     is_wide = block_tokens == MAX_BLOCK_TOKENS
     return {
@@ -147,7 +148,7 @@ def linear24(
     sums = x.new_empty(num_splits, *out.shape, dtype=torch.float32) if is_split else out
     unused = x if bias is None else bias
     dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    # The interpreter would multiply the bits of bf16 numbers as integers.
+    # bf16 would be multiplied as integers in Triton's interpreter.
     dot_dtype = tl.float32 if triton.knobs.runtime.interpret else dtype
     _linear24_kernel[(*grid, num_splits)](
         x.view(torch.int64),
@@ -168,7 +169,12 @@ def linear24(
     if is_split:
         block = 1024
         _add_up_kernel[(triton.cdiv(out.numel(), block),)](
-            *(sums, unused, out, num_splits, out.numel(), out_features),
+            sums,
+            unused,
+            out,
+            num_splits,
+            out.numel(),
+            out_features,
             HAS_BIAS=bias is not None,
             BLOCK=block,
         )

@@ -1,14 +1,14 @@
-// The 2:4 linear for x86 with AVX-512 BF16 and VBMI; other dtypes than bf16 take avx512.cpp's.
+// The 2:4 linear for x86 with AVX-512 BF16 and VBMI; other dtypes than bf16 use avx512.cpp.
 //
-// Few tokens (decode): memory-bound, so the weights are read once as they lie. A row's 64 position
+// Few tokens (decode): memory-bound, so the weights are read once and in order. A row's 64 position
 // bits become 32 column numbers (multishift, one ternary logic), two registers of x are permuted by
 // them, and one vdpbf16ps multiplies 32 kept weights, that is 64 dense ones.
 //
 // Many tokens: compute-bound, so the dropped weights must cost nothing. For every group of four
-// columns the six pairs (x_a, x_b) that two kept weights can meet are laid out once, 16 tokens in a
-// register; then a group of a row is one vdpbf16ps per 16 tokens: its two weights broadcast, times
-// the pair row that its positions choose. K is cut in chunks whose pair rows stay in L1, N in slabs
-// whose sums stay in L2.
+// columns the six pairs (x_a, x_b) that two kept weights can be multiplied with are laid out once,
+// 16 tokens in a register ("pair rows"). Then a group of a row is one vdpbf16ps per 16 tokens: its
+// two weights, broadcast, times the pair row that its positions choose. K is cut in chunks whose
+// pair rows stay in L1, N in slabs whose sums stay in L2.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -28,19 +28,19 @@ constexpr int64_t kChunkTiles = 2;    // tiles of K whose pair rows stay in L1
 constexpr int64_t kSlabRows = 64;     // tile rows whose sums stay in L2 meanwhile
 constexpr int64_t kBlockTokens = 32;  // tokens that share one set of pair rows
 constexpr int64_t kPassTokens = 4 * kBlockTokens;  // tokens whose sums stay in L2
-// Tile rows fetched ahead of many tokens. The CPU's own prefetch stops at every 4 KiB page, so
-// without this both shapes run at a fraction of their speed (docs/log.md).
+// Tile rows prefetched ahead of many tokens. The CPU's own prefetch stops at every 4 KiB page, so
+// without software prefetch both kernels are slower (docs/log.md).
 constexpr int64_t kRowsAhead = 8;
 
-// Few tokens: x is taken whole up to here; else in segments of K that stay in L1 while a slab of
-// tile rows passes by.
+// Few tokens: x of up to kWholeBytes is used whole; a larger one in segments of K that stay in L1
+// for a whole slab of tile rows.
 constexpr int64_t kWholeBytes = 40 << 10, kSegmentBytes = 16 << 10;
 
-// Where the second shape overtakes the first, as measured (docs/kernels.md). Intel's vpermi2w costs
-// three micro-operations, AMD's one.
+// Up to how many tokens the kernel for few is the faster one, as measured (docs/kernels.md).
+// Intel's vpermi2w costs three micro-operations, AMD's one.
 struct Crossover {
   const char* vendor;
-  int64_t few_tokens;  // up to here the first shape
+  int64_t few_tokens;
 };
 constexpr Crossover kAmd = {"amd", 8}, kOthers = {"others", 4};
 
@@ -60,7 +60,7 @@ void prefetch(const uint8_t* bytes) {
 
 // --- few tokens ------------------------------------------------------------------------------
 
-// Elements from a token to the next. Not a power of two, or all tokens would meet in one cache set.
+// Elements from a token to the next. Not a power of two, or all tokens would share one cache set.
 int64_t few_stride(const Linear24& p) { return (p.num_tile_columns() + 1) * kTileColumns; }
 
 void prepare_few(const Linear24& p, uint16_t* rows) {
@@ -92,18 +92,18 @@ inline __m512 sums_of_lanes(__m512 sums[16]) {
                             _mm512_unpackhi_ps(sums[i], sums[i + 2]));
   const __m512 mixed =
       _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
-  return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // the middle quarters change places
+  return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // swaps the middle quarters
 }
 
-// Some tiles of K, a part of a product whose other parts were or will be added to `totals`.
+// Some tiles of K. `totals` holds the sum of a product's segments until the last one is added.
 struct Segment {
   int64_t begin, end;  // tiles
   bool is_first, is_last;
 };
 
 // kRows rows from out_feature n on times kTokens tokens, one segment of K; totals:
-// [kTokens][kRows]. At every tile, kLines cache lines are fetched at `ahead`, which moves on by
-// ahead_step bytes.
+// [kTokens][kRows]. At every tile, kLines cache lines are prefetched at `ahead`, which then
+// advances by ahead_step bytes.
 template <int kTokens, int kRows, int kLines>
 __attribute__((noinline)) void gather(const Linear24& p, const Segment& segment, const uint16_t* x,
                                       int64_t n, float* totals, uint16_t* out, const uint8_t* ahead,
@@ -122,7 +122,7 @@ __attribute__((noinline)) void gather(const Linear24& p, const Segment& segment,
   const uint8_t* values = tile + row * kTileKept * 2;
   const uint8_t* positions = tile + kTileRows * kTileKept * 2 + row * 8;
 
-  __m512 sums[16] = {};  // [token][row]; only unrolled loops, else they would live in memory
+  __m512 sums[16] = {};  // [token][row]; only indexed in unrolled loops, to stay in registers
   for (int64_t k = segment.begin * kTileColumns; k < segment.end * kTileColumns;
        k += kTileColumns) {
     prefetch<kLines>(ahead);
@@ -165,8 +165,9 @@ __attribute__((noinline)) void gather(const Linear24& p, const Segment& segment,
     std::memcpy(out + token * p.out_features + n, rounded + token * kRows, rows * 2);
 }
 
-// kFirst + kSecond tokens. A tile row is passed over as often as the registers demand, while each
-// pass fetches its share of the tile row to come: else memory would rest in all passes but one.
+// kFirst + kSecond tokens. The registers are too few for all of them, so a tile row is read in
+// several passes. Each prefetches its share of the next tile row, or memory would be idle in all
+// passes but one.
 template <int kFirst, int kSecond, int kRows>
 void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
   const int64_t row_tiles = p.num_tile_columns();
@@ -196,7 +197,7 @@ void run_few(const Linear24& p, const uint16_t* x, int64_t begin, int64_t end) {
           for (int64_t i = 0; i < kTileRows; i += kRows)
             gather<kFirst, kRows, (share + 63) / 64>(p, segment, x, n + i, sums[i / kRows], out,
                                                      next + i / kRows * tiles * share, share);
-        } else {  // lines 0-1, 2-3, 4-5 and 6-8 of every tile
+        } else {  // the passes prefetch lines 0-1, 2-3, 4-5 and 6-8 of every tile
           static_assert(kRows == 4);
           gather<kFirst, 4, 2>(p, segment, x, n, sums[0], out, next, kTileBytes);
           gather<kSecond, 4, 2>(p, segment, x_second, n, sums[1], out_second, next + 2 * 64,
@@ -339,9 +340,9 @@ void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) 
                                pairs + ((a | b << 2) - kFirstCode) * lanes + lane);
 }
 
-// Adds a tile row's tiles of one chunk, times one block of tokens, to its [8][lanes] sums. A vector
-// load is the scarce thing here, so the codes wait in eight scalar registers and four groups'
-// weights share one. With kFetch, as many bytes as are read are fetched at `ahead`.
+// Adds a tile row's tiles of one chunk, times one block of tokens, to its [8][lanes] sums. Vector
+// loads are the bottleneck, so the codes are kept in eight scalar registers and the weights of four
+// groups are loaded at once. With kFetch, as many bytes as are read are prefetched at `ahead`.
 template <typename Register, int kRegisters, bool kFetch>
 void add_tiles(const uint8_t* tile, int64_t num_tiles, const uint32_t* pairs, float* kept_sums,
                const uint8_t* ahead) {
@@ -406,7 +407,7 @@ void add_chunk(const Linear24& p, const uint16_t* columns, int64_t chunk, int64_
   lay_out_pairs<Register, kRegisters>(columns + chunk * kTileColumns * lanes, tiles, scratch.pairs);
   for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
     const uint8_t* tile = p.packed + (row * row_tiles + chunk) * kTileBytes;
-    if (is_first_block) {  // the others find the weights in the cache
+    if (is_first_block) {  // for the other blocks the weights are in the cache already
       int64_t row_ahead = row + kRowsAhead, chunk_ahead = chunk;
       if (row_ahead >= slab_end) row_ahead -= slab_end - slab, chunk_ahead += kChunkTiles;
       const uint8_t* ahead = p.packed + (row_ahead * row_tiles + chunk_ahead) * kTileBytes;
@@ -436,7 +437,7 @@ void store_block(const Linear24& p, int64_t slab, int64_t slab_end, int64_t firs
                         (__m128i)_mm256_cvtneps_pbh(_mm256_add_ps(out[i], bias)));
     }
   }
-  // Copied in long pieces: out rows 4 KiB apart would fight for one cache set tile by tile.
+  // Copied in long pieces: written tile by tile, out rows 4 KiB apart would share one cache set.
   const int64_t last_n = std::min(slab_end * kTileRows, p.out_features);
   for (int64_t i = 0; i < tokens; ++i)
     std::memcpy(static_cast<uint16_t*>(p.out) + (first_token + i) * p.out_features + first_n,
@@ -469,7 +470,7 @@ void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t
   }
 }
 
-// --- the two together ------------------------------------------------------------------------
+// --- choice between the two --------------------------------------------------------------------
 
 int64_t workspace_bytes(const Linear24& p) {
   if (p.dtype != DType::kBFloat16) return kAvx512.workspace_bytes(p);

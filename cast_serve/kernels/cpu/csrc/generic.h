@@ -1,9 +1,9 @@
 // The 2:4 linear in portable C++, compiled once per ISA with that ISA's flags.
 //
 // x becomes float and is transposed to [token block][K][CAST_LANES tokens]; then one kept weight
-// is one multiply-add over a vector of tokens, and a dropped weight is none. A single token is
-// gathered instead. The including file defines CAST_ISA (a namespace of its own, so that no two
-// ISAs share a symbol), CAST_LANES (tokens in a vector) and CAST_KERNEL, CAST_SUPPORTED.
+// is one multiply-add over a vector of tokens, and a dropped weight costs nothing. A single token
+// is computed with scalars instead. The including file defines CAST_ISA (a namespace, so that no
+// two ISAs share a symbol) and CAST_LANES (tokens in a vector).
 #include <cstring>
 
 #include "linear24.h"

@@ -1,6 +1,7 @@
 // One 2:4 linear as plain pointers: what every ISA's kernel takes. No torch in here.
 //
-// The packed weight is a row of tiles, tile-row by tile-row, each 8 out_features x 64 in_features:
+// The packed weight is a sequence of tiles, tile row by tile row, each 8 out_features x 64
+// in_features:
 //
 //     values     8 rows x 32 kept weights, row after row        8 x 32 x sizeof(weight) bytes
 //     positions  8 rows x 64 bits, row after row                64 bytes
@@ -8,9 +9,9 @@
 //     one row's positions: 16 groups x 4 bits, group 0 in the lowest bits
 //         bits 0-1: column inside the group of its first kept weight, bits 2-3: of its second
 //
-// so that a tile is read as one stream: 576 bytes for 512 dense 16-bit weights' 1024. N and K are
-// padded to whole tiles with zero values at columns 0 and 1. Letters: M tokens, N out_features,
-// K in_features.
+// A tile is read as one stream: 576 bytes of 16-bit weights, for 1024 dense bytes. N and K are
+// padded to whole tiles with zero values at columns 0 and 1. Letters: M tokens, N out_features, K
+// in_features.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// torch binding: cast::linear24 and cast::cpu_isas. Tensors become pointers, mistakes become
-// messages.
+// torch binding: cast::linear24 and cast::cpu_isas. It turns tensors into pointers, and wrong
+// arguments into exceptions.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
