@@ -3,8 +3,8 @@
 .NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
-scripts = scripts/demo scripts/data scripts/random-llama scripts/sparsegpt scripts/measure-step \
-	scripts/measure-gateway scripts/measure-gpu scripts/compare-peers scripts/check-deploy
+# All Python: what has no suffix .py says so in its first line.
+sources = cast_train cast_serve loadtest tests $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
 	scripts/setup
@@ -26,9 +26,9 @@ test: packages data  # pictures of the dashboard land in build/artifacts
 	CAST_ARTIFACTS=build/artifacts $(python) -m pytest
 
 lint: setup
-	.venv/bin/ruff format --check cast_train cast_serve loadtest tests $(scripts)
-	.venv/bin/ruff check cast_train cast_serve loadtest tests $(scripts)
-	.venv/bin/mypy
+	.venv/bin/ruff format --check $(sources)
+	.venv/bin/ruff check $(sources)
+	.venv/bin/mypy $(sources)
 	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/cpu/csrc/*
 
 check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too

@@ -13,7 +13,9 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts/data"
 @pytest.fixture(scope="module")
 def script():
     loader = SourceFileLoader("data_script", str(SCRIPT))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("data_script", loader))
+    spec = importlib.util.spec_from_loader("data_script", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 

@@ -1,7 +1,10 @@
 """What a machine lacks is installed, or named by the tests that are skipped for it."""
 
+import os
 import re
 import subprocess
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,30 @@ def test_make_test_installs_before_it_sets_up_and_tests() -> None:
         for text in ("scripts/install-packages ||", "scripts/setup", "scripts/data", "-m pytest")
     ]
     assert places == sorted(places)
+
+
+def test_lint_sees_every_python_file() -> None:
+    dry = ["make", "--dry-run", "lint"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
+    tools = [
+        line.split() for line in done.stdout.splitlines() if "/ruff " in line or "mypy" in line
+    ]
+    assert len(tools) == 3
+    for name in python_files():
+        seen = {name, *map(str, Path(name).parents)}
+        assert all(seen & set(words) for words in tools), name
+
+
+def python_files() -> Iterator[str]:
+    """By its suffix or its first line, without what git ignores."""
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    for folder, names, files in os.walk(ROOT):
+        names[:] = [n for n in names if n != ".git" and not any(fnmatch(n, i) for i in ignored)]
+        for path in (Path(folder, name) for name in files):
+            with path.open("rb") as file:
+                first = file.readline()
+            if path.suffix == ".py" or (first.startswith(b"#!") and b"python" in first):
+                yield str(path.relative_to(ROOT))
 
 
 def test_ci_skips_nothing_and_ends_with_the_tests() -> None:

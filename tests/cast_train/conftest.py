@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def train_until(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from cast_train.training.run import train
     from cast_train.training.trainer import CastTrainer
 
-    def interrupted(step: int, *arguments: object) -> None:
+    def interrupted(step: int, *arguments: Any) -> None:
         compute_loss = CastTrainer.compute_loss
 
         def stop(self, *args, **kwargs):

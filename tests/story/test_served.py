@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -64,7 +65,7 @@ def test_openai_client(client: openai.OpenAI, name: str) -> None:
 
 
 def test_openai_client_with_everything(client: openai.OpenAI) -> None:
-    asked = {"model": "sparse", "prompt": "One, two, three,", "max_tokens": 6}
+    asked: dict[str, Any] = {"model": "sparse", "prompt": "One, two, three,", "max_tokens": 6}
     found = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
     assert len(found.choices) == 2
     assert found.choices[0].logprobs is not None
@@ -91,9 +92,13 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     both = client.completions.create(model="dense", prompt=["a", "b"], max_tokens=2)
     assert [choice.index for choice in both.choices] == [0, 1]
 
-    message = {"role": "user", "content": "Count."}
     chunks = client.chat.completions.create(
-        model="sparse", messages=[message], max_tokens=4, stream=True, logprobs=True, top_logprobs=2
+        model="sparse",
+        messages=[{"role": "user", "content": "Count."}],
+        max_tokens=4,
+        stream=True,
+        logprobs=True,
+        top_logprobs=2,
     )
     told = [c.logprobs for chunk in chunks for c in chunk.choices if c.logprobs]
     assert 1 <= len(told) <= 4

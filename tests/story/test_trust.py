@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import hypothesis
@@ -121,7 +122,9 @@ def test_hostile_requests_do_no_harm(served: Served) -> None:
         assert not send_all(client)
         before = resident_bytes(served)  # buffers and caches have their size by now
         assert not send_all(client)
-    address = (httpx.URL(served.url).host, httpx.URL(served.url).port)
+    url = httpx.URL(served.url)
+    assert url.port is not None
+    address = (url.host, url.port)
 
     for _ in range(1000):
         socket.create_connection(address).close()
@@ -145,14 +148,14 @@ def _send_slowly(address: tuple[str, int]) -> bytes:
 
 def test_the_description_holds_for_whatever_schemathesis_makes_of_it(served: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
     assert {"/v1/completions", "/v1/chat/completions"} <= {each.path for each in operations}
     wrong = [text for operation in operations for text in _undescribed(served, operation)]
     assert not wrong
     assert is_ready(served)
 
 
-def _undescribed(served: Served, operation: schemathesis.APIOperation) -> list[str]:
+def _undescribed(served: Served, operation: Any) -> list[str]:
     """Requests that were answered by a status that the description does not know, or by a 5xx."""
     known = {int(status) for status in operation.definition.raw["responses"]}
     wrong: list[str] = []
@@ -165,7 +168,7 @@ def _undescribed(served: Served, operation: schemathesis.APIOperation) -> list[s
         derandomize=True,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    def send(case: schemathesis.Case) -> None:
+    def send(case: Any) -> None:
         found = case.call(base_url=served.url, timeout=300)
         if found.status_code >= 500 or found.status_code not in known:
             wrong.append(f"{case.method} {case.path} {str(case.body)[:200]}: {found.status_code}")

@@ -45,7 +45,7 @@ def test_two_full_steps_that_share_no_beginning(
     vocabulary_size: int, max_model_len: int, max_num_batched_tokens: int, step_tokens: int
 ) -> None:
     engine = Engine(vocabulary_size, max_model_len, max_num_batched_tokens)
-    warmed_up = asyncio.run(warm_up(engine))  # type: ignore[arg-type]
+    warmed_up = asyncio.run(warm_up(engine))
     assert warmed_up.step_tokens == step_tokens
     assert [len(prompt) for prompt in engine.prompts] == [1, step_tokens, step_tokens]
     assert len({prompt[0] for prompt in engine.prompts}) == 3
@@ -66,8 +66,9 @@ def test_the_second_full_step_is_the_one_told() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cast_serve.engine.warmup.time", clock)
         patch.setattr(asyncio, "sleep", sleep)
-        warmed_up = asyncio.run(warm_up(engine))  # type: ignore[arg-type]
-    assert (warmed_up.first_s, warmed_up.step_s) == (0.1, pytest.approx(0.3))
+        warmed_up = asyncio.run(warm_up(engine))
+    assert warmed_up.first_s == 0.1
+    assert warmed_up.step_s == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(("place", "num_tokens"), [(0, 1), (1, 10), (2, 10)])
@@ -76,4 +77,4 @@ def test_an_engine_that_does_not_answer_is_not_served(place: int, num_tokens: in
     engine.pauses_s[place] = -1
     message = rf"did not answer a request of {num_tokens} prompt .*\(RuntimeError: out of memory\)"
     with pytest.raises(RuntimeError, match=message):
-        asyncio.run(warm_up(engine))  # type: ignore[arg-type]
+        asyncio.run(warm_up(engine))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from cast_serve.checkpoint.record import verify
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
@@ -23,7 +24,7 @@ def assert_same_result(first, second):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    records = [models.verify(folder) for folder in (first, second)]
+    records = [verify(folder) for folder in (first, second)]
     for key in ("quality", "gates", "best_step"):
         assert records[0][key] == records[1][key]
 

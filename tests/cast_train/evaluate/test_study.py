@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cast_train.evaluate import report, study
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"way": "magnitude", "seed": None, "perplexity": 80.0},
     {"way": "wanda", "seed": None, "perplexity": 40.0},
     {"way": "before", "seed": None, "perplexity": 10.0},
@@ -72,8 +73,8 @@ def test_a_way_may_change_any_setting():
 
 
 def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypatch):
-    settings = {"steps": 4, "block_size": 32, "heldout_blocks": 4, "calibration_blocks": 4}
-    settings |= {"learning_rate": 3e-3, "evaluate_every": 2}
+    settings: dict[str, Any] = {"steps": 4, "block_size": 32, "heldout_blocks": 4}
+    settings |= {"calibration_blocks": 4, "learning_rate": 3e-3, "evaluate_every": 2}
     out = tmp_path / "study"
     rival = tmp_path / "twin"
     shutil.copytree(llama_dir, rival)
@@ -82,7 +83,7 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
         '{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n'
         '{"question": "1 + 2", "choices": ["2", "3"], "answer": 1}\n'
     )
-    more = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
+    more: dict[str, Any] = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
     more |= {"choices": [questions], "rivals": [rival]}
     arguments = (llama_dir, [text_file], text_file, out, settings)
     with pytest.raises(ValueError, match="a rival cannot be called wanda"):

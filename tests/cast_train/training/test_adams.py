@@ -67,5 +67,6 @@ def test_a_plan_that_cannot_reach_is_refused():
     assert adams.reach(config) == pytest.approx(1e-2 * (0.25 - 1 / math.pi**2), rel=0.05)
     with pytest.raises(ValueError, match="they are 0.4 on average.*raise steps or learning_rate"):
         adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 0.3, 0.5]])})
-    found = adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 1e-4, 3e-4]])})
-    assert found == (adams.reach(config), pytest.approx(2e-4))
+    reach, size = adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 1e-4, 3e-4]])})
+    assert reach == adams.reach(config)
+    assert size == pytest.approx(2e-4)

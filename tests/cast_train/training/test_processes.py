@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cast_train.checkpoint import models
+from cast_serve.checkpoint.record import verify
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 
@@ -67,7 +67,7 @@ def test_two_processes_learn_what_one_does(
     one = train(model_dir, [text_file], tmp_path / "one", alone)
     done = in_two_processes(config, tmp_path / "two", model_dir, text_file)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = models.verify(tmp_path / "two")
+    two = verify(tmp_path / "two")
     assert two["tokens_seen"] == one["tokens_seen"]
     rel = 1e-2 if config.precision == "bf16" else 1e-3
     for ours, theirs in zip(two["curve"], one["curve"], strict=True):

@@ -20,8 +20,8 @@ def call(*words):
 
 def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):
     out = tmp_path / "sparse"
-    words = ("--model", llama_dir, "--text", text_file, text_file, "--out", out)
-    words += ("--config", settings_file, "--steps", 3)
+    words = ["--model", llama_dir, "--text", text_file, text_file, "--out", out]
+    words += ["--config", settings_file, "--steps", 3]
     done = call(*words)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
