@@ -21,7 +21,9 @@ from loadtest.provenance import provenance
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded
 from loadtest.report import commands, pareto
-from loadtest.report.result import WRITTEN, check_out, result_of, write_out
+from loadtest.report.directory import check_out
+from loadtest.report.files import WRITTEN, write_out
+from loadtest.report.result import result_of
 from loadtest.send.client import Client
 from loadtest.send.paired import Plan, check_fit, run_paired
 from loadtest.send.processes import Processes

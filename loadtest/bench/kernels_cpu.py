@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cast_serve import kernels
 from loadtest.bench.shapes import random_weight
-from loadtest.report.result import new_directory
+from loadtest.report.directory import new_directory
 
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7

@@ -18,6 +18,7 @@ from torch import Tensor
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import pack
 from loadtest.bench.shapes import random_weight
+from loadtest.report.directory import new_directory
 
 NUM_REPETITIONS = 9
 CACHES = 4  # the copies of a weight take so many times the L2 cache
@@ -91,8 +92,6 @@ def table_of(result: dict[str, Any]) -> str:
 
 def write_out(out: Path, result: dict[str, Any]) -> None:
     """Writes a new directory with result.json."""
-    from loadtest.report.result import new_directory  # here: a bare machine has not got its needs
-
     with new_directory(out, result):
         pass
 

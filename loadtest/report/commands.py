@@ -11,7 +11,9 @@ from rich.console import Console
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
-from loadtest.report.result import WRITTEN, check_matplotlib, result_of, table_of, write_reports
+from loadtest.report.directory import check_matplotlib
+from loadtest.report.files import WRITTEN, write_reports
+from loadtest.report.result import result_of, table_of
 
 
 def terms_of(

@@ -1,28 +1,30 @@
 """A recorded run and its result -> report.html: one file, no script, nothing fetched.
 
-Figures follow the viewer's light or dark setting, and variants differ by dash and name as well as
-by colour.
+The page follows the viewer's light or dark setting; charts are always light. In them, variants
+differ by dash and name as well as by colour.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from html import escape
 from typing import Any
 
 from loadtest.judge.statistics import THROUGHPUT
 from loadtest.record import Recorded
-from loadtest.report import charts, plots
+from loadtest.report import figures
 from loadtest.report.words import facts, headline, notes, quality_texts, rows, warnings
 
+SPEEDUPS_INCHES = (7.0, 4.2)
 STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f6f3; --surface: #fff; --ink: #1b1f24; --muted: #59616b; --line: #deded8;
-  --edge: #83898f; --v0: #59616b; --v1: #0f766e; --better: #0f766e; --worse: #b42318;
+  --link: #0f766e; --better: #0f766e; --worse: #b42318;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #131618; --surface: #1b1f22; --ink: #e8e9e7; --muted: #a2a9b0; --line: #30363a;
-    --edge: #747d84; --v0: #a9b2bb; --v1: #4cc9b8; --better: #4cc9b8; --worse: #ff9d92;
+    --link: #4cc9b8; --better: #4cc9b8; --worse: #ff9d92;
   }
 }
 * { box-sizing: border-box; }
@@ -34,7 +36,6 @@ body {
 h1 { margin: 0; max-width: 60rem; font-size: clamp(1.4rem, 3.2vw, 2rem); line-height: 1.25;
   letter-spacing: -0.02em; text-wrap: balance; }
 h2 { margin: 3rem 0 0.75rem; font-size: 1.25rem; letter-spacing: -0.01em; }
-h3 { margin: 0 0 0.25rem; font-size: 1rem; }
 p { max-width: 54rem; }
 .muted, figcaption, dt { color: var(--muted); font-size: 0.875rem; }
 .warnings { margin: 0 0 2rem; padding: 0; list-style: none; display: grid; gap: 0.75rem; }
@@ -51,28 +52,11 @@ th { font-weight: 600; } thead th { color: var(--muted); font-size: 0.875rem; }
 th:first-child, .text { text-align: left; }
 .text { min-width: 14rem; white-space: normal; }
 tbody tr.first > * { border-top: 1px solid var(--line); }
-.bar { display: block; width: 10rem; height: 1rem; }
-.bar .even { stroke: var(--edge); stroke-dasharray: 2 2; }
-.bar .range { stroke-width: 6; opacity: 0.4; stroke: currentColor; }
-.bar circle { fill: currentColor; }
-.better { color: var(--better); } .worse { color: var(--worse); } .same { color: var(--muted); }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; min-width: 0; } .only { max-width: 52rem; }
-a { color: var(--v1); }
-.chart { display: block; width: 100%; }
-.chart text { fill: var(--muted); font-size: 12px; }
-.chart .grid { stroke: var(--line); } .chart .tick { stroke: var(--edge); }
-.chart .even { stroke: var(--edge); stroke-dasharray: 4 3; }
-.chart .value { stroke: var(--v1); stroke-width: 1.5; }
-.chart .interval { fill: var(--v1); opacity: 0.18; }
-.series { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.v0 { stroke: var(--v0); stroke-dasharray: 5 3; } .v1 { stroke: var(--v1); }
-.dot { stroke-width: 1.5; stroke-dasharray: none; }
-.dot.v0 { fill: var(--surface); } .dot.v1 { fill: var(--v1); }
-.cross { fill: none; stroke-width: 1.5; stroke-dasharray: none; }
-.key { display: inline-flex; align-items: center; gap: 0.4rem; margin-right: 1rem; }
-.key svg { width: 1.75rem; height: 0.6rem; }
+figure { margin: 0; min-width: 0; } .only { max-width: 52rem; margin-top: 1rem; }
+a { color: var(--link); }
+.chart { display: block; width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.375rem 1.25rem; margin: 0; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 code { font-size: 0.9em; }
@@ -105,10 +89,12 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
     body += [f'<p class="muted">{escape(text)}</p>' for text in notes(result)]
     if recorded.pairs:
         body += ["<h2>Figures</h2>", _table(result)]
+        all_speedups = chart(partial(figures.speedups, result=result), SPEEDUPS_INCHES)
+        body.append(f'<div class="only">{all_speedups}</div>')
     if texts := quality_texts(result):
         body += ["<h2>Quality</h2>", *(f"<p>{escape(text)}</p>" for text in texts)]
-    checks = ["check", "limit", "found", "passed", "why"]
-    lines = [
+    columns = ["check", "limit", "found", "passed", "why"]
+    checks = [
         [
             check["name"],
             _shown(check["limit"]),
@@ -118,9 +104,9 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
         ]
         for check in result["verdict"]["checks"]
     ]
-    body += ["<h2>Verdict</h2>", plain_table(checks, lines)]
+    body += ["<h2>Verdict</h2>", plain_table(columns, checks)]
     if recorded.pairs:
-        body += _figures(recorded, result)
+        body += _charts(recorded, result)
     items = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts(result)
     )
@@ -132,49 +118,51 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
     return page(f"{result['candidate']} against {result['baseline']}", body)
 
 
-def _figures(recorded: Recorded, result: dict[str, Any]) -> list[str]:
-    legend = plots.legend(*recorded.variants)
-    ratios = [plots.pairs(result, metric) for metric in ("ttft", "tpot", "e2e", THROUGHPUT)]
-    body = ["<h2>Distributions</h2>", legend]
-    body += _grid(plots.distribution(recorded, metric) for metric in ("ttft", "tpot"))
-    body += ["<h2>Speed-up in each block pair</h2>", *_grid(ratios)]
-    body += ["<h2>Drift over the run</h2>", legend]
-    body += _grid(plots.drift(recorded, result, metric) for metric in ("ttft", "tpot"))
+def _charts(recorded: Recorded, result: dict[str, Any]) -> list[str]:
+    ttft_and_tpot = ("ttft", "tpot")
+    body = ["<h2>Distributions</h2>"]
+    body += _grid(partial(figures.distribution, recorded=recorded, metric=m) for m in ttft_and_tpot)
+    body.append("<h2>Speed-up in each block pair</h2>")
+    body += _grid(
+        partial(figures.block_pairs, result=result, metric=metric)
+        for metric in ("ttft", "tpot", "e2e", THROUGHPUT)
+    )
+    body.append("<h2>Drift over the run</h2>")
+    body += _grid(
+        partial(figures.drift, recorded=recorded, result=result, metric=m) for m in ttft_and_tpot
+    )
     if result["schedule"] != "closed":
-        body += ["<h2>Latency against time</h2>", legend]
-        body += _grid(plots.timeline(recorded, metric) for metric in ("ttft", "e2e"))
+        body.append("<h2>Latency against time</h2>")
+        body += _grid(
+            partial(figures.timeline, recorded=recorded, metric=m) for m in ("ttft", "e2e")
+        )
     return body
 
 
-def _grid(figures: Iterable[str]) -> list[str]:
-    return ['<div class="charts">', *figures, "</div>"]
+def _grid(draws: Iterable[figures.Draw]) -> list[str]:
+    return ['<div class="charts">', *(chart(draw) for draw in draws), "</div>"]
+
+
+def chart(draw: figures.Draw, size: tuple[float, float] = figures.CHART_INCHES) -> str:
+    """A chart with its caption.
+
+    Args:
+        draw: as for figures.svg; so is `size`.
+    """
+    drawing, caption = figures.svg(draw, size)
+    return f'<figure class="panel">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _table(result: dict[str, Any]) -> str:
-    found = rows(result)
-    # All bars share a scale that holds 1 and every end.
-    ends = [end for row in found if row.interval for end in row.interval]
-    reach = (min([0.95, *ends]) / 1.03, max([1.05, *ends]) * 1.03)
-    scale = f"{reach[0]:.2f} to {reach[1]:.2f}, dashed: 1"
-    columns = ("", result["baseline"], result["candidate"], "speed-up", scale, "n")
+    columns = ("", result["baseline"], result["candidate"], "speed-up", "n")
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     lines = []
-    for row in found:
-        bar = ""
-        if row.interval:
-            bar = charts.interval_bar(*row.interval, reach)
-        n = (
-            ""
-            if row.n is None
-            else f"{row.n[0]}"
-            if row.n[0] == row.n[1]
-            else "{} / {}".format(*row.n)
-        )
+    for row in rows(result):
+        n = "" if row.n is None else " / ".join(str(number) for number in dict.fromkeys(row.n))
         kind = ' class="first"' if row.label.split()[1] in ("p50,", "tokens/s") else ""
-        cells = "".join(f"<td>{escape(c)}</td>" for c in (row.baseline, row.candidate, row.speedup))
-        lines.append(
-            f"<tr{kind}><th>{escape(row.label)}</th>{cells}<td>{bar}</td><td>{n}</td></tr>"
-        )
+        cells = (row.baseline, row.candidate, row.speedup, n)
+        body = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr{kind}><th>{escape(row.label)}</th>{body}</tr>")
     return _panel(head, "".join(lines))
 
 

@@ -8,18 +8,18 @@ variant's front lies further up and right.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from loadtest.judge.statistics import THROUGHPUT
 from loadtest.record import RUN_FILE, Recorded
-from loadtest.report import charts, html, plots
-from loadtest.report.charts import Point
-from loadtest.report.picture import COLOURS
+from loadtest.report import figures, html
 from loadtest.report.result import result_of
+from loadtest.report.words import markdown_table
 
-AXES = ("tokens/s per user (1 / median TPOT)", "output tokens/s of all users")
+CHART_INCHES = (7.0, 4.4)
 
 
 def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
@@ -124,24 +124,8 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, lines
 
 
-def _chart(sweep: dict[str, Any]) -> str:
-    series = _series(sweep)
-    positions = [position for _, _, dots in series for position, _ in dots]
-    if not positions:
-        return ""
-    x = charts.x_scale((per_user for per_user, _ in positions), pad=0.05)
-    y = charts.y_scale(total for _, total in positions)
-    marks = []
-    for (_, front, dots), kind in zip(series, plots.KINDS, strict=True):
-        named = [(*position, name) for position, name in dots]
-        marks += [charts.line(front, x, y, kind), charts.dots(named, x, y, kind)]
-        marks.append(charts.labels(named, x, y))
-    return charts.chart("throughput against interactivity", x, y, *AXES, marks)
-
-
-def _series(sweep: dict[str, Any]) -> list[tuple[str, list[Point], list[tuple[Point, str]]]]:
-    """(variant, its front from left to right, its points with their runs)."""
-    found = []
+def _series(sweep: dict[str, Any]) -> list[figures.Series]:
+    found: list[figures.Series] = []
     for variant in (sweep["baseline"], sweep["candidate"]):
         own = [p for p in sweep["points"] if p["variant"] == variant]
         dots = [(position, p["run"]) for p in own if (position := _position(p))]
@@ -152,52 +136,48 @@ def _series(sweep: dict[str, Any]) -> list[tuple[str, list[Point], list[tuple[Po
 
 def write_sweep(directory: Path, sweep: dict[str, Any]) -> None:
     """Writes result.json, report.html, report.md and report.png beside the runs."""
+    texts = {
+        "result.json": json.dumps(sweep, indent=2, allow_nan=False),
+        "report.html": _html(sweep),
+        "report.md": _markdown(sweep),
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+    figures.write_front_png(directory / "report.png", _series(sweep))
+
+
+def _html(sweep: dict[str, Any]) -> str:
     columns, lines = _table(sweep)
-    says = headline(sweep)
-    how = "Lines join each variant's front. Further up and right is better."
-    body = [*html.alerts(_warnings(sweep)), f"<h1>{escape(says)}</h1>"]
-    body.append(plots.legend(sweep["baseline"], sweep["candidate"]))
-    figure = plots.figure("Throughput against interactivity", how, _chart(sweep))
-    body += [f'<div class="only">{figure}</div>', "<h2>Runs</h2>"]
-    body.append(html.plain_table(columns, lines))
+    chart = html.chart(partial(figures.front, series=_series(sweep)), CHART_INCHES)
     links = "".join(
         f'<li><a href="{escape(name)}/report.html">{escape(name)}</a></li>'
         for name in sweep["runs"]
     )
-    body.append(f"<ul>{links}</ul>")
-    title = f"{sweep['candidate']} against {sweep['baseline']}, sweep"
-    table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *lines]
-    markdown = [
-        f"# {says}",
-        "",
-        *(f"> **{text}**\n" for text in _warnings(sweep)),
-        "![throughput against interactivity](report.png)",
-        "",
+    body = [
+        *html.alerts(_warnings(sweep)),
+        f"<h1>{escape(headline(sweep))}</h1>",
+        f'<div class="only">{chart}</div>',
+        "<h2>Runs</h2>",
+        html.plain_table(columns, lines),
+        f"<ul>{links}</ul>",
     ]
-    markdown += [f"| {' | '.join(line)} |" for line in table]
-    texts = {
-        "result.json": json.dumps(sweep, indent=2, allow_nan=False),
-        "report.html": html.page(title, body),
-        "report.md": "\n".join([*markdown, "", how]),
-    }
-    for name, text in texts.items():
-        (directory / name).write_text(text + "\n", encoding="utf-8")
-    _draw(directory / "report.png", sweep)
+    return html.page(f"{sweep['candidate']} against {sweep['baseline']}, sweep", body).rstrip()
 
 
-def _draw(path: Path, sweep: dict[str, Any]) -> None:
-    from matplotlib.figure import Figure  # an optional extra
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for (variant, front, dots), colour in zip(_series(sweep), COLOURS, strict=True):
-        axes.plot(*([at[axis] for at in front] for axis in (0, 1)), color=colour, label=variant)
-        axes.scatter(*([at[axis] for at, _ in dots] for axis in (0, 1)), color=colour)
-        for at, name in dots:
-            axes.annotate(name, at, textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xlabel=AXES[0], ylabel=AXES[1])
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def _markdown(sweep: dict[str, Any]) -> str:
+    columns, lines = _table(sweep)
+    return "\n".join(
+        [
+            f"# {headline(sweep)}",
+            "",
+            *(f"> **{text}**\n" for text in _warnings(sweep)),
+            "![throughput against interactivity](report.png)",
+            "",
+            *markdown_table(columns, lines),
+            "",
+            figures.FRONT_CAPTION,
+        ]
+    )
 
 
 def is_sweep(directory: Path) -> bool:

@@ -4,7 +4,7 @@ Whatever may mislead is said first: a void run, failed requests, unequal lengths
 pairs, drift.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,3 +281,9 @@ def accuracy_text(result: Result) -> str | None:
 def _share(side: Mapping[str, float | None], name: str) -> str:
     error = side[f"{name}_stderr"]
     return f"{side[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+
+def markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; all columns but the first are aligned to the right."""
+    head = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (*head, *lines)]

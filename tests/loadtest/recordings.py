@@ -103,6 +103,17 @@ def two_pairs(**changes: Any) -> Recorded:
     return recorded(found, **changes)
 
 
+def broken_runs() -> list[Recorded]:
+    """A run without blocks, one in which a variant never answered, and one that met no limit."""
+    lost = [request(0, 0, "dense", 1.0), request(1, 0, "sparse", None)]
+    open_loop = {"schedule": "poisson", "rate_per_s": 2.0}
+    return [
+        recorded([request(None, None, "dense", None)]),
+        recorded(lost, **open_loop),
+        two_pairs(**open_loop, slo={"ttft_s": 0.001, "tpot_s": None}),
+    ]
+
+
 def simulated(
     seed: int,
     *,

@@ -30,7 +30,8 @@ from loadtest.quality import choices
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
-from loadtest.report.result import markdown_of, result_of, write_out
+from loadtest.report.files import markdown_of, write_out
+from loadtest.report.result import result_of
 from loadtest.report.words import accuracy_text
 from tests.loadtest.conftest import ServeApp
 from tests.loadtest.recordings import two_pairs

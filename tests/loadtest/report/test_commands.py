@@ -11,7 +11,8 @@ from loadtest.__main__ import app
 from loadtest.mock_server import MockVariant
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
-from loadtest.report.result import result_of, write_out
+from loadtest.report.files import write_out
+from loadtest.report.result import result_of
 from tests.loadtest.conftest import Serve
 from tests.loadtest.recordings import simulated, two_pairs
 

@@ -7,7 +7,8 @@ import pytest
 
 from loadtest.record import Recorded
 from loadtest.report import pareto
-from loadtest.report.result import result_of, write_out
+from loadtest.report.files import write_out
+from loadtest.report.result import result_of
 from tests.loadtest.recordings import recorded, request
 
 # Seconds per token and number of requests that end together, of each concurrency.

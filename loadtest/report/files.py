@@ -1,0 +1,57 @@
+"""A recorded run and its result -> a directory of files.
+
+run.json, requests.jsonl   the record (record.py)
+result.json                the result: all that follows from the record, the verdict included
+report.html, .md, .png     the same for people
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loadtest.record import Recorded
+from loadtest.report import figures, html
+from loadtest.report.directory import new_directory
+from loadtest.report.words import facts, markdown_table, notes, quality_texts, rows
+
+WRITTEN = "result.json, report.html, report.md and report.png, from run.json and requests.jsonl"
+
+
+def write_out(out: Path, recorded: Recorded, result: dict[str, Any]) -> None:
+    """Makes the directory with everything in it, or nothing."""
+    with new_directory(out, result) as partial:
+        recorded.write(partial)
+        write_reports(partial, recorded, result)
+
+
+def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -> None:
+    """Writes whatever follows from the record into a directory that exists."""
+    texts = {
+        "result.json": json.dumps(result, indent=2, allow_nan=False) + "\n",
+        "report.md": markdown_of(result),
+        "report.html": html.report(recorded, result),
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    figures.write_png(directory / "report.png", recorded, result)
+
+
+def markdown_of(result: dict[str, Any]) -> str:
+    """The result for a pull request or a wiki."""
+    lines = [f"# {result['headline']}", ""]
+    lines += [f"> **{warning}**\n" for warning in result["warnings"]]
+    lines += [f"**{'Passed' if result['passed'] else 'NOT PASSED'}**", ""]
+    if result["num_requests"]:
+        columns = ("", result["baseline"], result["candidate"], "speed-up")
+        cells = [(row.label, row.baseline, row.candidate, row.speedup) for row in rows(result)]
+        lines += [*markdown_table(columns, cells), ""]
+        lines += [f"{note}\n" for note in notes(result)]
+        lines += ["![distributions and block pairs](report.png)", ""]
+    lines += [f"{text}\n" for text in quality_texts(result)]
+    lines += ["## Verdict", ""]
+    for check in result["verdict"]["checks"]:
+        state = "passed" if check["passed"] else "**NOT PASSED**"
+        lines.append(f"- {state}: {check['name']}: {check['why']}")
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {name}: {value}" for name, value in facts(result)]
+    return "\n".join(lines) + "\n"

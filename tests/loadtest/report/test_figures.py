@@ -1,0 +1,196 @@
+"""What is drawn, by the values in the axes, and elements that parse and are always the same."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from loadtest.report import figures
+from loadtest.report.result import result_of
+from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+
+RUN = two_pairs()
+RESULT = result_of(RUN)
+
+
+def drawn(draw: Callable[..., str], *arguments: Any) -> tuple[Any, str]:
+    """The axes and the caption of one chart."""
+    axes = Figure().subplots()
+    return axes, draw(axes, *arguments)
+
+
+def lines_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    """By label, the points of each line."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for line in axes.get_lines():
+        points = zip(line.get_xdata(), line.get_ydata(), strict=True)
+        lines[line.get_label()] = [(float(across), float(up)) for across, up in points]
+    return lines
+
+
+def test_a_distribution_by_hand() -> None:
+    axes, caption = drawn(figures.distribution, RUN, "ttft")
+    lines = lines_of(axes)
+    # 1, 2, 3, 3, 3 and 5 s; the line goes on to the longest of both, 9 s.
+    across, up = zip(*lines["sparse, n = 6"], strict=True)
+    assert across == pytest.approx([1000, 1000, 2000, 3000, 3000, 3000, 5000, 9000])
+    assert up == pytest.approx([number / 6 for number in (0, 1, 2, 3, 4, 5, 6, 6)])
+    assert {line.get_drawstyle() for line in axes.get_lines()} == {"steps-post"}
+    assert axes.get_xscale() == "linear"
+    assert caption == "Further left is faster."
+
+
+def test_failed_requests_are_missing_at_the_end_of_a_distribution() -> None:
+    lost = request(0, 0, "dense", None)
+    axes, _ = drawn(figures.distribution, recorded([*RUN.requests, lost]), "ttft")
+    assert lines_of(axes)["dense, n = 7, 1 failed"][-1] == pytest.approx((9000, 6 / 7))
+
+
+def test_block_pairs_and_the_run_by_hand() -> None:
+    axes, caption = drawn(figures.block_pairs, RESULT, "ttft")
+    points = [(1.0, 2.0), (2.0, 3.0)]
+    assert points in lines_of(axes).values()
+    speedup = RESULT["speedups"]["ttft_p50"]
+    box = axes.patches[0].get_bbox()
+    assert (box.y0, box.y1) == pytest.approx((speedup["low"], speedup["high"]))
+    assert caption == (
+        "Line and band: 2.83x (2.00 to 3.00) over the whole run. Dots: each pair's medians."
+    )
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_drift_by_hand() -> None:
+    axes, caption = drawn(figures.drift, RUN, RESULT, "ttft")
+    assert lines_of(axes) == {
+        "dense": [(0.0, 4000.0), (300.0, 9000.0)],
+        "sparse": [(100.0, 2000.0), (200.0, 3000.0)],
+    }
+    assert caption == "Later half of the blocks over the earlier: dense 2.250x, sparse 1.500x."
+
+
+def test_a_timeline_counts_from_each_blocks_start_and_crosses_what_failed() -> None:
+    lost = request(1, 0, "sparse", None, sent_s=102.0)
+    axes, caption = drawn(figures.timeline, recorded([*RUN.requests, lost]), "ttft")
+    lines = list(lines_of(axes).values())
+    assert sorted(lines[0]) == sorted((0.0, 1e3 * s) for s in (3, 4, 8, 9, 9, 9))
+    assert lines[-1] == [(2.0, 0.98)]
+    assert (
+        caption == "13 of 13 requests, all blocks laid over each other. Crosses at the top failed."
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "colour"),
+    [(1.1, 1.3, figures.BETTER), (0.8, 0.9, figures.WORSE), (0.9, 1.1, figures.SAME)],
+)
+def test_speedups_tell_on_which_side_of_one_they_are(low: float, high: float, colour: str) -> None:
+    speedup = {"ratio": (low + high) / 2, "low": low, "high": high}
+    axes, _ = drawn(figures.speedups, {**RESULT, "speedups": {"throughput": speedup}})
+    bar, dot, one = axes.get_lines()
+    assert list(bar.get_xdata()) == [low, high]
+    assert (bar.get_color(), dot.get_color()) == (colour, colour)
+    assert list(one.get_xdata()) == [1, 1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["output tokens/s"]
+
+
+def test_a_front_names_its_points_on_the_side_with_more_room() -> None:
+    front = [(1.0, 100.0), (9.0, 10.0)]
+    series = [(variant, front, [(front[0], "few"), (front[1], "many")]) for variant in ("a", "b")]
+    axes, _ = drawn(figures.front, series)
+    sides = {text.get_text(): text.get_horizontalalignment() for text in axes.texts}
+    assert sides == {"few": "left", "many": "right"}
+    assert lines_of(axes)["a"] == front
+
+
+def test_values_that_span_tenfold_have_a_logarithmic_scale_with_plain_digits() -> None:
+    few, many = request(0, 0, "dense", 0.1), request(0, 0, "dense", 2.0)
+    run = recorded([few, many, request(1, 0, "sparse", 0.2)])
+    axes, _ = drawn(figures.distribution, run, "ttft")
+    assert axes.get_xscale() == "log"
+    axes.figure.canvas.draw()
+    labels = {label.get_text() for label in axes.get_xticklabels()}
+    assert {"100", "200", "500", "1000", "2000"} <= labels
+
+
+def test_thinning_keeps_both_ends() -> None:
+    assert figures.thinned(range(5)) == [0, 1, 2, 3, 4]
+    found = figures.thinned(range(10_000))
+    assert len(found) == figures.MAX_POINTS
+    assert (found[0], found[-1]) == (0, 9999)
+    assert found == sorted(set(found))
+
+
+def one_chart(axes: Any) -> str:
+    axes.set_title('a < b & "c"')
+    axes.plot([1, 2], [1, 2], marker="o", label="<line>")
+    axes.legend()
+    return "caption & all"
+
+
+def test_svg_parses_and_keeps_its_text() -> None:
+    text, caption = figures.svg(one_chart)
+    assert caption == "caption & all"
+    assert text.startswith('<svg class="chart" role="img" aria-label="a &lt; b &amp; ')
+    root = ElementTree.fromstring(text)
+    found = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {'a < b & "c"', "<line>", "1.0"} <= found
+
+
+def test_svg_is_always_the_same_and_its_ids_are_its_own() -> None:
+    text, _ = figures.svg(one_chart)
+    assert text == figures.svg(one_chart)[0]
+    assert not re.search(r"Matplotlib|20\d\d-\d\d-\d\d", text)
+
+    def another(axes: Any) -> str:
+        one_chart(axes)
+        axes.set_title("another")
+        return ""
+
+    ids = [re.findall(r' id="([^"]+)"', found) for found in (text, figures.svg(another)[0])]
+    assert ids[0]
+    assert not set(ids[0]) & set(ids[1])
+    assert len(set(ids[0])) == len(ids[0])
+    assert set(re.findall(r'(?:url\(|href=")#(\w+)', text)) == set(ids[0])
+
+
+def test_runs_without_values_say_so() -> None:
+    run = recorded([request(None, None, "dense", None)])
+    result = result_of(run)
+    for draw, arguments in (
+        (figures.distribution, (run, "ttft")),
+        (figures.speedups, (result,)),
+        (figures.block_pairs, (result, "tpot")),
+        (figures.drift, (run, result, "ttft")),
+        (figures.timeline, (run, "e2e")),
+        (figures.front, ([("dense", [], []), ("sparse", [], [])],)),
+    ):
+        axes, caption = drawn(draw, *arguments)
+        assert caption == axes.texts[0].get_text()
+
+
+def test_settings_do_not_leak() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.svg(one_chart)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_matplotlib_is_not_imported_before_a_chart_is_drawn() -> None:
+    code = "import sys, loadtest.__main__; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_a_large_run_is_drawn(tmp_path: Path) -> None:
+    run = simulated(1, num_prompts=100, schedule="poisson", rate_per_s=2.0)
+    result = result_of(run)
+    figures.write_png(tmp_path / "report.png", run, result)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    axes, caption = drawn(figures.timeline, run, "ttft")
+    assert caption == "800 of 4000 requests, all blocks laid over each other."

@@ -1,0 +1,59 @@
+"""The record and what follows from it are written together or not at all, and agree."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loadtest.record import Recorded
+from loadtest.report import figures
+from loadtest.report.files import markdown_of, write_out
+from loadtest.report.result import result_of
+from tests.loadtest.recordings import broken_runs, two_pairs
+
+RUN = two_pairs()
+RESULT = result_of(RUN)
+FILES = [
+    "report.html",
+    "report.md",
+    "report.png",
+    "requests.jsonl",
+    "result.json",
+    "run.json",
+]
+
+
+def test_everything_is_computed_from_the_record(tmp_path: Path) -> None:
+    write_out(tmp_path / "new" / "out", RUN, RESULT)
+    out = tmp_path / "new" / "out"
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert json.loads((out / "result.json").read_text()) == RESULT
+    assert result_of(Recorded.read(out)) == RESULT
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_nothing_is_left_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figures, "write_png", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_out(tmp_path / "out", RUN, RESULT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", broken_runs())
+def test_broken_runs_are_written_too(tmp_path: Path, run: Recorded) -> None:
+    write_out(tmp_path / "out", run, result_of(run))
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result_of(run)
+
+
+def test_markdown() -> None:
+    text = markdown_of(RESULT)
+    assert text.startswith("# sparse is 2.00x")
+    assert "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (2.00 to 2.00) |" in text
+    assert "> **2 block pairs are too few" in text
+    assert "- passed: error_rate: no request failed" in text
