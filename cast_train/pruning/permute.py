@@ -74,8 +74,8 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
     num_orders = 1 + sum(1 + _num_key_heads(layer.self_attn) for layer in layers)
     with tqdm(total=num_orders, desc="order", unit="set") as progress:
         orders = _Orders(pattern, torch.Generator().manual_seed(seed), progress)
-        readers = (reader for layer in layers for reader in _residual_readers(layer))
-        residual = orders.find("residual", *(of_linear[reader] for reader in readers))
+        readers = [of_linear[linear] for layer in layers for linear in _residual_readers(layer)]
+        residual = orders.find("residual", *readers)
         for layer in layers:
             _reorder_inner(layer.mlp, of_linear, orders)
             _reorder_values(layer.self_attn, of_linear, orders)
@@ -268,9 +268,14 @@ def _reorder_residual(model: Any, layers: Sequence[Any], index: Tensor) -> None:
             _reorder_columns(reader, index)
         _reorder_rows(layer.self_attn.o_proj, index)
         _reorder_rows(layer.mlp.down_proj, index)
-    for module in (model.model.norm, *(child for layer in layers for child in layer.children())):
-        if getattr(module, "weight", None) is not None:  # a norm
-            _reorder_rows(module, index)
+    norms = [child for layer in layers for child in layer.children() if _is_norm(child)]
+    for norm in [model.model.norm, *norms]:
+        _reorder_rows(norm, index)
+
+
+def _is_norm(child: nn.Module) -> bool:
+    """Of a layer's children only norms have a weight; attention and MLP are modules of linears."""
+    return getattr(child, "weight", None) is not None
 
 
 def _reorder_rows(module: Any, index: Tensor) -> None:
