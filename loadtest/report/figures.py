@@ -68,7 +68,8 @@ def svg(draw: Draw, size: tuple[float, float] = CHART_INCHES) -> tuple[str, str]
         with rc_context({"svg.hashsalt": title}):
             figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
-    text = text[text.index("<svg ") :].rstrip()  # without the XML prologue
+    # Without the XML prologue, and on one line: matplotlib breaks it at every point of a line.
+    text = " ".join(text[text.index("<svg ") :].split())
     text = text.replace("<svg ", f'<svg class="chart" role="img" aria-label="{escape(title)}" ', 1)
     # Groups are numbered anew in every chart (axes_1), and nothing refers to them.
     return re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text), caption
