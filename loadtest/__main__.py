@@ -154,7 +154,11 @@ def run(
         if out is not None:
             check_out(out)
         terms = commands.terms_of(
-            *(guard, slo_ttft_ms, slo_tpot_ms, quality_prompts, same_model),
+            guard,
+            slo_ttft_ms,
+            slo_tpot_ms,
+            quality_prompts,
+            is_aa=same_model,
             has_choices=choices_file is not None,
         )
         if choices_file is None and choices_limit is not None:
@@ -299,10 +303,15 @@ async def _quality(
     prompts = [_text(workload.prompt(index)) for index in range(num)]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("quality", total=num)
-        return await agreement.measure_over_http(
-            *(url, api_key, timeout_s, prompts, plan.baseline, plan.candidate),
-            *(plan.output_tokens, lambda: progress.advance(task)),
-        )
+        async with agreement.gateway(url, api_key, timeout_s) as compare:
+            return await agreement.measure(
+                compare,
+                prompts,
+                plan.baseline,
+                plan.candidate,
+                plan.output_tokens,
+                lambda: progress.advance(task),
+            )
 
 
 async def _choices(
@@ -317,10 +326,10 @@ async def _choices(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         total = 2 * sum(len(question.choices) for question in questions)
         task = progress.add_task("choices", total=total)
-        return await choices.measure_over_http(
-            *(url, api_key, timeout_s, questions, plan.baseline, plan.candidate),
-            lambda: progress.advance(task),
-        )
+        async with choices.server(url, api_key, timeout_s) as ask:
+            return await choices.measure(
+                ask, questions, plan.baseline, plan.candidate, lambda: progress.advance(task)
+            )
 
 
 def _text(prompt: Prompt) -> str:

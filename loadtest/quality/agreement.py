@@ -1,29 +1,43 @@
-"""Prompts and a way to POST /v1/compare -> how far the candidate agrees with the baseline.
+"""Prompts and a gateway's POST /v1/compare -> how far the candidate agrees with the baseline.
 
-The gateway lets the baseline answer, then asks both variants what they find likeliest at each token
-of that answer. *Token agreement* is the share of tokens where it is the same one; *KL* is the
-divergence of the candidate's distribution from the baseline's, a lower bound, in nats a token.
-Means are over tokens; their intervals are bootstraps with prompts as the units.
+The gateway lets the baseline answer, then asks both variants for their likeliest token at each
+position of that answer. *Token agreement* is the share of positions where it is the same one; *KL*
+is the divergence of the candidate's distribution from the baseline's, a lower bound, in nats a
+token. Means are over tokens; their intervals are bootstraps with prompts as the units.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import httpx
 import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
-from loadtest.send.connection import authorization
+from loadtest.quality.ask import Ask, asking
 
-Compare = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
-"""The body of POST /v1/compare -> its answer."""
 MEASURES = ("token_agreement", "kl_nats_per_token")
 MAX_TOKENS = 512
 """The gateway lets an answer be no longer."""
 
 
+def gateway(url: str, api_key: str | None, timeout_s: float) -> AbstractAsyncContextManager[Ask]:
+    """Opens connections to a gateway's POST /v1/compare.
+
+    Args:
+        url: the gateway's root, without `/v1`.
+        api_key: sent as a bearer token; None sends none.
+        timeout_s: longest time for one request to a variant.
+    """
+    return asking(
+        f"{url.rstrip('/')}/v1/compare",
+        api_key,
+        4 * timeout_s,  # both variants answer, and both score the baseline's answer
+        "it needs our gateway (cast-serve up), or leave --quality-prompts out",
+    )
+
+
 async def measure(
-    compare: Compare,
+    compare: Ask,
     prompts: Sequence[str],
     baseline: str,
     candidate: str,
@@ -33,7 +47,7 @@ async def measure(
     """Compares the variants on each prompt, one after the other.
 
     Args:
-        compare: sends one body.
+        compare: as from `gateway`.
         prompts: texts.
         baseline: must be the gateway's own baseline, which gives the answer.
         candidate: who is compared with it.
@@ -44,12 +58,15 @@ async def measure(
         MEASURES and `num_tokens` of each prompt, None and 0 where tokens cannot be compared.
 
     Raises:
-        ValueError: if the gateway compares other variants than these.
+        ValueError: if there is no answer, or the gateway compares other variants than these.
     """
     found = []
     for prompt in prompts:
         body = {"prompt": prompt, "max_tokens": min(output_tokens, MAX_TOKENS), "ignore_eos": True}
-        agreement = (await compare(body))["agreement"]
+        try:
+            agreement = (await compare(body))["agreement"]
+        except ValueError as error:
+            raise ValueError(f"quality cannot be measured: {error}") from error
         if agreement["baseline"] != baseline or candidate not in agreement:
             others = ", ".join(name for name in agreement if name != "baseline")
             raise ValueError(
@@ -60,35 +77,6 @@ async def measure(
         found.append({key: agreement[candidate][key] for key in (*MEASURES, "num_tokens")})
         on_answer()
     return found
-
-
-async def measure_over_http(
-    url: str, api_key: str | None, timeout_s: float, *arguments: Any
-) -> list[dict[str, Any]]:
-    """`measure` with a gateway's POST /v1/compare; `arguments` are its others.
-
-    Raises:
-        ValueError: also if the gateway cannot be reached or refuses a prompt.
-    """
-    headers = authorization(api_key)
-    # Both variants answer, and both are asked for their opinion of the answer.
-    async with httpx.AsyncClient(headers=headers, timeout=4 * timeout_s, trust_env=False) as client:
-
-        async def compare(body: dict[str, Any]) -> Mapping[str, Any]:
-            try:
-                response = await client.post(f"{url.rstrip('/')}/v1/compare", json=body)
-                reason = f"{response.status_code} {response.text[:200]}"
-                if response.status_code == 200:
-                    answer: dict[str, Any] = response.json()
-                    return answer
-            except (httpx.HTTPError, ValueError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
-            raise ValueError(
-                f"quality cannot be measured: POST {url}/v1/compare gave {reason}; it needs our "
-                "gateway (cast-serve up), or leave --quality-prompts out"
-            )
-
-        return await measure(compare, *arguments)
 
 
 def summarise(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

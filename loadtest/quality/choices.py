@@ -1,49 +1,63 @@
-"""Questions with choices, and a server -> the answer that each variant finds likeliest.
+"""Questions with choices, and a server -> the answer that is likeliest for each variant.
 
 Every answer is scored as the continuation of "Question: ...\\nAnswer:", without examples: by the
 log likelihood of its tokens in sum (*acc*), and by that sum per byte of the answer, which favours
 no short ones (*acc_norm*). cast_train/evaluate/choices.py does the same on a model in memory.
 
-A server is asked through POST /v1/completions with `echo` and `logprobs`, a request an answer: it
-repeats the text with the log likelihood of each token. One token is asked for, because our gateway
-refuses 0 and llama-cpp-python takes 0 for no limit; what is generated is left out again.
+A server is asked through POST /v1/completions with `echo` and `logprobs`, one request for each
+answer: it repeats the text with the log likelihood of each token. One token is asked for, because
+our gateway refuses 0 and llama-cpp-python takes 0 for no limit; the generated token is not counted.
 
-Which tokens are the answer's is told by the characters that they spell, counted from the end: those
-that end behind the border of prompt and answer, so one that straddles it counts in full, and those
-that begin at it. (A token spells nothing if it holds only part of a character.) `text_offset` is
-not read: vLLM's counts the text of a BOS token along, and SGLang's is always -1.
+Which tokens belong to the answer follows from the text of the tokens, counted from the end: all
+that end after the place where the answer begins, so a token across that place counts in full, and
+all that begin there. (The text of a token that holds only part of a character is empty.)
+`text_offset` is not used: vLLM's includes the text of a BOS token, and SGLang's is always -1.
 
 The difference of the variants is paired: both got the same questions. Its interval is a bootstrap
-with questions as the units; it has no width where they chose alike throughout.
+with questions as the units; its width is 0 if both chose the same answer to every question.
 """
 
 import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
 from cast_serve.questions import Question
-from loadtest.send.connection import authorization
+from loadtest.quality.ask import Ask, asking
 
-Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
-"""The body of POST /v1/completions -> its answer."""
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """By which score: the name of the share, and that of the choices in run.json."""
 NUM_IN_FLIGHT = 8
-ROUNDING = 1e-6  # of a log likelihood: one above this is none
+ROUNDING = 1e-6  # a log likelihood is at most 0, but for rounding
 
 
 def about(path: Path, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As run.json has it: where the questions are from, and what `measure` returned."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"source": str(path), "source_sha256": digest, "each": list(each)}
+
+
+def server(url: str, api_key: str | None, timeout_s: float) -> AbstractAsyncContextManager[Ask]:
+    """Opens connections to a server's POST /v1/completions.
+
+    Args:
+        url: the server's root, without `/v1`.
+        api_key: sent as a bearer token; None sends none.
+        timeout_s: longest time for one request.
+    """
+    return asking(
+        f"{url.rstrip('/')}/v1/completions",
+        api_key,
+        timeout_s,
+        "see the server's log, raise --timeout-s if it was too slow, or leave --choices out",
+    )
 
 
 async def measure(
@@ -56,7 +70,7 @@ async def measure(
     """Lets both variants score every answer, at most NUM_IN_FLIGHT at a time.
 
     Args:
-        ask: sends one body.
+        ask: as from `server`.
         questions: one or more.
         baseline: a variant's name.
         candidate: likewise.
@@ -64,10 +78,10 @@ async def measure(
 
     Returns:
         For each question `right`, the index of the right answer, and `by_sum` and `by_byte`: by
-        variant, the index of the answer that it finds likeliest; of equals, the first.
+        variant, the index of the answer with the highest score; of equals, the first.
 
     Raises:
-        ValueError: at the first answer that a variant does not score; nothing is left out.
+        ValueError: at the first answer that a variant does not score.
     """
     variants = (baseline, candidate)
     scores: dict[tuple[int, str, int], float] = {}
@@ -128,14 +142,14 @@ async def measure(
 
 
 def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
-    """Nats of the prompt's last part, as the server's tokens cut it.
+    """The log likelihood of the prompt's last part, in nats.
 
     Args:
-        response: to a completion with `echo` and `logprobs`; what was generated is left out.
+        response: to a completion with `echo` and `logprobs`; generated tokens are not counted.
         continuation: the last part of the prompt.
 
     Raises:
-        ValueError: if the response does not have them.
+        ValueError: if the response does not have the log likelihoods.
     """
     try:
         found = response["choices"][0]["logprobs"]
@@ -155,7 +169,7 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
             f"{continuation!r}; if the server shows token ids in place of text, switch that off, "
             "else leave the question out"
         )
-    border = len(spelled) - len(continuation)
+    border = len(spelled) - len(continuation)  # where the answer begins
     ends = list(accumulate(map(len, tokens)))
     own = [
         logprob
@@ -173,34 +187,6 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
             "without --logprobs-mode"
         )
     return float(sum(own))
-
-
-async def measure_over_http(
-    url: str, api_key: str | None, timeout_s: float, *arguments: Any
-) -> list[dict[str, Any]]:
-    """`measure` with a server's POST /v1/completions; `arguments` are its others.
-
-    Raises:
-        ValueError: also if the server cannot be reached or refuses a request.
-    """
-    headers = authorization(api_key)
-    async with httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False) as client:
-
-        async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
-            try:
-                response = await client.post(f"{url.rstrip('/')}/v1/completions", json=body)
-                reason = f"{response.status_code} {response.text[:200]}"
-                if response.status_code == 200:
-                    answer: dict[str, Any] = response.json()
-                    return answer
-            except (httpx.HTTPError, ValueError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
-            raise ValueError(
-                f"POST {url}/v1/completions gave {reason}; see the server's log, raise --timeout-s "
-                "if it was too slow, or leave --choices out"
-            )
-
-        return await measure(ask, *arguments)
 
 
 def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[str, Any]:

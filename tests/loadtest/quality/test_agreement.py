@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from loadtest.quality.agreement import measure, measure_over_http, summarise
+from loadtest.quality.agreement import gateway, measure, summarise
 from tests.loadtest.conftest import ServeApp
 
 EACH = [
@@ -72,12 +72,17 @@ def test_over_a_socket(serve_app: ServeApp) -> None:
 
     url = serve_app(app)
 
+    async def ask(url: str, prompt: str) -> list[dict[str, Any]]:
+        async with gateway(url, "key", 5.0) as compare:
+            return await measure(compare, [prompt], "dense", "sparse", 8)
+
     def over_http(url: str, prompt: str) -> list[dict[str, Any]]:
-        arguments = ([prompt], "dense", "sparse", 8)
-        return asyncio.run(measure_over_http(url, "key", 5.0, *arguments))
+        return asyncio.run(ask(url, prompt))
 
     assert over_http(url, "good") == EACH[:1]
-    with pytest.raises(ValueError, match="/v1/compare gave 400 .*no such thing"):
+    with pytest.raises(
+        ValueError, match="quality cannot be .*/v1/compare gave 400 .*no such thing"
+    ):
         over_http(url, "bad")
     with pytest.raises(ValueError, match="gave ConnectError"):
         over_http("http://127.0.0.1:1", "good")

@@ -27,6 +27,7 @@ from loadtest import mock_server
 from loadtest.__main__ import app as command
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import choices
+from loadtest.quality.ask import Ask
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
@@ -114,7 +115,7 @@ def test_lists_of_unequal_length_are_refused() -> None:
         log_likelihood(response, " yes")
 
 
-def scorer(scores: Mapping[tuple[str, str], float], bodies: list[dict[str, Any]]) -> choices.Ask:
+def scorer(scores: Mapping[tuple[str, str], float], bodies: list[dict[str, Any]]) -> Ask:
     """A server by (variant, answer): one token for the prompt, one for the answer, one more."""
 
     async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
@@ -292,6 +293,13 @@ def worker(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> FastA
     return app
 
 
+async def over_http(
+    url: str, api_key: str | None, questions: list[Question], baseline: str, candidate: str
+) -> list[dict[str, Any]]:
+    async with choices.server(url, api_key, 30.0) as ask:
+        return await measure(ask, questions, baseline, candidate)
+
+
 def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> None:
     model, tokenizer = tiny_model()
     texts = ("a b", "bee", "c d e", "über", "naïve—no", "1234")
@@ -306,7 +314,7 @@ def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> Non
     url = serve_app(gateway)
     while not gateway.state.gateway.is_ready:
         time.sleep(0.01)
-    rows = asyncio.run(choices.measure_over_http(url, None, 30.0, questions, "dense", "sparse"))
+    rows = asyncio.run(over_http(url, None, questions, "dense", "sparse"))
     for row, asked in zip(rows, questions, strict=True):
         in_sum, per_byte = (
             choice_accuracy(model, tokenizer, [replace(asked, answer=row[score]["dense"])])
@@ -333,19 +341,18 @@ def test_over_a_socket(serve_app: ServeApp) -> None:
 
     url = serve_app(app)
 
-    def over_http(url: str, baseline: str) -> list[dict[str, Any]]:
+    def answer(url: str, baseline: str) -> list[dict[str, Any]]:
         question = Question("Is it?", ("yes", "yet"), 1)
-        asked = (url, "key", 5.0, [question], baseline, "fine")
-        return asyncio.run(choices.measure_over_http(*asked))
+        return asyncio.run(over_http(url, "key", [question], baseline, "fine"))
 
     both = {"good": 0, "fine": 0}
-    assert over_http(url, "good") == [{"right": 1, "by_sum": both, "by_byte": both}]
+    assert answer(url, "good") == [{"right": 1, "by_sum": both, "by_byte": both}]
     with pytest.raises(ValueError, match="variant absent: .*/completions gave 404 .*no such thing"):
-        over_http(url, "absent")
+        answer(url, "absent")
     with pytest.raises(ValueError, match="variant silent: .* no log probability to a part"):
-        over_http(url, "silent")
+        answer(url, "silent")
     with pytest.raises(ValueError, match="gave ConnectError .*leave --choices out"):
-        over_http("http://127.0.0.1:1", "good")
+        answer("http://127.0.0.1:1", "good")
 
 
 def test_the_record_names_the_file_and_its_content(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""A URL and an API key -> a function that posts JSON there and returns the JSON of the answer."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from loadtest.send.connection import authorization
+
+Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
+"""A body -> the answer; raises ValueError without one."""
+
+
+@asynccontextmanager
+async def asking(
+    url: str, api_key: str | None, timeout_s: float, remedy: str
+) -> AsyncIterator[Ask]:
+    """Opens connections for as long as the block lasts; any answer but 200 is a ValueError.
+
+    Args:
+        url: where to post to.
+        api_key: sent as a bearer token; None sends none.
+        timeout_s: longest time for the server to answer.
+        remedy: what the user can do if there is no answer; ends the error's text.
+    """
+    headers = authorization(api_key)
+    async with httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False) as client:
+
+        async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
+            try:
+                response = await client.post(url, json=body)
+                reason = f"{response.status_code} {response.text[:200]}"
+                if response.status_code == 200:
+                    answer: dict[str, Any] = response.json()
+                    return answer
+            except (httpx.HTTPError, ValueError) as error:
+                reason = f"{type(error).__name__} {error}".strip()
+            raise ValueError(f"POST {url} gave {reason}; {remedy}")
+
+        yield ask
