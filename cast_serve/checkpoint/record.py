@@ -118,7 +118,7 @@ def check_new(out: Path) -> None:
         CheckpointError: if out exists.
     """
     if out.exists():
-        raise CheckpointError(f"{out} exists already; remove it or name another directory")
+        raise CheckpointError(f"{out} exists already; remove it or choose another output directory")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
+    check_new,
     new_directory,
     read_record,
     shards,
@@ -66,16 +67,6 @@ def write(
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         return write_record(partial, {**record, "versions": _versions()})
-
-
-def check_new(out: Path) -> None:
-    """Refuses an --out that exists, before any work is done for it.
-
-    Raises:
-        CheckpointError: if out exists.
-    """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; choose another --out or remove it")
 
 
 def load_tokenizer(directory: Path) -> Any:

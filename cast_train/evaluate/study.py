@@ -220,7 +220,7 @@ def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise StudyError(
-            f"{' '.join(command)} ended with {process.returncode}; start the study again to continue"
+            f"{' '.join(command)} ended with {process.returncode}; run the study again to continue"
         )
     elapsed_s = time.monotonic() - began
     return json.loads(printed.splitlines()[-1]), elapsed_s, usage.ru_maxrss / 1024

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
@@ -72,7 +73,7 @@ def write_pruned(
     if method not in METHODS:
         raise ValueError(f"method {method!r} does not exist; choose from {', '.join(METHODS)}")
     pattern = Pattern.parse(sparsity)
-    models.check_new(out)
+    check_new(out)
     tokenizer = models.load_tokenizer(model_dir)
     model = models.load_dense(model_dir)
     targets, _ = find_targets(model, pattern)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
@@ -311,7 +312,7 @@ def write_permuted(
         ValueError: for every wrong input; nothing is written then.
     """
     pattern = Pattern.parse(sparsity)
-    models.check_new(out)
+    check_new(out)
     tokenizer = models.load_tokenizer(model_dir)
     blocks = oneshot.read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir, torch.float32)

@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_nothing(model_dir, tmp_path):
 
 def test_a_directory_in_the_way_is_refused(gated, model_dir):
     folder, _ = gated
-    with pytest.raises(CheckpointError, match="gated exists; choose another --out"):
+    with pytest.raises(CheckpointError, match="gated exists already; remove it or choose another"):
         models.write(folder, load_dense(model_dir), None, {})
 
 
