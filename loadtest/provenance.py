@@ -1,4 +1,4 @@
-"""A command line and a server -> what a record says about how it came about."""
+"""A command line and a server -> where a record is from: command, date, versions, variants."""
 
 import platform
 import shlex
@@ -16,7 +16,7 @@ SECRETS = {"api_key"}
 
 
 def provenance(context: typer.Context, url: str, api_key: str | None) -> dict[str, Any]:
-    """Command, date, versions, and what the server tells about itself, for run.json."""
+    """Command, date, versions, and what the server says about itself, for run.json."""
     return {
         "url": url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -42,8 +42,8 @@ def command_of(context: typer.Context) -> str:
 def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]:
     """By variant: kernel, layers and bytes, as our gateway's /metrics names them; else empty.
 
-    A server that wants another key is told of on stderr: without its metrics nobody notices that
-    dense was measured against dense.
+    If the server wants another key, that is printed on stderr: without its metrics no one would
+    notice that dense was measured against dense.
     """
     try:
         response = httpx.get(

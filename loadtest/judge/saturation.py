@@ -1,7 +1,7 @@
 """A recorded ramp -> the rate up to which each variant keeps up.
 
 While a server keeps up, TTFT does not depend on the rate. Once it does not, requests queue and TTFT
-grows for as long as the ramp goes on. So the requests of all blocks, in the order of their place in
+grows until the ramp ends. So the requests of all blocks, in the order of their place in
 the block, are cut into ten parts; a variant is *saturated* from the part on from which every median
 TTFT is above one and a half times that of the first part. A failed request counts as longer than
 any answered one.
@@ -40,13 +40,13 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
     parts = np.array_split(np.array(found), min(NUM_PARTS, len(found)))
     medians_s = [float(np.median(part[:, 1])) for part in parts]
     is_slow = [median_s > FACTOR * medians_s[0] for median_s in medians_s]
-    first = len(parts)
-    while first > 1 and is_slow[first - 1]:
-        first -= 1
-    part = parts[first - 1]
+    num_kept_up = len(parts)
+    while num_kept_up > 1 and is_slow[num_kept_up - 1]:
+        num_kept_up -= 1
+    part = parts[num_kept_up - 1]
     num_gaps = len(part) / len(blocks) - 1  # between a block's requests of the part
     width_s = float(part[-1, 0] - part[0, 0])
     return {
         "rate_per_s": num_gaps / width_s if num_gaps > 0 and width_s > 0 else None,
-        "is_reached": first < len(parts),
+        "is_reached": num_kept_up < len(parts),
     }

@@ -1,13 +1,13 @@
 """A recorded run -> percentiles, speed-ups with intervals, drift and goodput, in one JSON object.
 
 A request that failed or timed out stays in: its TTFT, TPOT and E2E, and as many ITLs as were asked
-for, count as longer than any answered one. A percentile that falls among those is None: nobody
-knows how long it is. Percentiles always come with their n.
+for, count as longer than any answered one. A percentile that falls among those is None: it is not
+known. Percentiles always come with their n.
 
 Every ratio above 1 favours the candidate: baseline / candidate for times, candidate / baseline for
 rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
-block pairs (intervals.py). *ratio* looks at each block pair alone: its two blocks' medians, and how
-the pairs spread. *drift* looks at each variant alone, block after block.
+block pairs (cast_serve/intervals.py). *ratio* compares the two blocks' medians of each block pair
+alone. *drift* compares the blocks of each variant alone, one after the other.
 """
 
 from collections import Counter
@@ -55,11 +55,11 @@ def values(requests: Iterable[Request], metric: str, output_tokens: int) -> Arra
 
 def distribution(ascending: Array) -> dict[str, Any]:
     """Median, p95 and p99 in the values' unit; None without values, or among failed requests."""
-    marks: dict[str, float | None] = {"median": None, "p95": None, "p99": None}
+    found: dict[str, float | None] = {"median": None, "p95": None, "p99": None}
     if len(ascending):
-        for name, share in zip(marks, QUANTILES.values(), strict=True):
-            marks[name] = finite(quantile(ascending, share))
-    return {**marks, "n": len(ascending), "num_failed": int(np.isinf(ascending).sum())}
+        for name, share in zip(found, QUANTILES.values(), strict=True):
+            found[name] = finite(quantile(ascending, share))
+    return {**found, "n": len(ascending), "num_failed": int(np.isinf(ascending).sum())}
 
 
 def meets(request: Request, slo: dict[str, float | None]) -> bool:
@@ -80,18 +80,20 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
     if not pairs:
         return {}
     counts = draws(len(pairs))
+    baseline_blocks = [block for block, _ in pairs]
+    candidate_blocks = [block for _, block in pairs]
     found = {}
     for metric in TIMES:
-        slow, fast = (_in_blocks(recorded, side, metric) for side in zip(*pairs, strict=True))
-        if any(map(len, slow)) and any(map(len, fast)):
+        baseline = _in_blocks(recorded, baseline_blocks, metric)
+        candidate = _in_blocks(recorded, candidate_blocks, metric)
+        if any(map(len, baseline)) and any(map(len, candidate)):
             for name, share in QUANTILES.items():
-                found[f"{metric}_{name}"] = ratio_of_quantiles(slow, fast, counts, share)
+                found[f"{metric}_{name}"] = ratio_of_quantiles(baseline, candidate, counts, share)
 
     def rates(amount: Callable[[Block], float]) -> Ratio:
-        slow, fast = (
-            [(amount(block), block.wall_s) for block in side] for side in zip(*pairs, strict=True)
-        )
-        return ratio_of_rates(fast, slow, counts)
+        baseline = [(amount(block), block.wall_s) for block in baseline_blocks]
+        candidate = [(amount(block), block.wall_s) for block in candidate_blocks]
+        return ratio_of_rates(candidate, baseline, counts)
 
     found["throughput"] = rates(lambda block: block.output_tokens)
     if slo := recorded.about.get("slo"):
@@ -100,7 +102,7 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
 
 
 def ratios(recorded: Recorded, metric: str) -> list[float]:
-    """One ratio a block pair, above 1 = candidate better; pairs without a value drop out.
+    """One ratio a block pair, above 1 = candidate better; pairs without a value are left out.
 
     Args:
         recorded: the blocks.
@@ -123,6 +125,7 @@ def block_value(recorded: Recorded, block: Block, metric: str) -> float | None:
 
 
 def _in_blocks(recorded: Recorded, blocks: Sequence[Block], metric: str) -> list[Array]:
+    """Ascending seconds of each block."""
     output_tokens = recorded.about["plan"]["output_tokens"]
     return [values(block.requests, metric, output_tokens) for block in blocks]
 

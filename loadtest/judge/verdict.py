@@ -10,8 +10,8 @@ Guard rails come from a TOML file; every key may be left out:
     allow_void = true                                  # judge even if the harness was too slow
 
 Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
-Answers of unequal length never pass: they compare unequal work. What was not measured does not
-pass either.
+Answers of unequal length never pass: they compare unequal work. A limit on what was not measured
+does not pass either.
 """
 
 import tomllib
@@ -22,7 +22,7 @@ from typing import Any
 
 from loadtest.judge.statistics import QUANTILES, TIMES
 
-SPEEDUPS = (*(f"{time}_{name}" for time in TIMES for name in QUANTILES), "throughput", "goodput")
+SPEEDUPS = [f"{time}_{name}" for time in TIMES for name in QUANTILES] + ["throughput", "goodput"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Guard:
         """Reads a TOML file.
 
         Raises:
-            ValueError: if it cannot be read, or a key or value is none of ours.
+            ValueError: if it cannot be read, a key is unknown or a value is out of range.
         """
         try:
             return cls.of(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -53,7 +53,7 @@ class Guard:
         """Checks keys and values as TOML or JSON gives them.
 
         Raises:
-            ValueError: if one is none of ours.
+            ValueError: if a key is unknown or a value is out of range.
         """
         known = [each.name for each in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
@@ -88,7 +88,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """One condition: its limit, what was found, and in words why it passed or not."""
+    """One condition: its limit, what was found, and why it passed or not."""
 
     name: str
     limit: float | bool
@@ -111,16 +111,16 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         )
         checks = [Check("warmup", 0, result["num_warmup_errors"], False, why)]
     else:
-        checks = [*_sound(result, guard), *_fast(result, guard), *_alike(result, guard)]
-        checks += _accurate(result, guard)
+        checks = [*_validity(result, guard), *_speed(result, guard)]
+        checks += [*_agreement(result, guard), *_accuracy(result, guard)]
     return {
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
     }
 
 
-def _sound(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
-    """Whether the figures can be believed at all."""
+def _validity(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+    """Whether the figures mean anything: no failures, equal work, a harness that kept up."""
     rate, limit = max(result["error_rate"].values()), guard.max_error_rate
     why = "no request failed"
     if result["num_errors"]:
@@ -146,7 +146,7 @@ def _sound(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     yield Check("void", guard.allow_void, harness["is_void"], passed, why)
 
 
-def _fast(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     for kind, limits in (("min_speedup", guard.min_speedup), ("max_slowdown", guard.max_slowdown)):
         for metric, limit in limits.items():
             speedup = result["speedups"].get(metric, {})
@@ -167,7 +167,7 @@ def _fast(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
             yield Check(f"{kind}.{metric}", limit, found, passed, why)
 
 
-def _alike(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, quality = guard.min_token_agreement, result["quality"]
     if limit is None:
         return
@@ -184,7 +184,7 @@ def _alike(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     yield Check("min_token_agreement", limit, found, found >= limit, why)
 
 
-def _accurate(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
+def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, choices = guard.max_accuracy_loss, result.get("choices")
     if limit is None:
         return

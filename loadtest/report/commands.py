@@ -1,4 +1,4 @@
-"""Run directories -> `cast-loadtest report` and `compare`; and, for `run`, by what it is judged."""
+"""Run directories -> `cast-loadtest report` and `compare`; and the limits that judge a `run`."""
 
 import json
 import sys
@@ -24,40 +24,40 @@ def terms_of(
     is_aa: bool,
     has_choices: bool = False,
 ) -> dict[str, Any]:
-    """By what a run is judged, for run.json.
+    """The limits that a run is judged by, for run.json.
 
     Raises:
         ValueError: if the guard file is wrong, a limit is not above 0, or the guard asks for
             agreement or accuracy that nothing measures.
     """
-    limits = {"ttft_s": slo_ttft_ms, "tpot_s": slo_tpot_ms}
-    for name, limit_ms in limits.items():
+    slo_ms = {"ttft_s": slo_ttft_ms, "tpot_s": slo_tpot_ms}
+    for name, limit_ms in slo_ms.items():
         if limit_ms is not None and limit_ms <= 0:
             option = f"--slo-{name.removesuffix('_s')}-ms"
             raise ValueError(f"{option} {limit_ms:g} is too small; give more than 0")
-    slo = {name: None if limit is None else limit / 1e3 for name, limit in limits.items()}
-    rails = Guard() if guard is None else Guard.read(guard)
+    slo = {name: None if limit is None else limit / 1e3 for name, limit in slo_ms.items()}
+    limits = Guard() if guard is None else Guard.read(guard)
     if num_quality_prompts < 0:
         raise ValueError(f"--quality-prompts {num_quality_prompts} is too small; give 0 or more")
-    if rails.min_token_agreement is not None and not num_quality_prompts:
+    if limits.min_token_agreement is not None and not num_quality_prompts:
         raise ValueError(
             f"guard {guard} sets min_token_agreement, but nothing measures it; give "
             "--quality-prompts, or drop it"
         )
-    if rails.max_accuracy_loss is not None and not has_choices:
+    if limits.max_accuracy_loss is not None and not has_choices:
         raise ValueError(
             f"guard {guard} sets max_accuracy_loss, but nothing measures it; give --choices, or "
             "drop it"
         )
     return {
-        "guard": rails.about(),
+        "guard": limits.about(),
         "slo": slo if any(limit is not None for limit in slo.values()) else None,
         "is_aa": is_aa,
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a result for people, whatever may mislead last, where it is seen."""
+    """Prints a result for people; warnings last, where a terminal shows them."""
     console = Console()
     console.print(table_of(result))
     console.print(result["headline"], markup=False, highlight=False)
@@ -84,21 +84,22 @@ def report(
     """
     try:
         check_matplotlib()
-        rails = None if guard is None else Guard.read(guard).about()
+        new_guard = None if guard is None else Guard.read(guard).about()
         if pareto.is_sweep(directory):
             runs = pareto.runs_in(directory)
         else:
             runs = [("", Recorded.read(directory))]
-        if rails is not None:
+        if new_guard is not None:
             runs = [
-                (name, Recorded({**run.about, "guard": rails}, run.requests)) for name, run in runs
+                (name, Recorded({**run.about, "guard": new_guard}, run.requests))
+                for name, run in runs
             ]
     except ValueError as error:
         _refuse(error)
     failures = []
     for name, run in runs:
         printed = result_of(run)
-        if rails is not None:
+        if new_guard is not None:
             run.write_about(directory / name)
         write_reports(directory / name, run, printed)
         show(printed)

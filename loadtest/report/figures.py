@@ -26,7 +26,7 @@ Draw = Callable[[Any], str]
 Point = tuple[float, float]
 Item = TypeVar("Item")
 
-COLOURS = ("#0072b2", "#d55e00")  # baseline, candidate: told apart by colour-blind readers too
+COLOURS = ("#0072b2", "#d55e00")  # baseline, candidate; they differ for colour-blind readers too
 STYLES = (
     {"color": COLOURS[0], "linestyle": "--", "markerfacecolor": "white"},
     {"color": COLOURS[1], "linestyle": "-"},

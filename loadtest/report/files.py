@@ -25,7 +25,7 @@ def write_out(out: Path, recorded: Recorded, result: dict[str, Any]) -> None:
 
 
 def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    """Writes whatever follows from the record into a directory that exists."""
+    """Writes all that follows from the record into a directory that exists."""
     texts = {
         "result.json": json.dumps(result, indent=2, allow_nan=False) + "\n",
         "report.md": markdown_of(result),

@@ -75,7 +75,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def alerts(texts: Iterable[str]) -> list[str]:
-    """What must be seen first, big."""
+    """Warnings in large letters, for the top of a page."""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     return [f'<ul class="warnings" role="alert">{items}</ul>'] if items else []
 

@@ -1,9 +1,9 @@
 """A directory of runs at different loads -> throughput against interactivity, for both variants.
 
 *Interactivity* is what one user gets, tokens per second after the first: 1 / median TPOT.
-*Throughput* is what all users get together. More load buys the one with the other; a point is on
-the *front* if no other of its variant is at least as good in both and better in one. The better
-variant's front lies further up and right.
+*Throughput* is what all users get together. More load raises throughput and lowers interactivity; a
+point is on the *front* if no other of its variant is at least as good in both and better in one.
+The better variant's front lies further up and right.
 """
 
 import json
@@ -51,8 +51,12 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
     for name, run in runs:
         result = result_of(run)
         found[name] = {
-            **{key: result[key] for key in ("passed", "headline", "warnings")},
-            **{key: result["speedups"].get(key) for key in ("tpot_p50", "ttft_p50", "throughput")},
+            "passed": result["passed"],
+            "headline": result["headline"],
+            "warnings": result["warnings"],
+            "tpot_p50": result["speedups"].get("tpot_p50"),
+            "ttft_p50": result["speedups"].get("ttft_p50"),
+            "throughput": result["speedups"].get("throughput"),
         }
         for variant in run.variants:
             tpot_s = result["tpot_s"][variant]["median"]
@@ -65,9 +69,9 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
                 }
             )
     for point in points:
-        rivals = [other for other in points if other["variant"] == point["variant"]]
+        of_variant = [other for other in points if other["variant"] == point["variant"]]
         point["is_on_front"] = _position(point) is not None and not any(
-            _beats(other, point) for other in rivals
+            _is_better(other, point) for other in of_variant
         )
     return {"baseline": baseline, "candidate": candidate, "points": points, "runs": found}
 
@@ -77,25 +81,27 @@ def _position(point: dict[str, Any]) -> tuple[float, float] | None:
     return None if None in at else at
 
 
-def _beats(other: dict[str, Any], point: dict[str, Any]) -> bool:
-    theirs, own = _position(other), _position(point)
-    if theirs is None or own is None or theirs == own:
+def _is_better(other: dict[str, Any], point: dict[str, Any]) -> bool:
+    """Whether `other` is at least as good as `point` in both, and better in one."""
+    there, here = _position(other), _position(point)
+    if there is None or here is None or there == here:
         return False
-    return theirs[0] >= own[0] and theirs[1] >= own[1]
+    return there[0] >= here[0] and there[1] >= here[1]
 
 
 def headline(sweep: dict[str, Any]) -> str:
-    """Who gets how far, in one sentence."""
-    said = []
+    """What each variant reaches, in one sentence."""
+    parts = []
     for variant, front, _ in _series(sweep):
         if not front:
-            said.append(f"{variant} answered too little to tell")
+            parts.append(f"{variant} answered too little to tell")
             continue
-        per_user, total = (max(at[axis] for at in front) for axis in (0, 1))
-        said.append(
+        per_user = max(position[0] for position in front)
+        total = max(position[1] for position in front)
+        parts.append(
             f"{variant} reaches {per_user:.1f} tokens/s for one user and {total:.1f} for all"
         )
-    return "; ".join(said) + "."
+    return "; ".join(parts) + "."
 
 
 def _warnings(sweep: dict[str, Any]) -> list[str]:
@@ -109,7 +115,9 @@ def _warnings(sweep: dict[str, Any]) -> list[str]:
 
 def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     variants = (sweep["baseline"], sweep["candidate"])
-    columns = ["run", *(f"{v}, per user" for v in variants), *(f"{v}, all" for v in variants)]
+    columns = ["run"]
+    columns += [f"{variant}, per user" for variant in variants]
+    columns += [f"{variant}, all" for variant in variants]
     columns += ["passed", ""]
     lines = []
     for name, found in sweep["runs"].items():
@@ -181,5 +189,5 @@ def _markdown(sweep: dict[str, Any]) -> str:
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a directory holds runs and is none itself."""
+    """Whether a directory holds runs and is not one itself."""
     return not (directory / RUN_FILE).exists() and any(directory.glob(f"*/{RUN_FILE}"))

@@ -1,8 +1,8 @@
 """Two recorded runs, an old and a new one -> how the speed-ups changed, with intervals.
 
-Two runs at different times on perhaps different machines cannot be compared in milliseconds. Their
-speed-ups can: each is of two variants that shared a machine and a time. A speed-up became *worse*
-if the new interval lies wholly below the old one, *better* if wholly above.
+Two runs at different times, perhaps on different machines, cannot be compared in milliseconds.
+Their speed-ups can: each compares two variants on the same machine at the same time. A speed-up
+became *worse* if the new interval lies wholly below the old one, *better* if wholly above.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from loadtest.report.words import rows, times
 
 TABLE_WIDTH = 110
 LOAD = ("plan", "workload", "schedule", "rate_per_s", "timeout_s")
-NOT_LOAD = {"run_number"}  # drawn anew for every run
+NOT_LOAD = {"run_number"}  # every run has another
 
 
 def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
@@ -27,20 +27,20 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
     Returns:
         `changes`: by name of the speed-up, `old` and `new` and `change`, new over old, all with
         intervals, and `verdict`: worse, better or same, None where failed requests hide it;
-        `differences`: what the runs did not have in common, in words; `warnings`: of both runs;
-        `num_worse`: changes for the worse; `old` and `new`: their times and rates.
+        `differences`: settings that are not the same; `warnings`: of both runs; `num_worse`: number
+        of speed-ups that became worse; `old` and `new`: their times and rates.
     """
     sides = [(run, speedups(run)) for run in (old, new)]
     num_pairs = min(len(run.pairs) for run in (old, new))
-    # Both runs were drawn from the same seed; turned round, one does not follow the other.
-    order = np.random.default_rng(SEED).permutation
+    # Both runs' resamples come from the same seed; shuffled, they are independent of each other.
+    shuffled = np.random.default_rng(SEED).permutation
     changes: dict[str, Any] = {}
     for name in (name for name in sides[0][1] if name in sides[1][1]):
         before, after = sides[0][1][name], sides[1][1][name]
         with np.errstate(divide="ignore", invalid="ignore"):
             change = Ratio.of(
                 np.divide(after.value or np.nan, before.value or np.nan),
-                after.resampled / order(before.resampled),
+                after.resampled / shuffled(before.resampled),
                 num_pairs,
             )
         changes[name] = {
@@ -50,7 +50,9 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
             "verdict": _verdict(before, after),
         }
     results = {"old": result_of(old), "new": result_of(new)}
-    kept = ("baseline", "candidate", "num_requests", "slo", "goodput", THROUGHPUT)
+    kept = ["baseline", "candidate", "num_requests", "slo", "goodput", THROUGHPUT]
+    kept += [f"{metric}_s" for metric in TIMES]
+    kept.append("speedups")
     return {
         "changes": changes,
         "num_worse": sum(change["verdict"] == "worse" for change in changes.values()),
@@ -58,10 +60,8 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
         "warnings": [
             f"{which}: {text}" for which, result in results.items() for text in result["warnings"]
         ],
-        **{
-            which: {key: result[key] for key in (*kept, *(f"{m}_s" for m in TIMES), "speedups")}
-            for which, result in results.items()
-        },
+        "old": {key: results["old"][key] for key in kept},
+        "new": {key: results["new"][key] for key in kept},
     }
 
 

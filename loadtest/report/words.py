@@ -1,7 +1,7 @@
 """A result -> what every report says in words: headline, warnings, table rows, how it was measured.
 
-Whatever may mislead is said first: a void run, failed requests, unequal lengths, too few block
-pairs, drift.
+Warnings come first, because figures can mislead: a void run, failed requests, unequal lengths, too
+few block pairs, drift.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ def times(speedup: Mapping[str, float | None] | None) -> str:
 
 
 def warnings(result: Result) -> list[str]:
-    """What a reader must know before any figure; the gravest first."""
+    """What a reader must know before any figure; the most serious first."""
     found = []
     classes = "; ".join(
         f"{variant}: {', '.join(f'{error} x{number}' for error, number in errors.items())}"
@@ -266,15 +266,15 @@ def accuracy_text(result: Result) -> str | None:
     if not choices:
         return None
     candidate, baseline = result["candidate"], result["baseline"]
-    ours, theirs = choices["accuracy"][candidate], choices["accuracy"][baseline]
+    of_candidate, of_baseline = choices["accuracy"][candidate], choices["accuracy"][baseline]
     difference = choices["acc_norm_difference"]
     mean, low, high = (f"{100 * difference[key]:+.1f}" for key in ("mean", "low", "high"))
     return (
         f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
-        f"{_share(ours, 'acc_norm')} rightly and {baseline} {_share(theirs, 'acc_norm')} by log "
-        f"likelihood per byte (acc_norm): a difference of {mean} points ({low} to {high}), paired "
-        f"by question. By their sum (acc) it is {_share(ours, 'acc')} and {_share(theirs, 'acc')}. "
-        "± is one standard error."
+        f"{_share(of_candidate, 'acc_norm')} rightly and {baseline} "
+        f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference of "
+        f"{mean} points ({low} to {high}), paired by question. By their sum (acc) it is "
+        f"{_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one standard error."
     )
 
 

@@ -14,8 +14,8 @@ class Batch:
         prompts: (number in the workload, prompt), in the order in which they leave.
         output_tokens: asked of each.
         concurrency: closed loop: requests in flight; the next one leaves when one comes back.
-        due_s: open loop: when each prompt leaves, in seconds from the start, ascending, whatever
-            is outstanding; None = closed loop.
+        due_s: open loop: when each prompt leaves, in seconds from the start, ascending, however
+            many are outstanding; None = closed loop.
     """
 
     variant: str

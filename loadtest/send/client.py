@@ -96,7 +96,7 @@ class _Completion:
 
 
 class Client:
-    """Talks to one OpenAI-compatible server, straight: a proxy would be measured along with it.
+    """Talks to one OpenAI-compatible server, past any proxy: that would be measured along with it.
 
     Args:
         url: the server's root, without `/v1`.
@@ -211,19 +211,20 @@ class Client:
             variant: who is asked.
             prompt_index: noted in what is returned.
             prompt: a text, or the messages of a chat.
-            output_tokens: how many tokens are asked for, whatever the model would like to say.
+            output_tokens: how many tokens are asked for; an end of the text is ignored.
             intended_send_s: when it should have left (perf_counter); None = now.
         """
+        is_text = isinstance(prompt, str)
         body = {
             "model": variant,
-            **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
+            "prompt" if is_text else "messages": prompt,
             "max_tokens": output_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
+        path = "/v1/completions" if is_text else "/v1/chat/completions"
         data = json.dumps(body).encode()
         sent_s = time.perf_counter()
         completion = _Completion(sent_s if intended_send_s is None else intended_send_s)

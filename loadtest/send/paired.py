@@ -2,16 +2,16 @@
 
 Machines drift: they warm up, throttle and get busy. If one variant ran after the other, drift would
 look like speed-up. So the run is cut into block pairs. Both blocks of a pair send the same prompts
-by the same timetable, one to each variant, close together in time; the pair after it turns the
-order round:
+by the same timetable, one to each variant, close together in time; the next pair has the reverse
+order:
 
     pair        0                    1                    2  ...
     blocks   baseline candidate   candidate baseline   baseline candidate ...
 
 A closed loop keeps `concurrency` requests in flight: the next one leaves when one comes back, so
 its intended send time is the moment at which its place became free. In an open loop the timetable
-says when a request leaves (schedule.py); when the server falls behind, nobody waits for it. Warm-up
-is always a closed loop.
+says when a request leaves (schedule.py), also when the server falls behind. Warm-up is always a
+closed loop.
 """
 
 from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ _LEAD_S = 0.05  # from the order to start to the start, for the order to arrive 
 
 
 class Processes:
-    """Sends as a Client does, from `num_processes` processes that live as long as its `async with`.
+    """Sends as a Client does, from `num_processes` processes that run as long as its `async with`.
 
     Args:
         num_processes: how many.
@@ -40,11 +40,11 @@ class Processes:
     async def __aenter__(self) -> Self:
         context = multiprocessing.get_context("spawn")  # nothing is shared but the pipe
         for _ in range(self.num_processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._arguments), daemon=True)
+            pipe, far_end = context.Pipe()
+            process = context.Process(target=_work, args=(far_end, self._arguments), daemon=True)
             process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            far_end.close()  # else the pipe stays open when the process has died
+            self._pipes.append(pipe)
             self._processes.append(process)
         return self
 
@@ -87,7 +87,7 @@ class Processes:
 
 
 def _work(pipe: Connection, arguments: dict[str, Any]) -> None:
-    """A client process: batches in, what became of them out, until the pipe closes."""
+    """A client process: receives batches and returns what became of them, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     asyncio.run(_serve(pipe, arguments))
 

@@ -1,6 +1,6 @@
 """How requests should arrive, and a seed -> the timetable of a block, in seconds from its start.
 
-    closed     no timetable: so many in flight, and the next leaves when one comes back
+    closed     no timetable: `concurrency` in flight, and the next leaves when one comes back
     constant   one every 1 / rate
     poisson    independent users: gaps drawn from an exponential distribution of mean 1 / rate
     burst      `burst` at once, every burst / rate

@@ -33,7 +33,7 @@ wonder wood word work world write year young
 
 
 def new_run_number() -> int:
-    """A number that no run had before, in all likelihood."""
+    """A number that almost certainly no run had before."""
     return secrets.randbelow(10**9)
 
 
@@ -70,7 +70,7 @@ class Workload:
             )
 
     def about(self) -> dict[str, Any]:
-        """What tells this workload from others, for a record."""
+        """What identifies this workload, for run.json."""
         return {
             "source": self.source,
             "prompt_words": None if self.prompts else self.prompt_words,
@@ -83,7 +83,7 @@ class Workload:
         return random.Random(self.seed).sample(range(len(self.prompts)), len(self.prompts))
 
     def prompt(self, index: int, pass_number: int = 0) -> Prompt:
-        """The prompt of that number. Numbers of equal length keep the token count alike."""
+        """The prompt of that number; its opening has the same length for all of them."""
         opening = f"{self.run_number:09d} {pass_number:04d} {index:06d}\n"
         if self.prompts:
             ready = self.prompts[self._order[index % len(self.prompts)]]

@@ -137,12 +137,18 @@ def simulated(
         order = ("dense", "sparse") if pair % 2 == 0 else ("sparse", "dense")
         for place, variant in enumerate(order):
             block = 2 * pair + place
-            mood = np.exp(rng.normal(0, block_noise)) * (1 + drift * block / (2 * num_block_pairs))
+            block_factor = np.exp(rng.normal(0, block_noise)) * (
+                1 + drift * block / (2 * num_block_pairs)
+            )
             for _ in range(num_prompts):
-                factor = mood * np.exp(rng.normal(0, noise))
+                factor = block_factor * np.exp(rng.normal(0, noise))
                 factor /= speedup if variant == "sparse" else 1
                 answer = request(
-                    *(block, pair, variant, 0.2 * factor, 0.05 * factor),
+                    block,
+                    pair,
+                    variant,
+                    0.2 * factor,
+                    0.05 * factor,
                     sent_s=now_s,
                     output_tokens=output_tokens,
                 )

@@ -100,8 +100,19 @@ def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
     url, _ = serve(dense=MockVariant(0.02, 0.001), sparse=MockVariant(0.02, 0.001))
     out = tmp_path / "out"
     cast_loadtest(
-        *("--url", url, *SMALL, "--schedule", "poisson", "--rate", "20", "--processes", "2"),
-        *("--seed", "3", "--out", str(out)),
+        "--url",
+        url,
+        *SMALL,
+        "--schedule",
+        "poisson",
+        "--rate",
+        "20",
+        "--processes",
+        "2",
+        "--seed",
+        "3",
+        "--out",
+        str(out),
     )
     about = json.loads((out / "run.json").read_text())
     assert (about["schedule"], about["rate_per_s"]) == ("poisson", 20.0)

@@ -37,10 +37,14 @@ def test_blocks_and_pairs_by_hand() -> None:
     failed = request(0, 0, "dense", None, sent_s=11.0)  # ends at 12, after the last answer
     run = recorded([request(None, None, "dense", 1.0), failed, *two_pairs().requests])
     assert [(block.variant, block.block_pair) for block in run.blocks] == [
-        *(("dense", 0), ("sparse", 0), ("sparse", 1), ("dense", 1)),
+        ("dense", 0),
+        ("sparse", 0),
+        ("sparse", 1),
+        ("dense", 1),
     ]
     assert [(a.variant, b.variant, a.block_pair) for a, b in run.pairs] == [
-        *(("dense", "sparse", 0), ("dense", "sparse", 1)),
+        ("dense", "sparse", 0),
+        ("dense", "sparse", 1),
     ]
     assert len(run.warmup) == 1
     first = run.blocks[0]

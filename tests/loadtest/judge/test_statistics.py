@@ -93,7 +93,11 @@ def test_answers_of_one_token_have_no_tpot() -> None:
     run = recorded([request(n, 0, v, 1.0, output_tokens=1) for n, v in enumerate(SIDES)])
     assert len(values(run.requests, "ttft", 3)) == 2
     assert distribution(values(run.requests, "tpot", 3)) == {
-        **{"median": None, "p95": None, "p99": None, "n": 0, "num_failed": 0},
+        "median": None,
+        "p95": None,
+        "p99": None,
+        "n": 0,
+        "num_failed": 0,
     }
     assert summary_of(run)["num_unequal_lengths"] == 2
     assert "tpot_p50" not in speedups(run)

@@ -50,7 +50,8 @@ def test_other_settings_are_named_but_for_what_is_drawn_anew() -> None:
         workload={"seed": 0, "prompt_words": 128, "run_number": 3},
     )
     assert compare(two_pairs(), new)["differences"] == [
-        *("concurrency: 1, then 8", "schedule: closed, then poisson"),
+        "concurrency: 1, then 8",
+        "schedule: closed, then poisson",
     ]
 
 

@@ -116,8 +116,15 @@ def test_prompts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "line",
     [
-        *("", "text", "3", "{}", '{"prompt": ""}', '{"prompt": 3}', '{"messages": []}'),
-        *('{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": null}]}'),
+        "",
+        "text",
+        "3",
+        "{}",
+        '{"prompt": ""}',
+        '{"prompt": 3}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
     ],
 )
 def test_lines_that_are_no_prompts_are_refused(tmp_path: Path, line: str) -> None:
