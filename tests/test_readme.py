@@ -1,4 +1,4 @@
-"""README's tree is what lies on the disk."""
+"""README's tree and docs/architecture.md name the files that there are."""
 
 import re
 from pathlib import Path
@@ -45,3 +45,13 @@ def test_no_folder_holds_too_much() -> None:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_each_way_in_architecture_names_a_file_once() -> None:
+    sections = (ROOT / "docs/architecture.md").read_text().split("\n## ")[1:]
+    assert len(sections) == 4
+    for section in sections:
+        named = re.findall(r"`((?:\w+/)+\w+\.py)`", section)
+        assert named
+        assert [path for path in named if not (ROOT / path).is_file()] == []
+        assert len(set(named)) == len(named), section.splitlines()[0]
