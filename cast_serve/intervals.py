@@ -1,14 +1,17 @@
 """Values in units, for one side or two -> quantiles, and ratios with a bootstrap interval at 95 %.
 
-The *percentile bootstrap*: units are drawn anew, with replacement, as many as there are, many times
-over; the interval holds the middle of what the resamples give. A unit is what is independent of the
+The *bootstrap*: units are drawn anew, with replacement, as many as there are, many times over; what
+the resamples give shows how far chance moves the figure. A unit is what is independent of the
 others: in a load test a block pair, because the requests of one block meet the same state of the
-machine, and a pair shares it across the variants; for answers a prompt or a question.
+machine, and a pair shares it across the variants; for answers a prompt or a question. If the servers
+were launched several times, launches are drawn first and then block pairs within them, because a
+launch moves all its pairs together (memory layout, cores): then the launch is what is independent.
 
-The middle 95 % would be too narrow for few units: with eight pairs it held the truth only 87 times
-in 100 for throughput. So it is widened as a t interval is, to the shares that Student's t puts at
-95 % (the expanded percentile interval of Hesterberg, The American Statistician 69, 2015). In
-simulations that held the truth 91 to 99 times in 100 from six pairs on, and 86 to 95 with four.
+*Quantiles*: the interval is the middle of the resamples, widened as a t interval is, to the shares
+that Student's t puts at 95 % (the expanded percentile interval of Hesterberg, The American
+Statistician 69, 2015). *Sums and rates*: Student's t times the resamples' standard deviation, on
+the logarithm of the ratio; the middle of the resamples is too narrow for them with few units.
+`cast-loadtest coverage` simulates how often these hold the truth; docs/loadtest.md has its table.
 
 Quantiles interpolate linearly. inf stands for the time of a request that was never answered.
 """
@@ -26,8 +29,25 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
 SEED = 0
 
+# The 97.5th percentile of Student's t where the series in `student` is not yet exact.
+STUDENT_FEW = {1: 12.706, 2: 4.303}
+
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Which units each resample holds.
+
+    Attributes:
+        counts: how often it holds each, [num_resamples, num_units].
+        num_independent: how many things were drawn independently: groups if there are several,
+            else units.
+    """
+
+    counts: Counts
+    num_independent: int
 
 
 def finite(value: float) -> float | None:
@@ -47,10 +67,30 @@ def _between(low: Any, high: Any, part: Any) -> Any:
         return np.where((part == 0) | (low == high), low, low + part * (high - low))
 
 
-def draws(num_units: int, num_resamples: int = NUM_RESAMPLES) -> Counts:
-    """How often each resample holds each unit, [num_resamples, num_units]; always the same."""
+def draws(
+    num_units: int, num_resamples: int = NUM_RESAMPLES, groups: Sequence[int] | None = None
+) -> Resamples:
+    """Draws units with replacement; the same arguments always give the same resamples.
+
+    Args:
+        num_units: at least one.
+        num_resamples: how many.
+        groups: the group of each unit, [num_units]: groups are drawn first, and then units within
+            each group that was drawn. None, or a single one: units are independent.
+    """
     rng = np.random.default_rng(SEED)
-    return rng.multinomial(num_units, [1 / num_units] * num_units, num_resamples)
+    names = sorted(set(groups or ()))
+    if len(names) < 2:
+        counts = rng.multinomial(num_units, [1 / num_units] * num_units, num_resamples)
+        return Resamples(counts, num_units)
+    group_of = np.array(groups)
+    drawn = rng.multinomial(len(names), [1 / len(names)] * len(names), num_resamples)
+    counts = np.zeros((num_resamples, num_units), np.int64)
+    for place, name in enumerate(names):
+        units = np.flatnonzero(group_of == name)
+        size = len(units)
+        counts[:, units] = rng.multinomial(size * drawn[:, place], [1 / size] * size)
+    return Resamples(counts, len(names))
 
 
 def resampled_quantile(blocks: Sequence[Array], counts: Counts, share: float) -> Array:
@@ -62,7 +102,7 @@ def resampled_quantile(blocks: Sequence[Array], counts: Counts, share: float) ->
 
     Args:
         blocks: ascending values of each block; a block is a unit.
-        counts: as from `draws`.
+        counts: of `draws`.
         share: which quantile.
 
     Returns:
@@ -116,18 +156,25 @@ def resampled_order_statistic(
     return ascending[ranks.astype(int).clip(max=n - 1)]
 
 
-def tail(num_units: int) -> float:
-    """The share of resamples left out at each end of the interval; 0.025 for many units."""
-    if num_units < 2:
-        return 0.0
-    freedom, z = num_units - 1, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    student = (  # Cornish-Fisher: Abramowitz and Stegun 26.7.5
+def student(num_independent: int) -> float:
+    """Student's t at 97.5 %, for the mean of that many values, at least two."""
+    freedom, z = num_independent - 1, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    if freedom in STUDENT_FEW:
+        return STUDENT_FEW[freedom]
+    return (  # Cornish-Fisher: Abramowitz and Stegun 26.7.5
         z
         + (z**3 + z) / (4 * freedom)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
     )
-    return NormalDist().cdf(-student * sqrt(num_units / freedom))
+
+
+def tail(num_independent: int) -> float:
+    """The share of resamples left out at each end of the interval; 0.025 for many units."""
+    if num_independent < 2:
+        return 0.0
+    widened = sqrt(num_independent / (num_independent - 1))
+    return NormalDist().cdf(-student(num_independent) * widened)
 
 
 @dataclass(frozen=True)
@@ -147,12 +194,23 @@ class Ratio:
     resampled: Array
 
     @classmethod
-    def of(cls, value: float, resampled: Array, num_units: int) -> "Ratio":
-        """Takes the interval from the resamples' ratios; fewer units make it wider (`tail`)."""
+    def of(cls, value: float, resampled: Array, num_independent: int) -> "Ratio":
+        """The interval is the middle of the resamples; fewer units make it wider (`tail`)."""
         low = high = np.nan
         if not np.isnan(resampled).any():
-            ordered, left_out = np.sort(resampled), tail(num_units)
+            ordered, left_out = np.sort(resampled), tail(num_independent)
             low, high = quantile(ordered, left_out), quantile(ordered, 1 - left_out)
+        return cls(finite(value), finite(low), finite(high), resampled)
+
+    @classmethod
+    def of_sums(cls, value: float, resampled: Array, num_independent: int) -> "Ratio":
+        """The interval is symmetric on the logarithm; unknown if a resample is 0 or not known."""
+        low = high = np.nan
+        is_known = np.isfinite(resampled).all() and (resampled > 0).all()
+        if value > 0 and num_independent > 1 and is_known:
+            widened = sqrt(num_independent / (num_independent - 1))
+            reach = student(num_independent) * widened * float(np.log(resampled).std())
+            low, high = value * np.exp(-reach), value * np.exp(reach)
         return cls(finite(value), finite(low), finite(high), resampled)
 
     def about(self) -> dict[str, float | None]:
@@ -160,58 +218,59 @@ class Ratio:
         return {"ratio": self.value, "low": self.low, "high": self.high}
 
 
-def ratio_of_sums(above: Array, below: Array, counts: Counts) -> Ratio:
+def ratio_of_sums(above: Array, below: Array, resamples: Resamples) -> Ratio:
     """The sum of `above` over the sum of `below`: a mean, if these are totals and their numbers.
+
+    The terms may be 0 or negative, so the interval is the middle of the resamples.
 
     Args:
         above: a number for each unit, [num_units].
         below: likewise.
-        counts: as from `draws`.
+        resamples: of `draws`.
     """
-    resampled = (counts @ above) / (counts @ below)
-    return Ratio.of(above.sum() / below.sum(), resampled, len(above))
+    resampled = (resamples.counts @ above) / (resamples.counts @ below)
+    return Ratio.of(above.sum() / below.sum(), resampled, resamples.num_independent)
 
 
 def ratio_of_quantiles(
-    above: Sequence[Array], below: Sequence[Array], counts: Counts, share: float
+    above: Sequence[Array], below: Sequence[Array], resamples: Resamples, share: float
 ) -> Ratio:
     """One side's quantile over the other's.
 
     Args:
         above: ascending values of each block.
         below: likewise, of the other side; the same units.
-        counts: as from `draws`.
+        resamples: of `draws`.
         share: which quantile.
     """
-    counts = _with_everything(counts)
+    counts = _with_everything(resamples.counts)
     above_quantiles = resampled_quantile(above, counts, share)
     below_quantiles = resampled_quantile(below, counts, share)
-    return _divided(above_quantiles, below_quantiles, counts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = above_quantiles / below_quantiles
+    return Ratio.of(ratios[0], ratios[1:], resamples.num_independent)
 
 
 def ratio_of_rates(
-    above: Sequence[tuple[float, float]], below: Sequence[tuple[float, float]], counts: Counts
+    above: Sequence[tuple[float, float]],
+    below: Sequence[tuple[float, float]],
+    resamples: Resamples,
 ) -> Ratio:
     """One side's sum of amounts over its sum of seconds, over the same of the other side.
 
     Args:
         above: (amount, seconds) of each block.
         below: likewise, of the other side; the same units.
-        counts: as from `draws`.
+        resamples: of `draws`.
     """
-    counts = _with_everything(counts)
-    sums = [counts @ np.array(side, float) for side in (above, below)]
+    counts = _with_everything(resamples.counts)
+    above_sums, below_sums = counts @ np.array(above, float), counts @ np.array(below, float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rates = [side[:, 0] / side[:, 1] for side in sums]
-    return _divided(rates[0], rates[1], counts)
+        above_rates = above_sums[:, 0] / above_sums[:, 1]
+        ratios = above_rates / (below_sums[:, 0] / below_sums[:, 1])
+    return Ratio.of_sums(ratios[0], ratios[1:], resamples.num_independent)
 
 
 def _with_everything(counts: Counts) -> Counts:
     """The resamples, and before them everything that was measured: each unit once."""
     return np.vstack([np.ones_like(counts[:1]), counts])
-
-
-def _divided(above: Array, below: Array, counts: Counts) -> Ratio:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = above / below
-    return Ratio.of(ratios[0], ratios[1:], counts.shape[1])

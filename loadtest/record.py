@@ -9,7 +9,7 @@ in this form. So the two files are enough to compute everything again.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ class Request:
         token_events_s: arrival of each token event; empty for a failed request.
         last_s: when the output was complete; None for a failed request.
         ended_s: when the response was over, or had failed.
+        launch: which launch of the servers it was sent to; 0 is the first.
     """
 
     block: int | None
@@ -55,6 +56,7 @@ class Request:
     token_events_s: tuple[float, ...]
     last_s: float | None
     ended_s: float
+    launch: int = 0
 
     @cached_property
     def timing(self) -> RequestTiming | None:
@@ -93,9 +95,32 @@ class Block:
         return min(request.intended_send_s for request in self.requests)
 
     @property
+    def launch(self) -> int:
+        """Which launch of the servers it was sent to."""
+        return self.requests[0].launch
+
+    @property
     def wall_s(self) -> float:
         """First intended send to the end of the last request, failed ones included."""
         return max(request.ended_s for request in self.requests) - self.started_s
+
+    @property
+    def arrival_s(self) -> float:
+        """First intended send to the last one; in an open loop, how long requests arrived."""
+        return max(request.intended_send_s for request in self.requests) - self.started_s
+
+    def output_tokens_until(self, end_s: float) -> float:
+        """Tokens of complete responses that came up to then, on the record's clock.
+
+        A token event may carry several tokens, so a response's tokens are spread evenly over them.
+        """
+        tokens = 0.0
+        for request in self.requests:
+            events_s = request.token_events_s
+            if request.output_tokens and events_s:
+                num_come = sum(event_s <= end_s for event_s in events_s)
+                tokens += request.output_tokens * num_come / len(events_s)
+        return tokens
 
     @property
     def output_tokens(self) -> int:
@@ -206,6 +231,35 @@ class Recorded:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is no record of a run: {reason}; run it again") from error
         return recorded
+
+
+def joined(launches: Sequence[Recorded], about: Mapping[str, Any]) -> Recorded:
+    """The runs of several launches of the same servers as one record.
+
+    Args:
+        launches: at least one, in the order in which they ran.
+        about: of the whole.
+
+    Returns:
+        Blocks and block pairs are numbered on from launch to launch; time goes on too, without the
+        time between launches.
+    """
+    requests: list[Request] = []
+    num_blocks = num_pairs = 0
+    start_s = 0.0
+    for number, run in enumerate(launches):
+        for request in run.requests:
+            block, pair = request.block, request.block_pair
+            later = request.placed(
+                None if block is None else block + num_blocks,
+                None if pair is None else pair + num_pairs,
+                -start_s,
+            )
+            requests.append(replace(later, launch=number))
+        num_blocks += len(run.blocks)
+        num_pairs += len(run.pairs)
+        start_s = max((request.ended_s for request in requests), default=0.0)
+    return Recorded(about, tuple(requests))
 
 
 def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:

@@ -1,6 +1,8 @@
 """A model + multiple-choice questions -> the share answered rightly, with its standard error."""
 
+import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +23,37 @@ class ChoiceAccuracy:
         acc: by the log likelihood of the whole answer.
         acc_norm: by the log likelihood per byte of the answer, which favours no short answers.
         acc_stderr, acc_norm_stderr: standard errors, sqrt(p (1 - p) / (n - 1)).
+        chance: the share that guessing gets.
         num_questions: n.
+        is_right_norm: whether each question was answered rightly by acc_norm's score.
     """
 
     acc: float
     acc_stderr: float
     acc_norm: float
     acc_norm_stderr: float
+    chance: float
     num_questions: int
+    is_right_norm: tuple[bool, ...]
+
+    def about(self) -> dict[str, float]:
+        """As the last line of `cast-train eval` has it."""
+        found = dataclasses.asdict(self)
+        del found["is_right_norm"]
+        return found
+
+
+def paired_difference(ours: ChoiceAccuracy, theirs: ChoiceAccuracy) -> tuple[float, float]:
+    """acc_norm of `ours` minus that of `theirs` on the same questions, and its standard error.
+
+    Questions that both get right, or both wrong, say nothing about the difference: so this is
+    smaller than the standard errors of the two would let one think (it is McNemar's comparison).
+    """
+    pairs = zip(ours.is_right_norm, theirs.is_right_norm, strict=True)
+    differences = [int(own) - int(other) for own, other in pairs]
+    count = len(differences)
+    stderr = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
+    return statistics.fmean(differences), stderr
 
 
 @torch.no_grad()
@@ -67,7 +92,8 @@ def choice_accuracy(
                 scores.append(-float(cross_entropy(answer, wanted, reduction="sum")))
     finally:
         model.train(was_training)
-    right = right_norm = at = 0
+    right = at = 0
+    is_right_norm = []
     for question in questions:
         own = scores[at : at + len(question.choices)]
         per_byte = [
@@ -75,12 +101,20 @@ def choice_accuracy(
             for score, choice in zip(own, question.choices, strict=True)
         ]
         right += own.index(max(own)) == question.answer
-        right_norm += per_byte.index(max(per_byte)) == question.answer
+        is_right_norm.append(per_byte.index(max(per_byte)) == question.answer)
         at += len(question.choices)
     count = len(questions)
 
     def stderr(share: float) -> float:
         return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
 
-    acc, acc_norm = right / count, right_norm / count
-    return ChoiceAccuracy(acc, stderr(acc), acc_norm, stderr(acc_norm), count)
+    acc, acc_norm = right / count, sum(is_right_norm) / count
+    return ChoiceAccuracy(
+        acc=acc,
+        acc_stderr=stderr(acc),
+        acc_norm=acc_norm,
+        acc_norm_stderr=stderr(acc_norm),
+        chance=statistics.fmean(1 / len(question.choices) for question in questions),
+        num_questions=count,
+        is_right_norm=tuple(is_right_norm),
+    )

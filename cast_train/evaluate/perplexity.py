@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,37 @@ class Perplexity:
         perplexity: 1 is perfect; inf where exp overflows.
         num_tokens: predicted tokens; the first token of each block is only read.
         context_tokens: the block size; no token sees more than this before it.
+        block_losses: mean negative log likelihood of each block's tokens, in nats.
     """
 
     perplexity: float
     num_tokens: int
     context_tokens: int
+    block_losses: tuple[float, ...]
+
+    @property
+    def stderr_nats(self) -> float | None:
+        """Standard error of the logarithm, over blocks; None of a single block.
+
+        It says how far another text of the kind would differ, and not how far two models do: that
+        is `paired_difference`, which the text's difficulty does not enter.
+        """
+        return _stderr(self.block_losses)
+
+
+def paired_difference(ours: Perplexity, theirs: Perplexity) -> tuple[float, float | None]:
+    """Log perplexity of `ours` minus that of `theirs`, on the same blocks, and its standard error.
+
+    Returns:
+        Nats; the standard error is over blocks, None of a single block.
+    """
+    pairs = zip(ours.block_losses, theirs.block_losses, strict=True)
+    differences = [own - other for own, other in pairs]
+    return statistics.fmean(differences), _stderr(differences)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 @torch.no_grad()
@@ -48,22 +75,23 @@ def perplexity(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = 0.0
+    block_losses: list[float] = []
     try:
         for batch in tqdm(blocks.split(batch_blocks), desc=name, unit="batch", leave=False):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             for sequence, row in zip(batch, logits, strict=True):
-                total += float(cross_entropy(row[:-1].float(), sequence[1:], reduction="sum"))
+                block_losses.append(float(cross_entropy(row[:-1].float(), sequence[1:])))
     finally:
         model.train(was_training)
     num_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
-    mean = total / num_tokens
+    mean = statistics.fmean(block_losses)
     if not math.isfinite(mean):
         raise ValueError(
             f"the model's log likelihood on this text is {mean}; its weights are damaged"
         )
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, num_tokens, blocks.shape[1])
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, num_tokens, blocks.shape[1], tuple(block_losses))
 
 
 @torch.no_grad()

@@ -1,26 +1,35 @@
 """Layer shapes and token counts -> 2:4 against dense times, interleaved on one machine.
 
-Every repetition times the 2:4 op, vLLM's own dense op (oneDNN) and torch's plain dense linear one
-after the other, each over layers that together exceed the caches, so that drift of a shared
-machine meets all three. Read bandwidth and multiply rate of the same run give the roof: no 2:4 op
-can be faster than reading its bytes, or than half of the dense multiplies.
+Every repetition times the 2:4 op, vLLM's own dense op (oneDNN), torch's plain dense linear and, if
+AMD's zentorch is installed, the op that vLLM then takes, one after the other. Each is timed over
+layers that together exceed the caches. So drift of a shared machine meets all of them. A ratio is
+that of the medians over the repetitions, with a bootstrap interval over them.
+
+Read bandwidth and multiply rate of the same run give the roof: no 2:4 op can be faster than reading
+its bytes, or than half of the dense multiplies. The bandwidth is the best that any reader reached:
+plain streaming reads before and after the run, and the dense ops in it.
 """
 
+import importlib.util
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from cast_serve import kernels
+from cast_serve.intervals import Ratio, draws, ratio_of_quantiles
 from loadtest.bench.shapes import random_weight
+from loadtest.provenance import machine, versions
 from loadtest.report.directory import new_directory
 
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
@@ -33,7 +42,10 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one shape at one number of tokens, per repetition, of each op."""
+    """Milliseconds of one shape at one number of tokens, per repetition, of each op.
+
+    zentorch_ms is None without zentorch.
+    """
 
     in_features: int
     out_features: int
@@ -41,6 +53,13 @@ class Timing:
     sparse_ms: list[float]
     vllm_dense_ms: list[float]
     plain_dense_ms: list[float]
+    zentorch_ms: list[float] | None = None
+
+    def dense_gb_s(self) -> float:
+        """How fast the faster dense op read its weight, by its median."""
+        of_each = (self.vllm_dense_ms, self.plain_dense_ms, self.zentorch_ms)
+        dense_ms = min(statistics.median(times) for times in of_each if times)
+        return 2 * self.in_features * self.out_features / dense_ms / 1e6
 
     def row(self, read_bandwidth_gb_s: float, peak_gflop_s: float) -> dict[str, Any]:
         """The result as it is printed; ratios above 1 = sparse faster.
@@ -51,8 +70,7 @@ class Timing:
         """
         packed_bytes = self.in_features * self.out_features * 1.125  # bf16 values and positions
         sparse_ms = statistics.median(self.sparse_ms)
-        ratios = [d / s for d, s in zip(self.vllm_dense_ms, self.sparse_ms, strict=True)]
-        plain = [d / s for d, s in zip(self.plain_dense_ms, self.sparse_ms, strict=True)]
+        over_vllm = _ratio(self.vllm_dense_ms, self.sparse_ms)
         flops = 2 * self.in_features * self.out_features * self.num_tokens
         roof_ms = max(packed_bytes / read_bandwidth_gb_s, flops / 2 / peak_gflop_s) / 1e6
         return {
@@ -62,14 +80,36 @@ class Timing:
             "sparse_ms": sparse_ms,
             "vllm_dense_ms": statistics.median(self.vllm_dense_ms),
             "plain_dense_ms": statistics.median(self.plain_dense_ms),
-            "ratio_vllm": statistics.median(ratios),
-            "ratio_vllm_min": min(ratios),
-            "ratio_vllm_max": max(ratios),
-            "ratio_plain": statistics.median(plain),
+            "ratio_vllm": over_vllm.value,
+            "ratio_vllm_low": over_vllm.low,
+            "ratio_vllm_high": over_vllm.high,
+            "ratio_plain": _ratio(self.plain_dense_ms, self.sparse_ms).value,
+            **self._over_zentorch(),
             "gb_s": packed_bytes / sparse_ms / 1e6,
             "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
             "roof_ms": roof_ms,
         }
+
+    def _over_zentorch(self) -> dict[str, float | None]:
+        if self.zentorch_ms is None:
+            return {}
+        ratio = _ratio(self.zentorch_ms, self.sparse_ms)
+        return {
+            "zentorch_ms": statistics.median(self.zentorch_ms),
+            "ratio_zentorch": ratio.value,
+            "ratio_zentorch_low": ratio.low,
+            "ratio_zentorch_high": ratio.high,
+        }
+
+
+def _ratio(dense_ms: Sequence[float], sparse_ms: Sequence[float]) -> Ratio:
+    """The ratio of the medians; a repetition of both is one unit."""
+    return ratio_of_quantiles(
+        [np.array([ms]) for ms in dense_ms],
+        [np.array([ms]) for ms in sparse_ms],
+        draws(len(sparse_ms)),
+        0.5,
+    )
 
 
 def run(
@@ -84,15 +124,21 @@ def run(
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
     """
-    bandwidth, peak = read_bandwidth_gb_s(), peak_gflop_s()
-    rows = [timing.row(bandwidth, peak) for timing in measure(shapes, tokens, on_done)]
+    before_gb_s, peak = read_bandwidth_gb_s(), peak_gflop_s()
+    timings = measure(shapes, tokens, on_done)
+    bandwidth = max(before_gb_s, read_bandwidth_gb_s(), *(t.dense_gb_s() for t in timings))
+    rows = [timing.row(bandwidth, peak) for timing in timings]
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
         "isa": kernels.isa(),
         "threads": torch.get_num_threads(),
         "read_bandwidth_gb_s": bandwidth,
         "peak_gflop_s": peak,
         "results": rows,
-        "geomean_ratio_vllm": geomean_ratios(rows),
+        "geomean_ratio_vllm": geomean_ratios(rows, "ratio_vllm"),
+        "geomean_ratio_zentorch": geomean_ratios(rows, "ratio_zentorch"),
     }
 
 
@@ -102,14 +148,14 @@ def table_of(result: dict[str, Any]) -> Table:
         title=f"2:4 ({result['isa']}, {result['threads']} thread(s)) against dense bf16; this "
         f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense bf16 at "
         f"{result['peak_gflop_s']:.0f} GFLOP/s",
-        caption="ratio above 1: sparse faster; in brackets, over the interleaved repetitions; "
+        caption="ratio above 1: sparse faster; in brackets, the 95 % interval; "
         "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share",
     )
     headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s,roof"
     for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["results"]:
-        spread = f"[{row['ratio_vllm_min']:.2f}, {row['ratio_vllm_max']:.2f}]"
+        spread = f"[{row['ratio_vllm_low']:.2f}, {row['ratio_vllm_high']:.2f}]"
         table.add_row(
             f"{row['in_features']} x {row['out_features']}",
             str(row["num_tokens"]),
@@ -177,16 +223,17 @@ def write_out(out: Path, result: dict[str, Any]) -> None:
         _draw(partial / "report.png", result)
 
 
-def geomean_ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Number of tokens -> geometric mean of ratio_vllm over the shapes."""
+def geomean_ratios(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """Number of tokens -> geometric mean of a ratio over the shapes; empty if no row has it."""
     by_tokens: dict[str, list[float]] = {}
     for row in rows:
-        by_tokens.setdefault(str(row["num_tokens"]), []).append(row["ratio_vllm"])
+        if key in row:
+            by_tokens.setdefault(str(row["num_tokens"]), []).append(row[key])
     return {tokens: statistics.geometric_mean(ratios) for tokens, ratios in by_tokens.items()}
 
 
-def _layers(in_features: int, out_features: int) -> tuple[list[Linear], ...]:
-    """Random weights many times over in memory, behind each of the three ops."""
+def _layers(in_features: int, out_features: int) -> list[list[Linear]]:
+    """Random weights many times over in memory, behind each of the ops."""
     import vllm.platforms  # noqa: F401, loads vLLM's CPU extension
     from vllm import _custom_ops as vllm_ops
 
@@ -204,12 +251,22 @@ def _layers(in_features: int, out_features: int) -> tuple[list[Linear], ...]:
     def plain_dense(copy: Tensor) -> Linear:
         return lambda x: torch.nn.functional.linear(x, copy)
 
+    def zentorch_dense(copy: Tensor) -> Linear:
+        prepacked = torch.ops.zentorch.zentorch_weight_prepack_for_linear(copy)
+        multiply = torch.ops.zentorch.zentorch_linear_unary
+        return lambda x: multiply(x, prepacked, None, is_weight_prepacked=True)
+
     copies = range(max(2, math.ceil(CACHE_BYTES / packed.nbytes)))
-    return (
+    layers = [
         [sparse(packed.clone()) for _ in copies],
         [vllm_dense(dense.clone()) for _ in copies],
         [plain_dense(dense.clone()) for _ in copies],
-    )
+    ]
+    if importlib.util.find_spec("zentorch") is not None:
+        import zentorch  # noqa: F401, registers its ops
+
+        layers.append([zentorch_dense(dense.clone()) for _ in copies])
+    return layers
 
 
 class _Round:
@@ -237,8 +294,8 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
     ratios, speeds = figure.subplots(1, 2)
     for number, (shape, rows) in enumerate(by_shape.items()):
         tokens = [row["num_tokens"] for row in rows]
-        low = [row["ratio_vllm"] - row["ratio_vllm_min"] for row in rows]
-        high = [row["ratio_vllm_max"] - row["ratio_vllm"] for row in rows]
+        low = [row["ratio_vllm"] - row["ratio_vllm_low"] for row in rows]
+        high = [row["ratio_vllm_high"] - row["ratio_vllm"] for row in rows]
         ratios.errorbar(
             tokens,
             [row["ratio_vllm"] for row in rows],
@@ -264,7 +321,7 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         axes.set_xlabel("tokens")
         axes.legend()
     figure.suptitle(
-        f"{result['isa']}, {result['threads']} thread(s): in_features x out_features, median and "
-        "range of interleaved repetitions"
+        f"{result['isa']}, {result['threads']} thread(s): in_features x out_features, ratio "
+        "of medians and 95 % interval over interleaved repetitions"
     )
     figure.savefig(path, dpi=120)

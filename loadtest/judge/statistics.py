@@ -6,12 +6,19 @@ known. Percentiles always come with their n.
 
 Every ratio above 1 favours the candidate: baseline / candidate for times, candidate / baseline for
 rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
-block pairs (cast_serve/intervals.py). *ratio* compares the two blocks' medians of each block pair
-alone. *drift* compares the blocks of each variant alone, one after the other.
+block pairs, or over launches of the servers if there are several (cast_serve/intervals.py). A
+percentile beyond which not even one request is expected has no interval. *ratio* compares the two
+blocks' medians of each block pair alone. *drift* compares the blocks of each variant alone, one
+after the other.
+
+*Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
+that would count the time after the last arrival, in which the server only empties its queue; so the
+tokens that came while requests arrived are divided by how long they arrived.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +86,7 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
     pairs = recorded.pairs
     if not pairs:
         return {}
-    counts = draws(len(pairs))
+    resamples = draws(len(pairs), groups=[block.launch for block, _ in pairs])
     baseline_blocks = [block for block, _ in pairs]
     candidate_blocks = [block for _, block in pairs]
     found = {}
@@ -87,18 +94,45 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
         baseline = _in_blocks(recorded, baseline_blocks, metric)
         candidate = _in_blocks(recorded, candidate_blocks, metric)
         if any(map(len, baseline)) and any(map(len, candidate)):
+            num_values = min(sum(map(len, baseline)), sum(map(len, candidate)))
             for name, share in QUANTILES.items():
-                found[f"{metric}_{name}"] = ratio_of_quantiles(baseline, candidate, counts, share)
-
-    def rates(amount: Callable[[Block], float]) -> Ratio:
-        baseline = [(amount(block), block.wall_s) for block in baseline_blocks]
-        candidate = [(amount(block), block.wall_s) for block in candidate_blocks]
-        return ratio_of_rates(candidate, baseline, counts)
-
-    found["throughput"] = rates(lambda block: block.output_tokens)
+                ratio = ratio_of_quantiles(baseline, candidate, resamples, share)
+                if num_values < num_needed(share):
+                    ratio = replace(ratio, low=None, high=None)
+                found[f"{metric}_{name}"] = ratio
+    found["throughput"] = ratio_of_rates(
+        [throughput_of(recorded, block) for block in candidate_blocks],
+        [throughput_of(recorded, block) for block in baseline_blocks],
+        resamples,
+    )
     if slo := recorded.about.get("slo"):
-        found["goodput"] = rates(lambda block: sum(meets(r, slo) for r in block.requests))
+        found["goodput"] = ratio_of_rates(
+            [_goodput_of(recorded, block, slo) for block in candidate_blocks],
+            [_goodput_of(recorded, block, slo) for block in baseline_blocks],
+            resamples,
+        )
     return found
+
+
+def num_needed(share: float) -> int:
+    """How many values a quantile's interval needs: one is expected beyond it."""
+    return round(1 / (1 - share))
+
+
+def throughput_of(recorded: Recorded, block: Block) -> tuple[float, float]:
+    """A block's output tokens, and the seconds in which they came; see the module."""
+    if recorded.about["schedule"] == "closed" or not block.arrival_s:
+        return block.output_tokens, block.wall_s
+    return block.output_tokens_until(block.started_s + block.arrival_s), block.arrival_s
+
+
+def _goodput_of(
+    recorded: Recorded, block: Block, slo: dict[str, float | None]
+) -> tuple[float, float]:
+    """A block's requests that met every limit, and the seconds in which they were sent."""
+    is_closed = recorded.about["schedule"] == "closed" or not block.arrival_s
+    num_good = sum(meets(request, slo) for request in block.requests)
+    return num_good, block.wall_s if is_closed else block.arrival_s
 
 
 def ratios(recorded: Recorded, metric: str) -> list[float]:
@@ -119,7 +153,8 @@ def ratios(recorded: Recorded, metric: str) -> list[float]:
 def block_value(recorded: Recorded, block: Block, metric: str) -> float | None:
     """A block's median of one of TIMES in seconds, or its THROUGHPUT; None if it has none."""
     if metric == THROUGHPUT:
-        return block.output_tokens / block.wall_s
+        tokens, seconds = throughput_of(recorded, block)
+        return tokens / seconds
     (ascending,) = _in_blocks(recorded, [block], metric)
     return finite(quantile(ascending, 0.5)) if len(ascending) else None
 
@@ -130,9 +165,13 @@ def _in_blocks(recorded: Recorded, blocks: Sequence[Block], metric: str) -> list
     return [values(block.requests, metric, output_tokens) for block in blocks]
 
 
+def _median(found: Sequence[float]) -> float | None:
+    return float(np.median(found)) if found else None
+
+
 def _spread(found: Sequence[float]) -> dict[str, Any]:
     return {
-        "median": float(np.median(found)) if found else None,
+        "median": _median(found),
         "min": min(found, default=None),
         "max": max(found, default=None),
         "num_block_pairs": len(found),
@@ -161,13 +200,19 @@ def drift(recorded: Recorded, variant: str, metric: str) -> dict[str, Any]:
     return {"per_block_s": medians, "second_half_over_first": halves, "slope_per_minute": slope}
 
 
+def _rate(amounts: Iterable[tuple[float, float]]) -> float | None:
+    """The sum of amounts over the sum of their seconds; None without any."""
+    pairs = list(amounts)
+    return sum(amount for amount, _ in pairs) / sum(s for _, s in pairs) if pairs else None
+
+
 def goodput(recorded: Recorded, variant: str, slo: dict[str, float | None]) -> dict[str, Any]:
     """Requests of a variant that met every limit: a second, and as a share of all of them."""
     blocks = recorded.blocks_of(variant)
     requests = [request for block in blocks for request in block.requests]
     num_good = sum(meets(request, slo) for request in requests)
     return {
-        "requests_per_s": num_good / sum(b.wall_s for b in blocks) if blocks else None,
+        "requests_per_s": _rate(_goodput_of(recorded, block, slo) for block in blocks),
         "share": num_good / len(requests) if requests else None,
         "n": len(requests),
     }
@@ -193,6 +238,8 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "num_requests": len(measured),
         "num_block_pairs": len(recorded.pairs),
+        "num_launches": len({block.launch for block in recorded.blocks}) or 1,
+        "busy_s_per_block": _median([block.arrival_s for block in recorded.blocks]),
         "num_errors": sum(map(len, failed.values())),
         "num_warmup_errors": sum(r.error is not None for r in warmup),
         "num_unequal_lengths": sum(
@@ -204,17 +251,14 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
         "error_rate": {
             v: len(failed[v]) / len(requests[v]) if requests[v] else None for v in variants
         },
-        "prompt_tokens_per_request": float(np.median(prompt_tokens)) if prompt_tokens else None,
+        "prompt_tokens_per_request": _median(prompt_tokens),
     }
     for metric in TIMES:
         summary[f"{metric}_s"] = {
             v: distribution(values(requests[v], metric, output_tokens)) for v in variants
         }
     summary[THROUGHPUT] = {
-        v: sum(b.output_tokens for b in blocks[v]) / sum(b.wall_s for b in blocks[v])
-        if blocks[v]
-        else None
-        for v in variants
+        v: _rate(throughput_of(recorded, block) for block in blocks[v]) for v in variants
     }
     summary["speedups"] = {name: ratio.about() for name, ratio in found.items()}
     summary["ratio"] = {

@@ -88,10 +88,10 @@ def summarise(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scored = [one for one in each if one["num_tokens"]]
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     if scored:
-        counts, num_tokens = draws(len(scored)), np.array([one["num_tokens"] for one in scored])
+        resamples, num_tokens = draws(len(scored)), np.array([one["num_tokens"] for one in scored])
         for name in MEASURES:
             totals = np.array([one[name] for one in scored]) * num_tokens
-            mean = ratio_of_sums(totals, num_tokens, counts)
+            mean = ratio_of_sums(totals, num_tokens, resamples)
             found[name] = {"mean": mean.value, "low": mean.low, "high": mean.high}
     num_tokens_scored = sum(one["num_tokens"] for one in scored)
     return {

@@ -77,8 +77,8 @@ async def measure(
         on_answer: called after each answer, for a progress bar.
 
     Returns:
-        For each question `right`, the index of the right answer, and `by_sum` and `by_byte`: by
-        variant, the index of the answer with the highest score; of equals, the first.
+        For each question `right`, the index of the right answer, `num_choices`, and `by_sum` and
+        `by_byte`: by variant, the index of the answer with the highest score; of equals, the first.
 
     Raises:
         ValueError: at the first answer that a variant does not score.
@@ -134,6 +134,7 @@ async def measure(
     return [
         {
             "right": question.answer,
+            "num_choices": len(question.choices),
             "by_sum": chosen(number, is_per_byte=False),
             "by_byte": chosen(number, is_per_byte=True),
         }
@@ -198,7 +199,8 @@ def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[s
         candidate: likewise.
 
     Returns:
-        `source`; `accuracy`: by variant `acc`, `acc_norm`, their standard errors (None for one
+        `source`; `chance`: the share that guessing gets, None in records of 2026-11-25 and before;
+        `accuracy`: by variant `acc`, `acc_norm`, their standard errors (None for one
         question) and `num_questions`; `acc_norm_difference`: `mean` of candidate - baseline, `low`,
         `high` and `num_questions`.
     """
@@ -217,6 +219,9 @@ def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[s
     difference = ratio_of_sums(gained, np.ones(num), draws(num))
     return {
         "source": asked["source"],
+        "chance": np.mean([1 / one["num_choices"] for one in each]).item()
+        if all("num_choices" in one for one in each)
+        else None,
         "accuracy": accuracy,
         "acc_norm_difference": {
             "mean": difference.value,

@@ -7,7 +7,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
+from loadtest.judge import coverage as simulation
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
@@ -139,6 +142,26 @@ def compare(
     worse = [name for name, change in found["changes"].items() if change["verdict"] == "worse"]
     failures = [f"worse than {old}: {', '.join(worse)}"] if worse and fail_on_regression else []
     finish(found, failures)
+
+
+def coverage(
+    runs: Annotated[int, typer.Option(help="Simulated runs of each kind of noise.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("runs", total=runs * len(simulation.NOISES))
+        found = simulation.coverage(runs, seed, lambda: progress.advance(task))
+    table = Table(caption="share of runs whose interval holds the truth; it should be 95 %")
+    for heading in ("noise", *next(iter(found["coverage"].values()))):
+        table.add_column(heading)
+    for noise, shares in found["coverage"].items():
+        table.add_row(noise, *(f"{share:.1%}" for share in shares.values()))
+    Console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    finish(found, [])
 
 
 def finish(printed: dict[str, Any], failures: list[str]) -> None:

@@ -25,6 +25,7 @@ KEPT = (
     "is_aa",
     "served",
 )
+LATER = ("machine", "models")  # likewise, but records of 2026-11-25 and before do not have them
 
 
 def result_of(recorded: Recorded) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         "block_order": [block.variant for block in recorded.blocks],
         **{key: about["workload"].get(key) for key in ("prompt_words", "seed", "run_number")},
         **{key: about[key] for key in KEPT},
+        **{key: about.get(key) for key in LATER},
         **summarise(recorded, speedups(recorded)),
         "saturation": {v: saturation(recorded, v) for v in recorded.variants} if is_ramp else None,
         "quality": agreement.summarise(about["quality"]) if about["quality"] else None,

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES
+from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES, num_needed
 
 MIN_BLOCK_PAIRS = 4
 MAX_DRIFT = 0.10
+MIN_BUSY_S = 10.0  # of a block in a closed loop
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 
 Result = Mapping[str, Any]
@@ -59,7 +60,7 @@ def times(speedup: Mapping[str, float | None] | None) -> str:
     if not speedup or not speedup["ratio"]:
         return "an unknown number of times"
     if speedup["low"] is None or speedup["high"] is None:
-        return f"{speedup['ratio']:.2f}x (interval unknown)"
+        return f"{speedup['ratio']:.2f}x (no interval)"
     return f"{speedup['ratio']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
 
 
@@ -117,10 +118,24 @@ def notes(result: Result) -> list[str]:
     """What helps to read the figures."""
     if not result["num_requests"]:
         return []
+    num_launches = result["num_launches"]
+    over = f"{result['num_block_pairs']} block pairs"
+    if num_launches > 1:
+        over = f"{num_launches} launches of the servers and {over}"
+    num_intervals = sum(s["low"] is not None for s in result["speedups"].values())
     found = [
-        "Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over "
-        f"{result['num_block_pairs']} block pairs; one that holds 1 shows no difference."
+        f"Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over {over}; "
+        "one that holds 1 shows no difference.",
+        f"The claim of this report is the speed-up per token, TPOT p50. With {num_intervals} "
+        "intervals, one or two may well miss the truth by chance: the others explain the claim and "
+        "are none by themselves.",
     ]
+    if num_launches == 1:
+        found.append(
+            "The servers were launched once. What a launch does to all its requests alike (memory "
+            "layout, cores) is not in the intervals: with launches that differ by 4 %, they hold "
+            "the truth about half the time. --launches 6 measures it."
+        )
     if result["is_aa"]:
         known = [s for s in result["speedups"].values() if s["low"] is not None]
         covering = sum(s["low"] <= 1 <= (s["high"] or 1) for s in known)
@@ -130,12 +145,22 @@ def notes(result: Result) -> list[str]:
             "and so right or wrong together."
         )
     n = min(side["n"] for side in result["e2e_s"].values())
-    if n < 100:
-        found.append(f"With {n} requests a variant, p99 is little more than the slowest one.")
+    if n < num_needed(0.99):
+        found.append(
+            f"With {n} requests a variant, p99 is little more than the slowest one, and has no "
+            f"interval: {num_needed(0.99)} are needed."
+        )
+    busy_s = result["busy_s_per_block"]
     if result["schedule"] != "closed":
         found.append(
-            "Requests left by a timetable, so throughput follows the timetable until a variant "
-            "can no longer keep up."
+            "Requests left by a timetable, so the arrivals fix the throughput of a variant that "
+            "keeps up. It is counted while requests arrived, without the time after the last one."
+        )
+    elif busy_s < MIN_BUSY_S:
+        found.append(
+            f"Short blocks: each kept {result['concurrency']} in flight for {busy_s:.1f} s "
+            f"(median) and then ran empty. Below {MIN_BUSY_S:.0f} s that says more about a burst "
+            "than about steady load; leave out --num-prompts."
         )
     if result["saturation"]:
         limits = [
@@ -213,7 +238,8 @@ def facts(result: Result) -> list[tuple[str, str]]:
         (
             "plan",
             f"{plan['num_block_pairs']} block pairs in ABBA order, {plan['num_prompts']} prompts "
-            f"a block, {plan['num_warmup']} warm-up requests a variant, not counted",
+            f"a block, {plan['num_warmup']} warm-up requests a variant, not counted; "
+            f"{result['num_launches']} launch{'es' if result['num_launches'] > 1 else ''}",
         ),
         ("lengths", lengths),
         ("workload", ", ".join(f"{key} {value}" for key, value in workload.items())),
@@ -226,6 +252,16 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ),
         ("versions", ", ".join(f"{name} {text}" for name, text in result["versions"].items())),
     ]
+    if machine := result["machine"]:
+        before, after = machine["load_average"]
+        found.append(
+            (
+                "machine",
+                f"{machine['cpu']}, family {machine['family']} model {machine['model']}, "
+                f"{len(machine['cores'])} cores, {' '.join(machine['flags'])}; load average "
+                f"{before:.1f} before, {after:.1f} after",
+            )
+        )
     for variant, labels in result["served"].items():
         found.append((variant, ", ".join(f"{key} {text}" for key, text in labels.items() if text)))
     if result["slo"]:
@@ -273,9 +309,20 @@ def accuracy_text(result: Result) -> str | None:
         f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
         f"{_share(of_candidate, 'acc_norm')} rightly and {baseline} "
         f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference of "
-        f"{mean} points ({low} to {high}), paired by question. By their sum (acc) it is "
-        f"{_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one standard error."
+        f"{mean} points ({low} to {high}), paired by question{_meaning(difference)}. By their sum "
+        f"(acc) it is {_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one "
+        f"standard error{_chance(choices['chance'])}."
     )
+
+
+def _meaning(difference: Mapping[str, float]) -> str:
+    if difference["low"] <= 0 <= difference["high"]:
+        return ", which may as well be chance"
+    return ""
+
+
+def _chance(chance: float | None) -> str:
+    return "" if chance is None else f"; guessing gets {chance:.1%}"
 
 
 def _share(side: Mapping[str, float | None], name: str) -> str:

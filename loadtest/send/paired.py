@@ -14,9 +14,11 @@ says when a request leaves (schedule.py), also when the server falls behind. War
 closed loop.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from loadtest.send.workload import Workload
 MAX_SLIP_S = 0.010
 MAX_SLIP_SHARE = 0.05  # of the median TTFT, if that is more
 MAX_CPU_SHARE = 0.9
+MIN_PROMPTS = 8  # in a block whose size follows from its length in seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Plan:
         baseline: name of the variant compared against.
         candidate: name of the variant that should be better.
         concurrency: requests in flight in a closed loop and in the warm-up.
-        num_prompts: prompts in a block.
+        num_prompts: prompts in a block; None: as many as `block_s` needs.
+        block_s: seconds for which a block keeps up its load, by what the warm-up took.
         num_block_pairs: block pairs; even, so that each variant goes first equally often.
         num_warmup: requests to each variant before anything is counted.
         output_tokens: tokens that every response must have.
@@ -49,7 +53,8 @@ class Plan:
     baseline: str = "dense"
     candidate: str = "sparse"
     concurrency: int = 1
-    num_prompts: int = 8
+    num_prompts: int | None = None
+    block_s: float = 20.0
     num_block_pairs: int = 6
     num_warmup: int = 2
     output_tokens: int = 32
@@ -62,7 +67,7 @@ class Plan:
             )
         for name, value, least in (
             ("concurrency", self.concurrency, 1),
-            ("num-prompts", self.num_prompts, self.concurrency),
+            ("num-prompts", self.num_prompts or self.concurrency, self.concurrency),
             ("blocks", self.num_block_pairs, 2),
             ("warmup", self.num_warmup, 1),
             ("output-tokens", self.output_tokens, 2),
@@ -70,6 +75,8 @@ class Plan:
             if value < least:
                 why = " to keep --concurrency busy" if name == "num-prompts" and least > 1 else ""
                 raise ValueError(f"--{name} {value} is too small; give at least {least}{why}")
+        if not 0 < self.block_s < math.inf:
+            raise ValueError(f"--block-s {self.block_s:g} is out of range; give a number above 0")
         if self.num_block_pairs % 2:
             raise ValueError(
                 f"--blocks {self.num_block_pairs} is odd, so one variant would go first more "
@@ -77,8 +84,10 @@ class Plan:
             )
 
     @property
-    def num_requests(self) -> int:
-        """All requests of the run, warm-up included."""
+    def num_requests(self) -> int | None:
+        """All requests of the run, warm-up included; None as long as a block has no size."""
+        if self.num_prompts is None:
+            return None
         return 2 * (self.num_warmup + self.num_block_pairs * self.num_prompts)
 
     def block_order(self) -> list[tuple[int, str]]:
@@ -137,24 +146,50 @@ class Harness:
         )
 
 
+def worst(harnesses: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of several launches' `Harness` the one that kept up worst."""
+    return max(harnesses, key=lambda one: (one["is_void"], one["slip_p99_s"]))
+
+
 def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
     """Refuses what does not go together, before anything is sent.
 
     Raises:
         ValueError: if a trace is shorter than a block, or a client process would have no requests.
     """
-    if schedule.kind == "trace" and len(schedule.trace_s) < plan.num_prompts:
+    num_prompts = plan.num_prompts
+    if schedule.kind == "trace" and num_prompts and len(schedule.trace_s) < num_prompts:
         raise ValueError(
-            f"--num-prompts {plan.num_prompts} is more than the {len(schedule.trace_s)} times of "
+            f"--num-prompts {num_prompts} is more than the {len(schedule.trace_s)} times of "
             f"the trace; give at most {len(schedule.trace_s)}"
         )
-    most = plan.concurrency if schedule.kind == "closed" else plan.num_prompts
-    if num_processes > most:
+    most = plan.concurrency if schedule.kind == "closed" else num_prompts
+    if most is not None and num_processes > most:
         option = "--concurrency" if schedule.kind == "closed" else "--num-prompts"
         raise ValueError(
             f"--processes {num_processes} is more than {option} {most}, so some would have nothing "
             f"to do; give at most {most}"
         )
+
+
+def sized(plan: Plan, schedule: Schedule, warmups: Sequence[Sent]) -> Plan:
+    """The plan with as many prompts as keep up a block's load for `block_s`.
+
+    In a closed loop that follows from how long the faster variant's warm-up requests took.
+    """
+    if plan.num_prompts is not None:
+        return plan
+    if schedule.kind == "trace":
+        return replace(plan, num_prompts=len(schedule.trace_s))
+    if schedule.mean_rate_per_s is not None:
+        num_prompts = plan.block_s * schedule.mean_rate_per_s
+    else:
+        e2es_s = [
+            np.median([request.timing.e2e_s for request in sent.requests if request.timing])
+            for sent in warmups
+        ]
+        num_prompts = plan.block_s * plan.concurrency / float(min(e2es_s))
+    return replace(plan, num_prompts=max(math.ceil(num_prompts), MIN_PROMPTS, plan.concurrency))
 
 
 async def run_paired(
@@ -163,6 +198,7 @@ async def run_paired(
     workload: Workload,
     on_response: Callable[[], None] = lambda: None,
     schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+    on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Recorded:
     """Warms both variants up, then runs every block; if a warm-up request fails, none.
 
@@ -173,6 +209,7 @@ async def run_paired(
             block is a pass of its own.
         on_response: called after each request, for a progress bar.
         schedule: when requests leave.
+        on_plan: called once the size of a block is known.
 
     Returns:
         All requests; `about` holds what run.json says about the sending: plan, schedule, rate and
@@ -189,6 +226,8 @@ async def run_paired(
         prompts = tuple((index, workload.prompt(index, pass_number)) for index in indices)
         return Batch(variant, prompts, plan.output_tokens, plan.concurrency, due_s)
 
+    if plan.num_prompts is None:  # how long a request takes depends on how many are in flight
+        plan = replace(plan, num_warmup=max(plan.num_warmup, plan.concurrency))
     numbers = count()
     indices = [next(numbers) for _ in range(plan.num_warmup)]
     warmups = [
@@ -201,12 +240,13 @@ async def run_paired(
     ]
     harness = Harness(client.num_processes, 0.0, 0.0, False, None)
     if not any(request.error for request in requests):
-        pairs = [
-            [next(numbers) for _ in range(plan.num_prompts)] for _ in range(plan.num_block_pairs)
-        ]
+        plan = sized(plan, schedule, warmups)
+        on_plan(plan)
+        num_prompts = plan.num_prompts or 0
+        pairs = [[next(numbers) for _ in range(num_prompts)] for _ in range(plan.num_block_pairs)]
         blocks = []
         for number, (pair, variant) in enumerate(plan.block_order()):
-            due_s = schedule.times_s(plan.num_prompts, pair)
+            due_s = schedule.times_s(num_prompts)
             sent = await client.send(batch(variant, pairs[pair], number + 1, due_s), on_response)
             requests += [request.placed(number, pair, start_s) for request in sent.requests]
             blocks.append(sent)

@@ -7,8 +7,8 @@
     ramp       the rate grows evenly from `rate` to `rate_to` over the block
     trace      the times in a file
 
-All but the first are open loops: a request leaves at its time however many are outstanding. Both
-blocks of a pair get the same timetable.
+All but the first are open loops: a request leaves at its time however many are outstanding. All
+blocks get the same timetable.
 """
 
 import math
@@ -62,12 +62,14 @@ class Schedule:
             return self.rate_per_s
         return (self.rate_per_s + self.rate_to_per_s) / 2
 
-    def times_s(self, num: int, block_pair: int) -> tuple[float, ...] | None:
+    def times_s(self, num: int) -> tuple[float, ...] | None:
         """When each request of a block leaves; None for a closed loop.
+
+        All blocks have the same timetable: gaps of their own would give each block pair another
+        load, and that would look like drift.
 
         Args:
             num: requests in the block; a trace has at least as many times.
-            block_pair: each has its own gaps in poisson.
         """
         if self.kind == "closed":
             return None
@@ -81,7 +83,7 @@ class Schedule:
             return tuple(place // burst * burst / rate for place in range(num))
         if self.kind == "ramp":
             return _ramp_s(num, rate, self.rate_to_per_s or rate)
-        rng = random.Random(f"{self.seed}/{block_pair}")
+        rng = random.Random(self.seed)
         time_s, times_s = 0.0, []
         for _ in range(num):
             time_s += rng.expovariate(rate)

@@ -15,6 +15,7 @@ from cast_serve.intervals import (
     ratio_of_sums,
     resampled_order_statistic,
     resampled_quantile,
+    student,
     tail,
 )
 
@@ -36,11 +37,26 @@ def test_quantile_beside_infinity() -> None:
 
 
 def test_draws_take_as_many_units_as_there_are_and_are_always_the_same() -> None:
-    counts = draws(5)
+    resamples = draws(5)
+    counts = resamples.counts
     assert counts.shape == (NUM_RESAMPLES, 5)
     assert (counts.sum(axis=1) == 5).all()
     assert counts.mean(axis=0) == pytest.approx(np.ones(5), abs=0.1)
-    assert (counts == draws(5)).all()
+    assert (counts == draws(5).counts).all()
+    assert resamples.num_independent == 5
+    assert (draws(5, groups=[3] * 5).counts == counts).all()  # one group: units are independent
+
+
+def test_groups_are_drawn_first_and_their_units_within_them() -> None:
+    # Group 0 has units 0, 1, 4 and group 1 units 2, 3: in a quarter of the cases 0 is not drawn.
+    resamples = draws(5, groups=[0, 0, 1, 1, 0])
+    assert resamples.num_independent == 2
+    of_first = resamples.counts[:, [0, 1, 4]].sum(axis=1)
+    of_second = resamples.counts[:, [2, 3]].sum(axis=1)
+    drawn = {(int(a), int(b)) for a, b in zip(of_first, of_second, strict=True)}
+    assert drawn == {(6, 0), (3, 2), (0, 4)}
+    assert (of_first == 0).mean() == pytest.approx(0.25, abs=0.04)
+    assert resamples.counts.mean(axis=0) == pytest.approx(np.ones(5), abs=0.1)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.95, 0.99])
@@ -48,7 +64,7 @@ def test_resampled_quantiles_equal_those_of_values_drawn_for_real(share: float) 
     rng = np.random.default_rng(3)
     # Blocks of unequal size, with values that many of them share.
     blocks = [np.sort(rng.integers(0, 30, size=size) / 7) for size in (1, 4, 9, 30)]
-    counts = draws(4)
+    counts = draws(4).counts
     found = resampled_quantile(blocks, counts, share)
     for drawn, value in list(zip(counts, found, strict=True))[:200]:
         pooled = np.concatenate([np.repeat(b, n) for b, n in zip(blocks, drawn, strict=True)])
@@ -64,7 +80,7 @@ def test_resampled_quantiles_beside_infinity_and_nothing() -> None:
 
 def test_interval_by_hand() -> None:
     # 41 ratios from 1.00 to 1.40: 2.5 % of the way lies at rank 1, 97.5 % at rank 39.
-    ratio = Ratio.of(1.2, 1 + np.arange(41) / 100, num_units=10**9)
+    ratio = Ratio.of(1.2, 1 + np.arange(41) / 100, 10**9)
     assert ratio.about() == {"ratio": 1.2, "low": pytest.approx(1.01), "high": pytest.approx(1.39)}
 
 
@@ -75,6 +91,25 @@ def test_the_tail_is_that_of_students_t() -> None:
     assert tail(20) == pytest.approx(0.01588, rel=2e-3)
     assert tail(10**6) == pytest.approx(0.025, rel=1e-3)
     assert tail(1) == 0
+
+
+def test_students_t_by_table() -> None:
+    for num_independent, t in ((2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (10, 2.262)):
+        assert student(num_independent) == pytest.approx(t, rel=0.01)
+
+
+def test_interval_of_sums_by_hand() -> None:
+    # Logarithms 0.1 from the middle: t(0.975) = 2.262 times 0.1 times sqrt(10 / 9) is 0.2384.
+    resampled = np.exp(np.array([-0.1, 0.1] * 50))
+    ratio = Ratio.of_sums(2.0, resampled, 10)
+    assert ratio.low == pytest.approx(2 * math.exp(-0.2384), rel=1e-3)
+    assert ratio.high == pytest.approx(2 * math.exp(0.2384), rel=1e-3)
+    for unknown in ([1.0, 0.0], [1.0, INF], [1.0, math.nan]):
+        assert Ratio.of_sums(2.0, np.array(unknown), 10).about() == {
+            "ratio": 2.0,
+            "low": None,
+            "high": None,
+        }
 
 
 def test_two_units_by_hand() -> None:
@@ -89,7 +124,10 @@ def test_rates_by_hand() -> None:
     # 30 tokens in 10 s over 20 tokens in 20 s: 3. Alone: 10/5 over 10/10, and 20/5 over 10/10.
     fast, slow = [(10.0, 5.0), (20.0, 5.0)], [(10.0, 10.0), (10.0, 10.0)]
     ratio = ratio_of_rates(fast, slow, draws(2))
-    assert ratio.about() == {"ratio": 3.0, "low": 2.0, "high": 4.0}
+    assert (ratio.value, set(ratio.resampled)) == (3.0, {2.0, 3.0, 4.0})
+    assert ratio == Ratio.of_sums(3.0, ratio.resampled, 2)
+    assert ratio.low is not None
+    assert ratio.low < 1  # two units say next to nothing
 
 
 def test_what_failures_leave_unknown_is_none() -> None:

@@ -70,7 +70,7 @@ def test_permute_then_measure(cast_train, llama_dir, text_file):
     )
     assert after == pytest.approx(before, rel=0.01)
     again = cast_train("permute", "--model", llama_dir, "--text", text_file, "--out", "permuted")
-    assert (again.exit_code, "permuted exists; choose another" in again.stderr) == (2, True)
+    assert (again.exit_code, "permuted exists already; remove it" in again.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
     for block in range(4):
         times_s = [r["intended_send_s"] for r in requests if r["block"] == block]
         gaps_s.append([time_s - times_s[0] for time_s in times_s])
-    due_s = Schedule("poisson", 20.0, seed=3).times_s(3, 0)
+    due_s = Schedule("poisson", 20.0, seed=3).times_s(3)
     assert due_s is not None
     assert gaps_s[0] == pytest.approx(gaps_s[1])
     assert gaps_s[0] == pytest.approx([time_s - due_s[0] for time_s in due_s])
@@ -198,7 +198,13 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
         (["--schedule", "poisson"], "--schedule poisson needs --rate"),
         (["--rate", "fast"], "--rate fast is no list of numbers"),
         (["--concurrency", "1,x"], "--concurrency 1,x is no list of whole numbers"),
-        (["--concurrency", "1,16"], "--num-prompts 8 is too small; give at least 16"),
+        (
+            ["--concurrency", "1,16", "--num-prompts", "8"],
+            "--num-prompts 8 is too small; give at least 16",
+        ),
+        (["--block-s", "0"], "--block-s 0 is out of range"),
+        (["--variant", "dense=/absent"], "give either --url, or --variant NAME=DIR"),
+        (["--launches", "2"], "--launches and --vllm-flags start servers"),
         (["--processes", "2"], "--processes 2 is more than --concurrency 1"),
     ],
 )

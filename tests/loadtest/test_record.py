@@ -30,6 +30,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "token_events_s": [],
         "last_s": None,
         "ended_s": 2.0,
+        "launch": 0,
     }
 
 

@@ -148,8 +148,18 @@ def test_the_likeliest_answer_in_sum_and_per_byte() -> None:
     ask = scorer(scores, bodies)
     found = asyncio.run(measure(ask, questions, "dense", "sparse", lambda: ticks.append(1)))
     assert found == [
-        {"right": 1, "by_sum": {"dense": 0, "sparse": 0}, "by_byte": {"dense": 1, "sparse": 0}},
-        {"right": 0, "by_sum": {"dense": 0, "sparse": 1}, "by_byte": {"dense": 0, "sparse": 1}},
+        {
+            "right": 1,
+            "num_choices": 2,
+            "by_sum": {"dense": 0, "sparse": 0},
+            "by_byte": {"dense": 1, "sparse": 0},
+        },
+        {
+            "right": 0,
+            "num_choices": 2,
+            "by_sum": {"dense": 0, "sparse": 1},
+            "by_byte": {"dense": 0, "sparse": 1},
+        },
     ]
     assert len(ticks) == 8
     assert bodies[0] == {
@@ -198,7 +208,7 @@ def test_the_first_failure_ends_it_and_is_named() -> None:
 def each(rows: list[tuple[int, int, int]]) -> dict[str, Any]:
     """(right, dense's choice, sparse's choice) a question, the same in sum and per byte."""
     found = [
-        {"right": right, "by_sum": both, "by_byte": both}
+        {"right": right, "num_choices": 4, "by_sum": both, "by_byte": both}
         for right, dense, sparse in rows
         for both in [{"dense": dense, "sparse": sparse}]
     ]
@@ -322,8 +332,9 @@ def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> Non
         )
         assert (in_sum.acc, per_byte.acc_norm) == (1, 1)
     wanted = choice_accuracy(model, tokenizer, questions)
-    found = summarise(each([]) | {"each": rows}, "dense", "sparse")["accuracy"]
-    assert found["dense"] == pytest.approx(vars(wanted))
+    summary = summarise(each([]) | {"each": rows}, "dense", "sparse")
+    found = {**summary["accuracy"]["dense"], "chance": summary["chance"]}
+    assert found == pytest.approx(wanted.about())
     assert any(row["by_sum"] != row["by_byte"] for row in rows)
     assert any(row["by_byte"]["dense"] != row["by_byte"]["sparse"] for row in rows)
 
@@ -346,7 +357,7 @@ def test_over_a_socket(serve_app: ServeApp) -> None:
         return asyncio.run(over_http(url, "key", [question], baseline, "fine"))
 
     both = {"good": 0, "fine": 0}
-    assert answer(url, "good") == [{"right": 1, "by_sum": both, "by_byte": both}]
+    assert answer(url, "good") == [{"right": 1, "num_choices": 2, "by_sum": both, "by_byte": both}]
     with pytest.raises(ValueError, match="variant absent: .*/completions gave 404 .*no such thing"):
         answer(url, "absent")
     with pytest.raises(ValueError, match="variant silent: .* no log probability to a part"):
@@ -482,6 +493,7 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
     recorded = Recorded.read(out)
     assert recorded.about["choices"]["each"][1] == {
         "right": 0,
+        "num_choices": 2,
         "by_sum": {"dense": 1, "sparse": 0},
         "by_byte": {"dense": 1, "sparse": 0},
     }

@@ -10,36 +10,35 @@ from loadtest.send.schedule import Schedule, read_trace
 
 
 def test_closed_has_no_timetable() -> None:
-    assert Schedule().times_s(4, 0) is None
+    assert Schedule().times_s(4) is None
 
 
 def test_constant_by_hand() -> None:
-    assert Schedule("constant", 4.0).times_s(4, 0) == (0.0, 0.25, 0.5, 0.75)
+    assert Schedule("constant", 4.0).times_s(4) == (0.0, 0.25, 0.5, 0.75)
 
 
 def test_burst_by_hand() -> None:
     # Three at once, every 3 / 2 s.
-    times_s = Schedule("burst", 2.0, burst=3).times_s(7, 0)
+    times_s = Schedule("burst", 2.0, burst=3).times_s(7)
     assert times_s == (0.0, 0.0, 0.0, 1.5, 1.5, 1.5, 3.0)
 
 
 def test_ramp_by_hand() -> None:
     # From 1/s to 3/s the mean is 2/s, so 16 take 8 s, and t + t^2 / 8 have left by t.
-    times_s = Schedule("ramp", 1.0, 3.0).times_s(16, 0)
+    times_s = Schedule("ramp", 1.0, 3.0).times_s(16)
     assert times_s is not None
     assert [t + t**2 / 8 for t in times_s] == pytest.approx(range(16))
-    falling = Schedule("ramp", 3.0, 1.0).times_s(16, 0)
+    falling = Schedule("ramp", 3.0, 1.0).times_s(16)
     assert falling is not None
     assert [3 * t - t**2 / 8 for t in falling] == pytest.approx(range(16))
-    assert Schedule("ramp", 2.0, 2.0).times_s(3, 0) == pytest.approx((0.0, 0.5, 1.0))
+    assert Schedule("ramp", 2.0, 2.0).times_s(3) == pytest.approx((0.0, 0.5, 1.0))
 
 
 def test_poisson_is_seeded_and_has_exponential_gaps() -> None:
     schedule = Schedule("poisson", 5.0, seed=3)
-    times_s = schedule.times_s(4000, 0)
-    assert times_s == Schedule("poisson", 5.0, seed=3).times_s(4000, 0)
-    assert times_s != schedule.times_s(4000, 1)
-    assert times_s != Schedule("poisson", 5.0, seed=4).times_s(4000, 0)
+    times_s = schedule.times_s(4000)
+    assert times_s == Schedule("poisson", 5.0, seed=3).times_s(4000)
+    assert times_s != Schedule("poisson", 5.0, seed=4).times_s(4000)
     assert times_s is not None
     gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
     assert min(gaps_s) >= 0
@@ -49,7 +48,7 @@ def test_poisson_is_seeded_and_has_exponential_gaps() -> None:
 
 
 def test_trace_gives_its_times() -> None:
-    assert Schedule("trace", trace_s=(0.0, 0.5, 0.5, 2.0)).times_s(3, 1) == (0.0, 0.5, 0.5)
+    assert Schedule("trace", trace_s=(0.0, 0.5, 0.5, 2.0)).times_s(3) == (0.0, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""Kinds of noise -> how often a report's intervals hold the truth: `cast-loadtest coverage`.
+
+Runs are simulated whose true speed-up is known, with the default of six block pairs, and intervals
+are made of them as judge/statistics.py makes them. A 95 % interval should hold the truth in 95 of
+100 runs, whatever the machine's noise is like. All noise is multiplicative:
+
+    independent   every request by itself, log-normal, 5 %
+    blocks        5 % a request, and 5 % on top that a block's requests share
+    correlated    5 % a request, and 8 % that goes on from block to block (correlation 0.8)
+    heavy tails   every request by itself, Student's t with 2 degrees of freedom times 5 %
+    disturbed     5 % a request, and one block in six is 1.5 times as slow
+    launches      5 % a request, 2 % a block, and 4 % by which each variant differs from launch to
+                  launch of the servers: with one launch no interval can know it
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
+
+TRUTH = 1.3
+NUM_PAIRS = 6
+NUM_PROMPTS = 20  # a block; 120 a variant, enough for a p99
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+LAUNCHES = {"launches, 1 launch": 1, "launches, 6 launches": 6}
+NOISES = ("independent", "blocks", "correlated", "heavy tails", "disturbed", *LAUNCHES)
+
+
+def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, Any]:
+    """Simulates every kind of noise.
+
+    Args:
+        num_runs: simulated runs of each.
+        seed: the same seed gives the same result.
+        on_run: called after each run, for a progress bar.
+
+    Returns:
+        `coverage`: by noise and by figure (p50, p95, p99 of a time; rate), the share of runs whose
+        interval holds the truth; and what was simulated.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for noise in NOISES:
+        rng = np.random.default_rng(seed)
+        num_held = dict.fromkeys([*QUANTILES, "rate"], 0)
+        for _ in range(num_runs):
+            for name, ratio in _intervals(_simulated(noise, rng), LAUNCHES.get(noise, 1)).items():
+                num_held[name] += (ratio.low or 0.0) <= TRUTH <= (ratio.high or 0.0)
+            on_run()
+        found[noise] = {name: number / num_runs for name, number in num_held.items()}
+    return {
+        "coverage": found,
+        "nominal": 0.95,
+        "num_runs": num_runs,
+        "seed": seed,
+        "num_block_pairs": NUM_PAIRS,
+        "num_prompts": NUM_PROMPTS,
+        "true_speedup": TRUTH,
+    }
+
+
+def _simulated(noise: str, rng: np.random.Generator) -> Array:
+    """Times of baseline and candidate, [2, num_pairs, num_prompts]."""
+    num_launches = LAUNCHES.get(noise, 1)
+    num_pairs = NUM_PAIRS * num_launches
+    logs = rng.normal(0, 0.05, (2, num_pairs, NUM_PROMPTS))
+    if noise == "blocks":
+        logs += rng.normal(0, 0.05, (2, num_pairs, 1))
+    elif noise == "correlated":
+        shared = np.empty(2 * num_pairs)  # in the order in which blocks run
+        shared[0] = rng.normal(0, 0.08)
+        for block in range(1, len(shared)):
+            shared[block] = 0.8 * shared[block - 1] + rng.normal(0, 0.08 * 0.6)
+        in_pairs = shared.reshape(num_pairs, 2)
+        in_pairs[1::2] = in_pairs[1::2, ::-1].copy()  # ABBA: the candidate goes first
+        logs += in_pairs.T[:, :, None]
+    elif noise == "heavy tails":
+        logs = 0.05 * rng.standard_t(2, logs.shape)
+    elif noise == "disturbed":
+        logs += np.log(1.5) * (rng.random((2, num_pairs, 1)) < 1 / 6)
+    elif noise in LAUNCHES:
+        logs += rng.normal(0, 0.02, (2, num_pairs, 1))
+        of_launch = rng.normal(0, 0.04, (2, num_launches))
+        logs += np.repeat(of_launch, NUM_PAIRS, axis=1)[:, :, None]
+    logs[1] -= np.log(TRUTH)
+    return np.exp(logs)
+
+
+def _intervals(times: Array, num_launches: int) -> dict[str, Ratio]:
+    num_pairs = times.shape[1]
+    launch_of_pair = [pair // NUM_PAIRS for pair in range(num_pairs)]
+    resamples = draws(num_pairs, groups=launch_of_pair if num_launches > 1 else None)
+    baseline, candidate = np.sort(times, axis=2)
+    found = {
+        name: ratio_of_quantiles(list(baseline), list(candidate), resamples, share)
+        for name, share in QUANTILES.items()
+    }
+    rates = [[(float(NUM_PROMPTS), float(block.sum())) for block in side] for side in times]
+    found["rate"] = ratio_of_rates(rates[1], rates[0], resamples)
+    return found

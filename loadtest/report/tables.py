@@ -1,0 +1,179 @@
+"""A Markdown page with marked places, and records -> the page with the tables made of them.
+
+A marked place names a kind of table and the records that it is made of, as paths from the
+repository's root:
+
+    <!-- table: KIND RECORD... -->
+    ...
+    <!-- end of table -->
+
+KIND is one of `KINDS`. So every figure of such a table is in a file that is committed beside it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtest.record import Recorded
+from loadtest.report.result import result_of
+from loadtest.report.words import markdown_table
+
+MARKED = re.compile(r"(<!-- table: (\w+) (.+?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def rewritten(page: str, root: Path) -> str:
+    """The page with every marked table made anew.
+
+    Args:
+        page: Markdown.
+        root: what the records' paths start from.
+
+    Raises:
+        ValueError: if a kind is unknown, or a record cannot be read.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, kind, names, _, end = found.groups()
+        if kind not in KINDS:
+            raise ValueError(f"table {kind!r} is not known; it may be one of {', '.join(KINDS)}")
+        lines = KINDS[kind]([root / name for name in names.split()])
+        return begin + "\n".join(lines) + "\n" + end
+
+    return MARKED.sub(table, page)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record that is one JSON object.
+
+    Raises:
+        ValueError: if it cannot be read or is none.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"record {path} cannot be read: {error}") from error
+
+
+def speedup(found: Mapping[str, float | None], digits: int = 2) -> str:
+    """A ratio with its interval, as everywhere in README and docs: `1.33 (1.23 to 1.41)`."""
+    if found["low"] is None or found["high"] is None:
+        return f"{found['ratio']:.{digits}f}"
+    return f"{found['ratio']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def _runs(paths: Sequence[Path]) -> list[str]:
+    """Recorded load tests, a line each: medians of both variants, ratio of medians, interval."""
+    lines = []
+    for path in paths:
+        result = result_of(Recorded.read(path))
+        speedups = result["speedups"]
+        cells = [f"{path.parent.name}/{path.name}"]
+        for key, name, scale, digits in (
+            ("tpot_s", "tpot_p50", 1e3, 1),
+            ("ttft_s", "ttft_p50", 1e3, 0),
+            ("output_tokens_per_s", "throughput", 1, 0),
+        ):
+            sides = [result[key][result[side]] for side in ("baseline", "candidate")]
+            before, after = (
+                scale * (side["median"] if isinstance(side, dict) else side) for side in sides
+            )
+            cells.append(f"{before:.{digits}f} -> {after:.{digits}f}, {speedup(speedups[name])}")
+        lines.append(cells)
+    return markdown_table(["run", "TPOT, ms", "TTFT, ms", "output tokens/s"], lines)
+
+
+def _coverage(paths: Sequence[Path]) -> list[str]:
+    """`cast-loadtest coverage --out`."""
+    found = read(paths[0])["coverage"]
+    names = list(next(iter(found.values())))
+    lines = [[noise, *(f"{shares[n]:.1%}" for n in names)] for noise, shares in found.items()]
+    return markdown_table(["noise", *names], lines)
+
+
+def _kernels(paths: Sequence[Path]) -> list[str]:
+    """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model."""
+    result = read(paths[0])
+    lines = []
+    for tokens, mean in result["geomean_ratio_vllm"].items():
+        rows = [row for row in result["results"] if str(row["num_tokens"]) == tokens]
+        ratios = [row["ratio_vllm"] for row in rows]
+        shares = [row["roof_ms"] / row["sparse_ms"] for row in rows]
+        lines.append(
+            [
+                tokens,
+                f"{mean:.2f}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{min(row['ratio_vllm_low'] for row in rows):.2f} to "
+                f"{max(row['ratio_vllm_high'] for row in rows):.2f}",
+                f"{min(shares):.0%} to {max(shares):.0%}",
+            ]
+        )
+    columns = ["tokens", "geometric mean", "shapes", "their intervals", "share of the roof"]
+    return markdown_table(columns, lines)
+
+
+def _demo_quality(paths: Sequence[Path]) -> list[str]:
+    """The last line of `make demo`: perplexities."""
+    found = read(paths[0])
+    names = {"cast_soft": "fine-tuned under SparseGPT's mask, soft", "cast": "the same, hardened"}
+    columns = [f"perplexity, {found['num_eval_tokens']:,} tokens"]
+    columns += [names.get(name, name) for name in found["perplexity"]]
+    values = [f"{value:.1f}" for value in found["perplexity"].values()]
+    flipped = f"{found['flipped_share']:.1%}"
+    blanks = ["" for name in found["perplexity"] if name not in names]
+    return markdown_table(
+        columns,
+        [["held-out Wikipedia text", *values], ["mask flipped", *blanks, flipped, flipped]],
+    )
+
+
+def _demo_speed(paths: Sequence[Path]) -> list[str]:
+    """The last line of `make demo`: what is served."""
+    found = read(paths[0])
+    lines = []
+    for title, key, scale, name in (
+        ("linear weights on disk, MB", "weight_bytes", 1e-6, None),
+        ("TTFT, ms", "ttft_s", 1e3, "ttft_p50"),
+        ("TPOT, ms", "tpot_s", 1e3, "tpot_p50"),
+        ("output tokens/s", "output_tokens_per_s", 1, "throughput"),
+    ):
+        dense, sparse = (scale * found[key][side] for side in ("dense", "sparse"))
+        gain = speedup(found["speedups"][name]) if name else f"{dense / sparse:.2f}"
+        lines.append([title, f"{dense:.1f}", f"{sparse:.1f}", gain])
+    return markdown_table(
+        ["served by vLLM, one request at a time", "dense", "sparse", "gain"], lines
+    )
+
+
+def _perplexities(paths: Sequence[Path]) -> list[str]:
+    """`cast-train eval --reference DENSE --losses`, a line each, named by the file's stem."""
+    lines = []
+    for path in paths:
+        found = read(path)
+        above = found.get("nats_above_reference")
+        lines.append(
+            [
+                path.stem,
+                f"{found.get('perplexity', found.get('perplexity_hard')):.2f}",
+                f"{found['stderr_nats']:.3f}",
+                ""
+                if above is None
+                else f"{above:.4f} +- {found['nats_above_reference_stderr']:.4f}",
+                "" if above is None else f"{found['kl_nats_per_token']:.3f}",
+            ]
+        )
+    columns = ["model and text", "perplexity", "standard error of its log, over blocks"]
+    columns += ["log perplexity above dense, paired", "KL to dense"]
+    return markdown_table(columns, lines)
+
+
+KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
+    "runs": _runs,
+    "coverage": _coverage,
+    "kernels": _kernels,
+    "demo_quality": _demo_quality,
+    "demo_speed": _demo_speed,
+    "perplexities": _perplexities,
+}

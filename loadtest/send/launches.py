@@ -1,0 +1,106 @@
+"""Directories by variant name -> the gateway's URL, with both variants served, launch after launch.
+
+A launch has an effect of its own: where memory lies, which core a worker gets, what else the
+machine does. It moves all block pairs of the launch alike, so no number of pairs shows it. Several
+launches do, and from one to the next the variants change places, because `cast-serve up` gives the
+first variant the first cores.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+READY_TIMEOUT_S = 1800.0
+STOP_TIMEOUT_S = 60.0
+
+
+class LaunchError(RuntimeError):
+    """The servers did not start."""
+
+
+def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """Parses NAME=DIR for each name.
+
+    Raises:
+        ValueError: if one is no NAME=DIR, DIR holds no model, or the names are not those asked for.
+    """
+    found = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise ValueError(f"--variant {text!r} is not NAME=DIR; write dense=PATH")
+        if not (Path(directory) / "config.json").is_file():
+            raise ValueError(f"--variant {name}: {directory} holds no model (no config.json)")
+        found[name] = Path(directory)
+    if sorted(found) != sorted(names):
+        raise ValueError(
+            f"--variant names {', '.join(sorted(found))}, but --baseline and --candidate are "
+            f"{', '.join(names)}; give --variant NAME=DIR for each"
+        )
+    return found
+
+
+@contextmanager
+def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -> Iterator[str]:
+    """Serves the variants by `cast-serve up` as long as the block lasts.
+
+    Args:
+        models: directory of each.
+        number: which launch; in every second one the variants have changed places.
+        vllm_flags: for both servers.
+
+    Yields:
+        the gateway's URL.
+
+    Raises:
+        LaunchError: if it ends or is not ready in time; with the last lines that it printed.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    names = list(models) if number % 2 == 0 else list(models)[::-1]
+    command = [sys.executable, "-m", "cast_serve", "up", "--port", str(port)]
+    for name in names:
+        command += ["--variant", f"{name}={models[name]}"]
+    if vllm_flags:
+        command += ["--", *vllm_flags]
+    # Its own CAST_* settings would be the caller's, for instance keys that the load does not have.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CAST_")}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_ready(process, url)
+            yield url
+        except LaunchError as error:
+            log.seek(max(0, log.tell() - 4000))
+            lines = "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
+            raise LaunchError(f"launch {number + 1}: {error}; it printed:\n{lines}") from None
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise LaunchError(f"`cast-serve up` ended with {process.returncode}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise LaunchError(f"`cast-serve up` was not ready within {READY_TIMEOUT_S:.0f} s")
