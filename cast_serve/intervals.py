@@ -3,7 +3,7 @@
 The *bootstrap*: units are drawn anew, with replacement, as many as there are, many times over; what
 the resamples give shows how far chance moves the figure. A unit is what is independent of the
 others: in a load test a block pair, because the requests of one block meet the same state of the
-machine, and a pair shares it across the variants; for answers a prompt or a question. If the servers
+machine, and a pair shares it across the variants; for answers a prompt or a question. If servers
 were launched several times, launches are drawn first and then block pairs within them, because a
 launch moves all its pairs together (memory layout, cores): then the launch is what is independent.
 

@@ -6,6 +6,7 @@ Exit 0: done. 1: what was measured does not pass. 2: wrong use.
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from loadtest.send.launches import LaunchError, parse_variants
 from loadtest.send.paired import Plan, check_fit
 from loadtest.send.schedule import KINDS, Schedule, read_trace
 from loadtest.send.sweep import parse_concurrency, parse_rate, sweep
-from loadtest.send.workload import Workload, read_prompts, read_words
+from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(commands.report)
@@ -119,7 +120,11 @@ def run(
         float | None, typer.Option(help="Goodput: a good request has this TPOT at most.")
     ] = None,
     quality_prompts: Annotated[
-        int, typer.Option(help="Prompts on which agreement and KL are measured, before the load.")
+        int,
+        typer.Option(
+            help="Prompts on which agreement and KL are measured, before the load: those of "
+            "--prompts or --text, else of ShareGPT (scripts/data)."
+        ),
     ] = 0,
     choices_file: Annotated[
         Path | None,
@@ -178,6 +183,11 @@ def run(
             prompts=read_prompts(prompts) if prompts else (),
             source=str(prompts or text or Workload.source),
         )
+        # Made-up words say nothing about quality: a model that reads them repeats itself.
+        quality_workload = workload
+        if quality_prompts > 0 and not (prompts or text):
+            real = read_prompts(PACKAGED[0])
+            quality_workload = replace(workload, prompts=real, source=PACKAGED[0])
         if timeout_s <= 0:
             raise ValueError(f"--timeout-s {timeout_s:g} is too small; give more than 0")
         if out is not None:
@@ -201,6 +211,7 @@ def run(
             timeout_s=timeout_s,
             api_key=api_key,
             num_processes=processes,
+            quality_workload=quality_workload,
             num_quality_prompts=quality_prompts,
             questions=questions,
             url=url,

@@ -36,7 +36,8 @@ class Job:
         timeout_s: for one request.
         api_key: bearer token, or None.
         num_processes: client processes.
-        num_quality_prompts: prompts on which agreement is measured; 0: it is not.
+        quality_workload: where the prompts come from on which agreement is measured.
+        num_quality_prompts: how many; 0: it is not measured.
         questions: on which accuracy is measured; none: it is not.
         url: of a server that has both variants; None: `models` are served.
         models: directory of each variant.
@@ -49,6 +50,7 @@ class Job:
     timeout_s: float
     api_key: str | None
     num_processes: int
+    quality_workload: Workload
     num_quality_prompts: int
     questions: Sequence[Question]
     url: str | None
@@ -92,6 +94,7 @@ def measure(
                     "workload": workload.about(),
                     "timeout_s": job.timeout_s,
                     "quality": agreements,
+                    "quality_source": job.quality_workload.source if agreements else None,
                     "choices": chosen,
                 }
                 yield load, joined(launches, about)
@@ -128,7 +131,8 @@ async def _agreements(job: Job, url: str) -> list[dict[str, Any]] | None:
     if not job.num_quality_prompts:
         return None
     plan = job.loads[0].plan
-    prompts = [_text(job.workload.prompt(index)) for index in range(job.num_quality_prompts)]
+    numbers = range(job.num_quality_prompts)
+    prompts = [_text(job.quality_workload.prompt(number)) for number in numbers]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("quality", total=len(prompts))
         async with agreement.gateway(url, job.api_key, job.timeout_s) as compare:

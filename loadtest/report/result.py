@@ -25,7 +25,11 @@ KEPT = (
     "is_aa",
     "served",
 )
-LATER = ("machine", "models")  # likewise, but records of 2026-11-25 and before do not have them
+LATER = (
+    "machine",
+    "models",
+    "quality_source",
+)  # likewise, but records of 2026-11-25 and before do not have them
 
 
 def result_of(recorded: Recorded) -> dict[str, Any]:

@@ -95,11 +95,13 @@ def _coverage(paths: Sequence[Path]) -> list[str]:
 def _kernels(paths: Sequence[Path]) -> list[str]:
     """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model."""
     result = read(paths[0])
+    over_zentorch = result["geomean_ratio_zentorch"]
     lines = []
     for tokens, mean in result["geomean_ratio_vllm"].items():
         rows = [row for row in result["results"] if str(row["num_tokens"]) == tokens]
         ratios = [row["ratio_vllm"] for row in rows]
         shares = [row["roof_ms"] / row["sparse_ms"] for row in rows]
+        with_zentorch = [row["ratio_zentorch"] for row in rows if "ratio_zentorch" in row]
         lines.append(
             [
                 tokens,
@@ -107,11 +109,17 @@ def _kernels(paths: Sequence[Path]) -> list[str]:
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
                 f"{min(row['ratio_vllm_low'] for row in rows):.2f} to "
                 f"{max(row['ratio_vllm_high'] for row in rows):.2f}",
+                _mean_and_range(over_zentorch[tokens], with_zentorch) if with_zentorch else "",
                 f"{min(shares):.0%} to {max(shares):.0%}",
             ]
         )
-    columns = ["tokens", "geometric mean", "shapes", "their intervals", "share of the roof"]
+    columns = ["tokens", "over vLLM's oneDNN op: geometric mean", "shapes", "their intervals"]
+    columns += ["over zentorch's op: geometric mean (shapes)", "share of the roof"]
     return markdown_table(columns, lines)
+
+
+def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _demo_quality(paths: Sequence[Path]) -> list[str]:

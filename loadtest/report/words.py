@@ -287,12 +287,14 @@ def quality_text(result: Result) -> str | None:
     agreement, kl = quality["token_agreement"], quality["kl_nats_per_token"]
     if agreement is None:
         return f"None of {quality['num_prompts']} prompts could be compared token by token."
+    source = f" of {result['quality_source']}" if result["quality_source"] else ""
     return (
         f"{result['candidate']} finds the same token likeliest as {result['baseline']} at "
         f"{agreement['mean']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%}) of the "
         f"{quality['num_tokens']} tokens that {result['baseline']} answered, KL at least "
         f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token; "
-        f"{quality['num_scored']} of {quality['num_prompts']} prompts."
+        f"{quality['num_scored']} of {quality['num_prompts']} prompts{source}. The KL is a lower "
+        "bound: of the 20 likeliest tokens, and all others as one."
     )
 
 

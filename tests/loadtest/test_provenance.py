@@ -1,5 +1,9 @@
 """What a record says about its origin."""
 
+import hashlib
+import os
+import platform
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -8,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from typer.testing import CliRunner
 
-from loadtest.provenance import command_of, served_at
+from loadtest.provenance import command_of, hashes_of, machine, served_at, versions
 from tests.loadtest.conftest import ServeApp
 
 METRICS = """# TYPE cast_variant_info gauge
@@ -88,3 +92,14 @@ def test_other_servers_tell_nothing(
     assert served_at(serve_app(FastAPI())) == {}
     assert served_at("http://127.0.0.1:1") == {}
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_known_of_this_machine_and_of_a_model(tmp_path: Path) -> None:
+    found = machine()
+    assert found["cpu"]
+    assert found["cores"] == sorted(os.sched_getaffinity(0))
+    assert versions()["python"] == platform.python_version()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    wanted = {"config.json": hashlib.sha256(b"{}").hexdigest()}
+    assert hashes_of(tmp_path) == wanted

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.record import Recorded
+from loadtest.record import Recorded, joined
 from tests.loadtest.recordings import about, recorded, request, two_pairs
 
 
@@ -107,3 +107,43 @@ def test_a_placed_request_has_its_times_from_the_start() -> None:
     assert sent.placed(3, 1, 9.0) == request(3, 1, "dense", 2.0, 0.5, sent_s=1.0)
     failed = request(None, None, "dense", None, sent_s=10.0)
     assert failed.placed(3, 1, 9.0) == request(3, 1, "dense", None, sent_s=1.0)
+
+
+def test_launches_become_one_record() -> None:
+    first, second = two_pairs(), two_pairs()
+    run = joined([first, second], about(note="both"))
+    assert run.about["note"] == "both"
+    assert [block.launch for block in run.blocks] == [0] * 4 + [1] * 4
+    assert [block.block_pair for block in run.blocks] == [0, 0, 1, 1, 2, 2, 3, 3]
+    # The second goes on where the first has ended, and nothing else of it changes.
+    end_s = max(request.ended_s for request in first.requests)
+    assert [block.started_s for block in run.blocks[4:]] == [
+        end_s + block.started_s for block in second.blocks
+    ]
+    ttfts_s = [request.timing.ttft_s for request in run.requests if request.timing]
+    assert ttfts_s == pytest.approx(2 * [r.timing.ttft_s for r in first.requests if r.timing])
+
+
+def test_a_record_without_launches_is_of_one(tmp_path: Path) -> None:
+    two_pairs().write(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    without = [{key: line[key] for key in line if key != "launch"} for line in lines]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    assert {block.launch for block in Recorded.read(tmp_path).blocks} == {0}
+
+
+def test_tokens_until_then_by_hand() -> None:
+    # Token events at 1.0, 1.5, 2.0 and at 11.0, 11.5, 12.0; a failed request has none.
+    run = recorded(
+        [
+            request(0, 0, "dense", 1.0, 0.5),
+            request(0, 0, "dense", 1.0, 0.5, sent_s=10.0),
+            request(0, 0, "dense", None, sent_s=11.0),
+        ]
+    )
+    (block,) = run.blocks
+    assert (block.arrival_s, block.wall_s) == (11.0, 12.0)
+    assert block.output_tokens_until(0.5) == 0
+    assert block.output_tokens_until(1.5) == 2
+    assert block.output_tokens_until(11.0) == 4
+    assert block.output_tokens_until(99.0) == block.output_tokens == 6

@@ -1,4 +1,5 @@
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,13 @@ from torch import nn
 from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
-from cast_train.evaluate.perplexity import mean_divergence, perplexity, soft_and_hard
+from cast_train.evaluate.perplexity import (
+    Perplexity,
+    mean_divergence,
+    paired_difference,
+    perplexity,
+    soft_and_hard,
+)
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
 
@@ -63,3 +70,18 @@ def test_the_divergence_from_itself_is_zero_and_from_another_is_not(llama_dir):
     with torch.no_grad():
         ours, theirs = (m(blocks).logits.log_softmax(-1) for m in (model, other))
     assert found == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+
+
+def test_paired_differences_by_hand():
+    def of(*losses):
+        return Perplexity(math.exp(statistics.fmean(losses)), 30, 11, losses)
+
+    # Blocks differ by 1 nat, the two models by 0.1, 0.3 and 0.2.
+    ours, theirs = of(3.1, 4.3, 5.2), of(3.0, 4.0, 5.0)
+    difference, stderr = paired_difference(ours, theirs)
+    assert difference == pytest.approx(0.2)
+    assert stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert (ours.stderr_nats or 0) > 5 * (stderr or 0)  # without the difficulty of the text
+    assert paired_difference(of(1.0), of(2.0)) == (-1.0, None)
+    with pytest.raises(ValueError, match="longer"):
+        paired_difference(of(1.0), of(1.0, 2.0))

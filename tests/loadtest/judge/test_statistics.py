@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 
-from loadtest.judge.statistics import THROUGHPUT, distribution, ratios, speedups, summarise, values
-from loadtest.record import Recorded
+from loadtest.judge.statistics import (
+    THROUGHPUT,
+    distribution,
+    ratios,
+    speedups,
+    summarise,
+    throughput_of,
+    values,
+)
+from loadtest.record import Recorded, joined
 from tests.loadtest.recordings import recorded, request, simulated, two_pairs
 
 SIDES = ("dense", "sparse")
@@ -165,3 +173,35 @@ def test_a_true_difference_of_5_percent_is_found_in_20_block_pairs() -> None:
     covering = sum(run["tpot_p50"].low <= 1.05 <= run["tpot_p50"].high for run in runs)
     assert found >= 18
     assert covering >= 18
+
+
+def test_throughput_of_an_open_loop_counts_while_requests_arrive() -> None:
+    # Requests leave at 0 and 10 s. Of the baseline's six tokens four have come by then: one answer
+    # and one token of the other. The candidate's second answer has not begun.
+    found = []
+    for block, (variant, ttft_s) in enumerate((("dense", 0.0), ("sparse", 1.0))):
+        start_s = 100.0 * block
+        found += [
+            request(block, 0, variant, ttft_s, 0.25, sent_s=start_s + at_s) for at_s in (0.0, 10.0)
+        ]
+    run = recorded(found, schedule="constant", rate_per_s=0.1)
+    assert [throughput_of(run, block) for block in run.blocks] == [(4.0, 10.0), (3.0, 10.0)]
+    assert summary_of(run)["output_tokens_per_s"] == {"dense": 0.4, "sparse": 0.3}
+    closed = recorded(found)
+    assert [throughput_of(closed, block) for block in closed.blocks] == [(6, 10.5), (6, 11.5)]
+
+
+def test_launches_are_drawn_before_their_pairs() -> None:
+    # In launch 0 the candidate is twice as fast throughout, in launch 1 three times.
+    runs = []
+    for ttft_s in (2.0, 3.0):
+        requests = []
+        for pair in range(4):
+            requests += [request(2 * pair, pair, "dense", ttft_s, sent_s=20.0 * pair)]
+            requests += [request(2 * pair + 1, pair, "sparse", 1.0, sent_s=20.0 * pair + 10)]
+        runs.append(recorded(requests))
+    run = joined(runs, runs[0].about)
+    found = speedups(run)["ttft_p50"]
+    assert (found.value, found.low, found.high) == (2.5, 2.0, 3.0)
+    summary = summary_of(run)
+    assert (summary["num_launches"], summary["num_block_pairs"]) == (2, 8)

@@ -9,7 +9,7 @@ import pytest
 from loadtest.mock_server import MockVariant
 from loadtest.record import Recorded, Request
 from loadtest.send.client import Client, Sent
-from loadtest.send.paired import Harness, Plan, check_fit, run_paired
+from loadtest.send.paired import Harness, Plan, check_fit, run_paired, sized, worst
 from loadtest.send.schedule import Schedule
 from loadtest.send.workload import Workload
 from tests.loadtest.conftest import Serve
@@ -172,3 +172,36 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_fit(PLAN, schedule, num_processes)
+
+
+def test_a_block_keeps_up_its_load_for_as_long_as_asked(serve: Serve) -> None:
+    url, _ = serve(dense=MockVariant(0.02, 0.0), sparse=MockVariant(0.02, 0.0))
+    plan = replace(PLAN, num_prompts=None, block_s=0.4, concurrency=2)
+    paired = run(url, plan=plan)
+    # A request takes 20 ms and a little, so two places need up to 40 prompts for 0.4 s.
+    num_prompts = paired.about["plan"]["num_prompts"]
+    assert 8 < num_prompts <= 40
+    assert {len(block.requests) for block in paired.blocks} == {num_prompts}
+    assert len(paired.warmup) == 2 * 2  # as many as are in flight
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_prompts"),
+    [
+        (Schedule("poisson", 3.0), 30),
+        (Schedule("ramp", 1.0, 3.0), 20),
+        (Schedule("constant", 0.1), 8),
+        (Schedule("trace", trace_s=(0.0, 0.5, 0.9)), 3),
+    ],
+)
+def test_the_size_of_a_block_in_an_open_loop(schedule: Schedule, num_prompts: int) -> None:
+    plan = replace(PLAN, num_prompts=None, block_s=10.0)
+    assert sized(plan, schedule, []).num_prompts == num_prompts
+    assert sized(replace(plan, num_prompts=5), schedule, []).num_prompts == 5
+
+
+def test_the_harness_that_kept_up_worst_speaks_for_all_launches() -> None:
+    good = {"is_void": False, "slip_p99_s": 0.01}
+    better, bad = {**good, "slip_p99_s": 0.001}, {"is_void": True, "slip_p99_s": 0.0}
+    assert worst([better, good]) == good
+    assert worst([bad, good]) == bad
