@@ -134,6 +134,8 @@ def evaluate(
         from cast_train.evaluate.precision import arithmetic
         from cast_train.text import read_texts, to_blocks, tokenize
 
+        if losses is not None and not losses.absolute().parent.is_dir():
+            raise ValueError(f"--losses {losses}: there is no such directory; make it first")
         kind = models.kind_of(directory)
         tokenizer = models.load_tokenizer(directory)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)

@@ -1,7 +1,7 @@
 """A TTFT and an ITL for each variant -> an OpenAI-compatible server with these latencies.
 
 The load test is checked against it: `python -m loadtest.mock_server`, or `create_app` in a test.
-Its output is numbered placeholder tokens. It can vary its latencies, queue, stall and fail, and it
+Its output is numbered, made-up tokens. It can vary its latencies, queue, stall and fail, and it
 records when each request arrived and when each token left: `GET /truth`.
 """
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
+from loadtest.judge.statistics import QUANTILES
 
 TRUTH = 1.3
 NUM_PAIRS = 6
 NUM_PROMPTS = 20  # a block; 120 a variant, enough for a p99
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 LAUNCHES = {"launches, 1 launch": 1, "launches, 6 launches": 6}
 NOISES = ("independent", "blocks", "correlated", "heavy tails", "disturbed", *LAUNCHES)
 

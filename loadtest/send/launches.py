@@ -20,6 +20,15 @@ import httpx
 
 READY_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 60.0
+# The caller's settings of a gateway that would change who can reach it, or which variant answers.
+NOT_PASSED_ON = {
+    "CAST_HOST",
+    "CAST_API_KEYS",
+    "CAST_API_KEYS_FILE",
+    "CAST_SPLIT",
+    "CAST_FALLBACK",
+    "CAST_SHADOW_FRACTION",
+}
 
 
 class LaunchError(RuntimeError):
@@ -71,8 +80,7 @@ def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -
         command += ["--variant", f"{name}={models[name]}"]
     if vllm_flags:
         command += ["--", *vllm_flags]
-    # Its own CAST_* settings would be the caller's, for instance keys that the load does not have.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("CAST_")}
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         url = f"http://127.0.0.1:{port}"

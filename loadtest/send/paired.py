@@ -65,9 +65,10 @@ class Plan:
                 f"baseline and candidate are both {self.baseline!r}; to measure one model against "
                 "itself, serve it under two names"
             )
+        num_prompts = self.concurrency if self.num_prompts is None else self.num_prompts
         for name, value, least in (
             ("concurrency", self.concurrency, 1),
-            ("num-prompts", self.num_prompts or self.concurrency, self.concurrency),
+            ("num-prompts", num_prompts, self.concurrency),
             ("blocks", self.num_block_pairs, 2),
             ("warmup", self.num_warmup, 1),
             ("output-tokens", self.output_tokens, 2),

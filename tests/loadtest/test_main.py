@@ -202,6 +202,7 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
             ["--concurrency", "1,16", "--num-prompts", "8"],
             "--num-prompts 8 is too small; give at least 16",
         ),
+        (["--num-prompts", "0"], "--num-prompts 0 is too small; give at least 1"),
         (["--block-s", "0"], "--block-s 0 is out of range"),
         (["--variant", "dense=/absent"], "give either --url, or --variant NAME=DIR"),
         (["--launches", "2"], "--launches and --vllm-flags start servers"),
