@@ -256,6 +256,9 @@ def study(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each way.", min=1)] = 3,
+    first_seed: Annotated[
+        int, typer.Option(help="Seed of the first run; the next have the following ones.", min=0)
+    ] = 0,
     choices: Annotated[
         list[Path] | None, typer.Option(help="Questions, JSONL, for every model; repeatable.")
     ] = None,
@@ -274,7 +277,7 @@ def study(
         result = comparison.run(
             *(model, text, heldout, out, settings),
             ways=comparison.ways_of(ways),
-            seeds=range(seeds),
+            seeds=range(first_seed, first_seed + seeds),
             choices=choices or [],
             rivals=rival or [],
         )

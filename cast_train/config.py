@@ -37,8 +37,9 @@ class TrainConfig:
         sparsity: N:M.
         start: where the gates' order comes from: ``ones`` (none), ``magnitude``, ``wanda`` or
             ``sparsegpt``, which moves the weights too and wants its mask from the start (see
-            docs/method.md). For ``ste``, what ranks the weights; ``adams`` ranks by magnitude
-            always. ``auto``: ``wanda`` for ``ste`` and for ``penalty``, else ``sparsegpt``.
+            docs/method.md). For ``ste``, what ranks the weights; from ``sparsegpt`` it ranks by
+            magnitude, the dropped weights starting at 0. ``adams`` ranks by magnitude always.
+            ``auto``: ``wanda`` for ``ste`` and for ``penalty``, else ``sparsegpt``.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         steps: optimiser steps.
@@ -129,11 +130,6 @@ class TrainConfig:
         Pattern.parse(self.sparsity)
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
-        if self.start == "sparsegpt" and self.method == "ste":
-            raise ValueError(
-                "start sparsegpt moves the weights for a mask of its own, and method ste takes "
-                "another; use start wanda, or method gates"
-            )
         if self.tau_end > self.tau_start:
             raise ValueError(
                 f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"

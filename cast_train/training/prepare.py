@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint.models import load_dense
@@ -157,7 +158,19 @@ def _attach(
         scores = sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )
+        if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
+            _drop(targets, scores, config.pattern)
+            scores = None
     return with_gates(targets, scores, config)
+
+
+@torch.no_grad()
+def _drop(
+    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], pattern: Pattern
+) -> None:
+    for name, linear in targets.items():
+        mask = hard_mask(scores[name], pattern)
+        linear.weight.mul_(mask.t() if gating.is_transposed(linear) else mask)
 
 
 def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:

@@ -71,7 +71,6 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
             {"start": "zeros"},
             "start is 'zeros', but must be 'auto', 'ones', 'magnitude', 'wanda' or",
         ),
-        ({"start": "sparsegpt", "method": "ste"}, "use start wanda, or method gates"),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be greater than 0"),
         ({"steps": 1.5}, r"steps is 1.5, but must be a valid integer \(default: 32\)"),

@@ -26,6 +26,7 @@ WAYS = [
     {"selector": "generator", **LEARNS},
     {"method": "ste", "hard_fraction": 0.4},
     {"method": "ste", "hard_fraction": 0.4, "start": "magnitude", "scale_parts": 2},
+    {"method": "ste", "hard_fraction": 0.4, "start": "sparsegpt"},
     {"method": "adams", "learning_rate": 0.01, "scale_parts": 2},
     {"distillation_weight": 0.5, "accumulation": 2, "is_checkpointed": True},
 ]
