@@ -11,7 +11,9 @@ KIND is one of `KINDS`. So every figure of such a table is in a file that is com
 """
 
 import json
+import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,57 @@ def _perplexities(paths: Sequence[Path]) -> list[str]:
     return markdown_table(columns, lines)
 
 
+def _choices(paths: Sequence[Path]) -> list[str]:
+    """`cast-train eval --reference DENSE --choices FILE... --losses`: a line each set."""
+    lines = []
+    for path in paths:
+        for name, asked in read(path).items():
+            if isinstance(asked, dict) and "acc_norm" in asked:
+                lines.append(
+                    [
+                        name,
+                        f"{asked['num_questions']:,}",
+                        f"{asked['chance']:.3f}",
+                        f"{asked['acc_norm_reference']:.3f}",
+                        f"{asked['acc_norm']:.3f}",
+                        f"{asked['acc_norm_above_reference']:+.3f} +- "
+                        f"{asked['acc_norm_above_reference_stderr']:.3f}",
+                    ]
+                )
+    columns = ["questions", "number", "chance", "acc_norm, dense", "acc_norm, sparse"]
+    return markdown_table([*columns, "difference, paired by question"], lines)
+
+
+def _study(paths: Sequence[Path]) -> list[str]:
+    """`cast-train study`'s result.json: a line each way, best first.
+
+    *Recovered* is the share of the gap in log perplexity that one-shot SparseGPT leaves to the
+    dense model. The last column is paired by seed with the first way of the study.
+    """
+    result = read(paths[0])
+    summary = result["summary"]
+    sparsegpt, dense = (math.log(summary[way]["perplexity"]) for way in ("sparsegpt", "before"))
+    logs: dict[str, dict[int, float]] = {}
+    for row in result["runs"]:
+        if row["seed"] is not None:
+            logs.setdefault(row["way"], {})[row["seed"]] = math.log(row["perplexity"])
+    first = next(iter(logs))
+    lines = []
+    for way, found in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
+        cells = [way, f"{found['perplexity']:.3f}", "", "", ""]
+        if way in logs:
+            recovered = (sparsegpt - math.log(found["perplexity"])) / (sparsegpt - dense)
+            cells[1] += f" ({found['perplexity_min']:.3f} to {found['perplexity_max']:.3f})"
+            cells[2:4] = f"{recovered:.0%}", f"{found['flipped_share']:.1%}"
+        if way in logs and way != first:
+            above = [logs[way][seed] - logs[first][seed] for seed in logs[first]]
+            error = statistics.stdev(above) / math.sqrt(len(above))
+            cells[4] = f"{statistics.fmean(above):+.4f} +- {error:.4f}"
+        lines.append(cells)
+    columns = ["way", "perplexity, mean (range of seeds)", "recovered", "mask flipped"]
+    return markdown_table([*columns, f"log perplexity above {first}, paired by seed"], lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -184,4 +237,6 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "demo_quality": _demo_quality,
     "demo_speed": _demo_speed,
     "perplexities": _perplexities,
+    "choices": _choices,
+    "study": _study,
 }

@@ -33,6 +33,38 @@ def test_a_table_by_hand(tmp_path: Path) -> None:
     assert rewritten(rewritten(page, tmp_path), tmp_path) == rewritten(page, tmp_path)
 
 
+def test_a_study_by_hand(tmp_path: Path) -> None:
+    def trained(way: str, seed: int | None, perplexity: float) -> dict[str, object]:
+        return {"way": way, "seed": seed, "perplexity": perplexity}
+
+    runs = [trained("before", None, 4.0), trained("sparsegpt", None, 4.4)]
+    runs += [trained("a", 1, 4.1), trained("a", 2, 4.1), trained("b", 1, 4.2), trained("b", 2, 4.3)]
+    many = {"perplexity_min": 4.0, "perplexity_max": 4.3, "flipped_share": 0.012}
+    summary = {
+        "before": {"perplexity": 4.0},
+        "sparsegpt": {"perplexity": 4.4},
+        "a": {"perplexity": 4.1, **many},
+        "b": {"perplexity": 4.25, **many},
+    }
+    (tmp_path / "s.json").write_text(json.dumps({"runs": runs, "summary": summary}))
+    page = "<!-- table: study s.json -->\n<!-- end of table -->\n"
+    lines = rewritten(page, tmp_path).splitlines()[3:-1]
+    assert lines == [
+        "| before | 4.000 |  |  |  |",
+        "| a | 4.100 (4.000 to 4.300) | 74% | 1.2% |  |",
+        "| b | 4.250 (4.000 to 4.300) | 36% | 1.2% | +0.0359 +- 0.0118 |",
+        "| sparsegpt | 4.400 |  |  |  |",
+    ]
+
+
+def test_choices_by_hand(tmp_path: Path) -> None:
+    asked = {"num_questions": 1500, "chance": 0.5, "acc_norm": 0.55, "acc_norm_reference": 0.6}
+    asked |= {"acc_norm_above_reference": -0.05, "acc_norm_above_reference_stderr": 0.0123}
+    (tmp_path / "c.json").write_text(json.dumps({"kind": "compressed", "piqa": asked}))
+    page = "<!-- table: choices c.json -->\n<!-- end of table -->\n"
+    assert "| piqa | 1,500 | 0.500 | 0.600 | 0.550 | -0.050 +- 0.012 |" in rewritten(page, tmp_path)
+
+
 def test_wrong_marks_are_named(tmp_path: Path) -> None:
     for kind, message in (("coverages", "'coverages' is not known"), ("coverage", "c.json cannot")):
         page = f"<!-- table: {kind} c.json -->\n<!-- end of table -->\n"
