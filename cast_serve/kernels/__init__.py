@@ -1,7 +1,8 @@
 """2:4 kernels: a packed weight and activations -> the linear's output, on the device of x.
 
 `pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
-`linear24` multiplies; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).
+`linear24` and `linear24_int8` multiply; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces
+one).
 gpu/dispatch.py is the GPU's side.
 """
 
@@ -11,7 +12,16 @@ from torch import Tensor
 from cast_serve.kernels.ops import load
 from cast_serve.kernels.reference import pack, packed_shape, unpack
 
-__all__ = ["isa", "linear24", "load", "pack", "packed_shape", "supported_isas", "unpack"]
+__all__ = [
+    "isa",
+    "linear24",
+    "linear24_int8",
+    "load",
+    "pack",
+    "packed_shape",
+    "supported_isas",
+    "unpack",
+]
 
 
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +32,18 @@ def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None =
     """
     load()
     return torch.ops.cast.linear24(x, packed, out_features, bias)
+
+
+def linear24_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias for a packed int8 weight; see reference.linear24_int8.
+
+    Raises:
+        ValueError: if the shapes do not belong together; TypeError for an unknown dtype.
+    """
+    load()
+    return torch.ops.cast.linear24_int8(x, packed, scale, out_features, bias)
 
 
 def isa() -> str:

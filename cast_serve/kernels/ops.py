@@ -1,4 +1,4 @@
-"""The op ``torch.ops.cast.linear24``: the compiled CPU kernels, the GPU's, and its fake."""
+"""The ops ``torch.ops.cast.linear24`` and ``linear24_int8``: CPU kernels, GPU's, and fakes."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from cast_serve.kernels.reference import packed_shape
 
 
 def load() -> None:
-    """Registers the op, its fake and its GPU kernels once per process; compiles it if necessary.
+    """Registers the ops, fakes and GPU kernels once per process; compiles them if necessary.
 
     Raises:
-        KernelBuildError: if it is not compiled yet and cannot be.
+        KernelBuildError: if they are not compiled yet and cannot be.
     """
     if hasattr(torch.ops.cast, "cpu_isas"):
         return
@@ -19,6 +19,7 @@ def load() -> None:
 
     build.load()
     torch.library.register_fake("cast::linear24")(_linear24_fake)
+    torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
     if torch.cuda.is_available():
         dispatch.register()
 
@@ -26,7 +27,17 @@ def load() -> None:
 def _linear24_fake(
     x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
-    expected = packed_shape(out_features, x.shape[-1], x.dtype)
+    return _fake(x, packed, out_features, x.dtype)
+
+
+def _linear24_int8_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    return _fake(x, packed, out_features, torch.int8)
+
+
+def _fake(x: Tensor, packed: Tensor, out_features: int, weight_dtype: torch.dtype) -> Tensor:
+    expected = packed_shape(out_features, x.shape[-1], weight_dtype)
     torch._check(
         tuple(packed.shape) == expected, lambda: f"packed {packed.shape} is not {expected}"
     )

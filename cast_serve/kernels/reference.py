@@ -1,14 +1,15 @@
-"""The specification of the kernels in plain torch: packed layout, pack, unpack and the 2:4 linear.
+"""The specification of the kernels in plain torch: packed layout, pack, unpack and the 2:4 linears.
 
 A packed weight is uint8 [tile_rows, tile_columns, tile_bytes], a tile being 8 out_features by 64
-in_features (csrc/linear24.h draws it):
+in_features, or by 128 of an int8 weight (csrc/linear24.h draws it):
 
-    bytes 0 .. 256 * itemsize - 1    values: 8 rows of 32 kept weights, row after row
-    the last 64 bytes                positions: 8 rows of 64 bits, 4 bits a group
+    first    values: 8 rows of 32 kept weights (int8: 64), row after row
+    then     positions: 8 rows of 64 bits (int8: 128), 4 bits a group, row after row
 
 out_features and in_features are padded to whole tiles with zero values at columns 0 and 1.
 A dropped weight is not multiplied at all: where x is Inf or NaN in a column that a row has dropped,
-that row's output does not become NaN, as it would by 0 * Inf in a dense product.
+that row's output does not become NaN, as it would by 0 * Inf in a dense product. An int8 weight is
+different: there x is quantised first, so Inf or NaN makes the whole output row NaN.
 """
 
 import torch
@@ -18,7 +19,9 @@ from cast_serve.sparsity.bitmask import decompress, unpack_mask
 from cast_serve.sparsity.pattern import PatternError
 
 TILE_ROWS = 8
-TILE_COLUMNS = 64
+TILE_COLUMNS = 64  # of bf16, fp16 and fp32
+INT8_TILE_COLUMNS = 128  # also the columns of a scale group of the activations
+MAX_INTEGER = 127
 PADDING_POSITIONS = 0b0100_0100  # two groups that keep columns 0 and 1
 
 
@@ -39,16 +42,21 @@ POSITIONS_OF_BITMASK, BITMASK_OF_POSITIONS = _position_tables()
 
 
 def packed_shape(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """The shape of the packed weight in bytes."""
-    tile_bytes = TILE_ROWS * (TILE_COLUMNS // 2 * dtype.itemsize + 8)
-    return -(-out_features // TILE_ROWS), -(-in_features // TILE_COLUMNS), tile_bytes
+    """The shape of the packed weight in bytes; `dtype` is the weight's."""
+    columns = _tile_columns(dtype)
+    tile_bytes = TILE_ROWS * (columns // 2 * dtype.itemsize + columns // 8)
+    return -(-out_features // TILE_ROWS), -(-in_features // columns), tile_bytes
+
+
+def _tile_columns(dtype: torch.dtype) -> int:
+    return INT8_TILE_COLUMNS if dtype == torch.int8 else TILE_COLUMNS
 
 
 def pack(values: Tensor, bitmask: Tensor) -> Tensor:
     """Compressed weight -> packed weight.
 
     Args:
-        values: [out_features, in_features / 2], bf16, fp16 or fp32.
+        values: [out_features, in_features / 2], bf16, fp16, fp32 or int8.
         bitmask: uint8 [out_features, ceil(in_features / 8)]; bits past in_features may be set.
 
     Returns:
@@ -58,9 +66,8 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
         PatternError: if a group has not exactly two bits.
     """
     out_features, in_features = values.shape[0], values.shape[1] * 2
-    tile_rows, tile_columns, _ = packed_shape(out_features, in_features, values.dtype)
+    shape = packed_shape(out_features, in_features, values.dtype)
     if values.is_meta:
-        shape = packed_shape(out_features, in_features, values.dtype)
         return torch.empty(shape, dtype=torch.uint8, device="meta")
     unpack_mask(bitmask, in_features)  # raises where it is not 2:4
     bits = bitmask.clone()
@@ -68,10 +75,11 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
         bits[:, -1] = (bits[:, -1] & 0b0000_1111) | 0b0011_0000
     positions = POSITIONS_OF_BITMASK.to(bits.device)[bits.long()]
 
-    rows = tile_rows * TILE_ROWS
-    padded_values = values.new_zeros(rows, tile_columns * TILE_COLUMNS // 2)
+    tile_rows, tile_columns, _ = shape
+    rows, columns = tile_rows * TILE_ROWS, tile_columns * _tile_columns(values.dtype)
+    padded_values = values.new_zeros(rows, columns // 2)
     padded_values[:out_features, : values.shape[1]] = values
-    padded_positions = positions.new_full((rows, tile_columns * 8), PADDING_POSITIONS)
+    padded_positions = positions.new_full((rows, columns // 8), PADDING_POSITIONS)
     padded_positions[:out_features, : positions.shape[1]] = positions
     tiles = [
         part.contiguous().view(torch.uint8).view(tile_rows, TILE_ROWS, tile_columns, -1)
@@ -95,12 +103,13 @@ def unpack(
             f"needs {list(shape)}"
         )
     rows = shape[0] * TILE_ROWS
+    values_bytes = shape[2] - TILE_ROWS * _tile_columns(dtype) // 8
 
     def rows_of(part: Tensor) -> Tensor:
         return part.unflatten(2, (TILE_ROWS, -1)).transpose(1, 2).reshape(rows, -1)
 
-    values = rows_of(packed[..., : shape[2] - 64]).view(dtype)
-    positions = rows_of(packed[..., shape[2] - 64 :])
+    values = rows_of(packed[..., :values_bytes]).view(dtype)
+    positions = rows_of(packed[..., values_bytes:])
     bitmask = BITMASK_OF_POSITIONS.to(packed.device)[positions.long()]
     bitmask = bitmask[:out_features, : -(-in_features // 8)].clone()
     if in_features % 8:
@@ -124,6 +133,63 @@ def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None =
     values, bitmask = unpack(packed, out_features, in_features, x.dtype)
     weight = decompress(values, bitmask, in_features)
     out = x.float() @ weight.float().T
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype)
+
+
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises each token's scale groups of 128 columns by their largest absolute value.
+
+    All in fp32, and bit for bit the same in every kernel: scale = max|x| / 127; values = x / scale
+    (a division, not a product with the reciprocal), clamped to +-127 and rounded half to even.
+    Where the scale is 0 the values are 0. A group that holds Inf or NaN gets scale NaN, values 0.
+
+    Args:
+        x: [..., in_features], bf16, fp16 or fp32.
+
+    Returns:
+        values int8 [..., num_groups, 128], padded with 0, and scale fp32 [..., num_groups].
+    """
+    padding = -x.shape[-1] % INT8_TILE_COLUMNS
+    groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, INT8_TILE_COLUMNS))
+    scale = groups.abs().amax(-1) / MAX_INTEGER
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    is_usable = (scale > 0).unsqueeze(-1)
+    values = (groups / scale.unsqueeze(-1)).clamp(-MAX_INTEGER, MAX_INTEGER).round()
+    return torch.where(is_usable, values, 0.0).to(torch.int8), scale
+
+
+def linear24_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias with int8 weights, x quantised token by token on the way.
+
+    out[m, n] = scale[n] * (sum over the scale groups g of x_scale[m, g] * dot[m, n, g]) + bias[n],
+    where dot is the exact sum of the integers' products and all else is fp32. A kernel may add the
+    groups in another order.
+
+    Args:
+        x: [..., in_features], bf16, fp16 or fp32. A token that holds Inf or NaN gets NaN in all
+            out_features.
+        packed: see `pack`, of int8 values within +-127.
+        scale: fp32 [out_features], finite.
+        out_features: rows of the weight.
+        bias: [out_features] or None.
+
+    Returns:
+        [..., out_features] in x's dtype.
+    """
+    in_features = x.shape[-1]
+    values, bitmask = unpack(packed, out_features, in_features, torch.int8)
+    weight = decompress(values, bitmask, in_features).float()
+    weight = torch.nn.functional.pad(weight, (0, -in_features % INT8_TILE_COLUMNS))
+    integers, x_scale = quantize_groups(x)
+    # A group's sum is below 2 ** 21, so fp32 products and sums are exact.
+    dots = torch.einsum(
+        "...gk,ngk->...ng", integers.float(), weight.unflatten(1, (-1, INT8_TILE_COLUMNS))
+    )
+    out = (dots * x_scale.unsqueeze(-2)).sum(-1) * scale
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype)

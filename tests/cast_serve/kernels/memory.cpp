@@ -53,6 +53,7 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
   const int64_t tile_bytes = kTileRows * (kTileKept * size + 8);
   Linear24 p;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
+  p.scale = nullptr;
   p.x_stride = k + 3;
   // malloc, not Buffer: the last token's row ends where the buffer ends.
   void* x = std::malloc(((m - 1) * p.x_stride + k) * size);
@@ -84,11 +85,11 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
       }
     }
   p.x = x, p.out = out, p.bias = bias, p.packed = static_cast<const uint8_t*>(packed.data);
-  Buffer workspace(kernel.workspace_bytes(p));
-  kernel.prepare(p, workspace.data);
+  Buffer workspace(kernel.linear24->workspace_bytes(p));
+  kernel.linear24->prepare(p, workspace.data);
   const int64_t middle = p.num_tile_rows() / 2;  // as two threads would
-  kernel.run(p, workspace.data, 0, middle);
-  kernel.run(p, workspace.data, middle, p.num_tile_rows());
+  kernel.linear24->run(p, workspace.data, 0, middle);
+  kernel.linear24->run(p, workspace.data, middle, p.num_tile_rows());
 
   double error = 0, norm = 0;
   for (int64_t token = 0; token < m; ++token)

@@ -63,3 +63,42 @@ def test_unpack_refuses_another_size() -> None:
     packed = reference.pack(*compress(weight_of((8, 64), torch.bfloat16)))
     with pytest.raises(PatternError, match=r"packed weight is \[1, 1, 576\]"):
         reference.unpack(packed, 16, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 132), (17, 260)], ids=str)
+def test_int8_pack_round_trip_is_bitwise(shape: tuple[int, int]) -> None:
+    weight = (weight_of(shape, torch.float32) * 40).clamp(-127, 127).to(torch.int8)
+    values, bitmask = compress(weight)
+    packed = reference.pack(values, bitmask)
+    assert tuple(packed.shape) == reference.packed_shape(*shape, torch.int8)
+    assert packed.shape[1:] == (-(-shape[1] // 128), 640)
+    unpacked_values, unpacked_bitmask = reference.unpack(packed, *shape, torch.int8)
+    assert torch.equal(unpacked_values, values)
+    assert torch.equal(unpacked_bitmask, bitmask)
+    assert reference.pack(values.to("meta"), bitmask.to("meta")).shape == packed.shape
+
+
+def test_int8_linear_is_the_dense_product_of_what_was_quantised() -> None:
+    weight = (weight_of((9, 300), torch.float32) * 40).clamp(-127, 127).to(torch.int8)
+    scale, bias = torch.rand(9) * 1e-2, torch.randn(9)
+    x = torch.randn(2, 3, 300)
+    integers, x_scale = reference.quantize_groups(x)
+    assert integers.shape == (2, 3, 3, 128)
+    assert (integers.abs().amax(-1) == 127).all()
+    quantised_x = (integers * x_scale.unsqueeze(-1)).flatten(-2)[..., :300]
+    assert ((quantised_x - x).abs() <= x.abs().amax() / 127).all()
+    expected = torch.nn.functional.linear(quantised_x, weight * scale.unsqueeze(-1), bias)
+    packed = reference.pack(*compress(weight))
+    torch.testing.assert_close(reference.linear24_int8(x, packed, scale, 9, bias), expected)
+
+
+def test_groups_of_zeros_and_of_inf_or_nan_have_their_own_scales() -> None:
+    x = torch.randn(4, 256)
+    x[0, 128:] = 0
+    x[1, 5] = torch.nan
+    x[2, 200] = -torch.inf
+    integers, scale = reference.quantize_groups(x)
+    assert (scale == 0).nonzero().tolist() == [[0, 1]]
+    assert scale.isnan().nonzero().tolist() == [[1, 0], [2, 1]]
+    for token, group in ((0, 1), (1, 0), (2, 1)):
+        assert not integers[token, group].any()

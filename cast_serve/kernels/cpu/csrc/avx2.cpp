@@ -2,12 +2,12 @@
 #define CAST_ISA avx2
 #define CAST_LANES 8
 #include "generic.h"
+#include "generic_int8.h"
 
 namespace cast {
 static bool is_supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-const Kernel kAvx2 = {"avx2", is_supported, avx2::workspace_bytes_of, avx2::prepare_any,
-                      avx2::run_any};
+const Kernel kAvx2 = {"avx2", is_supported, &avx2::kLinear24, &avx2::kLinear24Int8};
 }  // namespace cast

@@ -2,11 +2,13 @@
 #define CAST_ISA avx512
 #define CAST_LANES 16
 #include "generic.h"
+#include "generic_int8.h"
 
 namespace cast {
 static bool is_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("f16c");
 }
-const Kernel kAvx512 = {"avx512", is_supported, avx512::workspace_bytes_of, avx512::prepare_any,
-                        avx512::run_any};
+const Product kAvx512Linear24 = avx512::kLinear24;
+const Product kAvx512Linear24Int8 = avx512::kLinear24Int8;
+const Kernel kAvx512 = {"avx512", is_supported, &kAvx512Linear24, &kAvx512Linear24Int8};
 }  // namespace cast

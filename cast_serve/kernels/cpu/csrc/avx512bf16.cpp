@@ -473,20 +473,20 @@ void run_many(const Linear24& p, const uint16_t* columns, int64_t begin, int64_t
 // --- choice between the two --------------------------------------------------------------------
 
 int64_t workspace_bytes(const Linear24& p) {
-  if (p.dtype != DType::kBFloat16) return kAvx512.workspace_bytes(p);
+  if (p.dtype != DType::kBFloat16) return kAvx512Linear24.workspace_bytes(p);
   if (is_few(p)) return p.num_tokens * few_stride(p) * 2;
   const int64_t whole = p.num_tokens / kBlockTokens * kBlockTokens, left = p.num_tokens - whole;
   return (whole + (left ? lanes_of(left) : 0)) * p.num_tile_columns() * kTileColumns * 2;
 }
 
 void prepare(const Linear24& p, void* workspace) {
-  if (p.dtype != DType::kBFloat16) return kAvx512.prepare(p, workspace);
+  if (p.dtype != DType::kBFloat16) return kAvx512Linear24.prepare(p, workspace);
   if (is_few(p)) return prepare_few(p, static_cast<uint16_t*>(workspace));
   return prepare_many(p, static_cast<uint16_t*>(workspace));
 }
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-  if (p.dtype != DType::kBFloat16) return kAvx512.run(p, workspace, begin, end);
+  if (p.dtype != DType::kBFloat16) return kAvx512Linear24.run(p, workspace, begin, end);
   const uint16_t* x = static_cast<const uint16_t*>(workspace);
   if (!is_few(p)) return run_many(p, x, begin, end);
   switch (p.num_tokens) {
@@ -516,8 +516,10 @@ bool is_supported() {
          __builtin_cpu_supports("bmi2");
 }
 
+const Product kLinear24 = {workspace_bytes, prepare, run};
+
 }  // namespace
 
-const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, workspace_bytes, prepare, run};
+const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kLinear24, &kAvx512Linear24Int8};
 
 }  // namespace cast

@@ -4,35 +4,16 @@
 // is one multiply-add over a vector of tokens, and a dropped weight costs nothing. A single token
 // is computed with scalars instead. The including file defines CAST_ISA (a namespace, so that no
 // two ISAs share a symbol) and CAST_LANES (tokens in a vector).
+#pragma once
 #include <cstring>
 
+#include "elements.h"
 #include "linear24.h"
 
 namespace cast {
 namespace CAST_ISA {
 
 typedef float Lanes __attribute__((vector_size(4 * CAST_LANES)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(BFloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-inline float to_float(_Float16 value) { return static_cast<float>(value); }
-inline float to_float(float value) { return value; }
-
-inline void from_float(float value, BFloat16* out) {  // round to nearest even, NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  out->bits = value != value ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
-inline void from_float(float value, _Float16* out) { *out = static_cast<_Float16>(value); }
-inline void from_float(float value, float* out) { *out = value; }
 
 template <typename T>
 void prepare(const Linear24& p, float* workspace) {
@@ -127,6 +108,8 @@ inline void run_any(const Linear24& p, const void* workspace, int64_t begin, int
       return run_any_tokens<float>(p, rows, begin, end);
   }
 }
+
+constexpr Product kLinear24 = {workspace_bytes_of, prepare_any, run_any};
 
 }  // namespace CAST_ISA
 }  // namespace cast

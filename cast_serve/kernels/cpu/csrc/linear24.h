@@ -9,7 +9,8 @@
 //     one row's positions: 16 groups x 4 bits, group 0 in the lowest bits
 //         bits 0-1: column inside the group of its first kept weight, bits 2-3: of its second
 //
-// A tile is read as one stream: 576 bytes of 16-bit weights, for 1024 dense bytes. N and K are
+// A tile is read as one stream: 576 bytes of 16-bit weights, for 1024 dense bytes. A tile of int8
+// weights has 8 x 128: 8 rows x 64 kept weights, then 8 rows x 128 bits, 640 bytes. N and K are
 // padded to whole tiles with zero values at columns 0 and 1. Letters: M tokens, N out_features, K
 // in_features.
 #pragma once
@@ -21,29 +22,43 @@ constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kTileKept = kTileColumns / 2;
 
+constexpr int64_t kInt8TileColumns = 128;  // also the columns of a scale group of x
+constexpr int64_t kInt8TileKept = kInt8TileColumns / 2;
+constexpr int64_t kInt8TileBytes = kTileRows * (kInt8TileKept + kInt8TileColumns / 8);
+
 enum class DType { kBFloat16, kFloat16, kFloat32 };
 
 struct Linear24 {
   const void* x;     // [M, K], dtype; a token's K values are contiguous
   int64_t x_stride;  // elements from one token to the next
   const uint8_t* packed;
-  const float* bias;  // [N] or null
-  void* out;          // [M, N], dtype, contiguous
+  const float* scale;  // [N], of int8 weights; else null
+  const float* bias;   // [N] or null
+  void* out;           // [M, N], dtype, contiguous
   int64_t num_tokens, out_features, in_features;
   DType dtype;
 
   int64_t num_tile_rows() const { return (out_features + kTileRows - 1) / kTileRows; }
   int64_t num_tile_columns() const { return (in_features + kTileColumns - 1) / kTileColumns; }
+  int64_t num_int8_tile_columns() const {
+    return (in_features + kInt8TileColumns - 1) / kInt8TileColumns;
+  }
 };
 
-// An ISA's kernel. `prepare` turns x into the form that `run` reads (workspace is 64-byte aligned);
-// `run` computes the tile rows [begin, end) and may be called from several threads at once.
-struct Kernel {
-  const char* isa;
-  bool (*is_supported)();
+// One way to compute. `prepare` turns x into the form that `run` reads (workspace is 64-byte
+// aligned); `run` computes the tile rows [begin, end) and may be called from several threads at
+// once.
+struct Product {
   int64_t (*workspace_bytes)(const Linear24&);
   void (*prepare)(const Linear24&, void* workspace);
   void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
+};
+
+// An ISA's kernel: the product with weights of x's dtype, and the one with int8 weights.
+struct Kernel {
+  const char* isa;
+  bool (*is_supported)();
+  const Product *linear24, *linear24_int8;
 };
 
 extern const Kernel kPortable;
@@ -51,6 +66,7 @@ extern const Kernel kPortable;
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Bf16;
+extern const Product kAvx512Linear24, kAvx512Linear24Int8;  // other kernels use them too
 #endif
 
 }  // namespace cast

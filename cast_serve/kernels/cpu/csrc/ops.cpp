@@ -1,5 +1,5 @@
-// torch binding: cast::linear24 and cast::cpu_isas. It turns tensors into pointers, and wrong
-// arguments into exceptions.
+// torch binding: cast::linear24, cast::linear24_int8 and cast::cpu_isas. It turns tensors into
+// pointers, and wrong arguments into exceptions.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -40,7 +40,7 @@ const cast::Kernel& kernel() {
   return picked;
 }
 
-cast::DType dtype_of(const Tensor& x) {
+cast::DType dtype_of(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
     case at::kBFloat16:
       return cast::DType::kBFloat16;
@@ -49,56 +49,86 @@ cast::DType dtype_of(const Tensor& x) {
     case at::kFloat:
       return cast::DType::kFloat32;
     default:
-      TORCH_CHECK_TYPE(false, "linear24: x is ", x.scalar_type(),
+      TORCH_CHECK_TYPE(false, op, ": x is ", x.scalar_type(),
                        "; bfloat16, float16 or float32 is needed");
   }
 }
 
-Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
-                const std::optional<Tensor>& bias) {
+// A call's tensors as the kernels see them. The members keep alive what `p` points to.
+struct Call {
   cast::Linear24 p;
-  p.dtype = dtype_of(x);
-  TORCH_CHECK_VALUE(x.dim() >= 1, "linear24: x has no dimension; [..., in_features] is needed");
+  Tensor rows, float_bias, out;
+};
+
+Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
+             const std::optional<Tensor>& bias, bool has_int8_weights) {
+  Call call;
+  cast::Linear24& p = call.p;
+  p.dtype = dtype_of(op, x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x has no dimension; [..., in_features] is needed");
   p.in_features = x.size(-1);
   p.out_features = out_features;
-  TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, "linear24: in_features ",
+  TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, op, ": in_features ",
                     p.in_features, " is no positive multiple of 4");
-  const int64_t tile_bytes = cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
+  const int64_t tile_columns = has_int8_weights ? p.num_int8_tile_columns() : p.num_tile_columns();
+  const int64_t tile_bytes = has_int8_weights
+                                 ? cast::kInt8TileBytes
+                                 : cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.dim() == 3 &&
                         packed.is_contiguous() && packed.size(0) == p.num_tile_rows() &&
-                        packed.size(1) == p.num_tile_columns() && packed.size(2) == tile_bytes,
-                    "linear24: packed is ", packed.scalar_type(), " ", packed.sizes(), ", but x ",
+                        packed.size(1) == tile_columns && packed.size(2) == tile_bytes,
+                    op, ": packed is ", packed.scalar_type(), " ", packed.sizes(), ", but x ",
                     x.sizes(), " of ", x.scalar_type(), " and out_features ", out_features,
-                    " need a contiguous uint8 [", p.num_tile_rows(), ", ", p.num_tile_columns(),
-                    ", ", tile_bytes, "]");
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 == 0,
-                    "linear24: packed does not begin at a 64-byte boundary; pass packed.clone()");
-  Tensor rows = x.reshape({-1, p.in_features});
-  if (rows.stride(1) != 1) rows = rows.contiguous();
-  Tensor float_bias;
+                    " need a contiguous uint8 [", p.num_tile_rows(), ", ", tile_columns, ", ",
+                    tile_bytes, "]");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 == 0, op,
+                    ": packed does not begin at a 64-byte boundary; pass packed.clone()");
+  call.rows = x.reshape({-1, p.in_features});
+  if (call.rows.stride(1) != 1) call.rows = call.rows.contiguous();
   if (bias.has_value()) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features, "linear24: bias is ",
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias is ",
                       bias->sizes(), "; [", out_features, "] is needed");
-    float_bias = bias->to(at::kFloat).contiguous();
+    call.float_bias = bias->to(at::kFloat).contiguous();
   }
   auto sizes = x.sizes().vec();
   sizes.back() = out_features;
-  Tensor out = at::empty(sizes, x.options());
-  if (out.numel() == 0) return out;
+  call.out = at::empty(sizes, x.options());
 
-  p.x = rows.const_data_ptr();
-  p.x_stride = rows.stride(0);
+  p.x = call.rows.const_data_ptr();
+  p.x_stride = call.rows.stride(0);
   p.packed = packed.const_data_ptr<uint8_t>();
-  p.bias = float_bias.defined() ? float_bias.const_data_ptr<float>() : nullptr;
-  p.out = out.mutable_data_ptr();
-  p.num_tokens = rows.size(0);
-  const cast::Kernel& k = kernel();
-  Tensor workspace = at::empty({k.workspace_bytes(p)}, x.options().dtype(at::kByte));
-  k.prepare(p, workspace.mutable_data_ptr());
+  p.scale = nullptr;
+  p.bias = bias.has_value() ? call.float_bias.const_data_ptr<float>() : nullptr;
+  p.out = call.out.mutable_data_ptr();
+  p.num_tokens = call.rows.size(0);
+  return call;
+}
+
+Tensor computed(const cast::Product& product, const Call& call) {
+  const cast::Linear24& p = call.p;
+  if (call.out.numel() == 0) return call.out;
+  Tensor workspace = at::empty({product.workspace_bytes(p)}, call.rows.options().dtype(at::kByte));
+  product.prepare(p, workspace.mutable_data_ptr());
   at::parallel_for(0, p.num_tile_rows(), 1, [&](int64_t begin, int64_t end) {
-    k.run(p, workspace.const_data_ptr(), begin, end);
+    product.run(p, workspace.const_data_ptr(), begin, end);
   });
-  return out;
+  return call.out;
+}
+
+Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
+                const std::optional<Tensor>& bias) {
+  return computed(*kernel().linear24, checked("linear24", x, packed, out_features, bias, false));
+}
+
+Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                     int64_t out_features, const std::optional<Tensor>& bias) {
+  Call call = checked("linear24_int8", x, packed, out_features, bias, true);
+  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 &&
+                        scale.size(0) == out_features && scale.is_contiguous(),
+                    "linear24_int8: scale is ", scale.scalar_type(), " ", scale.sizes(),
+                    "; a contiguous float32 [", out_features, "] is needed");
+  call.p.scale = scale.const_data_ptr<float>();
+  return computed(*kernel().linear24_int8, call);
 }
 
 std::vector<std::string> cpu_isas() {  // the one in use first, then the others that this CPU has
@@ -112,7 +142,13 @@ std::vector<std::string> cpu_isas() {  // the one in use first, then the others 
 
 TORCH_LIBRARY(cast, m) {
   m.def("linear24(Tensor x, Tensor packed, int out_features, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear24_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
+      "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
 }
 
-TORCH_LIBRARY_IMPL(cast, CPU, m) { m.impl("linear24", &linear24); }
+TORCH_LIBRARY_IMPL(cast, CPU, m) {
+  m.impl("linear24", &linear24);
+  m.impl("linear24_int8", &linear24_int8);
+}

@@ -2,9 +2,9 @@
 #define CAST_ISA portable
 #define CAST_LANES 4
 #include "generic.h"
+#include "generic_int8.h"
 
 namespace cast {
 static bool is_supported() { return true; }
-const Kernel kPortable = {"portable", is_supported, portable::workspace_bytes_of,
-                          portable::prepare_any, portable::run_any};
+const Kernel kPortable = {"portable", is_supported, &portable::kLinear24, &portable::kLinear24Int8};
 }  // namespace cast
