@@ -9,7 +9,7 @@ rates. A *speed-up* compares the two variants' percentiles over the whole run, w
 block pairs, or over launches of the servers if there are several (cast_serve/intervals.py). A
 percentile beyond which not even one request is expected has no interval. *ratio* compares the two
 blocks' medians of each block pair alone. *drift* compares the blocks of each variant alone, one
-after the other.
+after the other within a launch.
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the
@@ -180,24 +180,41 @@ def _spread(found: Sequence[float]) -> dict[str, Any]:
 
 
 def drift(recorded: Recorded, variant: str, metric: str) -> dict[str, Any]:
-    """How a variant's blocks change over the run; all None if a block's median is not known.
+    """How a variant's blocks change within a launch of the servers, from one to the next.
+
+    What differs between launches is no drift, so each launch is compared with itself.
 
     Returns:
         `per_block_s`: medians in the order run; `second_half_over_first`: mean of the later half of
-        them over that of the earlier half; `slope_per_minute`: of a straight line through them, as
-        a share of their mean.
+        a launch's over that of the earlier half, geometric mean over the launches of two blocks or
+        more; `slope_per_minute`: of a straight line through them, as a share of the launch's mean.
+        Both are None if a block's median is not known.
     """
     blocks = recorded.blocks_of(variant)
     medians = [block_value(recorded, block, metric) for block in blocks]
     known = [median for median in medians if median is not None]
-    halves = slope = None
-    if len(blocks) >= 2 and len(known) == len(blocks) and min(known) > 0:
-        middle = len(known) // 2
-        halves = float(np.mean(known[-middle:]) / np.mean(known[:middle]))
-        minutes = np.array([block.started_s / 60 for block in blocks])
-        minutes -= minutes.mean()
-        slope = float(minutes @ known / (minutes @ minutes) / np.mean(known))
-    return {"per_block_s": medians, "second_half_over_first": halves, "slope_per_minute": slope}
+    if len(known) < len(blocks) or min(known, default=0) <= 0:
+        return {"per_block_s": medians, "second_half_over_first": None, "slope_per_minute": None}
+    halves: list[float] = []
+    shares: list[Array] = []
+    minutes: list[Array] = []
+    for launch in sorted({block.launch for block in blocks}):
+        places = [i for i, block in enumerate(blocks) if block.launch == launch]
+        of_launch = np.array([known[i] for i in places])
+        if middle := len(places) // 2:
+            halves.append(float(of_launch[-middle:].mean() / of_launch[:middle].mean()))
+            begun = np.array([blocks[i].started_s / 60 for i in places])
+            minutes.append(begun - begun.mean())
+            shares.append(of_launch / of_launch.mean())
+    slope = None
+    if halves:
+        x, y = np.concatenate(minutes), np.concatenate(shares)
+        slope = float(x @ y / (x @ x))
+    return {
+        "per_block_s": medians,
+        "second_half_over_first": float(np.exp(np.mean(np.log(halves)))) if halves else None,
+        "slope_per_minute": slope,
+    }
 
 
 def _rate(amounts: Iterable[tuple[float, float]]) -> float | None:

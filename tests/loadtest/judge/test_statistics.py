@@ -205,3 +205,8 @@ def test_launches_are_drawn_before_their_pairs() -> None:
     assert (found.value, found.low, found.high) == (2.5, 2.0, 3.0)
     summary = summary_of(run)
     assert (summary["num_launches"], summary["num_block_pairs"]) == (2, 8)
+    # Dense takes 2 s throughout one launch and 3 s throughout the other: no drift in either.
+    drift = summary["drift"]["ttft"]["dense"]
+    assert drift["per_block_s"] == [2.0] * 4 + [3.0] * 4
+    assert drift["second_half_over_first"] == 1.0
+    assert drift["slope_per_minute"] == pytest.approx(0.0, abs=1e-12)
