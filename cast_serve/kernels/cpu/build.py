@@ -24,16 +24,18 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DNDEBUG", "-Wall", "-Wno-psabi"]
 AVX512_FLAGS = ["-mavx512f", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+VNNI_FLAGS = [
+    *AVX512_FLAGS,
+    *(f"-mavx512{extension}" for extension in ("vnni", "vbmi", "bw", "vl", "dq")),
+    "-mbmi2",
+]
 ISA_FLAGS = {
     "ops": [],
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512_FLAGS,
-    "avx512bf16": [
-        *AVX512_FLAGS,
-        *(f"-mavx512{extension}" for extension in ("bf16", "vbmi", "bw", "vl", "dq")),
-        "-mbmi2",
-    ],
+    "avx512vnni": VNNI_FLAGS,
+    "avx512bf16": [*VNNI_FLAGS, "-mavx512bf16"],
 }
 
 

@@ -53,7 +53,7 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
   const int64_t tile_bytes = kTileRows * (kTileKept * size + 8);
   Linear24 p;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
-  p.scale = nullptr;
+  p.scale = nullptr, p.tuning = {8, 8, cast::Prefetch::kT0};
   p.x_stride = k + 3;
   // malloc, not Buffer: the last token's row ends where the buffer ends.
   void* x = std::malloc(((m - 1) * p.x_stride + k) * size);
@@ -113,7 +113,7 @@ bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_
 int main() {
   const cast::Kernel* kernels[] = {
 #ifdef __x86_64__
-      &cast::kAvx512Bf16, &cast::kAvx512, &cast::kAvx2,
+      &cast::kAvx512Bf16, &cast::kAvx512Vnni, &cast::kAvx512, &cast::kAvx2,
 #endif
       &cast::kPortable};
   const int64_t shapes[][2] = {{1, 4}, {7, 60}, {8, 64}, {33, 260}, {129, 68}, {1049, 132}};

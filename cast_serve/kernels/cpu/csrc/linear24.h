@@ -28,6 +28,17 @@ constexpr int64_t kInt8TileBytes = kTileRows * (kInt8TileKept + kInt8TileColumns
 
 enum class DType { kBFloat16, kFloat16, kFloat32 };
 
+// What is chosen by measurement (cpu/tuning.py); defaults in ops.cpp.
+enum class Prefetch { kNone, kT0, kT1 };  // of the weights, for few tokens: into no cache, L1, L2
+
+constexpr int64_t kMostFewTokens = 8;
+
+struct Tuning {
+  int64_t few_tokens;       // bf16: up to how many the kernel for few runs
+  int64_t few_tokens_int8;  // the same for int8 weights
+  Prefetch prefetch;
+};
+
 struct Linear24 {
   const void* x;     // [M, K], dtype; a token's K values are contiguous
   int64_t x_stride;  // elements from one token to the next
@@ -37,6 +48,7 @@ struct Linear24 {
   void* out;           // [M, N], dtype, contiguous
   int64_t num_tokens, out_features, in_features;
   DType dtype;
+  Tuning tuning;
 
   int64_t num_tile_rows() const { return (out_features + kTileRows - 1) / kTileRows; }
   int64_t num_tile_columns() const { return (in_features + kTileColumns - 1) / kTileColumns; }
@@ -65,8 +77,9 @@ extern const Kernel kPortable;
 #ifdef __x86_64__
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
+extern const Kernel kAvx512Vnni;
 extern const Kernel kAvx512Bf16;
-extern const Product kAvx512Linear24, kAvx512Linear24Int8;  // other kernels use them too
+extern const Product kAvx512Linear24, kVnniLinear24Int8;  // other kernels use them too
 #endif
 
 }  // namespace cast

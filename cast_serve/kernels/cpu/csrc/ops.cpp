@@ -16,7 +16,7 @@ using at::Tensor;
 const std::vector<const cast::Kernel*>& kernels() {  // best first
   static const std::vector<const cast::Kernel*> all = {
 #ifdef __x86_64__
-      &cast::kAvx512Bf16, &cast::kAvx512, &cast::kAvx2,
+      &cast::kAvx512Bf16, &cast::kAvx512Vnni, &cast::kAvx512, &cast::kAvx2,
 #endif
       &cast::kPortable};
   return all;
@@ -38,6 +38,41 @@ const cast::Kernel& pick_kernel() {
 const cast::Kernel& kernel() {
   static const cast::Kernel& picked = pick_kernel();
   return picked;
+}
+
+// AMD's vpermi2w and vpermi2b cost one micro-operation, Intel's three.
+cast::Tuning default_tuning() {
+  bool is_amd = false;
+#ifdef __x86_64__
+  is_amd = __builtin_cpu_is("amd");
+#endif
+  return {is_amd ? 8 : 4, is_amd ? 8 : 4, cast::Prefetch::kT0};
+}
+
+cast::Tuning& tuning() {
+  static cast::Tuning current = default_tuning();
+  return current;
+}
+
+constexpr const char* kPrefetchNames[] = {"none", "t0", "t1"};  // in the order of cast::Prefetch
+
+std::tuple<int64_t, int64_t, std::string> cpu_tuning() {
+  const cast::Tuning& now = tuning();
+  return {now.few_tokens, now.few_tokens_int8, kPrefetchNames[static_cast<int>(now.prefetch)]};
+}
+
+void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, const std::string& prefetch) {
+  for (const int64_t tokens : {few_tokens, few_tokens_int8})
+    TORCH_CHECK_VALUE(0 <= tokens && tokens <= cast::kMostFewTokens,
+                      "set_cpu_tuning: the kernel for few tokens takes 0 to ", cast::kMostFewTokens,
+                      " of them, not ", tokens);
+  for (int i = 0; i < 3; ++i)
+    if (prefetch == kPrefetchNames[i]) {
+      tuning() = {few_tokens, few_tokens_int8, static_cast<cast::Prefetch>(i)};
+      return;
+    }
+  TORCH_CHECK_VALUE(false, "set_cpu_tuning: prefetch is \"", prefetch,
+                    "\"; none, t0 or t1 is needed");
 }
 
 cast::DType dtype_of(const char* op, const Tensor& x) {
@@ -101,6 +136,7 @@ Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_
   p.bias = bias.has_value() ? call.float_bias.const_data_ptr<float>() : nullptr;
   p.out = call.out.mutable_data_ptr();
   p.num_tokens = call.rows.size(0);
+  p.tuning = tuning();
   return call;
 }
 
@@ -146,6 +182,8 @@ TORCH_LIBRARY(cast, m) {
       "linear24_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
+  m.def("cpu_tuning() -> (int, int, str)", &cpu_tuning);
+  m.def("set_cpu_tuning(int few_tokens, int few_tokens_int8, str prefetch) -> ()", &set_cpu_tuning);
 }
 
 TORCH_LIBRARY_IMPL(cast, CPU, m) {

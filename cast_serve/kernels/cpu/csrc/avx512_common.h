@@ -1,0 +1,65 @@
+// What the AVX-512 kernels share: prefetching, masks, sums across lanes, a transpose.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "linear24.h"
+
+namespace cast {
+namespace {
+
+template <int kLines, Prefetch kPrefetch>
+void prefetch(const uint8_t* bytes) {
+  if constexpr (kPrefetch != Prefetch::kNone) {
+    constexpr auto hint = kPrefetch == Prefetch::kT0 ? _MM_HINT_T0 : _MM_HINT_T1;
+#pragma GCC unroll 10
+    for (int line = 0; line < kLines; ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + line * 64), hint);
+  }
+}
+
+inline __mmask8 first_of_eight(int64_t count) {
+  return static_cast<__mmask8>((1 << std::clamp<int64_t>(count, 0, 8)) - 1);
+}
+
+// Lane i of the result is the sum of the lanes of sums[i].
+inline __m512 sums_of_lanes(__m512 sums[16]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 8], 0x44),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 8], 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    sums[i] = _mm512_add_ps(_mm512_shuffle_f32x4(sums[i], sums[i + 4], 0x88),
+                            _mm512_shuffle_f32x4(sums[i], sums[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    sums[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[i], sums[i + 2]),
+                            _mm512_unpackhi_ps(sums[i], sums[i + 2]));
+  const __m512 mixed =
+      _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+  return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // swaps the middle quarters
+}
+
+// out[token][row] = sums[row][token]
+inline void transpose_8x8(const __m256 sums[8], __m256 out[8]) {
+  __m256 twos[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    twos[i] = _mm256_unpacklo_ps(sums[i], sums[i + 1]);
+    twos[i + 1] = _mm256_unpackhi_ps(sums[i], sums[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+}  // namespace
+}  // namespace cast

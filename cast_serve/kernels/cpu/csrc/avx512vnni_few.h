@@ -1,0 +1,96 @@
+// The kernel for few tokens of avx512vnni.cpp.
+//
+// A row's 128 position bits become 64 column numbers (multishift, one ternary logic), two registers
+// of x are permuted by them, and one vpdpbusd multiplies 64 kept weights, that is 128 dense ones: a
+// scale group. Its integer sums then become float, are multiplied with the token's scale and added.
+//
+// vpdpbusd takes x unsigned, so x + 128 is stored. To take 128 * (sum of the weights) off again, a
+// row's sums begin at -128 times its weights, lane by lane, for all tokens alike.
+#pragma once
+#include <cstring>
+
+#include "avx512_few.h"
+#include "avx512vnni_x.h"
+
+namespace cast {
+namespace {
+
+template <Prefetch kPrefetch>
+struct FewInt8 {
+  static constexpr int64_t kTileBytes = kInt8TileBytes;
+  static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
+
+  // Tokens kToken to kToken + kTokens of kRows rows.
+  template <int kToken, int kTokens, int kRows, int kLines>
+  static __attribute__((noinline)) void gather(const Linear24& p, const void* workspace,
+                                               const Segment& segment, const Pass& pass) {
+    alignas(64) uint8_t shifts[64], bases[64];
+    for (int j = 0; j < 64; ++j) shifts[j] = 2 * j % 64, bases[j] = j / 2 * 4;
+    const __m512i shift = _mm512_load_si512(shifts), base = _mm512_load_si512(bases);
+    const __m512i three = _mm512_set1_epi8(3), zero_point = _mm512_set1_epi8(kZero);
+    const int64_t stride = int8_few_stride(p), n = pass.n, row = n % kTileRows;
+    const int64_t row_tiles = p.num_int8_tile_columns();
+    const uint8_t* x = static_cast<const uint8_t*>(workspace) + kToken * stride;
+    const float* scales = int8_few_scales(p, workspace) + kToken * row_tiles;
+    const uint8_t* ahead = pass.ahead;
+    const uint8_t* values = p.packed + (n / kTileRows * row_tiles + segment.begin) * kTileBytes;
+    const uint8_t* positions = values + kTileRows * kInt8TileKept + row * (kInt8TileColumns / 8);
+    values += row * kInt8TileKept;
+
+    __m512 sums[16] = {};  // [token][row]; only indexed in unrolled loops, to stay in registers
+    for (int64_t tile = segment.begin; tile < segment.end; ++tile) {
+      prefetch<kLines, kPrefetch>(ahead);
+      __m512i low[kTokens], high[kTokens];
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token) {
+        low[token] = _mm512_load_si512(x + token * stride + tile * kTileColumns);
+        asm("" : "+v"(low[token]));  // keep it in a register: GCC would load it again for each row
+        high[token] = _mm512_load_si512(x + token * stride + tile * kTileColumns + 64);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i weights = _mm512_load_si512(values + i * kInt8TileKept);
+        const __m128i both = _mm_load_si128(
+            reinterpret_cast<const __m128i*>(positions + i * (kInt8TileColumns / 8)));
+        const __m512i bits = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
+                                                      _mm512_castsi128_si512(both));
+        const __m512i shifted = _mm512_multishift_epi64_epi8(shift, bits);
+        const __m512i column =
+            _mm512_ternarylogic_epi32(shifted, three, base, 0xEA);  // (a & 3) | base
+        const __m512i start =
+            _mm512_sub_epi32(_mm512_setzero_si512(),
+                             _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero_point, weights));
+#pragma GCC unroll 8
+        for (int token = 0; token < kTokens; ++token) {
+          const __m512i gathered = _mm512_permutex2var_epi8(low[token], column, high[token]);
+          const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, gathered, weights));
+          __m512& sum = sums[token * kRows + i];
+          sum = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[token * row_tiles + tile]), sum);
+        }
+      }
+      values += kTileBytes, positions += kTileBytes, ahead += pass.ahead_step;
+    }
+
+    __m512 total = sums_of_lanes(sums);
+    if (!segment.is_first) total = _mm512_add_ps(total, _mm512_loadu_ps(pass.totals));
+    if (!segment.is_last) return _mm512_storeu_ps(pass.totals, total);
+    const int64_t rows = std::min<int64_t>(kRows, p.out_features - n);
+    const auto of_every_token = [&](const float* of_rows) {
+      const __m256 eight = _mm256_maskz_loadu_ps(first_of_eight(rows), of_rows + n);
+      return kRows == 8 ? _mm512_broadcast_f32x8(eight)
+                        : _mm512_broadcast_f32x4(_mm256_castps256_ps128(eight));
+    };
+    total = _mm512_mul_ps(total, of_every_token(p.scale));
+    if (p.bias != nullptr) total = _mm512_add_ps(total, of_every_token(p.bias));
+    const int64_t size = element_bytes(p.dtype);
+    alignas(64) uint8_t rounded[64];
+    store_8(p.dtype, _mm512_castps512_ps256(total), rounded);
+    store_8(p.dtype, _mm512_extractf32x8_ps(total, 1), rounded + 8 * size);
+    uint8_t* out = static_cast<uint8_t*>(p.out) + (kToken * p.out_features + n) * size;
+    for (int token = 0; token < kTokens && rows > 0; ++token)
+      std::memcpy(out + token * p.out_features * size, rounded + token * kRows * size, rows * size);
+  }
+};
+
+}  // namespace
+}  // namespace cast

@@ -1,0 +1,344 @@
+// The kernel for many tokens of avx512vnni.cpp.
+//
+// Compute-bound, so the dropped weights must cost nothing. For every eight columns, two groups,
+// there are 6 x 6 ways in which four kept weights can meet four activations: these are laid out
+// once, a token per 32-bit lane ("quads"). Then eight columns of a row are one vpdpbusd per 16
+// tokens: its four weights, broadcast, times the quad that its byte of positions chooses. After a
+// chunk of K, which lies inside a scale group, the integer sums become float, are multiplied with
+// the tokens' scales and added to sums in L2. The quads of a chunk stay in L1.
+//
+// As for few tokens, x + 128 is stored, and a row's sums begin at -128 times its weights in the
+// chunk.
+#pragma once
+#include <bit>
+#include <cstring>
+
+#include "avx512vnni_x.h"
+
+namespace cast {
+namespace {
+
+constexpr int64_t kInt8SlabRows = 128;    // tile rows whose sums stay in L2 meanwhile
+constexpr int64_t kInt8BlockTokens = 16;  // tokens that share one set of quads
+constexpr int64_t kInt8PassTokens = 4 * kInt8BlockTokens;  // tokens whose sums stay in L2
+constexpr int64_t kQuads = 36;
+constexpr int64_t kTileOctets = kInt8TileColumns / 8;
+
+// The tokens are cut in blocks of 16; the last one has 8 or 16 lanes.
+inline int64_t int8_lanes_of(int64_t tokens) { return tokens <= 8 ? 8 : kInt8BlockTokens; }
+
+inline int64_t int8_padded_tokens(const Linear24& p) {
+  const int64_t whole = p.num_tokens / kInt8BlockTokens * kInt8BlockTokens;
+  return whole + (p.num_tokens > whole ? int8_lanes_of(p.num_tokens - whole) : 0);
+}
+
+// x -> [block][K / 4][lanes] times 4 integers, then the scales, [block][scale group][lanes].
+inline int64_t int8_many_bytes(const Linear24& p) {
+  return int8_padded_tokens(p) * p.num_int8_tile_columns() * (kInt8TileColumns + 4);
+}
+
+inline const float* int8_many_scales(const Linear24& p, const void* workspace) {
+  const uint8_t* integers = static_cast<const uint8_t*>(workspace);
+  const int64_t padded_k = p.num_int8_tile_columns() * kInt8TileColumns;
+  return reinterpret_cast<const float*>(integers + int8_padded_tokens(p) * padded_k);
+}
+
+inline void prepare_int8_many(const Linear24& p, void* workspace) {
+  const int64_t groups = p.num_int8_tile_columns();
+  float* all_scales = const_cast<float*>(int8_many_scales(p, workspace));
+  for (int64_t first = 0; first < p.num_tokens; first += kInt8BlockTokens) {
+    const int64_t lanes = int8_lanes_of(p.num_tokens - first);
+    uint32_t* fours = static_cast<uint32_t*>(workspace) + first * groups * (kInt8TileColumns / 4);
+    float* scales = all_scales + first * groups;
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int64_t group = 0; group < groups; ++group) {
+        uint8_t integers[kInt8TileColumns];
+        float scale = 0;
+        if (first + lane < p.num_tokens)
+          scale = quantize(p, first + lane, group, integers);
+        else
+          std::memset(integers, kZero, sizeof(integers));
+        scales[group * lanes + lane] = scale;
+        uint32_t* to = fours + group * (kInt8TileColumns / 4) * lanes + lane;
+        for (int64_t i = 0; i < kInt8TileColumns / 4; ++i)
+          std::memcpy(to + i * lanes, integers + 4 * i, 4);
+      }
+  }
+}
+
+// Eight or sixteen tokens in a register, and the octets of columns of a chunk.
+struct Int8Tokens8 {
+  using Integers = __m256i;
+  static constexpr int64_t kLanes = 8, kOctets = kTileOctets;
+  static Integers all(int32_t value) { return _mm256_set1_epi32(value); }
+  static Integers four_octets(const uint8_t* weights) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)weights));
+  }
+  template <int kOctet>
+  static Integers one_octet(Integers four) {
+    return _mm256_shuffle_epi32(four, kOctet * 0x55);
+  }
+  static Integers add_dot(Integers sums, const uint8_t* quad, Integers weights) {
+    return _mm256_dpbusd_epi32(sums, _mm256_load_si256((const __m256i*)quad), weights);
+  }
+  static void add_scaled(float* sums, Integers dots, const float* scales) {
+    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_loadu_ps(scales),
+                                          _mm256_load_ps(sums)));
+  }
+  static Integers load(const uint32_t* fours) { return _mm256_loadu_si256((const __m256i*)fours); }
+  static Integers shuffled(Integers fours, uint32_t bytes) {
+    return _mm256_shuffle_epi8(fours, _mm256_add_epi32(all(bytes), lane_offsets()));
+  }
+  static void store_quad(Integers low, Integers high, uint8_t* quad) {
+    _mm256_store_si256((__m256i*)quad, _mm256_or_si256(low, high));
+  }
+  static Integers lane_offsets() {  // of a lane's first byte, in each of its four
+    return _mm256_broadcastsi128_si256(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+  }
+};
+
+struct Int8Tokens16 {
+  using Integers = __m512i;
+  static constexpr int64_t kLanes = 16, kOctets = kTileOctets / 2;
+  static Integers all(int32_t value) { return _mm512_set1_epi32(value); }
+  static Integers four_octets(const uint8_t* weights) {
+    return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)weights));
+  }
+  template <int kOctet>
+  static Integers one_octet(Integers four) {
+    return _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(kOctet * 0x55));
+  }
+  static Integers add_dot(Integers sums, const uint8_t* quad, Integers weights) {
+    return _mm512_dpbusd_epi32(sums, _mm512_load_si512(quad), weights);
+  }
+  static void add_scaled(float* sums, Integers dots, const float* scales) {
+    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_loadu_ps(scales),
+                                          _mm512_load_ps(sums)));
+  }
+  static Integers load(const uint32_t* fours) { return _mm512_loadu_si512(fours); }
+  static Integers shuffled(Integers fours, uint32_t bytes) {
+    return _mm512_shuffle_epi8(fours, _mm512_add_epi32(all(bytes), lane_offsets()));
+  }
+  static void store_quad(Integers low, Integers high, uint8_t* quad) {
+    _mm512_store_si512(quad, _mm512_or_si512(low, high));
+  }
+  static Integers lane_offsets() {
+    return _mm512_broadcast_i32x4(_mm_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+  }
+};
+
+// A tile of each tile row of a slab: what all blocks of tokens need of it beside its values.
+struct TileCodes {
+  alignas(64) uint8_t quads[kTileRows][kTileOctets];  // which of the 36
+  int32_t starts[3][kTileRows];  // -128 * sum of the weights: of both halves of K, and of all
+};
+
+// The work space of one thread.
+struct Int8Scratch {
+  alignas(64) uint8_t quads[kQuads * (kInt8TileColumns / 8) * 8 * 4];
+  alignas(64) float sums[kInt8PassTokens * kInt8SlabRows * kTileRows];  // [block][n][lanes]
+  TileCodes codes[kInt8SlabRows];
+  alignas(64) uint8_t out[kInt8BlockTokens][kInt8SlabRows * kTileRows * 4];
+};
+
+// The quads of a chunk: number 6 * i + j of an octet has the i-th pair of its second group of
+// columns and the j-th of its first; the pairs in the order of kPairs.
+constexpr int kPairs[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
+
+template <typename Register>
+void lay_out_quads(const uint32_t* fours, uint8_t* quads) {
+  constexpr int64_t lanes = Register::kLanes;
+  for (int64_t octet = 0; octet < Register::kOctets; ++octet, fours += 2 * lanes) {
+    const auto first = Register::load(fours), second = Register::load(fours + lanes);
+    typename Register::Integers low[6], high[6];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {  // a byte with its highest bit set becomes 0
+      const uint32_t pair = kPairs[i][0] | kPairs[i][1] << 8;
+      low[i] = Register::shuffled(first, 0x80800000 | pair);
+      high[i] = Register::shuffled(second, pair << 16 | 0x8080);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i)
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j, quads += lanes * 4) Register::store_quad(low[j], high[i], quads);
+  }
+}
+
+// Four position bits -> the number of their pair, times `factor`, in each of 16 bytes.
+inline __m512i pair_numbers(int factor) {
+  alignas(16) uint8_t numbers[16] = {};
+  for (int i = 0; i < 6; ++i) numbers[kPairs[i][0] | kPairs[i][1] << 2] = i * factor;
+  return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)numbers));
+}
+
+inline void find_codes(const uint8_t* tile, TileCodes& codes) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i both = _mm512_load_si512(tile + kTileRows * kInt8TileKept + i * 64);
+    const __m512i first = _mm512_and_si512(both, nibble);
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    _mm512_store_si512(codes.quads[i * 4],
+                       _mm512_add_epi8(_mm512_shuffle_epi8(pair_numbers(1), first),
+                                       _mm512_shuffle_epi8(pair_numbers(6), second)));
+  }
+  __m512i sums[8];
+#pragma GCC unroll 8
+  for (int row = 0; row < 8; ++row)
+    sums[row] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(kZero),
+                                    _mm512_load_si512(tile + row * kInt8TileKept));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2)
+    sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[i], sums[i + 1]),
+                               _mm512_unpackhi_epi32(sums[i], sums[i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+    sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sums[i], sums[i + 2]),
+                               _mm512_unpackhi_epi64(sums[i], sums[i + 2]));
+  // Each of the four quarters of sums[0] has rows 0 to 3, of sums[4] rows 4 to 7.
+  const __m512i even = _mm512_shuffle_i32x4(sums[0], sums[4], 0x88);
+  const __m512i odd = _mm512_shuffle_i32x4(sums[0], sums[4], 0xdd);
+  const __m512i total = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(even, odd));
+  // Quarters: rows 0-3 of the first half of K, of the second, rows 4-7 of both.
+  const __m512i halves = _mm512_shuffle_i32x4(total, total, 0xd8);
+  const __m256i first = _mm512_castsi512_si256(halves);
+  const __m256i second = _mm512_extracti32x8_epi32(halves, 1);
+  _mm256_storeu_si256((__m256i*)codes.starts[0], first);
+  _mm256_storeu_si256((__m256i*)codes.starts[1], second);
+  _mm256_storeu_si256((__m256i*)codes.starts[2], _mm256_add_epi32(first, second));
+}
+
+// Adds one chunk of a tile, times one block of tokens, to the tile row's [8][lanes] sums. Vector
+// loads are the bottleneck, so the codes are kept in eight scalar registers and the weights of four
+// octets are loaded at once.
+template <typename Register, int kHalf>
+inline void add_chunk(const uint8_t* tile, const TileCodes& codes, const uint8_t* quads,
+                      const float* scales, float* sums) {
+  constexpr int64_t row_bytes = Register::kLanes * 4;
+  constexpr int kShift = std::countr_zero(static_cast<uint64_t>(row_bytes));
+  constexpr int kStart = Register::kOctets == kTileOctets ? 2 : kHalf;
+  typename Register::Integers dots[kTileRows];
+#pragma GCC unroll 8
+  for (int row = 0; row < kTileRows; ++row) dots[row] = Register::all(codes.starts[kStart][row]);
+
+  const auto eight_octets = [&]<int kEight>() {
+    uint64_t numbers[kTileRows];
+#pragma GCC unroll 8
+    for (int row = 0; row < kTileRows; ++row)
+      std::memcpy(&numbers[row], codes.quads[row] + (kHalf + kEight) * 8, 8);
+    const auto four_octets = [&]<int kFour>() {
+      typename Register::Integers weights[kTileRows];
+#pragma GCC unroll 8
+      for (int row = 0; row < kTileRows; ++row)
+        weights[row] =
+            Register::four_octets(tile + row * kInt8TileKept + (kHalf + kEight) * 32 + kFour * 16);
+      const auto one_octet = [&]<int kOctet>() {
+        constexpr int in_eight = kFour * 4 + kOctet;
+#pragma GCC unroll 8
+        for (int row = 0; row < kTileRows; ++row) {
+          const uint8_t* quad = quads + (kEight * 8 + in_eight) * kQuads * row_bytes +
+                                (std::rotr(numbers[row], 8 * in_eight - kShift) & (63 << kShift));
+          dots[row] = Register::add_dot(dots[row], quad,
+                                        Register::template one_octet<kOctet>(weights[row]));
+        }
+      };
+      one_octet.template operator()<0>();
+      one_octet.template operator()<1>();
+      one_octet.template operator()<2>();
+      one_octet.template operator()<3>();
+    };
+    four_octets.template operator()<0>();
+    four_octets.template operator()<1>();
+  };
+  eight_octets.template operator()<0>();
+  if constexpr (Register::kOctets == kTileOctets) eight_octets.template operator()<1>();
+
+#pragma GCC unroll 8
+  for (int row = 0; row < kTileRows; ++row)
+    Register::add_scaled(sums + row * Register::kLanes, dots[row], scales);
+}
+
+// Tile `tile` of the slab's tile rows, times one block of tokens, half of it by half.
+template <typename Register, int kHalf>
+void add_half(const Linear24& p, const uint32_t* fours, const float* scales, int64_t tile,
+              int64_t slab, int64_t slab_end, bool is_first_block, Int8Scratch& scratch,
+              float* sums) {
+  const int64_t row_bytes = p.num_int8_tile_columns() * kInt8TileBytes;
+  const uint8_t* at = p.packed + slab * row_bytes + tile * kInt8TileBytes;
+  lay_out_quads<Register>(fours + kHalf * Register::kOctets * 2 * Register::kLanes, scratch.quads);
+  const int64_t rows = slab_end - slab;
+  const bool finds_codes = is_first_block && kHalf == 0;
+  if (finds_codes) find_codes(at, scratch.codes[0]);
+  for (int64_t row = 0; row < rows; ++row, at += row_bytes, sums += kTileRows * Register::kLanes) {
+    if (finds_codes) {  // later blocks have the weights in the cache already
+      if (row + 1 < rows) find_codes(at + row_bytes, scratch.codes[row + 1]);
+      prefetch<kInt8TileBytes / 64, Prefetch::kT1>(at + kInt8TileBytes);
+    }
+    add_chunk<Register, kHalf>(at, scratch.codes[row], scratch.quads, scales, sums);
+  }
+}
+
+// The slab's sums of one block of tokens -> x's dtype, with scale and bias.
+inline void store_int8_block(const Linear24& p, int64_t slab, int64_t slab_end, int64_t first_token,
+                             const float* sums, Int8Scratch& scratch) {
+  const int64_t tokens = std::min(p.num_tokens - first_token, kInt8BlockTokens);
+  const int64_t lanes = int8_lanes_of(tokens), first_n = slab * kTileRows;
+  const int64_t size = element_bytes(p.dtype);
+  for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
+    const int64_t n = row * kTileRows;
+    const __mmask8 inside = first_of_eight(p.out_features - n);
+    const __m256 scale = _mm256_maskz_loadu_ps(inside, p.scale + n);
+    const __m256 bias = p.bias ? _mm256_maskz_loadu_ps(inside, p.bias + n) : _mm256_setzero_ps();
+    for (int64_t lane = 0; lane < lanes; lane += 8) {
+      __m256 rows[8], out[8];
+      for (int i = 0; i < 8; ++i) rows[i] = _mm256_load_ps(sums + i * lanes + lane);
+      transpose_8x8(rows, out);
+      for (int i = 0; i < 8; ++i)
+        store_8(p.dtype, _mm256_fmadd_ps(out[i], scale, bias),
+                scratch.out[lane + i] + (n - first_n) * size);
+    }
+  }
+  // Copied in long pieces: written tile by tile, out rows 4 KiB apart would share one cache set.
+  const int64_t last_n = std::min(slab_end * kTileRows, p.out_features);
+  uint8_t* out = static_cast<uint8_t*>(p.out) + (first_token * p.out_features + first_n) * size;
+  for (int64_t i = 0; i < tokens; ++i)
+    std::memcpy(out + i * p.out_features * size, scratch.out[i], (last_n - first_n) * size);
+}
+
+inline void run_int8_many(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  const uint32_t* fours = static_cast<const uint32_t*>(workspace);
+  const float* scales = int8_many_scales(p, workspace);
+  const int64_t tiles = p.num_int8_tile_columns();
+  constexpr int64_t tile_fours = kInt8TileColumns / 4;
+  constexpr int64_t lane_sums = kInt8SlabRows * kTileRows;  // of one token
+  Int8Scratch scratch;
+  for (int64_t slab = begin; slab < end; slab += kInt8SlabRows) {
+    const int64_t slab_end = std::min(slab + kInt8SlabRows, end);
+    for (int64_t first = 0; first < p.num_tokens; first += kInt8PassTokens) {
+      const int64_t pass_end = std::min(first + kInt8PassTokens, p.num_tokens);
+      std::memset(scratch.sums, 0, (pass_end - first + 15) / 16 * 16 * lane_sums * sizeof(float));
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t token = first; token < pass_end; token += kInt8BlockTokens) {
+          const int64_t lanes = int8_lanes_of(pass_end - token);
+          const uint32_t* x = fours + (token * tiles * tile_fours) + tile * tile_fours * lanes;
+          const float* x_scales = scales + token * tiles + tile * lanes;
+          float* sums = scratch.sums + (token - first) * lane_sums;
+          const bool is_first = token == first;
+          if (lanes == 8) {
+            add_half<Int8Tokens8, 0>(p, x, x_scales, tile, slab, slab_end, is_first, scratch, sums);
+          } else {
+            add_half<Int8Tokens16, 0>(p, x, x_scales, tile, slab, slab_end, is_first, scratch,
+                                      sums);
+            add_half<Int8Tokens16, 1>(p, x, x_scales, tile, slab, slab_end, is_first, scratch,
+                                      sums);
+          }
+        }
+      for (int64_t token = first; token < pass_end; token += kInt8BlockTokens)
+        store_int8_block(p, slab, slab_end, token, scratch.sums + (token - first) * lane_sums,
+                         scratch);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cast
