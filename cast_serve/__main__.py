@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+DEFAULT_HEAD: Literal["int8", "none"] = "none"  # of `convert --quantize`
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -32,22 +34,34 @@ def convert(
     dense_twin: Annotated[
         Path | None, typer.Option(help="Also write the hardened weights densely, to compare with.")
     ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="Also quantise the kept weights: 8 bits and one scale a row."),
+    ] = None,
+    head: Annotated[
+        Literal["int8", "none"],
+        typer.Option(help="With --quantize: also the output layer, a copy if it is tied."),
+    ] = DEFAULT_HEAD,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Keep OUT if it is there and of what SOURCE holds now."),
     ] = False,
 ) -> None:
-    """Harden the gates to an exact 2:4 mask and write compressed weights."""
+    """Harden the gates to an exact 2:4 mask and write compressed weights.
+
+    With --quantize int8 a compressed bf16 directory can be SOURCE too.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from cast_serve.checkpoint import convert as converter
     from cast_serve.checkpoint import inspect as inspection
 
+    int8_head: Literal["int8"] | None = "int8" if head == "int8" else None
     outputs = [out] if dense_twin is None else [out, dense_twin]
     if resume and all(folder.exists() for folder in outputs):
         for folder in outputs:
-            converter.check_converted(source, folder)
+            converter.check_converted(source, folder, quantize=quantize, head=int8_head)
         summary = inspection.inspect(out)
     else:
         with Progress(console=Console(stderr=True)) as bar:
@@ -57,6 +71,8 @@ def convert(
                 out,
                 dense_twin,
                 lambda done, total: bar.update(task, completed=done, total=total),
+                quantize=quantize,
+                head=int8_head,
             )
     _say(f"{out}: {_describe(summary)}")
     print(json.dumps({"path": str(out), **summary}))
@@ -193,8 +209,12 @@ def _describe(summary: dict[str, Any]) -> str:
     if summary["linear_bytes_ratio"]:
         text += (
             f", linear weights {summary['linear_weight_bytes'] / 1e6:.1f} MB "
-            f"({summary['linear_bytes_ratio']} of dense)"
+            f"({summary['linear_bytes_ratio']} of dense, "
+            f"{summary['bits_per_weight']} bits a weight)"
         )
+    if summary["quantized"]:
+        head = f"an {summary['head']} head" if summary["head"] else "a head that is not quantised"
+        text += f", {summary['quantized']} values and {head}"
     return text
 
 

@@ -1,18 +1,23 @@
 """A gated or already N:M directory -> hardened weights -> a compressed directory, by shards.
 
-Hardening keeps the N largest gates of each group and writes zeros for the rest. Every group of
-every target is verified, in the input and in the output; the output appears under its name only
-when it is complete. bitmask.py describes the tensors; ``quantization_config`` is that of
+The order is harden, compress, quantise. Hardening keeps the N largest gates of each group and
+writes zeros for the rest. Only kept values are quantised, so the mask stays as it was where a kept
+value becomes 0. A compressed directory in bf16, fp16 or fp32 can be quantised too, and comes out as
+what it was made from would.
+
+Every group of every target is verified, in the input and in the output; the output appears under
+its name only when it is complete. linear.py names the tensors; ``quantization_config`` is that of
 compressed-tensors. ``cast.json`` keeps what training wrote, with its ``source`` (hashes of model,
-text and teacher), and adds ``converted_from``: the sha256 of every shard that was converted. Early
-builds of 0.1.0 wrote the latter to ``source``.
+text and teacher), and adds ``converted_from``, the sha256 of every shard that was converted, and
+``quantization`` (quantize, head, scales: how they were chosen; null if not quantised). Early builds
+of 0.1.0 wrote the hashes to ``source``.
 """
 
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +25,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -30,34 +36,56 @@ from cast_serve.checkpoint.record import (
     shards,
     write_record,
 )
-from cast_serve.sparsity.bitmask import compress
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, hard_mask
+from cast_serve.sparsity.quantize import SCALES_CHOSEN, dequantize, quantize_rows
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
+Int8 = Literal["int8"]
+WEIGHTS = (".weight", ".compressed")  # the tensor that stands for a target in its shard
+TARGET_PARTS = ("gate", "scale", "bitmask", "shape")  # read with it, not copied
 
 
 def convert(
-    source: Path, out: Path, dense_twin: Path | None = None, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    dense_twin: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    quantize: Int8 | None = None,
+    head: Int8 | None = None,
 ) -> dict[str, Any]:
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
-        source: gated checkpoint, or an HF directory whose targets are 2:4 already.
+        source: gated checkpoint, or an HF directory whose targets are 2:4 already; to quantise also
+            a compressed directory.
         out: the directory to make; must not exist.
-        dense_twin: a second directory to make, with the hardened weights stored densely.
+        dense_twin: a second directory to make, with the hardened, dequantised weights stored
+            densely.
         progress: called after each tensor.
+        quantize: of the targets' values; None: they stay in the model's dtype.
+        head: of the output layer; where it shares the embedding's weight, the embedding stays in
+            the model's dtype and the output layer gets an int8 copy of its own.
 
     Returns:
         `inspect` of the output.
 
     Raises:
-        CheckpointError: if the source cannot be read, or an output exists.
+        CheckpointError: if the source cannot be read or is quantised already, an output exists,
+            head is asked for without quantize, or a weight to quantise is Inf or NaN.
         PatternError: if the pattern is not 2:4, or a group of a target does not have it.
     """
+    if head and not quantize:
+        raise CheckpointError(f"--head {head} needs --quantize {head}; give both or none")
     for folder in filter(None, (out, dense_twin)):
         check_new(folder)
     directory = ModelDirectory(source)
-    if directory.kind == "compressed":
+    if directory.quantized and quantize:
+        raise CheckpointError(
+            f"{source} is quantised already ({directory.quantized}); "
+            f"give --quantize {quantize} the directory that it was made from"
+        )
+    if directory.kind == "compressed" and not quantize:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     if directory.pattern != TWO_FOUR:
         raise PatternError(
@@ -68,22 +96,27 @@ def convert(
         new_directory(dense_twin) if dense_twin else nullcontext()
     )
     with new_directory(out) as compressed, new_twin as dense:
-        _write(directory, compressed, dense, progress or (lambda done, total: None))
+        _write(directory, compressed, dense, quantize, head, progress or (lambda done, total: None))
         summary = inspect(compressed)
     return summary
 
 
-def check_converted(source: Path, out: Path) -> None:
-    """Refuses an output that was converted from other shards than the source has now.
+def check_converted(
+    source: Path, out: Path, *, quantize: Int8 | None = None, head: Int8 | None = None
+) -> None:
+    """Refuses an output of other shards than the source has now, or of other settings.
 
     Args:
         source: a directory as `convert` takes it.
         out: a directory that `convert` made.
+        quantize: as `convert` takes it.
+        head: as `convert` takes it.
 
     Raises:
-        CheckpointError: naming the shards that differ.
+        CheckpointError: naming the shards or settings that differ.
     """
-    recorded = read_record(out).get("converted_from")
+    record = read_record(out)
+    recorded = record.get("converted_from")
     remedy = f"remove {out} and convert {source} again, or name another directory"
     if recorded is None:
         raise CheckpointError(
@@ -97,6 +130,13 @@ def check_converted(source: Path, out: Path) -> None:
             f"{out} was not converted from what {source} holds now: {', '.join(differ)} "
             f"differ; {remedy}"
         )
+    quantization = record.get("quantization") or {}
+    for option, wanted in (("quantize", quantize), ("head", head)):
+        if quantization.get(option) != wanted:
+            raise CheckpointError(
+                f"{out} was converted with --{option} {quantization.get(option) or 'none'}, "
+                f"but {wanted or 'none'} is asked for; {remedy}"
+            )
 
 
 def _hardened(source: ModelDirectory, name: str) -> Tensor:
@@ -124,34 +164,51 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
 
 
 def _write(
-    source: ModelDirectory, compressed: Path, dense: Path | None, progress: Progress
+    source: ModelDirectory,
+    compressed: Path,
+    dense: Path | None,
+    quantize: Int8 | None,
+    head: Int8 | None,
+    progress: Progress,
 ) -> None:
     names_of: dict[Path, list[str]] = {}
     for name, file in source.files.items():
         names_of.setdefault(file, []).append(name)
     targets = set(source.targets)
-    if missing := sorted(name for name in targets if f"{name}.weight" not in source.files):
+    stored = {name.rpartition(".")[0] for name in source.files if name.endswith(WEIGHTS)}
+    if missing := sorted(targets - stored):
         raise CheckpointError(f"{source.path} has no weight for its targets {missing[:5]}")
+    head_weight = _head_weight(source, targets) if head else None
     done = dense_bytes = sparse_bytes = 0
     written: dict[str, str] = {}
     dense_written: dict[str, str] = {}
     for file, names in names_of.items():
-        tensors, dense_tensors = {}, {}
+        tensors: dict[str, Tensor] = {}
+        dense_tensors: dict[str, Tensor] = {}
         for name in names:
             linear, _, part = name.rpartition(".")
-            if linear in targets and part == "weight":
-                weight = _hardened(source, linear)
-                values, bitmask = compress(weight, linear)
-                tensors[f"{linear}.compressed"] = values
-                tensors[f"{linear}.bitmask"] = bitmask
-                tensors[f"{linear}.shape"] = torch.tensor([[size] for size in weight.shape])
-                dense_bytes += weight.nbytes
-                sparse_bytes += values.nbytes + bitmask.nbytes
+            if linear in targets and name.endswith(WEIGHTS):
+                target = _target(source, linear)
+                target = target.quantize() if quantize else target
+                tensors |= target.tensors()
+                dense_bytes += target.dense_nbytes
+                sparse_bytes += target.nbytes
                 if dense:
-                    dense_tensors[name] = (
-                        weight.T.contiguous() if source.linears[linear] else weight
+                    weight = target.dense()
+                    is_transposed = source.linears[linear]
+                    dense_tensors[f"{linear}.weight"] = (
+                        weight.T.contiguous() if is_transposed else weight
                     )
-            elif not (linear in targets and part in ("gate", "scale")):
+            elif head and name in (head_weight, f"{source.head}.weight"):
+                weight = source.get(name)
+                if name != f"{source.head}.weight":
+                    tensors[name] = dense_tensors[name] = weight  # the embedding, for looking up
+                if name == head_weight:
+                    values, scale = _quantized_head(weight, name)
+                    tensors[f"{source.head}.weight"] = values
+                    tensors[f"{source.head}.weight_scale"] = scale
+                    dense_tensors[f"{source.head}.weight"] = dequantize(values, scale)
+            elif not (linear in targets and part in TARGET_PARTS):
                 tensors[name] = dense_tensors[name] = source.get(name)
             progress(done := done + 1, len(source.files))
         if tensors:
@@ -161,23 +218,10 @@ def _write(
             save_file(dense_tensors, dense / file.name, metadata={"format": "pt"})
             dense_written |= dict.fromkeys(dense_tensors, file.name)
 
-    config = {
-        **source.config,
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "dense",
-            "config_groups": {},
-            "ignore": [],
-            "sparsity_config": {
-                "format": "sparse-24-bitmask",
-                "sparsity_structure": "2:4",
-                "global_sparsity": 0.5,
-                "targets": ["Linear"],
-                "ignore": sorted(set(source.linears) - targets),
-                "registry_requires_subclass": False,
-            },
-        },
-    }
+    dense_config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if head:
+        dense_config["tie_word_embeddings"] = False
+    config = {**dense_config, "quantization_config": quantization_config(source, quantize, head)}
     record = {
         "method": None,
         "n": 2,
@@ -185,12 +229,77 @@ def _write(
         "targets": sorted(targets),
         **source.record,
         "converted_from": {file.name: sha256(file) for file in names_of},
+        "quantization": (
+            {"quantize": quantize, "head": head, "scales": SCALES_CHOSEN} if quantize else None
+        ),
         "dense_linear_weight_bytes": dense_bytes,
         "linear_weight_bytes": sparse_bytes,
     }
     _finish(source.path, compressed, written, config, {**record, "kind": "compressed"})
     if dense:
-        _finish(source.path, dense, dense_written, source.config, {**record, "kind": "pruned"})
+        _finish(source.path, dense, dense_written, dense_config, {**record, "kind": "pruned"})
+
+
+def _target(source: ModelDirectory, name: str) -> CompressedLinear:
+    """A target's kept values in the source's dtype."""
+    if source.kind == "compressed":
+        return CompressedLinear.from_parts(name, source.parts(name))
+    return CompressedLinear.from_weight(name, _hardened(source, name))
+
+
+def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
+    """The name of the tensor that holds the output layer's weight.
+
+    Raises:
+        CheckpointError: if there is none, or the output layer is 2:4 itself.
+    """
+    if source.head is None or source.head in targets:
+        which = "no output layer" if source.head is None else f"{source.head} among its targets"
+        raise CheckpointError(f"{source.path} has {which}; leave out --head int8")
+    name = f"{source.tied_embedding or source.head}.weight"
+    if name not in source.files:
+        raise CheckpointError(f"{source.path} has no tensor {name}; the checkpoint is incomplete")
+    return name
+
+
+def _quantized_head(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    try:
+        return quantize_rows(weight, name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def quantization_config(
+    source: ModelDirectory, quantize: Int8 | None, head: Int8 | None
+) -> dict[str, Any]:
+    """What config.json says of the compressed weights, as compressed-tensors 0.12 writes it."""
+    dense_linears = sorted(set(source.linears) - set(source.targets))
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+    }
+    if quantize:
+        int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+        group = {
+            "targets": ["Linear"],
+            "weights": {**int8, "strategy": "channel", "dynamic": False},
+            "input_activations": {**int8, "strategy": "token", "dynamic": True},
+        }
+        config["format"] = "int-quantized"
+        config["quantization_status"] = "compressed"
+        config["config_groups"] = {"group_0": group}
+        config["ignore"] = [name for name in dense_linears if not (head and name == source.head)]
+    config["sparsity_config"] = {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "global_sparsity": 0.5,
+        "targets": ["Linear"],
+        "ignore": dense_linears,
+        "registry_requires_subclass": False,
+    }
+    return config
 
 
 def _finish(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -30,8 +31,8 @@ from cast_serve.checkpoint.record import (
     verify,
     write_record,
 )
-from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import Pattern
+from cast_serve.sparsity.quantize import dequantize
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import Phase
 
@@ -105,8 +106,13 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A sparse-24-bitmask directory, decompressed into the dense model.
 
+    int8 weights are dequantised. Activations are not quantised, as they are where the model is
+    served: so the quality found here is that of the quantised weights alone.
+
     Raises:
-        CheckpointError: if it is missing, of another format, or lacks tensors.
+        CheckpointError: if it is missing, of another format, or lacks tensors, or a scale is
+            damaged.
+        PatternError: if a bitmask is not 2:4.
     """
     settings = AutoConfig.from_pretrained(directory, local_files_only=True)
     found = settings.quantization_config
@@ -119,17 +125,19 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors(directory):
         name, _, part = key.rpartition(".")
-        if part in ("compressed", "bitmask", "shape"):
+        if part in (*PARTS, "weight_scale"):
             parts.setdefault(name, {})[part] = tensor
         else:
             state[key] = tensor
     for name, found_parts in parts.items():
-        if len(found_parts) != 3:
-            raise CheckpointError(f"{directory}: {name} has only {sorted(found_parts)}")
-        in_features = int(found_parts["shape"][1])
-        weight = decompress(found_parts["compressed"], found_parts["bitmask"], in_features, name)
+        key = f"{name}.weight"
+        if key in state:  # a dense int8 output layer: a weight and its scale
+            scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
+            state[key] = dequantize(state[key], scale)
+            continue
+        weight = CompressedLinear.from_parts(name, found_parts).dense()
         transposed = gating.is_transposed(model.get_submodule(name))
-        state[f"{name}.weight"] = weight.t() if transposed else weight
+        state[key] = weight.t() if transposed else weight
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

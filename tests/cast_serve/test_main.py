@@ -43,6 +43,35 @@ def test_convert_then_inspect(cast_serve: Call, save_gated: Save, tmp_path: Path
     assert "14 sparse and 1 dense linear layers" in err
 
 
+def test_convert_quantises(cast_serve: Call, save_gated: Save, tmp_path: Path) -> None:
+    words = ["convert", save_gated(tiny_llama()), tmp_path / "out", "--quantize", "int8"]
+    code, out, err = cast_serve(*words, "--head", "int8")
+    assert code == 0
+    converted = json.loads(out.splitlines()[-1])
+    assert (converted["quantized"], converted["head"]) == ("int8", "int8")
+    assert "bits a weight), int8 values and an int8 head" in err
+    assert cast_serve(*words, "--head", "int8", "--resume")[0] == 0
+    code, out, err = cast_serve(*words, "--resume")
+    assert (code, out, "with --head int8, but none is asked for" in err) == (2, "", True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantize", "int4"], "'int4' is not one of 'int8'"),
+        (["--quantize", "int8", "--head", "bf16"], "'bf16' is not one of 'int8', 'none'"),
+        (["--head", "int8"], "--head int8 needs --quantize int8"),
+    ],
+)
+def test_quantisation_that_there_is_not(
+    flags: list[str], message: str, cast_serve: Call, save_gated: Save, tmp_path: Path
+) -> None:
+    code, out, err = cast_serve("convert", save_gated(tiny_llama()), tmp_path / "out", *flags)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_conversion_is_kept_if_it_is_of_the_same_source(
     cast_serve: Call, save_gated: Save, tmp_path: Path
 ) -> None:

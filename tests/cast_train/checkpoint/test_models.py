@@ -65,6 +65,39 @@ def test_hardened_compressed_and_hard_gates_agree(gated):
     assert kinds == ["gated", "compressed"]
 
 
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_int8_is_dequantised_as_in_its_dense_twin(gated, head):
+    folder, _ = gated
+    out, twin = folder.parent / "int8", folder.parent / "twin"
+    convert(folder, out, twin, quantize="int8", head=head)
+    found, expected = load_compressed(out), load_dense(twin)
+    expected_state = expected.state_dict()
+    assert found.state_dict().keys() == expected_state.keys()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected_state[name]), name
+    assert models.kind_of(out) == "compressed"
+    assert torch.equal(found(TOKENS).logits, expected(TOKENS).logits)
+    hardened = load_compressed(convert_plain(folder))
+    assert not torch.equal(found(TOKENS).logits, hardened(TOKENS).logits)
+
+
+def convert_plain(folder):
+    convert(folder, folder.parent / "plain")
+    return folder.parent / "plain"
+
+
+def test_int8_without_its_scale_is_refused(gated):
+    folder, _ = gated
+    out = folder.parent / "int8"
+    convert(folder, out, quantize="int8")
+    tensors = load_file(out / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".weight_scale"))
+    del tensors[name]
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"is int8, but has no {name}"):
+        load_compressed(out)
+
+
 def test_a_changed_shard_is_found(gated):
     folder, _ = gated
     shard = folder / "model.safetensors"

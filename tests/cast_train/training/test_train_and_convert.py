@@ -40,6 +40,25 @@ def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings
     assert (tmp_path / "sparse.gated/cast.json").stat().st_mtime_ns == trained
 
 
+def test_quantises(llama_dir, text_file, settings_file, tmp_path):
+    out = tmp_path / "sparse"
+    words = ["--model", llama_dir, "--text", text_file, "--out", out]
+    words += ["--config", settings_file, "--steps", 1]
+    int8 = ["--quantize", "int8", "--head", "int8"]
+    done = call(*words, *int8)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["quantized"], summary["head"]) == ("int8", "int8")
+    other = call(*words)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "with --quantize int8, but none is asked for" in other.stderr
+    shutil.rmtree(tmp_path / "sparse.gated")
+    assert json.loads(call(*words, *int8).stdout) == summary
+    other = call(*words)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "is quantised otherwise than asked for" in other.stderr
+
+
 def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings_file, tmp_path):
     model, out, gated = tmp_path / "model", tmp_path / "sparse", tmp_path / "sparse.gated"
     shutil.copytree(llama_dir, model)

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cast_serve.sparsity import quantize
+from cast_serve.sparsity.quantize import FRACTIONS, dequantize, quantize_rows, quantize_tokens
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def random_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.rand(rows, 1, generator=generator) * 0.1
+    return (torch.randn(rows, columns, generator=generator) * sizes).to(dtype)
+
+
+def squared_error(weight: Tensor, scale: Tensor) -> Tensor:
+    """Of each row under a scale [N, 1] of the weight's dtype, in fp64 and written out plainly."""
+    integers = (weight.double() / scale.double()).round().clamp(-127, 127)
+    return (integers * scale.double() - weight.double()).square().sum(1)
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_the_scale_is_the_best_of_the_grid(
+    rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    weight = random_weight(rows, columns, dtype, seed)
+    values, scale = quantize_rows(weight)
+    assert (values.dtype, scale.dtype) == (torch.int8, dtype)
+    assert (values.shape, scale.shape) == (weight.shape, (rows, 1))
+    largest = weight.float().abs().amax(1, keepdim=True)
+    assert (scale > 0).all()
+    errors = torch.stack(
+        [squared_error(weight, (largest / 127 * f).to(dtype)) for f in FRACTIONS if f <= 1]
+    )
+    found = (values.double() * scale.double() - weight.double()).square().sum(1)
+    torch.testing.assert_close(found, errors.amin(0), rtol=1e-4, atol=0)
+    assert (found <= errors[0] * (1 + 1e-4)).all()  # FRACTIONS[0] is max scaling
+
+
+def test_least_squares_is_better_than_max_scaling_on_long_rows() -> None:
+    weight = random_weight(8, 2048, torch.float32)
+    _, scale = quantize_rows(weight)
+    largest = weight.abs().amax(1, keepdim=True)
+    assert FRACTIONS[0] == 1
+    assert squared_error(weight, scale).sum() < 0.99 * squared_error(weight, largest / 127).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_on_the_grid_comes_back_exactly(dtype: torch.dtype) -> None:
+    integers = torch.randint(-127, 128, (6, 40), generator=torch.Generator().manual_seed(1))
+    integers[:, 7] = 127
+    scale = 2.0 ** -torch.arange(3, 9).view(6, 1)
+    weight = (integers * scale).to(dtype)  # 7 bits: exact in every dtype
+    values, found = quantize_rows(weight)
+    assert torch.equal(values, integers.to(torch.int8))
+    assert torch.equal(found, scale.to(dtype))
+    assert torch.equal(dequantize(values, found), weight)
+
+
+def test_zeros_do_not_change_a_rows_scale() -> None:
+    weight = random_weight(6, 64, torch.bfloat16)
+    with_zeros = torch.stack([weight, torch.zeros_like(weight)], dim=-1).flatten(1)
+    values, scale = quantize_rows(with_zeros)
+    expected, expected_scale = quantize_rows(weight)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(values[:, ::2], expected)
+    assert not values[:, 1::2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_zeros_and_of_tiny_weights_get_a_positive_scale(dtype: torch.dtype) -> None:
+    weight = torch.zeros(3, 8, dtype=dtype)
+    weight[1, 2] = torch.finfo(dtype).tiny
+    weight[2, 3] = 2.0**-24  # fp16's smallest
+    values, scale = quantize_rows(weight)
+    assert scale[0] == 1
+    assert (torch.isfinite(scale) & (scale > 0)).all()
+    assert not values[0].any()
+    torch.testing.assert_close(dequantize(values, scale)[2], weight[2], rtol=0.01, atol=0)
+
+
+def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(7, 24, torch.bfloat16)
+    whole = quantize_rows(weight)
+    threads = torch.get_num_threads()
+    for elements in (1, 48, 50):
+        monkeypatch.setattr(quantize, "SLAB_ELEMENTS", elements)
+        assert all(map(torch.equal, quantize_rows(weight), whole))
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_weight_that_is_not_finite_is_refused(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SLAB_ELEMENTS", 16)
+    weight = random_weight(7, 8, torch.bfloat16)
+    weight[5, 3] = bad
+    with pytest.raises(ValueError, match="model.q: row 5 holds Inf or NaN"):
+        quantize_rows(weight, "model.q")
+
+
+def test_meta() -> None:
+    values, scale = quantize_rows(torch.empty(6, 20, device="meta", dtype=torch.bfloat16))
+    assert (values.shape, values.dtype) == ((6, 20), torch.int8)
+    assert (scale.shape, scale.dtype) == ((6, 1), torch.bfloat16)
+
+
+def test_tokens_are_rounded_half_to_even_by_their_largest_value() -> None:
+    x = torch.tensor([[[127.0, 0.5, 1.5, -2.5, -127.0]], [[254.0, 3.0, -5.0, 0.0, 1.0]]])
+    values, scale = quantize_tokens(x)
+    assert scale.tolist() == [[[1.0]], [[2.0]]]
+    assert values.tolist() == [[[127, 0, 2, -2, -127]], [[127, 2, -2, 0, 0]]]
+    assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_come_back_within_half_a_step(dtype: torch.dtype) -> None:
+    x = random_weight(9, 64, dtype)
+    values, scale = quantize_tokens(x)
+    assert torch.equal(scale, x.float().abs().amax(-1, keepdim=True) / 127)
+    assert values.abs().amax(-1).eq(127).all()
+    assert ((dequantize(values, scale) - x.float()).abs() <= scale * 0.5001).all()
+
+
+def test_a_token_of_zeros_or_of_almost_nothing() -> None:
+    x = torch.zeros(2, 4)
+    x[1, 1] = 1e-45  # max / 127 is 0 in fp32
+    values, scale = quantize_tokens(x)
+    assert scale.tolist() == [[1], [1]]
+    assert not values.any()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_token_that_is_not_finite_makes_its_own_output_nan(bad: float) -> None:
+    x = random_weight(3, 8, torch.bfloat16)
+    expected_values, expected_scale = quantize_tokens(x)
+    x[1, 4] = bad
+    values, scale = quantize_tokens(x)
+    assert torch.isnan(scale[1])
+    assert torch.isnan(dequantize(values[1], scale[1])).all()
+    for token in (0, 2):
+        assert torch.equal(values[token], expected_values[token])
+        assert torch.equal(scale[token], expected_scale[token])
