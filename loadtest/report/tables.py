@@ -230,6 +230,28 @@ def _study(paths: Sequence[Path]) -> list[str]:
     return markdown_table([*columns, f"log perplexity above {first}, paired by seed"], lines)
 
 
+def _peers(paths: Sequence[Path]) -> list[str]:
+    """`scripts/compare-peers --out`: a line a server, beside the last of our models."""
+    found = read(paths[0])
+    lines = []
+    for name, server in found["servers"].items():
+        is_compared = name == found["compared"]
+        lines.append(
+            [
+                server["title"],
+                f"{server['weight_bytes'] / 1e6:.0f}",
+                f"{1e3 * server['ttft_s']:.0f}",
+                f"{1e3 * server['tpot_s']:.1f}",
+                "" if is_compared else speedup(server["ttft_speedup"]),
+                "" if is_compared else speedup(server["tpot_speedup"]),
+            ]
+        )
+    ours = found["servers"][found["compared"]]["title"]
+    columns = ["server", "weights, MB", "TTFT, ms", "TPOT, ms"]
+    columns += [f"{ours} is faster: TTFT", "TPOT"]
+    return markdown_table(columns, lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -237,6 +259,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "demo_quality": _demo_quality,
     "demo_speed": _demo_speed,
     "perplexities": _perplexities,
+    "peers": _peers,
     "choices": _choices,
     "study": _study,
 }

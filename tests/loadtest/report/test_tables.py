@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,31 @@ def test_choices_by_hand(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"kind": "compressed", "piqa": asked}))
     page = "<!-- table: choices c.json -->\n<!-- end of table -->\n"
     assert "| piqa | 1,500 | 0.500 | 0.600 | 0.550 | -0.050 +- 0.012 |" in rewritten(page, tmp_path)
+
+
+def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
+    def server(title: str, weight_bytes: int, ttft_s: float, ratio: float) -> dict[str, Any]:
+        speedups = {
+            "ttft_speedup": {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
+            "tpot_speedup": {"ratio": ratio / 2, "low": None, "high": None},
+        }
+        about = {"title": title, "weight_bytes": weight_bytes, "ttft_s": ttft_s}
+        return {**about, "tpot_s": ttft_s / 10, **speedups}
+
+    servers = {
+        "dense": server("vLLM, dense", 269_060_000, 0.09, 1.125),
+        "sparse": server("vLLM, sparse", 175_600_000, 0.08, 1.0),
+        "q4_0:native+fa": server("llama.cpp's decode, q4_0", 91_700_000, 0.1604, 2.0),
+    }
+    (tmp_path / "p.json").write_text(json.dumps({"compared": "sparse", "servers": servers}))
+    page = "<!-- table: peers p.json -->\n<!-- end of table -->\n"
+    assert rewritten(page, tmp_path).splitlines()[1:-1] == [
+        "| server | weights, MB | TTFT, ms | TPOT, ms | vLLM, sparse is faster: TTFT | TPOT |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| vLLM, dense | 269 | 90 | 9.0 | 1.12 (1.02 to 1.23) | 0.56 |",
+        "| vLLM, sparse | 176 | 80 | 8.0 |  |  |",
+        "| llama.cpp's decode, q4_0 | 92 | 160 | 16.0 | 2.00 (1.90 to 2.10) | 1.00 |",
+    ]
 
 
 def test_wrong_marks_are_named(tmp_path: Path) -> None:
