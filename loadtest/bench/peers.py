@@ -1,18 +1,20 @@
 """Our model directories -> their TTFT and TPOT beside llama.cpp's, on one core.
 
-The rival is llama-cpp-python's OpenAI server with SmolLM2-135M: the 4-bit file that scripts/data
-makes the demo's dense model of, and what llama.cpp's own quantiser makes of that file. So bf16 has
-the dense model's weights, and q8_0 is rounded twice: a measure of speed, not of what 8 bits keep.
-The first run builds it from source into build/llama-cpp (10 minutes on one core).
+The rival is llama.cpp with SmolLM2-135M, as llama-cpp-python's server and as its own decode, each
+with files of several types (loadtest/bench/llama.py).
 
-All servers are up at once on one core with a thread each, but only one is ever asked: in a round
-every server gets the same prompts, one request at a time, and the order turns round from round to
-round. They are asked straight and not by cast-loadtest: llama-cpp-python has no /health for our
-gateway, counts no tokens in its streams, and knows no ignore_eos (a bias does the same).
+All are up at once on one core with a thread each, but only one is ever asked: in a round every one
+gets the same prompts, one request at a time, and the order turns round from round to round. Servers
+are asked straight and not by cast-loadtest: llama-cpp-python has no /health for our gateway, counts
+no tokens in its streams, and knows no ignore_eos (a bias does the same). llama.cpp's own decode is
+timed inside its process, without HTTP and without making tokens of the text: TTFT is the time of
+the prompt's batch, TPOT that of each further token. So what it is spared counts against us. It
+computes without a pause, so its share of the core tells whether anything else wanted the core.
 A ratio above 1 favours the last of our models; its interval is a bootstrap over rounds.
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -21,8 +23,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +35,14 @@ import numpy as np
 from cast_serve import sse
 from cast_serve.intervals import draws, ratio_of_quantiles
 from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.bench import llama
+from loadtest.bench.llama import Decode, PeerError
+from loadtest.provenance import hashes_of, machine, served_at, versions
 from loadtest.send.connection import Pool
 from loadtest.send.workload import Workload
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "llama-cpp-python[server]==0.3.36"
-PYTHON = ROOT / "build/llama-cpp/bin/python"
-WORK = ROOT / "build/peers"
-SOURCE = "q4_1"  # the type of the file that the others are made of
-FTYPES = {"q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16"}
 ENDS = (0, 2, 4)  # SmolLM2's tokens that end a text for llama.cpp; min_tokens holds off one of them
-QUANTISE = """
-import sys, llama_cpp
-params = llama_cpp.llama_model_quantize_default_params()
-params.nthread, params.allow_requantize = 1, True
-params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_" + sys.argv[3])
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
-"""
-
-
-class PeerError(RuntimeError):
-    """A server, or what it needs, failed; the message names the log."""
+MIN_CORE_SHARE = 0.95  # of llama.cpp's decode, or times are not comparable
 
 
 @dataclass(frozen=True)
@@ -86,6 +76,7 @@ class Server:
 
     Attributes:
         name: as requests have it.
+        title: for people.
         url: its root.
         weight_bytes: of the files on disk.
         is_ours: whether it is vLLM's.
@@ -93,6 +84,7 @@ class Server:
     """
 
     name: str
+    title: str
     url: str
     weight_bytes: int
     is_ours: bool
@@ -132,60 +124,61 @@ class Server:
         return watch.finish(num_tokens)
 
 
-def install() -> None:
-    """Builds llama-cpp-python in an environment of its own, unless it is there.
-
-    Raises:
-        PeerError: if that fails.
-    """
-    WORK.mkdir(parents=True, exist_ok=True)
-    environment = PYTHON.parent.parent
-    if not PYTHON.exists():
-        _call(sys.executable, "-m", "venv", environment)
-    if not list(environment.glob("lib/*/site-packages/llama_cpp")):
-        _call(PYTHON, "-m", "pip", "install", PACKAGE)
-
-
-def gguf(name: str) -> Path:
-    """The demo model's file of that type; it is fetched or made if it is not there.
-
-    Raises:
-        PeerError: if that fails, or the type is not known.
-    """
-    if name not in (SOURCE, *FTYPES):
-        raise PeerError(f"{name!r} is no type of peer; choose from {', '.join([SOURCE, *FTYPES])}")
-    path = WORK / f"{name}.gguf"
-    if not path.exists() and name == SOURCE:
-        _call(sys.executable, ROOT / "scripts/data", "--gguf", path)
-    elif not path.exists():
-        new = path.with_suffix(".new")
-        _call(PYTHON, "-c", QUANTISE, gguf(SOURCE), new, FTYPES[name])
-        new.rename(path)
-    return path
+Peer = Server | Decode
 
 
 def compare(models: Sequence[tuple[str, Path]], plan: Plan) -> dict[str, Any]:
     """Runs all servers and measures them.
 
     Args:
-        models: names, and directories or GGUF files.
+        models: names, and directories or GGUF files; the name of a file as in loadtest/bench/llama.
         plan: what is asked of each.
 
     Returns:
-        prompt_tokens of the first prompt by server, and what `summary` returns.
+        Where it is from, prompt_tokens of the first prompt by server, and what `summary` returns.
 
     Raises:
-        PeerError: if a server fails, or they count a prompt's tokens differently.
+        PeerError: if a name is given twice, a server fails, or they count a prompt's tokens
+            differently.
     """
+    names = [name for name, _ in models]
+    if len(set(names)) < len(names):
+        raise PeerError(f"a name is given twice: {', '.join(names)}; give each its own")
+    date, cpu = datetime.now(UTC).isoformat(timespec="seconds"), machine()
+    load_average = os.getloadavg()[0]
     with ExitStack() as stack:
-        servers = [stack.enter_context(serving(name, path, plan)) for name, path in models]
+        peers = [stack.enter_context(running(name, path, plan)) for name, path in models]
         prompt = _prompt(Workload(plan.prompt_words), 0)
-        lengths = {server.name: server.prompt_tokens(prompt) for server in servers}
+        lengths = {peer.name: peer.prompt_tokens(prompt) for peer in peers}
         if len(set(lengths.values())) > 1:
             raise PeerError(f"they count one prompt's tokens differently: {lengths}")
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {plan.core} or {plan.core})
-        found = asyncio.run(measure(servers, plan))
-    return {"prompt_tokens": lengths, **summary(servers, found)}
+        found = asyncio.run(measure(peers, plan))
+        result = summary(peers, found)
+        warn_of_others(result)
+        served: dict[str, Any] = {}
+        for peer in peers:
+            if isinstance(peer, Server) and peer.is_ours:
+                served.update(served_at(peer.url))
+    return {
+        "date": date,
+        "machine": {**cpu, "load_average": [load_average, os.getloadavg()[0]]},
+        "versions": versions(),
+        "plan": asdict(plan),
+        "peer": llama.PACKAGE,
+        "llama_cpp": next((peer.system_info for peer in peers if isinstance(peer, Decode)), None),
+        "models": files_of(models),
+        "served": served,
+        "prompt_tokens": lengths,
+        **result,
+    }
+
+
+def running(name: str, model: Path, plan: Plan) -> AbstractContextManager[Peer]:
+    """Runs what the name and the model ask for: a server, or llama.cpp's own decode."""
+    if model.is_file() and llama.parse(name)[1]:
+        return llama.decoding(name, model, plan.core, plan.context)
+    return serving(name, model, plan)
 
 
 @contextmanager
@@ -197,7 +190,7 @@ def serving(name: str, model: Path, plan: Plan) -> Iterator[Server]:
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    core, context, log = str(plan.core), str(plan.context), WORK / f"{name}.log"
+    core, context, log = str(plan.core), str(plan.context), llama.WORK / f"{name}.log"
     is_ours = not model.is_file()
     if is_ours:
         command = [sys.executable, "-m", "cast_serve", "worker", str(model), "--name", name]
@@ -206,7 +199,7 @@ def serving(name: str, model: Path, plan: Plan) -> Iterator[Server]:
         extra: dict[str, Any] = {"ignore_eos": True}
         files = list(model.glob("*.safetensors"))
     else:
-        command = [str(PYTHON), "-m", "llama_cpp.server", "--model", str(model)]
+        command = [str(llama.PYTHON), "-m", "llama_cpp.server", "--model", str(model)]
         command += ["--model_alias", name, "--host", "127.0.0.1", "--port", port]
         command += ["--n_ctx", context, "--n_threads", "1", "--n_threads_batch", "1"]
         command += ["--logits_all", "False", "--verbose", "False"]
@@ -219,7 +212,8 @@ def serving(name: str, model: Path, plan: Plan) -> Iterator[Server]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
     weight_bytes = sum(path.stat().st_size for path in files)
-    server = Server(name, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
+    title = f"vLLM, {name}" if is_ours else llama.title_of(name)
+    server = Server(name, title, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
     try:
         while True:
             if process.poll() is not None:
@@ -235,48 +229,83 @@ def serving(name: str, model: Path, plan: Plan) -> Iterator[Server]:
         process.wait()
 
 
-async def measure(servers: Sequence[Server], plan: Plan) -> dict[str, list[list[RequestTiming]]]:
+async def measure(peers: Sequence[Peer], plan: Plan) -> dict[str, list[list[RequestTiming]]]:
     """By server, the timings of each round; a first round warms up and is left out.
 
     Raises:
         PeerError: if a request fails.
     """
     rng = random.Random(plan.seed)
-    found: dict[str, list[list[RequestTiming]]] = {server.name: [] for server in servers}
-    pools = {server.name: Pool(server.url, {}) for server in servers}
+    found: dict[str, list[list[RequestTiming]]] = {peer.name: [] for peer in peers}
+    pools = {peer.name: Pool(peer.url, {}) for peer in peers if isinstance(peer, Server)}
     for number in range(plan.rounds + 1):
         # Each prompt opens with a number of its own: no prefix of it was seen before.
         prompts = [
             _prompt(Workload(plan.prompt_words, number, run_number=rng.randrange(10**9)), index)
             for index in range(plan.prompts)
         ]
-        for server in servers if number % 2 else servers[::-1]:
-            pool = pools[server.name]
-            timings = [await server.ask(pool, prompt, plan.output_tokens) for prompt in prompts]
-            found[server.name].append(timings)
+        for peer in peers if number % 2 else peers[::-1]:
+            timings = []
+            for prompt in prompts:
+                if isinstance(peer, Server):
+                    timing = await peer.ask(pools[peer.name], prompt, plan.output_tokens)
+                else:
+                    timing = peer.ask(prompt, plan.output_tokens)
+                timings.append(timing)
+            found[peer.name].append(timings)
             tpot_ms = 1e3 * float(np.median(_sorted_s(timings, "tpot_s")))
-            print(f"round {number}, {server.name}: TPOT {tpot_ms:.2f} ms", file=sys.stderr)
+            print(f"round {number}, {peer.name}: TPOT {tpot_ms:.2f} ms", file=sys.stderr)
     for pool in pools.values():
         pool.close()
     return {name: rounds[1:] for name, rounds in found.items()}
 
 
 def summary(
-    servers: Sequence[Server], found: Mapping[str, Sequence[Sequence[RequestTiming]]]
+    peers: Sequence[Peer], found: Mapping[str, Sequence[Sequence[RequestTiming]]]
 ) -> dict[str, Any]:
-    """Medians of each server, and how many times faster the last of ours is than each other."""
-    ours = next((server for server in reversed(servers) if server.is_ours), servers[0])
+    """Medians of each server, and how many times faster the last of ours is than each other.
+
+    llama.cpp's decode has its share of the core, too.
+    """
+    ours = next((peer for peer in reversed(peers) if peer.is_ours), peers[0])
     result: dict[str, Any] = {"compared": ours.name, "servers": {}}
-    for server in servers:
-        about: dict[str, Any] = {"weight_bytes": server.weight_bytes}
+    for peer in peers:
+        about: dict[str, Any] = {"title": peer.title, "weight_bytes": peer.weight_bytes}
         for name in ("ttft_s", "tpot_s"):
-            theirs_s = [_sorted_s(timings, name) for timings in found[server.name]]
+            theirs_s = [_sorted_s(timings, name) for timings in found[peer.name]]
             ours_s = [_sorted_s(timings, name) for timings in found[ours.name]]
             ratio = ratio_of_quantiles(theirs_s, ours_s, draws(len(theirs_s)), 0.5)
             about[name] = float(np.median(np.concatenate(theirs_s)))
             about[f"{name[:4]}_speedup"] = ratio.about()
-        result["servers"][server.name] = about
+        if isinstance(peer, Decode):
+            about["core_share"] = float(np.median(peer.core_shares))
+        result["servers"][peer.name] = about
     return result
+
+
+def warn_of_others(result: Mapping[str, Any]) -> None:
+    """Prints a warning if llama.cpp's decode did not have the core for itself."""
+    servers = result["servers"].values()
+    share = min((server["core_share"] for server in servers if "core_share" in server), default=1)
+    if share < MIN_CORE_SHARE:
+        print(
+            f"compare-peers: a process had only {share:.0%} of the core, which others used, too; "
+            "times are not comparable: stop the others, and measure again",
+            file=sys.stderr,
+        )
+
+
+def files_of(models: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """The sha256 of each file of our models, and of each GGUF file with its weights by type."""
+    found: dict[str, Any] = {}
+    for name, path in models:
+        if path.is_dir():
+            found[name] = hashes_of(path)
+        elif path.name not in found:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = {"sha256": sha256, "weights_by_type": llama.weights_by_type(path)}
+    return found
 
 
 def _sorted_s(timings: Sequence[RequestTiming], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -288,11 +317,3 @@ def _prompt(workload: Workload, index: int) -> str:
     prompt = workload.prompt(index)
     assert isinstance(prompt, str)
     return prompt
-
-
-def _call(*command: object) -> None:
-    words, log = [str(word) for word in command], WORK / "setup.log"
-    print("$", " ".join(words)[:90], file=sys.stderr)
-    with log.open("ab") as file:
-        if subprocess.run(words, stdout=file, stderr=file).returncode:
-            raise PeerError(f"this failed; see {log}")
