@@ -7,17 +7,28 @@ from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import packed_shape
 
 
-def load() -> None:
+def load(tune: bool = False) -> None:
     """Registers the ops, fakes and GPU kernels once per process; compiles them if necessary.
+
+    Args:
+        tune: also choose the CPU kernels' settings as ``CAST_CPU_TUNING`` says; that may measure
+            for about two seconds (cpu/tuning.py).
 
     Raises:
         KernelBuildError: if they are not compiled yet and cannot be.
+        ValueError: with `tune`, if ``CAST_CPU_TUNING`` has no such value.
     """
-    if hasattr(torch.ops.cast, "cpu_isas"):
-        return
-    from cast_serve.kernels.cpu import build  # here, so that `python -m` can run build.py too
+    # Here, so that `python -m` can run build.py too.
+    from cast_serve.kernels.cpu import build, tuning
 
-    build.load()
+    if not hasattr(torch.ops.cast, "cpu_isas"):
+        build.load()
+        _register()
+    if tune:
+        tuning.tune()
+
+
+def _register() -> None:
     torch.library.register_fake("cast::linear24")(_linear24_fake)
     torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
     if torch.cuda.is_available():

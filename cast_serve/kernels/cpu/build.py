@@ -5,6 +5,7 @@ under a hash of its sources, compiler, flags and torch version, so a stale one i
 ``python -m cast_serve.kernels.cpu.build`` builds ahead of time (set-up and the image do).
 """
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -13,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,17 +62,33 @@ def build() -> Path:
         KernelBuildError: if there is no compiler or the compiler fails.
     """
     compiler = os.environ.get("CXX", "g++")
-    folder = Path(os.environ.get("CAST_KERNEL_CACHE") or Path.home() / ".cache/cast_serve/kernels")
-    library = folder / f"cast_kernels-{_source_hash(compiler)}.so"
+    library = cache_folder() / f"cast_kernels-{_source_hash(compiler)}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # several workers may start at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_cache():
         if not library.exists():
             logger.warning("building the 2:4 CPU kernels once, about half a minute: %s", library)
             _compile(compiler, library)
     return library
+
+
+def cache_folder() -> Path:
+    """Where libraries and measured settings are kept; it need not exist."""
+    return Path(os.environ.get("CAST_KERNEL_CACHE") or Path.home() / ".cache/cast_serve/kernels")
+
+
+@contextlib.contextmanager
+def locked_cache() -> Iterator[Path]:
+    """The cache folder, made if it is missing, for one process at a time: workers start together.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def units() -> list[str]:

@@ -1,6 +1,7 @@
 // Every kernel of this CPU on heap buffers of exactly the size it may touch, for AddressSanitizer
 // (scripts/check-kernel-memory builds and runs it). Outputs start as a sentinel and are compared
 // with a plain product; a wrong one ends with exit code 1.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +15,6 @@ namespace {
 
 using cast::DType;
 using cast::kTileColumns;
-using cast::kTileKept;
 using cast::kTileRows;
 using cast::Linear24;
 
@@ -48,63 +48,112 @@ struct Buffer {
 
 std::mt19937 random_bits(0);
 
-bool check(const cast::Kernel& kernel, DType dtype, int64_t m, int64_t n, int64_t k) {
+// What a kind of weight, of x's dtype or int8, changes in the layout.
+struct Format {
+  bool is_int8;
+  int64_t element_bytes, tile_columns;
+  int64_t kept() const { return tile_columns / 2; }
+  int64_t tile_bytes() const { return kTileRows * (kept() * element_bytes + tile_columns / 8); }
+};
+
+// The product's x: for int8 weights what quantising leaves of it, scale group by scale group.
+std::vector<double> seen_x(const Linear24& p, const Format& format) {
+  std::vector<double> seen(p.num_tokens * p.in_features);
+  for (int64_t token = 0; token < p.num_tokens; ++token)
+    for (int64_t first = 0; first < p.in_features; first += cast::kInt8TileColumns) {
+      const int64_t end = std::min(first + cast::kInt8TileColumns, p.in_features);
+      float largest = 0;
+      for (int64_t i = first; i < end; ++i)
+        largest = std::fmax(largest, std::fabs(load(p.x, token * p.x_stride + i, p.dtype)));
+      const float scale = largest / 127;
+      for (int64_t i = first; i < end; ++i) {
+        const float x = load(p.x, token * p.x_stride + i, p.dtype);
+        seen[token * p.in_features + i] =
+            format.is_int8 ? double(std::nearbyint(x / scale)) * scale : x;
+      }
+    }
+  return seen;
+}
+
+// Fills the packed weight at random and returns it densely.
+std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packed) {
+  std::vector<double> dense(p.out_features * p.in_features);
+  std::normal_distribution<float> normal;
+  const uint8_t codes[] = {4, 8, 9, 12, 13, 14};
+  const int64_t row_tiles = (p.in_features + format.tile_columns - 1) / format.tile_columns;
+  const int64_t tile_groups = format.tile_columns / 4;
+  for (int64_t row = 0; row < p.num_tile_rows() * kTileRows; ++row)
+    for (int64_t group = 0; group < row_tiles * tile_groups; ++group) {
+      const int64_t in_tile = group % tile_groups, in_rows = row % kTileRows;
+      uint8_t* tile =
+          packed + (row / kTileRows * row_tiles + group / tile_groups) * format.tile_bytes();
+      uint8_t* positions = tile + kTileRows * format.kept() * format.element_bytes +
+                           in_rows * format.tile_columns / 8 + in_tile / 2;
+      const bool is_inside = row < p.out_features && group * 4 < p.in_features;
+      const uint8_t code = is_inside ? codes[random_bits() % 6] : 4;
+      *positions = in_tile % 2 ? *positions | code << 4 : code;
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = in_rows * format.kept() + in_tile * 2 + i;
+        double value = 0;
+        if (format.is_int8) {
+          tile[at] = is_inside ? static_cast<int>(random_bits() % 255) - 127 : 0;
+          value =
+              static_cast<int8_t>(tile[at]) * double(p.scale[std::min(row, p.out_features - 1)]);
+        } else {
+          store(tile, at, p.dtype, is_inside ? normal(random_bits) : 0.0f);
+          value = load(tile, at, p.dtype);
+        }
+        if (is_inside) dense[row * p.in_features + group * 4 + (code >> 2 * i & 3)] = value;
+      }
+    }
+  return dense;
+}
+
+bool check(const cast::Kernel& kernel, bool is_int8, DType dtype, const cast::Tuning& tuning,
+           int64_t m, int64_t n, int64_t k) {
+  const cast::Product& product = is_int8 ? *kernel.linear24_int8 : *kernel.linear24;
   const size_t size = dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t tile_bytes = kTileRows * (kTileKept * size + 8);
+  const Format format = is_int8 ? Format{true, 1, cast::kInt8TileColumns}
+                                : Format{false, static_cast<int64_t>(size), kTileColumns};
   Linear24 p;
-  p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
-  p.scale = nullptr, p.tuning = {8, 8, cast::Prefetch::kT0};
+  p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype, p.tuning = tuning;
   p.x_stride = k + 3;
   // malloc, not Buffer: the last token's row ends where the buffer ends.
   void* x = std::malloc(((m - 1) * p.x_stride + k) * size);
   void* out = std::malloc(m * n * size);
   float* bias = static_cast<float*>(std::malloc(n * sizeof(float)));
-  Buffer packed(p.num_tile_rows() * p.num_tile_columns() * tile_bytes);
+  float* scale = static_cast<float*>(std::malloc(n * sizeof(float)));
+  const int64_t row_tiles = (k + format.tile_columns - 1) / format.tile_columns;
+  Buffer packed(p.num_tile_rows() * row_tiles * format.tile_bytes());
   std::normal_distribution<float> normal;
   for (int64_t token = 0; token < m; ++token)
     for (int64_t i = 0; i < k; ++i) store(x, token * p.x_stride + i, dtype, normal(random_bits));
-  for (int64_t i = 0; i < n; ++i) bias[i] = normal(random_bits);
+  for (int64_t i = 0; i < n; ++i) bias[i] = normal(random_bits), scale[i] = 1.0f / (1 + i % 7);
   for (int64_t i = 0; i < m * n; ++i) store(out, i, dtype, 12345.0f);
+  p.x = x, p.out = out, p.bias = bias, p.scale = is_int8 ? scale : nullptr;
+  p.packed = static_cast<const uint8_t*>(packed.data);
+  const std::vector<double> dense = fill(p, format, static_cast<uint8_t*>(packed.data));
 
-  std::vector<double> dense(n * k);
-  const uint8_t codes[] = {4, 8, 9, 12, 13, 14};
-  for (int64_t row = 0; row < p.num_tile_rows() * kTileRows; ++row)
-    for (int64_t group = 0; group < p.num_tile_columns() * kTileColumns / 4; ++group) {
-      const int64_t in_tile = group % (kTileColumns / 4);
-      uint8_t* tile =
-          static_cast<uint8_t*>(packed.data) +
-          (row / kTileRows * p.num_tile_columns() + group / (kTileColumns / 4)) * tile_bytes;
-      uint8_t* positions = tile + kTileRows * kTileKept * size + row % kTileRows * 8 + in_tile / 2;
-      const bool is_inside = row < n && group * 4 < k;
-      const uint8_t code = is_inside ? codes[random_bits() % 6] : 4;
-      *positions = in_tile % 2 ? *positions | code << 4 : code;
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = row % kTileRows * kTileKept + in_tile * 2 + i;
-        store(tile, at, dtype, is_inside ? normal(random_bits) : 0.0f);
-        if (is_inside) dense[row * k + group * 4 + (code >> 2 * i & 3)] = load(tile, at, dtype);
-      }
-    }
-  p.x = x, p.out = out, p.bias = bias, p.packed = static_cast<const uint8_t*>(packed.data);
-  Buffer workspace(kernel.linear24->workspace_bytes(p));
-  kernel.linear24->prepare(p, workspace.data);
+  Buffer workspace(product.workspace_bytes(p));
+  product.prepare(p, workspace.data);
   const int64_t middle = p.num_tile_rows() / 2;  // as two threads would
-  kernel.linear24->run(p, workspace.data, 0, middle);
-  kernel.linear24->run(p, workspace.data, middle, p.num_tile_rows());
+  product.run(p, workspace.data, 0, middle);
+  product.run(p, workspace.data, middle, p.num_tile_rows());
 
+  const std::vector<double> seen = seen_x(p, format);
   double error = 0, norm = 0;
   for (int64_t token = 0; token < m; ++token)
     for (int64_t row = 0; row < n; ++row) {
       double sum = bias[row];
-      for (int64_t i = 0; i < k; ++i)
-        sum += load(x, token * p.x_stride + i, dtype) * dense[row * k + i];
+      for (int64_t i = 0; i < k; ++i) sum += seen[token * k + i] * dense[row * k + i];
       const double difference = load(out, token * n + row, dtype) - sum;
       error += difference * difference, norm += sum * sum;
     }
-  std::free(x), std::free(out), std::free(bias);
+  std::free(x), std::free(out), std::free(bias), std::free(scale);
   const bool is_right = std::sqrt(error / norm) < 5e-3;
   if (!is_right)
-    std::printf("%s m=%ld n=%ld k=%ld: relative error %g\n", kernel.isa, long(m), long(n), long(k),
-                std::sqrt(error / norm));
+    std::printf("%s%s m=%ld n=%ld k=%ld: relative error %g\n", kernel.isa, is_int8 ? " int8" : "",
+                long(m), long(n), long(k), std::sqrt(error / norm));
   return is_right;
 }
 
@@ -117,6 +166,7 @@ int main() {
 #endif
       &cast::kPortable};
   const int64_t shapes[][2] = {{1, 4}, {7, 60}, {8, 64}, {33, 260}, {129, 68}, {1049, 132}};
+  const cast::Tuning tunings[] = {{8, 8, cast::Prefetch::kT1}, {0, 0, cast::Prefetch::kNone}};
   int num_checked = 0;
   bool is_right = true;
   for (const cast::Kernel* kernel : kernels) {
@@ -124,12 +174,15 @@ int main() {
       std::printf("%s: not on this CPU\n", kernel->isa);
       continue;
     }
-    for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
-      for (const auto& [n, k] : shapes)
-        for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 41, 64, 130, 257}) {
-          is_right &= check(*kernel, dtype, m, n, k);
-          ++num_checked;
-        }
+    for (bool is_int8 : {false, true})
+      for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
+        for (const auto& [n, k] : shapes)
+          for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 41, 64, 130, 257})
+            for (const cast::Tuning& tuning : tunings) {
+              if (m > cast::kMostFewTokens && tuning.few_tokens == 0) continue;  // as the first
+              is_right &= check(*kernel, is_int8, dtype, tuning, m, n, k);
+              ++num_checked;
+            }
     std::printf("%s: checked\n", kernel->isa);
   }
   std::printf("%d products, %s\n", num_checked, is_right ? "all right" : "SOME WRONG");

@@ -1,0 +1,259 @@
+"""This CPU -> the settings of its kernels, measured once per machine and kept in the kernel cache.
+
+Two things differ from CPU to CPU more than a table by vendor could say (docs/log.md): up to how
+many tokens the kernel for few tokens is the faster one, and whether that kernel should prefetch
+weights, into L1 (t0) or L2 (t1). ``CAST_CPU_TUNING`` says who chooses:
+
+    auto                                  measured; the default
+    off                                   the defaults in csrc/ops.cpp
+    few=8,few_int8=4,prefetch=t1          these, any of them; the others are the defaults
+
+`measure` times random weights that together are larger than the last-level cache, in turn, since a
+decoding model reads every weight from memory. All candidates are interleaved, and medians compared.
+Only the AVX-512 kernels with VBMI have such a choice.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.kernels.cpu import build
+from cast_serve.kernels.reference import pack
+
+logger = logging.getLogger(__name__)
+
+PREFETCHES = ("none", "t0", "t1")
+MOST_FEW_TOKENS = 8
+TUNABLE_ISAS = ("avx512_bf16", "avx512_vnni")
+OUT_FEATURES, IN_FEATURES = 2048, 4096
+BUDGET_S = 0.4  # for each of up to four comparisons
+LEAST_ROUNDS = 3
+CACHE_BYTES = (32 << 20, 256 << 20)  # no fewer, and no more, of weights in turn
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """few, few_int8: up to how many tokens the kernel for few runs; prefetch: of `PREFETCHES`."""
+
+    few: int
+    few_int8: int
+    prefetch: str
+
+
+def current() -> Tuning:
+    """What the kernels of this process use. The library must be loaded."""
+    return Tuning(*torch.ops.cast.cpu_tuning())
+
+
+def use(tuning: Tuning) -> None:
+    """Makes the kernels of this process use it, from the next call on.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    torch.ops.cast.set_cpu_tuning(tuning.few, tuning.few_int8, tuning.prefetch)
+
+
+def tune() -> Tuning:
+    """Chooses as ``CAST_CPU_TUNING`` says, and uses the choice. The library must be loaded.
+
+    Raises:
+        ValueError: if the variable has no such value.
+    """
+    wanted = os.environ.get("CAST_CPU_TUNING", "auto")
+    if wanted == "auto":
+        tuning = _cached_or_measured()
+    elif wanted == "off":
+        tuning = current()
+    else:
+        tuning = parse(wanted, current())
+    use(tuning)
+    logger.info("CPU kernels %s: %s (CAST_CPU_TUNING=%s)", _isa(), tuning, wanted)
+    return tuning
+
+
+def parse(text: str, defaults: Tuning) -> Tuning:
+    """``few=8,prefetch=t1`` -> a Tuning, with the defaults for what is not named.
+
+    Raises:
+        ValueError: if it is no such text.
+    """
+    values = asdict(defaults)
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        is_count = value.isdecimal() and int(value) <= MOST_FEW_TOKENS
+        if key in ("few", "few_int8") and is_count:
+            values[key] = int(value)
+        elif key == "prefetch" and value in PREFETCHES:
+            values[key] = value
+        else:
+            raise ValueError(
+                f"CAST_CPU_TUNING={text}: {part!r} is not understood; auto, off, or a list of "
+                f"few=0..{MOST_FEW_TOKENS}, few_int8=0..{MOST_FEW_TOKENS}, "
+                f"prefetch={'|'.join(PREFETCHES)} is needed, such as few=8,prefetch=t1"
+            )
+    return Tuning(**values)
+
+
+def measure() -> Tuning:
+    """Times the candidates on this machine with torch's number of threads; about two seconds.
+
+    The process's tuning is changed meanwhile and set back, so no other thread may multiply.
+    """
+    before = current()
+    try:
+        dtypes = [torch.int8] + ([torch.bfloat16] if _isa() == "avx512_bf16" else [])
+        layers = {dtype: _layers(dtype) for dtype in dtypes}
+        prefetch = _fastest_prefetch(layers)
+        few_int8 = _crossover(layers[torch.int8], prefetch)
+        few = before.few
+        if torch.bfloat16 in layers:
+            few = _crossover(layers[torch.bfloat16], prefetch)
+    finally:
+        use(before)
+    return Tuning(few, few_int8, prefetch)
+
+
+def _fastest_prefetch(layers: dict[torch.dtype, list[Linear]]) -> str:
+    """The prefetch with the least product of times over the weights' dtypes, at 1 and 4 tokens."""
+    cases: dict[tuple[str, int, torch.dtype], tuple[Tuning, int, list[Linear]]] = {}
+    for prefetch in PREFETCHES:
+        tuning = Tuning(MOST_FEW_TOKENS, MOST_FEW_TOKENS, prefetch)
+        for num_tokens in (1, 4):
+            for dtype, ops in layers.items():
+                cases[prefetch, num_tokens, dtype] = (tuning, num_tokens, ops)
+    times = _medians(cases)
+    product = dict.fromkeys(PREFETCHES, 1.0)
+    for (prefetch, _, _), seconds in times.items():
+        product[prefetch] *= seconds * 1e3
+    return min(PREFETCHES, key=product.__getitem__)
+
+
+def _crossover(ops: list[Linear], prefetch: str) -> int:
+    """Up to how many tokens the kernel for few is the faster one, from 1 on."""
+    cases = {}
+    for num_tokens in range(1, MOST_FEW_TOKENS + 1):
+        for few in (0, MOST_FEW_TOKENS):
+            cases[num_tokens, few] = (Tuning(few, few, prefetch), num_tokens, ops)
+    times = _medians(cases)
+    few_tokens = 0
+    while (
+        few_tokens < MOST_FEW_TOKENS
+        and times[few_tokens + 1, MOST_FEW_TOKENS] <= times[few_tokens + 1, 0]
+    ):
+        few_tokens += 1
+    return few_tokens
+
+
+def _medians(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, float]:
+    """Median seconds of each case: a tuning, a number of tokens, and one op on many weights."""
+    seconds: dict[Any, list[float]] = {key: [] for key in cases}
+    began = time.perf_counter()
+    num_calls = 0
+    while len(seconds[next(iter(cases))]) < LEAST_ROUNDS or time.perf_counter() - began < BUDGET_S:
+        for key, (tuning, num_tokens, ops) in cases.items():
+            use(tuning)
+            x = torch.ones(num_tokens, IN_FEATURES, dtype=torch.bfloat16)
+            start = time.perf_counter()
+            ops[num_calls % len(ops)](x)
+            seconds[key].append(time.perf_counter() - start)
+            num_calls += 1
+    return {key: statistics.median(times) for key, times in seconds.items()}
+
+
+def _layers(dtype: torch.dtype) -> list[Linear]:
+    """One random weight many times over in memory, behind the op for its dtype."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (OUT_FEATURES, IN_FEATURES // 2), generator=generator)
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    pairs = nibbles[torch.randint(6, (2, OUT_FEATURES, IN_FEATURES // 8), generator=generator)]
+    packed = pack(values.to(dtype), pairs[0] | pairs[1] << 4)
+    scale = torch.ones(OUT_FEATURES)
+
+    def linear(copy: Tensor) -> Linear:
+        if dtype == torch.int8:
+            return lambda x: torch.ops.cast.linear24_int8(x, copy, scale, OUT_FEATURES)
+        return lambda x: torch.ops.cast.linear24(x, copy, OUT_FEATURES)
+
+    least, most = CACHE_BYTES
+    total = min(max(2 * _last_level_cache_bytes(), least), most)
+    return [linear(packed.clone()) for _ in range(-(-total // packed.nbytes))]
+
+
+def _last_level_cache_bytes() -> int:
+    """0 where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [path.read_text().strip() for path in sizes]
+    return max((int(text[:-1]) << 10 for text in texts if text.endswith("K")), default=0)
+
+
+def _cached_or_measured() -> Tuning:
+    if _isa() not in TUNABLE_ISAS:
+        return current()
+    try:
+        with build.locked_cache() as folder:  # one worker at a time, or they disturb each other
+            path = folder / f"tuning-{_machine_hash()}.json"
+            if path.exists():
+                return _read(path)
+            tuning = _measured()
+            _write(path, tuning)
+    except PermissionError as error:
+        logger.warning("measured settings of the CPU kernels cannot be kept: %s", error)
+        tuning = _measured()
+    return tuning
+
+
+def _measured() -> Tuning:
+    began = time.perf_counter()
+    tuning = measure()
+    seconds = time.perf_counter() - began
+    logger.warning("measured the CPU kernels once, in %.1f s: %s", seconds, tuning)
+    return tuning
+
+
+def _read(path: Path) -> Tuning:
+    """Raises ValueError if the file is no such record."""
+    try:
+        values = json.loads(path.read_text())["tuning"]
+        return Tuning(int(values["few"]), int(values["few_int8"]), str(values["prefetch"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no settings of the CPU kernels; delete it") from error
+
+
+def _write(path: Path, tuning: Tuning) -> None:
+    record = {"cpu": _cpu(), "isa": _isa(), "library": build.build().stem, "tuning": asdict(tuning)}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _machine_hash() -> str:
+    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """Vendor, name and numbers of the CPU, as far as the system says."""
+    keys = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    found: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            found.setdefault(key.strip(), value.strip())
+    return ", ".join(f"{key} {found[key]}" for key in keys if key in found)
+
+
+def _isa() -> str:
+    return str(torch.ops.cast.cpu_isas()[0])

@@ -1,0 +1,221 @@
+"""Which settings the CPU kernels get, and that every setting gives the same products. No times."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cast_serve import kernels
+from cast_serve.kernels import reference
+from cast_serve.kernels.cpu import build, tuning
+from cast_serve.kernels.cpu.tuning import Tuning
+from tests.cast_serve.kernels import test_linear24, test_linear24_int8
+
+DEFAULTS = Tuning(8, 4, "t0")
+MEASURED = Tuning(3, 5, "none")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, and the process's tuning set back afterwards."""
+    kernels.load()
+    library = build.build()
+    before = tuning.current()
+    monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "build", lambda: library)
+    monkeypatch.delenv("CAST_CPU_TUNING", raising=False)
+    tuning.use(DEFAULTS)
+    yield tmp_path
+    tuning.use(before)
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Tuning]:
+    """What was measured, by a `measure` that takes no time, on a CPU that has a choice."""
+    done: list[Tuning] = []
+
+    def measure() -> Tuning:
+        done.append(MEASURED)
+        return MEASURED
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "_isa", lambda: "avx512_bf16")
+    return done
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("few=0", Tuning(0, 4, "t0")),
+        ("few_int8=8", Tuning(8, 8, "t0")),
+        ("prefetch=none", Tuning(8, 4, "none")),
+        ("few=4,few_int8=2,prefetch=t1", Tuning(4, 2, "t1")),
+    ],
+)
+def test_a_forced_tuning_is_used(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: Tuning
+) -> None:
+    monkeypatch.setenv("CAST_CPU_TUNING", text)
+    assert tuning.parse(text, DEFAULTS) == expected
+    kernels.load(tune=True)
+    assert tuning.current() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("few=9", "few=9"),
+        ("few=-1", "few=-1"),
+        ("few_int8=x", "few_int8=x"),
+        ("few=4,prefetch=t2", "prefetch=t2"),
+        ("few=4 prefetch=t1", "few=4 prefetch=t1"),
+        ("many=4", "many=4"),
+        ("on", "on"),
+        ("", ""),
+    ],
+)
+def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, text: str, part: str) -> None:
+    monkeypatch.setenv("CAST_CPU_TUNING", text)
+    with pytest.raises(ValueError, match=f"CAST_CPU_TUNING={text}: '{part}' is not understood"):
+        kernels.load(tune=True)
+    assert tuning.current() == DEFAULTS
+
+
+def test_nothing_is_chosen_unless_asked(measurements: list[Tuning]) -> None:
+    kernels.load()
+    assert tuning.current() == DEFAULTS
+    assert measurements == []
+
+
+def test_off_keeps_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, measurements: list[Tuning]
+) -> None:
+    monkeypatch.setenv("CAST_CPU_TUNING", "off")
+    assert tuning.tune() == DEFAULTS
+    assert measurements == []
+    assert list(cache.iterdir()) == []
+
+
+def test_auto_measures_once_and_keeps_the_result(cache: Path, measurements: list[Tuning]) -> None:
+    assert tuning.tune() == MEASURED
+    assert tuning.current() == MEASURED
+    (path,) = cache.glob("tuning-*.json")
+    record = json.loads(path.read_text())
+    assert record["tuning"] == {"few": 3, "few_int8": 5, "prefetch": "none"}
+    assert record["isa"] == "avx512_bf16"
+    assert record["library"] == build.build().stem
+    tuning.use(DEFAULTS)
+    assert tuning.tune() == MEASURED
+    assert measurements == [MEASURED]
+
+
+@pytest.mark.parametrize("changed", ["_cpu", "_isa", "library", "threads"])
+def test_another_machine_or_library_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, measurements: list[Tuning], changed: str
+) -> None:
+    tuning.tune()
+    if changed == "library":
+        monkeypatch.setattr(build, "build", lambda: Path("cast_kernels-other.so"))
+    elif changed == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    else:
+        monkeypatch.setattr(tuning, changed, lambda: "avx512_vnni")
+    tuning.tune()
+    assert measurements == [MEASURED, MEASURED]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"tuning": {"few": 3}}'])
+def test_a_damaged_record_is_named(cache: Path, measurements: list[Tuning], text: str) -> None:
+    tuning.tune()
+    (path,) = cache.glob("tuning-*.json")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"tuning-.*\.json holds no settings.*delete it"):
+        tuning.tune()
+
+
+def test_a_cache_that_cannot_be_written_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    measurements: list[Tuning],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse() -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(build, "locked_cache", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert tuning.tune() == MEASURED
+    assert "cannot be kept: read-only" in caplog.text
+
+
+def test_a_cpu_without_a_choice_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, measurements: list[Tuning]
+) -> None:
+    monkeypatch.setattr(tuning, "_isa", lambda: "avx2")
+    assert tuning.tune() == DEFAULTS
+    assert measurements == []
+
+
+def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "BUDGET_S", 0.0)
+    monkeypatch.setattr(tuning, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(tuning, "CACHE_BYTES", (1, 1))
+    monkeypatch.setattr(tuning, "OUT_FEATURES", 64)
+    measured = tuning.measure()
+    assert tuning.current() == DEFAULTS
+    assert 0 <= measured.few <= 8
+    assert 0 <= measured.few_int8 <= 8
+    assert measured.prefetch in tuning.PREFETCHES
+    tuning.use(measured)
+    assert tuning.current() == measured
+
+
+def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With given times: t1 is the fastest, and the kernel for few wins up to 6 tokens."""
+
+    def medians(cases: dict[tuple, tuple]) -> dict[tuple, float]:
+        assert len(cases) in (12, 16)
+        if len(cases) == 12:
+            return {key: 1.0 if key[0] == "t1" else 1.1 for key in cases}
+        return {(m, few): 1.0 if (few > 0) == (m <= 6) else 1.1 for m, few in cases}
+
+    monkeypatch.setattr(tuning, "_medians", medians)
+    monkeypatch.setattr(tuning, "_layers", lambda dtype: [])
+    monkeypatch.setattr(tuning, "_isa", lambda: "avx512_bf16")
+    assert tuning.measure() == Tuning(6, 6, "t1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((9, 4, "t0"), "takes 0 to 8 of them, not 9"),
+        ((8, -1, "t0"), "takes 0 to 8 of them, not -1"),
+        ((8, 4, "t2"), 'prefetch is "t2"; none, t0 or t1 is needed'),
+    ],
+)
+def test_the_op_refuses_what_is_out_of_range(values: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tuning.use(Tuning(*values))
+    assert tuning.current() == DEFAULTS
+
+
+@pytest.mark.parametrize("shape", [(129, 132), (40, 8192)], ids=str)
+@pytest.mark.parametrize("prefetch", tuning.PREFETCHES)
+@pytest.mark.parametrize("few", [0, 3, 8])
+def test_every_tuning_gives_the_same_products(
+    few: int, prefetch: str, shape: tuple[int, int]
+) -> None:
+    packed, scale = test_linear24_int8.make(shape)
+    weight16, packed16 = test_linear24.make(shape, torch.bfloat16)
+    tuning.use(Tuning(few, few, prefetch))
+    for num_tokens in range(1, 10):
+        x = test_linear24_int8.exact_x(num_tokens, shape[1], torch.float32)
+        out = kernels.linear24_int8(x, packed, scale, shape[0])
+        assert torch.equal(out, reference.linear24_int8(x, packed, scale, shape[0]))
+        x16 = torch.randn(num_tokens, shape[1]).bfloat16()
+        out16 = kernels.linear24(x16, packed16, shape[0])
+        test_linear24.assert_is_product(out16, x16, weight16)
