@@ -28,7 +28,8 @@ Host = Annotated[str, typer.Option(help="Address to listen on.")]
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Gated checkpoint, or an HF directory that is 2:4.")
+        Path,
+        typer.Argument(help="Gated checkpoint, or an HF directory that is 2:4, also in 8 bits."),
     ],
     out: Annotated[Path, typer.Argument(help="Compressed directory to write.")],
     dense_twin: Annotated[

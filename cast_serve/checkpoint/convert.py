@@ -3,7 +3,8 @@
 The order is harden, compress, quantise. Hardening keeps the N largest gates of each group and
 writes zeros for the rest. Only kept values are quantised, so the mask stays as it was where a kept
 value becomes 0. A compressed directory in bf16, fp16 or fp32 can be quantised too, and comes out as
-what it was made from would.
+what it was made from would. What another program quantised in 8 bits (foreign.py) is converted
+without being quantised anew.
 
 Every group of every target is verified, in the input and in the output; the output appears under
 its name only when it is complete. linear.py names the tensors; ``quantization_config`` is that of
@@ -13,6 +14,7 @@ text and teacher), and adds ``converted_from``, the sha256 of every shard that w
 of 0.1.0 wrote the hashes to ``source``.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
+from cast_serve.checkpoint.foreign import SCALE_PARTS, read_linear
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import (
@@ -37,12 +40,19 @@ from cast_serve.checkpoint.record import (
     write_record,
 )
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, hard_mask
-from cast_serve.sparsity.quantize import SCALES_CHOSEN, dequantize, quantize_rows
+from cast_serve.sparsity.quantize import (
+    SCALES_CHOSEN,
+    SCALES_TAKEN_OVER,
+    dequantize,
+    quantize_rows,
+)
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 Int8 = Literal["int8"]
 WEIGHTS = (".weight", ".compressed")  # the tensor that stands for a target in its shard
-TARGET_PARTS = ("gate", "scale", "bitmask", "shape")  # read with it, not copied
+TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
 
 
 def convert(
@@ -57,8 +67,8 @@ def convert(
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
-        source: gated checkpoint, or an HF directory whose targets are 2:4 already; to quantise also
-            a compressed directory.
+        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also in 8 bits
+            as foreign.py reads them; to quantise also a compressed directory.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
@@ -85,7 +95,7 @@ def convert(
             f"{source} is quantised already ({directory.quantized}); "
             f"give --quantize {quantize} the directory that it was made from"
         )
-    if directory.kind == "compressed" and not quantize:
+    if directory.kind == "compressed" and not quantize and not directory.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     if directory.pattern != TWO_FOUR:
         raise PatternError(
@@ -95,6 +105,7 @@ def convert(
     new_twin: AbstractContextManager[Path | None] = (
         new_directory(dense_twin) if dense_twin else nullcontext()
     )
+    _warn_of_activations(directory)
     with new_directory(out) as compressed, new_twin as dense:
         _write(directory, compressed, dense, quantize, head, progress or (lambda done, total: None))
         summary = inspect(compressed)
@@ -131,6 +142,8 @@ def check_converted(
             f"differ; {remedy}"
         )
     quantization = record.get("quantization") or {}
+    if quantization.get("scales") == SCALES_TAKEN_OVER:  # nothing was asked for
+        quantization = {}
     for option, wanted in (("quantize", quantize), ("head", head)):
         if quantization.get(option) != wanted:
             raise CheckpointError(
@@ -218,10 +231,18 @@ def _write(
             save_file(dense_tensors, dense / file.name, metadata={"format": "pt"})
             dense_written |= dict.fromkeys(dense_tensors, file.name)
 
-    dense_config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    dense_config = {
+        k: v for k, v in source.config.items() if k not in ("quantization_config", OLD_KEY)
+    }
     if head:
         dense_config["tie_word_embeddings"] = False
-    config = {**dense_config, "quantization_config": quantization_config(source, quantize, head)}
+    quantization: dict[str, Any] | None = None
+    if quantize:
+        quantization = {"quantize": quantize, "head": head, "scales": SCALES_CHOSEN}
+    elif source.quantized == "int8":
+        found = source.head_dtype
+        quantization = {"quantize": "int8", "head": found, "scales": SCALES_TAKEN_OVER}
+    config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
         "method": None,
         "n": 2,
@@ -229,9 +250,7 @@ def _write(
         "targets": sorted(targets),
         **source.record,
         "converted_from": {file.name: sha256(file) for file in names_of},
-        "quantization": (
-            {"quantize": quantize, "head": head, "scales": SCALES_CHOSEN} if quantize else None
-        ),
+        "quantization": quantization,
         "dense_linear_weight_bytes": dense_bytes,
         "linear_weight_bytes": sparse_bytes,
     }
@@ -241,10 +260,28 @@ def _write(
 
 
 def _target(source: ModelDirectory, name: str) -> CompressedLinear:
-    """A target's kept values in the source's dtype."""
-    if source.kind == "compressed":
-        return CompressedLinear.from_parts(name, source.parts(name))
+    """A target's kept values, as the source has them."""
+    if source.kind in ("compressed", "quantised"):
+        return read_linear(name, source.parts(name), source.model_dtype)
     return CompressedLinear.from_weight(name, _hardened(source, name))
+
+
+def _warn_of_activations(source: ModelDirectory) -> None:
+    """Says where the source's activations are not served as it had them: see foreign.py."""
+    num_static = sum(name.endswith(".input_scale") for name in source.files)
+    if num_static:
+        logger.warning(
+            "%s: the input_scale of %d linears is left out: activations are %s",
+            source.path,
+            num_static,
+            "quantised anew for each token" if source.quantized == "int8" else "not quantised",
+        )
+    groups = (source.quantization.get("config_groups") or {}).values()
+    if source.quantized == "int8" and not all(group.get("input_activations") for group in groups):
+        logger.warning(
+            "%s: its activations are not quantised, but served they are, in int8 for each token",
+            source.path,
+        )
 
 
 def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
@@ -270,9 +307,14 @@ def _quantized_head(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def quantization_config(
-    source: ModelDirectory, quantize: Int8 | None, head: Int8 | None
+    source: ModelDirectory, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What config.json says of the compressed weights, as compressed-tensors 0.12 writes it."""
+    """What config.json says of the compressed weights, as compressed-tensors 0.12 writes it.
+
+    Args:
+        source: what is converted.
+        quantization: as cast.json has it.
+    """
     dense_linears = sorted(set(source.linears) - set(source.targets))
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
@@ -280,7 +322,8 @@ def quantization_config(
         "config_groups": {},
         "ignore": [],
     }
-    if quantize:
+    if quantization:
+        head = source.head if quantization["head"] else None
         int8 = {"num_bits": 8, "type": "int", "symmetric": True}
         group = {
             "targets": ["Linear"],
@@ -290,7 +333,7 @@ def quantization_config(
         config["format"] = "int-quantized"
         config["quantization_status"] = "compressed"
         config["config_groups"] = {"group_0": group}
-        config["ignore"] = [name for name in dense_linears if not (head and name == source.head)]
+        config["ignore"] = [name for name in dense_linears if name != head]
     config["sparsity_config"] = {
         "format": "sparse-24-bitmask",
         "sparsity_structure": "2:4",

@@ -18,23 +18,32 @@ from cast_serve.checkpoint.record import (
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 from cast_serve.sparsity.targets import find_targets
 
+OLD_KEY = "compression_config"  # of config.json, in place of quantization_config
+EIGHT_BITS = {"I8": "int8", "F8_E4M3": "float8"}  # safetensors' names
+FORMATS = ("dense", "int-quantized", "float-quantized")
+SPARSE_FORMATS = ("dense", "sparse-24-bitmask")
+
 
 class ModelDirectory:
     """A model directory for reading; tensors are loaded only by `get`.
 
     Attributes:
-        kind: dense, pruned, gated or compressed.
+        kind: dense, pruned, gated, compressed, or quantised: by another program, zeros stored.
         pattern: N:M of the record; 2:4 if there is none.
         config: config.json.
+        quantization: what it says of compression and quantisation; empty if nothing.
         record: cast.json, after the shards that it lists were checked; empty if there is none.
         files: shard by tensor name.
         linears: every linear of the model, and whether it stores its weight transposed (GPT-2).
         targets: the linears that are sparse, or by `find_targets` would be.
+        quantized: int8 or float8 if the weights of targets are, else None.
+        is_foreign: whether it is quantised or compressed otherwise than `convert` writes it.
         head: the output layer's module name; None if the model has none.
         tied_embedding: the embedding's module name if the output layer shares its weight.
 
     Raises:
-        CheckpointError: if it cannot be read, is damaged, or is quantised in another format.
+        CheckpointError: if it cannot be read, is damaged, or is quantised in a way that is not
+            read.
         PatternError: if no linear can have the pattern.
     """
 
@@ -50,22 +59,68 @@ class ModelDirectory:
         check_listed(path, self.record)
         model = _meta_model(path)
         self.linears = _linears(model)
-        is_compressed = any(name.endswith(".compressed") for name in self.files)
-        self.kind = "compressed" if is_compressed else self.record.get("kind", "dense")
         self.pattern = (
             Pattern(int(self.record["n"]), int(self.record["m"])) if self.record else TWO_FOUR
-        )
-        self.targets: list[str] = self.record.get("targets") or list(
-            find_targets(model, self.pattern)[0]
         )
         self.head = _name_of(model, model.get_output_embeddings())
         is_tied = model.config.get_text_config().tie_word_embeddings
         self.tied_embedding = _name_of(model, model.get_input_embeddings()) if is_tied else None
-        if not is_compressed and "quantization_config" in self.config:
-            method = self.config["quantization_config"].get("quant_method")
-            raise CheckpointError(
-                f"{path} is quantised ({method}); convert starts from bf16, fp16 or fp32"
-            )
+        self.quantization: dict[str, Any] = (
+            self.config.get("quantization_config") or self.config.get(OLD_KEY) or {}
+        )
+        _check_quantization(path, self.quantization)
+        weights = self._stored_weights()
+        in_8_bits = [name for name, dtype in weights.items() if dtype in EIGHT_BITS]
+        compressed = [name for name in weights if f"{name}.compressed" in self.files]
+        dtypes = {EIGHT_BITS.get(weights[name]) for name in in_8_bits}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{path} has linears in int8 and in float8; only one can be read")
+        self.quantized: str | None = dtypes.pop() if dtypes else None
+        if compressed:
+            self.kind = "compressed"
+        else:
+            self.kind = "quantised" if in_8_bits else self.record.get("kind", "dense")
+        found = sorted({*compressed, *in_8_bits})
+        self.targets: list[str] = self.record.get("targets") or (
+            found or list(find_targets(model, self.pattern)[0])
+        )
+        self.is_foreign = OLD_KEY in self.config or any(
+            f"{name}.weight" in self.files
+            or f"{name}.input_scale" in self.files
+            or weights[name].startswith("F8")
+            or self._shape(f"{name}.weight_scale")[1:] != [1]
+            for name in in_8_bits
+        )
+
+    def _stored_weights(self) -> dict[str, str]:
+        """The dtype of each linear's weight but the output layer's, as safetensors names it.
+
+        Raises:
+            CheckpointError: if another module is in 8 bits, or one in 8 bits of another kind.
+        """
+        weights: dict[str, str] = {}
+        for name in self.files:
+            module, _, part = name.rpartition(".")
+            if part not in ("weight", "compressed"):
+                continue
+            dtype = self.dtype(name)
+            is_inner_linear = module in self.linears and module != self.head
+            if is_inner_linear:
+                weights[module] = dtype
+            readable = EIGHT_BITS if is_inner_linear else {"I8"} if module == self.head else ()
+            if (dtype == "I8" or dtype.startswith("F8")) and dtype not in readable:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {dtype}, but only linears are read in I8 and F8_E4M3, "
+                    "and the output layer in I8; leave it out of the quantisation"
+                )
+        return weights
+
+    def _shape(self, name: str) -> list[int]:
+        """Of a tensor, from the file's header; empty if there is none."""
+        if name not in self.files:
+            return []
+        with safe_open(self.files[name], framework="pt") as tensors:
+            return list(tensors.get_slice(name).get_shape())
 
     def get(self, name: str) -> Tensor:
         """A tensor as it is stored.
@@ -93,10 +148,10 @@ class ModelDirectory:
         }
 
     @property
-    def quantized(self) -> str | None:
-        """``int8`` if the values of a compressed linear are; float8 is not read here."""
-        compressed = (name for name in self.files if name.endswith(".compressed"))
-        return "int8" if any(self.dtype(name) == "I8" for name in compressed) else None
+    def model_dtype(self) -> torch.dtype:
+        """What config.json says; bf16 if it says nothing."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     @property
     def head_dtype(self) -> str | None:
@@ -126,8 +181,9 @@ def _meta_model(directory: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for key in ("quantization_config", OLD_KEY):
+        if hasattr(config, key):
+            delattr(config, key)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -139,3 +195,39 @@ def _linears(model: torch.nn.Module) -> dict[str, bool]:
 
 def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
+    """Refuses what is quantised or compressed in a way that is not read.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if not quantization:
+        return
+    remedy = "start from the checkpoint that it was made of, in bf16, fp16 or fp32"
+    method = quantization.get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        raise CheckpointError(f"{path} is quantised ({method}), which is not read; {remedy}")
+    sparse_format = (quantization.get("sparsity_config") or {}).get("format", "dense")
+    for found, known in (
+        (quantization.get("format") or "dense", FORMATS),
+        (sparse_format, SPARSE_FORMATS),
+    ):
+        if found not in known:
+            raise CheckpointError(
+                f"{path} is in the format {found}, but only {', '.join(known)} are read; {remedy}"
+            )
+    if quantization.get("kv_cache_scheme"):
+        raise CheckpointError(f"{path} has scales for a quantised KV cache; {remedy}")
+    for group in (quantization.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        if weights.get("symmetric") is False:
+            raise CheckpointError(
+                f"{path} is quantised asymmetrically, which is not read; {remedy}"
+            )
+        if (strategy := weights.get("strategy", "channel")) not in ("channel", "tensor"):
+            raise CheckpointError(
+                f"{path} has a scale for each {strategy} of a weight, but only one for each "
+                f"channel or tensor is read; {remedy}"
+            )

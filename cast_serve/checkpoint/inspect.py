@@ -5,6 +5,8 @@ from typing import Any
 
 from cast_serve.checkpoint.directory import ModelDirectory, tensor_files
 from cast_serve.checkpoint.linear import CompressedLinear, check_integers, check_scale
+from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -15,15 +17,21 @@ def inspect(path: Path) -> dict[str, Any]:
         values of the compressed linears, the output layer), num_sparse_layers, num_dense_layers,
         linear_weight_bytes (of the targets, with bitmasks and scales), dense_linear_weight_bytes
         (of the targets in the model's dtype), linear_bytes_ratio, bits_per_weight (bits stored for
-        each weight of the targets, zeros counted), total_weight_bytes, and whatever quality
-        cast.json has.
+        each weight of the targets, zeros counted), total_weight_bytes, and the quality that
+        training wrote to cast.json: quality, or quality_before_quantizing if int8 came after it.
 
     Raises:
         CheckpointError: if the directory cannot be read, or a scale is missing or damaged.
         PatternError: if a compressed linear is damaged.
     """
     directory = ModelDirectory(path)
-    is_quantized_here = bool(directory.record.get("quantization"))
+    if directory.kind == "quantised":
+        raise CheckpointError(
+            f"{path} is quantised by another program, with its zeros stored; "
+            "convert it first (cast-serve convert SRC OUT)"
+        )
+    scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
+    is_quantized_here = scales != SCALES_TAKEN_OVER
     num_sparse = num_weights = sparse_bytes = dense_bytes = total_bytes = 0
     for name in directory.files:
         linear, _, part = name.rpartition(".")
@@ -43,6 +51,7 @@ def inspect(path: Path) -> dict[str, Any]:
             num_weights += tensor.numel()
             sparse_bytes += tensor.nbytes
             dense_bytes += tensor.nbytes
+    quality = directory.record.get("quality")
     head = directory.head_dtype
     if head:
         parts = directory.parts(str(directory.head))
@@ -62,7 +71,8 @@ def inspect(path: Path) -> dict[str, Any]:
         "linear_bytes_ratio": round(sparse_bytes / dense_bytes, 4) if dense_bytes else None,
         "bits_per_weight": round(8 * sparse_bytes / num_weights, 4) if num_weights else None,
         "total_weight_bytes": total_bytes,
-        "quality": directory.record.get("quality"),
+        "quality": None if is_quantized_here else quality,
+        "quality_before_quantizing": quality if is_quantized_here else None,
     }
 
 

@@ -25,6 +25,7 @@ SCALES_CHOSEN = (
     "per row, the least squared error among 1.00, 0.995, ... 0.90 of max|w| / 127, "
     "rounded to the weight's dtype"
 )
+SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 
 

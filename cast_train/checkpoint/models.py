@@ -118,7 +118,10 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     found = settings.quantization_config
     method = found.get("sparsity_config", found).get("format")
     if method != "sparse-24-bitmask":
-        raise CheckpointError(f"{directory} is compressed as {method!r}, not as sparse-24-bitmask")
+        raise CheckpointError(
+            f"{directory} is compressed as {method!r}, not as sparse-24-bitmask; "
+            "convert it first (cast-serve convert SRC OUT)"
+        )
     del settings.quantization_config
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     state: dict[str, Tensor] = {}

@@ -50,6 +50,18 @@ def test_values_are_those_of_the_hardened_rows(save_gated: Save, tmp_path: Path)
     assert cast["quantization"] == {"quantize": "int8", "head": None, "scales": SCALES_CHOSEN}
 
 
+def test_a_quality_found_before_is_not_taken_for_that_of_int8(
+    save_gated: Save, tmp_path: Path
+) -> None:
+    source = save_gated(tiny_llama(), quality={"perplexity_hard": 2})
+    assert convert(source, tmp_path / "bf16")["quality"] == {"perplexity_hard": 2}
+    summary = convert(source, tmp_path / "out", quantize="int8")
+    assert summary["quality"] is None
+    assert summary["quality_before_quantizing"] == {"perplexity_hard": 2}
+    cast = json.loads((tmp_path / "out/cast.json").read_text())
+    assert cast["quality"] == {"perplexity_hard": 2}  # what training wrote stays
+
+
 def test_a_kept_weight_that_becomes_zero_stays_kept(save_pruned: Save, tmp_path: Path) -> None:
     source, name = save_pruned(tiny_llama()), "model.layers.0.mlp.up_proj"
     tensors = all_tensors(source)
