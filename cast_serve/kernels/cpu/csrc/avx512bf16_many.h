@@ -22,7 +22,8 @@ constexpr int64_t kChunkTiles = 2;    // tiles of K whose pair rows stay in L1
 constexpr int64_t kSlabRows = 64;     // tile rows whose sums stay in L2 meanwhile
 constexpr int64_t kBlockTokens = 32;  // tokens that share one set of pair rows
 constexpr int64_t kPassTokens = 4 * kBlockTokens;  // tokens whose sums stay in L2
-// Tile rows prefetched ahead. The CPU's own prefetch stops at every 4 KiB page.
+// Tile rows prefetched ahead, into L1 or L2: never into none, since the CPU's own prefetch stops at
+// every 4 KiB page.
 constexpr int64_t kRowsAhead = 8;
 
 // The tokens are cut in blocks of 32; the last one has 8, 16 or 32 lanes.
@@ -138,8 +139,8 @@ void lay_out_pairs(const uint16_t* columns, int64_t num_tiles, uint32_t* pairs) 
 
 // Adds a tile row's tiles of one chunk, times one block of tokens, to its [8][lanes] sums. Vector
 // loads are the bottleneck, so the codes are kept in eight scalar registers and the weights of four
-// groups are loaded at once. With kFetch, as many bytes as are read are prefetched at `ahead`.
-template <typename Register, int kRegisters, bool kFetch>
+// groups are loaded at once. As many bytes as are read are prefetched at `ahead`.
+template <typename Register, int kRegisters, Prefetch kPrefetch>
 void add_tiles(const uint8_t* tile, int64_t num_tiles, const uint32_t* pairs, float* kept_sums,
                const uint8_t* ahead) {
   constexpr int64_t lanes = kRegisters * Register::kLanes, row_bytes = lanes * 4;
@@ -156,8 +157,7 @@ void add_tiles(const uint8_t* tile, int64_t num_tiles, const uint32_t* pairs, fl
     uint64_t codes[kTileRows];
     std::memcpy(codes, tile + kTileRows * kTileKept * 2, sizeof(codes));
     const auto four_groups = [&]<int kFour>() {
-      prefetch<kFour == 0 ? 3 : 2, kFetch ? Prefetch::kT0 : Prefetch::kNone>(
-          ahead + (kFour ? kFour * 2 + 1 : 0) * 64);
+      prefetch<kFour == 0 ? 3 : 2, kPrefetch>(ahead + (kFour ? kFour * 2 + 1 : 0) * 64);
       typename Register::Weights weights[kTileRows];
 #pragma GCC unroll 8
       for (int row = 0; row < kTileRows; ++row)
@@ -208,9 +208,12 @@ void add_chunk(const Linear24& p, const uint16_t* columns, int64_t chunk, int64_
       int64_t row_ahead = row + kRowsAhead, chunk_ahead = chunk;
       if (row_ahead >= slab_end) row_ahead -= slab_end - slab, chunk_ahead += kChunkTiles;
       const uint8_t* ahead = p.packed + (row_ahead * row_tiles + chunk_ahead) * kTileBytes;
-      add_tiles<Register, kRegisters, true>(tile, tiles, scratch.pairs, sums, ahead);
+      const auto add = p.tuning.prefetch == Prefetch::kT1
+                           ? add_tiles<Register, kRegisters, Prefetch::kT1>
+                           : add_tiles<Register, kRegisters, Prefetch::kT0>;
+      add(tile, tiles, scratch.pairs, sums, ahead);
     } else {
-      add_tiles<Register, kRegisters, false>(tile, tiles, scratch.pairs, sums, tile);
+      add_tiles<Register, kRegisters, Prefetch::kNone>(tile, tiles, scratch.pairs, sums, tile);
     }
   }
 }

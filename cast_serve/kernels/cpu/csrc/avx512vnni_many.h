@@ -1,14 +1,14 @@
 // The kernel for many tokens of avx512vnni.cpp.
 //
-// Compute-bound, so the dropped weights must cost nothing. For every eight columns, two groups,
-// there are 6 x 6 ways in which four kept weights can meet four activations: these are laid out
-// once, a token per 32-bit lane ("quads"). Then eight columns of a row are one vpdpbusd per 16
-// tokens: its four weights, broadcast, times the quad that its byte of positions chooses. After a
-// chunk of K, which lies inside a scale group, the integer sums become float, are multiplied with
-// the tokens' scales and added to sums in L2. The quads of a chunk stay in L1.
+// Compute-bound, so the dropped weights must cost nothing. For every eight columns (an octet: two
+// groups) there are 6 x 6 ways in which four kept weights can meet four activations. These are laid
+// out once, a token per 32-bit lane ("quads"). Then eight columns of a row are one vpdpbusd per 16
+// tokens: its four weights, broadcast, times the quad that its byte of positions chooses. A tile
+// has the columns of a scale group. After it the integer sums become float, are multiplied with the
+// tokens' scales and added to sums in L2. The quads of a tile are 36 KB; half a tile at a time,
+// which stays in L1, was slower on Zen 4, since the sums are then read and written twice.
 //
-// As for few tokens, x + 128 is stored, and a row's sums begin at -128 times its weights in the
-// chunk.
+// As for few tokens, x + 128 is stored, and a row's sums begin at -128 times its weights.
 #pragma once
 #include <bit>
 #include <cstring>
@@ -50,8 +50,8 @@ inline void prepare_int8_many(const Linear24& p, void* workspace) {
     const int64_t lanes = int8_lanes_of(p.num_tokens - first);
     uint32_t* fours = static_cast<uint32_t*>(workspace) + first * groups * (kInt8TileColumns / 4);
     float* scales = all_scales + first * groups;
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t lane = 0; lane < lanes; ++lane) {
         uint8_t integers[kInt8TileColumns];
         float scale = 0;
         if (first + lane < p.num_tokens)
@@ -66,10 +66,10 @@ inline void prepare_int8_many(const Linear24& p, void* workspace) {
   }
 }
 
-// Eight or sixteen tokens in a register, and the octets of columns of a chunk.
+// Eight or sixteen tokens in a register.
 struct Int8Tokens8 {
   using Integers = __m256i;
-  static constexpr int64_t kLanes = 8, kOctets = kTileOctets;
+  static constexpr int64_t kLanes = 8;
   static Integers all(int32_t value) { return _mm256_set1_epi32(value); }
   static Integers four_octets(const uint8_t* weights) {
     return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)weights));
@@ -99,7 +99,7 @@ struct Int8Tokens8 {
 
 struct Int8Tokens16 {
   using Integers = __m512i;
-  static constexpr int64_t kLanes = 16, kOctets = kTileOctets / 2;
+  static constexpr int64_t kLanes = 16;
   static Integers all(int32_t value) { return _mm512_set1_epi32(value); }
   static Integers four_octets(const uint8_t* weights) {
     return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)weights));
@@ -130,25 +130,25 @@ struct Int8Tokens16 {
 // A tile of each tile row of a slab: what all blocks of tokens need of it beside its values.
 struct TileCodes {
   alignas(64) uint8_t quads[kTileRows][kTileOctets];  // which of the 36
-  int32_t starts[3][kTileRows];  // -128 * sum of the weights: of both halves of K, and of all
+  int32_t starts[kTileRows];                          // -128 times the sum of a row's weights
 };
 
 // The work space of one thread.
 struct Int8Scratch {
-  alignas(64) uint8_t quads[kQuads * (kInt8TileColumns / 8) * 8 * 4];
+  alignas(64) uint8_t quads[kTileOctets * kQuads * kInt8BlockTokens * 4];
   alignas(64) float sums[kInt8PassTokens * kInt8SlabRows * kTileRows];  // [block][n][lanes]
   TileCodes codes[kInt8SlabRows];
   alignas(64) uint8_t out[kInt8BlockTokens][kInt8SlabRows * kTileRows * 4];
 };
 
-// The quads of a chunk: number 6 * i + j of an octet has the i-th pair of its second group of
+// The quads of a tile: number 6 * i + j of an octet has the i-th pair of its second group of
 // columns and the j-th of its first; the pairs in the order of kPairs.
 constexpr int kPairs[6][2] = {{0, 1}, {0, 2}, {1, 2}, {0, 3}, {1, 3}, {2, 3}};
 
 template <typename Register>
 void lay_out_quads(const uint32_t* fours, uint8_t* quads) {
   constexpr int64_t lanes = Register::kLanes;
-  for (int64_t octet = 0; octet < Register::kOctets; ++octet, fours += 2 * lanes) {
+  for (int64_t octet = 0; octet < kTileOctets; ++octet, fours += 2 * lanes) {
     const auto first = Register::load(fours), second = Register::load(fours + lanes);
     typename Register::Integers low[6], high[6];
 #pragma GCC unroll 6
@@ -198,40 +198,36 @@ inline void find_codes(const uint8_t* tile, TileCodes& codes) {
   // Each of the four quarters of sums[0] has rows 0 to 3, of sums[4] rows 4 to 7.
   const __m512i even = _mm512_shuffle_i32x4(sums[0], sums[4], 0x88);
   const __m512i odd = _mm512_shuffle_i32x4(sums[0], sums[4], 0xdd);
-  const __m512i total = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(even, odd));
-  // Quarters: rows 0-3 of the first half of K, of the second, rows 4-7 of both.
-  const __m512i halves = _mm512_shuffle_i32x4(total, total, 0xd8);
-  const __m256i first = _mm512_castsi512_si256(halves);
-  const __m256i second = _mm512_extracti32x8_epi32(halves, 1);
-  _mm256_storeu_si256((__m256i*)codes.starts[0], first);
-  _mm256_storeu_si256((__m256i*)codes.starts[1], second);
-  _mm256_storeu_si256((__m256i*)codes.starts[2], _mm256_add_epi32(first, second));
+  // Quarters: rows 0-3, rows 0-3, rows 4-7, rows 4-7, to be added in pairs.
+  const __m512i pairs = _mm512_add_epi32(even, odd);
+  const __m512i halves = _mm512_shuffle_i32x4(pairs, pairs, 0xd8);
+  const __m256i total =
+      _mm256_add_epi32(_mm512_castsi512_si256(halves), _mm512_extracti32x8_epi32(halves, 1));
+  _mm256_storeu_si256((__m256i*)codes.starts, _mm256_sub_epi32(_mm256_setzero_si256(), total));
 }
 
-// Adds one chunk of a tile, times one block of tokens, to the tile row's [8][lanes] sums. Vector
+// Adds a tile, times one block of tokens, to its tile row's [8][lanes] sums. Vector
 // loads are the bottleneck, so the codes are kept in eight scalar registers and the weights of four
 // octets are loaded at once.
-template <typename Register, int kHalf>
-inline void add_chunk(const uint8_t* tile, const TileCodes& codes, const uint8_t* quads,
-                      const float* scales, float* sums) {
+template <typename Register>
+inline void add_tile(const uint8_t* tile, const TileCodes& codes, const uint8_t* quads,
+                     const float* scales, float* sums) {
   constexpr int64_t row_bytes = Register::kLanes * 4;
   constexpr int kShift = std::countr_zero(static_cast<uint64_t>(row_bytes));
-  constexpr int kStart = Register::kOctets == kTileOctets ? 2 : kHalf;
   typename Register::Integers dots[kTileRows];
 #pragma GCC unroll 8
-  for (int row = 0; row < kTileRows; ++row) dots[row] = Register::all(codes.starts[kStart][row]);
+  for (int row = 0; row < kTileRows; ++row) dots[row] = Register::all(codes.starts[row]);
 
   const auto eight_octets = [&]<int kEight>() {
     uint64_t numbers[kTileRows];
 #pragma GCC unroll 8
     for (int row = 0; row < kTileRows; ++row)
-      std::memcpy(&numbers[row], codes.quads[row] + (kHalf + kEight) * 8, 8);
+      std::memcpy(&numbers[row], codes.quads[row] + kEight * 8, 8);
     const auto four_octets = [&]<int kFour>() {
       typename Register::Integers weights[kTileRows];
 #pragma GCC unroll 8
       for (int row = 0; row < kTileRows; ++row)
-        weights[row] =
-            Register::four_octets(tile + row * kInt8TileKept + (kHalf + kEight) * 32 + kFour * 16);
+        weights[row] = Register::four_octets(tile + row * kInt8TileKept + kEight * 32 + kFour * 16);
       const auto one_octet = [&]<int kOctet>() {
         constexpr int in_eight = kFour * 4 + kOctet;
 #pragma GCC unroll 8
@@ -251,30 +247,29 @@ inline void add_chunk(const uint8_t* tile, const TileCodes& codes, const uint8_t
     four_octets.template operator()<1>();
   };
   eight_octets.template operator()<0>();
-  if constexpr (Register::kOctets == kTileOctets) eight_octets.template operator()<1>();
+  eight_octets.template operator()<1>();
 
 #pragma GCC unroll 8
   for (int row = 0; row < kTileRows; ++row)
     Register::add_scaled(sums + row * Register::kLanes, dots[row], scales);
 }
 
-// Tile `tile` of the slab's tile rows, times one block of tokens, half of it by half.
-template <typename Register, int kHalf>
-void add_half(const Linear24& p, const uint32_t* fours, const float* scales, int64_t tile,
-              int64_t slab, int64_t slab_end, bool is_first_block, Int8Scratch& scratch,
-              float* sums) {
+// Tile `tile` of the slab's tile rows, times one block of tokens.
+template <typename Register>
+void add_tile_column(const Linear24& p, const uint32_t* fours, const float* scales, int64_t tile,
+                     int64_t slab, int64_t slab_end, bool is_first_block, Int8Scratch& scratch,
+                     float* sums) {
   const int64_t row_bytes = p.num_int8_tile_columns() * kInt8TileBytes;
   const uint8_t* at = p.packed + slab * row_bytes + tile * kInt8TileBytes;
-  lay_out_quads<Register>(fours + kHalf * Register::kOctets * 2 * Register::kLanes, scratch.quads);
+  lay_out_quads<Register>(fours, scratch.quads);
   const int64_t rows = slab_end - slab;
-  const bool finds_codes = is_first_block && kHalf == 0;
-  if (finds_codes) find_codes(at, scratch.codes[0]);
+  if (is_first_block) find_codes(at, scratch.codes[0]);
   for (int64_t row = 0; row < rows; ++row, at += row_bytes, sums += kTileRows * Register::kLanes) {
-    if (finds_codes) {  // later blocks have the weights in the cache already
+    if (is_first_block) {  // later blocks have the weights in the cache already
       if (row + 1 < rows) find_codes(at + row_bytes, scratch.codes[row + 1]);
       prefetch<kInt8TileBytes / 64, Prefetch::kT1>(at + kInt8TileBytes);
     }
-    add_chunk<Register, kHalf>(at, scratch.codes[row], scratch.quads, scales, sums);
+    add_tile<Register>(at, scratch.codes[row], scratch.quads, scales, sums);
   }
 }
 
@@ -324,14 +319,9 @@ inline void run_int8_many(const Linear24& p, const void* workspace, int64_t begi
           const float* x_scales = scales + token * tiles + tile * lanes;
           float* sums = scratch.sums + (token - first) * lane_sums;
           const bool is_first = token == first;
-          if (lanes == 8) {
-            add_half<Int8Tokens8, 0>(p, x, x_scales, tile, slab, slab_end, is_first, scratch, sums);
-          } else {
-            add_half<Int8Tokens16, 0>(p, x, x_scales, tile, slab, slab_end, is_first, scratch,
-                                      sums);
-            add_half<Int8Tokens16, 1>(p, x, x_scales, tile, slab, slab_end, is_first, scratch,
-                                      sums);
-          }
+          const auto add =
+              lanes == 8 ? add_tile_column<Int8Tokens8> : add_tile_column<Int8Tokens16>;
+          add(p, x, x_scales, tile, slab, slab_end, is_first, scratch, sums);
         }
       for (int64_t token = first; token < pass_end; token += kInt8BlockTokens)
         store_int8_block(p, slab, slab_end, token, scratch.sums + (token - first) * lane_sums,

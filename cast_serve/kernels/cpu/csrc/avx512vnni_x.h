@@ -1,8 +1,10 @@
 // How avx512vnni.cpp reads x and writes its products, whatever their dtype.
 #pragma once
-#define CAST_ISA avx512vnni
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 #include "avx512_common.h"
-#include "elements.h"
 
 namespace cast {
 namespace {
@@ -11,20 +13,66 @@ constexpr uint8_t kZero = 128;  // is added to an integer of x to make it unsign
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Sixteen elements -> floats; those outside the mask are 0.
+template <DType kDType>
+inline __m512 load_16(const void* x, int64_t first, __mmask16 inside) {
+  if constexpr (kDType == DType::kFloat32) {
+    return _mm512_maskz_loadu_ps(inside, static_cast<const float*>(x) + first);
+  } else {
+    const __m256i halves =
+        _mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(x) + first);
+    if constexpr (kDType == DType::kFloat16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+}
+
+// What quantize_group of elements.h does, bit for bit, in less time: x[first, first + columns) ->
+// integers + kZero, and the scale.
+template <DType kDType>
+inline float quantize_group(const void* x, int64_t first, int64_t columns, uint8_t* integers) {
+  constexpr int kRegisters = kInt8TileColumns / 16;
+  __m512 group[kRegisters];
+  __m512i largest_bits =
+      _mm512_setzero_si512();  // without its sign, a float is ordered as its bits
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; ++i) {
+    const int64_t left = std::clamp<int64_t>(columns - i * 16, 0, 16);
+    group[i] = load_16<kDType>(x, first + i * 16, static_cast<__mmask16>((1u << left) - 1));
+    largest_bits = _mm512_max_epu32(largest_bits, _mm512_and_si512(_mm512_castps_si512(group[i]),
+                                                                   _mm512_set1_epi32(0x7FFFFFFF)));
+  }
+  const uint32_t bits = _mm512_reduce_max_epu32(largest_bits);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const bool is_finite = bits < 0x7F800000;
+  const float scale = is_finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  if (!(scale > 0)) {
+    std::memset(integers, kZero, kInt8TileColumns);
+    return scale;
+  }
+  const __m512 limit = _mm512_set1_ps(127.0f), divisor = _mm512_set1_ps(scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRegisters; ++i) {
+    const __m512 value = _mm512_min_ps(_mm512_div_ps(group[i], divisor), limit);
+    const __m512i integer =
+        _mm512_cvtps_epi32(_mm512_max_ps(value, _mm512_sub_ps(_mm512_setzero_ps(), limit)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(integers + i * 16),
+                     _mm_xor_si128(_mm512_cvtepi32_epi8(integer), _mm_set1_epi8(-128)));
+  }
+  return scale;
+}
+
 // Quantises a token's scale group `group` to integers + kZero, and returns the scale.
 inline float quantize(const Linear24& p, int64_t token, int64_t group, uint8_t* integers) {
   const int64_t first = token * p.x_stride + group * kInt8TileColumns;
   const int64_t columns = std::min(p.in_features - group * kInt8TileColumns, kInt8TileColumns);
   switch (p.dtype) {
     case DType::kBFloat16:
-      return avx512vnni::quantize_group(static_cast<const avx512vnni::BFloat16*>(p.x) + first,
-                                        columns, kZero, integers);
+      return quantize_group<DType::kBFloat16>(p.x, first, columns, integers);
     case DType::kFloat16:
-      return avx512vnni::quantize_group(static_cast<const _Float16*>(p.x) + first, columns, kZero,
-                                        integers);
+      return quantize_group<DType::kFloat16>(p.x, first, columns, integers);
     default:
-      return avx512vnni::quantize_group(static_cast<const float*>(p.x) + first, columns, kZero,
-                                        integers);
+      return quantize_group<DType::kFloat32>(p.x, first, columns, integers);
   }
 }
 

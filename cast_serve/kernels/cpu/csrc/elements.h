@@ -38,8 +38,12 @@ template <typename T, typename Integer>
 float quantize_group(const T* x, int64_t columns, Integer zero, Integer* integers) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
   float group[kInt8TileColumns];
-  for (int64_t i = 0; i < columns; ++i) group[i] = to_float(x[i]);
-  for (int64_t i = columns; i < kInt8TileColumns; ++i) group[i] = 0.0f;
+  if (columns == kInt8TileColumns) {  // a loop of known length becomes plain vector code
+    for (int64_t i = 0; i < kInt8TileColumns; ++i) group[i] = to_float(x[i]);
+  } else {
+    for (int64_t i = 0; i < columns; ++i) group[i] = to_float(x[i]);
+    for (int64_t i = columns; i < kInt8TileColumns; ++i) group[i] = 0.0f;
+  }
 
   uint32_t bits[kInt8TileColumns];
   std::memcpy(bits, group, sizeof(bits));
