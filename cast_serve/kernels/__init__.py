@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.ops import load
-from cast_serve.kernels.reference import pack, packed_shape, unpack
+from cast_serve.kernels.reference import (
+    pack,
+    pack_dense,
+    packed_dense_shape,
+    packed_shape,
+    unpack,
+)
 
 __all__ = [
     "isa",
     "linear24",
     "linear24_int8",
+    "linear_int8",
     "load",
     "pack",
+    "pack_dense",
+    "packed_dense_shape",
     "packed_shape",
     "supported_isas",
     "unpack",
@@ -44,6 +53,18 @@ def linear24_int8(
     """
     load()
     return torch.ops.cast.linear24_int8(x, packed, scale, out_features, bias)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias for a packed dense int8 weight; see reference.linear_int8.
+
+    Raises:
+        ValueError: if the shapes do not belong together; TypeError for an unknown dtype.
+    """
+    load()
+    return torch.ops.cast.linear_int8(x, packed, scale, out_features, bias)
 
 
 def isa() -> str:

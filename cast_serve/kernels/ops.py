@@ -1,10 +1,10 @@
-"""The ops ``torch.ops.cast.linear24`` and ``linear24_int8``: CPU kernels, GPU's, and fakes."""
+"""The ops ``torch.ops.cast.linear24``, ``linear24_int8``, ``linear_int8``: kernels and fakes."""
 
 import torch
 from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
-from cast_serve.kernels.reference import packed_shape
+from cast_serve.kernels.reference import packed_dense_shape, packed_shape
 
 
 def load(tune: bool = False) -> None:
@@ -31,6 +31,7 @@ def load(tune: bool = False) -> None:
 def _register() -> None:
     torch.library.register_fake("cast::linear24")(_linear24_fake)
     torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
+    torch.library.register_fake("cast::linear_int8")(_linear_int8_fake)
     if torch.cuda.is_available():
         dispatch.register()
 
@@ -38,17 +39,22 @@ def _register() -> None:
 def _linear24_fake(
     x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
-    return _fake(x, packed, out_features, x.dtype)
+    return _fake(x, packed, out_features, packed_shape(out_features, x.shape[-1], x.dtype))
 
 
 def _linear24_int8_fake(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
-    return _fake(x, packed, out_features, torch.int8)
+    return _fake(x, packed, out_features, packed_shape(out_features, x.shape[-1], torch.int8))
 
 
-def _fake(x: Tensor, packed: Tensor, out_features: int, weight_dtype: torch.dtype) -> Tensor:
-    expected = packed_shape(out_features, x.shape[-1], weight_dtype)
+def _linear_int8_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    return _fake(x, packed, out_features, packed_dense_shape(out_features, x.shape[-1]))
+
+
+def _fake(x: Tensor, packed: Tensor, out_features: int, expected: tuple[int, int, int]) -> Tensor:
     torch._check(
         tuple(packed.shape) == expected, lambda: f"packed {packed.shape} is not {expected}"
     )

@@ -7,6 +7,8 @@ in_features, or by 128 of an int8 weight (csrc/linear24.h draws it):
     then     positions: 8 rows of 64 bits (int8: 128), 4 bits a group, row after row
 
 out_features and in_features are padded to whole tiles with zero values at columns 0 and 1.
+A dense int8 weight, the output head's, has tiles of 8 rows of 128 weights, row after row.
+
 A dropped weight is not multiplied at all: where x is Inf or NaN in a column that a row has dropped,
 that row's output does not become NaN, as it would by 0 * Inf in a dense product. An int8 weight is
 different: there x is quantised first, so Inf or NaN makes the whole output row NaN.
@@ -117,6 +119,37 @@ def unpack(
     return values[:out_features, : in_features // 2].contiguous(), bitmask
 
 
+def packed_dense_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """The shape of a packed dense int8 weight in bytes."""
+    tile_rows, tile_columns, _ = packed_shape(out_features, in_features, torch.int8)
+    return tile_rows, tile_columns, TILE_ROWS * INT8_TILE_COLUMNS
+
+
+def pack_dense(weight: Tensor) -> Tensor:
+    """Dense int8 weight [out_features, in_features] -> packed weight, as `packed_dense_shape`."""
+    tile_rows, tile_columns, _ = packed_dense_shape(*weight.shape)
+    padded = weight.new_zeros(tile_rows * TILE_ROWS, tile_columns * INT8_TILE_COLUMNS)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    tiles = padded.view(torch.uint8).view(tile_rows, TILE_ROWS, tile_columns, -1)
+    return tiles.transpose(1, 2).flatten(2).contiguous()
+
+
+def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The inverse of `pack_dense`: int8 [out_features, in_features].
+
+    Raises:
+        PatternError: if the packed shape does not belong to these sizes.
+    """
+    shape = packed_dense_shape(out_features, in_features)
+    if tuple(packed.shape) != shape:
+        raise PatternError(
+            f"packed weight is {list(packed.shape)}; a dense int8 [{out_features}, {in_features}] "
+            f"needs {list(shape)}"
+        )
+    rows = packed.unflatten(2, (TILE_ROWS, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[:out_features, :in_features].contiguous().view(torch.int8)
+
+
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias with fp32 accumulation.
 
@@ -182,8 +215,18 @@ def linear24_int8(
     """
     in_features = x.shape[-1]
     values, bitmask = unpack(packed, out_features, in_features, torch.int8)
-    weight = decompress(values, bitmask, in_features).float()
-    weight = torch.nn.functional.pad(weight, (0, -in_features % INT8_TILE_COLUMNS))
+    return _linear_int8(x, decompress(values, bitmask, in_features), scale, bias)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """As `linear24_int8`, with a dense weight; packed: see `pack_dense`."""
+    return _linear_int8(x, unpack_dense(packed, out_features, x.shape[-1]), scale, bias)
+
+
+def _linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    weight = torch.nn.functional.pad(weight.float(), (0, -x.shape[-1] % INT8_TILE_COLUMNS))
     integers, x_scale = quantize_groups(x)
     # A group's sum is below 2 ** 21, so fp32 products and sums are exact.
     dots = torch.einsum(

@@ -9,5 +9,6 @@ static bool is_supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-const Kernel kAvx2 = {"avx2", is_supported, &avx2::kLinear24, &avx2::kLinear24Int8};
+const Kernel kAvx2 = {"avx2", is_supported, &avx2::kLinear24, &avx2::kLinear24Int8,
+                      &avx2::kLinearInt8};
 }  // namespace cast

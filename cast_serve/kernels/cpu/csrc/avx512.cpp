@@ -9,5 +9,6 @@ static bool is_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("f16c");
 }
 const Product kAvx512Linear24 = avx512::kLinear24;
-const Kernel kAvx512 = {"avx512", is_supported, &kAvx512Linear24, &avx512::kLinear24Int8};
+const Kernel kAvx512 = {"avx512", is_supported, &kAvx512Linear24, &avx512::kLinear24Int8,
+                        &avx512::kLinearInt8};
 }  // namespace cast

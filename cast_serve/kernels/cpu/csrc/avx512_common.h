@@ -14,7 +14,7 @@ template <int kLines, Prefetch kPrefetch>
 void prefetch(const uint8_t* bytes) {
   if constexpr (kPrefetch != Prefetch::kNone) {
     constexpr auto hint = kPrefetch == Prefetch::kT0 ? _MM_HINT_T0 : _MM_HINT_T1;
-#pragma GCC unroll 10
+#pragma GCC unroll 16
     for (int line = 0; line < kLines; ++line)
       _mm_prefetch(reinterpret_cast<const char*>(bytes + line * 64), hint);
   }

@@ -32,6 +32,7 @@ const Product kLinear24 = {workspace_bytes, prepare, run};
 
 }  // namespace
 
-const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kLinear24, &kVnniLinear24Int8};
+const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kLinear24, &kVnniLinear24Int8,
+                            &kVnniLinearInt8};
 
 }  // namespace cast

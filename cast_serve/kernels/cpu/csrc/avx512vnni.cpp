@@ -1,5 +1,8 @@
 // The 2:4 linear for x86 with AVX-512 VNNI and VBMI: int8 weights by the kernels for few and
-// for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by avx512.cpp.
+// for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by avx512.cpp. Dense
+// int8 weights, the head's, are for few tokens too: of many prompt tokens it sees the last alone.
+#include <algorithm>
+
 #include "avx512vnni_few.h"
 #include "avx512vnni_many.h"
 #include "avx512vnni_x.h"
@@ -23,6 +26,45 @@ void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   return run_int8_many(p, workspace, begin, end);
 }
 
+// Dense weights: blocks of tokens as the kernel for few takes them, each with a workspace of its
+// own.
+Linear24 token_block(const Linear24& p, int64_t first) {
+  Linear24 block = p;
+  block.num_tokens = std::min(p.num_tokens - first, kMostFewTokens);
+  block.x = static_cast<const uint8_t*>(p.x) + first * p.x_stride * element_bytes(p.dtype);
+  block.out = static_cast<uint8_t*>(p.out) + first * p.out_features * element_bytes(p.dtype);
+  return block;
+}
+
+int64_t dense_block_bytes(const Linear24& p) {
+  Linear24 block = p;
+  block.num_tokens = kMostFewTokens;
+  return (int8_few_bytes(block) + 63) / 64 * 64;
+}
+
+int64_t dense_workspace_bytes(const Linear24& p) {
+  return (p.num_tokens + kMostFewTokens - 1) / kMostFewTokens * dense_block_bytes(p);
+}
+
+void prepare_dense(const Linear24& p, void* workspace) {
+  uint8_t* block_workspace = static_cast<uint8_t*>(workspace);
+  for (int64_t first = 0; first < p.num_tokens; first += kMostFewTokens) {
+    prepare_int8_few(token_block(p, first), block_workspace);
+    block_workspace += dense_block_bytes(p);
+  }
+}
+
+void run_dense(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  for (int64_t slab = begin; slab < end; slab += kFewSlabRows) {  // its weights stay in L2
+    const int64_t slab_end = std::min(slab + kFewSlabRows, end);
+    const uint8_t* block_workspace = static_cast<const uint8_t*>(workspace);
+    for (int64_t first = 0; first < p.num_tokens; first += kMostFewTokens) {
+      run_few_prefetching<FewDenseInt8>(token_block(p, first), block_workspace, slab, slab_end);
+      block_workspace += dense_block_bytes(p);
+    }
+  }
+}
+
 bool is_supported() {
   return kAvx512.is_supported() && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
@@ -33,6 +75,8 @@ bool is_supported() {
 }  // namespace
 
 const Product kVnniLinear24Int8 = {workspace_bytes, prepare, run};
-const Kernel kAvx512Vnni = {"avx512_vnni", is_supported, &kAvx512Linear24, &kVnniLinear24Int8};
+const Product kVnniLinearInt8 = {dense_workspace_bytes, prepare_dense, run_dense};
+const Kernel kAvx512Vnni = {"avx512_vnni", is_supported, &kAvx512Linear24, &kVnniLinear24Int8,
+                            &kVnniLinearInt8};
 
 }  // namespace cast

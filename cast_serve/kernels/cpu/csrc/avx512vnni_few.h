@@ -6,6 +6,8 @@
 //
 // vpdpbusd takes x unsigned, so x + 128 is stored. To take 128 * (sum of the weights) off again, a
 // row's sums begin at -128 times its weights, lane by lane, for all tokens alike.
+//
+// Dense weights need no permuting: two vpdpbusd multiply the 128 of a row and tile.
 #pragma once
 #include <cstring>
 
@@ -15,9 +17,10 @@
 namespace cast {
 namespace {
 
-template <Prefetch kPrefetch>
-struct FewInt8 {
-  static constexpr int64_t kTileBytes = kInt8TileBytes;
+template <Prefetch kPrefetch, bool kIsDense>
+struct FewInt8Rows {
+  static constexpr int64_t kTileBytes = kIsDense ? kDenseInt8TileBytes : kInt8TileBytes;
+  static constexpr int64_t kRowBytes = kIsDense ? kInt8TileColumns : kInt8TileKept;
   static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
 
   // Tokens kToken to kToken + kTokens of kRows rows.
@@ -35,7 +38,7 @@ struct FewInt8 {
     const uint8_t* ahead = pass.ahead;
     const uint8_t* values = p.packed + (n / kTileRows * row_tiles + segment.begin) * kTileBytes;
     const uint8_t* positions = values + kTileRows * kInt8TileKept + row * (kInt8TileColumns / 8);
-    values += row * kInt8TileKept;
+    values += row * kRowBytes;
 
     __m512 sums[16] = {};  // [token][row]; only indexed in unrolled loops, to stay in registers
     for (int64_t tile = segment.begin; tile < segment.end; ++tile) {
@@ -49,7 +52,21 @@ struct FewInt8 {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const __m512i weights = _mm512_load_si512(values + i * kInt8TileKept);
+        const __m512i weights = _mm512_load_si512(values + i * kRowBytes);
+        if constexpr (kIsDense) {
+          const __m512i more = _mm512_load_si512(values + i * kRowBytes + 64);
+          __m512i start = _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero_point, weights);
+          start = _mm512_dpbusd_epi32(start, zero_point, more);
+          start = _mm512_sub_epi32(_mm512_setzero_si512(), start);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token) {
+            const __m512i half = _mm512_dpbusd_epi32(start, low[token], weights);
+            const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(half, high[token], more));
+            __m512& sum = sums[token * kRows + i];
+            sum = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[token * row_tiles + tile]), sum);
+          }
+          continue;
+        }
         const __m128i both = _mm_load_si128(
             reinterpret_cast<const __m128i*>(positions + i * (kInt8TileColumns / 8)));
         const __m512i bits = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
@@ -91,6 +108,11 @@ struct FewInt8 {
       std::memcpy(out + token * p.out_features * size, rounded + token * kRows * size, rows * size);
   }
 };
+
+template <Prefetch kPrefetch>
+using FewInt8 = FewInt8Rows<kPrefetch, false>;
+template <Prefetch kPrefetch>
+using FewDenseInt8 = FewInt8Rows<kPrefetch, true>;
 
 }  // namespace
 }  // namespace cast

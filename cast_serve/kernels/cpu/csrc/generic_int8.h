@@ -1,4 +1,5 @@
-// The 2:4 linear with int8 weights in portable C++, compiled once per ISA with that ISA's flags.
+// The linear with int8 weights, 2:4 or dense, in portable C++, compiled once per ISA with that
+// ISA's flags.
 //
 // As generic.h, with x quantised: its integers, as float, are transposed to [token block][K]
 // [CAST_LANES tokens]. The sum of a scale group's products is below 2^21, so it is exact in float
@@ -51,6 +52,18 @@ void prepare_int8(const Linear24& p, float* integers) {
 }
 
 template <typename V>
+void add_dense_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTileRows]) {
+  const int8_t* values = reinterpret_cast<const int8_t*>(tile);
+  const V* columns = reinterpret_cast<const V*>(x);
+  for (int64_t row = 0; row < kTileRows; ++row) {
+    V dot = {};
+    for (int64_t i = 0; i < kInt8TileColumns; ++i)
+      dot += columns[i] * static_cast<float>(values[row * kInt8TileColumns + i]);
+    sums[row] += dot * scale;
+  }
+}
+
+template <typename V>
 void add_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTileRows]) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   const int8_t* values = reinterpret_cast<const int8_t*>(tile);
@@ -68,7 +81,7 @@ void add_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTile
   for (int64_t row = 0; row < kTileRows; ++row) sums[row] += dots[row] * scale;
 }
 
-template <typename V, typename T>
+template <typename V, typename T, bool kIsDense>
 void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   const int64_t groups = p.num_int8_tile_columns();
@@ -79,9 +92,15 @@ void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t e
     const int64_t tokens = std::min(p.num_tokens - first, lanes);
     for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
       V sums[kTileRows] = {};
-      for (int64_t group = 0; group < groups; ++group)
-        add_int8_tile<V>(p.packed + (tile_row * groups + group) * kInt8TileBytes,
-                         x + group * kInt8TileColumns * lanes, block_scales[group], sums);
+      for (int64_t group = 0; group < groups; ++group) {
+        constexpr int64_t tile_bytes = kIsDense ? kDenseInt8TileBytes : kInt8TileBytes;
+        const uint8_t* tile = p.packed + (tile_row * groups + group) * tile_bytes;
+        const float* columns = x + group * kInt8TileColumns * lanes;
+        if constexpr (kIsDense)
+          add_dense_int8_tile<V>(tile, columns, block_scales[group], sums);
+        else
+          add_int8_tile<V>(tile, columns, block_scales[group], sums);
+      }
       for (int64_t row = 0; row < kTileRows && tile_row * kTileRows + row < p.out_features; ++row) {
         const int64_t n = tile_row * kTileRows + row;
         float lane_sums[lanes];
@@ -107,25 +126,27 @@ inline void prepare_int8_any(const Linear24& p, void* workspace) {
   }
 }
 
-template <typename T>
+template <typename T, bool kIsDense>
 void run_int8_any_tokens(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
-  return p.num_tokens == 1 ? run_int8<float, T>(p, integers, begin, end)
-                           : run_int8<Lanes, T>(p, integers, begin, end);
+  return p.num_tokens == 1 ? run_int8<float, T, kIsDense>(p, integers, begin, end)
+                           : run_int8<Lanes, T, kIsDense>(p, integers, begin, end);
 }
 
-inline void run_int8_any(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+template <bool kIsDense>
+void run_int8_any(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   const float* integers = static_cast<const float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
-      return run_int8_any_tokens<BFloat16>(p, integers, begin, end);
+      return run_int8_any_tokens<BFloat16, kIsDense>(p, integers, begin, end);
     case DType::kFloat16:
-      return run_int8_any_tokens<_Float16>(p, integers, begin, end);
+      return run_int8_any_tokens<_Float16, kIsDense>(p, integers, begin, end);
     case DType::kFloat32:
-      return run_int8_any_tokens<float>(p, integers, begin, end);
+      return run_int8_any_tokens<float, kIsDense>(p, integers, begin, end);
   }
 }
 
-constexpr Product kLinear24Int8 = {workspace_bytes_int8, prepare_int8_any, run_int8_any};
+constexpr Product kLinear24Int8 = {workspace_bytes_int8, prepare_int8_any, run_int8_any<false>};
+constexpr Product kLinearInt8 = {workspace_bytes_int8, prepare_int8_any, run_int8_any<true>};
 
 }  // namespace CAST_ISA
 }  // namespace cast

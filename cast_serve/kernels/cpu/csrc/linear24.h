@@ -13,6 +13,8 @@
 // weights has 8 x 128: 8 rows x 64 kept weights, then 8 rows x 128 bits, 640 bytes. N and K are
 // padded to whole tiles with zero values at columns 0 and 1. Letters: M tokens, N out_features, K
 // in_features.
+//
+// A dense int8 weight (the head) has tiles of 8 x 128 too: 8 rows x 128 weights, 1024 bytes.
 #pragma once
 #include <cstdint>
 
@@ -25,6 +27,7 @@ constexpr int64_t kTileKept = kTileColumns / 2;
 constexpr int64_t kInt8TileColumns = 128;  // also the columns of a scale group of x
 constexpr int64_t kInt8TileKept = kInt8TileColumns / 2;
 constexpr int64_t kInt8TileBytes = kTileRows * (kInt8TileKept + kInt8TileColumns / 8);
+constexpr int64_t kDenseInt8TileBytes = kTileRows * kInt8TileColumns;
 
 enum class DType { kBFloat16, kFloat16, kFloat32 };
 
@@ -66,11 +69,12 @@ struct Product {
   void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
 };
 
-// An ISA's kernel: the product with weights of x's dtype, and the one with int8 weights.
+// An ISA's kernel: the product with 2:4 weights of x's dtype, with 2:4 int8 weights, and with dense
+// int8 weights.
 struct Kernel {
   const char* isa;
   bool (*is_supported)();
-  const Product *linear24, *linear24_int8;
+  const Product *linear24, *linear24_int8, *linear_int8;
 };
 
 extern const Kernel kPortable;
@@ -79,7 +83,7 @@ extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Vnni;
 extern const Kernel kAvx512Bf16;
-extern const Product kAvx512Linear24, kVnniLinear24Int8;  // other kernels use them too
+extern const Product kAvx512Linear24, kVnniLinear24Int8, kVnniLinearInt8;  // others use them too
 #endif
 
 }  // namespace cast

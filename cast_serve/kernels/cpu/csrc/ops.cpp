@@ -95,8 +95,10 @@ struct Call {
   Tensor rows, float_bias, out;
 };
 
+enum class Weights { kSameDType24, kInt8With24, kDenseInt8 };
+
 Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
-             const std::optional<Tensor>& bias, bool has_int8_weights) {
+             const std::optional<Tensor>& bias, Weights weights) {
   Call call;
   cast::Linear24& p = call.p;
   p.dtype = dtype_of(op, x);
@@ -105,10 +107,12 @@ Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_
   p.out_features = out_features;
   TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, op, ": in_features ",
                     p.in_features, " is no positive multiple of 4");
-  const int64_t tile_columns = has_int8_weights ? p.num_int8_tile_columns() : p.num_tile_columns();
-  const int64_t tile_bytes = has_int8_weights
-                                 ? cast::kInt8TileBytes
-                                 : cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
+  int64_t tile_columns = p.num_int8_tile_columns(), tile_bytes = cast::kInt8TileBytes;
+  if (weights == Weights::kDenseInt8) tile_bytes = cast::kDenseInt8TileBytes;
+  if (weights == Weights::kSameDType24) {
+    tile_columns = p.num_tile_columns();
+    tile_bytes = cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
+  }
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.dim() == 3 &&
                         packed.is_contiguous() && packed.size(0) == p.num_tile_rows() &&
                         packed.size(1) == tile_columns && packed.size(2) == tile_bytes,
@@ -153,18 +157,31 @@ Tensor computed(const cast::Product& product, const Call& call) {
 
 Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
                 const std::optional<Tensor>& bias) {
-  return computed(*kernel().linear24, checked("linear24", x, packed, out_features, bias, false));
+  return computed(*kernel().linear24,
+                  checked("linear24", x, packed, out_features, bias, Weights::kSameDType24));
+}
+
+Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                  int64_t out_features, const std::optional<Tensor>& bias, Weights weights) {
+  Call call = checked(op, x, packed, out_features, bias, weights);
+  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 &&
+                        scale.size(0) == out_features && scale.is_contiguous(),
+                    op, ": scale is ", scale.scalar_type(), " ", scale.sizes(),
+                    "; a contiguous float32 [", out_features, "] is needed");
+  call.p.scale = scale.const_data_ptr<float>();
+  return call;
 }
 
 Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
                      int64_t out_features, const std::optional<Tensor>& bias) {
-  Call call = checked("linear24_int8", x, packed, out_features, bias, true);
-  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 &&
-                        scale.size(0) == out_features && scale.is_contiguous(),
-                    "linear24_int8: scale is ", scale.scalar_type(), " ", scale.sizes(),
-                    "; a contiguous float32 [", out_features, "] is needed");
-  call.p.scale = scale.const_data_ptr<float>();
-  return computed(*kernel().linear24_int8, call);
+  return computed(*kernel().linear24_int8, checked_int8("linear24_int8", x, packed, scale,
+                                                        out_features, bias, Weights::kInt8With24));
+}
+
+Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t out_features,
+                   const std::optional<Tensor>& bias) {
+  return computed(*kernel().linear_int8, checked_int8("linear_int8", x, packed, scale, out_features,
+                                                      bias, Weights::kDenseInt8));
 }
 
 std::vector<std::string> cpu_isas() {  // the one in use first, then the others that this CPU has
@@ -181,6 +198,9 @@ TORCH_LIBRARY(cast, m) {
   m.def(
       "linear24_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
+  m.def(
+      "linear_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
+      "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
   m.def("cpu_tuning() -> (int, int, str)", &cpu_tuning);
   m.def("set_cpu_tuning(int few_tokens, int few_tokens_int8, str prefetch) -> ()", &set_cpu_tuning);
@@ -189,4 +209,5 @@ TORCH_LIBRARY(cast, m) {
 TORCH_LIBRARY_IMPL(cast, CPU, m) {
   m.impl("linear24", &linear24);
   m.impl("linear24_int8", &linear24_int8);
+  m.impl("linear_int8", &linear_int8);
 }

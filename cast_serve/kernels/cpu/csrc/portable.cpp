@@ -6,5 +6,6 @@
 
 namespace cast {
 static bool is_supported() { return true; }
-const Kernel kPortable = {"portable", is_supported, &portable::kLinear24, &portable::kLinear24Int8};
+const Kernel kPortable = {"portable", is_supported, &portable::kLinear24, &portable::kLinear24Int8,
+                          &portable::kLinearInt8};
 }  // namespace cast
