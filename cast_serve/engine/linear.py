@@ -1,4 +1,4 @@
-"""One compressed linear of a checkpoint -> a vLLM linear that runs ``cast::linear24``.
+"""One compressed linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8)``.
 
 It creates parameters for the tensors on disk, so that vLLM's own loaders merge qkv and gate_up and
 narrow for tensor parallelism. After loading it packs them into the kernel's layout and deletes
@@ -17,15 +17,22 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
+from cast_serve.engine.packing import keep_scales, load_kernels, row_scales
 from cast_serve.kernels.gpu import dispatch
 
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """A linear, possibly a merged one, whose weight is packed 2:4."""
+    """A linear, possibly a merged one, whose weight is packed 2:4.
 
-    def __init__(self, prefix: str) -> None:
+    Args:
+        prefix: the layer's name.
+        is_quantized: whether the kept weights are int8, with a scale a row.
+    """
+
+    def __init__(self, prefix: str, is_quantized: bool = False) -> None:
         self.prefix = prefix
+        self.is_quantized = is_quantized
 
     def create_weights(
         self,
@@ -37,7 +44,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Creates parameters for the tensors on disk: ``compressed``, ``bitmask`` and ``shape``.
+        """Creates parameters for the tensors on disk.
+
+        They are ``compressed``, ``bitmask``, ``shape`` and, of quantised weights, ``weight_scale``.
 
         Raises:
             ValueError: if in_features cannot be cut into whole groups and bitmask bytes.
@@ -61,11 +70,14 @@ class Sparse24LinearMethod(LinearMethodBase):
             )
 
         half = input_size_per_partition // 2
-        layer.register_parameter("compressed", on_disk(half, params_dtype))
+        dtype = torch.int8 if self.is_quantized else params_dtype
+        layer.register_parameter("compressed", on_disk(half, dtype))
         layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
         shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
         shape.weight_loader = _shape_checker(self.prefix, input_size)
         layer.register_parameter("shape", shape)
+        if self.is_quantized:
+            layer.register_parameter("weight_scale", row_scales(rows, extra_weight_attrs))
         layer.cast_out_features = rows
         layer.cast_in_features = input_size_per_partition
         layer.cast_num_linears = len(output_partition_sizes)
@@ -76,8 +88,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         Raises:
             PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
                 not in the checkpoint is all zeros).
+            ValueError: if a scale is not positive and finite (one that was not in the checkpoint
+                is zero), or int8 weights are to run on a GPU.
         """
-        kernels.load()
+        load_kernels(layer.compressed.is_cuda)
         try:
             packed = kernels.pack(layer.compressed.data, layer.bitmask.data)
         except ValueError as error:
@@ -85,6 +99,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name in ("compressed", "bitmask", "shape"):
             delattr(layer, name)
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        layer.cast_form, layer.cast_second = "packed", nn.ParameterList()
+        if self.is_quantized:
+            keep_scales(layer, self.prefix)
+            return
         form = dispatch.wanted_form() if packed.is_cuda else "packed"
         second = dispatch.second_form(
             packed,
@@ -99,6 +117,8 @@ class Sparse24LinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         packed, out_features = layer.packed, layer.cast_out_features
+        if self.is_quantized:
+            return torch.ops.cast.linear24_int8(x, packed, layer.scale, out_features, bias)
         if layer.cast_form == "packed":
             return torch.ops.cast.linear24(x, packed, out_features, bias)
         second = list(layer.cast_second)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from cast_serve import kernels
 from cast_serve.kernels.gpu import dispatch
@@ -14,12 +15,17 @@ def report(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
-        weight_bytes of all linears in memory, dense_weight_bytes if all were dense, isa (the CPU
-        kernel, or the GPU's architecture and second form; None if no layer is sparse).
+        weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
+        in neither), kernel (the op that sparse layers run), isa (the CPU kernel, or the GPU's
+        architecture and second form) and head (``int8``, else ""); kernel and isa are None if no
+        layer is sparse.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
-    runs_on = None
+    runs_on = kernel = None
+    head = ""
     for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "packed"):
+            head = "int8"
         if not isinstance(module, LinearBase):
             continue
         packed = getattr(module, "packed", None)
@@ -27,6 +33,10 @@ def report(model: nn.Module) -> dict[str, Any]:
         if packed is not None and hasattr(module, "cast_num_linears"):
             num_sparse += module.cast_num_linears
             weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
+            kernel = "cast::linear24"
+            if hasattr(module, "scale"):
+                weight_bytes += module.scale.nbytes
+                kernel = "cast::linear24_int8"
             runs_on = _runs_on(packed, module.cast_form)
             itemsize = module.params_dtype.itemsize
             dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
@@ -40,7 +50,9 @@ def report(model: nn.Module) -> dict[str, Any]:
         "num_dense_layers": num_dense,
         "weight_bytes": weight_bytes,
         "dense_weight_bytes": dense_weight_bytes,
+        "kernel": kernel,
         "isa": runs_on,
+        "head": head,
     }
 
 

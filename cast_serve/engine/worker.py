@@ -222,7 +222,9 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
         "num_dense_layers": _sum(shares[0], "num_dense_layers"),
         "weight_bytes": _sum(reports, "weight_bytes"),
         "dense_weight_bytes": _sum(reports, "dense_weight_bytes"),
+        "kernel": next((report["kernel"] for report in reports if report["kernel"]), None),
         "isa": next((report["isa"] for report in reports if report["isa"]), None),
+        "head": next((report["head"] for report in reports if report["head"]), ""),
     }
 
 
@@ -238,9 +240,10 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
     labels = {
         "variant": name,
         "pattern": "2:4" if is_sparse else "dense",
-        "kernel": "cast::linear24" if is_sparse else "vllm",
+        "kernel": report["kernel"] or "vllm",
         "isa": report["isa"] or "",
         "dtype": dtype,
+        "head": report["head"] or dtype,
         "num_sparse_layers": str(report["num_sparse_layers"]),
         "num_dense_layers": str(report["num_dense_layers"]),
         "weight_bytes": str(report["weight_bytes"]),

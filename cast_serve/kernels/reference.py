@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cast_serve.sparsity.bitmask import decompress, unpack_mask
 from cast_serve.sparsity.pattern import PatternError
+from cast_serve.sparsity.quantize import SCALE_GROUP, quantize_groups
 
 TILE_ROWS = 8
 TILE_COLUMNS = 64  # of bf16, fp16 and fp32
-INT8_TILE_COLUMNS = 128  # also the columns of a scale group of the activations
-MAX_INTEGER = 127
+INT8_TILE_COLUMNS = SCALE_GROUP  # a tile is a scale group of the activations
 PADDING_POSITIONS = 0b0100_0100  # two groups that keep columns 0 and 1
 
 
@@ -169,28 +169,6 @@ def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None =
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype)
-
-
-def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises each token's scale groups of 128 columns by their largest absolute value.
-
-    All in fp32, and bit for bit the same in every kernel: scale = max|x| / 127; values = x / scale
-    (a division, not a product with the reciprocal), clamped to +-127 and rounded half to even.
-    Where the scale is 0 the values are 0. A group that holds Inf or NaN gets scale NaN, values 0.
-
-    Args:
-        x: [..., in_features], bf16, fp16 or fp32.
-
-    Returns:
-        values int8 [..., num_groups, 128], padded with 0, and scale fp32 [..., num_groups].
-    """
-    padding = -x.shape[-1] % INT8_TILE_COLUMNS
-    groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, INT8_TILE_COLUMNS))
-    scale = groups.abs().amax(-1) / MAX_INTEGER
-    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
-    is_usable = (scale > 0).unsqueeze(-1)
-    values = (groups / scale.unsqueeze(-1)).clamp(-MAX_INTEGER, MAX_INTEGER).round()
-    return torch.where(is_usable, values, 0.0).to(torch.int8), scale
 
 
 def linear24_int8(

@@ -1,10 +1,11 @@
 """Weights and activations <-> 8-bit integers and their scales: symmetric, within +-127.
 
-    weight row r         W[r, k] ~ values[r, k] * scale[r]     scale in the weight's dtype, on disk
-    activation token t   X[t, k] ~ values[t, k] * scale[t]     scale fp32, anew for every product
+    weight row r        W[r, k] ~ values[r, k] * scale[r]       scale in the weight's dtype, on disk
+    activation token t  X[t, k] ~ values[t, k] * scale[t, g]    scale fp32, anew for every product
 
-so that a product is scale[t] * scale[r] * (an exact sum of integers). The integers leave out -128,
-of which a codec that takes absolute values in 8 bits makes a wrong mask.
+with g the scale group of 128 columns that k is in, so that a product is scale[r] * the sum over g
+of scale[t, g] * (an exact sum of integers). The integers leave out -128, of which a codec that
+takes absolute values in 8 bits makes a wrong mask.
 
 A row's scale is the one of least squared error among FRACTIONS of its max|w| / 127. A smaller scale
 cuts the largest weights off and rounds all others more finely. Each candidate is first rounded to
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 MAX_INTEGER = 127
+SCALE_GROUP = 128  # columns of the activations that share a scale
 FRACTIONS = [1 - step / 200 for step in range(21)]  # 1.00, 0.995, ... 0.90 of max|w| / 127
 SCALES_CHOSEN = (
     "per row, the least squared error among 1.00, 0.995, ... 0.90 of max|w| / 127, "
@@ -65,25 +67,32 @@ def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]
     return values, scale
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises each token of the activations by its largest absolute value.
+def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises each token's scale groups of 128 columns by their largest absolute value.
 
-    scale = max|x| / 127 and values = x / scale, both divisions in fp32, rounded half to even and
-    clamped to +-127. Where max|x| / 127 is 0 the scale is 1 and the values are 0. A token that
-    holds Inf or NaN gets scale NaN and values 0, so all its outputs are NaN.
+    All in fp32, and bit for bit the same in every kernel: scale = max|x| / 127; values = x / scale
+    (a division, not a product with the reciprocal), clamped to +-127 and rounded half to even.
+    Where the scale is 0 the values are 0. A group that holds Inf or NaN gets scale NaN, values 0.
 
     Args:
-        x: [..., K], bf16, fp16 or fp32.
+        x: [..., in_features], bf16, fp16 or fp32.
 
     Returns:
-        values int8 [..., K] and scale fp32 [..., 1].
+        values int8 [..., num_groups, 128], padded with 0, and scale fp32 [..., num_groups].
     """
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / MAX_INTEGER
-    is_finite = torch.isfinite(scale)
-    scale = torch.where(scale == 0, 1.0, scale)
-    values = torch.where(is_finite, _integers(x, scale), 0.0).to(torch.int8)
-    return values, torch.where(is_finite, scale, torch.nan)
+    padding = -x.shape[-1] % SCALE_GROUP
+    groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, SCALE_GROUP))
+    scale = groups.abs().amax(-1) / MAX_INTEGER
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    is_usable = (scale > 0).unsqueeze(-1)
+    values = (groups / scale.unsqueeze(-1)).clamp(-MAX_INTEGER, MAX_INTEGER).round()
+    return torch.where(is_usable, values, 0.0).to(torch.int8), scale
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations [..., in_features] as a quantised linear sees them, in their own dtype."""
+    values, scale = quantize_groups(x)
+    return (values * scale.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -32,7 +32,7 @@ from cast_serve.checkpoint.record import (
     write_record,
 )
 from cast_serve.sparsity.pattern import Pattern
-from cast_serve.sparsity.quantize import dequantize
+from cast_serve.sparsity.quantize import dequantize, rounded
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import Phase
 
@@ -106,8 +106,8 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A sparse-24-bitmask directory, decompressed into the dense model.
 
-    int8 weights are dequantised. Activations are not quantised, as they are where the model is
-    served: so the quality found here is that of the quantised weights alone.
+    int8 weights are dequantised, and the activations that they multiply are rounded as they are
+    where the model is served (sparsity/quantize.py): the quality found here is that of serving.
 
     Raises:
         CheckpointError: if it is missing, of another format, or lacks tensors, or a scale is
@@ -134,6 +134,8 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             state[key] = tensor
     for name, found_parts in parts.items():
         key = f"{name}.weight"
+        if "weight_scale" in found_parts:
+            model.get_submodule(name).register_forward_pre_hook(_round_activations)
         if key in state:  # a dense int8 output layer: a weight and its scale
             scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
             state[key] = dequantize(state[key], scale)
@@ -149,6 +151,10 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
         )
     model.tie_weights()
     return model
+
+
+def _round_activations(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (rounded(inputs[0]),)
 
 
 def load_gated(

@@ -165,9 +165,7 @@ def _attach(
 
 
 @torch.no_grad()
-def _drop(
-    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], pattern: Pattern
-) -> None:
+def _drop(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], pattern: Pattern) -> None:
     for name, linear in targets.items():
         mask = hard_mask(scores[name], pattern)
         linear.weight.mul_(mask.t() if gating.is_transposed(linear) else mask)

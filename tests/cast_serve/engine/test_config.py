@@ -33,6 +33,20 @@ CHECKPOINT: dict[str, Any] = {
 }
 
 
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8: dict[str, Any] = {
+    **CHECKPOINT,
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**EIGHT_BITS, "strategy": "channel", "dynamic": False},
+            "input_activations": {**EIGHT_BITS, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def config_class() -> Any:
     plugin.register()
@@ -43,7 +57,7 @@ def config_class() -> Any:
 
 def test_claims_our_format_and_no_other(config_class: Any) -> None:
     claim = config_class.override_quantization_method
-    assert claim(CHECKPOINT, None) == "cast_sparse24"
+    assert claim(CHECKPOINT, None) == claim(INT8, None) == "cast_sparse24"
     assert claim({"quant_method": "compressed-tensors", "format": "int-quantized"}, None) is None
     assert claim({"quant_method": "gptq", "sparsity_config": None}, None) is None
 
@@ -51,7 +65,8 @@ def test_claims_our_format_and_no_other(config_class: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\)"),
+        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\); .*convert"),
+        ({"format": "int-quantized"}, r"2:4-sparse and quantised \(int-quantized\)"),
         ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
         ({"sparsity_config": {"targets": []}}, r"targets \[\] is not served"),
         ({"sparsity_config": {"sparsity_structure": "4:8"}}, "'4:8' with targets"),
@@ -63,6 +78,52 @@ def test_refuses(config_class: Any, changes: dict[str, Any], message: str) -> No
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         config_class.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("weights", "num_bits", 4),
+        ("weights", "symmetric", False),
+        ("weights", "strategy", "group"),
+        ("input_activations", "dynamic", False),
+        ("input_activations", "type", "float"),
+    ],
+)
+def test_refuses_another_scheme(config_class: Any, part: str, key: str, value: Any) -> None:
+    config = copy.deepcopy(INT8)
+    config["config_groups"]["group_0"][part][key] = value
+    with pytest.raises(
+        ValueError, match=rf"group_0\.{part}\.{key} is {value!r}; of 8-bit .*convert"
+    ):
+        config_class.from_config(config)
+
+
+def test_weights_without_activations_are_refused(config_class: Any) -> None:
+    config = copy.deepcopy(INT8)
+    config["config_groups"]["group_0"]["input_activations"] = None
+    with pytest.raises(ValueError, match="input_activations.num_bits is None"):
+        config_class.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("unquantized", "sparse", "head"),
+    [([], True, "Int8HeadMethod"), (["lm_head"], True, None), (["re:.*"], False, None)],
+)
+def test_what_int8_is_asked_for(
+    config_class: Any, unquantized: list[str], sparse: bool, head: str | None
+) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    config = config_class.from_config({**INT8, "ignore": unquantized})
+    linear, output = LinearBase.__new__(LinearBase), ParallelLMHead.__new__(ParallelLMHead)
+    assert config.get_quant_method(linear, "model.layers.0.mlp.down_proj").is_quantized is sparse
+    found = config.get_quant_method(output, "lm_head")
+    assert (None if found is None else type(found).__name__) == head
+    with pytest.raises(ValueError, match="lm_head is int8 and not 2:4; only the head") as error:
+        config_class.from_config(INT8).get_quant_method(linear, "lm_head")
+    assert "convert" in str(error.value)
 
 
 def test_only_linears_are_touched(config_class: Any) -> None:

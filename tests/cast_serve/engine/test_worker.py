@@ -9,7 +9,9 @@ WHOLE = {
     "num_dense_layers": 0,
     "weight_bytes": 9,
     "dense_weight_bytes": 16,
+    "kernel": "cast::linear24",
     "isa": "avx2",
+    "head": "",
 }
 """What is reported of a whole model on one rank."""
 

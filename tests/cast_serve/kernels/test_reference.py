@@ -4,6 +4,7 @@ import torch
 from cast_serve.kernels import reference
 from cast_serve.sparsity.bitmask import compress
 from cast_serve.sparsity.pattern import PatternError, hard_mask
+from cast_serve.sparsity.quantize import quantize_groups
 
 SHAPES = [(1, 4), (8, 64), (9, 60), (17, 68), (40, 576)]
 
@@ -82,7 +83,7 @@ def test_int8_linear_is_the_dense_product_of_what_was_quantised() -> None:
     weight = (weight_of((9, 300), torch.float32) * 40).clamp(-127, 127).to(torch.int8)
     scale, bias = torch.rand(9) * 1e-2, torch.randn(9)
     x = torch.randn(2, 3, 300)
-    integers, x_scale = reference.quantize_groups(x)
+    integers, x_scale = quantize_groups(x)
     assert integers.shape == (2, 3, 3, 128)
     assert (integers.abs().amax(-1) == 127).all()
     quantised_x = (integers * x_scale.unsqueeze(-1)).flatten(-2)[..., :300]
@@ -97,7 +98,7 @@ def test_groups_of_zeros_and_of_inf_or_nan_have_their_own_scales() -> None:
     x[0, 128:] = 0
     x[1, 5] = torch.nan
     x[2, 200] = -torch.inf
-    integers, scale = reference.quantize_groups(x)
+    integers, scale = quantize_groups(x)
     assert (scale == 0).nonzero().tolist() == [[0, 1]]
     assert scale.isnan().nonzero().tolist() == [[1, 0], [2, 1]]
     for token, group in ((0, 1), (1, 0), (2, 1)):

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cast_serve.sparsity import quantize
-from cast_serve.sparsity.quantize import FRACTIONS, dequantize, quantize_rows, quantize_tokens
+from cast_serve.sparsity.quantize import (
+    FRACTIONS,
+    SCALE_GROUP,
+    dequantize,
+    quantize_groups,
+    quantize_rows,
+    rounded,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -114,39 +121,40 @@ def test_meta() -> None:
     assert (scale.shape, scale.dtype) == ((6, 1), torch.bfloat16)
 
 
-def test_tokens_are_rounded_half_to_even_by_their_largest_value() -> None:
-    x = torch.tensor([[[127.0, 0.5, 1.5, -2.5, -127.0]], [[254.0, 3.0, -5.0, 0.0, 1.0]]])
-    values, scale = quantize_tokens(x)
-    assert scale.tolist() == [[[1.0]], [[2.0]]]
-    assert values.tolist() == [[[127, 0, 2, -2, -127]], [[127, 2, -2, 0, 0]]]
+def test_groups_are_rounded_half_to_even_by_their_largest_value() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0], [254.0, 3.0, -5.0, 0.0, 1.0]])
+    values, scale = quantize_groups(x)
+    assert scale.tolist() == [[1.0], [2.0]]
+    assert values[:, 0, :5].tolist() == [[127, 0, 2, -2, -127], [127, 2, -2, 0, 0]]
+    assert not values[:, 0, 5:].any()
     assert (values.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert rounded(x).tolist() == [[127, 0, 2, -2, -127], [254, 4, -4, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_come_back_within_half_a_step(dtype: torch.dtype) -> None:
-    x = random_weight(9, 64, dtype)
-    values, scale = quantize_tokens(x)
-    assert torch.equal(scale, x.float().abs().amax(-1, keepdim=True) / 127)
+def test_activations_come_back_within_half_a_step(dtype: torch.dtype) -> None:
+    x = random_weight(9, 300, dtype)
+    values, scale = quantize_groups(x)
     assert values.abs().amax(-1).eq(127).all()
-    assert ((dequantize(values, scale) - x.float()).abs() <= scale * 0.5001).all()
+    steps = scale.repeat_interleave(SCALE_GROUP, dim=1)[:, :300]
+    assert ((rounded(x.float()) - x.float()).abs() <= steps * 0.5001).all()
+    assert torch.equal(rounded(x), rounded(x.float()).to(dtype))
 
 
-def test_a_token_of_zeros_or_of_almost_nothing() -> None:
+def test_a_group_of_zeros_or_of_almost_nothing() -> None:
     x = torch.zeros(2, 4)
     x[1, 1] = 1e-45  # max / 127 is 0 in fp32
-    values, scale = quantize_tokens(x)
-    assert scale.tolist() == [[1], [1]]
+    values, scale = quantize_groups(x)
+    assert scale.tolist() == [[0], [0]]
     assert not values.any()
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_a_token_that_is_not_finite_makes_its_own_output_nan(bad: float) -> None:
-    x = random_weight(3, 8, torch.bfloat16)
-    expected_values, expected_scale = quantize_tokens(x)
+def test_what_is_not_finite_makes_its_own_group_nan(bad: float) -> None:
+    x = random_weight(3, 256, torch.bfloat16)
+    expected = rounded(x)
     x[1, 4] = bad
-    values, scale = quantize_tokens(x)
-    assert torch.isnan(scale[1])
-    assert torch.isnan(dequantize(values[1], scale[1])).all()
-    for token in (0, 2):
-        assert torch.equal(values[token], expected_values[token])
-        assert torch.equal(scale[token], expected_scale[token])
+    found = rounded(x)
+    assert found[1, :128].isnan().all()
+    found[1, :128] = expected[1, :128]
+    assert torch.equal(found, expected)

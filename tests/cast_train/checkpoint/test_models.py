@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.checkpoint.record import CheckpointError, sha256, verify
+from cast_serve.checkpoint.record import CheckpointError, read_record, sha256, verify
 from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_serve.sparsity.quantize import rounded
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.checkpoint.models import load_compressed, load_dense, load_gated, load_tokenizer
@@ -76,6 +77,11 @@ def test_int8_is_dequantised_as_in_its_dense_twin(gated, head):
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, expected_state[name]), name
     assert models.kind_of(out) == "compressed"
+    assert not torch.equal(found(TOKENS).logits, expected(TOKENS).logits)
+    quantized = [*read_record(out)["targets"], *(["lm_head"] if head else [])]
+    for name in quantized:  # as served, activations are rounded too
+        linear = expected.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     assert torch.equal(found(TOKENS).logits, expected(TOKENS).logits)
     hardened = load_compressed(convert_plain(folder))
     assert not torch.equal(found(TOKENS).logits, hardened(TOKENS).logits)
