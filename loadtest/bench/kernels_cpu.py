@@ -5,18 +5,21 @@ AMD's zentorch is installed, the op that vLLM then takes, one after the other. E
 layers that together exceed the caches. So drift of a shared machine meets all of them. A ratio is
 that of the medians over the repetitions, with a bootstrap interval over them.
 
+With int8 weights the 2:4 op is linear24_int8, and ops for dense int8 weights are timed too. The ops
+are those of ops_cpu.py, which checks their outputs before anything is timed.
+
 Read bandwidth and multiply rate of the same run give the roof: no 2:4 op can be faster than reading
 its bytes, or than half of the dense multiplies. The bandwidth is the best that any reader reached:
-plain streaming reads before and after the run, and the dense ops in it.
+plain streaming reads before and after the run, and the ops in it. The multiply rate is that of a
+dense product of integers for int8 weights, and of bf16 otherwise.
 """
 
-import importlib.util
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,23 +31,23 @@ from torch import Tensor
 
 from cast_serve import kernels
 from cast_serve.intervals import Ratio, draws, ratio_of_quantiles
-from loadtest.bench.shapes import random_weight
+from cast_serve.kernels.cpu import tuning
+from loadtest.bench.ops_cpu import Linear, layers_of
 from loadtest.provenance import machine, versions
 from loadtest.report.directory import new_directory
 
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
-TABLE_WIDTH = 120  # characters
-
-Linear = Callable[[Tensor], Tensor]
+PACKED_BYTES = {"bf16": 1.125, "int8": 0.625}  # per weight of the dense shape: values and positions
+TABLE_WIDTH = 144  # characters
 
 
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one shape at one number of tokens, per repetition, of each op.
 
-    zentorch_ms is None without zentorch.
+    weights: of the 2:4 op, bf16 or int8. The int8 ops are None for bf16, zentorch's without it.
     """
 
     in_features: int
@@ -54,21 +57,31 @@ class Timing:
     vllm_dense_ms: list[float]
     plain_dense_ms: list[float]
     zentorch_ms: list[float] | None = None
+    vllm_int8_ms: list[float] | None = None
+    zentorch_int8_ms: list[float] | None = None
+    weights: str = "bf16"
 
-    def dense_gb_s(self) -> float:
-        """How fast the faster dense op read its weight, by its median."""
-        of_each = (self.vllm_dense_ms, self.plain_dense_ms, self.zentorch_ms)
-        dense_ms = min(statistics.median(times) for times in of_each if times)
-        return 2 * self.in_features * self.out_features / dense_ms / 1e6
+    def best_gb_s(self) -> float:
+        """How fast the fastest reader of these ops read its weight, by its median."""
+        of_each = (
+            (self.sparse_ms, PACKED_BYTES[self.weights]),
+            (self.vllm_dense_ms, 2),
+            (self.plain_dense_ms, 2),
+            (self.zentorch_ms, 2),
+            (self.vllm_int8_ms, 1),
+            (self.zentorch_int8_ms, 1),
+        )
+        rates = (size / statistics.median(times) for times, size in of_each if times)
+        return self.in_features * self.out_features * max(rates) / 1e6
 
     def row(self, read_bandwidth_gb_s: float, peak_gflop_s: float) -> dict[str, Any]:
         """The result as it is printed; ratios above 1 = sparse faster.
 
         Args:
             read_bandwidth_gb_s: of this machine, for the roof.
-            peak_gflop_s: of dense bf16 multiplies on this machine, for the roof.
+            peak_gflop_s: of dense multiplies on this machine, for the roof.
         """
-        packed_bytes = self.in_features * self.out_features * 1.125  # bf16 values and positions
+        packed_bytes = self.in_features * self.out_features * PACKED_BYTES[self.weights]
         sparse_ms = statistics.median(self.sparse_ms)
         over_vllm = _ratio(self.vllm_dense_ms, self.sparse_ms)
         flops = 2 * self.in_features * self.out_features * self.num_tokens
@@ -84,21 +97,23 @@ class Timing:
             "ratio_vllm_low": over_vllm.low,
             "ratio_vllm_high": over_vllm.high,
             "ratio_plain": _ratio(self.plain_dense_ms, self.sparse_ms).value,
-            **self._over_zentorch(),
+            **self._over("zentorch", self.zentorch_ms),
+            **self._over("vllm_int8", self.vllm_int8_ms),
+            **self._over("zentorch_int8", self.zentorch_int8_ms),
             "gb_s": packed_bytes / sparse_ms / 1e6,
             "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
             "roof_ms": roof_ms,
         }
 
-    def _over_zentorch(self) -> dict[str, float | None]:
-        if self.zentorch_ms is None:
+    def _over(self, name: str, dense_ms: list[float] | None) -> dict[str, float | None]:
+        if dense_ms is None:
             return {}
-        ratio = _ratio(self.zentorch_ms, self.sparse_ms)
+        ratio = _ratio(dense_ms, self.sparse_ms)
         return {
-            "zentorch_ms": statistics.median(self.zentorch_ms),
-            "ratio_zentorch": ratio.value,
-            "ratio_zentorch_low": ratio.low,
-            "ratio_zentorch_high": ratio.high,
+            f"{name}_ms": statistics.median(dense_ms),
+            f"ratio_{name}": ratio.value,
+            f"ratio_{name}_low": ratio.low,
+            f"ratio_{name}_high": ratio.high,
         }
 
 
@@ -116,6 +131,7 @@ def run(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
+    weights: str = "bf16",
 ) -> dict[str, Any]:
     """Measures with torch's number of threads; keys as in `Timing.row` and `geomean_ratios`.
 
@@ -123,16 +139,24 @@ def run(
         shapes: (in_features, out_features).
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
+        weights: of the 2:4 op, bf16 or int8.
+
+    Raises:
+        RuntimeError: if an op's output is wrong.
+        ValueError: if ``CAST_CPU_TUNING`` has no such value.
     """
-    before_gb_s, peak = read_bandwidth_gb_s(), peak_gflop_s()
-    timings = measure(shapes, tokens, on_done)
-    bandwidth = max(before_gb_s, read_bandwidth_gb_s(), *(t.dense_gb_s() for t in timings))
+    kernels.load(tune=True)
+    before_gb_s, peak = read_bandwidth_gb_s(), peak_gflop_s(weights)
+    timings = measure(shapes, tokens, on_done, weights)
+    bandwidth = max(before_gb_s, read_bandwidth_gb_s(), *(t.best_gb_s() for t in timings))
     rows = [timing.row(bandwidth, peak) for timing in timings]
-    return {
+    result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
+        "weights": weights,
         "isa": kernels.isa(),
+        "tuning": asdict(tuning.current()),
         "threads": torch.get_num_threads(),
         "read_bandwidth_gb_s": bandwidth,
         "peak_gflop_s": peak,
@@ -140,13 +164,19 @@ def run(
         "geomean_ratio_vllm": geomean_ratios(rows, "ratio_vllm"),
         "geomean_ratio_zentorch": geomean_ratios(rows, "ratio_zentorch"),
     }
+    if weights == "int8":
+        for name in ("vllm_int8", "zentorch_int8"):
+            result[f"geomean_ratio_{name}"] = geomean_ratios(rows, f"ratio_{name}")
+    return result
 
 
 def table_of(result: dict[str, Any]) -> Table:
     """The result for people."""
+    has_int8 = result["weights"] == "int8"
     table = Table(
-        title=f"2:4 ({result['isa']}, {result['threads']} thread(s)) against dense bf16; this "
-        f"machine reads {result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense bf16 at "
+        title=f"2:4 {result['weights']} ({result['isa']}, {result['threads']} thread(s)) against "
+        f"dense bf16{' and int8' if has_int8 else ''}; this machine reads "
+        f"{result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense {result['weights']} at "
         f"{result['peak_gflop_s']:.0f} GFLOP/s",
         caption="ratio above 1: sparse faster; in brackets, the 95 % interval; "
         "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share",
@@ -154,25 +184,32 @@ def table_of(result: dict[str, Any]) -> Table:
     headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s,roof"
     for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
+    if has_int8:
+        table.add_column("vLLM int8/sparse", justify="right", no_wrap=True)
     for row in result["results"]:
-        spread = f"[{row['ratio_vllm_low']:.2f}, {row['ratio_vllm_high']:.2f}]"
         table.add_row(
             f"{row['in_features']} x {row['out_features']}",
             str(row["num_tokens"]),
             *(f"{row[key]:.3f}" for key in ("sparse_ms", "vllm_dense_ms", "plain_dense_ms")),
-            f"{row['ratio_vllm']:.2f} {spread}".replace("[", r"\["),
+            _with_interval(row, "ratio_vllm"),
             f"{row['ratio_plain']:.2f}",
             f"{row['gb_s']:.1f}",
             f"{row['dense_equivalent_gflop_s']:.0f}",
             f"{row['roof_ms'] / row['sparse_ms']:.0%}",
+            *([_with_interval(row, "ratio_vllm_int8")] if has_int8 else []),
         )
     return table
+
+
+def _with_interval(row: dict[str, Any], key: str) -> str:
+    return rf"{row[key]:.2f} \[{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]"
 
 
 def measure(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
+    weights: str = "bf16",
 ) -> list[Timing]:
     """Times every shape at every number of tokens with the current number of threads.
 
@@ -180,17 +217,24 @@ def measure(
         shapes: (in_features, out_features).
         tokens: rows of the activation.
         on_done: called after each timing.
+        weights: of the 2:4 op, bf16 or int8.
+
+    Raises:
+        RuntimeError: if an op's output is wrong.
     """
     timings = []
     for in_features, out_features in shapes:
-        ops = [_Round(layers) for layers in _layers(in_features, out_features)]
+        layers = layers_of(in_features, out_features, weights, CACHE_BYTES)
+        ops = {name: _Round(of_op) for name, of_op in layers.items()}
         for num_tokens in tokens:
             x = torch.randn(num_tokens, in_features).bfloat16()
-            for op in ops:
+            for op in ops.values():
                 op.ms_per_call(x)  # warm-up: oneDNN builds its primitives
-            rounds = [[op.ms_per_call(x) for op in ops] for _ in range(NUM_REPETITIONS)]
-            of_each = (list(times) for times in zip(*rounds, strict=True))
-            timings.append(Timing(in_features, out_features, num_tokens, *of_each))
+            times: dict[str, list[float]] = {f"{name}_ms": [] for name in ops}
+            for _ in range(NUM_REPETITIONS):
+                for name, op in ops.items():
+                    times[f"{name}_ms"].append(op.ms_per_call(x))
+            timings.append(Timing(in_features, out_features, num_tokens, **times, weights=weights))
             on_done()
     return timings
 
@@ -206,13 +250,22 @@ def read_bandwidth_gb_s() -> float:
     return data.nbytes / best / 1e9
 
 
-def peak_gflop_s() -> float:
-    """Best of five dense bf16 products of 512 x 2048 x 2048 with the current number of threads."""
-    x, weight = torch.randn(512, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+def peak_gflop_s(weights: str = "bf16") -> float:
+    """Best of five dense products of 512 x 2048 x 2048 with the current number of threads.
+
+    Args:
+        weights: bf16 or int8; of int8 the activations are integers too, and none is quantised.
+    """
+    if weights == "int8":
+        x, weight = (torch.randint(-127, 128, (n, 2048), dtype=torch.int8) for n in (512, 2048))
+        multiply = torch._int_mm
+    else:
+        x, weight = torch.randn(512, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+        multiply = torch.mm
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
+        multiply(x, weight.t())
         best = min(best, time.perf_counter() - began)
     return 2 * 512 * 2048 * 2048 / best / 1e9
 
@@ -230,43 +283,6 @@ def geomean_ratios(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]
         if key in row:
             by_tokens.setdefault(str(row["num_tokens"]), []).append(row[key])
     return {tokens: statistics.geometric_mean(ratios) for tokens, ratios in by_tokens.items()}
-
-
-def _layers(in_features: int, out_features: int) -> list[list[Linear]]:
-    """Random weights many times over in memory, behind each of the ops."""
-    import vllm.platforms  # noqa: F401, loads vLLM's CPU extension
-    from vllm import _custom_ops as vllm_ops
-
-    kernels.load()
-    packed = kernels.pack(*random_weight(in_features, out_features))
-    dense = torch.randn(out_features, in_features).bfloat16()
-
-    def sparse(copy: Tensor) -> Linear:
-        return lambda x: torch.ops.cast.linear24(x, copy, out_features)
-
-    def vllm_dense(copy: Tensor) -> Linear:
-        handler = vllm_ops.create_onednn_mm(copy.t(), 32)
-        return lambda x: vllm_ops.onednn_mm(handler, x, None)
-
-    def plain_dense(copy: Tensor) -> Linear:
-        return lambda x: torch.nn.functional.linear(x, copy)
-
-    def zentorch_dense(copy: Tensor) -> Linear:
-        prepacked = torch.ops.zentorch.zentorch_weight_prepack_for_linear(copy)
-        multiply = torch.ops.zentorch.zentorch_linear_unary
-        return lambda x: multiply(x, prepacked, None, is_weight_prepacked=True)
-
-    copies = range(max(2, math.ceil(CACHE_BYTES / packed.nbytes)))
-    layers = [
-        [sparse(packed.clone()) for _ in copies],
-        [vllm_dense(dense.clone()) for _ in copies],
-        [plain_dense(dense.clone()) for _ in copies],
-    ]
-    if importlib.util.find_spec("zentorch") is not None:
-        import zentorch  # noqa: F401, registers its ops
-
-        layers.append([zentorch_dense(dense.clone()) for _ in copies])
-    return layers
 
 
 class _Round:
@@ -308,8 +324,11 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         for key, style, name in (
             ("sparse_ms", "o-", "2:4"),
             ("roof_ms", ":", "roof of 2:4"),
-            ("vllm_dense_ms", "x--", "dense, vLLM"),
+            ("vllm_dense_ms", "x--", "dense bf16, vLLM"),
+            ("vllm_int8_ms", "+-.", "dense int8, vLLM"),
         ):
+            if key not in rows[0]:
+                continue
             rates = [count / row[key] / 1e6 for count, row in zip(flops, rows, strict=True)]
             label = name if number == 0 else None
             speeds.plot(tokens, rates, style, color=f"C{number}", label=label)

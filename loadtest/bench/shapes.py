@@ -40,7 +40,23 @@ def random_weight(in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     Returns:
         values, bf16 [out_features, in_features / 2], and bitmask, uint8 [.., in_features / 8].
     """
+    values = torch.randn(out_features, in_features // 2).bfloat16()
+    return values, _random_bitmask(in_features, out_features)
+
+
+def random_int8_weight(in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `random_weight`, quantised.
+
+    Returns:
+        values, int8 [out_features, in_features / 2] within +-127, bitmask as there, and scale,
+        fp32 [out_features], 0.004 to 0.012, exact in bf16.
+    """
+    values = torch.randint(-127, 128, (out_features, in_features // 2), dtype=torch.int8)
+    scale = (torch.rand(out_features) + 0.5).bfloat16().float() / 128
+    return values, _random_bitmask(in_features, out_features), scale
+
+
+def _random_bitmask(in_features: int, out_features: int) -> Tensor:
     patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
     nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
-    bitmask = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return torch.randn(out_features, in_features // 2).bfloat16(), bitmask
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4

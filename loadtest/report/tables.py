@@ -95,15 +95,22 @@ def _coverage(paths: Sequence[Path]) -> list[str]:
 
 
 def _kernels(paths: Sequence[Path]) -> list[str]:
-    """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model."""
+    """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model.
+
+    A column for vLLM's int8 op, and one for each op of zentorch, stand where the record has them.
+    """
     result = read(paths[0])
-    over_zentorch = result["geomean_ratio_zentorch"]
+    others = {
+        "vllm_int8": "vLLM's int8 op",
+        "zentorch": "zentorch's op",
+        "zentorch_int8": "zentorch's int8 op",
+    }
+    others = {name: title for name, title in others.items() if result.get(f"geomean_ratio_{name}")}
     lines = []
     for tokens, mean in result["geomean_ratio_vllm"].items():
         rows = [row for row in result["results"] if str(row["num_tokens"]) == tokens]
         ratios = [row["ratio_vllm"] for row in rows]
         shares = [row["roof_ms"] / row["sparse_ms"] for row in rows]
-        with_zentorch = [row["ratio_zentorch"] for row in rows if "ratio_zentorch" in row]
         lines.append(
             [
                 tokens,
@@ -111,13 +118,19 @@ def _kernels(paths: Sequence[Path]) -> list[str]:
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
                 f"{min(row['ratio_vllm_low'] for row in rows):.2f} to "
                 f"{max(row['ratio_vllm_high'] for row in rows):.2f}",
-                _mean_and_range(over_zentorch[tokens], with_zentorch) if with_zentorch else "",
+                *(
+                    _mean_and_range(
+                        result[f"geomean_ratio_{name}"][tokens],
+                        [row[f"ratio_{name}"] for row in rows],
+                    )
+                    for name in others
+                ),
                 f"{min(shares):.0%} to {max(shares):.0%}",
             ]
         )
     columns = ["tokens", "over vLLM's oneDNN op: geometric mean", "shapes", "their intervals"]
-    columns += ["over zentorch's op: geometric mean (shapes)", "share of the roof"]
-    return markdown_table(columns, lines)
+    columns += [f"over {title}: geometric mean (shapes)" for title in others.values()]
+    return markdown_table([*columns, "share of the roof"], lines)
 
 
 def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:

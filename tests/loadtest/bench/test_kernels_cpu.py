@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtest.__main__ import app
-from loadtest.bench import kernels_cpu, shapes
+from loadtest.bench import kernels_cpu, ops_cpu, shapes
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -26,6 +26,20 @@ def test_a_row_is_medians_and_their_ratios() -> None:
     assert row["roof_ms"] == pytest.approx(1e3 * 64 * 32 * 2 / 1e6)
 
 
+def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
+    dense = ([3.0], [4.0])
+    timing = kernels_cpu.Timing(64, 32, 1, [2.0], *dense, vllm_int8_ms=[1.0], weights="int8")
+    row = timing.row(read_bandwidth_gb_s=1e-3, peak_gflop_s=1.0)
+    assert (row["vllm_int8_ms"], row["ratio_vllm_int8"]) == (1.0, 0.5)
+    assert (row["ratio_vllm_int8_low"], row["ratio_vllm_int8_high"]) == (0.5, 0.5)
+    assert "ratio_zentorch_int8" not in row
+    assert row["gb_s"] == pytest.approx(64 * 32 * 0.625 / 2e-3 / 1e9)
+    assert row["roof_ms"] == pytest.approx(1e3 * 64 * 32 * 0.625 / 1e6)
+    assert timing.best_gb_s() == pytest.approx(64 * 32 * 1 / 1e-3 / 1e9)  # the dense int8 op's
+    faster = kernels_cpu.Timing(64, 32, 1, [0.1], *dense, vllm_int8_ms=[1.0], weights="int8")
+    assert faster.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-4 / 1e9)
+
+
 def test_the_geometric_mean_is_per_number_of_tokens() -> None:
     rows = [{"num_tokens": 1, "ratio_vllm": 1.0}, {"num_tokens": 1, "ratio_vllm": 4.0}]
     rows.append({"num_tokens": 8, "ratio_vllm": 3.0})
@@ -35,14 +49,20 @@ def test_the_geometric_mean_is_per_number_of_tokens() -> None:
     }
 
 
-def test_every_shape_and_number_of_tokens_is_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--shapes tiny, timed for as short as can be."""
+    monkeypatch.setenv("CAST_CPU_TUNING", "few=3")
     monkeypatch.setitem(shapes.SHAPES, "tiny", ((64, 32), (128, 64)))
     monkeypatch.setattr(kernels_cpu, "CACHE_BYTES", 1)
     monkeypatch.setattr(kernels_cpu, "MIN_TIMED_S", 0.0)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--shapes", "tiny", "--tokens", "1,20", "--out", str(out)]
+    flags = ["--shapes", "tiny", "--tokens", "1,20", "--weights", weights, "--out", str(out)]
     done = CliRunner().invoke(app, ["kernels", *flags])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
@@ -50,9 +70,37 @@ def test_every_shape_and_number_of_tokens_is_measured(
     assert measured == [(64, 1), (64, 20), (128, 1), (128, 20)]
     assert set(result["geomean_ratio_vllm"]) == {"1", "20"}
     assert result["read_bandwidth_gb_s"] > 0
+    assert result["peak_gflop_s"] > 0
     assert result["machine"]["cpu"]
+    assert result["weights"] == weights
+    assert result["tuning"]["few"] == 3
+    has_int8 = [weights == "int8"] * 4
+    assert [row.get("vllm_int8_ms", 0) > 0 for row in result["results"]] == has_int8
+    keys = {"ratio_vllm_int8", "ratio_vllm_int8_low", "ratio_vllm_int8_high"}
+    assert [keys <= set(row) for row in result["results"]] == has_int8
+    means = result.get("geomean_ratio_vllm_int8", {})
+    assert set(means) == ({"1", "20"} if weights == "int8" else set())
+    assert ("vLLM int8/sparse" in done.stdout) == (weights == "int8")
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_setting_that_is_none_is_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAST_CPU_TUNING", "few=x")
+    done = CliRunner().invoke(app, ["kernels", "--shapes", "tiny", "--tokens", "1"])
+    assert done.exit_code == 2
+    assert "CAST_CPU_TUNING=few=x: 'few=x' is not understood" in done.stderr
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_wrong_op_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_cpu, "MAX_ERROR", -1.0)
+    flags = ["--shapes", "tiny", "--tokens", "1", "--weights", "int8"]
+    done = CliRunner().invoke(app, ["kernels", *flags])
+    assert done.exit_code == 1
+    assert "sparse is wrong at [32, 64] and 1 token(s)" in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +110,8 @@ def test_every_shape_and_number_of_tokens_is_measured(
         (["--tokens", "1,x"], "'1,x' is no list"),
         (["--tokens", "0"], "'0' is no list"),
         (["--device", "tpu"], "--device tpu is not known; choose cpu or cuda"),
+        (["--weights", "int4"], "--weights int4 is not known; choose bf16 or int8"),
+        (["--weights", "int8", "--device", "cuda"], "--weights int8 is for CPUs; leave out"),
     ],
 )
 def test_wrong_use(flags: list[str], message: str) -> None:

@@ -1,0 +1,131 @@
+"""A layer's shape -> the CPU ops that are timed, each with copies of one random weight; checked.
+
+The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32. The
+ops for dense int8 weights (W8A8) are what vLLM takes for them: oneDNN's and, on AMD where zentorch
+is installed, zentorch's. All int8 ops quantise the activations in the timed call, of each token
+anew. On CPUs with AMX vLLM takes another int8 op, which is not among these.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cast_serve import kernels
+from cast_serve.sparsity.bitmask import decompress
+from loadtest.bench.shapes import random_int8_weight, random_weight
+
+MAX_ERROR = 0.02  # relative, of an op's output; quantised activations have 0.008 to 0.01
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def layers_of(
+    in_features: int, out_features: int, weights: str, cache_bytes: int
+) -> dict[str, list[Linear]]:
+    """Makes the layers of each op.
+
+    Args:
+        in_features: of the weight.
+        out_features: of the weight.
+        weights: of the 2:4 op, bf16 or int8.
+        cache_bytes: the packed layers together are larger than this; every op gets as many layers.
+
+    Returns:
+        sparse, vllm_dense, plain_dense; where it is installed, zentorch; for int8 also vllm_int8
+        and zentorch_int8 -> the op's layers, at least two.
+
+    Raises:
+        RuntimeError: if an op's output is wrong.
+    """
+    import vllm.platforms  # noqa: F401, loads vLLM's CPU extension
+    from vllm import _custom_ops as vllm_ops
+
+    kernels.load()
+    has_zentorch = importlib.util.find_spec("zentorch") is not None
+    if has_zentorch:
+        import zentorch  # noqa: F401, registers its ops
+    if weights == "int8":
+        values, bitmask, scale = random_int8_weight(in_features, out_features)
+        integers = decompress(values, bitmask, in_features)
+        exact = integers.float() * scale.unsqueeze(1)
+    else:
+        values, bitmask = random_weight(in_features, out_features)
+        exact = decompress(values, bitmask, in_features).float()
+    packed, dense = kernels.pack(values, bitmask), exact.bfloat16()
+
+    def sparse() -> Linear:
+        copy = packed.clone()
+        if weights == "int8":
+            return lambda x: torch.ops.cast.linear24_int8(x, copy, scale, out_features)
+        return lambda x: torch.ops.cast.linear24(x, copy, out_features)
+
+    def vllm_dense() -> Linear:
+        handler = vllm_ops.create_onednn_mm(dense.clone().t(), 32)
+        return lambda x: vllm_ops.onednn_mm(handler, x, None)
+
+    def plain_dense() -> Linear:
+        copy = dense.clone()
+        return lambda x: torch.nn.functional.linear(x, copy)
+
+    def zentorch_dense() -> Linear:
+        prepacked = torch.ops.zentorch.zentorch_weight_prepack_for_linear(dense.clone())
+        multiply = torch.ops.zentorch.zentorch_linear_unary
+        return lambda x: multiply(x, prepacked, None, is_weight_prepacked=True)
+
+    def vllm_int8() -> Linear:
+        # As CPUInt8ScaledMMLinearKernel of vLLM does, without the lookups of its layer class.
+        column, sums = scale.unsqueeze(1), exact.sum(1).unsqueeze(0)
+        handler = vllm_ops.create_onednn_scaled_mm(
+            integers.clone().t(), column, torch.bfloat16, True, False, 32
+        )
+
+        def linear(x: Tensor) -> Tensor:
+            quantised, x_scale, zero_point = vllm_ops.onednn_scaled_int8_quant(x)
+            out = torch.empty(len(x), out_features, dtype=x.dtype)
+            return vllm_ops.onednn_scaled_mm(
+                handler, quantised, out, x_scale, zero_point, sums, None
+            )
+
+        return linear
+
+    def zentorch_int8() -> Linear:
+        copy, bf16_scale = integers.clone(), scale.bfloat16()
+        multiply = torch.ops.zentorch.zentorch_dynamic_qlinear
+        return lambda x: multiply(x, copy, bf16_scale, None)
+
+    made = {"sparse": sparse, "vllm_dense": vllm_dense, "plain_dense": plain_dense}
+    if has_zentorch:
+        made["zentorch"] = zentorch_dense
+    if weights == "int8":
+        made["vllm_int8"] = vllm_int8
+        if has_zentorch:
+            made["zentorch_int8"] = zentorch_int8
+    copies = range(max(2, math.ceil(cache_bytes / packed.nbytes)))
+    layers = {name: [make() for _ in copies] for name, make in made.items()}
+    check(layers, exact)
+    return layers
+
+
+def check(layers: dict[str, list[Linear]], exact: Tensor) -> None:
+    """Compares each op's first layer with the product in fp32, for few and for many tokens.
+
+    Args:
+        layers: op -> its layers.
+        exact: the weight that they hold, fp32 [out_features, in_features].
+
+    Raises:
+        RuntimeError: naming the op whose relative error is above MAX_ERROR.
+    """
+    for num_tokens in (1, 20):
+        x = torch.randn(num_tokens, exact.shape[1]).bfloat16()
+        expected = x.float() @ exact.T
+        for name, (layer, *_) in layers.items():
+            error = float((layer(x).float() - expected).norm() / expected.norm())
+            if not error <= MAX_ERROR:
+                raise RuntimeError(
+                    f"{name} is wrong at {list(exact.shape)} and {num_tokens} token(s): its error "
+                    f"is {error:.3f} of the output, where {MAX_ERROR} is allowed; run its tests"
+                )

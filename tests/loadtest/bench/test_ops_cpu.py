@@ -1,0 +1,55 @@
+"""The ops that are timed give one product; an op that does not is named."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from cast_serve.sparsity.bitmask import decompress
+from loadtest.bench import ops_cpu, shapes
+
+pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_every_op_has_layers_of_the_same_product(weights: str) -> None:
+    layers = ops_cpu.layers_of(192, 64, weights, cache_bytes=40_000)
+    names = {"sparse", "vllm_dense", "plain_dense"}
+    names |= {"vllm_int8"} if weights == "int8" else set()
+    if importlib.util.find_spec("zentorch") is not None:
+        names |= {"zentorch"} | ({"zentorch_int8"} if weights == "int8" else set())
+    assert set(layers) == names
+    num_layers = {"bf16": 3, "int8": 4}[weights]  # of 13,824 and 10,240 bytes: two tiles wide
+    assert {len(of_op) for of_op in layers.values()} == {num_layers}
+    x = torch.randn(3, 192).bfloat16()
+    expected = layers["plain_dense"][0](x).float()
+    for name, of_op in layers.items():
+        for layer in of_op:
+            out = layer(x)
+            assert (out.shape, out.dtype) == ((3, 64), torch.bfloat16), name
+            assert (out.float() - expected).norm() < 0.02 * expected.norm(), name
+
+
+@pytest.mark.parametrize("factor", [1.03, torch.nan])
+def test_an_op_with_another_product_is_named(factor: float) -> None:
+    weight = torch.randn(32, 64)
+
+    def right(x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ weight.T
+
+    ops_cpu.check({"right": [right]}, weight)
+    message = r"^wrong is wrong at \[32, 64\] and 1 token\(s\): its error is (0.030|nan)"
+    with pytest.raises(RuntimeError, match=message):
+        ops_cpu.check({"right": [right], "wrong": [lambda x: right(x) * factor]}, weight)
+
+
+def test_a_random_int8_weight_is_2_4_with_scales_that_bf16_has() -> None:
+    values, bitmask, scale = shapes.random_int8_weight(64, 32)
+    assert (values.shape, values.dtype) == ((32, 32), torch.int8)
+    assert int(values.abs().max()) <= 127
+    assert int(values.abs().max()) > 100
+    assert torch.equal(scale.bfloat16().float(), scale)
+    assert len(scale.unique()) > 16
+    dense = decompress(values, bitmask, 64)  # raises where a group has not exactly two bits
+    assert int(dense.count_nonzero()) == int(values.count_nonzero())
