@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner
 
 from loadtest.__main__ import app
@@ -83,6 +84,25 @@ def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Pa
     assert ("vLLM int8/sparse" in done.stdout) == (weights == "int8")
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_layer_is_called_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def layer(number: int) -> ops_cpu.Linear:
+        def call(x: Tensor) -> Tensor:
+            calls.append(number)
+            return x
+
+        return call
+
+    layers = {name: [lambda x: x] for name in ("vllm_dense", "plain_dense")}
+    layers["sparse"] = [layer(number) for number in range(5)]
+    monkeypatch.setattr(kernels_cpu, "layers_of", lambda *_: layers)
+    (timing,) = kernels_cpu.measure([(64, 32)], [1])
+    assert len(timing.sparse_ms) == kernels_cpu.NUM_REPETITIONS
+    assert calls == [number % 5 for number in range(5 + kernels_cpu.NUM_REPETITIONS)]
 
 
 @pytest.mark.usefixtures("tiny")
