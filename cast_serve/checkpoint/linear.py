@@ -96,9 +96,9 @@ class CompressedLinear:
             raise CheckpointError(str(error)) from None
         return replace(self, values=values, scale=scale)
 
-    def dense(self) -> Tensor:
-        """The weight [out_features, in_features], dequantised, in the model's dtype."""
-        values = self.values if self.scale is None else dequantize(self.values, self.scale)
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features], dequantised to dtype (None: the model's)."""
+        values = self.values if self.scale is None else dequantize(self.values, self.scale, dtype)
         return decompress(values, self.bitmask, self.in_features, self.name)
 
     def tensors(self) -> dict[str, Tensor]:

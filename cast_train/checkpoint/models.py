@@ -138,9 +138,9 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             model.get_submodule(name).register_forward_pre_hook(_round_activations)
         if key in state:  # a dense int8 output layer: a weight and its scale
             scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
-            state[key] = dequantize(state[key], scale)
+            state[key] = dequantize(state[key], scale, dtype)
             continue
-        weight = CompressedLinear.from_parts(name, found_parts).dense()
+        weight = CompressedLinear.from_parts(name, found_parts).dense(dtype)
         transposed = gating.is_transposed(model.get_submodule(name))
         state[key] = weight.t() if transposed else weight
     missing, unexpected = model.load_state_dict(state, strict=False)

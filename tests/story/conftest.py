@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,16 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     """Both twins behind the gateway, in the test module's DTYPE and, if it has FLAGS, with them."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("logs") / "up.log"
-    variants = [part for name, path in twins.items() for part in ("--variant", f"{name}={path}")]
     flags = [*FLAGS, *getattr(request.module, "FLAGS", ()), "--dtype", request.module.DTYPE]
+    with serving(twins, flags, tmp_path_factory.mktemp("logs") / "up.log") as served:
+        yield served
+
+
+@contextmanager
+def serving(models: Mapping[str, Path], flags: Sequence[str], log: Path) -> Iterator[Served]:
+    """Model directories by variant's name behind `cast-serve up`, once they answer."""
+    port = free_port()
+    variants = [part for name, path in models.items() for part in ("--variant", f"{name}={path}")]
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             command("cast_serve", "up", *variants, "--port", port, "--", *flags),
