@@ -192,6 +192,27 @@ def _perplexities(paths: Sequence[Path]) -> list[str]:
     return markdown_table(columns, lines)
 
 
+def _paired(paths: Sequence[Path]) -> list[str]:
+    """`cast-train eval --losses` of two models on one text, and again: model, other, model, ..."""
+    lines = []
+    for path, other in zip(paths[::2], paths[1::2], strict=True):
+        ours, theirs = read(path), read(other)
+        if ours["text"] != theirs["text"]:
+            raise ValueError(f"{path} and {other} are of different texts")
+        pairs = zip(ours["losses"], theirs["losses"], strict=True)
+        above = [own - of_other for own, of_other in pairs]
+        error = statistics.stdev(above) / math.sqrt(len(above))
+        lines.append(
+            [
+                f"{path.stem} against {other.stem}",
+                *(f"{found['perplexity']:.2f}" for found in (ours, theirs)),
+                f"{statistics.fmean(above):+.4f} +- {error:.4f}",
+            ]
+        )
+    columns = ["models and text", "perplexity", "of the other"]
+    return markdown_table([*columns, "log perplexity above the other's, paired"], lines)
+
+
 def _choices(paths: Sequence[Path]) -> list[str]:
     """`cast-train eval --reference DENSE --choices FILE... --losses`: a line each set."""
     lines = []
@@ -273,6 +294,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "demo_speed": _demo_speed,
     "perplexities": _perplexities,
     "peers": _peers,
+    "paired": _paired,
     "choices": _choices,
     "study": _study,
 }

@@ -84,6 +84,18 @@ def test_a_study_by_hand(tmp_path: Path) -> None:
     ]
 
 
+def test_paired_losses_by_hand(tmp_path: Path) -> None:
+    for name, losses in (("a-wiki", [3.0, 3.4]), ("b-wiki", [2.9, 3.1])):
+        found = {"text": ["wiki.txt"], "perplexity": 24.5, "losses": losses}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    page = "<!-- table: paired a-wiki.json b-wiki.json -->\n<!-- end of table -->\n"
+    line = "| a-wiki against b-wiki | 24.50 | 24.50 | +0.2000 +- 0.1000 |"
+    assert line in rewritten(page, tmp_path)
+    (tmp_path / "b-wiki.json").write_text(json.dumps({"text": ["c4.txt"], "losses": []}))
+    with pytest.raises(ValueError, match="are of different texts"):
+        rewritten(page, tmp_path)
+
+
 def test_choices_by_hand(tmp_path: Path) -> None:
     asked = {"num_questions": 1500, "chance": 0.5, "acc_norm": 0.55, "acc_norm_reference": 0.6}
     asked |= {"acc_norm_above_reference": -0.05, "acc_norm_above_reference_stderr": 0.0123}
