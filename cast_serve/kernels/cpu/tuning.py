@@ -209,7 +209,7 @@ def _cached_or_measured() -> Tuning:
                 return _read(path)
             tuning = _measured()
             _write(path, tuning)
-    except PermissionError as error:
+    except OSError as error:  # a container's file system is often read-only
         logger.warning("measured settings of the CPU kernels cannot be kept: %s", error)
         tuning = _measured()
     return tuning
