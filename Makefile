@@ -16,8 +16,8 @@ demo: data
 	$(python) scripts/demo
 
 serve: data  # the demo's two models, until Ctrl-C
-	@[ -d runs/demo/sparse ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
-	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/sparse
+	@[ -d runs/demo/int8 ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
+	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/int8
 
 packages:  # as root, the system packages that are missing
 	@scripts/install-packages || echo "make: going on; the tests that need what is missing are skipped, as pytest's summary says" >&2

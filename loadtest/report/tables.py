@@ -138,18 +138,24 @@ def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:
 
 
 def _demo_quality(paths: Sequence[Path]) -> list[str]:
-    """The last line of `make demo`: perplexities."""
+    """The last line of `make demo`: perplexities and, since it makes an int8 model, bits."""
     found = read(paths[0])
-    names = {"cast_soft": "fine-tuned under SparseGPT's mask, soft", "cast": "the same, hardened"}
+    names = {
+        "cast_soft": "fine-tuned under SparseGPT's mask, soft",
+        "cast": "the same, hardened",
+        "cast_int8": "the same in 8 bits, head too",
+    }
     columns = [f"perplexity, {found['num_eval_tokens']:,} tokens"]
     columns += [names.get(name, name) for name in found["perplexity"]]
-    values = [f"{value:.1f}" for value in found["perplexity"].values()]
     flipped = f"{found['flipped_share']:.1%}"
-    blanks = ["" for name in found["perplexity"] if name not in names]
-    return markdown_table(
-        columns,
-        [["held-out Wikipedia text", *values], ["mask flipped", *blanks, flipped, flipped]],
-    )
+    lines = [
+        ["held-out Wikipedia text", *(f"{value:.1f}" for value in found["perplexity"].values())],
+        ["mask flipped", *(flipped if name in names else "" for name in found["perplexity"])],
+    ]
+    if bits := found.get("bits_per_weight"):
+        cells = (f"{bits[name]:.1f}" if name in bits else "" for name in found["perplexity"])
+        lines.append(["bits stored for a weight of the linears", *cells])
+    return markdown_table(columns, lines)
 
 
 def _demo_speed(paths: Sequence[Path]) -> list[str]:
@@ -165,8 +171,9 @@ def _demo_speed(paths: Sequence[Path]) -> list[str]:
         dense, sparse = (scale * found[key][side] for side in ("dense", "sparse"))
         gain = speedup(found["speedups"][name]) if name else f"{dense / sparse:.2f}"
         lines.append([title, f"{dense:.1f}", f"{sparse:.1f}", gain])
+    sparse_name = "sparse, 8 bits" if found.get("served_as_sparse") == "cast_int8" else "sparse"
     return markdown_table(
-        ["served by vLLM, one request at a time", "dense", "sparse", "gain"], lines
+        ["served by vLLM, one request at a time", "dense", sparse_name, "gain"], lines
     )
 
 
