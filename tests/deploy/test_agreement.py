@@ -1,15 +1,19 @@
 """Compose, Kubernetes, Prometheus, the image and the command line name the same things."""
 
+import json
 import re
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
 import yaml
 
 from cast_serve.__main__ import app
+from cast_serve.engine.worker import _publish
 from cast_serve.gateway.settings import GatewaySettings
 from loadtest.judge.verdict import Guard
 
@@ -122,6 +126,23 @@ def test_grafana_finds_its_files_and_prometheus() -> None:
     ]
     assert source["url"] == "http://prometheus:9090"
     assert set(service["networks"]) & set(SERVICES["prometheus"]["networks"])
+
+
+def test_grafana_shows_every_label_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[str] = []
+
+    def gauge(name: str, text: str, labels: list[str]) -> Any:
+        published.extend(labels)
+        return MagicMock()
+
+    monkeypatch.setattr("prometheus_client.Gauge", gauge)
+    _publish("sparse", defaultdict(int), "bfloat16")
+    board = json.loads((ROOT / "deploy/grafana/dashboards/variants.json").read_text())
+    (panel,) = (panel for panel in board["panels"] if panel["title"] == "What runs")
+    by, of = re.findall(r"\((.*?)\)", panel["targets"][0]["expr"])
+    assert of == "cast_variant_info"
+    assert "head" in published
+    assert by.split(", ") == published
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -9,6 +9,7 @@ const POLLS_PER_METRICS = 5; // what is served changes only when a worker starts
 const MAX_POINTS = 600; // per chart; then every second one goes
 
 const WAITING = "waiting for traffic";
+const BITS = { bfloat16: 16, float16: 16, float32: 32 }; // of a dense weight
 const SPEEDUPS = [
   ["ttft", "TTFT", "time to first token"],
   ["tpot", "TPOT", "time per output token"],
@@ -309,6 +310,7 @@ function showFacts(variant, info) {
     ["ISA", info.isa],
     ["Pattern", info.pattern],
     ["Type", info.dtype],
+    ["Head", info.head],
     ["Layers", `${info.num_sparse_layers ?? "–"} sparse, ${info.num_dense_layers ?? "–"} dense`],
   ];
   const [bytes, denseBytes] = [Number(info.weight_bytes), Number(info.dense_weight_bytes)];
@@ -317,6 +319,7 @@ function showFacts(variant, info) {
   variant.facts.replaceChildren(facts);
   if (!(bytes > 0 && denseBytes > 0)) return;
   const share = bytes / denseBytes;
+  facts.append(html("dt", {}, "Bits a weight"), html("dd", {}, number(share * BITS[info.dtype])));
   facts.append(html("dt", {}, "Bytes"), html("dd", {},
     `${megabytes(bytes)} of ${megabytes(denseBytes)} dense (${number(share)})`));
   variant.facts.append(svg("svg", { class: "weight", "aria-hidden": "true" },

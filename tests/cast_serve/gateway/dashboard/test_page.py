@@ -32,11 +32,11 @@ WORDS = {
 INFO = """\
 # TYPE cast_variant_info gauge
 cast_variant_info{variant="dense",pattern="",kernel="onednn",isa="AVX-512 BF16",dtype="bfloat16",\
-num_sparse_layers="0",num_dense_layers="211",\
+head="bfloat16",num_sparse_layers="0",num_dense_layers="211",\
 weight_bytes="212336640",dense_weight_bytes="212336640"} 1.0
 cast_variant_info{variant="sparse",pattern="2:4",kernel="a \\"quoted\\" one",isa="avx512_bf16",\
-dtype="bfloat16",num_sparse_layers="210",num_dense_layers="1",\
-weight_bytes="119439360",dense_weight_bytes="212336640"} 1.0
+dtype="bfloat16",head="int8",num_sparse_layers="210",num_dense_layers="1",\
+weight_bytes="66666240",dense_weight_bytes="212336640"} 1.0
 cast_requests_in_flight{variant="dense"} 0.0
 """
 
@@ -381,8 +381,12 @@ def test_what_is_served_comes_from_the_metrics(url: str, watched: Watched) -> No
     card = page.locator("#sparsity [data-variant=sparse]")
     for text in ('a "quoted" one', "avx512_bf16", "2:4", "210 sparse, 1 dense"):
         expect(card).to_contain_text(text)
-    expect(card).to_contain_text("119.4 MB of 212.3 MB dense (0.563)")
-    expect(page.locator("#sparsity [data-variant=dense]")).to_contain_text("0 sparse, 211 dense")
+    expect(card).to_contain_text("66.7 MB of 212.3 MB dense (0.314)")
+    for text in ("Headint8", "Bits a weight5.02"):
+        expect(card).to_contain_text(text)
+    dense = page.locator("#sparsity [data-variant=dense]")
+    for text in ("0 sparse, 211 dense", "Headbfloat16", "Bits a weight16"):
+        expect(dense).to_contain_text(text)
 
 
 def test_without_traffic_the_page_says_so(url: str, gateway: FakeGateway, watched: Watched) -> None:
