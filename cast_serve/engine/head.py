@@ -51,7 +51,7 @@ class Int8HeadMethod(QuantizeMethodBase):
         """Packs into the kernel's layout and deletes the loaded parameters.
 
         Raises:
-            ValueError: if a scale is not positive and finite, or the weight is on a GPU.
+            ValueError: if a scale is not positive and finite, or the head runs in fp32 on a GPU.
         """
         load_kernels(layer.weight.is_cuda)
         indices = layer.shard_indices

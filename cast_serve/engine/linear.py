@@ -89,7 +89,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
                 not in the checkpoint is all zeros).
             ValueError: if a scale is not positive and finite (one that was not in the checkpoint
-                is zero), or int8 weights are to run on a GPU.
+                is zero), or int8 weights are to run in fp32 on a GPU.
         """
         load_kernels(layer.compressed.is_cuda)
         try:
@@ -99,16 +99,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name in ("compressed", "bitmask", "shape"):
             delattr(layer, name)
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
-        layer.cast_form, layer.cast_second = "packed", nn.ParameterList()
         if self.is_quantized:
             keep_scales(layer, self.prefix)
-            return
         form = dispatch.wanted_form() if packed.is_cuda else "packed"
         second = dispatch.second_form(
             packed,
             layer.cast_out_features,
             layer.cast_in_features,
-            layer.params_dtype,
+            torch.int8 if self.is_quantized else layer.params_dtype,
             form,
         )
         layer.cast_form = form if second else "packed"

@@ -9,6 +9,8 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
 from cast_serve import kernels
 
+GPU_DTYPES = (torch.bfloat16, torch.float16)
+
 
 @functools.cache  # every layer asks
 def load_kernels(is_cuda: bool) -> None:
@@ -32,13 +34,13 @@ def keep_scales(layer: nn.Module, prefix: str, num_loaded: int | None = None) ->
         num_loaded: rows that the checkpoint has; None: all. Those after them are padding.
 
     Raises:
-        ValueError: if a scale is not positive and finite, or the weight is on a GPU.
+        ValueError: if a scale is not positive and finite, or the layer runs in fp32 on a GPU.
     """
     scale = layer.weight_scale.data.flatten()
-    if scale.is_cuda:
+    if scale.is_cuda and layer.params_dtype not in GPU_DTYPES:
         raise ValueError(
-            f"{prefix} has 8-bit weights, which run on CPUs only so far; serve the bf16 2:4 model "
-            "on a GPU (convert without --quantize)"
+            f"{prefix} has 8-bit weights, which a GPU multiplies in bf16 or fp16, but the model "
+            f"runs in {layer.params_dtype}; serve it with --dtype bfloat16"
         )
     bad = ~(scale[:num_loaded].isfinite() & (scale[:num_loaded] > 0))
     if bad.any():

@@ -48,6 +48,8 @@ def linear24_int8(
 ) -> Tensor:
     """x @ (weight * scale).T + bias for a packed int8 weight; see reference.linear24_int8.
 
+    On a GPU x is not quantised on the way; it is bf16 or fp16 there.
+
     Raises:
         ValueError: if the shapes do not belong together; TypeError for an unknown dtype.
     """
@@ -59,6 +61,8 @@ def linear_int8(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
     """x @ (weight * scale).T + bias for a packed dense int8 weight; see reference.linear_int8.
+
+    On a GPU x is not quantised on the way; it is bf16 or fp16 there.
 
     Raises:
         ValueError: if the shapes do not belong together; TypeError for an unknown dtype.

@@ -1,8 +1,9 @@
-"""``cast::linear24`` on a GPU: the Triton kernel, and for many tokens a second form if asked for.
+"""The ops on a GPU: the Triton kernels, and for many tokens a second form if asked for.
 
-The Triton kernel works for any number of tokens. From some number on a product on 2:4 tensor cores,
+The Triton kernels work for any number of tokens. From some number on a product on 2:4 tensor cores,
 or a dense one, may be faster, but it needs the weight a second time in another layout.
-``CAST_CUDA_MANY_TOKENS`` says which is kept beside the packed weight (bytes as a share of dense):
+``CAST_CUDA_MANY_TOKENS`` says which is kept beside a packed weight of 16 bits (bytes as a share of
+dense):
 
     packed       none, 0.5625 (the default)
     cusparselt   cuSPARSELt's, 1.125 in all
@@ -17,13 +18,14 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cast_serve.kernels.reference import packed_shape, unpack
+from cast_serve.kernels.reference import packed_dense_shape, packed_shape, unpack
 from cast_serve.sparsity.bitmask import decompress
 
 logger = logging.getLogger(__name__)
@@ -37,17 +39,20 @@ CROSSOVER = Path(__file__).parent / "crossover.json"
 UNMEASURED_TOKENS = 128
 PADDED_TOKENS = 16  # the 2:4 products take whole multiples of it
 INTERPRETED_PROCESSORS = 4
+PACKED_ALIGNMENT = 16  # bytes: what the kernels read at once
 
 _registered: list[torch.library.Library] = []  # kept, since a collected library is unregistered
 
 
 def register() -> None:
-    """Gives ``cast::linear24`` its CUDA kernel and defines ``cast::linear24_many``, once."""
+    """Gives the ops their CUDA kernels and defines ``cast::linear24_many``, once."""
     if _registered:
         return
     library = torch.library.Library("cast", "FRAGMENT")
     _registered.append(library)
     library.impl("linear24", linear24, "CUDA")
+    library.impl("linear24_int8", linear24_int8, "CUDA")
+    library.impl("linear_int8", linear_int8, "CUDA")
     library.define(
         "linear24_many(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor[] second, "
         "str form) -> Tensor"
@@ -65,14 +70,40 @@ def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None =
     """
     from cast_serve.kernels.gpu import triton24  # here: the CPU extra need not have Triton
 
-    rows = _checked_rows(x, packed, out_features, bias)
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            processors = properties(x.device.index).multi_processor_count
-            out = triton24.linear24(rows, packed, out_features, bias, processors)
-    else:
-        out = triton24.linear24(rows, packed, out_features, bias, INTERPRETED_PROCESSORS)
+    rows = _checked_rows("linear24", x, packed, out_features, bias, _packed_shape(x.dtype))
+    with torch.cuda.device_of(rows):
+        out = triton24.linear24(rows, packed, out_features, bias, _num_processors(rows))
     return out.view(*x.shape[:-1], out_features)
+
+
+def linear24_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias for x on a GPU, bf16 or fp16; also in Triton's interpreter.
+
+    Other than reference.linear24_int8 it does not quantise x.
+
+    Args:
+        x: [..., in_features].
+        packed: uint8 [tile_rows, tile_columns, 640], see reference.pack.
+        scale: fp32 [out_features].
+        out_features: rows of the weight.
+        bias: [out_features] or None.
+
+    Returns:
+        [..., out_features] in x's dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `linear24`.
+    """
+    return _linear_int8(x, packed, scale, out_features, bias, is_sparse=True)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """As `linear24_int8`, with a dense weight; packed: see reference.pack_dense."""
+    return _linear_int8(x, packed, scale, out_features, bias, is_sparse=False)
 
 
 def linear24_many(
@@ -92,7 +123,7 @@ def linear24_many(
     """
     if x.numel() // x.shape[-1] < crossover(properties(x.device.index).name, form):
         return linear24(x, packed, out_features, bias)
-    rows = _checked_rows(x, packed, out_features, bias)
+    rows = _checked_rows("linear24_many", x, packed, out_features, bias, _packed_shape(x.dtype))
     return product(rows, second, form, bias).view(*x.shape[:-1], out_features)
 
 
@@ -147,17 +178,23 @@ def second_form(
 ) -> list[Tensor]:
     """What is kept beside a packed weight on a GPU; nothing for the form ``packed``.
 
-    A weight whose sizes the form does not support gets nothing either, with a warning.
+    A weight whose dtype or sizes the form does not support gets nothing either, with a warning.
 
     Args:
-        packed: uint8 [tile_rows, tile_columns, 576], see reference.pack.
-        dtype: of the weight, bf16 or fp16.
+        packed: uint8 [tile_rows, tile_columns, tile_bytes], see reference.pack.
+        dtype: of the weight, bf16, fp16 or int8.
         form: of `FORMS`.
 
     Raises:
         RuntimeError: if this torch or this card does not have the form.
     """
     if form == "packed":
+        return []
+    if dtype == torch.int8:
+        _warn_once(
+            f"CAST_CUDA_MANY_TOKENS={form} is for weights of 16 bits: those of 8 bits run the "
+            "packed kernel for any number of tokens"
+        )
         return []
     multiples = MULTIPLES[form]
     if out_features % multiples[0] or in_features % multiples[1]:
@@ -236,23 +273,75 @@ def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _checked_rows(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+def _linear_int8(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    is_sparse: bool,
+) -> Tensor:
+    from cast_serve.kernels.gpu import triton_int8
+
+    op = "linear24_int8" if is_sparse else "linear_int8"
+    shape_of = _packed_shape(torch.int8) if is_sparse else packed_dense_shape
+    rows = _checked_rows(op, x, packed, out_features, bias, shape_of)
+    is_float = scale.dtype == torch.float32 and scale.is_contiguous()
+    if not is_float or scale.shape != (out_features,) or scale.device != x.device:
+        raise ValueError(
+            f"{op}: scale is {scale.dtype} {list(scale.shape)} on {scale.device}; a contiguous "
+            f"float32 [{out_features}] on {x.device} is needed"
+        )
+    processors = _num_processors(rows)
+    with torch.cuda.device_of(rows):
+        out = triton_int8.linear_int8(
+            rows, packed, scale, out_features, bias, is_sparse, processors
+        )
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _packed_shape(dtype: torch.dtype) -> Callable[[int, int], tuple[int, int, int]]:
+    return functools.partial(packed_shape, dtype=dtype)
+
+
+def _num_processors(x: Tensor) -> int:
+    if not x.is_cuda:
+        return INTERPRETED_PROCESSORS
+    return int(properties(x.device.index).multi_processor_count)
+
+
+def _checked_rows(
+    op: str,
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    shape_of: Callable[[int, int], tuple[int, int, int]],
+) -> Tensor:
     """x as [num_tokens, in_features], after the same checks as in csrc/ops.cpp."""
     if x.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"linear24: x is {x.dtype}; bfloat16 or float16 is needed on a GPU")
+        raise TypeError(
+            f"{op}: x is {x.dtype}; bfloat16 or float16 is needed on a GPU (--dtype bfloat16)"
+        )
     if not x.dim():
-        raise ValueError("linear24: x has no dimension; [..., in_features] is needed")
+        raise ValueError(f"{op}: x has no dimension; [..., in_features] is needed")
     in_features = x.shape[-1]
     if in_features == 0 or in_features % 4:
-        raise ValueError(f"linear24: in_features {in_features} is no positive multiple of 4")
-    shape = packed_shape(out_features, in_features, x.dtype)
+        raise ValueError(f"{op}: in_features {in_features} is no positive multiple of 4")
+    shape = shape_of(out_features, in_features)
     if packed.dtype != torch.uint8 or packed.shape != shape or not packed.is_contiguous():
         raise ValueError(
-            f"linear24: packed is {packed.dtype} {list(packed.shape)}, but x {list(x.shape)} of "
+            f"{op}: packed is {packed.dtype} {list(packed.shape)}, but x {list(x.shape)} of "
             f"{x.dtype} and out_features {out_features} need a contiguous uint8 {list(shape)}"
         )
-    if packed.device != x.device:
-        raise ValueError(f"linear24: x is on {x.device} and packed on {packed.device}")
+    if packed.data_ptr() % PACKED_ALIGNMENT:
+        raise ValueError(
+            f"{op}: packed does not begin at a {PACKED_ALIGNMENT}-byte boundary; "
+            "pass packed.clone()"
+        )
+    for name, tensor in (("packed", packed), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: x is on {x.device} and {name} on {tensor.device}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"linear24: bias is {list(bias.shape)}; [{out_features}] is needed")
+        raise ValueError(f"{op}: bias is {list(bias.shape)}; [{out_features}] is needed")
     return x.reshape(-1, in_features)

@@ -170,6 +170,41 @@ def test_on_a_gpu_the_kernels_are_picked_by_key(form: str) -> None:
     assert ours == [f"cast.linear24{'' if form == 'packed' else '_many'}.default"]
 
 
+@pytest.mark.parametrize("is_head", [False, True])
+def test_on_a_gpu_8_bits_run_the_same_ops(is_head: bool) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from cast_serve import kernels
+    from cast_serve.engine.head import Int8HeadMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod
+    from cast_serve.kernels.gpu import dispatch
+
+    kernels.load()
+    dispatch.register()
+    method: Any = Int8HeadMethod("lm_head") if is_head else Sparse24LinearMethod("o_proj", True)
+    with FakeTensorMode():
+        layer = nn.Module()
+        shape = (5, 1, 1024 if is_head else 640)
+        layer.packed = torch.empty(shape, dtype=torch.uint8, device="cuda")
+        layer.scale = torch.empty(40, device="cuda")
+        layer.cast_out_features = 40
+        out = method.apply(layer, torch.empty(3, 64, dtype=torch.bfloat16, device="cuda"))
+    assert (out.shape, out.device.type, out.dtype) == ((3, 40), "cuda", torch.bfloat16)
+
+
+def test_8_bits_in_fp32_on_a_gpu_are_refused_when_they_are_loaded() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from cast_serve.engine.packing import keep_scales
+
+    with FakeTensorMode():
+        layer = nn.Module()
+        layer.weight_scale = nn.Parameter(torch.ones(40, 1, device="cuda"), requires_grad=False)
+        layer.params_dtype = torch.float32
+        with pytest.raises(ValueError, match="lm_head has .* in torch.float32; .*--dtype bfloat16"):
+            keep_scales(layer, "lm_head")
+
+
 def test_what_a_layer_holds_on_a_cpu() -> None:
     from cast_serve.engine.linear import Sparse24LinearMethod
     from cast_serve.sparsity.bitmask import compress

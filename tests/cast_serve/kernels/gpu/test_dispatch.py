@@ -28,20 +28,26 @@ def test_the_ops_have_kernels_under_the_cuda_key() -> None:
     dispatch.register()
     dispatch.register()  # a second time changes nothing
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert has_kernel("cast::linear24", "CUDA")
-    assert has_kernel("cast::linear24_many", "CUDA")
+    for op in ("linear24", "linear24_int8", "linear_int8", "linear24_many"):
+        assert has_kernel(f"cast::{op}", "CUDA")
     assert not has_kernel("cast::linear24_many", "CPU")
 
 
-def test_both_ops_trace_on_a_fake_gpu() -> None:
+def test_all_ops_trace_on_a_fake_gpu() -> None:
     kernels.load()
     dispatch.register()
     with FakeTensorMode():
         x = torch.empty(3, 2, 64, dtype=torch.bfloat16, device="cuda")
-        packed = torch.empty(5, 1, 576, dtype=torch.uint8, device="cuda")
+        packed, int8, dense = (
+            torch.empty(5, 1, num_bytes, dtype=torch.uint8, device="cuda")
+            for num_bytes in (576, 640, 1024)
+        )
+        scale = torch.empty(40, device="cuda")
         for out in (
             torch.ops.cast.linear24(x, packed, 40, None),
             torch.ops.cast.linear24_many(x, packed, 40, None, [packed], "dense"),
+            torch.ops.cast.linear24_int8(x, int8, scale, 40, None),
+            torch.ops.cast.linear_int8(x, dense, scale, 40, None),
         ):
             assert out.shape == (3, 2, 40)
             assert (out.dtype, out.device.type) == (torch.bfloat16, "cuda")
@@ -90,6 +96,16 @@ def test_sizes_that_a_form_cannot_hold_keep_the_packed_kernel(
             assert dispatch.second_form(packed, 40, 64, torch.bfloat16, "cusparselt") == []
     (record,) = caplog.records
     assert "linears of [40, 64] are no multiples of [16, 16]" in record.getMessage()
+
+
+def test_eight_bits_keep_the_packed_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    packed = torch.zeros(8, 1, 640, dtype=torch.uint8)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert dispatch.second_form(packed, 64, 128, torch.int8, "dense") == []
+        assert dispatch.second_form(packed, 64, 128, torch.int8, "packed") == []
+    (record,) = caplog.records
+    assert "CAST_CUDA_MANY_TOKENS=dense is for weights of 16 bits" in record.getMessage()
 
 
 def test_a_form_that_is_not_here_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,3 +184,48 @@ def test_errors(x: Tensor, out_features: int, bias: Tensor, error: type, message
     _, packed = make((40, 64), torch.bfloat16)
     with pytest.raises(error, match=message):
         dispatch.linear24(x, packed, out_features, bias)
+
+
+@pytest.mark.parametrize(
+    ("x", "out_features", "bias", "scale", "error", "message"),
+    [
+        (torch.zeros(1, 64), 40, None, torch.ones(40), TypeError, "x is torch.float32; bfloat16 o"),
+        (torch.zeros(1, 62).bfloat16(), 40, None, torch.ones(40), ValueError, "in_features 62"),
+        (torch.zeros(1, 132).bfloat16(), 40, None, torch.ones(40), ValueError, r"uint8 \[5, 2, "),
+        (torch.zeros(1, 64).half(), 40, torch.ones(39), torch.ones(40), ValueError, "bias is"),
+        (torch.zeros(1, 64).half(), 40, None, torch.ones(39), ValueError, r"\[39\] on cpu; a cont"),
+        (torch.zeros(1, 64).half(), 40, None, torch.ones(40).half(), ValueError, r"float16 \[40\]"),
+        (
+            torch.zeros(1, 64).half(),
+            40,
+            None,
+            torch.ones(80)[::2],
+            ValueError,
+            r"float32 \[40\] on",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("op", "num_bytes"), [("linear24_int8", 640), ("linear_int8", 1024)])
+def test_errors_of_8_bits(
+    op: str,
+    num_bytes: int,
+    x: Tensor,
+    out_features: int,
+    bias: Tensor,
+    scale: Tensor,
+    error: type,
+    message: str,
+) -> None:
+    pytest.importorskip("triton", reason="comes with the cpu and gpu extras")
+    packed = torch.zeros(5, 1, num_bytes, dtype=torch.uint8)
+    with pytest.raises(error, match=f"{op}: .*{message}"):
+        getattr(dispatch, op)(x, packed, scale, out_features, bias)
+
+
+@pytest.mark.parametrize(("op", "num_bytes"), [("linear24", 576), ("linear24_int8", 640)])
+def test_an_unaligned_weight_is_refused(op: str, num_bytes: int) -> None:
+    pytest.importorskip("triton", reason="comes with the cpu and gpu extras")
+    packed = torch.zeros(5 * num_bytes + 8, dtype=torch.uint8)[8:].view(5, 1, num_bytes)
+    arguments = [torch.ones(40)] if op == "linear24_int8" else []
+    with pytest.raises(ValueError, match=f"{op}: packed does not begin at a 16-byte .*clone"):
+        getattr(dispatch, op)(torch.zeros(1, 64).bfloat16(), packed, *arguments, 40)
