@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from cast_serve import kernels
+from cast_serve.kernels.cpu import tuning
 from cast_serve.kernels.gpu import dispatch
 
 
@@ -16,8 +16,8 @@ def report(model: nn.Module) -> dict[str, Any]:
     Returns:
         num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
-        in neither), kernel (the op that sparse layers run), isa (the CPU kernel, or the GPU's
-        architecture and second form) and head (``int8``, else ""); kernel and isa are None if no
+        in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
+        settings, or the GPU's architecture and second form) and head (``int8``, else ""); kernel and isa are None if no
         layer is sparse.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
@@ -58,7 +58,7 @@ def report(model: nn.Module) -> dict[str, Any]:
 
 def _runs_on(packed: Tensor, form: str) -> str:
     if not packed.is_cuda:
-        return kernels.isa()
+        return tuning.description()
     card = dispatch.properties(packed.device.index)
     return f"sm_{card.major}{card.minor}" + ("" if form == "packed" else f" {form}")
 

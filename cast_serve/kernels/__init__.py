@@ -72,7 +72,7 @@ def linear_int8(
 
 
 def isa() -> str:
-    """The CPU kernel in use: avx512_bf16, avx512_vnni, avx512, avx2 or portable.
+    """The CPU kernel in use: amx, avx512_bf16, avx512_vnni, avx512, avx2 or portable.
 
     Raises:
         RuntimeError: if ``CAST_CPU_ISA`` names a kernel that this CPU does not have.

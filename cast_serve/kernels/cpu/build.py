@@ -31,13 +31,16 @@ VNNI_FLAGS = [
     *(f"-mavx512{extension}" for extension in ("vnni", "vbmi", "bw", "vl", "dq")),
     "-mbmi2",
 ]
+BF16_FLAGS = [*VNNI_FLAGS, "-mavx512bf16"]
 ISA_FLAGS = {
     "ops": [],
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512_FLAGS,
     "avx512vnni": VNNI_FLAGS,
-    "avx512bf16": [*VNNI_FLAGS, "-mavx512bf16"],
+    "avx512bf16": BF16_FLAGS,
+    "amx": [*BF16_FLAGS, "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx_emulated": [*BF16_FLAGS, "-mavx512vbmi2"],
 }
 
 

@@ -10,7 +10,7 @@ weights, into L1 (t0) or L2 (t1). ``CAST_CPU_TUNING`` says who chooses:
 
 `measure` times random weights that together are larger than the last-level cache, in turn, since a
 decoding model reads every weight from memory. All candidates are interleaved, and medians compared.
-Only the AVX-512 kernels with VBMI have such a choice.
+Only the AVX-512 kernels with VBMI and AMX's have such a choice.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 PREFETCHES = ("none", "t0", "t1")
 MOST_FEW_TOKENS = 8
-TUNABLE_ISAS = ("avx512_bf16", "avx512_vnni")
+TUNABLE_ISAS = ("amx", "avx512_bf16", "avx512_vnni")
 OUT_FEATURES, IN_FEATURES = 2048, 4096
 BUDGET_S = 0.4  # for each of up to four comparisons
 LEAST_ROUNDS = 3
@@ -50,6 +50,14 @@ class Tuning:
     few: int
     few_int8: int
     prefetch: str
+
+
+def description() -> str:
+    """The CPU kernel in use and, where it has a choice, its settings: ``amx few=2,...``."""
+    if _isa() not in TUNABLE_ISAS:
+        return _isa()
+    settings = ",".join(f"{key}={value}" for key, value in asdict(current()).items())
+    return f"{_isa()} {settings}"
 
 
 def current() -> Tuning:
@@ -114,7 +122,7 @@ def measure() -> Tuning:
     """
     before = current()
     try:
-        dtypes = [torch.int8] + ([torch.bfloat16] if _isa() == "avx512_bf16" else [])
+        dtypes = [torch.int8] + ([torch.bfloat16] if _isa() in ("amx", "avx512_bf16") else [])
         layers = {dtype: _layers(dtype) for dtype in dtypes}
         prefetch = _fastest_prefetch(layers)
         few_int8 = _crossover(layers[torch.int8], prefetch)

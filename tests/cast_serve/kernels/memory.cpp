@@ -162,7 +162,8 @@ bool check(const cast::Kernel& kernel, bool is_int8, DType dtype, const cast::Tu
 int main() {
   const cast::Kernel* kernels[] = {
 #ifdef __x86_64__
-      &cast::kAvx512Bf16, &cast::kAvx512Vnni, &cast::kAvx512, &cast::kAvx2,
+      &cast::kAmx,        &cast::kAmxEmulated, &cast::kAvx512Bf16,
+      &cast::kAvx512Vnni, &cast::kAvx512,      &cast::kAvx2,
 #endif
       &cast::kPortable};
   const int64_t shapes[][2] = {{1, 4}, {7, 60}, {8, 64}, {33, 260}, {129, 68}, {1049, 132}};

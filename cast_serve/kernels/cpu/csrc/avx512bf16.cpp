@@ -28,11 +28,10 @@ void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
 
 bool is_supported() { return kAvx512Vnni.is_supported() && __builtin_cpu_supports("avx512bf16"); }
 
-const Product kLinear24 = {workspace_bytes, prepare, run};
-
 }  // namespace
 
-const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kLinear24, &kVnniLinear24Int8,
+const Product kAvx512Bf16Linear24 = {workspace_bytes, prepare, run};
+const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kAvx512Bf16Linear24, &kVnniLinear24Int8,
                             &kVnniLinearInt8};
 
 }  // namespace cast

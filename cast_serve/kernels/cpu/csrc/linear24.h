@@ -83,7 +83,10 @@ extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Vnni;
 extern const Kernel kAvx512Bf16;
-extern const Product kAvx512Linear24, kVnniLinear24Int8, kVnniLinearInt8;  // others use them too
+extern const Kernel kAmx;
+extern const Kernel kAmxEmulated;
+// Other kernels use these too.
+extern const Product kAvx512Linear24, kAvx512Bf16Linear24, kVnniLinear24Int8, kVnniLinearInt8;
 #endif
 
 }  // namespace cast

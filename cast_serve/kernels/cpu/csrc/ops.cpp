@@ -16,9 +16,13 @@ using at::Tensor;
 const std::vector<const cast::Kernel*>& kernels() {  // best first
   static const std::vector<const cast::Kernel*> all = {
 #ifdef __x86_64__
-      &cast::kAvx512Bf16, &cast::kAvx512Vnni, &cast::kAvx512, &cast::kAvx2,
+      &cast::kAmx,         &cast::kAvx512Bf16, &cast::kAvx512Vnni, &cast::kAvx512, &cast::kAvx2,
 #endif
-      &cast::kPortable};
+      &cast::kPortable,
+#ifdef __x86_64__
+      &cast::kAmxEmulated,  // after the portable one, so that it is never picked unasked
+#endif
+  };
   return all;
 }
 
@@ -40,8 +44,11 @@ const cast::Kernel& kernel() {
   return picked;
 }
 
-// AMD's vpermi2w and vpermi2b cost one micro-operation, Intel's three.
+// AMD's vpermi2w and vpermi2b cost one micro-operation, Intel's three; AMX needs neither.
 cast::Tuning default_tuning() {
+#ifdef __x86_64__
+  if (&kernel() == &cast::kAmx) return {2, 2, cast::Prefetch::kT1};
+#endif
   bool is_amd = false;
 #ifdef __x86_64__
   is_amd = __builtin_cpu_is("amd");

@@ -1,0 +1,30 @@
+// The linears for x86 with AMX; Intel has it from Sapphire Rapids on.
+#include "amx.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace cast {
+namespace {
+
+bool is_supported() {
+  static const bool is_granted = [] {
+    if (!kAvx512Bf16.is_supported() || !__builtin_cpu_supports("avx512vbmi2")) return false;
+    unsigned eax = 7, ebx, ecx = 0, edx;
+    asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+    if ((edx & amx) != amx) return false;
+    constexpr int64_t request_permission = 0x1023, tile_data = 18;  // of Linux's arch_prctl
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return is_granted;
+}
+
+using Products = AmxProducts<AmxTiles>;
+
+}  // namespace
+
+const Kernel kAmx = {"amx", is_supported, &Products::kLinear24, &Products::kLinear24Int8,
+                     &Products::kLinearInt8};
+
+}  // namespace cast
