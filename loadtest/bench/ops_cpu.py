@@ -1,9 +1,9 @@
 """A layer's shape -> the CPU ops that are timed, each with copies of one random weight; checked.
 
-The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32. The
-ops for dense int8 weights (W8A8) are what vLLM takes for them: oneDNN's and, on AMD where zentorch
-is installed, zentorch's. All int8 ops quantise the activations in the timed call, of each token
-anew. On CPUs with AMX vLLM takes another int8 op, which is not among these.
+The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32. They
+are what vLLM takes: oneDNN's ops; on CPUs with AMX SGLang's for int8 weights (W8A8) and for small
+bf16 ones; on AMD where zentorch is installed, zentorch's. All int8 ops quantise the activations in
+the timed call, of each token anew.
 """
 
 import importlib.util
@@ -42,6 +42,7 @@ def layers_of(
     """
     import vllm.platforms  # noqa: F401, loads vLLM's CPU extension
     from vllm import _custom_ops as vllm_ops
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 
     kernels.load()
     has_zentorch = importlib.util.find_spec("zentorch") is not None
@@ -63,6 +64,9 @@ def layers_of(
         return lambda x: torch.ops.cast.linear24(x, copy, out_features)
 
     def vllm_dense() -> Linear:
+        if check_cpu_sgl_kernel(out_features, in_features, torch.bfloat16):
+            tiles = torch.ops._C.convert_weight_packed(dense.clone())
+            return lambda x: vllm_ops.weight_packed_linear_cpu(x, tiles, out_features, None)
         handler = vllm_ops.create_onednn_mm(dense.clone().t(), 32)
         return lambda x: vllm_ops.onednn_mm(handler, x, None)
 
@@ -77,6 +81,10 @@ def layers_of(
 
     def vllm_int8() -> Linear:
         # As CPUInt8ScaledMMLinearKernel of vLLM does, without the lookups of its layer class.
+        if check_cpu_sgl_kernel(out_features, in_features, torch.int8):
+            tiles, tile_scale = torch.ops._C.convert_weight_packed(integers.clone()), scale.clone()
+            multiply = torch.ops._C.int8_scaled_mm_with_quant
+            return lambda x: multiply(x, tiles, tile_scale, None, x.dtype, True)
         column, sums = scale.unsqueeze(1), exact.sum(1).unsqueeze(0)
         handler = vllm_ops.create_onednn_scaled_mm(
             integers.clone().t(), column, torch.bfloat16, True, False, 32
