@@ -19,7 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-DEFAULT_HEAD: Literal["int8", "none"] = "none"  # of `convert --quantize`
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -40,9 +39,12 @@ def convert(
         typer.Option(help="Also quantise the kept weights: 8 bits and one scale a row."),
     ] = None,
     head: Annotated[
-        Literal["int8", "none"],
-        typer.Option(help="With --quantize: also the output layer, a copy if it is tied."),
-    ] = DEFAULT_HEAD,
+        Literal["int8", "none"] | None,
+        typer.Option(
+            help="Form of the output layer; int8 makes a copy if it is tied. "
+            "[default: int8 with --quantize, else none]"
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Keep OUT if it is there and of what SOURCE holds now."),
@@ -58,7 +60,9 @@ def convert(
     from cast_serve.checkpoint import convert as converter
     from cast_serve.checkpoint import inspect as inspection
 
-    int8_head: Literal["int8"] | None = "int8" if head == "int8" else None
+    int8_head: Literal["int8"] | None = quantize if head is None else None
+    if head == "int8":
+        int8_head = "int8"
     outputs = [out] if dense_twin is None else [out, dense_twin]
     if resume and all(folder.exists() for folder in outputs):
         for folder in outputs:

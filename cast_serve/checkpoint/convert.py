@@ -292,7 +292,7 @@ def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
     """
     if source.head is None or source.head in targets:
         which = "no output layer" if source.head is None else f"{source.head} among its targets"
-        raise CheckpointError(f"{source.path} has {which}; leave out --head int8")
+        raise CheckpointError(f"{source.path} has {which}; give --head none")
     name = f"{source.tied_embedding or source.head}.weight"
     if name not in source.files:
         raise CheckpointError(f"{source.path} has no tensor {name}; the checkpoint is incomplete")

@@ -190,6 +190,7 @@ def serving(name: str, model: Path, plan: Plan) -> Iterator[Server]:
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
+    llama.WORK.mkdir(parents=True, exist_ok=True)
     core, context, log = str(plan.core), str(plan.context), llama.WORK / f"{name}.log"
     is_ours = not model.is_file()
     if is_ours:

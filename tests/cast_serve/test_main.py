@@ -45,14 +45,24 @@ def test_convert_then_inspect(cast_serve: Call, save_gated: Save, tmp_path: Path
 
 def test_convert_quantises(cast_serve: Call, save_gated: Save, tmp_path: Path) -> None:
     words = ["convert", save_gated(tiny_llama()), tmp_path / "out", "--quantize", "int8"]
-    code, out, err = cast_serve(*words, "--head", "int8")
+    code, out, err = cast_serve(*words)
     assert code == 0
     converted = json.loads(out.splitlines()[-1])
     assert (converted["quantized"], converted["head"]) == ("int8", "int8")
     assert "bits a weight), int8 values and an int8 head" in err
-    assert cast_serve(*words, "--head", "int8", "--resume")[0] == 0
-    code, out, err = cast_serve(*words, "--resume")
+    for same in ([], ["--head", "int8"]):
+        assert cast_serve(*words, *same, "--resume")[0] == 0
+    code, out, err = cast_serve(*words, "--head", "none", "--resume")
     assert (code, out, "with --head int8, but none is asked for" in err) == (2, "", True)
+
+
+def test_convert_leaves_the_head_alone_if_told(
+    cast_serve: Call, save_gated: Save, tmp_path: Path
+) -> None:
+    words = ["convert", save_gated(tiny_llama()), tmp_path / "out", "--quantize", "int8"]
+    code, out, _ = cast_serve(*words, "--head", "none")
+    converted = json.loads(out.splitlines()[-1])
+    assert (code, converted["quantized"], converted["head"]) == (0, "int8", None)
 
 
 @pytest.mark.parametrize(

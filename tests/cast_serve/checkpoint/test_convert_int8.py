@@ -196,7 +196,7 @@ def test_refuses_a_head_that_is_a_target(save_pruned: Save, tmp_path: Path) -> N
     source = save_pruned(model)
     record = {"format_version": 1, "kind": "pruned", "n": 2, "m": 4, "targets": ["lm_head"]}
     (source / "cast.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="has lm_head among its targets; leave out --head"):
+    with pytest.raises(CheckpointError, match="has lm_head among its targets; give --head none"):
         convert(source, tmp_path / "out", quantize="int8", head="int8")
 
 

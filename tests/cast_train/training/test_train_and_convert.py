@@ -44,7 +44,7 @@ def test_quantises(llama_dir, text_file, settings_file, tmp_path):
     out = tmp_path / "sparse"
     words = ["--model", llama_dir, "--text", text_file, "--out", out]
     words += ["--config", settings_file, "--steps", 1]
-    int8 = ["--quantize", "int8", "--head", "int8"]
+    int8 = ["--quantize", "int8"]
     done = call(*words, *int8)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
