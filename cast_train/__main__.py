@@ -107,7 +107,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens to read from the text.", min=2)] = 16384,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Dense directory; KL and perplexity are measured against it, paired."),
+        typer.Option(help="Directory that KL and perplexity are measured against, paired."),
     ] = None,
     losses: Annotated[
         Path | None, typer.Option(help="JSON file to write, with the loss of every block.")
@@ -136,6 +136,11 @@ def evaluate(
 
         if losses is not None and not losses.absolute().parent.is_dir():
             raise ValueError(f"--losses {losses}: there is no such directory; make it first")
+        if reference is not None and models.kind_of(reference) == "gated":
+            raise ValueError(
+                f"--reference {reference} is a gated checkpoint; give the dense model, or what "
+                "cast-serve convert makes of the checkpoint"
+            )
         kind = models.kind_of(directory)
         tokenizer = models.load_tokenizer(directory)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
@@ -147,15 +152,13 @@ def evaluate(
             print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
             figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
         else:
-            is_compressed = kind == "compressed"
-            load = models.load_compressed if is_compressed else models.load_dense
-            model = load(directory, arithmetic())
+            model = models.load_any(directory, arithmetic())
             hard = perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
         figures["stderr_nats"] = hard.stderr_nats
         if reference is not None:
-            dense = models.load_dense(reference, arithmetic())
+            dense = models.load_any(reference, arithmetic())
             figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
             print(
                 f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"

@@ -103,6 +103,12 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model
 
 
+def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A compressed or an ordinary directory, as `load_compressed` and `load_dense` read them."""
+    load = load_compressed if kind_of(directory) == "compressed" else load_dense
+    return load(directory, dtype)
+
+
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A sparse-24-bitmask directory, decompressed into the dense model.
 

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cast_serve.checkpoint.convert import convert
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.evaluate.perplexity import perplexity
@@ -57,6 +59,35 @@ def test_prune_then_measure(cast_train, llama_dir, text_file):
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
         measured.append(expected)
     assert abs(measured[1] / measured[0] - 1) > 1e-3  # so that one cannot pass for the other
+
+
+def test_measure_beside_a_compressed_directory(
+    cast_train, llama_dir, text_file, settings_file, tmp_path
+):
+    """What int8 costs is asked of a quantised directory beside the one it was made from."""
+    cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
+    convert(Path("pruned"), tmp_path / "bf16")
+    convert(Path("pruned"), tmp_path / "int8", quantize="int8")
+    asked = ("--text", text_file, "--context", 32)
+    measured = {}
+    for name in ("bf16", "int8"):
+        found = last_json(
+            cast_train("eval", tmp_path / name, *asked, "--reference", tmp_path / "int8")
+        )
+        measured[name] = math.log(found["perplexity"]), found["nats_above_reference"]
+    assert measured["int8"][1] == 0
+    assert measured["bf16"][1] != 0
+    difference = measured["bf16"][0] - measured["int8"][0]
+    assert measured["bf16"][1] == pytest.approx(difference, rel=1e-3)
+    settings = ("--config", settings_file, "--steps", 1)
+    last_json(
+        cast_train("run", "--model", llama_dir, "--text", text_file, *settings, "--out", "gated")
+    )
+    refused = cast_train("eval", llama_dir, *asked, "--reference", "gated")
+    assert (refused.exit_code, "gated is a gated checkpoint; give the" in refused.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_permute_then_measure(cast_train, llama_dir, text_file):
