@@ -10,119 +10,23 @@
 // The sums of int8 weights leave the tile registers after every scale group, to be scaled.
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 #include "amx_expand.h"
 #include "amx_tiles.h"
-#include "avx512vnni_x.h"
+#include "amx_x.h"
 
 namespace cast {
 namespace {
 
 constexpr int64_t kBlockTileRows = 4, kBlockRows = kBlockTileRows * kTileRows;
-constexpr int64_t kRegisterTokens = 16, kPairTokens = 2 * kRegisterTokens;
+constexpr int64_t kPairTokens = 2 * kRegisterTokens;
 constexpr int64_t kAmxPassTokens = 256;      // whose sums stay in L2
 constexpr int64_t kAmxSumBytes = 512 << 10;  // of a slab
 constexpr int64_t kChunkTiles = 2;           // packed tiles side by side
 constexpr int64_t kStepTileBytes = 16 * 64;  // a weight tile of one step
 constexpr int64_t kDotsOfGroup = 16 * 16, kDotsOfRows = kChunkTiles * kDotsOfGroup;  // int32
 constexpr int64_t kChunkBytes = kChunkTiles * kAmxTileSteps * kStepTileBytes;        // of 16 rows
-
-inline int64_t amx_tile_columns(const Linear24& p, AmxWeights weights) {
-  return weights == AmxWeights::kBf16With24 ? p.num_tile_columns() : p.num_int8_tile_columns();
-}
-
-// The tokens are cut in blocks of 16; fewer than 16 have 1, 2, 4 or 8 lanes.
-inline int64_t amx_lanes(const Linear24& p) {
-  return p.num_tokens >= 16 ? 16 : std::bit_ceil(static_cast<uint64_t>(p.num_tokens));
-}
-
-inline int64_t amx_token_blocks(const Linear24& p) {
-  return (p.num_tokens + kRegisterTokens - 1) / kRegisterTokens;
-}
-
-// x: [block of tokens][step][16][lanes] times 4 bytes, so that a step is a tile of x.
-inline int64_t amx_x_step_bytes(const Linear24& p) { return 16 * 4 * amx_lanes(p); }
-
-inline int64_t amx_x_block_bytes(const Linear24& p, AmxWeights weights) {
-  return amx_tile_columns(p, weights) * kAmxTileSteps * amx_x_step_bytes(p);
-}
-
-inline int64_t amx_x_bytes(const Linear24& p, AmxWeights weights) {
-  return (amx_token_blocks(p) * amx_x_block_bytes(p, weights) + 63) / 64 * 64;
-}
-
-// bf16 x. Returns whether all of it is finite: a zero at a dropped weight times Inf would be NaN.
-inline bool prepare_amx_bf16(const Linear24& p, uint8_t* workspace) {
-  const int64_t lanes = amx_lanes(p), steps = p.num_tile_columns() * kAmxTileSteps;
-  const __m512i exponent = _mm512_set1_epi16(0x7F80);
-  const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
-  __mmask32 not_finite = 0;
-  for (int64_t first = 0; first < p.num_tokens; first += kRegisterTokens)
-    for (int64_t step = 0; step < steps; ++step, workspace += amx_x_step_bytes(p)) {
-      const int64_t left = std::clamp<int64_t>(p.in_features - step * 32, 0, 32);
-      const auto inside = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-      __m512i rows[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        rows[i] = _mm512_setzero_si512();
-        if (first + i >= p.num_tokens) continue;
-        const uint16_t* x =
-            static_cast<const uint16_t*>(p.x) + (first + i) * p.x_stride + step * 32;
-        rows[i] = _mm512_maskz_loadu_epi16(inside, x);
-        not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(rows[i], exponent), exponent);
-      }
-      transpose_16x16(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        _mm512_mask_storeu_epi32(workspace + i * lanes * 4, lane_mask, rows[i]);
-    }
-  return not_finite == 0;
-}
-
-// x as integers, then the scales: [block of tokens][scale group][16], those of fewer lanes
-// repeated.
-inline float* amx_scales(const Linear24& p, const void* workspace) {
-  uint8_t* bytes = static_cast<uint8_t*>(const_cast<void*>(workspace));
-  return reinterpret_cast<float*>(bytes + amx_x_bytes(p, AmxWeights::kInt8With24));
-}
-
-inline int64_t amx_int8_bytes(const Linear24& p) {
-  return amx_x_bytes(p, AmxWeights::kInt8With24) +
-         amx_token_blocks(p) * p.num_int8_tile_columns() * 16 * 4;
-}
-
-inline void prepare_amx_int8(const Linear24& p, void* workspace) {
-  const int64_t lanes = amx_lanes(p), groups = p.num_int8_tile_columns();
-  const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
-  uint8_t* to = static_cast<uint8_t*>(workspace);
-  float* scales = amx_scales(p, workspace);
-  for (int64_t first = 0; first < p.num_tokens; first += kRegisterTokens)
-    for (int64_t group = 0; group < groups; ++group, scales += 16) {
-      alignas(64) uint8_t integers[16][kInt8TileColumns];
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        float scale = 0;
-        if (first + lane < p.num_tokens)
-          scale = quantize(p, first + lane, group, integers[lane]);
-        else
-          std::memset(integers[lane], kZero, kInt8TileColumns);
-        for (int64_t i = lane; i < 16; i += lanes) scales[i] = scale;
-      }
-      for (int64_t step = 0; step < kAmxTileSteps; ++step, to += amx_x_step_bytes(p)) {
-        __m512i rows[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          rows[i] = i < lanes ? _mm512_xor_si512(_mm512_load_si512(integers[i] + step * 64),
-                                                 _mm512_set1_epi8(-128))  // signed again
-                              : _mm512_setzero_si512();
-        transpose_16x16(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          _mm512_mask_storeu_epi32(to + i * lanes * 4, lane_mask, rows[i]);
-      }
-    }
-}
 
 // A block's chunk: packed tiles [row, row_end) x [tile, tile_end), in the slab [slab, slab_end).
 // They come slab by slab, chunk by chunk, block by block.
