@@ -188,7 +188,7 @@ def _layers(dtype: torch.dtype) -> list[Linear]:
     nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
     pairs = nibbles[torch.randint(6, (2, OUT_FEATURES, IN_FEATURES // 8), generator=generator)]
     packed = pack(values.to(dtype), pairs[0] | pairs[1] << 4)
-    scale = torch.ones(OUT_FEATURES)
+    scale = torch.ones(OUT_FEATURES, dtype=torch.float32)  # vLLM loads with another default
 
     def linear(copy: Tensor) -> Linear:
         if dtype == torch.int8:

@@ -173,7 +173,11 @@ def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
     monkeypatch.setattr(tuning, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(tuning, "CACHE_BYTES", (1, 1))
     monkeypatch.setattr(tuning, "OUT_FEATURES", 64)
-    measured = tuning.measure()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
+    try:
+        measured = tuning.measure()
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert tuning.current() == DEFAULTS
     assert 0 <= measured.few <= 8
     assert 0 <= measured.few_int8 <= 8
