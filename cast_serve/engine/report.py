@@ -17,8 +17,8 @@ def report(model: nn.Module) -> dict[str, Any]:
         num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
         in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
-        settings, or the GPU's architecture and second form) and head (``int8``, else ""); kernel and isa are None if no
-        layer is sparse.
+        settings, or the GPU's architecture and second form) and head (``int8``, else ""); kernel
+        and isa are None if no layer is sparse.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
     runs_on = kernel = None
