@@ -6,11 +6,11 @@ A name is TYPE, TYPE:native or TYPE:native+fa:
     q8_0:native     llama.cpp's own decode in a process of its own, without a server
     q8_0:native+fa  the same with flash attention
 
-The files are of SmolLM2-135M: the 4-bit file that scripts/data makes the demo's dense model of, and
-what llama.cpp's own quantiser makes of that file. So bf16 has the dense model's weights, and the
-others are rounded twice: a measure of speed, not of what their bits keep. Where a row is no
-multiple of 256 weights, which is most of this model, the quantiser takes q5_0 and q8_0 for q4_k_m's
-types; `weights_by_type` tells.
+The files are of a given directory of Llama's layout, or of SmolLM2-135M: the 4-bit file that
+scripts/data makes the demo's dense model of, and what llama.cpp's own quantiser makes of that file.
+So bf16 has the dense model's weights, and the others are rounded twice: a measure of speed, not of
+what their bits keep. Where a row is no multiple of 256 weights, which is most of this model, the
+quantiser takes q5_0 and q8_0 for q4_k_m's types; `weights_by_type` tells.
 
 llama.cpp is built from source into build/llama-cpp on the first run (20 minutes on one core).
 """
@@ -154,21 +154,86 @@ def install() -> None:
         _call(PYTHON, "-m", "pip", "install", PACKAGE)
 
 
-def file_of(kind: str) -> Path:
-    """The demo model's file of that type; it is fetched or made if it is not there.
+def file_of(kind: str, model: Path | None = None) -> Path:
+    """A model's file of that type; it is fetched or made if it is not there.
+
+    Args:
+        kind: of `TYPES`.
+        model: a directory of Llama's layout; None: the demo's model.
 
     Raises:
         PeerError: if that fails, or the type is not known.
     """
     parse(kind)
-    path = WORK / f"{kind}.gguf"
-    if not path.exists() and kind == SOURCE:
-        _call(sys.executable, ROOT / "scripts/data", "--gguf", path)
-    elif not path.exists():
-        new = path.with_suffix(".new")
-        _call(PYTHON, "-c", QUANTISE, file_of(SOURCE), new, FTYPES[kind])
-        new.rename(path)
+    source, prefix = SOURCE, ""
+    if model is not None:
+        source, prefix = "f16", "-".join(model.resolve().parts[-2:]) + "-"
+    path = WORK / f"{prefix}{kind}.gguf"
+    if path.exists():
+        return path
+    new = path.with_suffix(".new")
+    if kind != source and kind == SOURCE:
+        raise PeerError(f"{kind} is made by llama.cpp of no other type; leave it out")
+    if kind != source:
+        _call(PYTHON, "-c", QUANTISE, file_of(source, model), new, FTYPES[kind])
+    elif model is not None:
+        _write_gguf(model, new)
+    else:
+        _call(sys.executable, ROOT / "scripts/data", "--gguf", new)
+    new.rename(path)
     return path
+
+
+def _write_gguf(model: Path, out: Path) -> None:
+    """Writes a directory of Llama's layout, with tied embeddings, as fp16.
+
+    llama.cpp rotates neighbouring rows of q_proj and k_proj, transformers the halves of a head.
+
+    Raises:
+        PeerError: if it is of another layout.
+    """
+    import gguf
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from cast_serve.checkpoint.directory import ModelDirectory
+
+    directory = ModelDirectory(model)
+    config = directory.config
+    if config.get("model_type") != "llama" or not config.get("tie_word_embeddings"):
+        raise PeerError(f"{model} is no model of type llama with tied embeddings; give another")
+    writer = gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    words = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config["vocab_size"])))
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    if config["eos_token_id"] is not None:
+        writer.add_eos_token_id(config["eos_token_id"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    num_heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    for name in directory.files:
+        weight = directory.get(name).float().numpy()
+        if (linear := name.split(".")[-2]) in num_heads:
+            halves = weight.reshape(config[num_heads[linear]], 2, -1, weight.shape[1])
+            weight = halves.swapaxes(1, 2).reshape(weight.shape)
+        dtype = np.float32 if weight.ndim == 1 else np.float16
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.astype(dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def weights_by_type(path: Path) -> dict[str, int]:
