@@ -4,8 +4,9 @@
 //
 // Rows are cut in blocks of 32, K in chunks. While one block's chunk is multiplied, the next one is
 // expanded into the other of two buffers, some tiles at a time, so that the CPU's vector units and
-// AMX work at once. Up to 32 tokens, a block's sums stay in the tile registers for all of K. More
-// tokens share a chunk of x in L2: all blocks of a slab take it in turn, and their sums wait in L2.
+// AMX work at once. Up to 32 tokens, a block's bf16 sums stay in the tile registers for all of K.
+// More tokens share a chunk of x in L2: all blocks of a slab take it in turn, and their sums wait
+// in L2.
 //
 // The sums of int8 weights leave the tile registers after every scale group, to be scaled.
 #pragma once
