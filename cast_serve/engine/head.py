@@ -1,8 +1,8 @@
 """An 8-bit output head of a checkpoint -> a vLLM head that runs ``cast::linear_int8``.
 
 The head is dense: ``lm_head.weight`` int8 [vocabulary, hidden size] and ``lm_head.weight_scale``
-[vocabulary, 1]. `cast-serve convert --quantize int8` writes them for tied embeddings too; the embedding
-that tokens are looked up in stays in the model's dtype.
+[vocabulary, 1]. `cast-serve convert --quantize int8` writes them for tied embeddings too; the
+embedding that tokens are looked up in stays in the model's dtype.
 """
 
 from typing import Any
