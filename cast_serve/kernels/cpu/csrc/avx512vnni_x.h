@@ -26,6 +26,26 @@ inline __m512 load_16(const void* x, int64_t first, __mmask16 inside) {
   }
 }
 
+// Divides by a positive number. A division takes ten times as long as the three instructions that
+// correct a product with the reciprocal, after which the quotient is rounded as a division's is
+// (P. Markstein, 1990), for all divisors but those whose reciprocal is out of range and those whose
+// bits after the point are all ones.
+struct Divider {
+  __m512 divisor, reciprocal;
+  bool is_corrected;
+
+  explicit Divider(float by) : divisor(_mm512_set1_ps(by)), reciprocal(_mm512_set1_ps(1.0f / by)) {
+    uint32_t bits;
+    std::memcpy(&bits, &by, 4);
+    is_corrected = by > 1e-30f && by < 1e30f && (bits & 0x7FFFFF) != 0x7FFFFF;
+  }
+  __m512 operator()(__m512 value) const {
+    if (!is_corrected) return _mm512_div_ps(value, divisor);
+    const __m512 quotient = _mm512_mul_ps(value, reciprocal);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(quotient, divisor, value), reciprocal, quotient);
+  }
+};
+
 // What quantize_group of elements.h does, bit for bit, in less time: x[first, first + columns) ->
 // integers + kZero, and the scale.
 template <DType kDType>
@@ -50,14 +70,22 @@ inline float quantize_group(const void* x, int64_t first, int64_t columns, uint8
     std::memset(integers, kZero, kInt8TileColumns);
     return scale;
   }
-  const __m512 limit = _mm512_set1_ps(127.0f), divisor = _mm512_set1_ps(scale);
-#pragma GCC unroll 8
-  for (int i = 0; i < kRegisters; ++i) {
-    const __m512 value = _mm512_min_ps(_mm512_div_ps(group[i], divisor), limit);
-    const __m512i integer =
-        _mm512_cvtps_epi32(_mm512_max_ps(value, _mm512_sub_ps(_mm512_setzero_ps(), limit)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(integers + i * 16),
-                     _mm_xor_si128(_mm512_cvtepi32_epi8(integer), _mm_set1_epi8(-128)));
+  const Divider divide(scale);
+  const __m512 least = _mm512_set1_ps(-127.0f);  // packing takes care of more than 127
+  // Packing puts the first four of each register's integers first, then the second four.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512i rounded[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rounded[i] = _mm512_cvtps_epi32(_mm512_max_ps(divide(group[half * 4 + i]), least));
+    }
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]),
+                                             _mm512_packs_epi32(rounded[2], rounded[3]));
+    _mm512_storeu_si512(
+        integers + half * 64,
+        _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), _mm512_set1_epi8(-128)));
   }
   return scale;
 }

@@ -1,0 +1,125 @@
+// What the products of amx_linear.h share: how rows and K are cut, and the tiles, tokens and memory
+// that a thread works on.
+#pragma once
+#include <algorithm>
+
+#include "amx_expand.h"
+#include "amx_tiles.h"
+#include "amx_x.h"
+
+namespace cast {
+namespace {
+
+constexpr int64_t kBlockTileRows = 4, kBlockRows = kBlockTileRows * kTileRows;
+constexpr int64_t kPairTokens = 2 * kRegisterTokens;
+constexpr int64_t kAmxPassTokens = 256;      // whose sums stay in L2
+constexpr int64_t kAmxSumBytes = 512 << 10;  // of a slab
+constexpr int64_t kChunkTiles = 2;           // packed tiles side by side
+constexpr int64_t kStepTileBytes = 16 * 64;  // a weight tile of one step
+constexpr int64_t kChunkBytes = kChunkTiles * kAmxTileSteps * kStepTileBytes;  // of 16 rows
+
+// A block's chunk: packed tiles [row, row_end) x [tile, tile_end), in the slab [slab, slab_end).
+// They come slab by slab, chunk by chunk, block by block.
+struct Item {
+  int64_t end, row_tiles, slab_rows;  // of the whole pass
+  int64_t slab, slab_end, row, row_end, tile, tile_end;
+
+  static Item first(int64_t begin, int64_t end, int64_t row_tiles, int64_t slab_rows) {
+    Item item = {};
+    item.end = end, item.row_tiles = row_tiles, item.slab_rows = slab_rows;
+    item.slab = item.row = begin;
+    item.find_ends();
+    return item;
+  }
+  void find_ends() {
+    slab_end = std::min(slab + slab_rows, end);
+    row_end = std::min(row + kBlockTileRows, slab_end);
+    tile_end = std::min(tile + kChunkTiles, row_tiles);
+  }
+  void advance() {
+    row = row_end;
+    if (row == slab_end) row = slab, tile = tile_end;
+    if (tile == row_tiles) slab = row = slab_end, tile = 0;
+    find_ends();
+  }
+  bool is_end() const { return slab == end; }
+  bool is_first_chunk() const { return tile == 0; }
+  bool is_last_chunk() const { return tile_end == row_tiles; }
+  bool is_last_of_slab() const { return is_last_chunk() && row_end == slab_end; }
+};
+
+// Expands an item's tiles, as many at a time as are asked for, and prefetches those of the next
+// item.
+template <AmxWeights kWeights>
+struct Expander {
+  static constexpr int64_t kBytes = amx_tile_bytes(kWeights);
+  const uint8_t* from;  // the item's first tile
+  uint8_t* to;          // [16 rows][step][16][64 bytes], kChunkBytes for 16 rows
+  int64_t row_bytes;    // of a packed tile row
+  bool is_one_wide;     // else two tiles
+  int64_t next = 0, end;
+  int64_t ahead;  // bytes from a tile to its counterpart of the next item
+
+  Expander(const uint8_t* packed_tiles, uint8_t* dense, const Item& now, const Item& later)
+      : to(dense), row_bytes(now.row_tiles * kBytes), is_one_wide(now.tile_end - now.tile == 1) {
+    static_assert(kChunkTiles == 2);
+    from = packed_tiles + (now.row * now.row_tiles + now.tile) * kBytes;
+    end = now.is_end() ? 0 : (now.row_end - now.row) * (now.tile_end - now.tile);
+    const int64_t tiles = (later.row - now.row) * now.row_tiles + later.tile - now.tile;
+    ahead = later.is_end() ? 0 : tiles * kBytes;
+  }
+  int64_t num_left() const { return end - next; }
+
+  void expand(int64_t num_tiles) {
+    const Expander e = *this;  // which the stores below cannot alias
+    const int64_t last = std::min(e.end, e.next + num_tiles);
+    for (int64_t i = e.next; i < last; ++i) {
+      const int64_t row = e.is_one_wide ? i : i / 2, tile = e.is_one_wide ? 0 : i % 2;
+      const uint8_t* packed = e.from + row * e.row_bytes + tile * kBytes;
+      prefetch<kBytes / 64, Prefetch::kT1>(packed + e.ahead);
+      expand_tile<kWeights>(packed,
+                            e.to + row / 2 * kChunkBytes + row % 2 * kTileRows * 64 +
+                                tile * kAmxTileSteps * kStepTileBytes,
+                            kStepTileBytes);
+    }
+    next = last;
+  }
+};
+
+// Up to kAmxPassTokens tokens of x, as amx_x.h lays them out.
+struct PassTokens {
+  const uint8_t* x;
+  const float* scales;  // of int8 x
+  int64_t num, lanes, row_tiles, step_bytes, block_bytes;
+
+  int64_t num_pairs() const { return (num + kPairTokens - 1) / kPairTokens; }
+  int64_t pair_sums() const { return 4 * 16 * lanes; }
+  bool has_two_blocks(int64_t pair) const { return num - pair * kPairTokens > kRegisterTokens; }
+  bool sums_stay() const { return num_pairs() == 1; }  // bf16: in the tile registers
+  const uint8_t* chunk(int64_t pair, const Item& item) const {
+    return x + pair * 2 * block_bytes + item.tile * kAmxTileSteps * step_bytes;
+  }
+};
+
+// The work space of one thread. Sums are [block][pair of token blocks][tile register][16][lanes].
+struct AmxScratch {
+  alignas(64) uint8_t dense[2][2 * kChunkBytes];
+  alignas(64) float sums[kAmxSumBytes / 4];
+  alignas(64) int32_t dots[4 * 16 * 16];
+  alignas(64) float unused[4 * 16 * 16] = {};  // for the sums and scales of no group
+};
+
+// Tile register 2 * i + j has the sums of row tile i and token block j.
+template <typename Tiles, int kRowTiles, int kTokenBlocks>
+inline void store_tiles(void* sums, int64_t lanes) {
+  uint8_t* to = static_cast<uint8_t*>(sums);
+  const int64_t bytes = 16 * lanes * 4;
+  Tiles::template store<0>(to, lanes * 4);
+  if constexpr (kTokenBlocks == 2) Tiles::template store<1>(to + bytes, lanes * 4);
+  if constexpr (kRowTiles == 2) Tiles::template store<2>(to + 2 * bytes, lanes * 4);
+  if constexpr (kRowTiles == 2 && kTokenBlocks == 2)
+    Tiles::template store<3>(to + 3 * bytes, lanes * 4);
+}
+
+}  // namespace
+}  // namespace cast
