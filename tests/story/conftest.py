@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "data/models/smollm2-135m-dense"
-FLAGS = ["--enforce-eager", "--max-model-len", "1024"]
+MAX_MODEL_LEN = 1024
+FLAGS = ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
 NUM_TOKENS = 32
 PROMPTS = [
     *("The capital of France is", "Water boils at", "In 1969, the first man", "def fibonacci(n):"),
