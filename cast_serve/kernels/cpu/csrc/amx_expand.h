@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -41,40 +42,71 @@ inline __m512i kept_columns(__m512i positions) {
                          _mm512_shuffle_epi8(table(high_bits), high));
 }
 
-// One packed tile -> dense[step][row], steps `step_stride` bytes apart and rows 64. A step of a 2:4
-// row is 32 bytes of kept weights, put at the columns that its mask names.
-template <AmxWeights kWeights>
-inline void expand_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
+// bf16: a row's kept weights go to the columns that its mask names.
+inline void expand_bf16_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
   constexpr int kRows = static_cast<int>(kTileRows);
-  if constexpr (kWeights == AmxWeights::kDenseInt8) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 2 * kRows; ++i)
-      _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
-                         _mm512_load_si512(tile + i * 64));
-    return;
-  }
-  constexpr bool is_int8 = kWeights == AmxWeights::kInt8With24;
-  constexpr int kMaskBytes = is_int8 ? 8 : 4;
-  alignas(64) uint8_t masks[kRows * 2 * kMaskBytes];
-#pragma GCC unroll 2
-  for (int i = 0; i < kMaskBytes / 4; ++i)
-    _mm512_store_si512(masks + i * 64, kept_columns(_mm512_load_si512(tile + kRows * 64 + i * 64)));
+  alignas(64) uint8_t masks[kRows * 8];
+  _mm512_store_si512(masks, kept_columns(_mm512_load_si512(tile + kRows * 64)));
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * kRows; ++i) {
-    const __m512i kept =
-        _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(tile + i * 32)));
-    __m512i row;
-    if constexpr (is_int8) {
-      __mmask64 mask;
-      std::memcpy(&mask, masks + i * kMaskBytes, kMaskBytes);
-      row = _mm512_maskz_expand_epi8(mask, kept);
-    } else {
-      __mmask32 mask;
-      std::memcpy(&mask, masks + i * kMaskBytes, kMaskBytes);
-      row = _mm512_maskz_expand_epi16(mask, kept);
-    }
-    _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64, row);
+    const __m256i kept = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + i * 32));
+    __mmask32 mask;
+    std::memcpy(&mask, masks + i * 4, 4);
+    _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
+                       _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept)));
   }
+}
+
+// A step of int8 is 16 groups of four columns. They change places, so that one shift by 4 * (i / 2)
+// finds the positions of the i-th four bytes in its half of the 64 bits.
+constexpr int int8_group(int i) { return i % 2 * 8 + i / 2; }
+
+// Positions of a group of four -> for each column, which of the two kept bytes it gets; 32 is none.
+constexpr std::array<uint32_t, 16> kept_bytes() {
+  std::array<uint32_t, 16> bytes = {};
+  for (uint32_t a = 0; a < 4; ++a)
+    for (uint32_t b = a + 1; b < 4; ++b)
+      for (uint32_t c = 0; c < 4; ++c)
+        bytes[a | b << 2] |= (c == a ? 0u : c == b ? 1u : 32u) << c * 8;
+  return bytes;
+}
+
+// int8: each dense byte is looked up in the kept ones, whose bytes from 32 on are zero. vpexpandb
+// takes twice as long.
+inline void expand_int8_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
+  constexpr int kRows = static_cast<int>(kTileRows);
+  static constexpr std::array<uint32_t, 16> kKeptBytes = kept_bytes();
+  alignas(64) uint32_t shift[16], base[16];  // of the i-th four bytes
+  for (int i = 0; i < 16; ++i) shift[i] = i / 2 * 4, base[i] = 0x01010101u * 2 * int8_group(i);
+  const __m512i table = _mm512_loadu_si512(kKeptBytes.data());
+  const __m512i shifts = _mm512_load_si512(shift), bases = _mm512_load_si512(base);
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kRows; ++i) {
+    int64_t positions;
+    std::memcpy(&positions, tile + kRows * 64 + i * 8, 8);
+    const __m512i shifted = _mm512_srlv_epi32(_mm512_set1_epi64(positions), shifts);
+    const __m512i from = _mm512_or_si512(_mm512_permutexvar_epi32(shifted, table), bases);
+    const __m256i kept = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + i * 32));
+    _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
+                       _mm512_permutexvar_epi8(from, _mm512_zextsi256_si512(kept)));
+  }
+}
+
+inline void expand_dense_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
+  const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * static_cast<int>(kTileRows); ++i)
+    _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
+                       _mm512_permutexvar_epi32(order, _mm512_load_si512(tile + i * 64)));
+}
+
+// One packed tile -> dense[step][row], steps `step_stride` bytes apart and rows 64; int8 groups in
+// the order of int8_group.
+template <AmxWeights kWeights>
+inline void expand_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
+  if constexpr (kWeights == AmxWeights::kBf16With24) expand_bf16_tile(tile, dense, step_stride);
+  if constexpr (kWeights == AmxWeights::kInt8With24) expand_int8_tile(tile, dense, step_stride);
+  if constexpr (kWeights == AmxWeights::kDenseInt8) expand_dense_tile(tile, dense, step_stride);
 }
 
 // rows[i] becomes column i of the sixteen rows of 32-bit values.

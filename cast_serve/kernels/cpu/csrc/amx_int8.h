@@ -6,6 +6,9 @@
 namespace cast {
 namespace {
 
+// More tokens are multiplied in pairs of blocks of 16.
+constexpr int64_t kMostTokensBySixteen = 96;
+
 // The integer sums of a scale group, still in the tile registers 0 to 3, and where they go.
 struct Group {
   float* sums;          // [16 rows][2 token blocks][16][lanes]
@@ -52,7 +55,7 @@ void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_byte
     if constexpr (kRow < kRowTiles && kToken < kTokenBlocks)
       add_scaled<kLanes, kRow, kToken, kHalf>(before, dots + (2 * kRow + kToken) * 16 * kLanes);
   };
-  expander.expand(kTokenBlocks == 2 ? share : 2 * share);
+  expander.expand(share);
   add.template operator()<0, 0, 0>();
   add.template operator()<0, 0, 1>();
   scale.template operator()<0, 0, 0>();
@@ -131,24 +134,28 @@ struct Int8Products {
 
   void multiply(const PassTokens& tokens, const Item& item, const uint8_t* dense, float* sums,
                 Expander& expander) {
-    const int64_t pairs = tokens.num_pairs(), tiles = item.tile_end - item.tile;
-    const int64_t rounds = 2 * tiles * pairs;  // two of each product
+    if (item.is_first_chunk()) std::fill_n(sums, tokens.num_pairs() * tokens.pair_sums(), 0.0f);
+    const bool by_pairs = tokens.num > kMostTokensBySixteen;
+    const int64_t units = by_pairs ? tokens.num_pairs() : tokens.num_blocks();
+    const int64_t tiles = item.tile_end - item.tile;
+    const int64_t rounds = tiles * units * (by_pairs ? 2 : 1);
     const int64_t share = (expander.num_left() + rounds - 1) / rounds;
     const bool two_rows = item.row_end - item.row > 2;
-    const int64_t block_scales = tokens.row_tiles * 16;
-    for (int64_t pair = 0; pair < pairs; ++pair, sums += tokens.pair_sums()) {
-      const auto next =
-          GroupProduct<Tiles, Expander>::of(two_rows, tokens.has_two_blocks(pair), tokens.lanes);
-      if (product != next) finish();  // whose sums are in other registers
-      product = next;
-      if (item.is_first_chunk()) std::fill_n(sums, tokens.pair_sums(), 0.0f);
-      const uint8_t* x = tokens.chunk(pair, item);
-      const float* scales = tokens.scales + pair * 2 * block_scales + item.tile * 16;
+    const auto next = GroupProduct<Tiles, Expander>::of(two_rows, by_pairs, tokens.lanes);
+    if (product != next) finish();  // whose sums are in other registers
+    product = next;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t block = by_pairs ? 2 * unit : unit;
+      // A pair whose second block is missing takes its first one twice.
+      const bool is_half = by_pairs && block + 1 == tokens.num_blocks();
+      float* unit_sums = sums + block / 2 * tokens.pair_sums() + block % 2 * 16 * tokens.lanes;
+      const uint8_t* x = tokens.chunk(block, item);
+      const float* scales = tokens.scales + (block * tokens.row_tiles + item.tile) * 16;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         product.multiply(dense + tile * kAmxTileSteps * kStepTileBytes,
-                         x + tile * kAmxTileSteps * tokens.step_bytes, tokens.block_bytes,
-                         scratch.dots, group, expander, share);
-        group = {sums, scales + tile * 16, block_scales};
+                         x + tile * kAmxTileSteps * tokens.step_bytes,
+                         is_half ? 0 : tokens.block_bytes, scratch.dots, group, expander, share);
+        group = {unit_sums, scales + tile * 16, is_half ? 0 : tokens.row_tiles * 16};
       }
     }
   }

@@ -92,12 +92,13 @@ struct PassTokens {
   const float* scales;  // of int8 x
   int64_t num, lanes, row_tiles, step_bytes, block_bytes;
 
+  int64_t num_blocks() const { return (num + kRegisterTokens - 1) / kRegisterTokens; }
   int64_t num_pairs() const { return (num + kPairTokens - 1) / kPairTokens; }
   int64_t pair_sums() const { return 4 * 16 * lanes; }
   bool has_two_blocks(int64_t pair) const { return num - pair * kPairTokens > kRegisterTokens; }
   bool sums_stay() const { return num_pairs() == 1; }  // bf16: in the tile registers
-  const uint8_t* chunk(int64_t pair, const Item& item) const {
-    return x + pair * 2 * block_bytes + item.tile * kAmxTileSteps * step_bytes;
+  const uint8_t* chunk(int64_t block, const Item& item) const {
+    return x + block * block_bytes + item.tile * kAmxTileSteps * step_bytes;
   }
 };
 

@@ -73,7 +73,7 @@ void multiply_bf16(const PassTokens& tokens, const Item& item, const uint8_t* de
     with_counts(two_rows, tokens.has_two_blocks(pair), [&]<int kRowTiles, int kBlocks>() {
       if (item.is_first_chunk()) zero_tiles<Tiles>();
       if (!item.is_first_chunk() && !tokens.sums_stay()) load_tiles<Tiles>(sums);
-      const uint8_t* x = tokens.chunk(pair, item);
+      const uint8_t* x = tokens.chunk(2 * pair, item);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         expander.expand(share);
 #pragma GCC unroll 2

@@ -64,8 +64,8 @@ inline bool prepare_amx_bf16(const Linear24& p, uint8_t* workspace) {
   return not_finite == 0;
 }
 
-// x as integers, then the scales: [block of tokens][scale group][16], those of fewer lanes
-// repeated.
+// x as integers, groups of four columns in the order of int8_group, then the scales: [block of
+// tokens][scale group][16], those of fewer lanes repeated.
 inline float* amx_scales(const Linear24& p, const void* workspace) {
   uint8_t* bytes = static_cast<uint8_t*>(const_cast<void*>(workspace));
   return reinterpret_cast<float*>(bytes + amx_x_bytes(p, AmxWeights::kInt8With24));
@@ -102,7 +102,7 @@ inline void prepare_amx_int8(const Linear24& p, void* workspace) {
         transpose_16x16(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          _mm512_mask_storeu_epi32(to + i * lanes * 4, lane_mask, rows[i]);
+          _mm512_mask_storeu_epi32(to + i * lanes * 4, lane_mask, rows[int8_group(i)]);
       }
     }
 }
