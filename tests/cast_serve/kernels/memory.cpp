@@ -48,12 +48,14 @@ struct Buffer {
 
 std::mt19937 random_bits(0);
 
-// What a kind of weight, of x's dtype or int8, changes in the layout.
+// What a kind of weight, of x's dtype or int8, 2:4 or dense, changes in the layout.
 struct Format {
-  bool is_int8;
+  bool is_int8, is_dense;
   int64_t element_bytes, tile_columns;
-  int64_t kept() const { return tile_columns / 2; }
-  int64_t tile_bytes() const { return kTileRows * (kept() * element_bytes + tile_columns / 8); }
+  int64_t group_kept() const { return is_dense ? 4 : 2; }
+  int64_t row_bytes() const { return tile_columns / 4 * group_kept() * element_bytes; }
+  int64_t positions_bytes() const { return is_dense ? 0 : tile_columns / 8; }  // of a row
+  int64_t tile_bytes() const { return kTileRows * (row_bytes() + positions_bytes()); }
 };
 
 // The product's x: for int8 weights what quantising leaves of it, scale group by scale group.
@@ -87,13 +89,17 @@ std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packe
       const int64_t in_tile = group % tile_groups, in_rows = row % kTileRows;
       uint8_t* tile =
           packed + (row / kTileRows * row_tiles + group / tile_groups) * format.tile_bytes();
-      uint8_t* positions = tile + kTileRows * format.kept() * format.element_bytes +
-                           in_rows * format.tile_columns / 8 + in_tile / 2;
       const bool is_inside = row < p.out_features && group * 4 < p.in_features;
       const uint8_t code = is_inside ? codes[random_bits() % 6] : 4;
-      *positions = in_tile % 2 ? *positions | code << 4 : code;
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = in_rows * format.kept() + in_tile * 2 + i;
+      if (!format.is_dense) {
+        uint8_t* positions = tile + kTileRows * format.row_bytes() +
+                             in_rows * format.positions_bytes() + in_tile / 2;
+        *positions = in_tile % 2 ? *positions | code << 4 : code;
+      }
+      for (int i = 0; i < format.group_kept(); ++i) {
+        const int64_t at = in_rows * format.row_bytes() / format.element_bytes +
+                           in_tile * format.group_kept() + i;
+        const int column = format.is_dense ? i : code >> 2 * i & 3;
         double value = 0;
         if (format.is_int8) {
           tile[at] = is_inside ? static_cast<int>(random_bits() % 255) - 127 : 0;
@@ -103,18 +109,23 @@ std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packe
           store(tile, at, p.dtype, is_inside ? normal(random_bits) : 0.0f);
           value = load(tile, at, p.dtype);
         }
-        if (is_inside) dense[row * p.in_features + group * 4 + (code >> 2 * i & 3)] = value;
+        if (is_inside) dense[row * p.in_features + group * 4 + column] = value;
       }
     }
   return dense;
 }
 
-bool check(const cast::Kernel& kernel, bool is_int8, DType dtype, const cast::Tuning& tuning,
+enum class Weights { kOfXsDType, kInt8, kDenseInt8 };
+
+bool check(const cast::Kernel& kernel, Weights weights, DType dtype, const cast::Tuning& tuning,
            int64_t m, int64_t n, int64_t k) {
-  const cast::Product& product = is_int8 ? *kernel.linear24_int8 : *kernel.linear24;
+  const bool is_int8 = weights != Weights::kOfXsDType, is_dense = weights == Weights::kDenseInt8;
+  const cast::Product& product = *(is_dense  ? kernel.linear_int8
+                                   : is_int8 ? kernel.linear24_int8
+                                             : kernel.linear24);
   const size_t size = dtype == DType::kFloat32 ? 4 : 2;
-  const Format format = is_int8 ? Format{true, 1, cast::kInt8TileColumns}
-                                : Format{false, static_cast<int64_t>(size), kTileColumns};
+  const Format format = is_int8 ? Format{true, is_dense, 1, cast::kInt8TileColumns}
+                                : Format{false, false, static_cast<int64_t>(size), kTileColumns};
   Linear24 p;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype, p.tuning = tuning;
   p.x_stride = k + 3;
@@ -152,8 +163,8 @@ bool check(const cast::Kernel& kernel, bool is_int8, DType dtype, const cast::Tu
   std::free(x), std::free(out), std::free(bias), std::free(scale);
   const bool is_right = std::sqrt(error / norm) < 5e-3;
   if (!is_right)
-    std::printf("%s%s m=%ld n=%ld k=%ld: relative error %g\n", kernel.isa, is_int8 ? " int8" : "",
-                long(m), long(n), long(k), std::sqrt(error / norm));
+    std::printf("%s%s%s m=%ld n=%ld k=%ld: relative error %g\n", kernel.isa, is_dense ? " dense" : "",
+                is_int8 ? " int8" : "", long(m), long(n), long(k), std::sqrt(error / norm));
   return is_right;
 }
 
@@ -175,13 +186,13 @@ int main() {
       std::printf("%s: not on this CPU\n", kernel->isa);
       continue;
     }
-    for (bool is_int8 : {false, true})
+    for (Weights weights : {Weights::kOfXsDType, Weights::kInt8, Weights::kDenseInt8})
       for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
         for (const auto& [n, k] : shapes)
           for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 41, 64, 130, 257})
             for (const cast::Tuning& tuning : tunings) {
               if (m > cast::kMostFewTokens && tuning.few_tokens == 0) continue;  // as the first
-              is_right &= check(*kernel, is_int8, dtype, tuning, m, n, k);
+              is_right &= check(*kernel, weights, dtype, tuning, m, n, k);
               ++num_checked;
             }
     std::printf("%s: checked\n", kernel->isa);
