@@ -52,6 +52,12 @@ def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
         assert_is_product(kernels.linear24(x, packed, shape[0]), x, weight)
 
 
+def test_so_many_tokens_that_they_take_several_passes() -> None:
+    weight, packed = make((1049, 132), torch.bfloat16)
+    x = torch.randn(700, 132).bfloat16()
+    assert_is_product(kernels.linear24(x, packed, 1049), x, weight)
+
+
 @pytest.mark.parametrize(
     "isa", [name for name in kernels.supported_isas() if name != kernels.isa()]
 )

@@ -64,6 +64,13 @@ def test_exact_sums_are_equal_bit_for_bit(shape: tuple[int, int], dtype: torch.d
             assert torch.equal(out, expected), num_tokens
 
 
+def test_so_many_tokens_that_they_take_several_passes() -> None:
+    packed, scale = make((1049, 260))
+    x = exact_x(700, 260, torch.bfloat16)
+    out = kernels.linear24_int8(x, packed, scale, 1049)
+    assert torch.equal(out, reference.linear24_int8(x, packed, scale, 1049))
+
+
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 def test_the_largest_integers_do_not_overflow(num_tokens: int) -> None:
     values = torch.full((16, 288), 127, dtype=torch.int8)

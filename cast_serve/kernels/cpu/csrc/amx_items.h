@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kBlockTileRows = 4, kBlockRows = kBlockTileRows * kTileRows;
 constexpr int64_t kPairTokens = 2 * kRegisterTokens;
-constexpr int64_t kAmxPassTokens = 256;      // whose sums stay in L2
-constexpr int64_t kAmxSumBytes = 512 << 10;  // of a slab
+constexpr int64_t kAmxPassTokens = 640;  // at most; more share an expansion, but not L2
+constexpr int64_t kAmxSumBytes = 1 << 20, kMostSlabBlocks = 16;
 constexpr int64_t kChunkTiles = 2;           // packed tiles side by side
 constexpr int64_t kStepTileBytes = 16 * 64;  // a weight tile of one step
 constexpr int64_t kChunkBytes = kChunkTiles * kAmxTileSteps * kStepTileBytes;  // of 16 rows

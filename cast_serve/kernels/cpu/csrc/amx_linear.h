@@ -148,20 +148,21 @@ inline void store_slab(const Linear24& p, const Item& item, int64_t first_token,
   }
 }
 
-// Tokens [first, first + kAmxPassTokens) of the tile rows [begin, end).
+// Tokens [first, first_after) of the tile rows [begin, end).
 template <typename Tiles, AmxWeights kWeights>
-void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64_t begin,
-                  int64_t end, AmxScratch& scratch) {
+void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64_t first_after,
+                  int64_t begin, int64_t end, AmxScratch& scratch) {
   constexpr bool is_int8 = kWeights != AmxWeights::kBf16With24;
   const int64_t row_tiles = amx_tile_columns(p, kWeights), first_block = first / kRegisterTokens;
   PassTokens tokens = {};
-  tokens.num = std::min(p.num_tokens - first, kAmxPassTokens);
+  tokens.num = first_after - first;
   tokens.lanes = amx_lanes(p), tokens.row_tiles = row_tiles;
   tokens.step_bytes = amx_x_step_bytes(p), tokens.block_bytes = amx_x_block_bytes(p, kWeights);
   tokens.x = static_cast<const uint8_t*>(workspace) + first_block * tokens.block_bytes;
   if constexpr (is_int8) tokens.scales = amx_scales(p, workspace) + first_block * row_tiles * 16;
   const int64_t pairs = tokens.num_pairs(), block_sums = pairs * tokens.pair_sums();
-  const int64_t slab_blocks = tokens.sums_stay() ? 1 : kAmxSumBytes / 4 / block_sums;
+  const int64_t slab_blocks =
+      tokens.sums_stay() ? 1 : std::min(kAmxSumBytes / 4 / block_sums, kMostSlabBlocks);
 
   Item item = Item::first(begin, end, row_tiles, slab_blocks * kBlockTileRows);
   Item next = item, later = item;
@@ -194,8 +195,12 @@ void run_amx(const Linear24& p, const void* workspace, int64_t begin, int64_t en
   // Rows of the odd half of a block are multiplied too, and their sums left.
   static thread_local AmxScratch scratch;
   Tiles::configure(amx_lanes(p));
-  for (int64_t first = 0; first < p.num_tokens; first += kAmxPassTokens)
-    run_amx_pass<Tiles, kWeights>(p, workspace, first, begin, end, scratch);
+  const int64_t passes = (p.num_tokens + kAmxPassTokens - 1) / kAmxPassTokens;
+  const int64_t pairs = (p.num_tokens + kPairTokens - 1) / kPairTokens;
+  const int64_t pass_tokens = (pairs + passes - 1) / passes * kPairTokens;
+  for (int64_t first = 0; first < p.num_tokens; first += pass_tokens)
+    run_amx_pass<Tiles, kWeights>(p, workspace, first, std::min(first + pass_tokens, p.num_tokens),
+                                  begin, end, scratch);
   Tiles::release();
 }
 
