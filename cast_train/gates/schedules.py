@@ -54,6 +54,17 @@ def ramp(shape: str, progress: float) -> float:
     raise ValueError(f"ramp {shape!r} does not exist; choose from constant, linear, cosine")
 
 
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the learning rates of a step, from 0, are multiplied by: a warm-up, then half a cosine.
+
+    Source: transformers' get_cosine_schedule_with_warmup, which the training uses.
+    """
+    warmup = round(config.warmup_fraction * config.steps)
+    if step < warmup:
+        return step / warmup
+    return 1 - ramp("cosine", (step - warmup) / max(config.steps - warmup, 1))
+
+
 def phase_at(step: int, config: TrainConfig) -> Phase:
     """The phase of a step, from 0; step = steps is the end of training.
 

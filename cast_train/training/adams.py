@@ -24,6 +24,7 @@ from torch import Tensor
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
 from cast_train.config import TrainConfig
+from cast_train.gates.schedules import learning_rate_factor
 
 
 class AdamS(torch.optim.Optimizer):
@@ -99,15 +100,10 @@ class AdamS(torch.optim.Optimizer):
 
 def reach(config: TrainConfig) -> float:
     """How far a dropped weight can be moved towards 0 by the decay, in all: sum of lr_t * t / T."""
-    warmup = round(config.warmup_fraction * config.steps)
-
-    def learning_rate(step: int) -> float:
-        if step < warmup:
-            return config.learning_rate * step / warmup
-        progress = (step - warmup) / max(config.steps - warmup, 1)
-        return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-    return sum(learning_rate(step) * (step + 1) / config.steps for step in range(config.steps))
+    return sum(
+        config.learning_rate * learning_rate_factor(step, config) * (step + 1) / config.steps
+        for step in range(config.steps)
+    )
 
 
 def check_reach(config: TrainConfig, weights: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -17,12 +17,15 @@ from cast_train.checkpoint.models import load_dense
 from cast_train.config import TrainConfig
 from cast_train.evaluate.precision import arithmetic
 from cast_train.gates import gating, scaling
+from cast_train.gates.reach import Reach, measure_reach
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
 from cast_train.training import adams
 
 logger = logging.getLogger(__name__)
+
+FEW_GAPS = 3  # of which gates with less reach hardly change the mask
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Prepared:
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         gate_map: their gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool, in the weight's layout.
+        reach: how far the gates can move from there; None where no logits are learnt.
         teacher: the dense model that is distilled from, or None.
     """
 
@@ -58,6 +62,7 @@ class Prepared:
     targets: Mapping[str, nn.Module]
     gate_map: Mapping[str, gating.Gate]
     start: Mapping[str, Tensor]
+    reach: Reach | None
     teacher: Any
 
 
@@ -99,6 +104,7 @@ def prepare(
         sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
     gate_map = _attach(model, targets, blocks.train, config)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
+    reach = _reach(gate_map, config)
     if not config.train_embeddings:
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             if embedding is not None:
@@ -106,7 +112,26 @@ def prepare(
     teacher = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
-    return Prepared(model, targets, gate_map, start, teacher)
+    return Prepared(model, targets, gate_map, start, reach, teacher)
+
+
+def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
+    """Measures the gates' reach, and warns where the mask can hardly change."""
+    if config.method != "gates" or config.selector == "generator":
+        return None
+    found = measure_reach(gate_map, config)
+    if found.reach < FEW_GAPS * found.mean_gap:
+        logger.warning(
+            "gate logits can move by %.2g in all, and in a group the last kept one is %.2g above "
+            "the first dropped one on average: at most %.1f%% of the groups can change, so this "
+            "trains weights under the start's mask (%s); more steps, a higher hard_fraction or a "
+            "higher gate_learning_rate let the mask move",
+            found.reach,
+            found.mean_gap,
+            100 * found.changeable_share,
+            config.first_order,
+        )
+    return found
 
 
 def with_gates(

@@ -158,7 +158,10 @@ def _measure(
             for entry in trainer.state.log_history
             if "heldout_perplexity" in entry
         ],
-        "gates": dataclasses.asdict(gating.statistics(trained.gate_map, last, trained.start)),
+        "gates": {
+            **dataclasses.asdict(gating.statistics(trained.gate_map, last, trained.start)),
+            **(dataclasses.asdict(trained.reach) if trained.reach else {}),
+        },
         "quality": _quality(trained, blocks, config),
     }
 

@@ -1,0 +1,58 @@
+"""Gates before training + TrainConfig -> how far they can move, and how far apart their groups are.
+
+Adam's steps are about as large as its learning rate, whatever the gradient. So the sum of the
+learning rates until the mask is exact is about all that a logit can move by; a group changes its
+mask only if the last logit that it keeps and the first that it drops cross.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cast_serve.sparsity.pattern import groups
+from cast_train.config import TrainConfig
+from cast_train.gates.gating import Gate
+from cast_train.gates.schedules import learning_rate_factor, phase_at
+from cast_train.gates.selection import hard
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What bounds the flips of a run.
+
+    Attributes:
+        reach: how far Adam can move a logit in all.
+        mean_gap: mean over the groups of the N-th largest logit minus the next one.
+        changeable_share: groups whose gap is at most twice the reach, over all groups: only they
+            can change their mask, as one logit falls and the other rises.
+    """
+
+    reach: float
+    mean_gap: float
+    changeable_share: float
+
+
+@torch.no_grad()
+def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach:
+    """Measures gates whose logits are learnt (selectors other than ``generator``).
+
+    Args:
+        gates: as they start, by name; at least one.
+    """
+    steps = [step for step in range(config.steps) if not phase_at(step, config).is_hard]
+    factors = sum(learning_rate_factor(step, config) for step in steps)
+    reach = config.gate_learning_rate * factors
+    total_gap = 0.0
+    num_groups = num_changeable = 0
+    for gate in gates.values():
+        rows, m = gate.rows(), gate.pattern.m
+        is_kept = hard(rows, gate.pattern.n, m).bool()
+        least_kept = groups(rows.masked_fill(~is_kept, math.inf), m).amin(-1)
+        most_dropped = groups(rows.masked_fill(is_kept, -math.inf), m).amax(-1)
+        gap = least_kept - most_dropped
+        total_gap += float(gap.sum(dtype=torch.float64))
+        num_groups += gap.numel()
+        num_changeable += int((gap <= 2 * reach).sum())
+    return Reach(reach, total_gap / num_groups, num_changeable / num_groups)

@@ -1,0 +1,69 @@
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_train.config import TrainConfig
+from cast_train.gates import gating
+from cast_train.gates.reach import measure_reach
+from cast_train.gates.schedules import learning_rate_factor
+from cast_train.training.run import train
+
+
+def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
+    return {"a": gating.Gate(torch.tensor(rows), TWO_FOUR, is_transposed=False)}
+
+
+def test_by_hand():
+    config = TrainConfig(steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0)
+    gates = gates_of([4.0, 3.0, 2.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 1.0, 8.0])
+    found = measure_reach(gates, config)
+    assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)
+    # steps 0, 1 and 2 are soft; the cosine's factors there are 1, 0.976 and 0.905
+    assert found.reach == pytest.approx(0.1 * (1 + 0.9755 + 0.9045), abs=1e-4)
+    assert found.changeable_share == pytest.approx(2 / 3)  # 0.5 <= 2 * 0.288
+
+
+def test_transposed_weights_have_their_groups_along_in_features():
+    rows = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
+    gate = gating.Gate(rows.t().contiguous(), TWO_FOUR, is_transposed=True)
+    assert measure_reach({"a": gate}, TrainConfig()).mean_gap == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.2, 1.0])
+def test_the_factor_is_that_of_transformers(warmup_fraction: float):
+    config = TrainConfig(steps=20, warmup_fraction=warmup_fraction)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(20 * warmup_fraction), 20)
+    for step in range(20):
+        assert learning_rate_factor(step, config) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_a_run_flips_no_more_than_it_can_and_warns_where_that_is_little(
+    llama_dir, text_file, settings_file, tmp_path, caplog, is_far
+):
+    config = TrainConfig.from_toml(settings_file, steps=10, start="magnitude", hard_fraction=0.5)
+    config = dataclasses.replace(config, gate_learning_rate=3.0 if is_far else 0.01)
+    with caplog.at_level(logging.WARNING):
+        record = train(llama_dir, [text_file], tmp_path / "out", config)
+    found = record["gates"]
+    assert 0 < found["flipped_share"] <= found["changeable_share"]
+    assert ("gate logits can move by" in caplog.text) is not is_far
+    if is_far:
+        assert found["reach"] > 3 * found["mean_gap"]
+    else:
+        assert found["changeable_share"] < 0.2
+        assert f"at most {100 * found['changeable_share']:.1f}% of the groups" in caplog.text
+
+
+def test_what_learns_no_logits_has_no_reach(llama_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, steps=2, method="ste")
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    assert "reach" not in record["gates"]
