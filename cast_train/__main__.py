@@ -207,18 +207,27 @@ def evaluate(
 @app.command()
 def oneshot(
     model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")],
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, sparsegpt, or mask: that of --mask.")
+    ],
     out: Annotated[Path, typer.Option(help="Pruned directory to write.")],
     text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Calibration text, for wanda and sparsegpt.")
+        list[Path] | None,
+        typer.Option("--text", help="Calibration text, for wanda, sparsegpt and --solve."),
     ] = None,
     sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
+    mask: Annotated[
+        Path | None, typer.Option(help="Gated, pruned or compressed directory whose mask to take.")
+    ] = None,
+    solve: Annotated[
+        bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
+    ] = False,
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():
         from cast_train.pruning import oneshot as pruning
 
-        record = pruning.write_pruned(model, text or [], out, method, sparsity)
+        record = pruning.write_pruned(model, text or [], out, method, sparsity, mask, solve)
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))
 

@@ -1,7 +1,9 @@
 """A dense directory (+ calibration text) -> a pruned directory with exact N:M zeros, in one shot.
 
-The methods score the weights (scores.py, sparsegpt.py); of each group the N highest scores stay.
-Each is a baseline for training and a possible start of the gates.
+The methods score the weights (scores.py, sparsegpt.py), and of each group the N highest scores
+stay; or the mask is that of another directory. The kept weights stay as they are, or as SparseGPT
+moves them, or are solved (solve.py). Each is a baseline for training and a possible start of the
+gates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint.record import check_new
-from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed
-from cast_train.pruning.scores import magnitude_scores, wanda_scores
+from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
+from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, to_blocks, tokenize
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+MASK_OF_ANOTHER = "mask"
 
 
 @torch.no_grad()
@@ -34,6 +38,39 @@ def prune(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], patter
     for name, linear in targets.items():
         mask = hard_mask(scores[name], pattern)
         linear.weight.mul_(mask.t() if is_transposed(linear) else mask)
+
+
+def read_masks(
+    directory: Path, targets: Mapping[str, nn.Module], pattern: Pattern
+) -> dict[str, Tensor]:
+    """The masks of a gated, pruned or compressed directory, bool [out_features, in_features].
+
+    Args:
+        directory: of the same architecture as the targets' model.
+        targets: linears by name.
+
+    Raises:
+        ValueError: if a target is missing there, has another shape or is not N:M.
+    """
+    if models.kind_of(directory) == "gated":
+        _, gates, _ = models.load_gated(directory, torch.float32)
+        found = {name: hard_mask(gate.rows(), gate.pattern) for name, gate in gates.items()}
+    else:
+        model = models.load_any(directory, torch.float32)
+        known = dict(model.named_modules())
+        found = {name: weight_rows(known[name]) != 0 for name in targets if name in known}
+    for name, linear in targets.items():
+        shape = weight_rows(linear).shape
+        if name not in found:
+            raise ValueError(f"{directory} has no 2:4 weight {name}; give one of the same model")
+        if found[name].shape != shape:
+            raise ValueError(
+                f"{name} of {directory} is {list(found[name].shape)}, not {list(shape)}; "
+                "give a directory of the same model"
+            )
+        check_weight(found[name].float(), pattern, f"{name} of {directory}")
+        found[name] = hard_mask(found[name].float(), pattern)
+    return {name: found[name] for name in targets}
 
 
 def read_calibration(text_files: Sequence[Path], tokenizer: Any) -> Tensor:
@@ -53,16 +90,24 @@ def read_calibration(text_files: Sequence[Path], tokenizer: Any) -> Tensor:
 
 
 def write_pruned(
-    model_dir: Path, text_files: Sequence[Path], out: Path, method: str, sparsity: str = "2:4"
+    model_dir: Path,
+    text_files: Sequence[Path],
+    out: Path,
+    method: str,
+    sparsity: str = "2:4",
+    mask_dir: Path | None = None,
+    is_solved: bool = False,
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
 
     Args:
         model_dir: dense HF directory.
-        text_files: calibration text for wanda and sparsegpt; its first
+        text_files: calibration text for wanda, sparsegpt and solving; its first
             `TrainConfig.calibration_blocks` are used.
         out: must not exist.
-        method: ``magnitude``, ``wanda`` or ``sparsegpt``.
+        method: ``magnitude``, ``wanda``, ``sparsegpt``, or ``mask``: that of mask_dir.
+        mask_dir: gated, pruned or compressed directory of the same model.
+        is_solved: whether the dense model's kept weights are solved under the mask.
 
     Returns:
         cast.json's content.
@@ -70,26 +115,41 @@ def write_pruned(
     Raises:
         ValueError: for every wrong input; nothing is written then.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} does not exist; choose from {', '.join(METHODS)}")
+    known = (*METHODS, MASK_OF_ANOTHER)
+    if method not in known:
+        raise ValueError(f"method {method!r} does not exist; choose from {', '.join(known)}")
+    if (method == MASK_OF_ANOTHER) != (mask_dir is not None):
+        raise ValueError("method 'mask' and a directory to take the mask of belong together")
     pattern = Pattern.parse(sparsity)
     check_new(out)
     tokenizer = models.load_tokenizer(model_dir)
     model = models.load_dense(model_dir)
     targets, _ = find_targets(model, pattern)
-    if method == "magnitude":
-        scores = magnitude_scores(targets)
-    else:
+    blocks = torch.empty(0)
+    if is_solved or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
-        if method == "wanda":
-            scores = wanda_scores(model, targets, blocks)
-        else:
-            model.float()
-            scores = sparsegpt_scores(model, targets, blocks, pattern)
-    prune(targets, scores, pattern)
+    scores: Mapping[str, Tensor]
+    if mask_dir is not None:
+        scores = {k: mask.float() for k, mask in read_masks(mask_dir, targets, pattern).items()}
+    elif method == "magnitude":
+        scores = magnitude_scores(targets)
+    elif method == "wanda":
+        scores = wanda_scores(model, targets, blocks)
+    else:
+        model.float()
+        scores = sparsegpt_scores(model, targets, blocks, pattern)
+    if is_solved:
+        if method == "sparsegpt":  # which has moved the weights
+            model = models.load_dense(model_dir)
+            targets, _ = find_targets(model, pattern)
+        masks = {name: hard_mask(found, pattern) for name, found in scores.items()}
+        solve(model.float(), targets, masks, blocks)
+    else:
+        prune(targets, scores, pattern)
     record = {
         "kind": "pruned",
         "method": method,
+        "solved": is_solved,
         "n": pattern.n,
         "m": pattern.m,
         "targets": list(targets),

@@ -44,38 +44,77 @@ def sparsegpt_scores(
     """
     moved: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
+
+    def pruned(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        moved[name], scores[name] = _sparsegpt(weight, hessian, pattern)
+        return moved[name] * hard_mask(scores[name], pattern)
+
+    replace_weights(model, targets, blocks, pruned)
+    for name, linear in targets.items():
+        linear.weight.copy_(moved[name].t() if is_transposed(linear) else moved[name])
+    return scores
+
+
+@torch.no_grad()
+def replace_weights(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    blocks: Tensor,
+    replace: Callable[[str, Tensor, Tensor], Tensor],
+) -> None:
+    """Replaces each target's weight as its inputs arrive, in one pass over all blocks at once.
+
+    Its outputs are those of the new weight, so later layers see what earlier ones became.
+
+    Args:
+        model: a transformers model that the targets belong to, fp32.
+        targets: linears by name; their weights are overwritten.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+        replace: (name, weight [out_features, in_features], H = X^T X of its inputs) -> new weight.
+
+    Raises:
+        ValueError: if the calibration tokens never reach a target.
+    """
     last: list[Tensor] = [torch.empty(0)] * 2  # inputs and their H, which q, k and v share
+    replaced: dict[str, bool] = {}
     progress = tqdm(total=len(targets), desc="calibration", unit="linear")
 
-    def prune_on_input(name: str) -> Callable[[nn.Module, Any], None]:
+    def replace_on_input(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(linear: Any, inputs: Any) -> None:
             if inputs[0] is not last[0]:
                 tokens = inputs[0].flatten(0, -2).float()
                 last[:] = inputs[0], tokens.t() @ tokens
-            moved[name], scores[name] = _sparsegpt(weight_rows(linear), last[1], pattern)
-            kept = moved[name] * hard_mask(scores[name], pattern)
-            linear.weight.copy_(kept.t() if is_transposed(linear) else kept)
+            weight = replace(name, weight_rows(linear), last[1])
+            linear.weight.copy_(weight.t() if is_transposed(linear) else weight)
+            replaced[name] = True
             progress.update()
 
         return hook
 
     hooks = [
-        linear.register_forward_pre_hook(prune_on_input(name)) for name, linear in targets.items()
+        linear.register_forward_pre_hook(replace_on_input(name)) for name, linear in targets.items()
     ]
     was_training = model.training
     model.eval()
     try:
         device = next(model.parameters()).device
-        model.base_model(input_ids=blocks.to(device), use_cache=False)  # needs no logits
+        base: Any = model.base_model
+        base(input_ids=blocks.to(device), use_cache=False)  # needs no logits
     finally:
         model.train(was_training)
         progress.close()
         for hook in hooks:
             hook.remove()
-    check_reached(targets, scores)
-    for name, linear in targets.items():
-        linear.weight.copy_(moved[name].t() if is_transposed(linear) else moved[name])
-    return scores
+    check_reached(targets, replaced)
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """X^T X with a share of its mean diagonal on its diagonal, so that it can be inverted."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always 0
+    diagonal += DAMPING * diagonal.mean()
+    return hessian
 
 
 def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -85,11 +124,7 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tenso
         weight: fp32 [out_features, in_features].
         hessian: X^T X, fp32 [in_features, in_features].
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that is always 0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     upper = torch.linalg.cholesky(inverse, upper=True)
     columns = weight.t().contiguous()  # a column of the weight is a row here
     scores = torch.empty_like(columns)

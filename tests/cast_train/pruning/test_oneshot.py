@@ -32,7 +32,7 @@ def oneshot_settings(**settings):
 
 def test_wrong_use_is_refused_and_leaves_nothing(llama_dir, tmp_path):
     with pytest.raises(
-        ValueError, match="'random' does not exist; choose from magnitude, wanda, sparsegpt"
+        ValueError, match="'random' does not exist; choose from magnitude, wanda, sparsegpt, mask"
     ):
         oneshot.write_pruned(llama_dir, [], tmp_path / "out", "random")
     with pytest.raises(ValueError, match="no text file is given"):
