@@ -18,6 +18,7 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate.precision import arithmetic
 from cast_train.gates import gating, scaling
 from cast_train.gates.reach import Reach, measure_reach
+from cast_train.gates.schedules import phase_at
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
@@ -54,7 +55,7 @@ class Prepared:
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         gate_map: their gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool, in the weight's layout.
-        reach: how far the gates can move from there; None where no logits are learnt.
+        reach: how far the gates can move from there; None where no logits are to be learnt.
         teacher: the dense model that is distilled from, or None.
     """
 
@@ -117,7 +118,7 @@ def prepare(
 
 def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
     """Measures the gates' reach, and warns where the mask can hardly change."""
-    if config.method != "gates" or config.selector == "generator":
+    if config.method != "gates" or config.selector == "generator" or phase_at(0, config).is_hard:
         return None
     found = measure_reach(gate_map, config)
     if found.reach < FEW_GAPS * found.mean_gap:

@@ -63,7 +63,14 @@ def test_a_run_flips_no_more_than_it_can_and_warns_where_that_is_little(
         assert f"at most {100 * found['changeable_share']:.1f}% of the groups" in caplog.text
 
 
-def test_what_learns_no_logits_has_no_reach(llama_dir, text_file, settings_file, tmp_path):
-    config = TrainConfig.from_toml(settings_file, steps=2, method="ste")
+FIXED_MASK = {"start": "magnitude", "hard_fraction": 0.0, "tau_end_fraction": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{"method": "ste"}, FIXED_MASK], ids=["ste", "fixed mask"])
+def test_what_learns_no_logits_has_no_reach(
+    llama_dir, text_file, settings_file, tmp_path, caplog, settings
+):
+    config = TrainConfig.from_toml(settings_file, steps=2, **settings)
     record = train(llama_dir, [text_file], tmp_path / "out", config)
     assert "reach" not in record["gates"]
+    assert "gate logits can move by" not in caplog.text
