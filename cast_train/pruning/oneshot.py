@@ -62,7 +62,9 @@ def read_masks(
     for name, linear in targets.items():
         shape = weight_rows(linear).shape
         if name not in found:
-            raise ValueError(f"{directory} has no {pattern} weight {name}; give one of the same model")
+            raise ValueError(
+                f"{directory} has no {pattern} weight {name}; give one of the same model"
+            )
         if found[name].shape != shape:
             raise ValueError(
                 f"{name} of {directory} is {list(found[name].shape)}, not {list(shape)}; "
