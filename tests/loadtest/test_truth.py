@@ -205,7 +205,6 @@ def test_a_harness_that_cannot_keep_up_voids_the_run_and_an_idle_one_is_less_lat
 
     overloaded, _ = run(url, PLAN, Schedule("constant", 100.0), work)
     assert overloaded["is_void"]
-    assert overloaded["slip_p99_s"] > 0.1
     assert "ms late" in overloaded["why"]
     idle, _ = run(url, PLAN, Schedule("poisson", 30.0))
     assert 0 < idle["slip_p99_s"] < overloaded["slip_p99_s"]
