@@ -25,6 +25,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
+Zeros = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of zeros, below that of --sparsity: the linears whose pruning would hurt most "
+        "for their size stay dense."
+    ),
+]
 
 
 @app.callback()
@@ -45,6 +52,7 @@ def run(
         str | None, typer.Option(help="Gates to soft mask: soft_topk, gumbel, penalty, generator.")
     ] = None,
     sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
+    zeros: Zeros = None,
     start: Annotated[
         str | None,
         typer.Option(help="Order of the gates at first: auto, ones, magnitude, wanda, sparsegpt."),
@@ -68,7 +76,13 @@ def run(
         from cast_train.config import TrainConfig
 
         settings = TrainConfig.from_toml(
-            config, method=method, selector=selector, sparsity=sparsity, start=start, steps=steps
+            config,
+            method=method,
+            selector=selector,
+            sparsity=sparsity,
+            zeros=zeros,
+            start=start,
+            steps=steps,
         )
         from cast_train.training.run import train
 
@@ -222,12 +236,13 @@ def oneshot(
     solve: Annotated[
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
+    zeros: Zeros = None,
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():
         from cast_train.pruning import oneshot as pruning
 
-        record = pruning.write_pruned(model, text or [], out, method, sparsity, mask, solve)
+        record = pruning.write_pruned(model, text or [], out, method, sparsity, mask, solve, zeros)
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))
 

@@ -39,20 +39,23 @@ class TrainConfig:
             ``sparsegpt``, which moves the weights too and wants its mask from the start (see
             docs/method.md). For ``ste``, what ranks the weights; from ``sparsegpt`` it ranks by
             magnitude, the dropped weights starting at 0. ``adams`` ranks by magnitude always.
-            ``auto``: ``wanda`` for ``ste`` and for ``penalty``, else ``sparsegpt``.
+            ``auto``: ``wanda`` for ``ste``, ``penalty`` and `masks_first`, else ``sparsegpt``.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
+        zeros: share of zeros over all weights of the targets; below that of `sparsity`, the linears
+            whose pruning would hurt most for their size stay dense (allocate.py). None: none do.
         steps: optimiser steps.
         block_size: tokens of one training sequence.
         batch_blocks: sequences per pass and process.
         accumulation: passes per step.
         is_checkpointed: activations are computed again in backward, for less memory.
         learning_rate: of the weights, AdamW, at its peak.
-        gate_learning_rate: of the gate logits, AdamW, at its peak.
+        gate_learning_rate: of the gate logits, constant until the mask is exact: how far a logit
+            moves in a step whose gradient is as large as its tensor's usually are (optimizer.py).
         weight_decay: AdamW's, of the weights of the linears that are targets (with ``dense``: that
             would be); norms, biases, embeddings, scales and gates have none. ``adams`` has `decay`
             in its place, and warns.
-        warmup_fraction: the learning rates rise linearly this long, then fall along a half cosine.
+        warmup_fraction: the learning rate rises linearly this long, then falls along half a cosine.
         max_grad_norm: the gradient's norm is clipped to this.
         penalty_weight: lambda at its highest, the factor of the sparsity penalty.
         penalty_ramp: how lambda rises from 0 to there (``constant``: it is there from the start).
@@ -70,6 +73,9 @@ class TrainConfig:
         distillation_weight: eta, the share of the distillation loss against the dense model.
         distillation_temperature: T of both logits in it.
         hard_fraction: from then on the mask is exact, the gates are frozen and only weights learn.
+        masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
+            the kept ones are solved for it by least squares (solve.py), and only then are they
+            trained; the learning rate's warm-up begins there.
         calibration_blocks: sequences that ``wanda`` and ``sparsegpt`` measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
@@ -90,6 +96,7 @@ class TrainConfig:
     start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
     include: Names = ()
     exclude: Names = ()
+    zeros: Annotated[float, Field(gt=0, lt=1)] | None = None
     steps: PositiveInt = 32
     block_size: Annotated[int, Field(ge=2)] = 512
     batch_blocks: PositiveInt = 4
@@ -114,6 +121,7 @@ class TrainConfig:
     distillation_weight: Fraction = 0.9
     distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
     hard_fraction: Fraction = 0.05
+    masks_first: bool = False
     calibration_blocks: PositiveInt = 16
     heldout_blocks: PositiveInt = 16
     evaluate_every: NonNegativeInt = 0
@@ -127,12 +135,23 @@ class TrainConfig:
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
         """What one field's own limits cannot say."""
-        Pattern.parse(self.sparsity)
+        pattern = Pattern.parse(self.sparsity)
+        if self.zeros is not None and self.zeros > 1 - pattern.n / pattern.m:
+            raise ValueError(
+                f"zeros is {self.zeros}, but {pattern} has {1 - pattern.n / pattern.m:g} at most"
+            )
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
         if self.tau_end > self.tau_start:
             raise ValueError(
                 f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"
+            )
+        if self.masks_first and self.method != "gates":
+            raise ValueError(f"masks_first goes with method gates alone, not with {self.method}")
+        if self.masks_first and self.is_sharded:
+            raise ValueError(
+                "masks_first cannot go with is_sharded, since solving needs whole weights; "
+                "set one of them to false"
             )
         if self.keep_best:
             self._check_keep_best()
@@ -166,8 +185,8 @@ class TrainConfig:
         """`start`, and what ``auto`` stands for."""
         if self.start != "auto":
             return self.start
-        is_masked = self.method == "gates" and self.selector != "penalty"
-        return "sparsegpt" if is_masked else "wanda"
+        is_moved = self.method == "gates" and self.selector != "penalty" and not self.masks_first
+        return "sparsegpt" if is_moved else "wanda"
 
     @classmethod
     def from_toml(cls, path: Path | None, **flags: Any) -> "TrainConfig":

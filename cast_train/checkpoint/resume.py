@@ -1,6 +1,7 @@
 """OUT.partial: an unfinished run's identity and checkpoints -> the checkpoint to resume from.
 
     run.json                the run's identity
+    kept_dense.json         the linears that stay dense for `zeros`, chosen at the start
     checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
                             random states of all processes
     checkpoint-N/complete   empty; written last, when all of the above is on the disk
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,21 @@ from cast_train.checkpoint import identity
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
+DENSE_FILE = "kept_dense.json"
 COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
 
 
-def begin(partial: Path, wanted: Mapping[str, Any]) -> None:
-    """Makes the directory of a run, if it is not there, and writes its identity."""
+def begin(partial: Path, wanted: Mapping[str, Any], kept_dense: Sequence[str]) -> None:
+    """Makes the directory of a run, if it is not there, and writes its identity and its choice."""
     partial.mkdir(parents=True, exist_ok=True)
+    (partial / DENSE_FILE).write_text(json.dumps(list(kept_dense)) + "\n", encoding="utf-8")
     (partial / RUN_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def read_kept_dense(partial: Path) -> list[str]:
+    """What `begin` was given: chosen anew, on another machine, it could be another choice."""
+    return list(json.loads((partial / DENSE_FILE).read_text(encoding="utf-8")))
 
 
 def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bool) -> Path | None:

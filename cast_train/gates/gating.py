@@ -98,6 +98,11 @@ class Gate(nn.Module):
             self._mask = (mask.t() if self.is_transposed else mask).contiguous()
         return self._mask
 
+    def mask_rows(self) -> Tensor:
+        """The exact mask, bool [out_features, in_features], however the weight is stored."""
+        mask = self.mask().bool()
+        return mask.t() if self.is_transposed else mask
+
     def soft_mask(self, phase: Phase) -> Tensor:
         """p [out_features, in_features], differentiable."""
         rows, n, m = self.rows(), self.pattern.n, self.pattern.m

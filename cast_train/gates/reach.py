@@ -1,8 +1,9 @@
 """Gates before training + TrainConfig -> how far they can move, and how far apart their groups are.
 
-Adam's steps are about as large as its learning rate, whatever the gradient. So the sum of the
-learning rates until the mask is exact is about all that a logit can move by; a group changes its
-mask only if the last logit that it keeps and the first that it drops cross.
+A logit whose gradient is always as large as its tensor's root mean square, with one sign, moves by
+the learning rate a step (training/optimizer.py). Over the steps until the mask is exact that is the
+*reach*; a group changes its mask only if the last logit that it keeps and the first that it drops
+cross.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from cast_serve.sparsity.pattern import groups
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import Gate
-from cast_train.gates.schedules import learning_rate_factor, phase_at
+from cast_train.gates.schedules import first_exact_step
 from cast_train.gates.selection import hard
 
 
@@ -23,10 +24,10 @@ class Reach:
     """What bounds the flips of a run.
 
     Attributes:
-        reach: how far Adam can move a logit in all.
+        reach: how far such a logit moves in all.
         mean_gap: mean over the groups of the N-th largest logit minus the next one.
-        changeable_share: groups whose gap is at most twice the reach, over all groups: only they
-            can change their mask, as one logit falls and the other rises.
+        changeable_share: groups whose gap is at most twice the reach, over all groups: in them such
+            logits can cross, as one falls and the other rises.
     """
 
     reach: float
@@ -41,9 +42,7 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach:
     Args:
         gates: as they start, by name; at least one.
     """
-    steps = [step for step in range(config.steps) if not phase_at(step, config).is_hard]
-    factors = sum(learning_rate_factor(step, config) for step in steps)
-    reach = config.gate_learning_rate * factors
+    reach = config.gate_learning_rate * first_exact_step(config)
     total_gap = 0.0
     num_groups = num_changeable = 0
     for gate in gates.values():

@@ -55,14 +55,34 @@ def ramp(shape: str, progress: float) -> float:
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the learning rates of a step, from 0, are multiplied by: a warm-up, then half a cosine.
+    """What the weights' learning rate is multiplied by: a warm-up, then half a cosine to 0.
 
-    Source: transformers' get_cosine_schedule_with_warmup, which the training uses.
+    With `masks_first` it is 0 until the mask is exact, and the schedule has the steps after that.
+    Source: transformers' get_cosine_schedule_with_warmup.
+
+    Args:
+        step: from 0; step = steps is the end of training.
     """
-    warmup = round(config.warmup_fraction * config.steps)
+    first = first_exact_step(config) if config.masks_first else 0
+    if step < first:
+        return 0.0
+    step, num_steps = step - first, config.steps - first
+    warmup = round(config.warmup_fraction * num_steps)
     if step < warmup:
         return step / warmup
-    return 1 - ramp("cosine", (step - warmup) / max(config.steps - warmup, 1))
+    return 1 - ramp("cosine", (step - warmup) / max(num_steps - warmup, 1))
+
+
+def gate_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the gates' learning rate is multiplied by: 1 until the mask is exact, then 0."""
+    return float(not phase_at(step, config).is_hard)
+
+
+def first_exact_step(config: TrainConfig) -> int:
+    """The first step that computes with the exact mask; `steps` if none does."""
+    if config.method in ("adams", "dense"):
+        return config.steps
+    return min(math.ceil(config.hard_fraction * config.steps), config.steps - 1)
 
 
 def phase_at(step: int, config: TrainConfig) -> Phase:
@@ -75,11 +95,7 @@ def phase_at(step: int, config: TrainConfig) -> Phase:
     def progress(fraction: float) -> float:
         return step / (fraction * config.steps) if fraction > 0 else 1.0
 
-    if config.method in ("adams", "dense"):
-        is_hard = step >= config.steps
-    else:
-        is_hard = step >= config.hard_fraction * config.steps or step >= config.steps - 1
-    if is_hard:
+    if step >= first_exact_step(config):
         return Phase(
             blend=1.0,
             tau=config.tau_end,

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import find_targets
-from cast_train.checkpoint import models
+from cast_train.checkpoint import identity, models
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed
+from cast_train.pruning.allocate import keep_dense
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
@@ -99,6 +100,7 @@ def write_pruned(
     sparsity: str = "2:4",
     mask_dir: Path | None = None,
     is_solved: bool = False,
+    zeros: float | None = None,
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
 
@@ -110,6 +112,8 @@ def write_pruned(
         method: ``magnitude``, ``wanda``, ``sparsegpt``, or ``mask``: that of mask_dir.
         mask_dir: gated, pruned or compressed directory of the same model.
         is_solved: whether the dense model's kept weights are solved under the mask.
+        zeros: share of zeros over all weights that are pruned otherwise, see allocate.py; None: as
+            many as the pattern has.
 
     Returns:
         cast.json's content.
@@ -128,8 +132,12 @@ def write_pruned(
     model = models.load_dense(model_dir)
     targets, _ = find_targets(model, pattern)
     blocks = torch.empty(0)
-    if is_solved or method in ("wanda", "sparsegpt"):
+    if is_solved or zeros is not None or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
+    kept_dense: list[str] = []
+    if zeros is not None:
+        kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros)
+        targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     scores: Mapping[str, Tensor]
     if mask_dir is not None:
         scores = {k: mask.float() for k, mask in read_masks(mask_dir, targets, pattern).items()}
@@ -143,7 +151,7 @@ def write_pruned(
     if is_solved:
         if method == "sparsegpt":  # which has moved the weights
             model = models.load_dense(model_dir)
-            targets, _ = find_targets(model, pattern)
+            targets = {name: model.get_submodule(name) for name in targets}
         masks = {name: hard_mask(found, pattern) for name, found in scores.items()}
         solve(model.float(), targets, masks, blocks)
     else:
@@ -155,5 +163,8 @@ def write_pruned(
         "n": pattern.n,
         "m": pattern.m,
         "targets": list(targets),
+        "kept_dense": kept_dense,
     }
+    if mask_dir is not None:
+        record["mask_of"] = identity.of_directory(mask_dir)
     return models.write(out, model.to(torch.bfloat16), tokenizer, record)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cast_train.gates.gating import is_transposed
+from cast_train.gates.gating import is_transposed, stored_weight
 
 
 def magnitude_scores(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -79,6 +79,6 @@ def check_reached(targets: Mapping[str, nn.Module], reached: Mapping[str, Any]) 
 
 
 def weight_rows(linear: nn.Module) -> Tensor:
-    """A linear's weight, fp32 [out_features, in_features], also where it is stored transposed."""
-    weight = linear.weight.detach().float()
+    """A linear's own weight, without its gate: fp32 [out_features, in_features]."""
+    weight = stored_weight(linear).detach().float()
     return weight.t() if is_transposed(linear) else weight

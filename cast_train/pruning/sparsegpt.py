@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
-from cast_train.gates.gating import is_transposed
+from cast_train.gates.gating import is_transposed, stored_weight
 from cast_train.pruning.scores import check_reached, weight_rows
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
@@ -85,7 +85,7 @@ def replace_weights(
                 tokens = inputs[0].flatten(0, -2).float()
                 last[:] = inputs[0], tokens.t() @ tokens
             weight = replace(name, weight_rows(linear), last[1])
-            linear.weight.copy_(weight.t() if is_transposed(linear) else weight)
+            stored_weight(linear).copy_(weight.t() if is_transposed(linear) else weight)
             replaced[name] = True
             progress.update()
 

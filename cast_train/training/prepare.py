@@ -19,6 +19,7 @@ from cast_train.evaluate.precision import arithmetic
 from cast_train.gates import gating, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
+from cast_train.pruning.allocate import keep_dense
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
@@ -53,7 +54,8 @@ class Prepared:
     Attributes:
         model: fp32, its targets with gates.
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
-        gate_map: their gates, by the same names; none with ``dense``.
+        kept_dense: linears that would be targets and stay dense for `zeros`.
+        gate_map: the targets' gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool, in the weight's layout.
         reach: how far the gates can move from there; None where no logits are to be learnt.
         teacher: the dense model that is distilled from, or None.
@@ -61,6 +63,7 @@ class Prepared:
 
     model: Any
     targets: Mapping[str, nn.Module]
+    kept_dense: Sequence[str]
     gate_map: Mapping[str, gating.Gate]
     start: Mapping[str, Tensor]
     reach: Reach | None
@@ -85,7 +88,11 @@ def read_blocks(
 
 
 def prepare(
-    model_dir: Path, teacher_dir: Path | None, blocks: Blocks, config: TrainConfig
+    model_dir: Path,
+    teacher_dir: Path | None,
+    blocks: Blocks,
+    config: TrainConfig,
+    kept_dense: Sequence[str] | None = None,
 ) -> Prepared:
     """Loads the model and its teacher, and puts gates on the targets.
 
@@ -94,12 +101,19 @@ def prepare(
         teacher_dir: another one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the gates' start.
         config: all settings.
+        kept_dense: targets that stay dense for `config.zeros`; None: they are chosen.
 
     Raises:
         ValueError: for every wrong input.
     """
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    if kept_dense is None:
+        kept_dense = []
+        if config.zeros is not None:
+            calibration = blocks.train[: config.calibration_blocks]
+            kept_dense = keep_dense(model, targets, config.pattern, calibration, config.zeros)
+    targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if config.is_sharded:
         transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
         sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
@@ -113,7 +127,7 @@ def prepare(
     teacher = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
-    return Prepared(model, targets, gate_map, start, reach, teacher)
+    return Prepared(model, targets, kept_dense, gate_map, start, reach, teacher)
 
 
 def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
@@ -123,10 +137,10 @@ def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | 
     found = measure_reach(gate_map, config)
     if found.reach < FEW_GAPS * found.mean_gap:
         logger.warning(
-            "gate logits can move by %.2g in all, and in a group the last kept one is %.2g above "
-            "the first dropped one on average: at most %.1f%% of the groups can change, so this "
-            "trains weights under the start's mask (%s); more steps, a higher hard_fraction or a "
-            "higher gate_learning_rate let the mask move",
+            "a gate logit moves by %.2g or so in all, and in a group the last kept one is %.2g "
+            "above the first dropped one on average: about %.1f%% of the groups can change, so "
+            "this trains weights under the start's mask (%s); more steps, a higher hard_fraction "
+            "or a higher gate_learning_rate let the mask move",
             found.reach,
             found.mean_gap,
             100 * found.changeable_share,
@@ -181,9 +195,12 @@ def _attach(
     elif config.first_order == "wanda":
         scores = wanda_scores(model, targets, blocks[: config.calibration_blocks])
     elif config.first_order == "sparsegpt":
+        dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
         scores = sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )
+        if config.masks_first:  # its order alone
+            _restore(targets, dense)
         if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
             _drop(targets, scores, config.pattern)
             scores = None
@@ -195,6 +212,12 @@ def _drop(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], patter
     for name, linear in targets.items():
         mask = hard_mask(scores[name], pattern)
         linear.weight.mul_(mask.t() if gating.is_transposed(linear) else mask)
+
+
+@torch.no_grad()
+def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    for name, linear in targets.items():
+        linear.weight.copy_(weights[name])
 
 
 def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from cast_serve.checkpoint.record import verify
-from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -32,7 +31,7 @@ from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import phase_at
 from cast_train.text import TokenBlocks
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
-from cast_train.training.trainer import CastTrainer, Watch, tokens_per_step
+from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,10 @@ def train(
         return _finished(out, run_identity)
     partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
-    prepared = prepare(model_dir, teacher_dir, blocks, config)
+    kept_dense = resume.read_kept_dense(partial) if resume_from else None
+    prepared = prepare(model_dir, teacher_dir, blocks, config, kept_dense)
     if _rank() == 0:
-        resume.begin(partial, run_identity)
+        resume.begin(partial, run_identity, prepared.kept_dense)
     trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
     trained = _as_stored(trainer, prepared, model_dir, config)
     record = _measure(trained, trainer, blocks, config)
@@ -116,6 +116,8 @@ def _fit(
         prepared.teacher.to(trainer.args.device)
     trainer.watch = Watch(trainer, blocks.heldout, prepared.start)
     trainer.add_callback(trainer.watch)
+    if config.masks_first:
+        trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:
         trainer.add_callback(_tensorboard(tensorboard_dir))
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -147,6 +149,7 @@ def _measure(
         "n": config.pattern.n,
         "m": config.pattern.m,
         "targets": list(trained.targets),
+        "kept_dense": list(trained.kept_dense),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
         "steps": config.steps,
@@ -198,7 +201,7 @@ def _gathered(
     """The trained model, unsharded in every process, with its targets and gates."""
     state = sharding.whole_state(sharded)
     model = load_dense(model_dir, torch.float32)
-    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    targets = {name: model.get_submodule(name) for name in prepared.targets}
     gate_map = {} if config.method == "dense" else with_gates(targets, None, config)
     model.load_state_dict(state)
     for name, gate in gate_map.items():
@@ -241,8 +244,6 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         gradient_accumulation_steps=config.accumulation,
         gradient_checkpointing=config.is_checkpointed,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(config.warmup_fraction * config.steps),
         max_grad_norm=config.max_grad_norm,
         fsdp=config.is_sharded or None,
         save_strategy="steps",

@@ -1,8 +1,7 @@
 """CastTrainer: transformers' Trainer with gates, distillation and the sparsity penalty in its loss.
 
-Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; one optimiser
-with a learning rate for the weights and one for the gate logits. Weights and gates are fp32
-throughout, since bf16 would round small steps away.
+Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; optimiser.py has
+the steps. Weights and gates are fp32 throughout, since bf16 would round small steps away.
 """
 
 import contextlib
@@ -10,11 +9,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -24,8 +25,14 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import perplexity
 from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
-from cast_train.gates.schedules import phase_at
-from cast_train.training import adams
+from cast_train.gates.schedules import (
+    first_exact_step,
+    gate_rate_factor,
+    learning_rate_factor,
+    phase_at,
+)
+from cast_train.pruning.solve import solve
+from cast_train.training import optimizer
 
 
 class DivergedError(RuntimeError):
@@ -123,11 +130,25 @@ class CastTrainer(Trainer):
         super().log(logs | self.figures if "loss" in logs else logs, *args, **kwargs)
 
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LambdaLR | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = _optimizer(self.model, self.gate_map, self.targets, self.config)
+            self.optimizer = optimizer.make(self.model, self.gate_map, self.targets, self.config)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, *_: Any) -> LambdaLR:
+        """Each group of the optimiser has the schedule of its role."""
+        if self.lr_scheduler is None:
+            assert self.optimizer is not None
+            factors = [
+                learning_rate_factor if group["role"] == optimizer.WEIGHTS else gate_rate_factor
+                for group in self.optimizer.param_groups
+            ]
+            self.lr_scheduler = LambdaLR(
+                self.optimizer, [partial(factor, config=self.config) for factor in factors]
+            )
+        return self.lr_scheduler
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Resumed from the checkpoint of the last step, Trainer would take one step more."""
@@ -143,57 +164,6 @@ class CastTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{resume.PREFIX}{self.state.global_step}"
             resume.mark_complete(folder, self.state.best_model_checkpoint)
-
-
-def _optimizer(
-    model: nn.Module,
-    gate_map: Mapping[str, gating.Gate],
-    targets: Mapping[str, nn.Module],
-    config: TrainConfig,
-) -> torch.optim.Optimizer:
-    gate_ids = {id(parameter) for gate in gate_map.values() for parameter in gate.parameters()}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]
-    gate_parameters = [
-        p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad
-    ]
-    if config.method == "adams":
-        is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
-        groups: list[dict[str, Any]] = [
-            {"params": [w for w in weights if id(w) not in is_transposed]}
-        ]
-        for transposed in (False, True):
-            groups.append(
-                {
-                    "params": [w for w in weights if is_transposed.get(id(w)) is transposed],
-                    "pattern": (config.pattern.n, config.pattern.m),
-                    "is_transposed": transposed,
-                }
-            )
-        return adams.AdamS(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            total_steps=config.steps,
-            decay=config.decay,
-            mask_every=config.mask_every,
-        )
-    # As is usual, weight decay applies to matrices and not to norms, biases and embeddings. It does
-    # not apply to the scales either, since that would decay the weights a second time.
-    decayed = {id(gating.stored_weight(linear)) for linear in targets.values()}
-    groups = [
-        {
-            "params": [w for w in weights if id(w) in decayed],
-            "lr": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [w for w in weights if id(w) not in decayed],
-            "lr": config.learning_rate,
-            "weight_decay": 0.0,
-        },
-        {"params": gate_parameters, "lr": config.gate_learning_rate, "weight_decay": 0.0},
-    ]
-    # fused: one pass over memory in place of ten
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 class Watch(TrainerCallback):
@@ -227,6 +197,40 @@ class Watch(TrainerCallback):
                     **dataclasses.asdict(gating.statistics(trainer.gate_map, phase, self.start)),
                 }
             )
+
+
+class MasksFirst(TrainerCallback):
+    """`masks_first`: weights stay as they are until the mask is exact, and are then solved for it.
+
+    They are solved before the first step under the exact mask. A run that is resumed at that step
+    has the checkpoint's unmoved weights and solves them again.
+
+    Args:
+        trainer: whose weights and gates these are.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+    """
+
+    def __init__(self, trainer: CastTrainer, blocks: Tensor) -> None:
+        self.trainer = trainer
+        self.blocks = blocks
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if state.global_step != first_exact_step(trainer.config):
+            return
+        gating.set_phase(trainer.gate_map, phase_at(state.global_step, trainer.config))
+        masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
+        solve(trainer.accelerator.unwrap_model(trainer.model), trainer.targets, masks, self.blocks)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if state.global_step >= first_exact_step(trainer.config):
+            return
+        assert trainer.optimizer is not None
+        for group in trainer.optimizer.param_groups:
+            if group["role"] == optimizer.WEIGHTS:
+                for weight in group["params"]:
+                    weight.grad = None  # AdamW passes by what has no gradient
 
 
 class FrozenGates(TrainerCallback):

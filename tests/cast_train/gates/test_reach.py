@@ -23,9 +23,8 @@ def test_by_hand():
     gates = gates_of([4.0, 3.0, 2.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 1.0, 8.0])
     found = measure_reach(gates, config)
     assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)
-    # steps 0, 1 and 2 are soft; the cosine's factors there are 1, 0.976 and 0.905
-    assert found.reach == pytest.approx(0.1 * (1 + 0.9755 + 0.9045), abs=1e-4)
-    assert found.changeable_share == pytest.approx(2 / 3)  # 0.5 <= 2 * 0.288
+    assert found.reach == pytest.approx(0.1 * 3)  # steps 0, 1 and 2 are soft
+    assert found.changeable_share == pytest.approx(2 / 3)  # 0.5 <= 2 * 0.3
 
 
 def test_transposed_weights_have_their_groups_along_in_features():
@@ -55,12 +54,12 @@ def test_a_run_flips_no_more_than_it_can_and_warns_where_that_is_little(
         record = train(llama_dir, [text_file], tmp_path / "out", config)
     found = record["gates"]
     assert 0 < found["flipped_share"] <= found["changeable_share"]
-    assert ("gate logits can move by" in caplog.text) is not is_far
+    assert ("a gate logit moves by" in caplog.text) is not is_far
     if is_far:
         assert found["reach"] > 3 * found["mean_gap"]
     else:
         assert found["changeable_share"] < 0.2
-        assert f"at most {100 * found['changeable_share']:.1f}% of the groups" in caplog.text
+        assert f"about {100 * found['changeable_share']:.1f}% of the groups" in caplog.text
 
 
 FIXED_MASK = {"start": "magnitude", "hard_fraction": 0.0, "tau_end_fraction": 0.0}
@@ -73,4 +72,4 @@ def test_what_learns_no_logits_has_no_reach(
     config = TrainConfig.from_toml(settings_file, steps=2, **settings)
     record = train(llama_dir, [text_file], tmp_path / "out", config)
     assert "reach" not in record["gates"]
-    assert "gate logits can move by" not in caplog.text
+    assert "a gate logit moves by" not in caplog.text

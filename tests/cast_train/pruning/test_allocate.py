@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torch import nn
+
+from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
+from cast_serve.sparsity.targets import find_targets
+from cast_train.checkpoint.models import load_dense
+from cast_train.config import TrainConfig
+from cast_train.pruning import allocate
+from cast_train.pruning.oneshot import write_pruned
+from cast_train.training.run import train
+
+
+def loaded(directory):
+    model = load_dense(directory, torch.float32)
+    return model, find_targets(model, TWO_FOUR)[0]
+
+
+@pytest.fixture
+def blocks():
+    return torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_cost_is_fishers_along_the_change(llama_dir, blocks):
+    """Against gradients by the weights themselves, a token at a time."""
+    model, targets = loaded(llama_dir)
+    name = "model.layers.1.mlp.down_proj"
+    change = {n: 0.01 * torch.randn(linear.weight.shape) for n, linear in targets.items()}
+    found, _ = allocate._costs(model, targets, change, blocks[:1])
+
+    captured: dict[str, torch.Tensor] = {}
+    model.requires_grad_(False)
+    hook = targets[name].register_forward_hook(
+        lambda _, inputs, outputs: captured.update(x=inputs[0], y=outputs.requires_grad_())
+    )
+    logits = model(input_ids=blocks[:1], use_cache=False).logits[0]
+    hook.remove()
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+    loss = nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum")
+    (grad,) = torch.autograd.grad(loss, captured["y"])
+    wanted = 0.0
+    for token in range(blocks.shape[1]):
+        by_weight = torch.outer(grad[0, token], captured["x"][0, token])
+        wanted += 0.5 * float((by_weight * change[name]).sum() ** 2)
+    assert found[name] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, blocks):
+    """The mean KL to the dense model, for a change so small that the second order is all of it."""
+    model, targets = loaded(llama_dir)
+    name = "model.layers.0.mlp.up_proj"
+    weight = targets[name].weight
+    change = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    many = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(2))
+    estimated, _ = allocate._costs(model, {name: targets[name]}, {name: change}, many)
+    with torch.no_grad():
+        before = model(input_ids=many, use_cache=False).logits.log_softmax(-1)
+        weight += change
+        after = model(input_ids=many, use_cache=False).logits.log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum())
+    # Tokens are taken as independent: what one token's change does to later ones is added up.
+    assert estimated[name] == pytest.approx(kl, rel=0.35)
+
+
+@pytest.mark.parametrize("zeros", [0.5, 0.4, 0.25, 0.1])
+def test_the_share_of_zeros_is_reached_and_hardly_exceeded(model_dir, blocks, zeros):
+    model, targets = loaded(model_dir)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
+    sizes = {name: linear.weight.numel() for name, linear in targets.items()}
+    pruned = sum(size for name, size in sizes.items() if name not in kept)
+    reached = pruned / 2 / sum(sizes.values())
+    assert zeros <= reached < zeros + 0.15  # a unit of so small a model is up to 1/6 of it
+    assert bool(kept) == (zeros < 0.5)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_linears_with_the_same_inputs_stay_together(llama_dir, blocks):
+    model, targets = loaded(llama_dir)
+    for zeros in (0.45, 0.35, 0.2):
+        kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
+        for layer in range(2):
+            for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+                are_kept = {any(k.endswith(p) and f".{layer}." in k for k in kept) for p in parts}
+                assert len(are_kept) == 1
+
+
+def test_what_hurts_more_stays_dense(llama_dir, blocks):
+    """A linear whose pruned half says nothing is pruned before all others."""
+    model, targets = loaded(llama_dir)
+    harmless = "model.layers.0.mlp.down_proj"
+    with torch.no_grad():
+        weight = targets[harmless].weight
+        weight *= hard_mask(weight.abs())
+    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, 0.15)
+    assert harmless not in kept
+    assert len(kept) > len(targets) / 2
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.51, -1.0])
+def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
+    model, targets = loaded(llama_dir)
+    with pytest.raises(ValueError, match=f"zeros is {zeros}, but must be above 0 and at most 0.5"):
+        allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
+
+
+def test_a_setting_above_the_patterns_share_is_refused():
+    with pytest.raises(ValueError, match="zeros is 0.6, but 2:4 has 0.5 at most"):
+        TrainConfig(zeros=0.6)
+
+
+def test_a_run_trains_prunes_and_resumes_with_some_linears_dense(
+    llama_dir, text_file, settings_file, tmp_path, train_until, monkeypatch
+):
+    config = TrainConfig.from_toml(settings_file, steps=6, zeros=0.4, checkpoint_every=2)
+    record = train(llama_dir, [text_file], tmp_path / "whole", config)
+    assert record["kept_dense"]
+    assert not set(record["kept_dense"]) & set(record["targets"])
+    pruned = write_pruned(llama_dir, [text_file], tmp_path / "pruned", "wanda", zeros=0.4)
+    assert pruned["kept_dense"]
+    model = load_dense(tmp_path / "pruned")
+    for name in pruned["kept_dense"]:
+        assert (model.get_submodule(name).weight != 0).all()
+
+    train_until(3, llama_dir, [text_file], tmp_path / "out", config)
+    monkeypatch.setattr("cast_train.training.prepare.keep_dense", None)  # not chosen again
+    again = train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    assert again["kept_dense"] == record["kept_dense"]
+    assert again["quality"] == record["quality"]

@@ -1,0 +1,128 @@
+"""`masks_first`: gates learn on unmoved weights, which are then solved for the mask and trained."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cast_serve.sparsity.pattern import hard_mask
+from cast_serve.sparsity.targets import find_targets
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.gates import gating
+from cast_train.gates.schedules import gate_rate_factor, learning_rate_factor
+from cast_train.pruning.scores import weight_rows
+from cast_train.pruning.solve import solve
+from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
+from cast_train.training.run import train
+
+
+@pytest.fixture
+def config(settings_file):
+    return TrainConfig.from_toml(
+        settings_file,
+        masks_first=True,
+        steps=10,
+        hard_fraction=0.5,
+        tau_start=0.5,
+        tau_end_fraction=0.4,
+        gate_learning_rate=1.0,
+        warmup_fraction=0.2,
+    )
+
+
+def assert_solved_from_dense(model_dir, text_file, config, written):
+    """Whether the kept weights of what a run wrote are the dense ones, solved for its masks.
+
+    Returns:
+        the masks, bool [out_features, in_features] by name.
+    """
+    dense = models.load_dense(model_dir, torch.float32)
+    targets, _ = find_targets(dense, config.pattern)
+    masks = {}
+    for name, linear in targets.items():
+        gate = written[f"{name}.gate"]
+        masks[name] = hard_mask(gate.t() if gating.is_transposed(linear) else gate, config.pattern)
+    tokens = tokenize(read_texts([text_file]), models.load_tokenizer(model_dir))
+    blocks, _ = split_held_out(
+        to_blocks(tokens, config.block_size), config.heldout_blocks, config.batch_blocks
+    )
+    solve(dense, targets, masks, blocks[: config.calibration_blocks])
+    for name, linear in targets.items():
+        weight = written[f"{name}.weight"].float()
+        rows = weight.t() if gating.is_transposed(linear) else weight
+        torch.testing.assert_close(rows * masks[name], weight_rows(linear), rtol=2e-2, atol=2e-3)
+    return masks
+
+
+@pytest.mark.parametrize("hard_fraction", [0.0, 0.5], ids=["fixed", "learnt"])
+def test_weights_that_do_not_learn_are_the_dense_ones_solved_for_the_mask(
+    model_dir, text_file, config, tmp_path, hard_fraction
+):
+    config = dataclasses.replace(
+        config,
+        learning_rate=0.0,
+        hard_fraction=hard_fraction,
+        tau_end_fraction=min(config.tau_end_fraction, hard_fraction),
+    )
+    record = train(model_dir, [text_file], tmp_path / "out", config)
+    assert (record["gates"]["flipped_share"] > 0) == (hard_fraction > 0)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert_solved_from_dense(model_dir, text_file, config, written)
+
+
+def test_solved_weights_are_trained_on(
+    model_dir, text_file, config, tmp_path, untrained_perplexity
+):
+    config = dataclasses.replace(config, steps=30)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    assert record["quality"]["perplexity_hard"] < 0.88 * untrained_perplexity
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 7], ids=["gates", "border", "weights"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    stop_at, llama_dir, text_file, config, tmp_path, train_until
+):
+    config = dataclasses.replace(config, checkpoint_every=1)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    train_until(stop_at, llama_dir, [text_file], tmp_path / "out", config)
+    train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_order_of_sparsegpt_leaves_the_weights(llama_dir, text_file, config, tmp_path):
+    config = dataclasses.replace(
+        config, start="sparsegpt", hard_fraction=0.99, learning_rate=0.0, gate_learning_rate=0.0
+    )
+    found = {}
+    for start in ("sparsegpt", "wanda"):
+        out = tmp_path / start
+        train(llama_dir, [text_file], out, dataclasses.replace(config, start=start))
+        written = load_file(out / "model.safetensors")
+        found[start] = assert_solved_from_dense(llama_dir, text_file, config, written)
+    assert any((found["sparsegpt"][name] != found["wanda"][name]).any() for name in found["wanda"])
+
+
+def test_the_schedules_by_hand():
+    config = TrainConfig(steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25)
+    gates = [gate_rate_factor(step, config) for step in range(12)]
+    weights = [learning_rate_factor(step, config) for step in range(12)]
+    assert gates == [1.0] * 4 + [0.0] * 8
+    assert weights[:7] == [0.0] * 4 + [0.0, 0.5, 1.0]
+    assert weights[9] == pytest.approx(0.5)  # half of the six steps of the cosine
+    assert learning_rate_factor(12, config) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("method", ["ste", "adams", "dense"])
+def test_it_is_refused_where_no_gates_learn(method):
+    with pytest.raises(
+        ValueError, match=f"masks_first goes with method gates alone, not.*{method}"
+    ):
+        TrainConfig(method=method, masks_first=True)
+
+
+def test_it_is_refused_where_weights_are_in_pieces():
+    with pytest.raises(ValueError, match="masks_first cannot go with is_sharded"):
+        TrainConfig(masks_first=True, is_sharded=True)
