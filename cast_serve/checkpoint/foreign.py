@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.sparsity.quantize import widen_float8
 
 # Tensors beside a weight that are read with it, or left out.
 SCALE_PARTS = (
@@ -56,8 +57,10 @@ def read_linear(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> C
         )
     scale = _scale_of_rows(name, parts.get("weight_scale"), values.shape[0])
     if values.dtype == torch.float8_e4m3fn:
-        # + 0.0: a stored -0.0 becomes 0.0.
-        values, scale = (values.float() * scale.float() + 0.0).to(dtype), None
+        try:
+            values, scale = widen_float8(values, scale, dtype, name), None
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     if "compressed" in parts:
         stored = {part: parts[part] for part in PARTS if part in parts} | {"compressed": values}
         if scale is not None:

@@ -1,12 +1,19 @@
 """A model directory -> its kind, layers and bytes; every group of compressed linears is checked."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.directory import ModelDirectory, tensor_files
+from safetensors import safe_open
+
+from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory, tensor_files
+from cast_serve.checkpoint.foreign import read_linear
 from cast_serve.checkpoint.linear import CompressedLinear, check_integers, check_scale
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
+
+logger = logging.getLogger(__name__)
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -76,10 +83,57 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def count_compressed(path: Path) -> int:
-    """How many linears of a model directory are compressed on disk; reads only file headers.
+def count_sparse(path: Path) -> tuple[int, bool]:
+    """How many linears of a model directory are served 2:4-sparse, and whether with stored zeros.
+
+    Reads file headers, and the first weight where another program stored 8-bit weights with their
+    zeros: if that is 2:4 all must be, which is checked when they are loaded. 2:4 weights with their
+    zeros in bf16, fp16 or fp32, such as a dense twin's, count as dense.
 
     Raises:
-        CheckpointError: if there is no shard.
+        CheckpointError: if there is no shard, or a scale is missing or damaged or of a shape that
+            does not belong to its weight.
     """
-    return sum(name.endswith(".compressed") for name in tensor_files(path))
+    files = tensor_files(path)
+    compressed = [
+        name.removesuffix(".compressed") for name in files if name.endswith(".compressed")
+    ]
+    if compressed:
+        _check_scale_shapes(files, compressed, "compressed")
+        return len(compressed), False
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config") or config.get(OLD_KEY) or {}
+    if quantization.get("format") not in ("int-quantized", "float-quantized"):
+        return 0, False
+    try:
+        directory = ModelDirectory(path)
+    except ValueError as error:  # transformers' too, of a model that it does not know
+        logger.warning("served by vLLM itself, not 2:4-sparse: %s", error)
+        return 0, False
+    first = directory.targets[0]
+    try:
+        read_linear(first, directory.parts(first), directory.model_dtype)
+    except PatternError as error:
+        logger.info("served by vLLM itself, since it is not 2:4: %s", error)
+        return 0, False
+    _check_scale_shapes(files, directory.targets, "weight")
+    return len(directory.targets), True
+
+
+def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -> None:
+    """Refuses scales that are neither [out_features, 1] nor [1]; reads only file headers."""
+    for name in linears:
+        if f"{name}.weight_scale" not in files:
+            continue  # of a weight that is not quantised, or refused when it is loaded
+        scale, weight = (_shape(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
+        if scale not in ([weight[0], 1], [1], []):
+            raise CheckpointError(
+                f"{name}.weight_scale is {scale}, but [{weight[0]}, 1] or [1] belongs to "
+                f"{name}.{part}, which is {weight}; copy the directory again, or start from the "
+                "checkpoint that it was made of"
+            )
+
+
+def _shape(files: dict[str, Path], name: str) -> list[int]:
+    with safe_open(files[name], framework="pt") as tensors:
+        return list(tensors.get_slice(name).get_shape())

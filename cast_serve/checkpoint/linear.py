@@ -132,7 +132,7 @@ class CompressedLinear:
 
 
 def check_scale(name: str, scale: Tensor | None, out_features: int) -> Tensor:
-    """Refuses what is no scale of an int8 weight.
+    """Refuses what is no scale of an 8-bit weight.
 
     Returns:
         the scale.
@@ -142,7 +142,10 @@ def check_scale(name: str, scale: Tensor | None, out_features: int) -> Tensor:
             not finite and positive.
     """
     if scale is None:
-        raise CheckpointError(f"{name} is int8, but has no {name}.weight_scale; it is incomplete")
+        raise CheckpointError(
+            f"{name} is in 8 bits, but has no {name}.weight_scale; it is incomplete: "
+            "copy the directory again"
+        )
     if list(scale.shape) != [out_features, 1] or scale.dtype not in FLOATS:
         raise CheckpointError(
             f"{name}.weight_scale is {scale.dtype} {list(scale.shape)}, but [{out_features}, 1] of "
@@ -153,7 +156,8 @@ def check_scale(name: str, scale: Tensor | None, out_features: int) -> Tensor:
         row = int(is_bad.nonzero()[0])
         raise CheckpointError(
             f"{name}.weight_scale: row {row} is {float(scale[row])}, but a scale is finite and "
-            f"above 0; {int(is_bad.sum())} rows are wrong and the file is damaged"
+            f"above 0; {int(is_bad.sum())} rows are wrong and the file is damaged: "
+            "copy the directory again"
         )
     return scale
 

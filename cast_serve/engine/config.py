@@ -1,5 +1,15 @@
-"""A checkpoint's ``quantization_config`` -> which of its layers run 2:4-sparse in vLLM."""
+"""A checkpoint's ``quantization_config`` -> which of its layers run 2:4-sparse in vLLM.
 
+The plugin claims compressed-tensors checkpoints
+    with a sparsity_config of the format ``sparse-24-bitmask``;
+    with one of the format ``dense``, which vLLM 0.32 itself refuses (its #51188);
+    without one, if ``--quantization cast_sparse24`` asks for it: config.json does not say that
+        they are 2:4, so `cast-serve worker` looks at the values and asks.
+Served as they are: 2:4 weights as bitmasks in the model's dtype, and int8 or float8 (e4m3) weights
+as bitmasks or with their zeros.
+"""
+
+import logging
 from typing import Any
 
 import torch
@@ -17,16 +27,24 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from cast_serve.engine.head import Int8HeadMethod
-from cast_serve.engine.linear import Sparse24LinearMethod
+from cast_serve.engine.linear import METHOD, Sparse24LinearMethod, Stored
 
-METHOD = "cast_sparse24"
+logger = logging.getLogger(__name__)
+
 FORMAT = "sparse-24-bitmask"
-REMEDY = "`cast-serve convert` makes a directory that is served of what it can read"
-# What a quantised checkpoint must say, per part of its config_groups: 8-bit integers, one scale a
-# row of the weight. Activations are quantised as they come, finer than any file asks for.
-SERVED = {
-    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True},
+REMEDY = "run `cast-serve convert SRC OUT` and serve OUT; convert says so if it cannot read SRC"
+DTYPES = {"int-quantized": torch.int8, "float-quantized": torch.float8_e4m3fn}
+HEADS = (Stored(torch.int8), Stored(torch.int8, has_zeros=True))
+# What a quantised checkpoint must say, per part of its config_groups. A scale belongs to a row of
+# the weight (channel) or to all of it (tensor). Activations of int8 weights are quantised as they
+# come, finer than any file asks for; those of float8 weights are not.
+STRATEGIES = ("channel", "tensor")
+SERVED: dict[str, dict[str, dict[str, Any]]] = {
+    "int-quantized": {
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True},
+    },
+    "float-quantized": {"weights": {"num_bits": 8, "type": "float", "symmetric": True}},
 }
 
 
@@ -36,25 +54,36 @@ class Sparse24Config(QuantizationConfig):
 
     Args:
         ignore: module names, or regular expressions after ``re:``, that are not 2:4.
-        is_quantized: whether the kept weights are int8 with a scale a row.
+        stored: how the 2:4 weights are stored.
         unquantized: names, as in ignore, that stay in the model's dtype all the same.
     """
 
     def __init__(
-        self, ignore: list[str], is_quantized: bool = False, unquantized: list[str] | None = None
+        self,
+        ignore: list[str],
+        stored: Stored = Stored(),  # noqa: B008, frozen
+        unquantized: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.ignore = ignore
-        self.is_quantized = is_quantized
+        self.stored = stored
         self.unquantized = unquantized or []
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claims compressed-tensors checkpoints in our format, and no others."""
-        sparsity = (hf_quant_cfg or {}).get("sparsity_config") or {}
-        return METHOD if sparsity.get("format") == FORMAT else None
+        """Claims what the module's docstring says, and no others."""
+        config = hf_quant_cfg or {}
+        sparsity = config.get("sparsity_config") or {}
+        is_refused_by_vllm = sparsity.get("format") == "dense" and bool(sparsity.get("targets"))
+        is_asked_for = user_quant == METHOD and config.get("quant_method") == "compressed-tensors"
+        is_claimed = (
+            sparsity.get("format") == FORMAT
+            or is_asked_for
+            or (is_refused_by_vllm and user_quant is None)
+        )
+        return METHOD if is_claimed else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
@@ -64,25 +93,27 @@ class Sparse24Config(QuantizationConfig):
             ValueError: if the checkpoint is quantised in a form that is not served, or not 2:4, or
                 targets other layers than linears.
         """
-        sparsity = config["sparsity_config"]
+        sparsity = config.get("sparsity_config") or {}
+        has_zeros = sparsity.get("format") != FORMAT
+        form, scheme = config.get("format", "dense"), config.get("config_groups") or {}
+        unquantized = list(config.get("ignore", []))
+        if has_zeros and form not in DTYPES:
+            raise ValueError(
+                f"the checkpoint stores the zeros of its weights, in the format {form!r}, which is "
+                f"served as it is in {' and '.join(DTYPES)} only; {REMEDY}"
+            )
+        if has_zeros:
+            stored = _stored(form, scheme, has_zeros)
+            return cls(unquantized, stored, unquantized)
         if sparsity.get("sparsity_structure") != "2:4" or sparsity.get("targets") != ["Linear"]:
             raise ValueError(
                 f"sparsity_structure {sparsity.get('sparsity_structure')!r} with targets "
                 f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed"
             )
         ignore = list(sparsity.get("ignore", []))
-        unquantized = list(config.get("ignore", []))
-        form, scheme = config.get("format", "dense"), config.get("config_groups") or {}
         if form == "dense" and not scheme:
             return cls([*ignore, *unquantized])
-        if form != "int-quantized" or not scheme:
-            raise ValueError(
-                f"the checkpoint is 2:4-sparse and quantised ({form}); 2:4 weights are served in "
-                f"bf16, fp16, fp32 or as int-quantized with 8 bits; {REMEDY}"
-            )
-        for name, group in scheme.items():
-            _check_scheme(name, group)
-        return cls(ignore, is_quantized=True, unquantized=unquantized)
+        return cls(ignore, _stored(form, scheme, has_zeros), unquantized)
 
     def get_name(self) -> str:
         return METHOD
@@ -102,18 +133,23 @@ class Sparse24Config(QuantizationConfig):
         """The method of a target, of an 8-bit head, of an ignored linear; else None.
 
         Raises:
-            ValueError: if a linear is quantised and not 2:4.
+            ValueError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
         """
-        is_quantized = self.is_quantized and not self._is_in(self.unquantized, prefix)
+        stored = Stored() if self._is_in(self.unquantized, prefix) else self.stored
         if isinstance(layer, ParallelLMHead):
-            return Int8HeadMethod(prefix) if is_quantized else None
+            if stored.dtype and stored not in HEADS:
+                raise ValueError(
+                    f"{prefix} is quantised, as {stored}; a head is served unquantised or in int8 "
+                    f"with a scale for each row and no input_scale; {REMEDY}"
+                )
+            return Int8HeadMethod(prefix) if stored.dtype else None
         if not isinstance(layer, LinearBase):
             return None
         if not self._is_in(self.ignore, prefix):
-            return Sparse24LinearMethod(prefix, is_quantized)
-        if is_quantized:
+            return Sparse24LinearMethod(prefix, stored)
+        if stored.dtype:
             raise ValueError(
-                f"{prefix} is int8 and not 2:4; only the head is served in that form; {REMEDY}"
+                f"{prefix} is in 8 bits and not 2:4; only the head is served in that form; {REMEDY}"
             )
         return UnquantizedLinearMethod()
 
@@ -122,13 +158,45 @@ class Sparse24Config(QuantizationConfig):
         return bool(should_ignore_layer(prefix, ignore=names, fused_mapping=mapping))
 
 
-def _check_scheme(name: str, group: dict[str, Any]) -> None:
-    """Refuses what would be computed wrongly."""
-    for part, wanted in SERVED.items():
-        found = group.get(part) or {}
-        for key, value in wanted.items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"config_groups.{name}.{part}.{key} is {found.get(key)!r}; of 8-bit 2:4 "
-                    f"weights {value!r} is served; {REMEDY}"
-                )
+def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
+    """How the weights of a quantised checkpoint are stored; refuses what would be computed wrongly.
+
+    Args:
+        form: of ``format``.
+        scheme: the ``config_groups``.
+        has_zeros: whether the zeros of the weights are stored.
+
+    Raises:
+        ValueError: naming what is not served.
+    """
+    if form not in DTYPES or not scheme:
+        raise ValueError(
+            f"the checkpoint is 2:4-sparse and quantised ({form}); 2:4 weights are served in bf16, "
+            f"fp16, fp32 or as {' or '.join(DTYPES)} with 8 bits; {REMEDY}"
+        )
+    for name, group in scheme.items():
+        for part, wanted in SERVED[form].items():
+            for key, value in wanted.items():
+                _check(f"{name}.{part}.{key}", (group.get(part) or {}).get(key), (value,))
+        _check(f"{name}.weights.strategy", group["weights"].get("strategy"), STRATEGIES)
+    strategies = {group["weights"]["strategy"] for group in scheme.values()}
+    if len(strategies) > 1:
+        raise ValueError(
+            f"config_groups differ in weights.strategy: {sorted(strategies)}; {REMEDY}"
+        )
+    inputs = [group.get("input_activations") or {"dynamic": True} for group in scheme.values()]
+    has_input_scale = not all(activations.get("dynamic") for activations in inputs)
+    if has_input_scale:
+        logger.warning(
+            "the input_scale of the checkpoint is left out: activations are %s",
+            "quantised anew for each token" if form == "int-quantized" else "not quantised",
+        )
+    return Stored(DTYPES[form], strategies == {"channel"}, has_input_scale, has_zeros)
+
+
+def _check(key: str, found: Any, served: tuple[Any, ...]) -> None:
+    if found not in served:
+        raise ValueError(
+            f"config_groups.{key} is {found!r}; of 8-bit 2:4 weights "
+            f"{' or '.join(map(repr, served))} is served; {REMEDY}"
+        )

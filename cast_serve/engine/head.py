@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
-from cast_serve.engine.packing import keep_scales, load_kernels, row_scales
+from cast_serve.engine.packing import keep_scales, load_kernels, row_scales, take_scales
 
 
 class Int8HeadMethod(QuantizeMethodBase):
@@ -55,7 +55,8 @@ class Int8HeadMethod(QuantizeMethodBase):
         """
         load_kernels(layer.weight.is_cuda)
         indices = layer.shard_indices
-        keep_scales(layer, self.prefix, indices.num_org_elements)
+        scale = take_scales(layer, self.prefix, indices.num_org_elements)
+        keep_scales(layer, self.prefix, scale)
         layer.cast_out_features, in_features = layer.weight.shape
         layer.cast_in_features = in_features
         packed = kernels.pack_dense(layer.weight.data)

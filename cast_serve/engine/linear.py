@@ -1,11 +1,13 @@
-"""One compressed linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8)``.
+"""One 2:4 linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8)``.
 
 It creates parameters for the tensors on disk, so that vLLM's own loaders merge qkv and gate_up and
 narrow for tensor parallelism. After loading it packs them into the kernel's layout and deletes
-them.
+them. float8 weights are multiplied by their scale and rounded once to the dtype that the model runs
+in, as `cast-serve convert` does it: they run ``cast::linear24``, and activations stay as they are.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +19,36 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
-from cast_serve.engine.packing import keep_scales, load_kernels, row_scales
+from cast_serve.engine.packing import (
+    keep_scales,
+    load_kernels,
+    row_scales,
+    take_scales,
+    weight_scales,
+)
 from cast_serve.kernels.gpu import dispatch
+from cast_serve.sparsity.bitmask import compress
+from cast_serve.sparsity.quantize import widen_float8
+
+METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores its 2:4 weights.
+
+    Attributes:
+        dtype: int8 or float8_e4m3fn, with scales; None: the model's.
+        has_row_scales: of 8 bits, whether each row has a scale, else each weight.
+        has_input_scale: whether there is an ``input_scale``, which is left out.
+        has_zeros: whether ``weight`` holds the zeros; else ``compressed``, ``bitmask`` and
+            ``shape`` stand for it.
+    """
+
+    dtype: torch.dtype | None = None
+    has_row_scales: bool = True
+    has_input_scale: bool = False
+    has_zeros: bool = False
 
 
 @register_weight_loader_v2_supported_method
@@ -27,12 +57,12 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     Args:
         prefix: the layer's name.
-        is_quantized: whether the kept weights are int8, with a scale a row.
+        stored: how its tensors are stored.
     """
 
-    def __init__(self, prefix: str, is_quantized: bool = False) -> None:
+    def __init__(self, prefix: str, stored: Stored = Stored()) -> None:  # noqa: B008, frozen
         self.prefix = prefix
-        self.is_quantized = is_quantized
+        self.stored = stored
 
     def create_weights(
         self,
@@ -46,13 +76,14 @@ class Sparse24LinearMethod(LinearMethodBase):
     ) -> None:
         """Creates parameters for the tensors on disk.
 
-        They are ``compressed``, ``bitmask``, ``shape`` and, of quantised weights, ``weight_scale``.
+        They are ``compressed``, ``bitmask`` and ``shape``, or ``weight``; of 8-bit weights also
+        ``weight_scale`` and ``input_scale``.
 
         Raises:
             ValueError: if in_features cannot be cut into whole groups and bitmask bytes.
         """
         is_sharded = input_size_per_partition != input_size
-        unit = 8 if is_sharded else 4
+        unit = 8 if is_sharded and not self.stored.has_zeros else 4
         if input_size_per_partition % unit:
             raise ValueError(
                 f"{self.prefix}: in_features {input_size} over "
@@ -69,17 +100,30 @@ class Sparse24LinearMethod(LinearMethodBase):
                 weight_loader=extra_weight_attrs["weight_loader"],
             )
 
-        half = input_size_per_partition // 2
-        dtype = torch.int8 if self.is_quantized else params_dtype
-        layer.register_parameter("compressed", on_disk(half, dtype))
-        layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
-        shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
-        shape.weight_loader = _shape_checker(self.prefix, input_size)
-        layer.register_parameter("shape", shape)
-        if self.is_quantized:
-            layer.register_parameter("weight_scale", row_scales(rows, extra_weight_attrs))
+        dtype = self.stored.dtype or params_dtype
+        if self.stored.has_zeros:
+            layer.register_parameter("weight", on_disk(input_size_per_partition, dtype))
+        else:
+            half = input_size_per_partition // 2
+            layer.register_parameter("compressed", on_disk(half, dtype))
+            layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
+            shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
+            shape.weight_loader = _shape_checker(self.prefix, input_size)
+            layer.register_parameter("shape", shape)
+        if self.stored.dtype:
+            scales = (
+                row_scales(rows, extra_weight_attrs)
+                if self.stored.has_row_scales
+                else weight_scales(len(output_partition_sizes), extra_weight_attrs)
+            )
+            layer.register_parameter("weight_scale", scales)
+        if self.stored.has_input_scale:
+            unused = nn.Parameter(torch.zeros(1), requires_grad=False)
+            unused.weight_loader = _leave_out
+            layer.register_parameter("input_scale", unused)
         layer.cast_out_features = rows
         layer.cast_in_features = input_size_per_partition
+        layer.cast_out_sizes = output_partition_sizes
         layer.cast_num_linears = len(output_partition_sizes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -87,26 +131,38 @@ class Sparse24LinearMethod(LinearMethodBase):
 
         Raises:
             PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
-                not in the checkpoint is all zeros).
+                not in the checkpoint is all zeros), or a group of a weight with its zeros has more
+                than two non-zeros.
             ValueError: if a scale is not positive and finite (one that was not in the checkpoint
-                is zero), or int8 weights are to run in fp32 on a GPU.
+                is zero), a float8 weight is NaN, or int8 weights are to run in fp32 on a GPU.
         """
-        load_kernels(layer.compressed.is_cuda)
+        values = layer.weight.data if self.stored.has_zeros else layer.compressed.data
+        load_kernels(values.is_cuda)
+        if self.stored.dtype:
+            out_sizes = None if self.stored.has_row_scales else layer.cast_out_sizes
+            scale = take_scales(layer, self.prefix, out_sizes=out_sizes)
+            if self.stored.dtype == torch.int8:
+                keep_scales(layer, self.prefix, scale)
+            else:
+                values = widen_float8(values, scale[:, None], layer.params_dtype, self.prefix)
+        if self.stored.has_zeros:
+            values, bitmask = compress(values, self.prefix)
+        else:
+            bitmask = layer.bitmask.data
         try:
-            packed = kernels.pack(layer.compressed.data, layer.bitmask.data)
+            packed = kernels.pack(values, bitmask)
         except ValueError as error:
             raise type(error)(f"{self.prefix}: {error}") from None
-        for name in ("compressed", "bitmask", "shape"):
-            delattr(layer, name)
+        for name in ("weight", "compressed", "bitmask", "shape", "input_scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
-        if self.is_quantized:
-            keep_scales(layer, self.prefix)
         form = dispatch.wanted_form() if packed.is_cuda else "packed"
         second = dispatch.second_form(
             packed,
             layer.cast_out_features,
             layer.cast_in_features,
-            torch.int8 if self.is_quantized else layer.params_dtype,
+            values.dtype,
             form,
         )
         layer.cast_form = form if second else "packed"
@@ -115,12 +171,16 @@ class Sparse24LinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         packed, out_features = layer.packed, layer.cast_out_features
-        if self.is_quantized:
+        if self.stored.dtype == torch.int8:
             return torch.ops.cast.linear24_int8(x, packed, layer.scale, out_features, bias)
         if layer.cast_form == "packed":
             return torch.ops.cast.linear24(x, packed, out_features, bias)
         second = list(layer.cast_second)
         return torch.ops.cast.linear24_many(x, packed, out_features, bias, second, layer.cast_form)
+
+
+def _leave_out(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+    """Loads nothing: activations are not quantised by a scale of the file."""
 
 
 def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:

@@ -4,8 +4,8 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
-from vllm.model_executor.parameter import ChannelQuantScaleParameter
+from torch import Tensor, nn
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 
 from cast_serve import kernels
 
@@ -27,28 +27,56 @@ def row_scales(rows: int, attributes: dict[str, Any]) -> ChannelQuantScaleParame
     )
 
 
-def keep_scales(layer: nn.Module, prefix: str, num_loaded: int | None = None) -> None:
-    """Turns a loaded ``weight_scale`` into ``scale``, fp32 [rows], as the kernels take it.
+def weight_scales(num_linears: int, attributes: dict[str, Any]) -> PerTensorScaleParameter:
+    """The parameter that a ``weight_scale`` [1] for each of the merged linears is loaded into."""
+    return PerTensorScaleParameter(
+        data=torch.zeros(num_linears, dtype=torch.float32),
+        weight_loader=attributes["weight_loader"],
+    )
+
+
+def take_scales(
+    layer: nn.Module,
+    prefix: str,
+    num_loaded: int | None = None,
+    out_sizes: list[int] | None = None,
+) -> Tensor:
+    """Removes a loaded ``weight_scale`` from its layer.
 
     Args:
         num_loaded: rows that the checkpoint has; None: all. Those after them are padding.
+        out_sizes: out_features of each of the merged linears, if it has one scale for each.
+
+    Returns:
+        fp32 [rows].
 
     Raises:
-        ValueError: if a scale is not positive and finite, or the layer runs in fp32 on a GPU.
+        ValueError: if a scale is not positive and finite.
     """
-    scale = layer.weight_scale.data.flatten()
-    if scale.is_cuda and layer.params_dtype not in GPU_DTYPES:
-        raise ValueError(
-            f"{prefix} has 8-bit weights, which a GPU multiplies in bf16 or fp16, but the model "
-            f"runs in {layer.params_dtype}; serve it with --dtype bfloat16"
-        )
+    scale: Tensor = layer.weight_scale.data.flatten()
+    if out_sizes is not None:
+        scale = scale.repeat_interleave(torch.tensor(out_sizes, device=scale.device))
     bad = ~(scale[:num_loaded].isfinite() & (scale[:num_loaded] > 0))
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"{prefix}.weight_scale: {int(bad.sum())} of {bad.numel()} are not positive and "
             f"finite; the first is {float(scale[row])} in row {row}; the file is damaged or has "
-            "no scales"
+            "no scales: copy the directory again"
         )
     del layer.weight_scale
-    layer.register_parameter("scale", nn.Parameter(scale.contiguous(), requires_grad=False))
+    return scale.contiguous()
+
+
+def keep_scales(layer: nn.Module, prefix: str, scale: Tensor) -> None:
+    """Gives a layer its ``scale``, fp32 [rows], as the int8 kernels take it.
+
+    Raises:
+        ValueError: if the layer runs in fp32 on a GPU.
+    """
+    if scale.is_cuda and layer.params_dtype not in GPU_DTYPES:
+        raise ValueError(
+            f"{prefix} has 8-bit weights, which a GPU multiplies in bf16 or fp16, but the model "
+            f"runs in {layer.params_dtype}; serve it with --dtype bfloat16"
+        )
+    layer.register_parameter("scale", nn.Parameter(scale, requires_grad=False))

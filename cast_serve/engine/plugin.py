@@ -6,7 +6,7 @@ nothing heavy is imported before it is called (an ImportError at module top woul
 
 
 def register() -> None:
-    """Registers the method ``cast_sparse24``, which claims `sparse-24-bitmask` checkpoints.
+    """Registers the method ``cast_sparse24``; config.py says which checkpoints it claims.
 
     Raises:
         RuntimeError: if another vLLM than 0.32 runs.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cast_serve.checkpoint.inspect import count_compressed
+from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 
@@ -88,13 +88,18 @@ def run(
     """
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
-    expected = count_compressed(model)
+    expected, has_zeros = count_sparse(model)
     _end_with_parent()
     if cores is not None:
         os.sched_setaffinity(0, cores)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    args = _arguments(all_flags(model, name, host, port, vllm_flags))
+    from cast_serve.engine.linear import METHOD  # imports vllm, which reads the environment
+
+    quantization = METHOD if has_zeros else None
+    args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
+    if has_zeros and args.quantization != METHOD:
+        expected = 0  # the user's --quantization asks for one of vLLM's own methods
     if cores is not None:
         num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_ranks(cores, num_ranks))
@@ -104,8 +109,20 @@ def run(
         asyncio.run(_serve(args, name, expected))
 
 
-def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence[str]) -> list[str]:
-    """Our flags for vLLM, except those that the user gave, and then the user's."""
+def all_flags(
+    model: Path,
+    name: str,
+    host: str,
+    port: int,
+    vllm_flags: Sequence[str],
+    quantization: str | None = None,
+) -> list[str]:
+    """Our flags for vLLM, except those that the user gave, and then the user's.
+
+    Args:
+        quantization: the method for weights that are stored with their zeros, of which config.json
+            does not say that they are 2:4; None: config.json decides.
+    """
     families = ("request_latency", "time_to_first_token", "inter_token_latency")
     ours = {
         "--model": str(model),
@@ -116,6 +133,8 @@ def all_flags(model: Path, name: str, host: str, port: int, vllm_flags: Sequence
         "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
     }
+    if quantization:
+        ours["--quantization"] = quantization
     if not torch.cuda.is_available():
         ours["--max-num-batched-tokens"] = str(CPU_STEP_TOKENS)
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}

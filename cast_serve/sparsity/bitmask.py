@@ -82,11 +82,13 @@ def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tens
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask.unsqueeze(-1) >> shifts) & 1
     mask = bits.flatten(-2)[..., :in_features].bool()
-    bad = groups(mask, 4).sum(-1) != 2
+    num_bits = groups(mask, 4).sum(-1)
+    bad = num_bits != 2
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise PatternError(
             f"{name}: {int(bad.sum())} groups of the bitmask have not exactly two bits; the first "
-            f"is row {row}, group {group}; the file is damaged or not 2:4"
+            f"is row {row}, group {group}, with {int(num_bits[row, group])}; the file is damaged "
+            "or not 2:4: copy the directory again, or prune the model to 2:4 first"
         )
     return mask

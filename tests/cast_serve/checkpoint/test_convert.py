@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cast_serve.checkpoint.convert import check_converted, convert
-from cast_serve.checkpoint.inspect import count_compressed, inspect
+from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
@@ -107,7 +107,7 @@ def test_the_dense_twin_computes_the_same_model(save_pruned: Save, tmp_path: Pat
     source = save_pruned(tiny_llama(), max_shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 1
     convert(source, tmp_path / "out", tmp_path / "twin")
-    assert count_compressed(tmp_path / "out") == 14
+    assert count_sparse(tmp_path / "out") == (14, False)
     assert (tmp_path / "out/model.safetensors.index.json").is_file()
     logits = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.foreign import read_linear
-from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import decompress, unpack_mask
 from cast_serve.sparsity.pattern import PatternError
@@ -268,6 +268,48 @@ def test_other_modules_and_mixtures_in_8_bits_are_refused(copy: Copy, tmp_path: 
         convert(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("int8-bitmask", (7, False)),
+        ("int8-bitmask-static", (7, False)),
+        ("float8-bitmask", (7, False)),
+        ("int8-zeros", (7, True)),
+        ("float8-zeros", (7, True)),
+        ("int4-packed", (0, False)),
+    ],
+)
+def test_what_is_served_sparse(name: str, found: tuple[int, bool]) -> None:
+    assert count_sparse(FIXTURES / name) == found
+
+
+def test_what_is_left_to_vllm_is_said(
+    copy: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert count_sparse(FIXTURES / "int8-zeros-asymmetric") == (0, False)
+    assert "by vLLM itself, not 2:4-sparse: " in caplog.text
+    assert "int8-zeros-asymmetric is quantised asymmetrically, which is not read" in caplog.text
+    source = copy("float8-zeros")
+    tensors = all_tensors(source)
+    down = "model.layers.0.mlp.down_proj.weight"
+    tensors[down] = torch.ones_like(tensors[down].float()).to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO):
+        assert count_sparse(source) == (0, False)
+    assert "since it is not 2:4: model.layers.0.mlp.down_proj: 96 of 96 groups" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["float8-bitmask", "float8-zeros"])
+def test_scales_of_another_shape_are_named_before_vllm_starts(name: str, copy: Copy) -> None:
+    source = copy(name)
+    tensors = all_tensors(source)
+    tensors[f"{UP}.weight_scale"] = torch.ones(3, 1, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = rf"{UP}.weight_scale is \[3, 1\], but \[24, 1\] or \[1\] belongs .*; copy the dire"
+    with pytest.raises(CheckpointError, match=message):
+        count_sparse(source)
+
+
 def int8_parts(**changes: Tensor) -> dict[str, Tensor]:
     weight = torch.tensor([[1, 0, -2, 0], [0, 3, 0, 4]], dtype=torch.int8)
     return {"weight": weight, "weight_scale": torch.ones(2, 1), **changes}
@@ -294,7 +336,15 @@ def test_scales_of_every_shape_that_is_read() -> None:
 def test_tensors_that_are_not_read_are_named(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_linear("q", int8_parts(**changes), torch.bfloat16)
+    too_large = {
+        "weight": torch.ones(2, 4).to(torch.float8_e4m3fn),
+        "weight_scale": 7e4 * torch.ones(2, 1),
+    }
+    too_large["weight"][:, 1:3] = 0
+    message = r"q: row 0 of its float8 .* 70000.0 holds NaN, or more than 6.55e\+04, the most of"
+    with pytest.raises(CheckpointError, match=message):
+        read_linear("q", too_large, torch.float16)
     with pytest.raises(CheckpointError, match="q has neither compressed nor weight"):
         read_linear("q", {}, torch.bfloat16)
-    with pytest.raises(CheckpointError, match="q is int8, but has no q.weight_scale"):
+    with pytest.raises(CheckpointError, match="q is in 8 bits, but has no q.weight_scale"):
         read_linear("q", {"weight": int8_parts()["weight"]}, torch.bfloat16)

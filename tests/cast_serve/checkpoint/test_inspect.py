@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.checkpoint.inspect import count_compressed, inspect
+from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import PatternError
 from tests.cast_serve.conftest import Save
@@ -26,7 +26,7 @@ def test_inspect_counts_linears_and_their_bytes(save_gated: Save, tmp_path: Path
     assert before["linear_weight_bytes"] == before["dense_linear_weight_bytes"]
     assert after["dense_linear_weight_bytes"] == before["dense_linear_weight_bytes"]
     assert after["linear_bytes_ratio"] == 0.5625
-    assert (count_compressed(source), count_compressed(tmp_path / "out")) == (0, 14)
+    assert (count_sparse(source)[0], count_sparse(tmp_path / "out")) == (0, (14, False))
 
 
 def test_inspect_finds_damage(save_gated: Save, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_inspect_finds_damage(save_gated: Save, tmp_path: Path) -> None:
 
 def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="save the model with safetensors first"):
-        count_compressed(tmp_path)
+        count_sparse(tmp_path)
 
 
 UP = "model.layers.0.mlp.up_proj"
@@ -105,7 +105,7 @@ def replace(name: str, tensor: Tensor) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop(f"{UP}.weight_scale"), f"{UP} is int8, but has no {UP}.weight_scale"),
+        (drop(f"{UP}.weight_scale"), f"{UP} is in 8 bits, but has no {UP}.weight_scale"),
         (drop(f"{UP}.bitmask"), f"{UP} lacks bitmask"),
         (put(f"{UP}.weight_scale", 5, torch.nan), f"{UP}.weight_scale: row 5 is nan"),
         (put(f"{UP}.weight_scale", 6, torch.inf), f"{UP}.weight_scale: row 6 is inf"),
@@ -116,7 +116,7 @@ def replace(name: str, tensor: Tensor) -> Damage:
         (put(f"{UP}.bitmask", 3, 0xF3), f"{UP}: 1 groups of the bitmask .* row 3, group 1"),
         (replace(f"{UP}.shape", torch.tensor([[64], [64]])), r"belong to shape \[64, 64\]"),
         (replace(f"{UP}.compressed", torch.ones(64, 16)), "float32 with a scale, but int8"),
-        (drop("lm_head.weight_scale"), "lm_head is int8, but has no lm_head.weight_scale"),
+        (drop("lm_head.weight_scale"), "lm_head is in 8 bits, but has no lm_head.weight_scale"),
         (put("lm_head.weight_scale", 4, 0), "lm_head.weight_scale: row 4 is 0.0"),
         (put("lm_head.weight", 11, -128), "lm_head.weight: row 11 holds -128"),
     ],

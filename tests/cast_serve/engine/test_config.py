@@ -58,18 +58,29 @@ def config_class() -> Any:
 def test_claims_our_format_and_no_other(config_class: Any) -> None:
     claim = config_class.override_quantization_method
     assert claim(CHECKPOINT, None) == claim(INT8, None) == "cast_sparse24"
-    assert claim({"quant_method": "compressed-tensors", "format": "int-quantized"}, None) is None
+    zeros = {"quant_method": "compressed-tensors", "format": "int-quantized", "sparsity_config": {}}
+    assert claim(zeros, None) is None
+    assert claim(zeros, "cast_sparse24") == "cast_sparse24"
+    refused_by_vllm = zeros | {"sparsity_config": {"format": "dense", "targets": ["Linear"]}}
+    assert claim(refused_by_vllm, None) == "cast_sparse24"
+    assert claim(refused_by_vllm, "compressed-tensors") is None
+    assert claim({"quant_method": "gptq"}, "cast_sparse24") is None
     assert claim({"quant_method": "gptq", "sparsity_config": None}, None) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\); .*convert"),
+        ({"format": "pack-quantized"}, r"2:4-sparse and quantised \(pack-quantized\); .*convert"),
+        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\)"),
         ({"format": "int-quantized"}, r"2:4-sparse and quantised \(int-quantized\)"),
         ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
         ({"sparsity_config": {"targets": []}}, r"targets \[\] is not served"),
         ({"sparsity_config": {"sparsity_structure": "4:8"}}, "'4:8' with targets"),
+        (
+            {"sparsity_config": {"format": "dense"}},
+            "stores the zeros of its weights, in the format 'dense', .*; run `cast-serve convert",
+        ),
     ],
 )
 def test_refuses(config_class: Any, changes: dict[str, Any], message: str) -> None:
@@ -86,7 +97,6 @@ def test_refuses(config_class: Any, changes: dict[str, Any], message: str) -> No
         ("weights", "num_bits", 4),
         ("weights", "symmetric", False),
         ("weights", "strategy", "group"),
-        ("input_activations", "dynamic", False),
         ("input_activations", "type", "float"),
     ],
 )
@@ -107,23 +117,61 @@ def test_weights_without_activations_are_refused(config_class: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unquantized", "sparse", "head"),
+    ("unquantized", "is_quantized", "head"),
     [([], True, "Int8HeadMethod"), (["lm_head"], True, None), (["re:.*"], False, None)],
 )
 def test_what_int8_is_asked_for(
-    config_class: Any, unquantized: list[str], sparse: bool, head: str | None
+    config_class: Any, unquantized: list[str], is_quantized: bool, head: str | None
 ) -> None:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     config = config_class.from_config({**INT8, "ignore": unquantized})
     linear, output = LinearBase.__new__(LinearBase), ParallelLMHead.__new__(ParallelLMHead)
-    assert config.get_quant_method(linear, "model.layers.0.mlp.down_proj").is_quantized is sparse
+    stored = config.get_quant_method(linear, "model.layers.0.mlp.down_proj").stored
+    assert stored.dtype == (torch.int8 if is_quantized else None)
     found = config.get_quant_method(output, "lm_head")
     assert (None if found is None else type(found).__name__) == head
-    with pytest.raises(ValueError, match="lm_head is int8 and not 2:4; only the head") as error:
+    with pytest.raises(ValueError, match="lm_head is in 8 bits and not 2:4; only the he") as error:
         config_class.from_config(INT8).get_quant_method(linear, "lm_head")
     assert "convert" in str(error.value)
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+
+
+def float8(**group: Any) -> dict[str, Any]:
+    groups = {"group_0": {"weights": FLOAT8 | {"strategy": "channel"}, **group}}
+    return {**INT8, "format": "float-quantized", "config_groups": groups}
+
+
+def test_static_activations_are_left_out_and_warned_of(
+    config_class: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cast_serve.engine.linear import Stored
+
+    assert config_class.from_config(float8()).stored == Stored(torch.float8_e4m3fn)
+    assert caplog.text == ""
+    static = {**FLOAT8, "strategy": "tensor", "dynamic": False}
+    stored = config_class.from_config(float8(input_activations=static)).stored
+    assert stored.has_input_scale
+    assert "input_scale of the checkpoint is left out: activations are not quant" in caplog.text
+
+
+def test_what_is_not_served_of_float8_is_named(config_class: Any) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    with pytest.raises(ValueError, match="strategy is 'block'; .* 'channel' or 'tensor' is served"):
+        config_class.from_config(float8(weights=FLOAT8 | {"strategy": "block"}))
+    mixed = float8()
+    mixed["config_groups"]["group_1"] = {"weights": FLOAT8 | {"strategy": "tensor"}}
+    with pytest.raises(ValueError, match=r"differ in weights.strategy: \['channel', 'tensor'\]"):
+        config_class.from_config(mixed)
+    head = ParallelLMHead.__new__(ParallelLMHead)
+    with pytest.raises(
+        ValueError, match="lm_head is quantised, as .*float8.*; a head is served un"
+    ):
+        config_class.from_config(float8()).get_quant_method(head, "lm_head")
 
 
 def test_only_linears_are_touched(config_class: Any) -> None:
@@ -176,12 +224,13 @@ def test_on_a_gpu_8_bits_run_the_same_ops(is_head: bool) -> None:
 
     from cast_serve import kernels
     from cast_serve.engine.head import Int8HeadMethod
-    from cast_serve.engine.linear import Sparse24LinearMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
     from cast_serve.kernels.gpu import dispatch
 
     kernels.load()
     dispatch.register()
-    method: Any = Int8HeadMethod("lm_head") if is_head else Sparse24LinearMethod("o_proj", True)
+    linear = Sparse24LinearMethod("o_proj", Stored(torch.int8))
+    method: Any = Int8HeadMethod("lm_head") if is_head else linear
     with FakeTensorMode():
         layer = nn.Module()
         shape = (5, 1, 1024 if is_head else 640)
@@ -199,10 +248,9 @@ def test_8_bits_in_fp32_on_a_gpu_are_refused_when_they_are_loaded() -> None:
 
     with FakeTensorMode():
         layer = nn.Module()
-        layer.weight_scale = nn.Parameter(torch.ones(40, 1, device="cuda"), requires_grad=False)
         layer.params_dtype = torch.float32
         with pytest.raises(ValueError, match="lm_head has .* in torch.float32; .*--dtype bfloat16"):
-            keep_scales(layer, "lm_head")
+            keep_scales(layer, "lm_head", torch.ones(40, device="cuda"))
 
 
 def test_what_a_layer_holds_on_a_cpu() -> None:

@@ -4,7 +4,9 @@ The model, its loading, its layers and its logits are vLLM's own, in this proces
 replaced: the fixtures' heads have 8 columns, and vLLM's attention on CPUs takes 32 at least.
 """
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +25,9 @@ from vllm.distributed import parallel_state  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from cast_serve.checkpoint.convert import convert  # noqa: E402
-from cast_serve.checkpoint.inspect import inspect  # noqa: E402
+from cast_serve.checkpoint.directory import ModelDirectory  # noqa: E402
+from cast_serve.checkpoint.foreign import read_linear  # noqa: E402
+from cast_serve.checkpoint.inspect import count_sparse, inspect  # noqa: E402
 from cast_serve.checkpoint.record import CheckpointError  # noqa: E402
 from cast_serve.engine import plugin  # noqa: E402
 from cast_serve.sparsity.quantize import rounded  # noqa: E402
@@ -39,7 +44,7 @@ SERVED = {  # the kernel that it runs
     "float8-bitmask": "cast::linear24",
     "float8-zeros": "cast::linear24",
 }
-AS_IT_IS = ("int8-bitmask",)  # `convert` refuses it: it is in our form already
+ALREADY_OURS = ("int8-bitmask",)  # `convert` refuses it
 NUM_TOKENS = 32
 ROUNDED, EXACT = 1e-2, 1e-5  # relative errors
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -86,19 +91,23 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         parallel_state.destroy_distributed_environment()
 
 
-def run_in_vllm(folder: Path) -> tuple[Tensor, dict[str, Product], str | None]:
-    """Token ids 0 to 31 through the served model, in fp32.
+def run_in_vllm(
+    folder: Path, dtype: str = "float32"
+) -> tuple[Tensor, dict[str, Product], str | None]:
+    """Token ids 0 to 31 through the served model, with the flags of `cast-serve worker`.
 
     Returns:
         logits [NUM_TOKENS, vocabulary], the product of every 2:4 layer, and the kernel.
     """
     from vllm.model_executor.model_loader import get_model
 
+    from cast_serve.engine.linear import METHOD
     from cast_serve.engine.report import report
 
     settings = EngineArgs(
         model=str(folder),
-        dtype="float32",
+        dtype=dtype,
+        quantization=METHOD if count_sparse(folder)[1] else None,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=NUM_TOKENS,
@@ -125,11 +134,13 @@ def run_in_vllm(folder: Path) -> tuple[Tensor, dict[str, Product], str | None]:
     return logits, products, report(model)["kernel"]
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """The weight of a layer as vLLM names it, of which some are several merged."""
+def weight_of(folder: Path, name: str) -> Tensor:
+    """A layer's weight in fp32 as it is stored; the layer is named by vLLM, which merges some."""
+    directory = ModelDirectory(folder)
     parent, _, last = name.rpartition(".")
-    parts = (model.get_submodule(f"{parent}.{part}") for part in MERGED.get(last, (last,)))
-    return torch.cat([part.weight.data for part in parts])
+    linears = [f"{parent}.{part}" for part in MERGED.get(last, (last,))]
+    parts = (read_linear(linear, directory.parts(linear), torch.float32) for linear in linears)
+    return torch.cat([linear.dense(torch.float32) for linear in parts])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -140,16 +151,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", SERVED)
 def test_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
     folder = FIXTURES / name
-    if name not in AS_IT_IS:
-        folder = tmp_path / "out"
-        convert(FIXTURES / name, folder, tmp_path / "twin")
-    # The weights in fp32, of which the twin's are rounded once more, to bf16.
-    exact = load_compressed(folder, torch.float32)
-    if name in AS_IT_IS:
-        twin = exact
+    if name in ALREADY_OURS:
+        twin = load_compressed(folder, torch.float32)
         for module in twin.modules():
             module._forward_pre_hooks.clear()  # which round the activations
     else:
+        convert(folder, tmp_path / "out", tmp_path / "twin")
         twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
 
     logits, products, kernel = run_in_vllm(folder)
@@ -160,9 +167,73 @@ def test_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
     assert relative(logits, expected) < ROUNDED
     assert len(products) == 4  # qkv, o, gate and up, down
     for layer, (x, y) in products.items():
-        assert relative(y, x @ weight_of(twin, layer).T) < ROUNDED, layer
+        weight = weight_of(folder, layer)
+        assert relative(y, x @ weight.T) < ROUNDED, layer
         multiplied = rounded(x) if kernel == "cast::linear24_int8" else x
-        assert relative(y, multiplied @ weight_of(exact, layer).T) < EXACT, layer
+        assert relative(y, multiplied @ weight.T) < EXACT, layer
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if name not in ALREADY_OURS])
+def test_converted_it_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    convert(FIXTURES / name, tmp_path / "out")
+    for dtype in ("bfloat16", "float32") if name.startswith("int8") else ("bfloat16",):
+        logits, _, kernel = run_in_vllm(FIXTURES / name, dtype)
+        converted, _, kernel_of_converted = run_in_vllm(tmp_path / "out", dtype)
+        assert kernel == kernel_of_converted
+        assert torch.equal(logits, converted)
+
+
+def with_sparsity_dense(folder: Path) -> None:
+    """Adds the sparsity_config that vLLM itself refuses."""
+    config = json.loads((folder / "config.json").read_text())
+    sparsity = {"format": "dense", "targets": ["Linear"], "sparsity_structure": "2:4"}
+    quantization = config.get("quantization_config", {"quant_method": "compressed-tensors"})
+    config["quantization_config"] = quantization | {"sparsity_config": sparsity}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_what_is_said_to_be_dense_is_served_if_it_is_quantised(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / "float8-zeros", tmp_path / "dense"))
+    with_sparsity_dense(folder)
+    logits, _, kernel = run_in_vllm(folder)
+    assert kernel == "cast::linear24"
+    assert torch.equal(logits, run_in_vllm(FIXTURES / "float8-zeros")[0])
+
+
+def test_zeros_in_16_bits_are_to_be_converted(tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    convert(FIXTURES / "float8-zeros", tmp_path / "out", twin)
+    (twin / "cast.json").unlink()
+    with_sparsity_dense(twin)
+    with pytest.raises(ValueError, match="stores the zeros .*; run `cast-serve convert SRC OUT` a"):
+        run_in_vllm(twin)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "place", "value", "message"),
+    [
+        ("float8-bitmask", "weight_scale", None, None, "gate_up_proj.weight_scale: 24 of 48 .* 24"),
+        ("float8-zeros", "weight_scale", None, None, "24 of 48 .* the first is 0.0 in row 24"),
+        ("float8-bitmask", "weight_scale", 3, torch.nan, "1 of 48 .* is nan in row 27; .*: copy"),
+        ("float8-zeros", "weight_scale", 0, -1, "24 of 48 .* the first is -1.0 in row 24"),
+        ("float8-bitmask", "compressed", 3, torch.nan, "gate_up_proj: row 27 of its float8 .* NaN"),
+        ("float8-bitmask", "bitmask", 3, 0xF5, r"row 27, group 1, with 4; .*: copy the direct"),
+        ("int8-zeros", "weight", 3, 1, "gate_up_proj: 4 of 192 groups .* row 27, group 0"),
+    ],
+)
+def test_damage_is_named(
+    name: str, tensor: str, place: int | None, value: float, message: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+    tensors = load_file(folder / "model.safetensors")
+    key = f"model.layers.0.mlp.up_proj.{tensor}"
+    if place is None:
+        del tensors[key]
+    else:
+        tensors[key][place] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        run_in_vllm(folder)
 
 
 def test_every_other_fixture_is_refused(tmp_path: Path) -> None:

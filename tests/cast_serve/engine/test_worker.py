@@ -78,6 +78,14 @@ def test_a_flag_given_by_the_user_replaces_ours() -> None:
     assert flags[flags.index("--served-model-name") + 1] == "sparse"
 
 
+@pytest.mark.parametrize("given", [[], ["--quantization", "compressed-tensors"]])
+def test_stored_zeros_are_asked_for_unless_the_user_asks_otherwise(given: list[str]) -> None:
+    flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given, "cast_sparse24")
+    assert flags.count("--quantization") == 1
+    expected = given[-1] if given else "cast_sparse24"
+    assert flags[flags.index("--quantization") + 1] == expected
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no model"):
         worker.run(tmp_path, "sparse")

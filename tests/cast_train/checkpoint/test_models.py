@@ -100,7 +100,7 @@ def test_int8_without_its_scale_is_refused(gated):
     name = next(name for name in tensors if name.endswith(".weight_scale"))
     del tensors[name]
     save_file(tensors, out / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"is int8, but has no {name}"):
+    with pytest.raises(CheckpointError, match=f"is in 8 bits, but has no {name}"):
         load_compressed(out)
 
 
