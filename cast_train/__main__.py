@@ -25,13 +25,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
-Zeros = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of zeros, below that of --sparsity: the linears whose pruning would hurt most "
-        "for their size stay dense."
-    ),
-]
+ZEROS = typer.Option(
+    help="Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
+    "hurt most for their size stay dense."
+)
 
 
 @app.callback()
@@ -52,7 +49,7 @@ def run(
         str | None, typer.Option(help="Gates to soft mask: soft_topk, gumbel, penalty, generator.")
     ] = None,
     sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
-    zeros: Zeros = None,
+    zeros: Annotated[float | None, ZEROS] = None,
     start: Annotated[
         str | None,
         typer.Option(help="Order of the gates at first: auto, ones, magnitude, wanda, sparsegpt."),
@@ -236,7 +233,7 @@ def oneshot(
     solve: Annotated[
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
-    zeros: Zeros = None,
+    zeros: Annotated[float, ZEROS] = 1.0,
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():

@@ -42,8 +42,8 @@ class TrainConfig:
             ``auto``: ``wanda`` for ``ste``, ``penalty`` and `masks_first`, else ``sparsegpt``.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
-        zeros: share of zeros over all weights of the targets; below that of `sparsity`, the linears
-            whose pruning would hurt most for their size stay dense (allocate.py). None: none do.
+        zeros: share of zeros over all weights of the targets: if `sparsity` has more, the linears
+            whose pruning would hurt most for their size stay dense (allocate.py).
         steps: optimiser steps.
         block_size: tokens of one training sequence.
         batch_blocks: sequences per pass and process.
@@ -96,7 +96,7 @@ class TrainConfig:
     start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
     include: Names = ()
     exclude: Names = ()
-    zeros: Annotated[float, Field(gt=0, lt=1)] | None = None
+    zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
     steps: PositiveInt = 32
     block_size: Annotated[int, Field(ge=2)] = 512
     batch_blocks: PositiveInt = 4
@@ -135,11 +135,7 @@ class TrainConfig:
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
         """What one field's own limits cannot say."""
-        pattern = Pattern.parse(self.sparsity)
-        if self.zeros is not None and self.zeros > 1 - pattern.n / pattern.m:
-            raise ValueError(
-                f"zeros is {self.zeros}, but {pattern} has {1 - pattern.n / pattern.m:g} at most"
-            )
+        Pattern.parse(self.sparsity)
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
         if self.tau_end > self.tau_start:

@@ -41,6 +41,11 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
+    @property
+    def zeros(self) -> float:
+        """The share of weights that are not kept."""
+        return 1 - self.n / self.m
+
 
 TWO_FOUR = Pattern(2, 4)
 MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8

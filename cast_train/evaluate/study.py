@@ -288,11 +288,7 @@ def _train(
     folder = out / f"{re.sub('[^a-z0-9_.]+', '-', way)}-{config.seed}"
     settings = folder.with_name(folder.name + ".toml")
     settings.write_text(
-        "".join(
-            f"{key} = {json.dumps(value)}\n"
-            for key, value in config.as_dict().items()
-            if value is not None  # of which TOML has none
-        )
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.as_dict().items())
     )
     command: list[object] = ["run", "--model", model, "--text", *text_files, "--heldout", heldout]
     command += ["--config", settings, "--out", folder, "--resume"]

@@ -38,22 +38,23 @@ def keep_dense(
         targets: linears by name.
         pattern: of those that do not stay dense.
         blocks: calibration tokens, int64 [num_blocks, block_size].
-        zeros: share of zeros, over all weights of all targets, that is to be reached or exceeded.
+        zeros: share of zeros over all weights of all targets, above 0; it is reached or exceeded if
+            the pattern has more, else nothing stays dense.
 
     Returns:
         names, in the targets' order.
 
     Raises:
-        ValueError: if zeros is not above 0 or more than the pattern has, or the calibration tokens
-            never reach a target.
+        ValueError: if zeros is not above 0, or the calibration tokens never reach a target.
     """
-    most = 1 - pattern.n / pattern.m
-    if not 0 < zeros <= most:
-        raise ValueError(f"zeros is {zeros}, but must be above 0 and at most {most:g}: {pattern}")
+    if not zeros > 0:
+        raise ValueError(f"zeros is {zeros}, but a share of zeros must be above 0")
+    if zeros >= pattern.zeros:
+        return []
     costs, units = _costs(model, targets, _changes(model, targets, pattern, blocks), blocks)
     sizes = [sum(weight_rows(targets[name]).numel() for name in unit) for unit in units]
     unit_costs = [sum(costs[name] for name in unit) for unit in units]
-    budget = (1 - zeros / most) * sum(sizes)
+    budget = (1 - zeros / pattern.zeros) * sum(sizes)
     kept: set[str] = set()
     for number in sorted(range(len(units)), key=lambda i: -unit_costs[i] / sizes[i]):
         if sizes[number] <= budget:

@@ -100,7 +100,7 @@ def write_pruned(
     sparsity: str = "2:4",
     mask_dir: Path | None = None,
     is_solved: bool = False,
-    zeros: float | None = None,
+    zeros: float = 1.0,
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
 
@@ -112,8 +112,7 @@ def write_pruned(
         method: ``magnitude``, ``wanda``, ``sparsegpt``, or ``mask``: that of mask_dir.
         mask_dir: gated, pruned or compressed directory of the same model.
         is_solved: whether the dense model's kept weights are solved under the mask.
-        zeros: share of zeros over all weights that are pruned otherwise, see allocate.py; None: as
-            many as the pattern has.
+        zeros: share of zeros over all weights of the targets, see allocate.py.
 
     Returns:
         cast.json's content.
@@ -132,10 +131,11 @@ def write_pruned(
     model = models.load_dense(model_dir)
     targets, _ = find_targets(model, pattern)
     blocks = torch.empty(0)
-    if is_solved or zeros is not None or method in ("wanda", "sparsegpt"):
+    has_fewer = zeros < pattern.zeros
+    if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     kept_dense: list[str] = []
-    if zeros is not None:
+    if has_fewer:
         kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros)
         targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     scores: Mapping[str, Tensor]

@@ -109,10 +109,8 @@ def prepare(
     model = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
     if kept_dense is None:
-        kept_dense = []
-        if config.zeros is not None:
-            calibration = blocks.train[: config.calibration_blocks]
-            kept_dense = keep_dense(model, targets, config.pattern, calibration, config.zeros)
+        calibration = blocks.train[: config.calibration_blocks]
+        kept_dense = keep_dense(model, targets, config.pattern, calibration, config.zeros)
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if config.is_sharded:
         transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}

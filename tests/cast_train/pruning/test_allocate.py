@@ -62,7 +62,7 @@ def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, block
     assert estimated[name] == pytest.approx(kl, rel=0.35)
 
 
-@pytest.mark.parametrize("zeros", [0.5, 0.4, 0.25, 0.1])
+@pytest.mark.parametrize("zeros", [1.0, 0.5, 0.4, 0.25, 0.1])
 def test_the_share_of_zeros_is_reached_and_hardly_exceeded(model_dir, blocks, zeros):
     model, targets = loaded(model_dir)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -70,7 +70,9 @@ def test_the_share_of_zeros_is_reached_and_hardly_exceeded(model_dir, blocks, ze
     sizes = {name: linear.weight.numel() for name, linear in targets.items()}
     pruned = sum(size for name, size in sizes.items() if name not in kept)
     reached = pruned / 2 / sum(sizes.values())
-    assert zeros <= reached < zeros + 0.15  # a unit of so small a model is up to 1/6 of it
+    assert (
+        min(zeros, 0.5) <= reached < zeros + 0.15
+    )  # a unit of so small a model is up to 1/6 of it
     assert bool(kept) == (zeros < 0.5)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters())
@@ -98,16 +100,13 @@ def test_what_hurts_more_stays_dense(llama_dir, blocks):
     assert len(kept) > len(targets) / 2
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.51, -1.0])
+@pytest.mark.parametrize("zeros", [0.0, -1.0, float("nan")])
 def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
     model, targets = loaded(llama_dir)
-    with pytest.raises(ValueError, match=f"zeros is {zeros}, but must be above 0 and at most 0.5"):
+    with pytest.raises(ValueError, match=f"zeros is {zeros}, but a share of zeros must be above 0"):
         allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
-
-
-def test_a_setting_above_the_patterns_share_is_refused():
-    with pytest.raises(ValueError, match="zeros is 0.6, but 2:4 has 0.5 at most"):
-        TrainConfig(zeros=0.6)
+    with pytest.raises(ValueError, match=f"zeros is {zeros}, but"):
+        TrainConfig.from_dict({"zeros": zeros})
 
 
 def test_a_run_trains_prunes_and_resumes_with_some_linears_dense(
