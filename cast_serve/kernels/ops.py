@@ -12,7 +12,7 @@ def load(tune: bool = False) -> None:
 
     Args:
         tune: also choose the CPU kernels' settings as ``CAST_CPU_TUNING`` says; that may measure
-            for about two seconds (cpu/tuning.py).
+            for a few seconds (cpu/tuning.py).
 
     Raises:
         KernelBuildError: if they are not compiled yet and cannot be.

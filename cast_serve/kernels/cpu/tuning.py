@@ -1,16 +1,18 @@
 """This CPU -> the settings of its kernels, measured once per machine and kept in the kernel cache.
 
-Two things differ from CPU to CPU more than a table by vendor could say (docs/log.md): up to how
-many tokens the kernel for few tokens is the faster one, and whether that kernel should prefetch
-weights, into L1 (t0) or L2 (t1). ``CAST_CPU_TUNING`` says who chooses:
+Three things differ from CPU to CPU more than a table by vendor could say (docs/log.md): up to how
+many tokens the kernel for few tokens is the faster one, whether that kernel should prefetch
+weights, into L1 (t0) or L2 (t1), and from how many tokens on a library's dense product of expanded
+weights (csrc/library.h) is faster than our kernel for many. ``CAST_CPU_TUNING`` says who chooses:
 
     auto                                  measured; the default
     off                                   the defaults in csrc/ops.cpp
-    few=8,few_int8=4,prefetch=t1          these, any of them; the others are the defaults
+    few=8,few_int8=4,prefetch=t1,library=32,library_int8=0
+                                          these, any of them; the others are the defaults
 
 `measure` times random weights that together are larger than the last-level cache, in turn, since a
 decoding model reads every weight from memory. All candidates are interleaved, and medians compared.
-Only the AVX-512 kernels with VBMI and AMX's have such a choice.
+Only the AVX-512 kernels with VBMI and AMX's have a kernel for few tokens.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,12 @@ logger = logging.getLogger(__name__)
 
 PREFETCHES = ("none", "t0", "t1")
 MOST_FEW_TOKENS = 8
-TUNABLE_ISAS = ("amx", "avx512_bf16", "avx512_vnni")
+LEAST_LIBRARY_TOKENS, MOST_LIBRARY_TOKENS = 32, 65536
+FEW_ISAS = ("amx", "avx512_bf16", "avx512_vnni")
+LIBRARY_TOKENS = (LEAST_LIBRARY_TOKENS, 128)  # from which on the library may be chosen
+LIBRARY_MARGIN = 0.9  # the most of our kernel's time that it may take then
 OUT_FEATURES, IN_FEATURES = 2048, 4096
-BUDGET_S = 0.4  # for each of up to four comparisons
+BUDGET_S = 0.4  # for each of up to five comparisons
 LEAST_ROUNDS = 3
 CACHE_BYTES = (32 << 20, 256 << 20)  # no fewer, and no more, of weights in turn
 
@@ -45,19 +50,27 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tuning:
-    """few, few_int8: up to how many tokens the kernel for few runs; prefetch: of `PREFETCHES`."""
+    """Which CPU kernel runs for how many tokens.
+
+    few, few_int8: up to how many tokens the kernel for few runs.
+    prefetch: of `PREFETCHES`.
+    library, library_int8: from how many tokens on, at least 32, the library multiplies; 0: never.
+    """
 
     few: int
     few_int8: int
     prefetch: str
+    library: int = 0
+    library_int8: int = 0
 
 
 def description() -> str:
-    """The CPU kernel in use and, where it has a choice, its settings: ``amx few=2,...``."""
-    if _isa() not in TUNABLE_ISAS:
-        return _isa()
-    settings = ",".join(f"{key}={value}" for key, value in asdict(current()).items())
-    return f"{_isa()} {settings}"
+    """The CPU kernel in use and the settings that change it: ``avx2 library=32,...``."""
+    settings = asdict(current())
+    if _isa() not in FEW_ISAS:
+        for key in ("few", "few_int8", "prefetch"):
+            del settings[key]
+    return f"{_isa()} " + ",".join(f"{key}={value}" for key, value in settings.items())
 
 
 def current() -> Tuning:
@@ -71,7 +84,9 @@ def use(tuning: Tuning) -> None:
     Raises:
         ValueError: if a value is out of range.
     """
-    torch.ops.cast.set_cpu_tuning(tuning.few, tuning.few_int8, tuning.prefetch)
+    torch.ops.cast.set_cpu_tuning(
+        tuning.few, tuning.few_int8, tuning.prefetch, tuning.library, tuning.library_int8
+    )
 
 
 def tune() -> Tuning:
@@ -101,36 +116,55 @@ def parse(text: str, defaults: Tuning) -> Tuning:
     values = asdict(defaults)
     for part in text.split(","):
         key, _, value = part.partition("=")
-        is_count = value.isdecimal() and int(value) <= MOST_FEW_TOKENS
-        if key in ("few", "few_int8") and is_count:
-            values[key] = int(value)
+        tokens = int(value) if value.isdecimal() else -1
+        is_few = key in ("few", "few_int8") and 0 <= tokens <= MOST_FEW_TOKENS
+        is_library = key in ("library", "library_int8") and (
+            tokens == 0 or LEAST_LIBRARY_TOKENS <= tokens <= MOST_LIBRARY_TOKENS
+        )
+        if is_few or is_library:
+            values[key] = tokens
         elif key == "prefetch" and value in PREFETCHES:
             values[key] = value
         else:
             raise ValueError(
                 f"CAST_CPU_TUNING={text}: {part!r} is not understood; auto, off, or a list of "
                 f"few=0..{MOST_FEW_TOKENS}, few_int8=0..{MOST_FEW_TOKENS}, "
-                f"prefetch={'|'.join(PREFETCHES)} is needed, such as few=8,prefetch=t1"
+                f"prefetch={'|'.join(PREFETCHES)}, and library and library_int8, 0 or "
+                f"{LEAST_LIBRARY_TOKENS}..{MOST_LIBRARY_TOKENS}, is needed, such as "
+                "few=8,prefetch=t1"
             )
     return Tuning(**values)
 
 
 def measure() -> Tuning:
-    """Times the candidates on this machine with torch's number of threads; about two seconds.
+    """Times the candidates on this machine with torch's number of threads; in a few seconds.
 
     The process's tuning is changed meanwhile and set back, so no other thread may multiply.
     """
     before = current()
     try:
-        dtypes = [torch.int8] + ([torch.bfloat16] if _isa() in ("amx", "avx512_bf16") else [])
-        layers = {dtype: _layers(dtype) for dtype in dtypes}
-        prefetch = _fastest_prefetch(layers)
-        few_int8 = _crossover(layers[torch.int8], prefetch)
-        few = before.few
-        if torch.bfloat16 in layers:
-            few = _crossover(layers[torch.bfloat16], prefetch)
+        layers = {dtype: _layers(dtype) for dtype in (torch.int8, torch.bfloat16)}
+        tuning = before
+        if _isa() in FEW_ISAS:
+            tuning = _few(layers, before.few)
+        return replace(
+            tuning,
+            library=_library_from(layers[torch.bfloat16], tuning),
+            library_int8=_library_from(layers[torch.int8], tuning),
+        )
     finally:
         use(before)
+
+
+def _few(layers: dict[torch.dtype, list[Linear]], default: int) -> Tuning:
+    """The settings of the kernels for few tokens; `default`: of bf16 where there is none."""
+    if _isa() == "avx512_vnni":
+        layers = {torch.int8: layers[torch.int8]}
+    prefetch = _fastest_prefetch(layers)
+    few_int8 = _crossover(layers[torch.int8], prefetch)
+    few = default
+    if torch.bfloat16 in layers:
+        few = _crossover(layers[torch.bfloat16], prefetch)
     return Tuning(few, few_int8, prefetch)
 
 
@@ -163,6 +197,23 @@ def _crossover(ops: list[Linear], prefetch: str) -> int:
     ):
         few_tokens += 1
     return few_tokens
+
+
+def _library_from(ops: list[Linear], tuning: Tuning) -> int:
+    """From how many tokens on the library is the faster one by a margin; 0: from none."""
+    cases = {}
+    for num_tokens in LIBRARY_TOKENS:
+        for library in (0, LEAST_LIBRARY_TOKENS):
+            candidate = replace(tuning, library=library, library_int8=library)
+            cases[num_tokens, library] = (candidate, num_tokens, ops)
+    times = _medians(cases)
+    least = 0
+    for num_tokens in reversed(LIBRARY_TOKENS):
+        own = times[num_tokens, 0]
+        if times[num_tokens, LEAST_LIBRARY_TOKENS] > LIBRARY_MARGIN * own:
+            break
+        least = num_tokens
+    return least
 
 
 def _medians(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, float]:
@@ -208,7 +259,7 @@ def _last_level_cache_bytes() -> int:
 
 
 def _cached_or_measured() -> Tuning:
-    if _isa() not in TUNABLE_ISAS:
+    if _isa() == "amx_emulated":  # for tests; it takes minutes
         return current()
     try:
         with build.locked_cache() as folder:  # one worker at a time, or they disturb each other
@@ -235,7 +286,13 @@ def _read(path: Path) -> Tuning:
     """Raises ValueError if the file is no such record."""
     try:
         values = json.loads(path.read_text())["tuning"]
-        return Tuning(int(values["few"]), int(values["few_int8"]), str(values["prefetch"]))
+        return Tuning(
+            int(values["few"]),
+            int(values["few_int8"]),
+            str(values["prefetch"]),
+            int(values["library"]),
+            int(values["library_int8"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no settings of the CPU kernels; delete it") from error
 

@@ -117,6 +117,33 @@ std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packe
 
 enum class Weights { kOfXsDType, kInt8, kDenseInt8 };
 
+// The weight and x as a library's dense product takes them; dense and seen as in `check`.
+bool is_expansion_right(const cast::Kernel& kernel, const Linear24& p,
+                        const std::vector<double>& dense, const std::vector<double>& seen) {
+  const int64_t columns = p.padded_in_features(), num_rows = p.num_tile_rows() * kTileRows;
+  Buffer rows(num_rows * columns * sizeof(float)), bf16_rows(num_rows * columns * 2);
+  Buffer x(p.num_tokens * columns * sizeof(float));
+  const bool is_int8 = p.scale != nullptr, is_bf16 = !is_int8 && p.dtype == DType::kBFloat16;
+  kernel.expansion->floats(p, 0, p.num_tile_rows(), static_cast<float*>(rows.data));
+  if (is_bf16) kernel.expansion->bf16(p, 0, p.num_tile_rows(), bf16_rows.data);
+  if (is_int8) kernel.expansion->rounded_x(p, static_cast<float*>(x.data));
+
+  bool is_right = true;
+  const auto compare = [&](double value, double expected) {
+    is_right &= std::fabs(value - expected) <= 1e-6 * std::fabs(expected);
+  };
+  for (int64_t row = 0; row < p.out_features; ++row)
+    for (int64_t i = 0; i < p.in_features; ++i) {
+      const double scale = is_int8 ? p.scale[row] : 1.0, expected = dense[row * p.in_features + i];
+      compare(load(rows.data, row * columns + i, DType::kFloat32) * scale, expected);
+      if (is_bf16) compare(load(bf16_rows.data, row * columns + i, p.dtype), expected);
+    }
+  for (int64_t token = 0; is_int8 && token < p.num_tokens; ++token)
+    for (int64_t i = 0; i < p.in_features; ++i)
+      compare(load(x.data, token * columns + i, DType::kFloat32), seen[token * p.in_features + i]);
+  return is_right;
+}
+
 bool check(const cast::Kernel& kernel, Weights weights, DType dtype, const cast::Tuning& tuning,
            int64_t m, int64_t n, int64_t k) {
   const bool is_int8 = weights != Weights::kOfXsDType, is_dense = weights == Weights::kDenseInt8;
@@ -160,11 +187,13 @@ bool check(const cast::Kernel& kernel, Weights weights, DType dtype, const cast:
       const double difference = load(out, token * n + row, dtype) - sum;
       error += difference * difference, norm += sum * sum;
     }
+  const bool is_expanded = is_dense || m != 33 || is_expansion_right(kernel, p, dense, seen);
   std::free(x), std::free(out), std::free(bias), std::free(scale);
-  const bool is_right = std::sqrt(error / norm) < 5e-3;
+  const bool is_right = is_expanded && std::sqrt(error / norm) < 5e-3;
   if (!is_right)
-    std::printf("%s%s%s m=%ld n=%ld k=%ld: relative error %g\n", kernel.isa, is_dense ? " dense" : "",
-                is_int8 ? " int8" : "", long(m), long(n), long(k), std::sqrt(error / norm));
+    std::printf("%s%s%s m=%ld n=%ld k=%ld: relative error %g, expansion %s\n", kernel.isa,
+                is_dense ? " dense" : "", is_int8 ? " int8" : "", long(m), long(n), long(k),
+                std::sqrt(error / norm), is_expanded ? "right" : "wrong");
   return is_right;
 }
 

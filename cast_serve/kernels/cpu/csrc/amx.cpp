@@ -24,7 +24,12 @@ using Products = AmxProducts<AmxTiles>;
 
 }  // namespace
 
-const Kernel kAmx = {"amx", is_supported, &Products::kLinear24, &Products::kLinear24Int8,
-                     &Products::kLinearInt8};
+const Kernel kAmx = {"amx",
+                     is_supported,
+                     &Products::kLinear24,
+                     &Products::kLinear24Int8,
+                     &Products::kLinearInt8,
+                     &kAvx512Expansion,
+                     true};
 
 }  // namespace cast

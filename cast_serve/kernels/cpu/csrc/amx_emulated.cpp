@@ -11,7 +11,12 @@ using Products = AmxProducts<EmulatedTiles>;
 
 }  // namespace
 
-const Kernel kAmxEmulated = {"amx_emulated", is_supported, &Products::kLinear24,
-                             &Products::kLinear24Int8, &Products::kLinearInt8};
+const Kernel kAmxEmulated = {"amx_emulated",
+                             is_supported,
+                             &Products::kLinear24,
+                             &Products::kLinear24Int8,
+                             &Products::kLinearInt8,
+                             &kAvx512Expansion,
+                             true};
 
 }  // namespace cast

@@ -31,7 +31,8 @@ bool is_supported() { return kAvx512Vnni.is_supported() && __builtin_cpu_support
 }  // namespace
 
 const Product kAvx512Bf16Linear24 = {workspace_bytes, prepare, run};
-const Kernel kAvx512Bf16 = {"avx512_bf16", is_supported, &kAvx512Bf16Linear24, &kVnniLinear24Int8,
-                            &kVnniLinearInt8};
+const Kernel kAvx512Bf16 = {
+    "avx512_bf16",     is_supported, &kAvx512Bf16Linear24, &kVnniLinear24Int8, &kVnniLinearInt8,
+    &kAvx512Expansion, true};
 
 }  // namespace cast

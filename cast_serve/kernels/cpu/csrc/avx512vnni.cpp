@@ -76,7 +76,8 @@ bool is_supported() {
 
 const Product kVnniLinear24Int8 = {workspace_bytes, prepare, run};
 const Product kVnniLinearInt8 = {dense_workspace_bytes, prepare_dense, run_dense};
-const Kernel kAvx512Vnni = {"avx512_vnni", is_supported, &kAvx512Linear24, &kVnniLinear24Int8,
-                            &kVnniLinearInt8};
+const Kernel kAvx512Vnni = {
+    "avx512_vnni",     is_supported, &kAvx512Linear24, &kVnniLinear24Int8, &kVnniLinearInt8,
+    &kAvx512Expansion, false};
 
 }  // namespace cast

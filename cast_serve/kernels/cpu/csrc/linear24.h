@@ -35,11 +35,14 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };
 enum class Prefetch { kNone, kT0, kT1 };  // of the weights, for few tokens: into no cache, L1, L2
 
 constexpr int64_t kMostFewTokens = 8;
+constexpr int64_t kLeastLibraryTokens = 32;
 
 struct Tuning {
   int64_t few_tokens;       // bf16: up to how many the kernel for few runs
   int64_t few_tokens_int8;  // the same for int8 weights
   Prefetch prefetch;
+  int64_t library_tokens = 0;       // from how many on a library multiplies (library.h); 0: never
+  int64_t library_tokens_int8 = 0;  // the same for int8 weights
 };
 
 struct Linear24 {
@@ -58,6 +61,10 @@ struct Linear24 {
   int64_t num_int8_tile_columns() const {
     return (in_features + kInt8TileColumns - 1) / kInt8TileColumns;
   }
+  int64_t padded_in_features() const {
+    return scale != nullptr ? num_int8_tile_columns() * kInt8TileColumns
+                            : num_tile_columns() * kTileColumns;
+  }
 };
 
 // One way to compute. `prepare` turns x into the form that `run` reads (workspace is 64-byte
@@ -69,12 +76,23 @@ struct Product {
   void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
 };
 
+// What a library's dense product takes: the tile rows [begin, end) of 2:4 weights as dense rows,
+// [8 * (end - begin)][padded_in_features()], in fp32 without their scale, or in bf16 for bf16
+// weights; and x for int8 weights, quantised and times its scales, [M][padded_in_features()].
+struct Expansion {
+  void (*floats)(const Linear24&, int64_t begin, int64_t end, float* rows);
+  void (*bf16)(const Linear24&, int64_t begin, int64_t end, void* rows);
+  void (*rounded_x)(const Linear24&, float* to);
+};
+
 // An ISA's kernel: the product with 2:4 weights of x's dtype, with 2:4 int8 weights, and with dense
-// int8 weights.
+// int8 weights. has_bf16: whether its CPUs multiply bf16.
 struct Kernel {
   const char* isa;
   bool (*is_supported)();
   const Product *linear24, *linear24_int8, *linear_int8;
+  const Expansion* expansion;
+  bool has_bf16;
 };
 
 extern const Kernel kPortable;
@@ -87,6 +105,7 @@ extern const Kernel kAmx;
 extern const Kernel kAmxEmulated;
 // Other kernels use these too.
 extern const Product kAvx512Linear24, kAvx512Bf16Linear24, kVnniLinear24Int8, kVnniLinearInt8;
+extern const Expansion kAvx512Expansion;
 #endif
 
 }  // namespace cast

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "library.h"
 #include "linear24.h"
 
 namespace {
@@ -63,19 +64,26 @@ cast::Tuning& tuning() {
 
 constexpr const char* kPrefetchNames[] = {"none", "t0", "t1"};  // in the order of cast::Prefetch
 
-std::tuple<int64_t, int64_t, std::string> cpu_tuning() {
+std::tuple<int64_t, int64_t, std::string, int64_t, int64_t> cpu_tuning() {
   const cast::Tuning& now = tuning();
-  return {now.few_tokens, now.few_tokens_int8, kPrefetchNames[static_cast<int>(now.prefetch)]};
+  return {now.few_tokens, now.few_tokens_int8, kPrefetchNames[static_cast<int>(now.prefetch)],
+          now.library_tokens, now.library_tokens_int8};
 }
 
-void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, const std::string& prefetch) {
+void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, const std::string& prefetch,
+                    int64_t library_tokens, int64_t library_tokens_int8) {
   for (const int64_t tokens : {few_tokens, few_tokens_int8})
     TORCH_CHECK_VALUE(0 <= tokens && tokens <= cast::kMostFewTokens,
                       "set_cpu_tuning: the kernel for few tokens takes 0 to ", cast::kMostFewTokens,
                       " of them, not ", tokens);
+  for (const int64_t tokens : {library_tokens, library_tokens_int8})
+    TORCH_CHECK_VALUE(tokens == 0 || tokens >= cast::kLeastLibraryTokens,
+                      "set_cpu_tuning: the library multiplies from ", cast::kLeastLibraryTokens,
+                      " tokens on, or never, which is 0; not from ", tokens);
   for (int i = 0; i < 3; ++i)
     if (prefetch == kPrefetchNames[i]) {
-      tuning() = {few_tokens, few_tokens_int8, static_cast<cast::Prefetch>(i)};
+      tuning() = {few_tokens, few_tokens_int8, static_cast<cast::Prefetch>(i), library_tokens,
+                  library_tokens_int8};
       return;
     }
   TORCH_CHECK_VALUE(false, "set_cpu_tuning: prefetch is \"", prefetch,
@@ -162,10 +170,21 @@ Tensor computed(const cast::Product& product, const Call& call) {
   return call.out;
 }
 
+bool is_for_library(const cast::Linear24& p, int64_t least_tokens) {
+  return least_tokens > 0 && p.num_tokens >= least_tokens && p.out_features > 0;
+}
+
+Tensor computed_by_library(const Call& call) {
+  cast::multiply_by_library(kernel(), call.p, call.rows, call.float_bias, call.out);
+  return call.out;
+}
+
 Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
                 const std::optional<Tensor>& bias) {
-  return computed(*kernel().linear24,
-                  checked("linear24", x, packed, out_features, bias, Weights::kSameDType24));
+  const Call call = checked("linear24", x, packed, out_features, bias, Weights::kSameDType24);
+  if (is_for_library(call.p, call.p.tuning.library_tokens) && cast::is_finite(call.rows))
+    return computed_by_library(call);
+  return computed(*kernel().linear24, call);
 }
 
 Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
@@ -181,8 +200,10 @@ Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const T
 
 Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
                      int64_t out_features, const std::optional<Tensor>& bias) {
-  return computed(*kernel().linear24_int8, checked_int8("linear24_int8", x, packed, scale,
-                                                        out_features, bias, Weights::kInt8With24));
+  const Call call =
+      checked_int8("linear24_int8", x, packed, scale, out_features, bias, Weights::kInt8With24);
+  if (is_for_library(call.p, call.p.tuning.library_tokens_int8)) return computed_by_library(call);
+  return computed(*kernel().linear24_int8, call);
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t out_features,
@@ -209,8 +230,11 @@ TORCH_LIBRARY(cast, m) {
       "linear_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
-  m.def("cpu_tuning() -> (int, int, str)", &cpu_tuning);
-  m.def("set_cpu_tuning(int few_tokens, int few_tokens_int8, str prefetch) -> ()", &set_cpu_tuning);
+  m.def("cpu_tuning() -> (int, int, str, int, int)", &cpu_tuning);
+  m.def(
+      "set_cpu_tuning(int few_tokens, int few_tokens_int8, str prefetch, int library_tokens, "
+      "int library_tokens_int8) -> ()",
+      &set_cpu_tuning);
 }
 
 TORCH_LIBRARY_IMPL(cast, CPU, m) {

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cast_serve.kernels.cpu.tuning import Tuning
 from tests.cast_serve.kernels import test_linear24, test_linear24_int8
 
 DEFAULTS = Tuning(8, 4, "t0")
-MEASURED = Tuning(3, 5, "none")
+MEASURED = Tuning(3, 5, "none", 128, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,8 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Tuning]:
         ("few_int8=8", Tuning(8, 8, "t0")),
         ("prefetch=none", Tuning(8, 4, "none")),
         ("few=4,few_int8=2,prefetch=t1", Tuning(4, 2, "t1")),
+        ("library=32", Tuning(8, 4, "t0", 32, 0)),
+        ("library=0,library_int8=65536", Tuning(8, 4, "t0", 0, 65536)),
     ],
 )
 def test_a_forced_tuning_is_used(
@@ -73,6 +76,9 @@ def test_a_forced_tuning_is_used(
         ("few_int8=x", "few_int8=x"),
         ("few=4,prefetch=t2", "prefetch=t2"),
         ("few=4 prefetch=t1", "few=4 prefetch=t1"),
+        ("library=31", "library=31"),
+        ("library_int8=65537", "library_int8=65537"),
+        ("few=4,library=on", "library=on"),
         ("many=4", "many=4"),
         ("on", "on"),
         ("", ""),
@@ -83,6 +89,16 @@ def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, text: str, p
     with pytest.raises(ValueError, match=f"CAST_CPU_TUNING={text}: '{part}' is not understood"):
         kernels.load(tune=True)
     assert tuning.current() == DEFAULTS
+
+
+def test_a_wrong_value_names_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAST_CPU_TUNING", "library=on")
+    allowed = (
+        r"few=0\.\.8, few_int8=0\.\.8, prefetch=none\|t0\|t1, and library and library_int8, "
+        r"0 or 32\.\.65536, is needed"
+    )
+    with pytest.raises(ValueError, match=allowed):
+        kernels.load(tune=True)
 
 
 def test_nothing_is_chosen_unless_asked(measurements: list[Tuning]) -> None:
@@ -105,7 +121,13 @@ def test_auto_measures_once_and_keeps_the_result(cache: Path, measurements: list
     assert tuning.current() == MEASURED
     (path,) = cache.glob("tuning-*.json")
     record = json.loads(path.read_text())
-    assert record["tuning"] == {"few": 3, "few_int8": 5, "prefetch": "none"}
+    assert record["tuning"] == {
+        "few": 3,
+        "few_int8": 5,
+        "prefetch": "none",
+        "library": 128,
+        "library_int8": 32,
+    }
     assert record["isa"] == "avx512_bf16"
     assert record["library"] == build.build().stem
     tuning.use(DEFAULTS)
@@ -158,10 +180,10 @@ def test_a_cache_that_cannot_be_written_is_warned_of(
     assert "read-only" in caplog.text
 
 
-def test_a_cpu_without_a_choice_is_not_measured(
+def test_the_emulated_kernel_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, measurements: list[Tuning]
 ) -> None:
-    monkeypatch.setattr(tuning, "_isa", lambda: "avx2")
+    monkeypatch.setattr(tuning, "_isa", lambda: "amx_emulated")
     assert tuning.tune() == DEFAULTS
     assert measurements == []
 
@@ -182,15 +204,19 @@ def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
     assert 0 <= measured.few <= 8
     assert 0 <= measured.few_int8 <= 8
     assert measured.prefetch in tuning.PREFETCHES
+    assert measured.library in (0, *tuning.LIBRARY_TOKENS)
+    assert measured.library_int8 in (0, *tuning.LIBRARY_TOKENS)
     tuning.use(measured)
     assert tuning.current() == measured
 
 
 def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With given times: t1 is the fastest, and the kernel for few wins up to 6 tokens."""
+    """With given times: t1 is the fastest, the kernel for few wins up to 6 tokens, no library."""
 
     def medians(cases: dict[tuple, tuple]) -> dict[tuple, float]:
-        assert len(cases) in (12, 16)
+        assert len(cases) in (12, 16, 4)
+        if len(cases) == 4:
+            return dict.fromkeys(cases, 1.0)
         if len(cases) == 12:
             return {key: 1.0 if key[0] == "t1" else 1.1 for key in cases}
         return {(m, few): 1.0 if (few > 0) == (m <= 6) else 1.1 for m, few in cases}
@@ -202,11 +228,59 @@ def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("library_s", "expected"),
+    [
+        ({32: 0.8, 128: 0.8}, 32),
+        ({32: 1.0, 128: 0.8}, 128),
+        ({32: 0.8, 128: 1.0}, 0),  # faster for fewer only
+        ({32: 0.95, 128: 0.95}, 0),  # faster, but not by the margin
+    ],
+)
+def test_the_library_is_chosen_by_time(
+    monkeypatch: pytest.MonkeyPatch, library_s: dict[int, float], expected: int
+) -> None:
+    """With given times, of which our own kernel takes 1 s, on a CPU without another choice."""
+    bf16_op, int8_op = [torch.relu], [torch.neg]
+
+    def medians(cases: dict[tuple[int, int], tuple]) -> dict[tuple, float]:
+        times = {}
+        for (num_tokens, library), (candidate, _, ops) in cases.items():
+            assert (candidate.library, candidate.library_int8) == (library, library)
+            is_timed = library > 0 and ops is bf16_op
+            times[num_tokens, library] = library_s[num_tokens] if is_timed else 1.0
+        return times
+
+    monkeypatch.setattr(tuning, "_medians", medians)
+    monkeypatch.setattr(
+        tuning, "_layers", lambda dtype: int8_op if dtype == torch.int8 else bf16_op
+    )
+    monkeypatch.setattr(tuning, "_isa", lambda: "avx2")
+    assert tuning.measure() == replace(DEFAULTS, library=expected)
+
+
+@pytest.mark.parametrize(
+    ("isa", "expected"),
+    [
+        ("avx2", "avx2 library=32,library_int8=0"),
+        ("amx", "amx few=8,few_int8=4,prefetch=t0,library=32,library_int8=0"),
+    ],
+)
+def test_the_description_names_what_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, isa: str, expected: str
+) -> None:
+    monkeypatch.setattr(tuning, "_isa", lambda: isa)
+    tuning.use(replace(DEFAULTS, library=32))
+    assert tuning.description() == expected
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ((9, 4, "t0"), "takes 0 to 8 of them, not 9"),
         ((8, -1, "t0"), "takes 0 to 8 of them, not -1"),
         ((8, 4, "t2"), 'prefetch is "t2"; none, t0 or t1 is needed'),
+        ((8, 4, "t0", 31, 0), "from 32 tokens on, or never, which is 0; not from 31"),
+        ((8, 4, "t0", 0, -1), "from 32 tokens on, or never, which is 0; not from -1"),
     ],
 )
 def test_the_op_refuses_what_is_out_of_range(values: tuple, message: str) -> None:
