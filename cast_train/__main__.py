@@ -234,12 +234,18 @@ def oneshot(
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
     zeros: Annotated[float, ZEROS] = 1.0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Regular expression; linears whose names match stay dense; repeatable."),
+    ] = None,
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():
         from cast_train.pruning import oneshot as pruning
 
-        record = pruning.write_pruned(model, text or [], out, method, sparsity, mask, solve, zeros)
+        record = pruning.write_pruned(
+            model, text or [], out, method, sparsity, mask, solve, zeros, exclude or []
+        )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))
 

@@ -101,6 +101,7 @@ def write_pruned(
     mask_dir: Path | None = None,
     is_solved: bool = False,
     zeros: float = 1.0,
+    exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
 
@@ -113,6 +114,7 @@ def write_pruned(
         mask_dir: gated, pruned or compressed directory of the same model.
         is_solved: whether the dense model's kept weights are solved under the mask.
         zeros: share of zeros over all weights of the targets, see allocate.py.
+        exclude: regular expressions; linears whose names match are no targets.
 
     Returns:
         cast.json's content.
@@ -129,7 +131,7 @@ def write_pruned(
     check_new(out)
     tokenizer = models.load_tokenizer(model_dir)
     model = models.load_dense(model_dir)
-    targets, _ = find_targets(model, pattern)
+    targets, _ = find_targets(model, pattern, exclude=exclude)
     blocks = torch.empty(0)
     has_fewer = zeros < pattern.zeros
     if is_solved or has_fewer or method in ("wanda", "sparsegpt"):

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from cast_serve.checkpoint.record import CheckpointError, verify
+from cast_serve.checkpoint.record import CheckpointError, sha256, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
@@ -22,6 +23,28 @@ def test_a_pruned_directory_has_exact_zeros(model_dir, text_file, tmp_path, monk
         is_conv1d = type(linear).__name__ == "Conv1D"
         check_weight(linear.weight.t() if is_conv1d else linear.weight, TWO_FOUR, name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_excluded_linears_stay_dense(llama_dir, tmp_path):
+    record = oneshot.write_pruned(
+        llama_dir, [], tmp_path / "out", "magnitude", exclude=[r"layers\.0\.", "o_proj"]
+    )
+    model, before = load_dense(tmp_path / "out"), load_dense(llama_dir)
+    pruned = {f"model.layers.1.self_attn.{p}_proj" for p in "qkv"}
+    pruned |= {f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}
+    assert set(record["targets"]) == pruned
+    for name, module in find_targets(before, TWO_FOUR)[0].items():
+        is_same = torch.equal(model.get_submodule(name).weight, module.weight)
+        assert is_same == (name not in pruned)
+
+
+def test_the_record_says_whose_mask_was_taken(llama_dir, tmp_path):
+    oneshot.write_pruned(llama_dir, [], tmp_path / "pruned", "magnitude")
+    record = oneshot.write_pruned(
+        llama_dir, [], tmp_path / "out", "mask", mask_dir=tmp_path / "pruned"
+    )
+    wanted = sha256(tmp_path / "pruned/model.safetensors")
+    assert record["mask_of"]["model.safetensors"] == wanted
 
 
 def oneshot_settings(**settings):
