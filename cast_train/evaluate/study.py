@@ -297,8 +297,10 @@ def _train(
     answers = measure(folder) if measure.choices else {}
     shutil.rmtree(folder)
     settings.unlink()
+    gates = record["gates"]
     return {
         **answers,
+        **{key: gates[key] for key in ("reach", "mean_gap") if key in gates},
         "way": way,
         "seed": config.seed,
         "tokens": figures["tokens_seen"],
