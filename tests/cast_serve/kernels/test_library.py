@@ -3,9 +3,6 @@
 What is expected is what test_linear24.py and test_linear24_int8.py expect of the other products.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -21,8 +18,6 @@ from tests.cast_serve.kernels import test_linear24, test_linear24_int8
 SHAPES = [(1, 4), (7, 60), (33, 576), (16, 8192), (601, 260)]
 NUM_TOKENS = [32, 33, 130]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Of the kernels these differ in how they expand, or in what they have multiplied in bf16.
-EXPANSIONS = ["portable", "avx2", "avx512", "avx512_bf16"]
 NO_LIBRARY: set[str] = set()
 
 
@@ -210,19 +205,3 @@ def test_compiles_without_a_graph_break() -> None:
     x = test_linear24_int8.exact_x(40, 132, torch.bfloat16)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), both(x))
-
-
-@pytest.mark.parametrize("isa", [isa for isa in EXPANSIONS if isa in kernels.supported_isas()])
-def test_every_expansion_is_right(isa: str) -> None:
-    """Each kernel is picked once per process, so the others run in processes of their own.
-
-    The other tests of this file are about what all of them share.
-    """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "parity or bit_for_bit"],
-        env={**os.environ, "CAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -58,30 +58,6 @@ def test_so_many_tokens_that_they_take_several_passes() -> None:
     assert_is_product(kernels.linear24(x, packed, 1049), x, weight)
 
 
-@pytest.mark.parametrize(
-    "isa", [name for name in kernels.supported_isas() if name != kernels.isa()]
-)
-def test_every_other_isa_passes_this_file_too(isa: str) -> None:
-    """Each kernel is picked once per process, so the others run in processes of their own."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "not every",
-        ],
-        env={**os.environ, "CAST_CPU_ISA": isa, "CAST_TEST_EXPECTED_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 def test_the_forced_isa_runs() -> None:
     assert kernels.isa() == os.environ.get("CAST_TEST_EXPECTED_ISA", kernels.supported_isas()[0])
 

@@ -1,8 +1,6 @@
 """cast::linear24_int8 against reference.py, for every kernel that this CPU has."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -118,21 +116,6 @@ def test_rounding_is_the_specifications() -> None:
         first = 0 if rows.shape[0] in (1, 40) else 1 if rows.shape[0] == 4 else 20
         out = kernels.linear24_int8(rows, packed, torch.ones(128), 128)
         assert torch.equal(out, expected[first : first + rows.shape[0]])
-
-
-@pytest.mark.parametrize(
-    "isa", [name for name in kernels.supported_isas() if name != kernels.isa()]
-)
-def test_every_other_isa_passes_this_file_too(isa: str) -> None:
-    """Each kernel is picked once per process, so the others run in processes of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "not every"],
-        env={**os.environ, "CAST_CPU_ISA": isa, "CAST_TEST_EXPECTED_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_forced_isa_runs() -> None:

@@ -1,9 +1,5 @@
 """cast::linear_int8, the dense one of the head, against reference.py, for every kernel here."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -84,21 +80,6 @@ def test_nothing_unwritten_is_read_or_returned(num_tokens: int) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize(
-    "isa", [name for name in kernels.supported_isas() if name != kernels.isa()]
-)
-def test_every_other_isa_passes_this_file_too(isa: str) -> None:
-    """Each kernel is picked once per process, so the others run in processes of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "not every"],
-        env={**os.environ, "CAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(
