@@ -76,7 +76,8 @@ class TrainConfig:
         masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
             the kept ones are solved for it by least squares (solve.py), and only then are they
             trained; the learning rate's warm-up begins there.
-        calibration_blocks: sequences that ``wanda`` and ``sparsegpt`` measure activations on.
+        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, `masks_first` and `zeros`
+            measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
             moment, with the gates' statistics; 0: only at the end.

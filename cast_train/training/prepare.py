@@ -193,12 +193,13 @@ def _attach(
     elif config.first_order == "wanda":
         scores = wanda_scores(model, targets, blocks[: config.calibration_blocks])
     elif config.first_order == "sparsegpt":
-        dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
+        dense = {}
+        if config.masks_first:
+            dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
         scores = sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )
-        if config.masks_first:  # its order alone
-            _restore(targets, dense)
+        _restore(targets, dense)  # masks_first takes the order alone
         if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
             _drop(targets, scores, config.pattern)
             scores = None
@@ -214,8 +215,8 @@ def _drop(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], patter
 
 @torch.no_grad()
 def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
-    for name, linear in targets.items():
-        linear.weight.copy_(weights[name])
+    for name, weight in weights.items():
+        targets[name].weight.copy_(weight)
 
 
 def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:

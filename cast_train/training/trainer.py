@@ -1,6 +1,6 @@
 """CastTrainer: transformers' Trainer with gates, distillation and the sparsity penalty in its loss.
 
-Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; optimiser.py has
+Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; optimizer.py has
 the steps. Weights and gates are fp32 throughout, since bf16 would round small steps away.
 """
 

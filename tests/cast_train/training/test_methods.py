@@ -15,7 +15,7 @@ from cast_train.gates import gating
 from cast_train.text import read_texts, to_blocks, tokenize
 from cast_train.training.run import train
 
-# Of 20 steps the gates learn in 8, warm: as many as they need to move the mask.
+# Of 20 steps the gates learn in 8: as many as they need to move the mask.
 LEARNS = {"tau_start": 0.5, "tau_end_fraction": 0.3, "hard_fraction": 0.4}
 LEARNS |= {"gate_learning_rate": 0.1}
 WAYS = [
