@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import pack
-from loadtest.bench.shapes import random_weight
+from cast_serve.sparsity.bitmask import decompress
+from loadtest.bench.shapes import random_int8_weight, random_weight
 from loadtest.report.directory import new_directory
 
 NUM_REPETITIONS = 9
@@ -26,12 +27,15 @@ COPIED_BYTES = 1 << 30
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TABLE_WIDTH = 140  # characters
 Linear = Callable[[Tensor], Tensor]
+# Of one op: the layer many times, each with a weight of its own in memory, and a weight's bytes.
+Layers = tuple[list[Linear], int]
 
 
 def run(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
+    weights: str = "bf16",
 ) -> dict[str, Any]:
     """Measures all ops that the current GPU has.
 
@@ -39,11 +43,13 @@ def run(
         shapes: (in_features, out_features).
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
+        weights: of the packed 2:4 op, ``bf16`` or ``int8``. With int8 the other ops, cuBLAS and
+            the packed bf16 op, have the same weights dequantised, and no second form is measured.
 
     Returns:
-        card, torch, copy_gb_s; results, a dict per shape and number of tokens: ms of each op, its
-        range over the repetitions and its relative error against fp32 (None: NaN); crossover, an
-        entry for kernels/crossover.json.
+        card, torch, weights, copy_gb_s; results, a dict per shape and number of tokens: ms of each
+        op, its range over the repetitions and its relative error against fp32 (None: NaN);
+        crossover, an entry for kernels/crossover.json, empty with int8.
 
     Raises:
         RuntimeError: without a GPU, or with one below compute capability 8.0.
@@ -51,20 +57,26 @@ def run(
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is here; run this on a machine with an NVIDIA GPU")
     card = dispatch.properties(torch.cuda.current_device())
-    forms = [form for form in ("cusparselt", "cutlass") if _has(form)]
+    is_int8 = weights == "int8"
+    forms = [form for form in ("cusparselt", "cutlass") if not is_int8 and _has(form)]
     copy_gb_s = _copy_gb_s()
     rows = []
     for in_features, out_features in shapes:
-        weight, ops = _layers(in_features, out_features, forms, CACHES * card.L2_cache_size)
+        num_bytes = CACHES * card.L2_cache_size
+        if is_int8:
+            weight, ops = _int8_layers(in_features, out_features, num_bytes)
+        else:
+            weight, ops = _layers(in_features, out_features, forms, num_bytes)
         for num_tokens in tokens:
             rows.append(_measure(weight, num_tokens, ops))
             on_done()
     return {
         "card": card.name,
         "torch": torch.__version__,
+        "weights": weights,
         "copy_gb_s": copy_gb_s,
         "results": rows,
-        "crossover": {card.name: _crossovers(rows, [*forms, "cublas"])},
+        "crossover": {} if is_int8 else {card.name: _crossovers(rows, [*forms, "cublas"])},
     }
 
 
@@ -113,30 +125,53 @@ def _copy_gb_s() -> float:
 
 def _layers(
     in_features: int, out_features: int, forms: Sequence[str], num_bytes: int
-) -> tuple[Tensor, dict[str, tuple[list[Linear], int]]]:
-    """A random 2:4 weight, and op -> that weight many times in memory behind it, a copy's bytes."""
+) -> tuple[Tensor, dict[str, Layers]]:
+    """A random 2:4 weight, bf16 [out_features, in_features], and the layers of each op."""
     packed = pack(*(part.cuda() for part in random_weight(in_features, out_features)))
     (dense,) = dispatch.second_form(packed, out_features, in_features, torch.bfloat16, "dense")
-
-    def sparse(weight: list[Tensor]) -> Linear:
-        return lambda x: dispatch.linear24(x, weight[0], out_features)
-
-    def second(form: str) -> Callable[[list[Tensor]], Linear]:
-        return lambda weight: lambda x: dispatch.product(x, weight, form)
-
-    made = {"packed": ([packed], sparse), "cublas": ([dense], second("dense"))}
-    made |= {form: (dispatch.to_form(dense, form), second(form)) for form in forms}
-    ops = {}
-    for name, (weight, linear) in made.items():
-        size = sum(part.nbytes for part in weight)
-        copies = range(max(2, math.ceil(num_bytes / size)))
-        ops[name] = ([linear([part.clone() for part in weight]) for _ in copies], size)
-    return dense, ops
+    made = {"packed": ([packed], _bf16_op(out_features)), "cublas": ([dense], _second_op("dense"))}
+    made |= {form: (dispatch.to_form(dense, form), _second_op(form)) for form in forms}
+    return dense, {name: _copies(*parts, num_bytes) for name, parts in made.items()}
 
 
-def _measure(
-    weight: Tensor, num_tokens: int, ops: dict[str, tuple[list[Linear], int]]
-) -> dict[str, Any]:
+def _int8_layers(
+    in_features: int, out_features: int, num_bytes: int
+) -> tuple[Tensor, dict[str, Layers]]:
+    """As `_layers` for int8 values; the weight is fp32, as it is dequantised."""
+    values, bitmask, scale = (part.cuda() for part in random_int8_weight(in_features, out_features))
+    dequantized = values.float() * scale[:, None]
+    packed_bf16 = pack(dequantized.bfloat16(), bitmask)
+    weight = decompress(dequantized, bitmask, in_features)
+
+    def int8_op(parts: list[Tensor]) -> Linear:
+        return lambda x: dispatch.linear24_int8(x, parts[0], parts[1], out_features)
+
+    made = {
+        "packed": ([pack(values, bitmask), scale], int8_op),
+        "packed_bf16": ([packed_bf16], _bf16_op(out_features)),
+        "cublas": ([weight.bfloat16()], _second_op("dense")),
+    }
+    return weight, {name: _copies(*parts, num_bytes) for name, parts in made.items()}
+
+
+def _bf16_op(out_features: int) -> Callable[[list[Tensor]], Linear]:
+    return lambda parts: lambda x: dispatch.linear24(x, parts[0], out_features)
+
+
+def _second_op(form: str) -> Callable[[list[Tensor]], Linear]:
+    return lambda parts: lambda x: dispatch.product(x, parts, form)
+
+
+def _copies(
+    parts: list[Tensor], linear: Callable[[list[Tensor]], Linear], num_bytes: int
+) -> Layers:
+    """Layers of the same weight, each with a copy of it, that together exceed `num_bytes`."""
+    size = sum(part.nbytes for part in parts)
+    count = max(2, math.ceil(num_bytes / size))
+    return [linear([part.clone() for part in parts]) for _ in range(count)], size
+
+
+def _measure(weight: Tensor, num_tokens: int, ops: dict[str, Layers]) -> dict[str, Any]:
     out_features, in_features = weight.shape
     x = torch.randn(num_tokens, in_features, device=weight.device).bfloat16()
     expected = x.float() @ weight.float().T

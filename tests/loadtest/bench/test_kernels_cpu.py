@@ -131,7 +131,6 @@ def test_a_wrong_op_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         (["--tokens", "0"], "'0' is no list"),
         (["--device", "tpu"], "--device tpu is not known; choose cpu or cuda"),
         (["--weights", "int4"], "--weights int4 is not known; choose bf16 or int8"),
-        (["--weights", "int8", "--device", "cuda"], "--weights int8 is for CPUs; leave out"),
     ],
 )
 def test_wrong_use(flags: list[str], message: str) -> None:

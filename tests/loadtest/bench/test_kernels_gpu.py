@@ -7,6 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cast_serve import kernels
+from cast_serve.kernels.gpu import dispatch
 from loadtest.__main__ import app
 from loadtest.bench import kernels_gpu
 
@@ -57,8 +59,34 @@ def test_medians_rates_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cublas["relative_error"] is None
 
 
+def test_with_int8_all_ops_have_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, by the CPU's ops; the int8 op rounds x there, which a GPU's does not."""
+    kernels.load()
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    for name in ("linear24", "linear24_int8"):
+        monkeypatch.setattr(dispatch, name, getattr(torch.ops.cast, name))
+    weight, ops = kernels_gpu._int8_layers(256, 24, num_bytes=20_000)
+    assert {name: size for name, (_, size) in ops.items()} == {
+        "packed": 256 * 24 * 5 // 8 + 24 * 4,
+        "packed_bf16": 256 * 24 * 9 // 8,
+        "cublas": 256 * 24 * 2,
+    }
+    assert {name: len(layers) for name, (layers, _) in ops.items()} == {
+        "packed": 6,
+        "packed_bf16": 3,
+        "cublas": 2,
+    }
+    x = torch.randn(3, 256).bfloat16()
+    expected = x.float() @ weight.T
+    for layers, _ in ops.values():
+        for layer in layers:
+            error = (layer(x).float() - expected).norm() / expected.norm()
+            assert error < 2e-2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
-    done = CliRunner().invoke(app, ["kernels", "--device", "cuda"])
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_without_a_gpu_it_says_so(weights: str) -> None:
+    done = CliRunner().invoke(app, ["kernels", "--device", "cuda", "--weights", weights])
     assert done.exit_code == 1
     assert "no CUDA device is here" in done.stderr
