@@ -211,6 +211,8 @@ def _parse_variants(given: list[str]) -> dict[str, list[str]]:
 def _describe(summary: dict[str, Any]) -> str:
     text = f"{summary['kind']}, {summary['num_sparse_layers']} sparse and "
     text += f"{summary['num_dense_layers']} dense linear layers"
+    if summary["zeros"] is not None:
+        text += f", {summary['zeros']:.1%} zeros"
     if summary["linear_bytes_ratio"]:
         text += (
             f", linear weights {summary['linear_weight_bytes'] / 1e6:.1f} MB "

@@ -82,7 +82,8 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     assert int8 == demo.OUT / "int8"  # what `make serve` serves
 
     assert list(result["perplexity"]) == [
-        *("dense", "magnitude", "wanda", "sparsegpt", "cast_soft", "cast", "cast_int8")
+        *("dense", "magnitude", "wanda", "sparsegpt"),
+        *("cast_soft", "cast", "cast_int8", "cast_fewer_zeros"),
     ]
     bf16, eight = (
         demo.perplexity("", folder)["perplexity"] for folder in (demo.OUT / "sparse", int8)
@@ -92,6 +93,12 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     assert bf16 != eight
     assert result["bits_per_weight"]["cast_int8"] == about["bits_per_weight"]
     assert result["bits_per_weight"]["cast"] == in_bf16["bits_per_weight"]
+    fewer = inspect(demo.OUT / "fewer-zeros")
+    assert (in_bf16["zeros"], fewer["zeros"]) == (0.5, result["zeros"]["cast_fewer_zeros"])
+    assert fewer["bits_per_weight"] == result["bits_per_weight"]["cast_fewer_zeros"]
+    assert result["perplexity"]["cast_fewer_zeros"] == pytest.approx(
+        demo.perplexity("", demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
+    )
     assert result["weight_bytes"]["sparse"] == about["linear_weight_bytes"]
 
     for text in ("cast int8", "sparse (int8)", "bits"):
@@ -102,7 +109,7 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
         for kind in ("demo_quality", "demo_speed")
     )
     tables = rewritten(page, tmp_path)
-    assert "| the same, hardened | the same in 8 bits, head too |" in tables
+    assert "| the same in 8 bits, head too | trained alike with fewer zeros |" in tables
     assert "| dense | sparse, 8 bits | gain |" in tables
 
 

@@ -21,10 +21,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         kind (dense, pruned, gated or compressed), pattern, quantized and head (int8 or None: the
-        values of the compressed linears, the output layer), num_sparse_layers, num_dense_layers,
-        linear_weight_bytes (of the targets, with bitmasks and scales), dense_linear_weight_bytes
-        (of the targets in the model's dtype), linear_bytes_ratio, bits_per_weight (bits stored for
-        each weight of the targets, zeros counted), total_weight_bytes, and the quality that
+        values of the compressed linears, the output layer), num_sparse_layers, num_dense_layers;
+        of the targets, and of what training left dense for fewer zeros than the pattern has: zeros
+        (their share; None if nothing is pruned), linear_weight_bytes (with bitmasks and scales),
+        dense_linear_weight_bytes (in the model's dtype), linear_bytes_ratio and bits_per_weight
+        (bits stored for each weight, zeros counted); total_weight_bytes; and the quality that
         training wrote to cast.json: quality, or quality_before_quantizing if int8 came after it.
 
     Raises:
@@ -39,7 +40,8 @@ def inspect(path: Path) -> dict[str, Any]:
         )
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
     is_quantized_here = scales != SCALES_TAKEN_OVER
-    num_sparse = num_weights = sparse_bytes = dense_bytes = total_bytes = 0
+    kept_dense = directory.record.get("kept_dense") or []
+    num_sparse = num_weights = num_kept_dense = sparse_bytes = dense_bytes = total_bytes = 0
     for name in directory.files:
         linear, _, part = name.rpartition(".")
         if part == "compressed":
@@ -54,10 +56,14 @@ def inspect(path: Path) -> dict[str, Any]:
             continue
         tensor = directory.get(name)
         total_bytes += tensor.nbytes
-        if part == "weight" and linear in directory.targets:
+        if part == "weight" and (linear in directory.targets or linear in kept_dense):
             num_weights += tensor.numel()
+            num_kept_dense += tensor.numel() if linear in kept_dense else 0
             sparse_bytes += tensor.nbytes
             dense_bytes += tensor.nbytes
+    zeros = None
+    if num_weights and directory.kind != "dense":
+        zeros = round(directory.pattern.zeros * (1 - num_kept_dense / num_weights), 4)
     quality = directory.record.get("quality")
     head = directory.head_dtype
     if head:
@@ -73,6 +79,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "head": head,
         "num_sparse_layers": num_sparse,
         "num_dense_layers": len(directory.linears) - num_sparse,
+        "zeros": zeros,
         "linear_weight_bytes": sparse_bytes,
         "dense_linear_weight_bytes": dense_bytes,
         "linear_bytes_ratio": round(sparse_bytes / dense_bytes, 4) if dense_bytes else None,

@@ -144,14 +144,18 @@ def _demo_quality(paths: Sequence[Path]) -> list[str]:
         "cast_soft": "fine-tuned under SparseGPT's mask, soft",
         "cast": "the same, hardened",
         "cast_int8": "the same in 8 bits, head too",
+        "cast_fewer_zeros": "trained alike with fewer zeros",
     }
     columns = [f"perplexity, {found['num_eval_tokens']:,} tokens"]
     columns += [names.get(name, name) for name in found["perplexity"]]
-    flipped = f"{found['flipped_share']:.1%}"
+    flipped, trained = f"{found['flipped_share']:.1%}", ("cast_soft", "cast", "cast_int8")
     lines = [
         ["held-out Wikipedia text", *(f"{value:.1f}" for value in found["perplexity"].values())],
-        ["mask flipped", *(flipped if name in names else "" for name in found["perplexity"])],
+        ["mask flipped", *(flipped if name in trained else "" for name in found["perplexity"])],
     ]
+    if zeros := found.get("zeros"):
+        cells = (f"{zeros[name]:.0%}" if name in zeros else "" for name in found["perplexity"])
+        lines.append(["zeros", *cells])
     if bits := found.get("bits_per_weight"):
         cells = (f"{bits[name]:.1f}" if name in bits else "" for name in found["perplexity"])
         lines.append(["bits stored for a weight of the linears", *cells])

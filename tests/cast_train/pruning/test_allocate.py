@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.inspect import inspect
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
@@ -121,6 +123,16 @@ def test_a_run_trains_prunes_and_resumes_with_some_linears_dense(
     model = load_dense(tmp_path / "pruned")
     for name in pruned["kept_dense"]:
         assert (model.get_submodule(name).weight != 0).all()
+
+    convert(tmp_path / "whole", tmp_path / "compressed")
+    sizes = {name: linear.weight.numel() for name, linear in loaded(llama_dir)[1].items()}
+    share = sum(sizes[name] for name in record["kept_dense"]) / sum(sizes.values())
+    for folder, bits in (("whole", 16), ("compressed", 9 + 7 * share)):
+        summary = inspect(tmp_path / folder)
+        assert summary["zeros"] == pytest.approx(0.5 * (1 - share), abs=1e-4)
+        assert summary["bits_per_weight"] == pytest.approx(bits, abs=1e-3)
+        assert summary["dense_linear_weight_bytes"] == 2 * sum(sizes.values())
+    assert inspect(llama_dir)["zeros"] is None
 
     train_until(3, llama_dir, [text_file], tmp_path / "out", config)
     monkeypatch.setattr("cast_train.training.prepare.keep_dense", None)  # not chosen again
