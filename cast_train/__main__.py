@@ -1,7 +1,8 @@
 """The command line `cast-train`: train gates, measure quality, prune in one shot, reorder channels.
 
 Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
-diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind.
+diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind. 130:
+stopped by Ctrl-C or SIGTERM; stderr says whether something was saved.
 """
 
 import json
@@ -24,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
 ZEROS = typer.Option(
     help="Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
@@ -332,9 +334,12 @@ def _working() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _fail(str(error), 2)
     except RuntimeError as error:
-        if type(error).__name__ not in ("DivergedError", "StudyError"):
+        codes = {"DivergedError": 1, "StudyError": 1, "StoppedError": STOPPED}
+        if type(error).__name__ not in codes:
             raise
-        _fail(str(error), 1)
+        _fail(str(error), codes[type(error).__name__])
+    except KeyboardInterrupt:
+        _fail("stopped; nothing was written since the last checkpoint, if there is one", STOPPED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -87,7 +87,8 @@ class TrainConfig:
         is_sharded: over several processes, each keeps its rows of all parameters in place of a
             copy (FSDP2).
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
-        checkpoint_every: steps between two resumable checkpoints.
+        checkpoint_every: steps between two resumable checkpoints; 0: they come by time.
+        checkpoint_minutes: minutes between two of them, where `checkpoint_every` is 0.
         seed: of the order of the sequences.
     """
 
@@ -130,7 +131,8 @@ class TrainConfig:
     train_embeddings: bool = False
     is_sharded: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    checkpoint_every: PositiveInt = 20
+    checkpoint_every: NonNegativeInt = 0
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     seed: int = 0
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bo
                 logger.warning("%s is not complete and is removed", folder)
                 shutil.rmtree(folder)
     complete = [f for f in _checkpoints(partial) if (f / COMPLETE).exists()] if is_resume else []
-    return max(complete, key=_step, default=None)
+    return max(complete, key=step_of, default=None)
 
 
 def _check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
@@ -111,5 +111,6 @@ def _checkpoints(partial: Path) -> list[Path]:
     return [p for p in folders if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was written."""
     return int(folder.name.removeprefix(PREFIX))

@@ -214,6 +214,7 @@ def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         process.terminate()  # a study that is stopped leaves no run behind
+        process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -31,6 +31,7 @@ from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import phase_at
 from cast_train.text import TokenBlocks
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
+from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def train(
         ValueError: for every wrong input; nothing is written then.
         CheckpointError: if out or OUT.partial is another run's; it names what differs.
         DivergedError: if the loss is not finite.
+        StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
@@ -78,6 +80,8 @@ def train(
         return _finished(out, run_identity)
     partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
+    if resume_from:
+        logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
     kept_dense = resume.read_kept_dense(partial) if resume_from else None
     prepared = prepare(model_dir, teacher_dir, blocks, config, kept_dense)
     if _rank() == 0:
@@ -120,7 +124,15 @@ def _fit(
         trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:
         trainer.add_callback(_tensorboard(tensorboard_dir))
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    checkpoints = Checkpoints(None if _steps_between_saves(config) else config.checkpoint_minutes)
+    trainer.add_callback(checkpoints)
+    with checkpoints.listening():
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if (step := trainer.state.global_step) < config.steps:
+        raise StoppedError(
+            f"stopped after step {step} of {config.steps}, saved in {partial}; the same command "
+            "with --resume goes on from there"
+        )
     return trainer
 
 
@@ -235,6 +247,11 @@ def _quality(trained: Prepared, blocks: Blocks, config: TrainConfig) -> dict[str
     }
 
 
+def _steps_between_saves(config: TrainConfig) -> int:
+    """0: checkpoints come by time. `keep_best` saves what it measures."""
+    return config.checkpoint_every or (config.evaluate_every if config.keep_best else 0)
+
+
 def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
     is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return TrainingArguments(
@@ -246,8 +263,8 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
         fsdp=config.is_sharded or None,
-        save_strategy="steps",
-        save_steps=config.checkpoint_every,
+        save_strategy="steps" if _steps_between_saves(config) else "no",
+        save_steps=_steps_between_saves(config) or 1,
         per_device_eval_batch_size=config.batch_blocks,
         eval_strategy="steps" if config.keep_best else "no",
         eval_steps=config.evaluate_every or None,

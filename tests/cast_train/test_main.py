@@ -14,6 +14,7 @@ from cast_train.evaluate import precision
 from cast_train.evaluate.perplexity import perplexity
 from cast_train.evaluate.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.training.stopping import StoppedError
 
 
 @pytest.fixture
@@ -168,3 +169,21 @@ def test_help_is_there_without_torch():
 )
 def test_text_takes_several_files(given, expected):
     assert repeat_text_flag(given.split()) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (StoppedError("stopped after step 3"), "cast-train: stopped after step 3"),
+        (KeyboardInterrupt(), "cast-train: stopped; nothing was written since"),
+    ],
+)
+def test_a_stop_is_told_in_one_line(error, message, cast_train, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cast_train.training.run.train", stop)
+    done = cast_train("run", "--model", tmp_path, "--text", tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == 130
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1

@@ -1,7 +1,9 @@
 """A run that was killed goes on as if it had not been, wherever the kill fell."""
 
 import dataclasses
+import logging
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cast_serve.checkpoint.record import verify
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
+from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer
 
 
@@ -159,3 +162,92 @@ def test_the_mask_rests_as_it_was(
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+class Clock:
+    """In place of the module time."""
+
+    seconds = 0.0
+
+    def monotonic(self):
+        return self.seconds
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """`train`, with signals that arrive while it computes the loss of a step, the first being 0."""
+
+    def run(step, signals, *arguments):
+        compute_loss = CastTrainer.compute_loss
+
+        def send(self, *args, **kwargs):
+            if self.state.global_step == step:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+            return compute_loss(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CastTrainer, "compute_loss", send)
+            return train(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_it_falls_in(
+    number, llama_dir, text_file, config, tmp_path, signalled, begun_at, caplog
+):
+    caplog.set_level(logging.INFO)
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(
+        StoppedError, match=r"stopped after step 3 of 10, saved in .*out\.partial; "
+    ):
+        signalled(2, [number], *arguments)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not (tmp_path / "out").exists()
+    train(*arguments, is_resume=True)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    assert begun_at == [None, "checkpoint-3", None]
+    assert "going on after step 3 of 10" in caplog.text
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(llama_dir, text_file, config, tmp_path, signalled, begun_at):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    with pytest.raises(KeyboardInterrupt):
+        signalled(6, [signal.SIGINT] * 2, *arguments)
+    train(*arguments, is_resume=True)
+    assert begun_at == [None, "checkpoint-4"]
+
+
+def test_a_signal_in_the_last_step_does_not_keep_it_from_ending(
+    llama_dir, text_file, config, tmp_path, signalled
+):
+    record = signalled(9, [signal.SIGINT], llama_dir, [text_file], tmp_path / "out", config)
+    assert record["steps"] == 10
+    assert (tmp_path / "out").is_dir()
+
+
+def test_by_default_checkpoints_come_by_time(llama_dir, text_file, config, tmp_path, monkeypatch):
+    """On a clock on which every step takes 25 minutes."""
+    saved = []
+    on_save = Checkpoints.on_save
+
+    def remember(self, args, state, control, **kwargs):
+        saved.append(state.global_step)
+        on_save(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "on_save", remember)
+    clock = Clock()
+    monkeypatch.setattr("cast_train.training.stopping.time", clock)
+    compute_loss = CastTrainer.compute_loss
+
+    def slowly(self, *args, **kwargs):
+        clock.seconds += 25 * 60
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(CastTrainer, "compute_loss", slowly)
+    config = dataclasses.replace(config, steps=5, checkpoint_every=0, checkpoint_minutes=40)
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    assert saved == [2, 4, 5]

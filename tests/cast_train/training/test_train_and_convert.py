@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
@@ -16,6 +17,21 @@ SCRIPT = Path(__file__).parents[3] / "scripts/train-and-convert"
 
 def call(*words):
     return subprocess.run([SCRIPT, *(str(word) for word in words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model", "--text a.txt --out sparse --model"),
+        ("--model", "--model --text a.txt --out sparse"),
+        ("--quantize", "--model dense --out sparse --quantize"),
+        ("--text", "--model dense --out sparse --text --steps 3"),
+    ],
+)
+def test_a_flag_without_its_value_is_named(flag, words):
+    done = call(*words.split())
+    assert done.returncode == 2
+    assert f"train-and-convert: {flag} needs a value; see --help" in done.stderr
 
 
 def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):
