@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
 from cast_serve.checkpoint.foreign import SCALE_PARTS, read_linear
 from cast_serve.checkpoint.inspect import inspect
@@ -109,6 +110,7 @@ def convert(
     with new_directory(out) as compressed, new_twin as dense:
         _write(directory, compressed, dense, quantize, head, progress or (lambda done, total: None))
         summary = inspect(compressed)
+        write_card(compressed, read_record(compressed), summary)
     return summary
 
 

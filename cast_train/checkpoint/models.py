@@ -11,6 +11,7 @@ Directories appear whole and their shards are checked (record.py); no pickle is 
 
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import Phase
 
 MAX_SHARD_SIZE = "4GB"
+PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def write(
@@ -45,6 +47,8 @@ def write(
     tokenizer: Any,
     record: Mapping[str, Any],
     gate_tensors: Mapping[str, Tensor] | None = None,
+    *,
+    source: Path,
 ) -> dict[str, Any]:
     """Writes a whole checkpoint directory or none.
 
@@ -54,6 +58,7 @@ def write(
         tokenizer: its tokenizer.
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
         gate_tensors: as `gating.detach` gives them; None if not gated.
+        source: the model directory that it came from; its card and licence are copied.
 
     Returns:
         cast.json's content.
@@ -67,6 +72,9 @@ def write(
         state.update(gate_tensors or {})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
+        for pattern in PAPERS:
+            for file in source.glob(pattern):
+                shutil.copy2(file, partial / file.name)
         return write_record(partial, {**record, "versions": _versions()})
 
 

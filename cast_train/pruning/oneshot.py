@@ -169,4 +169,4 @@ def write_pruned(
     }
     if mask_dir is not None:
         record["mask_of"] = identity.of_directory(mask_dir)
-    return models.write(out, model.to(torch.bfloat16), tokenizer, record)
+    return models.write(out, model.to(torch.bfloat16), tokenizer, record, source=model_dir)

@@ -324,4 +324,4 @@ def write_permuted(
         "m": pattern.m,
         "kept_share": shares,
     }
-    return models.write(out, model.to(torch.bfloat16), tokenizer, record)
+    return models.write(out, model.to(torch.bfloat16), tokenizer, record, source=model_dir)

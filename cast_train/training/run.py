@@ -92,7 +92,9 @@ def train(
     tensors = gating.detach(trained.targets) if trained.gate_map else {}
     if trainer.is_world_process_zero():
         trained.model.to(torch.bfloat16)
-        record = models.write(out, trained.model, tokenizer, {**record, **run_identity}, tensors)
+        record = models.write(
+            out, trained.model, tokenizer, {**record, **run_identity}, tensors, source=model_dir
+        )
         shutil.rmtree(partial)
     return record
 

@@ -35,7 +35,9 @@ def gated(model_dir, tmp_path):
         "targets": list(targets),
         "schedules_end": END,
     }
-    models.write(tmp_path / "gated", model, load_tokenizer(model_dir), record, logits)
+    models.write(
+        tmp_path / "gated", model, load_tokenizer(model_dir), record, logits, source=model_dir
+    )
     return tmp_path / "gated", logits
 
 
@@ -129,20 +131,32 @@ def test_a_missing_gate_is_named(gated):
         load_gated(folder)
 
 
+def test_card_and_licence_go_with_the_model(model_dir, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("README.md", "LICENSE.txt", "NOTICE", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    model, tokenizer = load_dense(model_dir), load_tokenizer(model_dir)
+    models.write(tmp_path / "out", model, tokenizer, {"kind": "pruned"}, source=source)
+    assert (tmp_path / "out/LICENSE.txt").read_text() == "LICENSE.txt"
+    assert {"README.md", "LICENSE.txt", "NOTICE"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out/pytorch_model.bin").exists()
+
+
 def test_a_failed_write_leaves_nothing(model_dir, tmp_path):
     class NoTokenizer:
         def save_pretrained(self, folder):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        models.write(tmp_path / "out", load_dense(model_dir), NoTokenizer(), {"kind": "pruned"})
+        models.write(tmp_path / "out", load_dense(model_dir), NoTokenizer(), {}, source=model_dir)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_in_the_way_is_refused(gated, model_dir):
     folder, _ = gated
     with pytest.raises(CheckpointError, match="gated exists already; remove it or choose another"):
-        models.write(folder, load_dense(model_dir), None, {})
+        models.write(folder, load_dense(model_dir), None, {}, source=model_dir)
 
 
 def test_what_is_no_model_is_refused(tmp_path):

@@ -1,0 +1,96 @@
+"""A converted directory -> its model card, README.md: what it is, what it lost, how to serve it.
+
+The source's own card, if it has one, stands below, and its front matter (licence, languages, tags)
+is kept. Figures are those of cast.json; what was not measured is not said.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD = "README.md"
+TITLE = "# A 2:4-sparse language model\n"
+DENSE_CARD = "\n## The card of the dense model\n"
+SERVING = """## How to serve it
+
+With cast-serve installed, whose plugin vLLM finds by itself:
+
+```
+cast-serve vllm serve DIR
+cast-serve up --variant dense=DENSE_DIR --variant sparse=DIR
+```
+
+In Python: `from cast_serve.model import load; model = load("DIR")`.
+"""
+TAGS = ("2:4", "sparse", "compressed-tensors")
+
+
+def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Writes README.md; the source's, if there is one, has been copied there.
+
+    Args:
+        folder: the directory, complete but for its card.
+        record: its cast.json.
+        summary: what `inspect` says of it.
+    """
+    path = folder / CARD
+    data, dense = _read(path.read_text(encoding="utf-8") if path.is_file() else "")
+    known = data.tags or []
+    data.tags = [*known, *(tag for tag in TAGS if tag not in known)]
+    parts = [_about(summary), _figures(summary), _training(record), SERVING]
+    text = "\n".join(part for part in parts if part)
+    if dense:
+        text += f"{DENSE_CARD}\n{dense}\n"
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _read(card: str) -> tuple[Any, str]:
+    """A card's front matter, and its text; of a card of our own, that of the dense model."""
+    try:
+        found = ModelCard(card, ignore_metadata_errors=True)
+        data, text = found.data, found.text
+    except (ValueError, yaml.YAMLError):  # front matter that cannot be read is text
+        data, text = ModelCardData(), card
+    is_ours = text.lstrip().startswith(TITLE)
+    return data, (text.partition(DENSE_CARD)[2] if is_ours else text).strip()
+
+
+def _about(summary: dict[str, Any]) -> str:
+    return (
+        f"{TITLE}\n"
+        "Of every four consecutive weights along in_features two are zero, in "
+        f"{summary['num_sparse_layers']} linears; {summary['num_dense_layers']} are dense. "
+        "The kept weights are stored with a bitmask (`sparse-24-bitmask`)"
+        f"{', in 8 bits' if summary['quantized'] else ''}. Made by cast-serve.\n"
+    )
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    quality = summary["quality"] or summary["quality_before_quantizing"]
+    rows = [
+        ("share of zeros in the pruned linears", f"{summary['zeros']:.1%}"),
+        ("bits stored for each of their weights", f"{summary['bits_per_weight']}"),
+        ("their bytes, of the dense model's", f"{summary['linear_bytes_ratio']}"),
+        ("all weights, MB", f"{summary['total_weight_bytes'] / 1e6:.1f}"),
+    ]
+    if quality:
+        name = "perplexity" if summary["quality"] else "perplexity before the values were quantised"
+        text = f"{quality['text']}, {quality['num_tokens']:,} tokens in contexts of "
+        text += f"{quality['context_tokens']}"
+        rows.append((f"{name} ({text})", f"{quality['perplexity_hard']:.2f}"))
+    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _training(record: dict[str, Any]) -> str:
+    config = record.get("config")
+    if not config:
+        return ""
+    return (
+        "## How it was trained\n\n"
+        f"{record['steps']:,} steps, {record['tokens_seen']:,} tokens, method "
+        f"`{record['method']}`, learning rate {config['learning_rate']:g}, distillation from the "
+        f"dense model {config['distillation_weight']:g}. `cast.json` has every setting and the "
+        "sha256 of every input.\n"
+    )

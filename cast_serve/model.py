@@ -1,0 +1,129 @@
+"""A compressed directory -> a transformers model whose 2:4 linears run the kernels, for Python.
+
+    from cast_serve.model import load
+
+    model = load("DIR")
+    model.generate(**tokenizer("The capital of France is", return_tensors="pt"))
+
+Everything else in it is the ordinary model, so `generate`, pipelines and evaluation harnesses take
+it. It is for inference: the packed weights have no gradient. vLLM serves faster.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cast_serve import kernels
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.linear import CompressedLinear, check_scale
+from cast_serve.checkpoint.record import CheckpointError
+
+
+class Linear24(nn.Module):
+    """A linear with a packed 2:4 weight; int8 values round x as they do in vLLM.
+
+    Args:
+        linear: the weight as it is stored.
+        bias: [out_features], or None.
+        dtype: of x and the output, bf16, fp16 or fp32.
+    """
+
+    packed: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.values.shape[0]
+        values = linear.values if linear.scale is not None else linear.values.to(dtype)
+        self.register_buffer("packed", kernels.pack(values, linear.bitmask))
+        self.register_buffer("scale", None if linear.scale is None else _row_scales(linear.scale))
+        self.register_buffer("bias", bias if bias is None else bias.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if self.scale is None:
+            return kernels.linear24(x, self.packed, self.out_features, self.bias)
+        return kernels.linear24_int8(x, self.packed, self.scale, self.out_features, self.bias)
+
+    def extra_repr(self) -> str:
+        kind = "2:4" if self.scale is None else "2:4 int8"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+
+
+class Int8Head(nn.Module):
+    """A dense output layer with int8 weights and a scale a row.
+
+    Args:
+        values: int8 [vocabulary, hidden_size].
+        scale: [vocabulary, 1].
+    """
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.out_features = values.shape[0]
+        self.register_buffer("packed", kernels.pack_dense(values))
+        self.register_buffer("scale", _row_scales(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> logits [..., vocabulary]."""
+        return kernels.linear_int8(x, self.packed, self.scale, self.out_features)
+
+
+def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """Loads what `cast-serve convert` wrote, on a CPU, in evaluation mode.
+
+    Args:
+        directory: a compressed directory.
+        dtype: bf16, fp16 or fp32; None: what its config.json says.
+
+    Returns:
+        the transformers model of its architecture. Its 2:4 linears are `Linear24`, an int8 head is
+        `Int8Head`.
+
+    Raises:
+        CheckpointError: if it is not compressed, damaged, or of another program and not converted.
+        PatternError: if a bitmask is not 2:4.
+    """
+    source = ModelDirectory(Path(directory))
+    if source.kind != "compressed" or source.is_foreign:
+        raise CheckpointError(
+            f"{directory} is {source.kind}; convert it first (cast-serve convert SRC OUT)"
+        )
+    dtype = dtype or source.model_dtype
+    settings = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    del settings.quantization_config
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
+    for name in source.targets:
+        linear = CompressedLinear.from_parts(name, source.parts(name))
+        bias = source.get(f"{name}.bias") if f"{name}.bias" in source.files else None
+        model.set_submodule(name, Linear24(linear, bias, dtype))
+    replaced = set(source.targets)
+    if source.head_dtype:
+        parts = source.parts(str(source.head))
+        values = parts["weight"]
+        scale = check_scale(str(source.head), parts.get("weight_scale"), values.shape[0])
+        model.set_submodule(str(source.head), Int8Head(values, scale))
+        replaced.add(str(source.head))
+    state = {key: source.get(key) for key in source.files if key.rpartition(".")[0] not in replaced}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if not source.head_dtype:
+        model.tie_weights()
+    known = {f"{name}.{part}" for name in replaced for part in ("packed", "scale", "bias")}
+    if source.tied_embedding and not source.head_dtype:
+        known.add(f"{source.head}.weight")
+    if unexpected or (lacking := set(missing) - known):
+        raise CheckpointError(
+            f"{directory} lacks {sorted(lacking)} or holds unknown {sorted(unexpected)}"
+        )
+    return model
+
+
+def _row_scales(scale: Tensor) -> Tensor:
+    return scale.flatten().float()

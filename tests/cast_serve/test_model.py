@@ -1,0 +1,56 @@
+"""A compressed directory in transformers, against the dense twin that `convert` writes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.model import Int8Head, Linear24, load
+from tests.cast_serve.conftest import Save
+from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
+
+Make = Callable[[], PreTrainedModel]
+MODELS = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@MODELS
+def test_logits_are_those_of_the_dense_twin(make: Make, save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(make()), tmp_path / "out", tmp_path / "twin")
+    model = load(tmp_path / "out", torch.float32)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
+    linears = [module for module in model.modules() if isinstance(module, Linear24)]
+    assert len(linears) >= 4
+    torch.testing.assert_close(model(TOKENS).logits, twin(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    words = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(TOKENS, **words), twin.generate(TOKENS, **words))
+
+
+@MODELS
+def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None:
+    """The twin's activations are not rounded, so the two are close and not equal."""
+    convert(save_gated(make()), tmp_path / "out", tmp_path / "twin", quantize="int8", head="int8")
+    model = load(tmp_path / "out")
+    assert isinstance(model.get_output_embeddings(), Int8Head)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
+    found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
+    assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
+
+
+def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama())
+    with pytest.raises(CheckpointError, match="is gated; convert it first"):
+        load(source)
+    convert(source, tmp_path / "out")
+    (tmp_path / "out/cast.json").unlink()
+    file = tmp_path / "out/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks \['model.norm.weight'\]"):
+        load(tmp_path / "out")
