@@ -111,6 +111,17 @@ def worker(
     server.run(model, name, host, port, _parse_cores(cores), context.args)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def vllm(context: typer.Context) -> None:
+    """Run vLLM's own command line, with the same words: cast-serve vllm serve DIR."""
+    from cast_serve.engine import vllm_cli
+
+    vllm_cli.run(context.args)
+
+
 Variants = Annotated[list[str], typer.Option("--variant", help="NAME=DIR or NAME=URL; repeat.")]
 GatewayPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="TCP port; default: CAST_PORT, else 8000.")
@@ -264,7 +275,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit 2, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         _say(f"cast-serve: {error}")
         sys.exit(2)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ decide the rest.
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+DISK_FULL = "No space left on device"
 CAST_JSON = "cast.json"
 FORMAT_VERSION = 1
 
@@ -112,13 +114,37 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def check_new(out: Path) -> None:
-    """Refuses an output that exists, before any work is done for it.
+    """Refuses an output that exists or cannot be made, before any work is done for it.
 
     Raises:
-        CheckpointError: if out exists.
+        CheckpointError: if out exists, or the directory that it would lie in cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or choose another output directory")
+    around = _existing(out.absolute().parent)
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{out} cannot be made: {around} cannot be written; choose another output directory"
+        )
+
+
+def check_room(out: Path, num_bytes: int, what: str) -> None:
+    """Refuses an output that is larger than what is free on its disk.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    free = shutil.disk_usage(_existing(out.absolute().parent)).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{out} needs about {num_bytes / 1e9:.1f} GB for {what}, but {free / 1e9:.1f} GB are "
+            "free there; free some, or choose another output directory"
+        )
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the first one around it that exists."""
+    return next(path for path in (directory, *directory.parents) if path.is_dir())
 
 
 @contextmanager
@@ -129,11 +155,12 @@ def new_directory(out: Path) -> Iterator[Path]:
     behind; no other process removes it, since its owner could still be writing.
 
     Raises:
-        CheckpointError: if out exists.
+        CheckpointError: as `check_new`, or if the disk is full.
     """
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    free = shutil.disk_usage(directory).free
     try:
         yield directory
         for path in directory.iterdir():
@@ -141,8 +168,13 @@ def new_directory(out: Path) -> Iterator[Path]:
                 path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
         directory.chmod(0o755)
         directory.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
+        if DISK_FULL in str(error):  # an OSError, or safetensors' own error
+            raise CheckpointError(
+                f"the disk is full: {out} takes more than the {free / 1e9:.1f} GB that were free "
+                f"in {out.parent}; free some, or choose another output directory"
+            ) from error
         raise
 
 

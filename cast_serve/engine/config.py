@@ -28,8 +28,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import METHOD, Sparse24LinearMethod, Stored
+from cast_serve.engine.report import kernel_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
 
 FORMAT = "sparse-24-bitmask"
 REMEDY = "run `cast-serve convert SRC OUT` and serve OUT; convert says so if it cannot read SRC"
@@ -68,6 +69,8 @@ class Sparse24Config(QuantizationConfig):
         self.ignore = ignore
         self.stored = stored
         self.unquantized = unquantized or []
+        self._num_unpacked = 0  # linears of vLLM, made and not loaded yet
+        self._num_linears = 0  # as on disk, so a merged qkv counts three
 
     @classmethod
     def override_quantization_method(
@@ -146,12 +149,21 @@ class Sparse24Config(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         if not self._is_in(self.ignore, prefix):
-            return Sparse24LinearMethod(prefix, stored)
+            self._num_unpacked += 1
+            return Sparse24LinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise ValueError(
                 f"{prefix} is in 8 bits and not 2:4; only the head is served in that form; {REMEDY}"
             )
         return UnquantizedLinearMethod()
+
+    def _count(self, layer: nn.Module) -> None:
+        """Says what runs, once all is loaded."""
+        self._num_unpacked -= 1
+        self._num_linears += layer.cast_num_linears
+        if self._num_unpacked == 0:
+            op, runs_on = kernel_of(layer)
+            logger.info("2:4 is active: %d linears run %s on %s", self._num_linears, op, runs_on)
 
     def _is_in(self, names: list[str], prefix: str) -> bool:
         mapping = self.packed_modules_mapping

@@ -58,11 +58,18 @@ class Sparse24LinearMethod(LinearMethodBase):
     Args:
         prefix: the layer's name.
         stored: how its tensors are stored.
+        on_packed: called with the layer, once its weight is packed.
     """
 
-    def __init__(self, prefix: str, stored: Stored = Stored()) -> None:  # noqa: B008, frozen
+    def __init__(
+        self,
+        prefix: str,
+        stored: Stored = Stored(),  # noqa: B008, frozen
+        on_packed: Callable[[nn.Module], None] = lambda layer: None,
+    ) -> None:
         self.prefix = prefix
         self.stored = stored
+        self.on_packed = on_packed
 
     def create_weights(
         self,
@@ -167,6 +174,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         )
         layer.cast_form = form if second else "packed"
         layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
+        self.on_packed(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

@@ -33,11 +33,9 @@ def report(model: nn.Module) -> dict[str, Any]:
         if packed is not None and hasattr(module, "cast_num_linears"):
             num_sparse += module.cast_num_linears
             weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
-            kernel = "cast::linear24"
             if hasattr(module, "scale"):
                 weight_bytes += module.scale.nbytes
-                kernel = "cast::linear24_int8"
-            runs_on = _runs_on(packed, module.cast_form)
+            kernel, runs_on = kernel_of(module)
             itemsize = module.params_dtype.itemsize
             dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
         else:
@@ -56,11 +54,15 @@ def report(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _runs_on(packed: Tensor, form: str) -> str:
+def kernel_of(layer: nn.Module) -> tuple[str, str]:
+    """What `report` calls kernel and isa, of a layer that engine/linear.py has packed."""
+    op = "cast::linear24_int8" if hasattr(layer, "scale") else "cast::linear24"
+    packed: Tensor = layer.packed
     if not packed.is_cuda:
-        return tuning.description()
+        return op, tuning.description()
     card = dispatch.properties(packed.device.index)
-    return f"sm_{card.major}{card.minor}" + ("" if form == "packed" else f" {form}")
+    form = "" if layer.cast_form == "packed" else f" {layer.cast_form}"
+    return op, f"sm_{card.major}{card.minor}{form}"
 
 
 def _dense_bytes(module: LinearBase) -> int:

@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
 
@@ -26,6 +29,17 @@ RUN_FILE = "run.json"
 DENSE_FILE = "kept_dense.json"
 COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
+
+
+def check_room(partial: Path, model: nn.Module) -> None:
+    """Refuses a run whose checkpoints the disk cannot hold: two at a time, besides what is there.
+
+    Raises:
+        CheckpointError: naming what is needed and what is free.
+    """
+    num_bytes = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+    num_new = 1 if _checkpoints(partial) else 2
+    record.check_room(partial, num_new * num_bytes, f"{num_new} checkpoints of this model")
 
 
 def begin(partial: Path, wanted: Mapping[str, Any], kept_dense: Sequence[str]) -> None:

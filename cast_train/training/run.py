@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from cast_serve.checkpoint.record import verify
+from cast_serve.checkpoint.record import check_new, verify
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -78,6 +78,7 @@ def train(
     }
     if out.exists():
         return _finished(out, run_identity)
+    check_new(out)  # that it could be made
     partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
     if resume_from:
@@ -85,6 +86,7 @@ def train(
     kept_dense = resume.read_kept_dense(partial) if resume_from else None
     prepared = prepare(model_dir, teacher_dir, blocks, config, kept_dense)
     if _rank() == 0:
+        resume.check_room(partial, prepared.model)
         resume.begin(partial, run_identity, prepared.kept_dense)
     trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
     trained = _as_stored(trainer, prepared, model_dir, config)

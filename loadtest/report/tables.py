@@ -275,6 +275,18 @@ def _study(paths: Sequence[Path]) -> list[str]:
     return markdown_table([*columns, f"log perplexity above {first}, paired by seed"], lines)
 
 
+def _curve(paths: Sequence[Path]) -> list[str]:
+    """cast.json of runs with `evaluate_every`: perplexity on the held-out text, a line each run."""
+    curves = {path.stem: read(path)["curve"] for path in paths}
+    tokens = [point["tokens"] for point in next(iter(curves.values()))]
+    lines = []
+    for name, curve in curves.items():
+        if [point["tokens"] for point in curve] != tokens:
+            raise ValueError(f"{name} was measured at other numbers of tokens than the first run")
+        lines.append([name, *(f"{point['perplexity']:.2f}" for point in curve)])
+    return markdown_table(["training tokens", *(f"{count:,}" for count in tokens)], lines)
+
+
 def _peers(paths: Sequence[Path]) -> list[str]:
     """`scripts/compare-peers --out`: a line a server, beside the last of our models."""
     found = read(paths[0])
@@ -308,4 +320,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "paired": _paired,
     "choices": _choices,
     "study": _study,
+    "curve": _curve,
 }

@@ -1,14 +1,19 @@
+import errno
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cast_serve.checkpoint.record import (
     CheckpointError,
     check_listed,
+    check_new,
+    check_room,
     new_directory,
     read_json,
     read_record,
@@ -114,3 +119,39 @@ def test_what_is_no_object_is_refused(content: str, message: str, tmp_path: Path
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_and_nothing_is_left(error: Exception, tmp_path: Path) -> None:
+    told = pytest.raises(
+        CheckpointError, match=r"the disk is full: .*out takes more than the .* GB"
+    )
+    with told, new_directory(tmp_path / "out") as folder:
+        (folder / "half").write_text("written")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_refused_before_the_work(tmp_path: Path) -> None:
+    out = tmp_path / "none" / "out"
+    check_room(out, 1000, "a model")
+    with pytest.raises(
+        CheckpointError, match=r"out needs about 1000000000\.0 GB for a model, but .* GB are free"
+    ):
+        check_room(out, 10**18, "a model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as root, who may write everywhere but on a disk that is mounted to be read."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(CheckpointError, match=f"cannot be made: {tmp_path} cannot be written"):
+        check_new(tmp_path / "a" / "out")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from cast_serve.checkpoint.record import verify
+from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
@@ -251,3 +251,13 @@ def test_by_default_checkpoints_come_by_time(llama_dir, text_file, config, tmp_p
     config = dataclasses.replace(config, steps=5, checkpoint_every=0, checkpoint_minutes=40)
     train(llama_dir, [text_file], tmp_path / "out", config)
     assert saved == [2, 4, 5]
+
+
+def test_a_run_that_the_disk_cannot_hold_does_not_begin(
+    llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("cast_serve.checkpoint.record.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"for 2 checkpoints of this model, but 0\.0 GB are"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())

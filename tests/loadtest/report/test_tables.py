@@ -104,6 +104,20 @@ def test_choices_by_hand(tmp_path: Path) -> None:
     assert "| piqa | 1,500 | 0.500 | 0.600 | 0.550 | -0.050 +- 0.012 |" in rewritten(page, tmp_path)
 
 
+def test_curves_by_hand(tmp_path: Path) -> None:
+    curves = {"a": [[2048, 30.5], [4096, 28.25]], "b": [[2048, 31.0], [4096, 29.0]]}
+    for name, points in curves.items():
+        curve = [{"tokens": tokens, "perplexity": value} for tokens, value in points]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"curve": curve}))
+    page = "<!-- table: curve a.json b.json -->\n<!-- end of table -->\n"
+    found = rewritten(page, tmp_path)
+    assert "| training tokens | 2,048 | 4,096 |" in found
+    assert "| a | 30.50 | 28.25 |\n| b | 31.00 | 29.00 |" in found
+    (tmp_path / "b.json").write_text(json.dumps({"curve": []}))
+    with pytest.raises(ValueError, match="b was measured at other numbers of tokens"):
+        rewritten(page, tmp_path)
+
+
 def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
     def server(title: str, weight_bytes: int, ttft_s: float, ratio: float) -> dict[str, Any]:
         speedups = {
