@@ -7,6 +7,7 @@ Each command talks to people on stderr and prints one line of JSON last on stdou
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,21 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version("cast-serve"))
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+
+
+@app.callback()
+def cast_serve(show_version: Annotated[bool, VERSION] = False) -> None:
+    """Compresses 2:4 models, and serves them through vLLM beside dense ones."""
 
 
 Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")]

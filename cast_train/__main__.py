@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from cast_train import memory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
@@ -33,8 +34,17 @@ ZEROS = typer.Option(
 )
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version("cast-serve"))
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+
+
 @app.callback()
-def cast_train() -> None:
+def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
     """Teaches a dense language model an N:M pattern, and measures what that costs."""
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,14 +32,23 @@ from loadtest.send.schedule import KINDS, Schedule, read_trace
 from loadtest.send.sweep import parse_concurrency, parse_rate, sweep
 from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
 app.command()(commands.coverage)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version("cast-serve"))
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+
+
 @app.callback()
-def about() -> None:
+def about(show_version: Annotated[bool, VERSION] = False) -> None:
     """Measures served variants against each other, over HTTP."""
 
 
