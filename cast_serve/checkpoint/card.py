@@ -4,6 +4,7 @@ The source's own card, if it has one, stands below, and its front matter (licenc
 is kept. Figures are those of cast.json; what was not measured is not said.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
 
 def _read(card: str) -> tuple[Any, str]:
     """A card's front matter, and its text; of a card of our own, that of the dense model."""
-    try:
-        found = ModelCard(card, ignore_metadata_errors=True)
-        data, text = found.data, found.text
-    except (ValueError, yaml.YAMLError):  # front matter that cannot be read is text
-        data, text = ModelCardData(), card
+    data: Any = ModelCardData()
+    text = card
+    if card.startswith("---"):
+        with suppress(ValueError, yaml.YAMLError):  # front matter that cannot be read is text
+            found = ModelCard(card, ignore_metadata_errors=True)
+            data, text = found.data, found.text
     is_ours = text.lstrip().startswith(TITLE)
     return data, (text.partition(DENSE_CARD)[2] if is_ours else text).strip()
 
@@ -75,7 +77,7 @@ def _figures(summary: dict[str, Any]) -> str:
         ("their bytes, of the dense model's", f"{summary['linear_bytes_ratio']}"),
         ("all weights, MB", f"{summary['total_weight_bytes'] / 1e6:.1f}"),
     ]
-    if quality:
+    if quality and "text" in quality:
         name = "perplexity" if summary["quality"] else "perplexity before the values were quantised"
         text = f"{quality['text']}, {quality['num_tokens']:,} tokens in contexts of "
         text += f"{quality['context_tokens']}"

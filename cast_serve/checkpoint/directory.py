@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.record import (
     CAST_JSON,
+    GATED_METHOD,
     CheckpointError,
     check_listed,
     read_json,
@@ -68,6 +69,8 @@ class ModelDirectory:
         self.quantization: dict[str, Any] = (
             self.config.get("quantization_config") or self.config.get(OLD_KEY) or {}
         )
+        if self.quantization.get("quant_method") == GATED_METHOD:
+            self.quantization = {}
         _check_quantization(path, self.quantization)
         weights = self._stored_weights()
         in_8_bits = [name for name, dtype in weights.items() if dtype in EIGHT_BITS]

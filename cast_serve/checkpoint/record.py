@@ -19,6 +19,9 @@ from typing import Any
 DISK_FULL = "No space left on device"
 CAST_JSON = "cast.json"
 FORMAT_VERSION = 1
+# The quant_method in config.json of a gated directory, whose weights are not pruned yet: with it
+# vLLM refuses to load them, and transformers warns.
+GATED_METHOD = "cast_gated"
 
 
 class CheckpointError(ValueError):
@@ -73,6 +76,11 @@ def read_record(directory: Path) -> dict[str, Any]:
             "use the release that wrote it"
         )
     return record
+
+
+def is_gated(directory: Path) -> bool:
+    """Whether a directory holds gates that have not been hardened yet."""
+    return (directory / CAST_JSON).is_file() and read_record(directory).get("kind") == "gated"
 
 
 def check_listed(directory: Path, record: Mapping[str, Any]) -> None:

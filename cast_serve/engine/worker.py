@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cast_serve.checkpoint.inspect import count_sparse
+from cast_serve.checkpoint.record import is_gated
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 
@@ -82,12 +83,15 @@ def run(
         vllm_flags: any flags of vLLM's server; they override ours.
 
     Raises:
-        ValueError: if the directory holds no model, or there are fewer cores than ranks.
+        ValueError: if the directory holds no model or a gated one, or there are fewer cores than
+            ranks.
         RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
+    if is_gated(model):
+        raise ValueError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
     expected, has_zeros = count_sparse(model)
     _end_with_parent()
     if cores is not None:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
+    GATED_METHOD,
     CheckpointError,
     check_new,
     new_directory,
@@ -71,6 +72,8 @@ def write(
         state = dict(model.state_dict())
         state.update(gate_tensors or {})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        if record.get("kind") == "gated":
+            _mark_gated(partial / "config.json")
         tokenizer.save_pretrained(partial)
         for pattern in PAPERS:
             for file in source.glob(pattern):
@@ -91,16 +94,33 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"{directory} has no tokenizer that can be read: {error}") from error
 
 
+def _mark_gated(config: Path) -> None:
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["quantization_config"] = {"quant_method": GATED_METHOD}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A causal language model from an ordinary HF directory; gates in it are ignored.
+    """A causal language model from an ordinary HF directory.
 
     Raises:
-        CheckpointError: if the directory is missing, or lacks weights of the model.
+        CheckpointError: if the directory is missing, lacks weights of the model, or is gated or
+            compressed.
     """
+    if (kind := kind_of(directory)) in ("gated", "compressed"):
+        raise CheckpointError(f"{directory} is {kind}; give the dense model that it was made of")
+    return load_unmasked(directory, dtype)
+
+
+def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """As `load_dense`; of a gated directory the weights without their gates."""
     check_directory(directory)
     try:
+        settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
         model, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory, config=settings, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
@@ -113,7 +133,7 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A compressed or an ordinary directory, as `load_compressed` and `load_dense` read them."""
-    load = load_compressed if kind_of(directory) == "compressed" else load_dense
+    load = load_compressed if kind_of(directory) == "compressed" else load_unmasked
     return load(directory, dtype)
 
 
@@ -183,7 +203,7 @@ def load_gated(
         CheckpointError: if it is damaged or lacks gates.
     """
     record = verify(directory)
-    model = load_dense(directory, dtype)
+    model = load_unmasked(directory, dtype)
     targets = {name: model.get_submodule(name) for name in record["targets"]}
     pattern = Pattern(record["n"], record["m"])
     method, selector = record["method"], record.get("selector")
@@ -218,7 +238,8 @@ def kind_of(directory: Path) -> str:
     """
     check_directory(directory)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in settings:
+    quantization = settings.get("quantization_config") or {}
+    if quantization and quantization.get("quant_method") != GATED_METHOD:
         return "compressed"
     return read_record(directory)["kind"] if (directory / CAST_JSON).exists() else "dense"
 

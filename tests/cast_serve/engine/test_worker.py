@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from cast_serve.engine import worker
+from tests.cast_serve.conftest import Save
+from tests.cast_serve.tiny import tiny_llama
 
 WHOLE = {
     "num_sparse_layers": 210,
@@ -84,6 +86,12 @@ def test_stored_zeros_are_asked_for_unless_the_user_asks_otherwise(given: list[s
     assert flags.count("--quantization") == 1
     expected = given[-1] if given else "cast_sparse24"
     assert flags[flags.index("--quantization") + 1] == expected
+
+
+def test_a_gated_directory_is_to_be_converted(save_gated: Save) -> None:
+    folder = save_gated(tiny_llama())
+    with pytest.raises(ValueError, match="is gated: convert it first .*cast-serve convert .*OUT"):
+        worker.run(folder, "sparse")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

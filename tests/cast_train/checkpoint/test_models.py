@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.record import CheckpointError, read_record, sha256, verify
@@ -10,7 +11,13 @@ from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.quantize import rounded
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
-from cast_train.checkpoint.models import load_compressed, load_dense, load_gated, load_tokenizer
+from cast_train.checkpoint.models import (
+    load_compressed,
+    load_dense,
+    load_gated,
+    load_tokenizer,
+    load_unmasked,
+)
 from cast_train.gates import gating
 
 TOKENS = torch.arange(64).view(2, 32)
@@ -48,13 +55,25 @@ def test_what_is_written_is_read(gated, model_dir):
     assert all(torch.equal(found[name], logits[name]) for name in logits)
     dense = load_dense(model_dir).state_dict()
     assert all(
-        torch.equal(tensor, dense[name]) for name, tensor in load_dense(folder).state_dict().items()
+        torch.equal(tensor, dense[name])
+        for name, tensor in load_unmasked(folder).state_dict().items()
     )
     record = verify(folder)
     assert record["format_version"] == 1
     assert set(record["sha256"]) == {"model.safetensors"}
     assert set(record["versions"]) == {"cast-serve", "torch", "transformers", "safetensors"}
     assert [path.name for path in folder.parent.iterdir()] == ["gated"]
+
+
+def test_a_gated_directory_is_not_taken_for_a_dense_one(gated):
+    folder, _ = gated
+    assert AutoConfig.from_pretrained(folder).quantization_config == {"quant_method": "cast_gated"}
+    with pytest.raises(CheckpointError, match="gated is gated; give the dense model"):
+        load_dense(folder)
+    convert(folder, folder.parent / "compressed", folder.parent / "twin")
+    with pytest.raises(CheckpointError, match="compressed is compressed; give the dense model"):
+        load_dense(folder.parent / "compressed")
+    assert load_dense(folder.parent / "twin").config.hidden_size
 
 
 def test_hardened_compressed_and_hard_gates_agree(gated):
