@@ -7,6 +7,7 @@ together. Of those a file stays whole, since it shares its fixtures.
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name != "story")  # stable: else as collected
     for item in items:
