@@ -4,12 +4,23 @@ Stories start vLLM servers, which take gigabytes, and they take about as long as
 together. Of those a file stays whole, since it shares its fixtures.
 """
 
+from typing import Any
+
 import pytest
 
+STORIES = "tests/story/"
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the groups
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.parent.name != "story")  # stable: else as collected
-    for item in items:
-        is_story = item.path.parent.name == "story"
-        item.add_marker(pytest.mark.xdist_group("story" if is_story else str(item.path)))
+    items.sort(key=lambda item: not item.nodeid.startswith(STORIES))  # stable: else as collected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return STORIES if nodeid.startswith(STORIES) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
