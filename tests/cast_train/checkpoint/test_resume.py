@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -184,6 +185,7 @@ def signalled(monkeypatch):
             if self.state.global_step == step:
                 for number in signals:
                     os.kill(os.getpid(), number)
+                    time.sleep(0.1)  # until it is handled: two at once would be one
             return compute_loss(self, *args, **kwargs)
 
         with monkeypatch.context() as patch:
