@@ -35,7 +35,7 @@ def test_llm_and_the_command_line_run_the_kernel(twins: dict[str, Path], tmp_pat
     folder = twins["sparse"]
     script, answers = tmp_path / "script.py", tmp_path / "answers.json"
     script.write_text(SCRIPT)
-    words = [sys.executable, script, folder, answers]
+    words = [sys.executable, *map(str, (script, folder, answers))]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert ACTIVE.search(done.stdout + done.stderr)

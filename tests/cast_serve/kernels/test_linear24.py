@@ -159,6 +159,7 @@ def test_opcheck() -> None:
 
 
 def test_compiles_without_a_graph_break() -> None:
+    kernels.load()
     weight, packed = make((40, 64), torch.bfloat16)
     compiled = torch.compile(
         lambda x: torch.ops.cast.linear24(x, packed, 40) * 2, fullgraph=True, backend="aot_eager"
