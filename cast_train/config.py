@@ -105,7 +105,7 @@ class TrainConfig:
     accumulation: PositiveInt = 1
     is_checkpointed: bool = False
     learning_rate: NonNegativeFloat = 5e-4
-    gate_learning_rate: NonNegativeFloat = 1e-2
+    gate_learning_rate: NonNegativeFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     warmup_fraction: Fraction = 0.05
     max_grad_norm: Annotated[float, Field(allow_inf_nan=True)] = 1.0
