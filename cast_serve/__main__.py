@@ -1,4 +1,4 @@
-"""cast-serve: convert, inspect, worker, up and gateway on the command line.
+"""cast-serve: convert, inspect, worker, vllm, up and gateway on the command line.
 
 Each command talks to people on stderr and prints one line of JSON last on stdout. Exit codes:
 0 done, 1 the check it ran failed, 2 wrong use.

@@ -118,7 +118,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     known = {f"{name}.{part}" for name in replaced for part in ("packed", "scale", "bias")}
     if source.tied_embedding and not source.head_dtype:
         known.add(f"{source.head}.weight")
-    if unexpected or (lacking := set(missing) - known):
+    lacking = set(missing) - known
+    if unexpected or lacking:
         raise CheckpointError(
             f"{directory} lacks {sorted(lacking)} or holds unknown {sorted(unexpected)}"
         )

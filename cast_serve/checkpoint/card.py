@@ -37,7 +37,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         summary: what `inspect` says of it.
     """
     path = folder / CARD
-    data, dense = _read(path.read_text(encoding="utf-8") if path.is_file() else "")
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    data, dense = _read(card)
     known = data.tags or []
     data.tags = [*known, *(tag for tag in TAGS if tag not in known)]
     parts = [_about(summary), _figures(summary), _training(record), SERVING]

@@ -79,7 +79,11 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def is_gated(directory: Path) -> bool:
-    """Whether a directory holds gates that have not been hardened yet."""
+    """Whether a directory holds gates that have not been hardened yet.
+
+    Raises:
+        CheckpointError: if its cast.json cannot be read.
+    """
     return (directory / CAST_JSON).is_file() and read_record(directory).get("kind") == "gated"
 
 

@@ -55,7 +55,11 @@ def report(model: nn.Module) -> dict[str, Any]:
 
 
 def kernel_of(layer: nn.Module) -> tuple[str, str]:
-    """What `report` calls kernel and isa, of a layer that engine/linear.py has packed."""
+    """What `report` calls kernel and isa, of one layer.
+
+    Args:
+        layer: a linear that engine/linear.py has packed.
+    """
     op = "cast::linear24_int8" if hasattr(layer, "scale") else "cast::linear24"
     packed: Tensor = layer.packed
     if not packed.is_cuda:

@@ -2,9 +2,9 @@
 
 Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
 has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
-shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py). To
-harden it: mask = the N largest logits of each group, W * mask * scale. A pruned one has its zeros
-written.
+shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py),
+and its config.json says that it is gated (`GATED_METHOD`). To harden it: mask = the N largest
+logits of each group, W * mask * scale. A pruned one has its zeros written.
 
 Directories appear whole and their shards are checked (record.py); no pickle is read or written.
 """
@@ -132,7 +132,7 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A compressed or an ordinary directory, as `load_compressed` and `load_dense` read them."""
+    """A compressed or an ordinary directory, as `load_compressed` and `load_unmasked` read them."""
     load = load_compressed if kind_of(directory) == "compressed" else load_unmasked
     return load(directory, dtype)
 

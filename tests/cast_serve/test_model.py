@@ -54,3 +54,12 @@ def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks \['model.norm.weight'\]"):
         load(tmp_path / "out")
+
+
+def test_unknown_tensors_are_named(save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out")
+    (tmp_path / "out/cast.json").unlink()
+    file = tmp_path / "out/model.safetensors"
+    save_file({**load_file(file), "other.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks \[\] or holds unknown \['other.weight'\]"):
+        load(tmp_path / "out")
