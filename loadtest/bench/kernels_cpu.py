@@ -12,6 +12,9 @@ Read bandwidth and multiply rate of the same run give the roof: no 2:4 op can be
 its bytes, or than half of the dense multiplies. The bandwidth is the best that any reader reached:
 plain streaming reads before and after the run, and the ops in it. The multiply rate is that of a
 dense product of integers for int8 weights, and of bf16 otherwise.
+
+Layers of a few megabytes are read more slowly than one large array, by whatever reads them. So a
+plain read of as many layers of the same packed size takes its turn among the ops.
 """
 
 import itertools
@@ -40,7 +43,7 @@ CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest 
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
 PACKED_BYTES = {"bf16": 1.125, "int8": 0.625}  # per weight of the dense shape: values and positions
-TABLE_WIDTH = 144  # characters
+TABLE_WIDTH = 151  # characters
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Timing:
     """Milliseconds of one shape at one number of tokens, per repetition, of each op.
 
     weights: of the 2:4 op, bf16 or int8. The int8 ops are None for bf16, zentorch's without it.
+    read_ms: of a plain read of as many bytes as the packed weight has.
     """
 
     in_features: int
@@ -56,6 +60,7 @@ class Timing:
     sparse_ms: list[float]
     vllm_dense_ms: list[float]
     plain_dense_ms: list[float]
+    read_ms: list[float]
     zentorch_ms: list[float] | None = None
     vllm_int8_ms: list[float] | None = None
     zentorch_int8_ms: list[float] | None = None
@@ -65,6 +70,7 @@ class Timing:
         """How fast the fastest reader of these ops read its weight, by its median."""
         of_each = (
             (self.sparse_ms, PACKED_BYTES[self.weights]),
+            (self.read_ms, PACKED_BYTES[self.weights]),
             (self.vllm_dense_ms, 2),
             (self.plain_dense_ms, 2),
             (self.zentorch_ms, 2),
@@ -103,6 +109,7 @@ class Timing:
             "gb_s": packed_bytes / sparse_ms / 1e6,
             "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
             "roof_ms": roof_ms,
+            "read_ms": statistics.median(self.read_ms),
         }
 
     def _over(self, name: str, dense_ms: list[float] | None) -> dict[str, float | None]:
@@ -179,9 +186,12 @@ def table_of(result: dict[str, Any]) -> Table:
         f"{result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense {result['weights']} at "
         f"{result['peak_gflop_s']:.0f} GFLOP/s",
         caption="ratio above 1: sparse faster; in brackets, the 95 % interval; "
-        "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share",
+        "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share; "
+        "read: the time of a plain read of the same bytes, as a share",
     )
-    headings = "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s,roof"
+    headings = (
+        "K x N,tokens,sparse ms,vLLM ms,torch ms,vLLM/sparse,torch/sparse,GB/s,GFLOP/s,roof,read"
+    )
     for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
     if has_int8:
@@ -196,6 +206,7 @@ def table_of(result: dict[str, Any]) -> Table:
             f"{row['gb_s']:.1f}",
             f"{row['dense_equivalent_gflop_s']:.0f}",
             f"{row['roof_ms'] / row['sparse_ms']:.0%}",
+            f"{row['read_ms'] / row['sparse_ms']:.0%}",
             *([_with_interval(row, "ratio_vllm_int8")] if has_int8 else []),
         )
     return table
@@ -225,7 +236,9 @@ def measure(
     timings = []
     for in_features, out_features in shapes:
         layers = layers_of(in_features, out_features, weights, CACHE_BYTES)
-        ops = {name: _Round(of_op) for name, of_op in layers.items()}
+        packed_bytes = int(in_features * out_features * PACKED_BYTES[weights])
+        readers = [_reader(packed_bytes) for _ in layers["sparse"]]
+        ops = {name: _Round(of_op) for name, of_op in (layers | {"read": readers}).items()}
         for num_tokens in tokens:
             x = torch.randn(num_tokens, in_features).bfloat16()
             for op in ops.values():
@@ -237,6 +250,12 @@ def measure(
             timings.append(Timing(in_features, out_features, num_tokens, **times, weights=weights))
             on_done()
     return timings
+
+
+def _reader(num_bytes: int) -> Linear:
+    """A layer that reads its bytes, ignores its activation and returns a sum."""
+    data = torch.ones(max(1, num_bytes // 8), dtype=torch.int64)
+    return lambda _: data.sum()
 
 
 def read_bandwidth_gb_s() -> float:

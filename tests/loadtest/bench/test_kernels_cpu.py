@@ -13,7 +13,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def test_a_row_is_medians_and_their_ratios() -> None:
-    row = kernels_cpu.Timing(64, 32, 2, [1.0, 2.0, 4.0], [3.0, 2.0, 8.0], [1.0, 8.0, 4.0]).row(
+    dense_and_read = ([3.0, 2.0, 8.0], [1.0, 8.0, 4.0], [1.0, 1.5, 9.0])
+    row = kernels_cpu.Timing(64, 32, 2, [1.0, 2.0, 4.0], *dense_and_read).row(
         read_bandwidth_gb_s=1e-3, peak_gflop_s=1e-3
     )
     assert (row["sparse_ms"], row["vllm_dense_ms"], row["plain_dense_ms"]) == (2.0, 3.0, 4.0)
@@ -25,10 +26,11 @@ def test_a_row_is_medians_and_their_ratios() -> None:
     assert row["dense_equivalent_gflop_s"] == pytest.approx(2 * 64 * 32 * 2 / 2e-3 / 1e9)
     # 4,096 operations on kept weights at 1e6 a second take longer than 2,304 bytes at 1e6 a second
     assert row["roof_ms"] == pytest.approx(1e3 * 64 * 32 * 2 / 1e6)
+    assert row["read_ms"] == 1.5
 
 
 def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
-    dense = ([3.0], [4.0])
+    dense = ([3.0], [4.0], [5.0])  # and a plain read
     timing = kernels_cpu.Timing(64, 32, 1, [2.0], *dense, vllm_int8_ms=[1.0], weights="int8")
     row = timing.row(read_bandwidth_gb_s=1e-3, peak_gflop_s=1.0)
     assert (row["vllm_int8_ms"], row["ratio_vllm_int8"]) == (1.0, 0.5)
@@ -39,6 +41,8 @@ def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     assert timing.best_gb_s() == pytest.approx(64 * 32 * 1 / 1e-3 / 1e9)  # the dense int8 op's
     faster = kernels_cpu.Timing(64, 32, 1, [0.1], *dense, vllm_int8_ms=[1.0], weights="int8")
     assert faster.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-4 / 1e9)
+    reader = kernels_cpu.Timing(64, 32, 1, [2.0], [3.0], [4.0], [0.01], weights="int8")
+    assert reader.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-5 / 1e9)
 
 
 def test_the_geometric_mean_is_per_number_of_tokens() -> None:
@@ -72,6 +76,7 @@ def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Pa
     assert set(result["geomean_ratio_vllm"]) == {"1", "20"}
     assert result["read_bandwidth_gb_s"] > 0
     assert result["peak_gflop_s"] > 0
+    assert all(row["read_ms"] > 0 for row in result["results"])
     assert result["machine"]["cpu"]
     assert result["weights"] == weights
     assert result["tuning"]["few"] == 3

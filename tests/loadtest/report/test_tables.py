@@ -34,12 +34,13 @@ def test_a_table_by_hand(tmp_path: Path) -> None:
     assert rewritten(rewritten(page, tmp_path), tmp_path) == rewritten(page, tmp_path)
 
 
+@pytest.mark.parametrize("read", [{}, {"read_ms": 1.8}])
 @pytest.mark.parametrize("others", [(), ("vllm_int8",), ("vllm_int8", "zentorch")])
 def test_kernels_have_a_column_for_each_op_of_the_record(
-    others: tuple[str, ...], tmp_path: Path
+    others: tuple[str, ...], read: dict[str, float], tmp_path: Path
 ) -> None:
     def row(ratio: float) -> dict[str, float]:
-        found = {"num_tokens": 1, "sparse_ms": 2.0, "roof_ms": 1.0, "ratio_vllm": ratio}
+        found = {"num_tokens": 1, "sparse_ms": 2.0, "roof_ms": 1.0, "ratio_vllm": ratio} | read
         found |= {"ratio_vllm_low": ratio - 0.1, "ratio_vllm_high": ratio + 0.1}
         return found | {f"ratio_{name}": ratio / 2 for name in others}
 
@@ -52,11 +53,12 @@ def test_kernels_have_a_column_for_each_op_of_the_record(
     headings = "".join(f" over {titles[name]}: geometric mean (shapes) |" for name in others)
     assert rewritten(page, tmp_path).splitlines()[1:-1] == [
         "| tokens | over vLLM's oneDNN op: geometric mean | shapes | their intervals |"
-        f"{headings} share of the roof |",
-        "| --- | ---: | ---: | ---: |" + " ---: |" * (len(others) + 1),
+        f"{headings} share of the roof |" + " share of a plain read |" * len(read),
+        "| --- | ---: | ---: | ---: |" + " ---: |" * (len(others) + 1 + len(read)),
         "| 1 | 3.00 | 2.00 to 4.50 | 1.90 to 4.60 |"
         + " 1.50 (1.00 to 2.25) |" * len(others)
-        + " 50% to 50% |",
+        + " 50% to 50% |"
+        + " 90% to 90% |" * len(read),
     ]
 
 
