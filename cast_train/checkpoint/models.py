@@ -9,8 +9,10 @@ logits of each group, W * mask * scale. A pruned one has its zeros written.
 Directories appear whole and their shards are checked (record.py); no pickle is read or written.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +39,8 @@ from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import Phase
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "4GB"
 PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -119,16 +123,41 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         settings = AutoConfig.from_pretrained(directory, local_files_only=True)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory, config=settings, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with _no_report_of_keys():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=settings,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} is no language model that can be read: {error}"
         ) from error
     if report["missing_keys"]:
         raise CheckpointError(f"{directory} lacks the weights {sorted(report['missing_keys'])}")
+    unknown = [key for key in report["unexpected_keys"] if not key.endswith((".gate", ".scale"))]
+    if unknown:
+        logger.warning(
+            "%s: tensors that the model has no use for are not read: %d, such as %s",
+            directory,
+            len(unknown),
+            min(unknown),
+        )
     return model
+
+
+@contextlib.contextmanager
+def _no_report_of_keys() -> Iterator[None]:
+    """transformers prints a table of all gates, as of any tensor that it does not know."""
+    log = logging.getLogger("transformers.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_a_gated_directory_is_not_taken_for_a_dense_one(gated):
     with pytest.raises(CheckpointError, match="compressed is compressed; give the dense model"):
         load_dense(folder.parent / "compressed")
     assert load_dense(folder.parent / "twin").config.hidden_size
+
+
+def test_gates_are_no_news_but_unknown_tensors_are(gated, model_dir, tmp_path, capfd, caplog):
+    folder, _ = gated
+    load_gated(folder)
+    assert "LOAD REPORT" not in "".join(capfd.readouterr()) + caplog.text
+    assert "no use for" not in caplog.text
+
+    odd = tmp_path / "odd"
+    shutil.copytree(model_dir, odd)
+    tensors = load_file(odd / "model.safetensors")
+    save_file(tensors | {"model.extra": torch.ones(1)}, odd / "model.safetensors", {"format": "pt"})
+    load_dense(odd)
+    assert "no use for are not read: 1, such as model.extra" in caplog.text
 
 
 def test_hardened_compressed_and_hard_gates_agree(gated):
