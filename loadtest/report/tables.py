@@ -200,14 +200,14 @@ def _perplexities(paths: Sequence[Path]) -> list[str]:
             [
                 path.stem,
                 f"{found.get('perplexity', found.get('perplexity_hard')):.2f}",
-                f"{found['stderr_nats']:.3f}",
+                "" if above is None else f"{math.exp(above):.2f}",
                 ""
                 if above is None
                 else f"{above:.4f} +- {found['nats_above_reference_stderr']:.4f}",
                 "" if above is None else f"{found['kl_nats_per_token']:.3f}",
             ]
         )
-    columns = ["model and text", "perplexity", "standard error of its log, over blocks"]
+    columns = ["model and text", "perplexity", "times dense"]
     columns += ["log perplexity above dense, paired", "KL to dense"]
     return markdown_table(columns, lines)
 
@@ -226,10 +226,11 @@ def _paired(paths: Sequence[Path]) -> list[str]:
             [
                 f"{path.stem} against {other.stem}",
                 *(f"{found['perplexity']:.2f}" for found in (ours, theirs)),
+                f"{math.exp(statistics.fmean(above)):.3f}",
                 f"{statistics.fmean(above):+.4f} +- {error:.4f}",
             ]
         )
-    columns = ["models and text", "perplexity", "of the other"]
+    columns = ["models and text", "perplexity", "of the other", "ratio"]
     return markdown_table([*columns, "log perplexity above the other's, paired"], lines)
 
 

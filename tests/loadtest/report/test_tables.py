@@ -91,11 +91,22 @@ def test_paired_losses_by_hand(tmp_path: Path) -> None:
         found = {"text": ["wiki.txt"], "perplexity": 24.5, "losses": losses}
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     page = "<!-- table: paired a-wiki.json b-wiki.json -->\n<!-- end of table -->\n"
-    line = "| a-wiki against b-wiki | 24.50 | 24.50 | +0.2000 +- 0.1000 |"
+    line = "| a-wiki against b-wiki | 24.50 | 24.50 | 1.221 | +0.2000 +- 0.1000 |"
     assert line in rewritten(page, tmp_path)
     (tmp_path / "b-wiki.json").write_text(json.dumps({"text": ["c4.txt"], "losses": []}))
     with pytest.raises(ValueError, match="are of different texts"):
         rewritten(page, tmp_path)
+
+
+def test_perplexities_by_hand(tmp_path: Path) -> None:
+    above = {"nats_above_reference": 0.5, "nats_above_reference_stderr": 0.01}
+    dense, sparse = {"perplexity": 20.0}, {"perplexity_hard": 33.0, "kl_nats_per_token": 0.25}
+    for name, found in (("dense-wiki", dense), ("gated-wiki", sparse | above)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    page = "<!-- table: perplexities dense-wiki.json gated-wiki.json -->\n<!-- end of table -->\n"
+    found_lines = rewritten(page, tmp_path)
+    assert "| dense-wiki | 20.00 |  |  |  |" in found_lines
+    assert "| gated-wiki | 33.00 | 1.65 | 0.5000 +- 0.0100 | 0.250 |" in found_lines
 
 
 def test_choices_by_hand(tmp_path: Path) -> None:
