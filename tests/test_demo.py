@@ -26,7 +26,7 @@ __all__ = ["llama_dir", "text_file"]
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 72  # of 80 for `make demo`: the others are make's, scripts/setup's and scripts/data's
 SPEEDUP = {"ratio": 2.0, "low": 1.9, "high": 2.1}
-LOAD = {
+LOAD: dict[str, Any] = {
     "ttft_s": {"dense": {"median": 0.2}, "sparse": {"median": 0.1}},
     "tpot_s": {"dense": {"median": 0.03}, "sparse": {"median": 0.015}},
     "output_tokens_per_s": {"dense": 25.0, "sparse": 50.0},
@@ -325,6 +325,17 @@ def test_a_short_output_is_shown_whole_and_alone(
 def test_a_command_that_is_not_there_is_named(script: ModuleType, say: Callable[..., None]) -> None:
     (script.BIN / "cast-train").unlink()
     with pytest.raises(SystemExit, match="demo: .*No such file or directory: .*bin/cast-train"):
+        script.main([])
+
+
+def test_ctrl_c_is_no_traceback(
+    script: ModuleType, say: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "run", interrupted)
+    with pytest.raises(SystemExit, match="demo: stopped; it starts anew the next time"):
         script.main([])
 
 
