@@ -1,13 +1,18 @@
-"""scripts/demo on a model of 14 linears: all but the serving, through the real commands."""
+"""scripts/demo: on a model of 14 linears, and with small scripts in the place of the commands."""
 
 import importlib.util
+import io
 import json
+import re
+import sys
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cast_serve.__main__ import app as cast_serve
@@ -19,8 +24,9 @@ from tests.cast_train.conftest import llama_dir, text_file
 __all__ = ["llama_dir", "text_file"]
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 72  # of 80 for `make demo`: the others are make's, scripts/setup's and scripts/data's
 SPEEDUP = {"ratio": 2.0, "low": 1.9, "high": 2.1}
-LOAD = {
+LOAD: dict[str, Any] = {
     "ttft_s": {"dense": {"median": 0.2}, "sparse": {"median": 0.1}},
     "tpot_s": {"dense": {"median": 0.03}, "sparse": {"median": 0.015}},
     "output_tokens_per_s": {"dense": 25.0, "sparse": 50.0},
@@ -29,15 +35,111 @@ LOAD = {
 }
 
 
+# What each command says, and how it makes noise; `cast-serve up` serves until SIGINT.
+COMMAND = """
+import json, pathlib, signal, sys
+
+words = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+said = json.loads((pathlib.Path(sys.argv[0]).parent / "said.json").read_text())
+print("noise", *words, file=sys.stderr)
+print("10%\\r100%", file=sys.stderr)
+for number in range(30):
+    print(f"noise {number}", file=sys.stderr)
+if said["failing"] in " ".join(words):
+    sys.exit("no room: " + "x" * 200)
+if words[1] == "up":
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.answer(said["metrics"] if self.path == "/metrics" else "{}")
+
+        def do_POST(self):
+            self.answer(json.dumps({"choices": [{"text": said["answer"]}]}))
+
+        def answer(self, text):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    port = int(words[words.index("--port") + 1])
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+if "--out" in words:
+    out = pathlib.Path(words[words.index("--out") + 1])
+    out.mkdir(parents=True)
+    (out / "report.html").touch()
+print(json.dumps({"text": "noise", **said[words[1] if words[0] != "cast-loadtest" else "load"]}))
+"""
+CONVERTED = {
+    "bits_per_weight": 9.0,
+    "linear_bytes_ratio": 0.5625,
+    "zeros": 0.5,
+    "dense_linear_weight_bytes": 2e8,
+    "linear_weight_bytes": 1e8,
+    "total_weight_bytes": 3e8,
+}
+SAID: dict[str, Any] = {
+    "failing": "nothing",
+    "answer": " Paris.\n\nThe capital of Spain is [Madrid], and that of Italy is Rome, of old.",
+    "metrics": "".join(
+        f'cast_variant_info{{variant="{name}",weight_bytes="{weight_bytes}"}} 1\n'
+        for name, weight_bytes in LOAD["memory_bytes"].items()
+    ),
+    "eval": {
+        "perplexity": 21.8,
+        "perplexity_soft": 50.0,
+        "perplexity_hard": 50.1,
+        "num_tokens": 16352,
+    },
+    "oneshot": {},
+    "run": {"tokens_seen": 40960, "flipped_share": 0.0},
+    "convert": CONVERTED,
+    "inspect": CONVERTED,
+    "load": LOAD,
+}
+
+
 @pytest.fixture
-def demo(
-    llama_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> ModuleType:
+def script() -> ModuleType:
     loader = SourceFileLoader("demo", str(ROOT / "scripts/demo"))
     spec = importlib.util.spec_from_loader("demo", loader)
     assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
+    found = importlib.util.module_from_spec(spec)
+    loader.exec_module(found)
+    return found
+
+
+@pytest.fixture
+def say(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the commands say, beside `SAID`; the demo runs them in a folder of its own."""
+    paths = {"ROOT": tmp_path, "OUT": tmp_path / "runs/demo", "BIN": tmp_path / "bin"}
+    for name, path in paths.items():
+        monkeypatch.setattr(script, name, path)
+    paths["BIN"].mkdir()
+    for name in ("cast-train", "cast-serve", "cast-loadtest"):
+        command = paths["BIN"] / name
+        command.write_text(f"#!{sys.executable} -S\n{COMMAND}")
+        command.chmod(0o755)
+
+    def note(**said: Any) -> None:
+        (paths["BIN"] / "said.json").write_text(json.dumps(SAID | said))
+
+    note()
+    return note
+
+
+@pytest.fixture
+def demo(
+    script: ModuleType,
+    llama_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> ModuleType:
     small = {"MODEL": llama_dir, "OUT": tmp_path / "out", "EVAL_TOKENS": 1024, "TRAIN_STEPS": 1}
     for name, value in small.items():
         monkeypatch.setattr(script, name, value)
@@ -48,12 +150,12 @@ def demo(
     return script
 
 
-def in_process(title: str, *command: object) -> dict[str, Any]:
-    """As the script's `call`, without a process for each command."""
+def in_process(_: object, *command: object) -> dict[str, Any]:
+    """As the script's `Steps.call`, without a process for each command."""
     words = [str(word) for word in command]
     app = {"cast-train": cast_train, "cast-serve": cast_serve}[words[0]]
     done = CliRunner().invoke(app, words[1:])
-    assert done.exit_code == 0, f"{title}: {done.output}"
+    assert done.exit_code == 0, f"{words}: {done.output}"
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -65,13 +167,13 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
 ) -> None:
     served: list[Path] = []
 
-    def serve(folder: Path) -> dict[str, Any]:
+    def serve(_: object, folder: Path) -> dict[str, Any]:
         served.append(folder)
         return LOAD
 
-    monkeypatch.setattr(demo, "call", in_process)
+    monkeypatch.setattr(demo.Steps, "call", in_process)
     monkeypatch.setattr(demo, "serve_and_compare", serve)
-    demo.main()
+    demo.main([])
     shown = capsys.readouterr()
     result = json.loads(shown.out.splitlines()[-1])
 
@@ -85,8 +187,9 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
         *("dense", "magnitude", "wanda", "sparsegpt"),
         *("cast_soft", "cast", "cast_int8", "cast_fewer_zeros"),
     ]
+    steps = demo.Steps(is_verbose=False)
     bf16, eight = (
-        demo.perplexity("", folder)["perplexity"] for folder in (demo.OUT / "sparse", int8)
+        demo.evaluate(steps, folder)["perplexity"] for folder in (demo.OUT / "sparse", int8)
     )
     assert result["perplexity"]["cast"] == pytest.approx(bf16, rel=1e-4)
     assert result["perplexity"]["cast_int8"] == pytest.approx(eight, rel=1e-6)
@@ -97,11 +200,11 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     assert (in_bf16["zeros"], fewer["zeros"]) == (0.5, result["zeros"]["cast_fewer_zeros"])
     assert fewer["bits_per_weight"] == result["bits_per_weight"]["cast_fewer_zeros"]
     assert result["perplexity"]["cast_fewer_zeros"] == pytest.approx(
-        demo.perplexity("", demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
+        demo.evaluate(steps, demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
     )
     assert result["weight_bytes"]["sparse"] == about["linear_weight_bytes"]
 
-    for text in ("cast int8", "sparse (int8)", "bits"):
+    for text in ("cast int8", "sparse (int8)", "bits a weight"):
         assert text in " ".join(shown.err.split())
     (tmp_path / "demo.json").write_text(shown.out.splitlines()[-1])
     page = "".join(
@@ -111,6 +214,157 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     tables = rewritten(page, tmp_path)
     assert "| the same in 8 bits, head too | trained alike with fewer zeros |" in tables
     assert "| dense | sparse, 8 bits | gain |" in tables
+
+
+def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
+    script: ModuleType, say: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    script.OUT.mkdir(parents=True)
+    (script.OUT / "of-last-time").touch()
+    script.main([])
+    shown = capfd.readouterr()
+    (line,) = shown.out.splitlines()
+    result = json.loads(line)
+    assert list(result) == [
+        *("perplexity", "bits_per_weight", "served_as_sparse", "zeros", "flipped_share"),
+        *("num_eval_tokens", "weight_bytes", "ttft_s", "tpot_s", "output_tokens_per_s"),
+        *("speedups", "num_train_tokens", "duration_s", "machine", "versions"),
+    ]
+    lines = shown.err.splitlines()
+    assert [text for text in lines if len(text) > 80] == []
+    assert len(lines) <= MAX_LINES
+    assert "noise" not in shown.err
+    assert [text[:5] for text in lines if text[2:3] == "/"] == [
+        f"{number:2}/11" for number in range(1, 12)
+    ]
+    assert not (script.OUT / "of-last-time").exists()
+    log = (script.OUT / "demo.log").read_text()
+    assert "noise cast-train oneshot" in log
+    assert '"tokens_seen": 40960' in log
+    assert "noise cast-serve up" in (script.OUT / "serve.log").read_text()
+    prose = " ".join(shown.err.split())
+    for text in (
+        "What the commands print: runs/demo/demo.log",
+        "-> perplexity 21.8 (",
+        "-> perplexity 50.0 soft, 50.1 hardened (",
+        "sparse: Paris. The capital of Spain is [Madrid],",
+        "has 1.00 times the dense model's perplexity, 21.8 against 21.8.",
+        "an interval that holds 1 shows no difference. Other machines have other milliseconds",
+        "All of the load test, with its spread: runs/demo/loadtest/report.html",
+    ):
+        assert text in prose
+    assert "each token after it (TPOT), ms 30.0 15.0 2.00 1.90 to 2.10" in prose
+    row = next(text for text in lines if text.strip().startswith("cast hardened"))
+    assert row.split() == ["cast", "hardened", "50.1", "2.30", "50%", "9.0", "0.0%"]
+
+
+def test_what_the_figures_mean_follows_them(
+    script: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def meaning(flipped_share: float, **perplexities: float) -> str:
+        result = {
+            "perplexity": {"dense": 21.8, "sparsegpt": 85.3, **perplexities},
+            "bits_per_weight": {"cast": 9.0, "cast_fewer_zeros": 9.7},
+            "flipped_share": flipped_share,
+            "num_train_tokens": 40960,
+        }
+        script.print_meaning(result)
+        return " ".join(capfd.readouterr().err.split())
+
+    said = meaning(0.0, cast=50.1, cast_int8=50.8, cast_fewer_zeros=40.2)
+    assert "more than twice (2.3 times) the dense model's perplexity, 50.8 against 21.8." in said
+    assert "The mask hardly moved (flipped), so the gain is fine-tuning under it." in said
+    assert (
+        "45% zeros (perplexity 40.2, 9.7 bits a weight) is better than "
+        "plain 2:4 (perplexity 50.1, 9.0 bits a weight)." in said
+    )
+    said = meaning(0.02, cast=90.0, cast_int8=43.6, cast_fewer_zeros=95.0)
+    assert "has twice the dense model's perplexity" in said
+    assert "at 90.0, SparseGPT alone at 85.3: it made the model worse." in said
+    assert "fine-tuning" not in said
+    assert "plain 2:4 (perplexity 90.0, 9.0 bits a weight) is better than 45% zeros" in said
+    assert "report.html" not in said  # there is none
+
+
+@pytest.mark.parametrize(
+    ("failing", "told", "log"),
+    [
+        ("oneshot --model", "cast-train oneshot ended with 1", "runs/demo/demo.log"),
+        ("cast-loadtest run", "cast-loadtest run ended with 1", "runs/demo/demo.log"),
+        ("cast-serve up", "cast-serve up ended with 1", "runs/demo/serve.log"),
+    ],
+)
+def test_a_step_that_fails_shows_its_last_lines_and_names_the_log(
+    script: ModuleType, say: Callable[..., None], failing: str, told: str, log: str
+) -> None:
+    say(failing=failing)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([])
+    first, *tail, last = str(stopped.value.code).splitlines()
+    assert first == f"demo: {told}; its last lines:"
+    assert last == f"demo: all lines: {log}"
+    assert tail == [
+        *(f"    noise {number}" for number in range(11, 30)),
+        "    no room: " + "x" * 200,
+    ]
+
+
+def test_a_short_output_is_shown_whole_and_alone(
+    script: ModuleType, say: Callable[..., None]
+) -> None:
+    script.OUT.mkdir(parents=True)
+    steps = script.Steps(is_verbose=False)
+    steps.call("cast-train", "run")
+    say(oneshot=None)
+    (script.BIN / "cast-train").write_text("#!/bin/sh\nprintf '10%%\\r100%%\\n' >&2; echo words")
+    with pytest.raises(SystemExit, match="cast-train oneshot did not end stdout with") as stopped:
+        steps.call("cast-train", "oneshot")
+    assert str(stopped.value.code).splitlines()[1:-1] == ["    100%", "    words"]
+
+
+def test_a_command_that_is_not_there_is_named(script: ModuleType, say: Callable[..., None]) -> None:
+    (script.BIN / "cast-train").unlink()
+    with pytest.raises(SystemExit, match="demo: .*No such file or directory: .*bin/cast-train"):
+        script.main([])
+
+
+def test_ctrl_c_is_no_traceback(
+    script: ModuleType, say: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "run", interrupted)
+    with pytest.raises(SystemExit, match="demo: stopped; it starts anew the next time"):
+        script.main([])
+
+
+def test_verbose_shows_what_the_commands_print(
+    script: ModuleType, say: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["--verbose"])
+    shown = capfd.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["num_train_tokens"] == 40960
+    for text in ("noise cast-train oneshot", "noise cast-serve up", "$ cast-loadtest run --url"):
+        assert text in shown.err
+    assert not list(script.OUT.glob("*.log"))
+    say(failing="cast-serve up")
+    with pytest.raises(SystemExit, match="demo: cast-serve up ended with 1$"):
+        script.main(["--verbose"])
+
+
+def test_on_a_terminal_a_step_shows_its_seconds_while_it_runs(
+    script: ModuleType, say: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80, highlight=False)
+    monkeypatch.setattr(script, "say", console)
+    with script.Steps(is_verbose=False).step("One.") as told:
+        told("all well")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
+    assert lines[0] == " 1/11 One."
+    assert "working 0:00:00" in lines[1]
+    assert lines[-2].endswith("      -> all well (0 s)")
 
 
 def test_make_serve_serves_what_the_demo_compared() -> None:

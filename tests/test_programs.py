@@ -1,7 +1,9 @@
 """What a machine lacks is installed, or named by the tests that are skipped for it."""
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -77,6 +79,24 @@ def test_without_root_what_is_missing_is_named(tmp_path: Path) -> None:
     status, said, asked = install(tmp_path, 1000)
     assert (status, asked) == (1, [])
     assert f"apt-get install {' '.join(EVERYTHING)}" in said
+
+
+def test_setup_says_one_line_where_nothing_is_to_do(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    script, project = tmp_path / "scripts/setup", tmp_path / "pyproject.toml"
+    shutil.copy(ROOT / "scripts/setup", script)
+    project.write_text("[project]\n")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\necho Python 3.11.7\n")
+    python.chmod(0o755)
+    known = "cpu\nPython 3.11.7\n" + project.read_text() + script.read_text()
+    stamp = tmp_path / ".venv/.setup-stamp"
+    stamp.write_text(hashlib.sha256(known.encode()).hexdigest() + "\n")
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run([script, "cpu"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "setup: .venv and the CPU kernels are ready\n"
 
 
 def test_make_test_installs_before_it_sets_up_and_tests() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from rich.console import Console
 from starlette.exceptions import HTTPException
 
 from cast_serve.gateway.api import openapi
@@ -29,6 +30,7 @@ from cast_serve.gateway.middleware.keys import KeyCheck, load_keys
 from cast_serve.gateway.middleware.request_log import RequestLog
 from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream import variants as workers
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.supervisor import VariantError
@@ -150,7 +152,7 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        states = {variant.name: variant.is_up for variant in gateway.variants}
+        states = {v.name: v.loading or v.is_up for v in gateway.variants}
         return JSONResponse(states, 200 if gateway.is_ready else 503)
 
     @app.get("/health")
@@ -240,6 +242,11 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    await server.serve()
+    showing = asyncio.create_task(loading.show(variants, Console(stderr=True)))
+    try:
+        await server.serve()
+    finally:
+        showing.cancel()
+        await asyncio.gather(showing, return_exceptions=True)
     if app.state.gateway.failure is not None:
         raise app.state.gateway.failure

@@ -146,7 +146,7 @@ class Proxy:
                     exchange.facts["fallback"] = candidate.name
                     self.metrics.fallbacks.labels(exchange.variant, candidate.name, reason).inc()
                 return response
-        raise unavailable(exchange.variant)
+        raise self._unavailable(exchange.variant)
 
     async def _ask(self, variant: Variant, tried: set[Replica], exchange: Exchange) -> Response:
         """One try at one replica, from its place in the queue to the answer or its first event.
@@ -213,12 +213,12 @@ class Proxy:
             name: str, body: dict[str, Any], route: str = COMPLETIONS
         ) -> tuple[dict[str, Any], RequestTiming]:
             if not self.variants[name].is_up:
-                raise unavailable(name)
+                raise self._unavailable(name)
             try:
                 async with self._place(self.variants[name], exchange.deadline_s):
                     return await self._complete(name, body, route, exchange.deadline_s)
             except BrokenError:
-                raise unavailable(name) from None
+                raise self._unavailable(name) from None
 
         baseline = self.comparison.baseline
         names = sorted(self.variants, key=lambda name: name != baseline)
@@ -240,20 +240,29 @@ class Proxy:
         """An exchange of the gateway's own, which is not counted as traffic."""
         replica = self.variants[name].pick()
         if replica is None:
-            raise unavailable(name)
+            raise self._unavailable(name)
         exchange = Exchange(route, keeps_text=True, body=body, deadline_s=until_s)
         try:
             answer = await self.forwarder.collect(replica, exchange)
         except BrokenError:
-            raise unavailable(name) from None
+            raise self._unavailable(name) from None
         assert exchange.timing is not None
         return answer, exchange.timing
 
+    def _unavailable(self, name: str) -> APIError:
+        return unavailable(name, self.variants[name].loading)
+
     async def models(self) -> dict[str, Any]:
-        """OpenAI's model list: each variant as its worker describes it, and the splits."""
-        cards = []
+        """OpenAI's model list: each variant as its worker describes it, and the splits.
+
+        A variant that is loading has a card of its name and ``status``, see `Variant.loading`.
+        """
+        cards: list[dict[str, Any]] = []
         for variant in self.variants.values():
             replica = variant.pick()
+            if loading := variant.loading:
+                card = {"id": variant.name, "object": "model", "owned_by": "cast-serve"}
+                cards.append({**card, "status": loading})
             if replica is None:
                 continue
             with suppress(httpx.HTTPError, ValueError, KeyError):

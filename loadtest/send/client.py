@@ -130,15 +130,26 @@ class Client:
         """The names in `GET /v1/models`.
 
         Raises:
-            UnreachableError: if the server does not answer it as an OpenAI server does.
+            UnreachableError: if the server does not answer it as an OpenAI server does, or a model
+                is loading.
         """
         body = bytearray()
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._pool.exchange("GET", "/v1/models", b"", body.extend)
             if response.status == 200:
-                return [str(model["id"]) for model in json.loads(body)["data"]]
+                models = json.loads(body)["data"]
+                states = ((model["id"], model.get("status")) for model in models)
+                loading = [f"{m} is {s}" for m, s in states if str(s).startswith("loading")]
+                if not loading:
+                    return [str(model["id"]) for model in models]
+                raise UnreachableError(
+                    f"{self.url} does not answer for all its models yet: {', '.join(loading)}; "
+                    "start again once it is ready"
+                )
             reason = f"{response.status} {HTTPStatus(response.status).phrase}"
+        except UnreachableError:
+            raise
         except TimeoutError:
             reason = f"no answer within {self._timeout_s:g} s"
         except TransportError as error:

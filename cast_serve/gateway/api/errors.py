@@ -36,10 +36,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, "invalid_request_error", code, param)
 
 
-def unavailable(variant: str) -> APIError:
+def unavailable(variant: str, loading: str | None = None) -> APIError:
+    """503.
+
+    Args:
+        variant: its name.
+        loading: since when it is loading, in words; None: it is not.
+    """
+    state = f"is {loading}" if loading else "does not answer at present"
     return APIError(
         503,
-        f"variant {variant!r} does not answer at present; try again shortly",
+        f"variant {variant!r} {state}; try again shortly",
         "server_error",
         "variant_unavailable",
         headers={"Retry-After": "1"},

@@ -66,6 +66,13 @@ class Replica:
     def __str__(self) -> str:
         return f"{self.variant} at {self.url}"
 
+    @property
+    def loading_s(self) -> float | None:
+        """Seconds since the start of a local worker that has not answered yet; else None."""
+        if self.process is None or self.came_up_s is not None:
+            return None
+        return time.monotonic() - self.started_s
+
 
 @dataclass(eq=False)
 class Variant:
@@ -82,6 +89,12 @@ class Variant:
     @property
     def is_up(self) -> bool:
         return any(replica.is_up for replica in self.replicas)
+
+    @property
+    def loading(self) -> str | None:
+        """``loading, 130 s so far``; None if it is up, or nothing of it is loading."""
+        seconds = [s for replica in self.replicas if (s := replica.loading_s) is not None]
+        return f"loading, {max(seconds):.0f} s so far" if seconds and not self.is_up else None
 
     @property
     def max_model_len(self) -> int | None:

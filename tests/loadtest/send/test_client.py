@@ -191,7 +191,7 @@ def test_connections_are_used_again(serve_app: ServeApp) -> None:
     assert len(peers) == 2
 
 
-def test_variants_are_listed(serve: Serve) -> None:
+def test_variants_are_listed_once_all_answer(serve: Serve, serve_app: ServeApp) -> None:
     url, _ = serve(dense=QUICK, sparse=QUICK)
 
     async def ask(url: str) -> list[str]:
@@ -201,3 +201,12 @@ def test_variants_are_listed(serve: Serve) -> None:
     assert asyncio.run(ask(url + "/")) == ["dense", "sparse"]
     with pytest.raises(UnreachableError, match="404 Not Found.*correct --url"):
         asyncio.run(ask(url + "/v1"))
+
+    app = FastAPI()
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"data": [{"id": "dense"}, {"id": "sparse", "status": "loading, 9 s so far"}]}
+
+    with pytest.raises(UnreachableError, match="yet: sparse is loading, 9 s so far; start again"):
+        asyncio.run(ask(serve_app(app)))

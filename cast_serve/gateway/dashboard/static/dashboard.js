@@ -175,9 +175,9 @@ function showState({ name, readiness }, state) {
 async function showReadiness() {
   try {
     const states = await (await request("/readyz")).json(); // with 503 too, while one is not ready
-    for (const [name, isReady] of Object.entries(states)) {
+    for (const [name, state] of Object.entries(states)) { // true, false or "loading, 130 s so far"
       if (!variants.has(name)) addVariant(name);
-      showState(variants.get(name), isReady ? "ready" : "not ready");
+      showState(variants.get(name), state === true ? "ready" : state || "not ready");
     }
   } catch (error) {
     for (const variant of variants.values()) showState(variant, "unknown");

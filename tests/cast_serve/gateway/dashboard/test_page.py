@@ -46,7 +46,7 @@ class FakeGateway:
 
     def __init__(self) -> None:
         self.key = ""
-        self.ready = {"dense": True, "sparse": True}
+        self.ready: dict[str, bool | str] = {"dense": True, "sparse": True}
         self.has_traffic = True
         self.has_interval = True
         self.gap_s = {"dense": 0.006, "sparse": 0.004}
@@ -140,7 +140,7 @@ class FakeGateway:
 
         @app.get("/readyz")
         async def readyz() -> JSONResponse:
-            return JSONResponse(self.ready, 200 if all(self.ready.values()) else 503)
+            return JSONResponse(self.ready, 200 if set(self.ready.values()) == {True} else 503)
 
         @app.get("/v1/comparison")
         async def comparison() -> dict[str, Any]:
@@ -406,6 +406,8 @@ def test_a_variant_that_is_not_ready_is_told_in_words(
     page.goto(url)
     readiness = page.get_by_role("list", name="Variants").get_by_role("listitem")
     expect(readiness).to_have_text(["dense ready", "sparse not ready"])
+    gateway.ready["sparse"] = "loading, 130 s so far"
+    expect(readiness).to_have_text(["dense ready", "sparse loading, 130 s so far"])
     gateway.ready["sparse"] = True
     expect(readiness).to_have_text(["dense ready", "sparse ready"])
     watched.expect_problems("503")

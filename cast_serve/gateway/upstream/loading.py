@@ -1,0 +1,81 @@
+"""Local workers that have not answered yet -> what each is doing, told on stderr until all have."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from cast_serve.gateway.upstream.replica import Replica, Variant
+
+logger = logging.getLogger(__name__)
+
+LIVE_INTERVAL_S = 1.0
+PLAIN_INTERVAL_S = 15.0
+# What vLLM, and then `cast-serve worker`, print when a stage begins; the latest comes first.
+STAGES = (
+    ("cast-serve worker ", "answering its first requests"),
+    ("Dynamo bytecode transform", "compiling"),
+    ("Warming up model for the compilation", "compiling"),
+)
+
+
+async def show(variants: Sequence[Variant], console: Console) -> None:
+    """Tells what the workers do until each has answered once; at once done without local ones.
+
+    Args:
+        variants: started, or about to be.
+        console: a terminal gets one line that changes, anything else a log line now and then.
+    """
+    local = [replica for v in variants for replica in v.replicas if replica.model is not None]
+
+    def is_over() -> bool:
+        return all(replica.came_up_s is not None for replica in local)
+
+    if not console.is_terminal:
+        while not is_over():
+            await asyncio.sleep(PLAIN_INTERVAL_S)
+            if not is_over():
+                logger.info("%s", _describe(local))
+    elif not is_over():
+        with console.status("starting", refresh_per_second=4) as status, _logs_above_status():
+            while not is_over():
+                status.update(_describe(local))
+                await asyncio.sleep(LIVE_INTERVAL_S)
+
+
+def _describe(replicas: Sequence[Replica]) -> str:
+    return "; ".join(f"{replica.variant}: {_state(replica)}" for replica in replicas)
+
+
+def _state(replica: Replica) -> str:
+    if replica.loading_s is None:
+        return "starting" if replica.came_up_s is None else "ready"
+    return f"{_stage(replica)}, {replica.loading_s:.0f} s so far"
+
+
+def _stage(replica: Replica) -> str:
+    try:
+        text = replica.log.read_text(errors="replace") if replica.log else ""
+    except OSError:  # to tell of it is not worth an end
+        text = ""
+    return next((stage for line, stage in STAGES if line in text), "loading")
+
+
+@contextmanager
+def _logs_above_status() -> Iterator[None]:
+    """Sends the log through rich's stderr, which writes above the line that changes."""
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.__stderr__
+    ]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(sys.__stderr__)
