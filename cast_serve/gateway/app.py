@@ -203,6 +203,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
 
     Raises:
+        ValueError: if the address cannot be listened on.
         VariantError: if a local worker could not be brought up, or the watch over them failed.
     """
 
@@ -240,6 +241,11 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    await server.serve()
+    try:
+        await server.serve()
+    except SystemExit:  # uvicorn's, with the cause in its log
+        raise ValueError(
+            f"{settings.host}:{settings.port} cannot be listened on; free it or name another port"
+        ) from None
     if app.state.gateway.failure is not None:
         raise app.state.gateway.failure
