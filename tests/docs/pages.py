@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 # A fenced block, or a heading that lies in none.
 PART = re.compile(
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```$|^###? (?P<heading>[^\n]+)$", re.M | re.S

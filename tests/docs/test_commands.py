@@ -11,10 +11,9 @@ from cast_serve.__main__ import app as cast_serve
 from cast_train.__main__ import app as cast_train
 from cast_train.__main__ import repeat_text_flag
 from loadtest.__main__ import app as cast_loadtest
-from tests.docs.pages import ROOT, blocks
+from tests.docs.pages import PAGES, blocks
 
 APPS = {"cast-serve": cast_serve, "cast-train": cast_train, "cast-loadtest": cast_loadtest}
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 COMMANDS = [
     (page, line)
     for page in PAGES

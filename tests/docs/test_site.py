@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT
+from tests.docs.pages import PAGES, ROOT
 
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 NAMED = re.compile(r"(?<![\w/])docs/[\w/.-]*\w(?![\w/.-]*[*{])")  # no pattern of names
 OTHER_HOST = re.compile(r"""(?:src|href)=["']?(?:https?:)?//[^"' >]+|url\(["']?(?:https?:)?//""")
 

@@ -44,6 +44,8 @@ class Newcomer:
         self.url = f"http://127.0.0.1:{port}"
         programs = Path(sys.executable).parent if folder == ROOT else folder / ".venv/bin"
         self.environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        if folder != ROOT:
+            self.environment.pop("PYTHONPATH", None)  # of this checkout
         self.served = ""
         self.process: subprocess.Popen[bytes] | None = None
 
