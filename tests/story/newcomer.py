@@ -90,7 +90,10 @@ class Newcomer:
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
                 ["bash", "-c", f"exec {code}"],
-                **{"cwd": self.folder, "env": self.environment, "stdout": log, "stderr": log},
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
         self.served = code
