@@ -1,10 +1,10 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve packages test lint check-deploy
+.PHONY: setup data demo serve packages test lint docs check-deploy
 .NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
 # All Python: what has no suffix .py says so in its first line.
-sources = cast_train cast_serve loadtest tests $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
+sources = cast_train cast_serve loadtest tests $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
 	scripts/setup
@@ -30,6 +30,9 @@ lint: setup
 	.venv/bin/ruff check $(sources)
 	.venv/bin/mypy $(sources)
 	.venv/bin/clang-format --dry-run -Werror cast_serve/kernels/cpu/csrc/*
+
+docs: setup  # the pages of docs/ as a site in build/site; a broken link ends it
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too
 	$(python) scripts/check-deploy

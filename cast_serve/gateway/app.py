@@ -205,6 +205,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
 
     Raises:
+        ValueError: if the address cannot be listened on.
         VariantError: if a local worker could not be brought up, or the watch over them failed.
     """
 
@@ -245,6 +246,10 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     showing = asyncio.create_task(loading.show(variants, Console(stderr=True)))
     try:
         await server.serve()
+    except SystemExit:  # uvicorn's, with the cause in its log
+        raise ValueError(
+            f"{settings.host}:{settings.port} cannot be listened on; free it or name another port"
+        ) from None
     finally:
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)

@@ -1,10 +1,15 @@
 """The gateway in front of fake workers, over real sockets."""
 
+import asyncio
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
 
+from cast_serve.gateway.app import serve
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Stack, events, running, wait_until
 
 
@@ -147,3 +152,11 @@ def test_the_workers_metrics_get_a_variant_label(stack: Stack) -> None:
         labels = (("engine", "0"), ("model_name", "x"), ("replica", "0"), ("variant", name))
         assert metrics["vllm:num_requests_running", labels] == 3
     assert not [name for name, _ in metrics if name.startswith("python_")]
+
+
+def test_a_port_in_use_is_an_error_that_python_can_catch() -> None:
+    variants = remote_variants({"dense": ["http://127.0.0.1:9"]})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be listened on; free it"):
+            asyncio.run(serve(variants, GatewaySettings(port=port)))

@@ -1,0 +1,102 @@
+"""docs/index.md on a compressed directory: every way that it shows answers, by the 2:4 kernels."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.docs.pages import ROOT, blocks
+from tests.story.conftest import command, free_port
+from tests.story.newcomer import Newcomer, check
+
+pytestmark = [pytest.mark.model, pytest.mark.server]
+
+SECTIONS = ("Serve a model that I have", "Without a server")
+ACTIVE = re.compile(r"2:4 is active: 210 linears run cast::linear24 on \w+")
+PROMPT = "The capital of France is"
+STUB = """\
+#!/bin/bash
+echo "$(basename "$0") $*" | tee -a typed
+case "$(basename "$0") $*" in
+    *serve | *" up "*) exec python3 -m http.server {port} --bind 127.0.0.1 --directory {folder} ;;
+    make* | cast-*) echo "{{}}" ;;
+esac
+"""
+
+
+def test_every_way_answers_from_the_compressed_directory(
+    twins: dict[str, Path], tmp_path: Path
+) -> None:
+    port = free_port()
+    places = {
+        "DIR": twins["sparse"],
+        "8000": port,
+        # What makes a test short.
+        "vllm serve": f"vllm serve --enforce-eager --port {port}",
+        "max_model_len=1024": "max_model_len=1024, enforce_eager=True",
+    }
+    given = [block for block in blocks("docs/index.md") if block.heading in SECTIONS]
+    found = dict(Newcomer(ROOT, port, tmp_path).follow(given, places))
+    for typed, written in found.items():
+        check(typed, written)
+    inspected, curl, client, server, llm, loaded = found.values()
+    assert json.loads(inspected)["num_sparse_layers"] == 210
+    assert ACTIVE.search(server)
+    assert ACTIVE.search(llm)
+    answer = json.loads(curl)["choices"][0]["text"]
+    assert f"{answer}\n" in client
+    assert f"{answer}\n" in llm  # among the log's lines
+    before, is_there, after = loaded.partition(PROMPT)
+    assert is_there
+    assert after.strip()
+
+
+def test_pages_show_one_way_to_call_llm() -> None:
+    """So that what is run of docs/index.md holds for docs/python.md."""
+    shown = [
+        block.code
+        for page in ("docs/index.md", "docs/python.md")
+        for block in blocks(page)
+        if "LLM(" in block.code
+    ]
+    assert len(shown) == 2
+    assert shown[0] == shown[1]
+
+
+def test_the_command_line_s_own_help_and_version(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("cast_serve", "vllm", "--version"), capture_output=True, text=True
+    )
+    assert done.stdout.strip().startswith("0.32.")
+
+
+def test_readme_s_commands_are_typed_in_order(tmp_path: Path) -> None:
+    """With stubs in place of the programs: what newcomer.py takes from the page, and stops."""
+    port = free_port()
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "health").touch()
+    names = ("make", "curl", "cast-serve", "cast-loadtest")
+    for stub in (
+        *(programs / name for name in names),
+        *(tmp_path / "scripts" / name for name in ("setup", "train-and-convert")),
+    ):
+        stub.write_text(STUB.format(port=port, folder=tmp_path))
+        stub.chmod(0o755)
+    places = {"8000": port, "DENSE_DIR": "dense", "FILE...": "a.txt b.txt", "DIR": "out"}
+    given = [block for block in blocks("README.md") if block.heading != "The file tree"]
+    newcomer = Newcomer(tmp_path, port, tmp_path)
+    typed = [command for command, _ in newcomer.follow(given, places)]
+    assert len(typed) == len((tmp_path / "typed").read_text().splitlines())
+    assert typed.index("make demo") < typed.index("make serve")
+    (metrics,) = (command for command in typed if command.endswith("/metrics"))
+    assert typed.index(metrics) < typed.index("make serve")  # which ends after it
+    (trained,) = (command for command in typed if "train-and-convert" in command)
+    assert trained.split()[1:] == ["--model", "dense", "--text", "a.txt", "b.txt", "--out", "out"]
+    assert ".venv/bin/cast-serve up --variant dense=dense --variant sparse=out" in typed
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(newcomer.url)
