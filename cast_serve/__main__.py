@@ -279,7 +279,12 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
 
     _check_port_is_free(settings.host, settings.port)
     if settings.log_dir is not None:
-        settings.log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            settings.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"log directory {settings.log_dir} cannot be made ({error.strerror}); name another"
+            ) from None
     level = settings.log_level.upper()
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     if level != "DEBUG":

@@ -222,6 +222,8 @@ def test_up_serves_what_a_file_says_and_flags_win(
     assert found == (int(port), 7, 8)
     assert settings.log_dir == tmp_path / "logs/here"
     assert settings.log_dir.is_dir()
+    code, _, err = cast_serve(*words, "--log-dir", file)
+    assert (code, f"log directory {file} cannot be made" in err) == (2, True)
     code, _, err = cast_serve(*words, "--port", of_worker)
     assert (code, "gateway and variants need one each" in err) == (2, True)
 
@@ -230,6 +232,7 @@ def test_up_serves_what_a_file_says_and_flags_win(
     ("name", "value", "message"),
     [
         ("CAST_PORT", "tcp://10.0.0.1:80", "CAST_PORT, or --port, is 'tcp://10.0.0.1:80': "),
+        ("CAST_MAX_QUEUED", "many", "CAST_MAX_QUEUED is 'many': "),
         ("CAST_API_KEYS", ",", "CAST_API_KEYS is ',', which holds no API key"),
         ("CAST_API_KEYS", " ", "CAST_API_KEYS is ' ', which holds no API key"),
     ],

@@ -117,7 +117,8 @@ def settings_of(
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = "_".join(map(str, fault["loc"]))
-        source = sources.get(name, f"CAST_{name.upper()}, or --{name},")
+        flag = f", or --{name.replace('_', '-')}," if name in flags else ""
+        source = sources.get(name, f"CAST_{name.upper()}{flag}")
         where = f"{source} is {fault['input']!r}: " if name else ""
         raise ValueError(f"{where}{fault['msg']}") from None
 
