@@ -51,7 +51,7 @@ class Progress(ProgressCallback):
 def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
     """What the loss of a step is made of, with the settings that weigh its parts."""
     share = config.distillation_weight if has_teacher else 0.0
-    parts = [f"{1 - share:.3g} x cross-entropy of the next token"]
+    parts = [] if share == 1 else [f"{1 - share:.3g} x cross-entropy of the next token"]
     if share:
         teacher = "KL divergence from the teacher's prediction to the model's"
         if config.distillation_temperature != 1:
@@ -64,8 +64,12 @@ def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
     return f"loss of a step: {' + '.join(parts)}"
 
 
-def check_reporter(name: str, flag: str = "report_to") -> None:
+def check_reporter(name: str, asked_by: str) -> None:
     """Refuses a reporter whose package is not installed.
+
+    Args:
+        name: as `report_to` has it.
+        asked_by: the setting or flag, for the message.
 
     Raises:
         ValueError: naming the package.
@@ -76,7 +80,7 @@ def check_reporter(name: str, flag: str = "report_to") -> None:
             metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise ValueError(
-            f"{flag} {name} needs the package {package}, which is not installed; "
+            f"{asked_by} needs the package {package}, which is not installed; "
             f"run pip install {package}"
         ) from None
 

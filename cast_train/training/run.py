@@ -72,7 +72,7 @@ def train(
         DivergedError: if the loss is not finite.
         StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
-    progress.check_reporter(config.report_to)
+    progress.check_reporter(config.report_to, f"report_to {config.report_to}")
     if tensorboard_dir is not None:
         progress.check_reporter("tensorboard", "--tensorboard")
     elif config.report_to == "tensorboard":

@@ -71,7 +71,7 @@ def test_a_reporter_that_is_not_installed_is_named_before_the_model_loads(
     message = f"report_to {name} needs the package {package}, .*; run pip install {package}"
     with pytest.raises(ValueError, match=message):
         train(llama_dir, [text_file], tmp_path / "out", TrainConfig(report_to=name))
-    with pytest.raises(ValueError, match="--tensorboard tensorboard needs the package tensorboard"):
+    with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard"):
         check_reporter("tensorboard", "--tensorboard")
     assert list(tmp_path.iterdir()) == []
 
