@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_is_what_the_code_says() -> None:
-    check = [sys.executable, ROOT / "scripts/settings", "--check"]
+    check = [sys.executable, str(ROOT / "scripts/settings"), "--check"]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
