@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cast_serve.options import option
+
 if TYPE_CHECKING:
+    from cast_serve.gateway.settings import GatewaySettings
     from cast_serve.gateway.upstream.replica import Variant
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
@@ -35,29 +38,34 @@ def cast_serve(show_version: Annotated[bool, VERSION] = False) -> None:
     """Compresses 2:4 models, and serves them through vLLM beside dense ones."""
 
 
-Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to listen on.")]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, option("N", "TCP port to listen on.", min=1, max=65535)]
+Host = Annotated[str, option("ADDRESS", "Address to listen on.")]
 
 
 @app.command()
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="Gated checkpoint, or an HF directory that is 2:4, also in 8 bits."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="Gated checkpoint, or an HF directory that is 2:4, also in 8 bits.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Compressed directory to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Compressed directory to write.")],
     dense_twin: Annotated[
-        Path | None, typer.Option(help="Also write the hardened weights densely, to compare with.")
+        Path | None,
+        option("DIR", "Also write the hardened weights densely, to compare with.", "none"),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="Also quantise the kept weights: 8 bits and one scale a row."),
+        option("int8", "Also quantise the kept weights: 8 bits and one scale a row.", "none"),
     ] = None,
     head: Annotated[
         Literal["int8", "none"] | None,
-        typer.Option(
-            help="Form of the output layer; int8 makes a copy if it is tied. "
-            "[default: int8 with --quantize, else none]"
+        option(
+            "int8|none",
+            "Form of the output layer; int8 makes a copy if it is tied.",
+            "int8 with --quantize, else none",
         ),
     ] = None,
     resume: Annotated[
@@ -99,7 +107,9 @@ def convert(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="Any model directory.")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Any model directory.")],
+) -> None:
     """Say what a directory holds, and verify every group of every compressed layer."""
     from cast_serve.checkpoint import inspect as inspection
 
@@ -111,19 +121,21 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Any model directory.")]
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def worker(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Dense or compressed directory.")],
-    name: Annotated[str, typer.Option(help="The variant's name, as requests write it in `model`.")],
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Dense or compressed directory.")],
+    name: Annotated[str, option("NAME", "The variant's name, as requests write it in `model`.")],
     port: Port = 8001,
     host: Host = "127.0.0.1",
     cores: Annotated[
-        str | None, typer.Option(help="CPU ids for this server alone, as 0,2-3; default: all.")
+        str | None, option("CORES", "CPU ids for this server alone, as 0,2-3.", "all")
     ] = None,
 ) -> None:
     """Run one vLLM server for one variant. Flags after -- go to vLLM."""
+    from cast_serve.cores import parse_cores
     from cast_serve.engine import worker as server
 
     _check_port_is_free(host, port)
-    server.run(model, name, host, port, _parse_cores(cores), context.args)
+    own = None if cores is None else parse_cores(cores)
+    server.run(model, name, host, port, own, context.args)
 
 
 @app.command(
@@ -137,87 +149,146 @@ def vllm(context: typer.Context) -> None:
     vllm_cli.run(context.args)
 
 
-Variants = Annotated[list[str], typer.Option("--variant", help="NAME=DIR or NAME=URL; repeat.")]
 GatewayPort = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="TCP port; default: CAST_PORT, else 8000.")
+    int | None,
+    option("N", "TCP port to listen on.", "CAST_PORT, else 8000", min=1, max=65535),
 ]
 GatewayHost = Annotated[
-    str | None, typer.Option(help="Address to listen on; default: CAST_HOST, else 127.0.0.1.")
+    str | None, option("ADDRESS", "Address to listen on.", "CAST_HOST, else 127.0.0.1")
 ]
 Split = Annotated[
-    str | None, typer.Option(help="NAME=dense:9,sparse:1: a model name answered by weights.")
+    str | None,
+    option(
+        "NAME=NAME:N,NAME:N",
+        "llama=dense:9,sparse:1: a model name answered by weights.",
+        "CAST_SPLIT, else none",
+    ),
 ]
 Fallback = Annotated[
-    str | None, typer.Option(help="sparse=dense: who answers for a variant that is down.")
+    str | None,
+    option(
+        "NAME=NAME",
+        "sparse=dense: who answers for a variant that is down.",
+        "CAST_FALLBACK, else none",
+    ),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"] | None,
+    option(
+        "debug|info|warning|error",
+        "Least level of the gateway's lines.",
+        "CAST_LOG_LEVEL, else info",
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    option(
+        "KEY=VALUE", "Any gateway setting (docs/settings.md); repeat for more.", "none", "--set"
+    ),
 ]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def up(
     context: typer.Context,
-    variant: Variants,
+    variant: Annotated[
+        list[str] | None,
+        option("NAME=DIR", "What to serve under which name; repeat.", "those of --config"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        option("FILE", "TOML of variants and settings (docs/serving.md); flags win.", "none"),
+    ] = None,
     port: GatewayPort = None,
     host: GatewayHost = None,
     split: Split = None,
     fallback: Fallback = None,
+    log_level: LogLevel = None,
+    log_dir: Annotated[
+        Path | None,
+        option(
+            "DIR",
+            "Where the workers' logs go and stay.",
+            "CAST_LOG_DIR, else a temporary folder, removed at a clean end",
+        ),
+    ] = None,
+    assignments: Assignments = None,
 ) -> None:
     """Start one worker per variant, each on its own cores, and the gateway in front of them.
 
     Flags after -- go to every vLLM server, for instance -- --enforce-eager.
     """
+    from cast_serve.gateway.upstream.config import (
+        ServeConfig,
+        WorkerConfig,
+        read_config,
+        settings_of,
+    )
     from cast_serve.gateway.upstream.variants import local_variants
 
-    models = {}
-    for name, values in _parse_variants(variant).items():
+    given = ServeConfig() if config is None else read_config(config)
+    workers = dict(given.variant)
+    for name, values in _parse_variants(variant or []).items():
         if len(values) > 1:
             raise ValueError(f"--variant {name} is given twice; each directory needs its own name")
-        models[name] = Path(values[0])
-    _serve(local_variants(models, context.args), host, port, split, fallback)
+        known = workers.get(name, WorkerConfig(dir=Path()))
+        workers[name] = known.model_copy(update={"dir": Path(values[0])})
+    if not workers:
+        raise ValueError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
+    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
+    logs = {"log_level": log_level, "log_dir": log_dir}
+    settings = settings_of(given.gateway, flags | logs, assignments or [])
+    ports = [worker.port for worker in workers.values() if worker.port is not None]
+    if len({settings.port, *ports}) <= len(ports):
+        raise ValueError(f"ports {settings.port}, {ports}: gateway and variants need one each")
+    for own in ports:
+        _check_port_is_free("127.0.0.1", own)
+    _serve(local_variants(workers, context.args), settings)
 
 
 @app.command()
 def gateway(
-    variant: Variants,
+    variant: Annotated[
+        list[str], option("NAME=URL", "A server and the name it answers for; repeat.")
+    ],
     port: GatewayPort = None,
     host: GatewayHost = None,
     split: Split = None,
     fallback: Fallback = None,
+    log_level: LogLevel = None,
+    assignments: Assignments = None,
 ) -> None:
     """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL).
 
     A name that is given again is another replica of that variant.
     """
+    from cast_serve.gateway.upstream.config import settings_of
     from cast_serve.gateway.upstream.variants import remote_variants
 
-    _serve(remote_variants(_parse_variants(variant)), host, port, split, fallback)
+    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
+    settings = settings_of({}, {**flags, "log_level": log_level}, assignments or [])
+    _serve(remote_variants(_parse_variants(variant)), settings)
 
 
-def _serve(
-    variants: "list[Variant]",
-    host: str | None,
-    port: int | None,
-    split: str | None,
-    fallback: str | None,
-) -> None:
+def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
     import logging
 
     import uvloop
-    from pydantic import ValidationError
 
     from cast_serve.gateway.app import serve
-    from cast_serve.gateway.settings import GatewaySettings
 
-    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
-    try:
-        settings = GatewaySettings(**{key: flag for key, flag in flags.items() if flag is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = "_".join(map(str, first["loc"]))
-        where = f"CAST_{name.upper()}, or --{name}, is {first['input']!r}: " if name else ""
-        raise ValueError(f"{where}{first['msg']}") from None
     _check_port_is_free(settings.host, settings.port)
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.log_dir is not None:
+        try:
+            settings.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"log directory {settings.log_dir} cannot be made ({error.strerror}); name another"
+            ) from None
+    level = settings.log_level.upper()
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if level != "DEBUG":
+        logging.getLogger("httpx").setLevel(logging.WARNING)
     url = f"http://{settings.host}:{settings.port}"
     _say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")
     uvloop.run(serve(variants, settings))
@@ -253,23 +324,6 @@ def _describe(summary: dict[str, Any]) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _parse_cores(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    cores: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"cores {text!r} is no list of CPU ids; write for instance 0,2-3")
-        cores += range(int(first), int(last or first) + 1)
-    if unknown := sorted(set(cores) - os.sched_getaffinity(0)):
-        raise ValueError(
-            f"cores {unknown} are not open to this process, "
-            f"which has {sorted(os.sched_getaffinity(0))}"
-        )
-    return cores
 
 
 def _check_port_is_free(host: str, port: int) -> None:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cast_serve.options import option
 from cast_train import memory
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
@@ -27,10 +28,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
-Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
-ZEROS = typer.Option(
-    help="Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
-    "hurt most for their size stay dense."
+Text = Annotated[list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")]
+ZEROS = option(
+    "SHARE",
+    "Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
+    "hurt most for their size stay dense.",
+    "1.0",
 )
 
 
@@ -50,31 +53,41 @@ def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
     text: Text,
-    out: Annotated[Path, typer.Option(help="Gated checkpoint to write.")],
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    out: Annotated[Path, option("DIR", "Gated checkpoint to write.")],
+    config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        option(
+            "KEY=VALUE",
+            "Any setting (docs/settings.md), over --config and the flags here; repeat for more.",
+            *("none", "--set"),
+        ),
+    ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How the pattern is learnt: gates, ste, adams; or dense.")
+        str | None,
+        option("NAME", "How the pattern is learnt: gates, ste, adams; or dense.", "gates"),
     ] = None,
     selector: Annotated[
-        str | None, typer.Option(help="Gates to soft mask: soft_topk, gumbel, penalty, generator.")
+        str | None,
+        option("NAME", "Gates to soft mask: soft_topk, gumbel, penalty, generator.", "soft_topk"),
     ] = None,
-    sparsity: Annotated[str | None, typer.Option(help="N:M, for instance 2:4.")] = None,
+    sparsity: Annotated[str | None, option("N:M", "N are kept of every M weights.", "2:4")] = None,
     zeros: Annotated[float | None, ZEROS] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Order of the gates at first: auto, ones, magnitude, wanda, sparsegpt."),
+        option("NAME", "Gates' first order: auto, ones, magnitude, wanda, sparsegpt.", "auto"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    steps: Annotated[int | None, option("N", "Optimiser steps.", "32")] = None,
     heldout: Annotated[
-        Path | None, typer.Option(help="Text to measure on; default: blocks kept out of --text.")
+        Path | None, option("FILE", "Text to measure on.", "blocks kept out of --text")
     ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Directory for TensorBoard's files of this run.")
+        Path | None, option("DIR", "Where TensorBoard's files of this run go.", "none")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Dense directory to distil from; default: --model.")
+        Path | None, option("DIR", "Dense directory to distil from.", "--model")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
@@ -86,6 +99,7 @@ def run(
 
         settings = TrainConfig.from_toml(
             config,
+            assignments or (),
             method=method,
             selector=selector,
             sparsity=sparsity,
@@ -126,20 +140,20 @@ def evaluate(
         Path, typer.Argument(metavar="DIR", help="Dense, gated, pruned or compressed directory.")
     ],
     text: Text,
-    context: Annotated[int, typer.Option(help="Tokens of one sequence.", min=2)] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens to read from the text.", min=2)] = 16384,
+    context: Annotated[int, option("N", "Tokens of one sequence.", min=2)] = 512,
+    tokens: Annotated[int, option("N", "Tokens to read from the text.", min=2)] = 16384,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Directory that KL and perplexity are measured against, paired."),
+        option("DIR", "What KL and perplexity are measured against, paired.", "none"),
     ] = None,
     losses: Annotated[
-        Path | None, typer.Option(help="JSON file to write, with the loss of every block.")
+        Path | None, option("FILE", "JSON to write, with the loss of every block.", "none")
     ] = None,
     choices: Annotated[
-        list[Path] | None, typer.Option(help="Questions, JSONL; repeat for more files.")
+        list[Path] | None, option("FILE", "Questions, JSONL; repeat for more files.", "none")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Questions from each file's beginning; default: all.", min=2)
+        int | None, option("N", "Questions from each file's beginning.", "all", min=2)
     ] = None,
 ) -> None:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
@@ -229,18 +243,17 @@ def evaluate(
 
 @app.command()
 def oneshot(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
-    method: Annotated[
-        str, typer.Option(help="magnitude, wanda, sparsegpt, or mask: that of --mask.")
-    ],
-    out: Annotated[Path, typer.Option(help="Pruned directory to write.")],
+    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
+    method: Annotated[str, option("NAME", "magnitude, wanda, sparsegpt, or mask: that of --mask.")],
+    out: Annotated[Path, option("DIR", "Pruned directory to write.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="Calibration text, for wanda, sparsegpt and --solve."),
+        option("FILE", "Calibration text, for wanda, sparsegpt and --solve.", "none", "--text"),
     ] = None,
-    sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
+    sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
     mask: Annotated[
-        Path | None, typer.Option(help="Gated, pruned or compressed directory whose mask to take.")
+        Path | None,
+        option("DIR", "Gated, pruned or compressed directory whose mask to take.", "none"),
     ] = None,
     solve: Annotated[
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
@@ -248,7 +261,7 @@ def oneshot(
     zeros: Annotated[float, ZEROS] = 1.0,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Regular expression; linears whose names match stay dense; repeatable."),
+        option("REGEX", "Linears whose names match stay dense; repeat for more.", "none"),
     ] = None,
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
@@ -264,10 +277,10 @@ def oneshot(
 
 @app.command()
 def permute(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
     text: Text,
-    out: Annotated[Path, typer.Option(help="Dense directory to write.")],
-    sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
+    out: Annotated[Path, option("DIR", "Dense directory to write.")],
+    sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
 ) -> None:
     """Reorders a dense model's channels so that pruning costs less; it computes the same."""
     with _working():
@@ -283,30 +296,33 @@ def permute(
 
 @app.command()
 def study(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
     text: Text,
-    heldout: Annotated[Path, typer.Option(help="Text to measure on, never trained on.")],
-    out: Annotated[Path, typer.Option(help="Directory; an unfinished study in it goes on.")],
+    heldout: Annotated[Path, option("FILE", "Text to measure on, never trained on.")],
+    out: Annotated[Path, option("DIR", "To write; an unfinished study in it goes on.")],
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of settings that all ways share.")
+        Path | None, option("FILE", "TOML file of settings that all ways share.", "none")
     ] = None,
     ways: Annotated[
         str | None,
-        typer.Option(
-            help="Ways to compare, separated by ';', each with KEY=VALUE for any setting of the "
-            "run, as in 'ste;soft_topk;soft_topk penalty_weight=1'; default: all."
+        option(
+            "WAYS",
+            "Ways to compare, separated by ';', each with KEY=VALUE for any setting of the "
+            "run, as in 'ste;soft_topk;soft_topk penalty_weight=1'.",
+            "all",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each way.", min=1)] = 3,
+    seeds: Annotated[int, option("N", "Runs of each way.", min=1)] = 3,
     first_seed: Annotated[
-        int, typer.Option(help="Seed of the first run; the next have the following ones.", min=0)
+        int, option("N", "Seed of the first run; the next have the following ones.", min=0)
     ] = 0,
     choices: Annotated[
-        list[Path] | None, typer.Option(help="Questions, JSONL, for every model; repeatable.")
+        list[Path] | None,
+        option("FILE", "Questions, JSONL, for every model; repeat for more files.", "none"),
     ] = None,
     rival: Annotated[
         list[Path] | None,
-        typer.Option(help="A directory pruned by other means, to measure too; repeatable."),
+        option("DIR", "Pruned by other means, to measure too; repeat for more.", "none"),
     ] = None,
 ) -> None:
     """Compares the ways of learning the pattern, at equal tokens."""

@@ -1,7 +1,9 @@
 """A TOML file and flags -> TrainConfig: every setting of a run, frozen, checked, written once."""
 
 import dataclasses
+import difflib
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     Strict,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -89,6 +92,8 @@ class TrainConfig:
         precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
         checkpoint_every: steps between two resumable checkpoints; 0: they come by time.
         checkpoint_minutes: minutes between two of them, where `checkpoint_every` is 0.
+        report_to: where the figures of every step go besides, through transformers' reporter of
+            that name, whose package must be installed.
         seed: of the order of the sequences.
     """
 
@@ -133,6 +138,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: NonNegativeInt = 0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio"] = "none"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -188,20 +194,22 @@ class TrainConfig:
         return "sparsegpt" if is_moved else "wanda"
 
     @classmethod
-    def from_toml(cls, path: Path | None, **flags: Any) -> "TrainConfig":
+    def from_toml(
+        cls, path: Path | None, assignments: Sequence[str] = (), **flags: Any
+    ) -> "TrainConfig":
         """Reads a file of ``key = value`` lines; flags that are not None win over it.
 
         Args:
             path: TOML file, or None for the defaults.
+            assignments: of --set, see `parse_assignments`; they win over file and flags.
             flags: settings from the command line.
 
         Raises:
             ValueError: if the file is missing or no TOML, or a key is unknown, or a value is wrong.
         """
         settings = {} if path is None else read_toml(path)
-        return cls.from_dict(
-            settings | {key: flag for key, flag in flags.items() if flag is not None}
-        )
+        given = {key: flag for key, flag in flags.items() if flag is not None}
+        return cls.from_dict(settings | given | parse_assignments(assignments))
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "TrainConfig":
@@ -236,13 +244,56 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the settings {path}: {error}") from error
 
 
+def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts -> settings, unchecked; the last of a key counts.
+
+    A value is read as TOML has it; what is not TOML is a string, so that names need no quotes.
+
+    Raises:
+        ValueError: if one is no KEY=VALUE.
+    """
+    settings = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{text!r} is not KEY=VALUE; write for instance steps=100")
+        try:
+            settings[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key] = value
+    return settings
+
+
 def _describe(fault: ErrorDetails) -> str:
     """One of pydantic's errors in a line: the setting, its value, the limit and the default."""
     if not fault["loc"]:  # of several settings together
         return str(fault["ctx"]["error"])
-    name = fault["loc"][0]
+    name = str(fault["loc"][0])
     if fault["type"] == "unexpected_keyword_argument":
-        known = ", ".join(field.name for field in dataclasses.fields(TrainConfig))
-        return f"unknown setting {name}; the settings are {known}"
+        known = [field.name for field in dataclasses.fields(TrainConfig)]
+        if not (near := difflib.get_close_matches(name, known, 1)):
+            return f"unknown setting {name}; the settings are {', '.join(known)}"
+        kind = type_in_words(TypeAdapter(TrainConfig).json_schema()["properties"][near[0]])
+        default = getattr(TrainConfig, near[0])
+        return f"unknown setting {name}; the nearest is {near[0]} ({kind}; default: {default})"
     limit = fault["msg"].replace("Input should", "must").replace("tuple", "list of strings")
-    return f"{name} is {fault['input']!r}, but {limit} (default: {getattr(TrainConfig, str(name))})"
+    return f"{name} is {fault['input']!r}, but {limit} (default: {getattr(TrainConfig, name)})"
+
+
+def type_in_words(schema: Mapping[str, Any]) -> str:
+    """What a setting takes, by its JSON schema: ``whole number above 0``, ``gates or ste``."""
+    if "anyOf" in schema:  # a type, or none
+        return type_in_words(schema["anyOf"][0])
+    if "enum" in schema:
+        return f"{', '.join(schema['enum'][:-1])} or {schema['enum'][-1]}"
+    names = {"integer": "whole number", "boolean": "true or false", "array": "list of strings"}
+    words = names.get(schema["type"], str(schema.get("format", schema["type"])))
+    if "minimum" in schema and "maximum" in schema:
+        return f"{words} from {schema['minimum']:g} to {schema['maximum']:g}"
+    if "exclusiveMinimum" in schema:
+        words += f" above {schema['exclusiveMinimum']:g}"
+    if "minimum" in schema:
+        words += f", {schema['minimum']:g} or more"
+    if "maximum" in schema:
+        words += f", at most {schema['maximum']:g}"
+    return words

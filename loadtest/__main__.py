@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from cast_serve.options import option
 from cast_serve.questions import read_questions
 from loadtest.bench.shapes import parse_tokens, shapes_of
 from loadtest.measure import Job, measure
@@ -55,102 +56,106 @@ def about(show_version: Annotated[bool, VERSION] = False) -> None:
 @app.command()
 def run(
     context: typer.Context,
-    url: Annotated[str | None, typer.Option(help="Root of the server, without /v1.")] = None,
+    url: Annotated[str | None, option("URL", "Root of the server, without /v1.", "none")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=DIR, for both, in place of --url: `cast-serve up` serves them."),
+        option("NAME=DIR", "For both, in place of --url: `cast-serve up` serves them.", "none"),
     ] = None,
     launches: Annotated[
-        int, typer.Option(help="With --variant: so often they are started, in turned order.", min=1)
+        int, option("N", "With --variant: so often they are started, in turned order.", min=1)
     ] = 1,
     vllm_flags: Annotated[
-        str, typer.Option(help="With --variant: flags for both vLLM servers, in one word.")
+        str, option("FLAGS", "With --variant: for both vLLM servers, in one word.", "none")
     ] = "",
-    baseline: Annotated[str, typer.Option(help="Variant compared against.")] = Plan.baseline,
-    candidate: Annotated[str, typer.Option(help="Variant that should be better.")] = Plan.candidate,
+    baseline: Annotated[str, option("NAME", "Variant compared against.")] = Plan.baseline,
+    candidate: Annotated[str, option("NAME", "Variant that should be better.")] = Plan.candidate,
     concurrency: Annotated[
-        str, typer.Option(help="Closed loop: requests in flight; 1,4,16 makes a run for each.")
+        str, option("N,N", "Closed loop: requests in flight; 1,4,16 makes a run for each.")
     ] = str(Plan.concurrency),
     schedule: Annotated[
-        str, typer.Option(help=f"When requests leave: {', '.join(KINDS)}.")
+        str, option("NAME", f"When requests leave: {', '.join(KINDS)}.")
     ] = Schedule.kind,
     rate: Annotated[
-        str | None, typer.Option(help="Requests a second; 1,2,4 makes a run for each.")
+        str | None, option("RATE,RATE", "Requests a second; 1,2,4 makes a run for each.", "none")
     ] = None,
-    rate_to: Annotated[float | None, typer.Option(help="Ramp: the rate at a block's end.")] = None,
+    rate_to: Annotated[
+        float | None, option("RATE", "Ramp: the rate at a block's end.", "none")
+    ] = None,
     burst: Annotated[
-        int | None, typer.Option(help="Burst: requests that leave at once, every BURST/RATE s.")
+        int | None,
+        option("N", "Burst: requests that leave at once, every BURST/RATE s.", "none"),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Trace: file of seconds from a block's start, one a line.")
+        Path | None,
+        option("FILE", "Trace: seconds from a block's start, one a line.", "none"),
     ] = None,
     processes: Annotated[
-        int, typer.Option(help="Client processes, if one is too slow for the load.", min=1)
+        int, option("N", "Client processes, if one is too slow for the load.", min=1)
     ] = 1,
     num_prompts: Annotated[
-        int | None, typer.Option(help="Prompts in a block; default: as many as --block-s needs.")
+        int | None, option("N", "Prompts in a block.", "as many as --block-s needs")
     ] = Plan.num_prompts,
     block_s: Annotated[
-        float, typer.Option(help="Seconds for which a block keeps up its load.")
+        float, option("SECONDS", "For which a block keeps up its load.")
     ] = Plan.block_s,
-    blocks: Annotated[
-        int, typer.Option(help="Block pairs, in ABBA order; even.")
-    ] = Plan.num_block_pairs,
+    blocks: Annotated[int, option("N", "Block pairs, in ABBA order; even.")] = Plan.num_block_pairs,
     warmup: Annotated[
-        int, typer.Option(help="Requests to each variant before anything is counted.")
+        int, option("N", "Requests to each variant before anything is counted.")
     ] = Plan.num_warmup,
     output_tokens: Annotated[
-        int, typer.Option(help="Tokens that every response must have.")
+        int, option("N", "Tokens that every response must have.")
     ] = Plan.output_tokens,
     prompt_tokens: Annotated[
-        int, typer.Option(help="Length of a prompt, counted in words.")
+        int, option("N", "Length of a prompt, counted in words.")
     ] = Workload.prompt_words,
     text: Annotated[
-        Path | None, typer.Option(help="Text file to cut prompts from; else they are made up.")
+        Path | None, option("FILE", "Text to cut prompts from.", "prompts are made up")
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
-            help="Ready prompts: sharegpt, gsm8k, or a .jsonl file of prompts or messages."
+        option(
+            "NAME", "Ready prompts: sharegpt, gsm8k, or a .jsonl of prompts or messages.", "none"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same words and times.")] = Workload.seed,
-    timeout_s: Annotated[float, typer.Option(help="Longest time for one request.")] = 120.0,
+    seed: Annotated[int, option("N", "Same seed, same words and times.")] = Workload.seed,
+    timeout_s: Annotated[float, option("SECONDS", "Longest time for one request.")] = 120.0,
     api_key: Annotated[
-        str | None, typer.Option(envvar="CAST_LOADTEST_API_KEY", help="Bearer token.")
+        str | None, option("KEY", "Bearer token.", "none", envvar="CAST_LOADTEST_API_KEY")
     ] = None,
     guard: Annotated[
         Path | None,
-        typer.Option(help="TOML file of guard rails; without it, nothing may fail or be void."),
+        option("FILE", "TOML of guard rails.", "nothing may fail or be void"),
     ] = None,
     slo_ttft_ms: Annotated[
-        float | None, typer.Option(help="Goodput: a good request has this TTFT at most.")
+        float | None, option("MS", "Goodput: a good request has this TTFT at most.", "none")
     ] = None,
     slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="Goodput: a good request has this TPOT at most.")
+        float | None, option("MS", "Goodput: a good request has this TPOT at most.", "none")
     ] = None,
     quality_prompts: Annotated[
         int,
-        typer.Option(
-            help="Prompts on which agreement and KL are measured, before the load: those of "
-            "--prompts or --text, else of ShareGPT (scripts/data)."
+        option(
+            "N",
+            "Prompts on which agreement and KL are measured, before the load: those of "
+            "--prompts or --text, else of ShareGPT (scripts/data).",
         ),
     ] = 0,
     choices_file: Annotated[
         Path | None,
-        typer.Option(
-            "--choices", help="File of questions on which accuracy is measured, before the load."
+        option(
+            *("FILE", "Questions on which accuracy is measured, before the load.", "none"),
+            name="--choices",
         ),
     ] = None,
     choices_limit: Annotated[
-        int | None, typer.Option(help="Take so many questions from the file's beginning.")
+        int | None, option("N", "Take so many questions from the file's beginning.", "all")
     ] = None,
     same_model: Annotated[
         bool,
         typer.Option("--same-model", help="A/A: both names serve one model, so ratios must be 1."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="New directory for the record, the result and reports.")
+        Path | None, option("DIR", "New, for the record, the result and reports.", "none")
     ] = None,
 ) -> None:
     """Sends the same prompts to two variants in alternating blocks and compares them.
@@ -277,14 +282,14 @@ def _written(out: Path, write: Callable[[], None]) -> list[str]:
 @app.command()
 def kernels(
     shapes: Annotated[
-        str, typer.Option(help="Whose linears: smollm2-135m, llama-1b or llama-8b.")
+        str, option("NAME", "Whose linears: smollm2-135m, llama-1b or llama-8b.")
     ] = "llama-1b",
-    tokens: Annotated[str, typer.Option(help="Tokens per call, comma-separated.")] = "1,4,8,16,64",
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    weights: Annotated[str, typer.Option(help="Of the 2:4 op: bf16 or int8.")] = "bf16",
+    tokens: Annotated[str, option("N,N", "Tokens per call.")] = "1,4,8,16,64",
+    threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
+    device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
+    weights: Annotated[str, option("bf16|int8", "Of the 2:4 op.")] = "bf16",
     out: Annotated[
-        Path | None, typer.Option(help="New directory for result.json and, of CPUs, report.png.")
+        Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
     ] = None,
 ) -> None:
     """Times the 2:4 op, interleaved, without a server.

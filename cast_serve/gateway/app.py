@@ -108,7 +108,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             try:
-                workers.start(variants)
+                workers.start(variants, settings.log_dir)
             except OSError as error:  # no memory for a process, no room for its log
                 gateway.failure = VariantError(f"the workers could not be started: {error}")
                 raise gateway.failure from error
@@ -120,8 +120,8 @@ def create_app(
         finally:
             await asyncio.to_thread(workers.stop, variants)
             await proxy.close()
-            if gateway.failure is None:  # else the logs say why
-                workers.remove_logs(variants)
+            has_failed = gateway.failure is not None  # then the logs say why
+            workers.end_logs(variants, is_kept=has_failed or settings.log_dir is not None)
 
     app = FastAPI(
         title="cast-serve",

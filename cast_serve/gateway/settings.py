@@ -1,6 +1,7 @@
 """Environment variables and flags -> the gateway's settings, each default written once here."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,47 +12,73 @@ class GatewaySettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CAST_", extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least level of the gateway's own lines; requests are info"
+    )
+    log_dir: Path | None = Field(
+        default=None,
+        description="where local workers log to `VARIANT.log`, which stays; none: a temporary "
+        "folder, removed at a clean end",
+    )
 
     api_keys: str = Field(
-        default="", description="keys, or sha256:HEX of keys, with commas between; none: open"
+        default="",
+        description="keys, separated by commas; `sha256:HEX` is a key already hashed; commas alone "
+        "are refused; none: open to all",
     )
     api_keys_file: Path | None = Field(default=None, description="the same, one a line")
 
-    max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger requests get 413")
+    max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger bodies get 413")
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
     max_connections: int = Field(default=2048, gt=0, description="open at once; then 503")
     body_timeout_s: float = Field(
-        default=30, gt=0, description="for a head, then for a body, to arrive"
+        default=30, gt=0, description="for a head, and then for a body, to arrive"
     )
     request_timeout_s: float = Field(
-        default=600, gt=0, description="for an answer, unless X-Request-Timeout asks for less"
+        default=600, gt=0, description="for an answer; the most that `X-Request-Timeout` may ask"
     )
-    max_choices: int = Field(default=8, gt=0, description="n at most")
-    max_prompts: int = Field(default=32, gt=0, description="prompts in one request at most")
-    max_running: int = Field(default=64, gt=0, description="requests at a worker at once")
+    max_choices: int = Field(default=8, gt=0, description="`n` at most")
+    max_prompts: int = Field(default=32, gt=0, description="prompts of one request at most")
+    max_running: int = Field(
+        default=64, gt=0, description="requests at a replica at once; vLLM batches them"
+    )
     max_queued: int = Field(default=256, ge=0, description="waiting per variant; then 429")
 
     split: str = Field(
-        default="", description="NAME=dense:9,sparse:1: a model name answered by weights"
+        default="",
+        description="`llama=dense:9,sparse:1`: requests for `llama` are shared by these weights; "
+        "`;` between several",
     )
     fallback: str = Field(
-        default="", description="sparse=dense: who answers for a variant that is down"
+        default="", description="`sparse=dense`: dense answers while sparse is down"
     )
     shadow_fraction: float = Field(
-        default=0, ge=0, le=1, description="of finished requests, repeated on the other variant"
+        default=0,
+        ge=0,
+        le=1,
+        description="share of finished requests that are repeated on the other variant",
     )
-    shadow_concurrency: int = Field(default=1, gt=0, description="shadow requests at once")
-    comparison_window: int = Field(default=512, gt=1, description="latest requests per variant")
+    shadow_concurrency: int = Field(
+        default=1, gt=0, description="repeated requests at once; more are dropped and counted"
+    )
+    comparison_window: int = Field(
+        default=512, gt=1, description="latest requests per variant that `/v1/comparison` reads"
+    )
 
     startup_timeout_s: float = Field(default=900, gt=0, description="for a local worker to load")
-    health_interval_s: float = Field(default=1, gt=0, description="between looks at a worker")
+    health_interval_s: float = Field(default=1, gt=0, description="between two checks of a worker")
     hang_timeout_s: float = Field(
-        default=8, gt=0, description="for a one-token canary, or ten of the worker's full steps"
+        default=8,
+        gt=0,
+        description="for a one-token canary, or ten of the worker's full steps if that is longer",
     )
     drain_delay_s: float = Field(
-        default=0, ge=0, description="after SIGTERM: not ready, but still answering"
+        default=0,
+        ge=0,
+        description="after SIGTERM: not ready, but still answering; for load balancers that notice "
+        "it late",
     )
     shutdown_grace_s: float = Field(default=30, gt=0, description="for running requests to finish")
 

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint import identity
-from cast_train.config import TrainConfig
+from cast_train.config import TrainConfig, parse_assignments
 from cast_train.evaluate import report
 from cast_train.pruning import oneshot
 
@@ -78,17 +77,8 @@ def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
                 f"--ways has {name!r}; choose from {'; '.join(WAYS)}, each with "
                 "KEY=VALUE after it for any setting of the run"
             )
-        changes = dict(word.split("=", 1) for word in words if "=" in word)
-        ways[way] = WAYS[name] | {key: _parsed(value) for key, value in changes.items()}
+        ways[way] = WAYS[name] | parse_assignments([word for word in words if "=" in word])
     return ways
-
-
-def _parsed(value: str) -> Any:
-    """A TOML value; text that is not TOML is a string, so that it needs no quotes."""
-    try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value
 
 
 def run(

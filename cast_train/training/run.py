@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from cast_serve.checkpoint.record import check_new, verify
 from cast_train import sharding
@@ -30,6 +30,7 @@ from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating, scaling
 from cast_train.gates.schedules import phase_at
 from cast_train.text import TokenBlocks
+from cast_train.training import progress
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
 from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
@@ -57,7 +58,8 @@ def train(
         config: all settings.
         is_resume: continue from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
-        tensorboard_dir: where TensorBoard's files go; None: none are written.
+        tensorboard_dir: where TensorBoard's files go; None: OUT.tensorboard, if `report_to` asks
+            for them.
         teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
 
     Returns:
@@ -70,6 +72,11 @@ def train(
         DivergedError: if the loss is not finite.
         StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
+    progress.check_reporter(config.report_to, f"report_to {config.report_to}")
+    if tensorboard_dir is not None:
+        progress.check_reporter("tensorboard", "--tensorboard")
+    elif config.report_to == "tensorboard":
+        tensorboard_dir = out.with_name(out.name + ".tensorboard")
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     run_identity = {
@@ -127,7 +134,7 @@ def _fit(
     if config.masks_first:
         trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:
-        trainer.add_callback(_tensorboard(tensorboard_dir))
+        trainer.add_callback(progress.tensorboard(tensorboard_dir))
     checkpoints = Checkpoints(None if _steps_between_saves(config) else config.checkpoint_minutes)
     trainer.add_callback(checkpoints)
     with checkpoints.listening():
@@ -183,18 +190,6 @@ def _measure(
         },
         "quality": _quality(trained, blocks, config),
     }
-
-
-def _tensorboard(folder: Path) -> TrainerCallback:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard; install it with: pip install tensorboard"
-        ) from error
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 def _rank() -> int:
@@ -276,7 +271,9 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         metric_for_best_model="eval_loss" if config.keep_best else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        # TensorBoard's callback is our own: transformers' writes into OUT.partial.
+        report_to="none" if config.report_to == "tensorboard" else config.report_to,
+        run_name=partial.name.removesuffix(".partial"),
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

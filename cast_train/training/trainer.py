@@ -33,6 +33,7 @@ from cast_train.gates.schedules import (
 )
 from cast_train.pruning.solve import solve
 from cast_train.training import optimizer
+from cast_train.training.progress import Progress, loss_in_words
 
 
 class DivergedError(RuntimeError):
@@ -67,7 +68,8 @@ class CastTrainer(Trainer):
         self.teacher = teacher
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
-        self.add_callback(LossProgress)
+        loss = loss_in_words(config, has_teacher=teacher is not None)
+        self.add_callback(Progress(tokens_per_step(config, self.args.world_size), loss))
         self.add_callback(FrozenGates(self))
 
     def compute_loss(
@@ -245,14 +247,6 @@ class FrozenGates(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
             gating.mark_frozen(self.trainer.gate_map)
-
-
-class LossProgress(ProgressCallback):
-    """Trainer's progress bar with the loss beside it, in place of a line per step."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
 def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cast_serve.options import option
 from loadtest.judge import coverage as simulation
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
@@ -75,9 +76,11 @@ def failures_of(result: dict[str, Any]) -> list[str]:
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="As made by `run --out`, or a sweep of them.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="As made by `run --out`, or a sweep of them.")
+    ],
     guard: Annotated[
-        Path | None, typer.Option(help="Judge by this TOML file instead of the run's own.")
+        Path | None, option("FILE", "TOML of guard rails to judge by.", "the run's own")
     ] = None,
 ) -> None:
     """Computes result.json and the reports anew from run.json and requests.jsonl.
@@ -116,8 +119,8 @@ def report(
 
 
 def compare(
-    old: Annotated[Path, typer.Argument(help="Directory of the earlier run.")],
-    new: Annotated[Path, typer.Argument(help="Directory of the later run.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Directory of the earlier run.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Directory of the later run.")],
     fail_on_regression: Annotated[
         bool, typer.Option("--fail-on-regression", help="Exit 1 if a speed-up got worse.")
     ] = False,
@@ -145,9 +148,9 @@ def compare(
 
 
 def coverage(
-    runs: Annotated[int, typer.Option(help="Simulated runs of each kind of noise.", min=1)] = 1000,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    runs: Annotated[int, option("N", "Simulated runs of each kind of noise.", min=1)] = 1000,
+    seed: Annotated[int, option("N", "Same seed, same result.")] = 0,
+    out: Annotated[Path | None, option("FILE", "JSON to write.", "none")] = None,
 ) -> None:
     """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -11,6 +11,7 @@ import torch
 
 from cast_serve import __main__ as cli
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.replica import Variant
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
@@ -110,7 +111,20 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["convert", "nowhere", "out"], "nowhere holds no model"),
         (["worker", "nowhere", "--name", "x"], "nowhere holds no model"),
         (["worker", "nowhere", "--name", "x", "--cores", "a"], "'a' is no list of CPU ids"),
-        (["worker", "nowhere", "--name", "x", "--cores", "4096"], "[4096] are not open"),
+        (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not open"),
+        (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not open"),
+        (["worker", "nowhere", "--name", "x", "--cores", "1-0"], "cores 1-0 are not open"),
+        (["up"], "nothing to serve; give --variant NAME=DIR, or --config FILE"),
+        (["up", "--config", "gone.toml"], "--config gone.toml cannot be read"),
+        (
+            ["gateway", "--variant", "a=http://x", "--set", "max_queue=1"],
+            "--set: unknown key max_queue; the nearest is max_queued",
+        ),
+        (
+            ["gateway", "--variant", "a=http://x", "--set", "max_queued=many"],
+            "--set max_queued is 'many': Input should be a valid integer",
+        ),
+        (["gateway", "--variant", "a=http://x", "--set", "port"], "'port' is not KEY=VALUE"),
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere holds no model"),
         (["gateway", "--variant", "a=b"], "'b' is no URL"),
@@ -139,6 +153,7 @@ def test_wrong_use(
 # Of every setting a value that is not its default, as the environment has it.
 ENVIRONMENT = {
     **{"host": "127.0.0.2", "port": "47123", "api_keys": "one", "api_keys_file": "keys"},
+    **{"log_level": "warning", "log_dir": "logs"},
     **{"max_body_bytes": "1", "max_header_bytes": "1", "max_connections": "1"},
     **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
     **{"max_prompts": "1", "max_running": "1", "max_queued": "1", "split": "both=a:1"},
@@ -149,8 +164,9 @@ ENVIRONMENT = {
 
 
 def test_the_command_line_leaves_every_setting_to_the_environment(
-    cast_serve: Call, monkeypatch: pytest.MonkeyPatch
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert set(ENVIRONMENT) == set(GatewaySettings.model_fields)
     served: list[GatewaySettings] = []
 
@@ -171,10 +187,52 @@ def test_the_command_line_leaves_every_setting_to_the_environment(
     assert (served[1].port, served[1].split, served[1].max_queued) == (47124, "each=b:1", 1)
 
 
+def test_up_serves_what_a_file_says_and_flags_win(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[tuple[list[Variant], GatewaySettings]] = []
+
+    async def serve(variants: list[Variant], settings: GatewaySettings) -> None:
+        served.append((variants, settings))
+
+    monkeypatch.setattr("cast_serve.gateway.app.serve", serve)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    for name in ("dense", "sparse", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    port, of_worker = free_port(), free_port()
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        f'[gateway]\nport = {port}\nmax_queued = 7\nmax_running = 7\nlog_dir = "logs/here"\n'
+        '[variant.dense]\ndir = "dense"\nvllm = ["--seed", 3]\n'
+        f'[variant.sparse]\ndir = "sparse"\ncores = 1\nport = {of_worker}\n'
+    )
+    monkeypatch.setenv("CAST_MAX_QUEUED", "1")
+    words = ["up", "--config", file, "--variant", f"sparse={tmp_path / 'other'}"]
+    code, _, err = cast_serve(*words, "--set", "max_running=8", "--", "--enforce-eager")
+    assert (code, len(served)) == (0, 1), err
+    variants, settings = served[0]
+    dense, sparse = (variant.replicas[0] for variant in variants)
+    assert (dense.model, sparse.model) == (tmp_path / "dense", tmp_path / "other")
+    assert (dense.cores, sparse.cores) == ((0, 2), (1,))
+    assert dense.vllm_flags == ("--seed", "3", "--enforce-eager")
+    assert sparse.vllm_flags == ("--enforce-eager",)
+    assert sparse.url == f"http://127.0.0.1:{of_worker}"
+    found = (settings.port, settings.max_queued, settings.max_running)
+    assert found == (int(port), 7, 8)
+    assert settings.log_dir == tmp_path / "logs/here"
+    assert settings.log_dir.is_dir()
+    code, _, err = cast_serve(*words, "--log-dir", file)
+    assert (code, f"log directory {file} cannot be made" in err) == (2, True)
+    code, _, err = cast_serve(*words, "--port", of_worker)
+    assert (code, "gateway and variants need one each" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("CAST_PORT", "tcp://10.0.0.1:80", "CAST_PORT, or --port, is 'tcp://10.0.0.1:80': "),
+        ("CAST_MAX_QUEUED", "many", "CAST_MAX_QUEUED is 'many': "),
         ("CAST_API_KEYS", ",", "CAST_API_KEYS is ',', which holds no API key"),
         ("CAST_API_KEYS", " ", "CAST_API_KEYS is ' ', which holds no API key"),
     ],

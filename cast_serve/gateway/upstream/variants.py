@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 
+from cast_serve.cores import parse_cores
+from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import (
     KILL_GRACE_S,
     Replica,
@@ -27,28 +30,42 @@ from cast_serve.gateway.upstream.supervisor import WatchSettings, watch_replica
 logger = logging.getLogger(__name__)
 
 
-def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -> list[Variant]:
-    """Variants for directories, each on a free port and its own share of this process's cores.
+def local_variants(
+    workers: Mapping[str, WorkerConfig], vllm_flags: Sequence[str] = ()
+) -> list[Variant]:
+    """Variants for directories, each with a worker on this machine.
+
+    Args:
+        workers: by the variant's name. Those without cores share what the others leave of this
+            process's equally, those without a port get a free one.
+        vllm_flags: of every worker, after its own.
 
     Raises:
         ValueError: if a directory holds no model, or there are fewer cores than variants.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < len(models):
+    named = {name: parse_cores(each.cores) for name, each in workers.items() if each.cores}
+    taken = {core for cores in named.values() for core in cores}
+    left = sorted(os.sched_getaffinity(0) - taken)
+    sharing = [name for name in workers if name not in named]
+    if len(left) < len(sharing):
         raise ValueError(
-            f"{len(models)} variants need a core each, but this process has {len(cores)}; "
+            f"{len(sharing)} variants need a core each, but this process has {len(left)}"
+            f"{' left' if taken else ''}; "
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
         )
-    for name, model in models.items():
-        if not (model / "config.json").is_file():
-            raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
-    share = len(cores) // len(models)
-    ports = _free_ports(len(models))
+    for name, worker in workers.items():
+        if not (worker.dir / "config.json").is_file():
+            raise ValueError(f"variant {name}: {worker.dir} holds no model (no config.json)")
+    share = len(left) // max(1, len(sharing))
+    for index, name in enumerate(sharing):
+        named[name] = left[index * share : (index + 1) * share]
+    asked = {worker.port for worker in workers.values()}
+    free = [port for port in _free_ports(len(workers) + len(asked)) if port not in asked]
     variants = []
-    for index, (name, model) in enumerate(models.items()):
-        url = f"http://127.0.0.1:{ports[index]}"
-        own = tuple(cores[index * share : (index + 1) * share])
-        variants.append(Variant(name, [Replica(name, url, model, own, tuple(vllm_flags))]))
+    for name, worker in workers.items():
+        url = f"http://127.0.0.1:{worker.port or free.pop()}"
+        flags = (*worker.vllm, *vllm_flags)
+        variants.append(Variant(name, [Replica(name, url, worker.dir, tuple(named[name]), flags)]))
     return variants
 
 
@@ -67,14 +84,19 @@ def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
     ]
 
 
-def start(variants: Sequence[Variant]) -> None:
-    """Starts the local replicas; returns at once, `watch` tells when they answer."""
+def start(variants: Sequence[Variant], log_dir: Path | None = None) -> None:
+    """Starts the local replicas; returns at once, `watch` tells when they answer.
+
+    Args:
+        log_dir: where their logs go; None: a temporary folder.
+    """
     local = [replica for replica in _replicas(variants) if replica.model is not None]
     if not local:
         return
-    logs = Path(tempfile.mkdtemp(prefix="cast-serve-"))
+    if log_dir is None:
+        log_dir = Path(tempfile.mkdtemp(prefix="cast-serve-"))
     for replica in local:
-        replica.log = logs / f"{replica.variant}-{replica.url.rpartition(':')[2]}.log"
+        replica.log = log_dir / f"{quote(replica.variant, safe='')}.log"
         start_worker(replica)
 
 
@@ -137,10 +159,13 @@ def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
         time.sleep(0.02)
 
 
-def remove_logs(variants: Sequence[Variant]) -> None:
-    """Removes what `start` made for the logs; of workers that have ended."""
+def end_logs(variants: Sequence[Variant], is_kept: bool) -> None:
+    """Removes the folder of the logs, or says where it is; of workers that have ended."""
     for folder in {replica.log.parent for replica in _replicas(variants) if replica.log}:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_kept:
+            logger.warning("the workers' logs are kept in %s", folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replicas(variants: Sequence[Variant]) -> list[Replica]:

@@ -117,4 +117,7 @@ def test_wrong_use(llama_dir, text_file, tmp_path):
     missing = call("--model", tmp_path / "no", "--text", text_file, "--out", tmp_path / "out")
     assert missing.returncode == 2
     assert str(tmp_path / "no") in missing.stderr
+    inputs = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
+    unknown = call(*inputs, "--set", "stesp=3")
+    assert (unknown.returncode, "the nearest is steps" in unknown.stderr) == (2, True)
     assert list(tmp_path.glob("out*")) == []

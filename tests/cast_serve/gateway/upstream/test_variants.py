@@ -19,6 +19,7 @@ import pytest
 from cast_serve.gateway.app import Gateway, create_app
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import supervisor, variants
+from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.replica import (
     Replica,
@@ -151,10 +152,10 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def local(model: Path) -> Iterator[Worker]:
     """A local worker, not started yet."""
-    worker = Worker(model, *local_variants({"sparse": model}))
+    worker = Worker(model, *local_variants({"sparse": WorkerConfig(dir=model)}))
     yield worker
     variants.stop([worker.variant], 1)
-    variants.remove_logs([worker.variant])
+    variants.end_logs([worker.variant], is_kept=False)
 
 
 @pytest.fixture
@@ -236,7 +237,8 @@ def test_local_variants_have_cores_and_ports_of_their_own(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5})
     dense, sparse = (
-        variant.replicas[0] for variant in local_variants({"dense": model, "sparse": model})
+        variant.replicas[0]
+        for variant in local_variants(dict.fromkeys(("dense", "sparse"), WorkerConfig(dir=model)))
     )
     assert (dense.cores, sparse.cores) == ((0, 1), (2, 3))
     assert dense.url != sparse.url
@@ -245,12 +247,16 @@ def test_local_variants_have_cores_and_ports_of_their_own(
 def test_more_variants_than_cores_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     with pytest.raises(ValueError, match="2 variants need a core each, but this process has 1"):
-        local_variants({"dense": model, "sparse": model})
+        local_variants(dict.fromkeys(("dense", "sparse"), WorkerConfig(dir=model)))
+    with pytest.raises(ValueError, match="1 variants need a core each, but .* has 0 left"):
+        local_variants(
+            {"dense": WorkerConfig(dir=model, cores="0"), "sparse": WorkerConfig(dir=model)}
+        )
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variant dense: .* holds no model"):
-        local_variants({"dense": tmp_path})
+        local_variants({"dense": WorkerConfig(dir=tmp_path)})
 
 
 def test_the_worker_is_told_its_name_port_cores_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +628,11 @@ async def test_a_gateway_whose_watch_ends_has_failed(
 
 @pytest.mark.parametrize("is_clean", [True, False])
 async def test_logs_stay_where_something_failed(
-    local: Worker, is_clean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local: Worker,
+    is_clean: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     if not is_clean:
@@ -632,8 +642,24 @@ async def test_logs_stay_where_something_failed(
     async with asyncio.timeout(40), app.router.lifespan_context(app):
         while not (local.replica.is_up or ended.is_set()):
             await asyncio.sleep(0.01)
-        assert len(list(tmp_path.glob("cast-serve-*/sparse-*.log"))) == 1
-    assert len(list(tmp_path.glob("cast-serve-*"))) == (not is_clean)
+        assert len(list(tmp_path.glob("cast-serve-*/sparse.log"))) == 1
+    kept = list(tmp_path.glob("cast-serve-*"))
+    assert len(kept) == (not is_clean)
+    for folder in kept:
+        assert f"the workers' logs are kept in {folder}" in caplog.text
+
+
+async def test_logs_in_a_folder_of_ones_own_stay(
+    local: Worker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    local.replica.variant = "a/sparse"
+    (tmp_path / "logs").mkdir()
+    settings = GatewaySettings(log_dir=tmp_path / "logs")
+    app = create_app([local.variant], settings, lambda: None)
+    async with asyncio.timeout(40), app.router.lifespan_context(app):
+        pass
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["a%2Fsparse.log"]
+    assert f"the workers' logs are kept in {tmp_path / 'logs'}" in caplog.text
 
 
 def test_stop_ends_the_whole_process_group_even_a_stubborn_one() -> None:

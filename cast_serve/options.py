@@ -1,0 +1,29 @@
+"""What an option takes and its default, in words -> the option of a command line, in one style."""
+
+from typing import Any
+
+import typer
+
+# What an option takes, in --help; or the words to choose from, as in int8|none.
+METAVARS = {
+    *("DIR", "FILE", "NAME", "TEXT", "FLAGS", "REGEX", "KEY", "ADDRESS", "URL", "CORES", "WAYS"),
+    *("N", "N,N", "N:M", "RATE", "RATE,RATE", "SHARE", "SECONDS", "MS"),
+    *("KEY=VALUE", "NAME=DIR", "NAME=URL", "NAME=NAME", "NAME=NAME:N,NAME:N"),
+}
+
+
+def option(
+    metavar: str, text: str, default: str | None = None, name: str | None = None, **more: Any
+) -> Any:
+    """Typer's option.
+
+    Args:
+        metavar: one of `METAVARS`, or words with ``|`` between them.
+        text: of --help.
+        default: shown as such, where the parameter's own default does not say it.
+        name: of the flag, where it is not the parameter's.
+        more: as typer has it.
+    """
+    names = () if name is None else (name,)
+    shown = True if default is None else default
+    return typer.Option(*names, metavar=metavar, help=text, show_default=shown, **more)

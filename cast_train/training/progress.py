@@ -1,0 +1,93 @@
+"""A run's steps -> the progress bar, and the reporters that its figures go to besides."""
+
+import logging
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from cast_train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar: steps, time left, tokens/s and the loss beside it, in place of a line a step.
+
+    Args:
+        tokens: of one step, over all processes.
+        loss: what the loss is, in words; said once.
+    """
+
+    def __init__(self, tokens: int, loss: str) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.loss = loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The steps of a checkpoint that it goes on from are no progress of this process."""
+        if state.is_world_process_zero:
+            logger.info("%s", self.loss)
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+            )
+        self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            figures = {"loss": f"{float(logs['loss']):.3f}"}
+            if rate := self.training_bar.format_dict["rate"]:
+                figures["tokens/s"] = f"{rate * self.tokens:,.0f}"
+            self.training_bar.set_postfix(figures)
+
+
+def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
+    """What the loss of a step is made of, with the settings that weigh its parts."""
+    share = config.distillation_weight if has_teacher else 0.0
+    parts = [] if share == 1 else [f"{1 - share:.3g} x cross-entropy of the next token"]
+    if share:
+        teacher = "KL divergence from the teacher's prediction to the model's"
+        if config.distillation_temperature != 1:
+            teacher += f" at temperature {config.distillation_temperature:g}"
+        parts.append(f"{share:.3g} x {teacher}")
+    if config.method == "gates" and config.penalty_weight and config.hard_fraction:
+        ramp = "" if config.penalty_ramp == "constant" else "up to "
+        penalty = "sparsity penalty until the mask is exact"
+        parts.append(f"{ramp}{config.penalty_weight:g} x {penalty}")
+    return f"loss of a step: {' + '.join(parts)}"
+
+
+def check_reporter(name: str, asked_by: str) -> None:
+    """Refuses a reporter whose package is not installed.
+
+    Args:
+        name: as `report_to` has it.
+        asked_by: the setting or flag, for the message.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    package = name.replace("_", "-")
+    try:
+        if name != "none":
+            metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{asked_by} needs the package {package}, which is not installed; "
+            f"run pip install {package}"
+        ) from None
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Writes TensorBoard's files to a directory that stays."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))

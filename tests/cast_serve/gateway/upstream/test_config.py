@@ -1,0 +1,58 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from cast_serve.gateway.upstream.config import read_config, settings_of
+
+ROOT = Path(__file__).parents[4]
+
+
+def test_the_documentations_example_is_read(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.+?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
+    (tmp_path / "serve.toml").write_text(example)
+    config = read_config(tmp_path / "serve.toml")
+    settings = settings_of(config.gateway, {}, [])
+    assert (settings.port, settings.max_queued) == (8000, 64)
+    assert settings.log_dir == tmp_path / "logs"
+    dense, sparse = config.variant["dense"], config.variant["sparse"]
+    assert (dense.dir, dense.cores, dense.port) == (tmp_path / "models/dense", "0", None)
+    assert dense.vllm == ("--max-model-len", "2048")
+    assert (sparse.dir, sparse.cores, sparse.port) == (tmp_path / "models/sparse", None, 8011)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[variants.a]\ndir = 'x'", "unknown key variants; the nearest is variant"),
+        ("[variant.a]\ndirr = 'x'", r", \[variant.a\]: (dir is missing|unknown key dirr; .* dir$)"),
+        ("[variant.a]\ndir = 'x'\ncore = '0'", r"\[variant.a\]: unknown key core; .* is cores"),
+        ("[variant.a]\ncores = '0'", r"\[variant.a\]: dir is missing"),
+        ("[variant.a]\ndir = 'x'\ncores = 'all'", "cores is 'all': .*is no list of CPU ids"),
+        (
+            "[variant.a]\ndir = 'x'\nvllm = '--seed 3'",
+            "vllm is '--seed 3': it must be a .*list",
+        ),
+        ("[variant.a]\ndir = 'x'\nport = 0", "port is 0: it must be greater than or equal to 1"),
+        ("[variant]\na = 'x'", r"\[variant\]: a is 'x': it must be"),
+        ("[gateway]\nmax_queue = 1", r"\[gateway\]: unknown key max_queue; .* is max_queued"),
+        ("[gateway]\nzzz = 1", r"unknown key zzz; there are host, port, "),
+        ("gateway = 1", "gateway is 1: it must be a valid dictionary"),
+        ("[variant.a", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "serve.toml")
+
+
+def test_a_wrong_value_of_the_gateway_is_named(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text("[gateway]\nport = 0\napi_keys_file = 3\n")
+    given = read_config(tmp_path / "serve.toml").gateway
+    with pytest.raises(ValueError, match=r"\[gateway\] port of --config is 0: Input should be"):
+        settings_of(given, {}, [])
+    with pytest.raises(ValueError, match=r"\[gateway\] api_keys_file of --config is 3: "):
+        settings_of(given, {"port": 1}, [])
+    with pytest.raises(ValueError, match="--set port is '70000': Input should be less"):
+        settings_of(given, {"port": 1}, ["port=2", "port=70000"])
