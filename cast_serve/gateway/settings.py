@@ -30,6 +30,12 @@ class GatewaySettings(BaseSettings):
     )
     max_choices: int = Field(default=8, gt=0, description="n at most")
     max_prompts: int = Field(default=32, gt=0, description="prompts in one request at most")
+    max_constraint_characters: int = Field(
+        default=32_768, gt=0, description="in a JSON schema, regex, choice or grammar at most"
+    )
+    strict_fields: bool = Field(
+        default=False, description="400 for OpenAI's fields that have no effect here"
+    )
     max_running: int = Field(default=64, gt=0, description="requests at a worker at once")
     max_queued: int = Field(default=256, ge=0, description="waiting per variant; then 429")
 
