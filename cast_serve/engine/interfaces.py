@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 TESTED = "0.32"
 
@@ -115,7 +116,7 @@ def differences(used: Sequence[Used]) -> list[str]:
 
 def _difference(used: Used) -> str:
     try:
-        found = importlib.import_module(used.module)
+        found: Any = importlib.import_module(used.module)
         for part in used.name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:

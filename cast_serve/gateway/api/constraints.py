@@ -116,8 +116,8 @@ def _check_schema(schema: dict[str, Any], field: str, max_characters: int) -> No
     """
     sound: set[str] = set()  # references that lead to something
     todo: list[Any] = [schema]
-    num_nodes = 1
-    num_characters = num_repetitions = 0
+    num_nodes, num_characters = 1, 0
+    num_repetitions = 0.0
     while todo:
         node = todo.pop()
         children: list[Any] = []

@@ -110,8 +110,6 @@ class ResponseFormat(Closed):
 class StructuredOutputs(Closed):
     """vLLM's `structured_outputs`: exactly one constraint, in the form that vLLM has it."""
 
-    model_config = ConfigDict(serialize_by_alias=True)
-
     json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
     regex: StrictStr | None = None
     choice: (
