@@ -173,6 +173,13 @@ def test_a_constraint_that_cannot_be_followed_is_refused(
         )
 
 
+def test_tools_without_a_parser_are_refused(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Hello"}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
+        client.chat.completions.create(model="sparse", messages=messages, tools=tools)
+
+
 def test_compare_refuses_logits_for_log_probabilities(served: Served) -> None:
     found = httpx.post(f"{served.url}/v1/compare", json={"prompt": "The city", "max_tokens": 4})
     assert (found.status_code, found.json()["error"]["code"]) == (503, "no_log_probabilities")
