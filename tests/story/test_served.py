@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.story.conftest import Served, command, free_port, logits_error
 
@@ -108,6 +108,9 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
 
 
 class City(BaseModel):
+    # A model that was pruned without training writes spaces without end where it may.
+    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+
     name: Annotated[str, Field(max_length=8)]
     inhabitants: Annotated[int, Field(ge=0, le=99)]
 

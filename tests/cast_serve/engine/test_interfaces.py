@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 
+from cast_serve.engine import interfaces, plugin, worker
+from cast_serve.engine.interfaces import PLUGIN, SERVER, TESTED, Used, differences
+
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
-
-from vllm.model_executor.layers import linear  # noqa: E402
-from vllm.model_executor.layers.quantization import base_config  # noqa: E402
-
-from cast_serve.engine import interfaces, plugin, worker  # noqa: E402
-from cast_serve.engine.interfaces import PLUGIN, SERVER, TESTED, Used, differences  # noqa: E402
 
 # What vLLM's own imports warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -58,7 +55,9 @@ def test_every_import_is_listed(listed: Sequence[Used], is_server: bool) -> None
             r"tokens_input\(.*\) is not \(a\)",
         ),
         (
-            Used(linear.__name__, "LinearBase", sets=("output_size", "nothing")),
+            Used(
+                "vllm.model_executor.layers.linear", "LinearBase", sets=("output_size", "nothing")
+            ),
             "LinearBase.__init__ sets no nothing",
         ),
     ],
@@ -86,6 +85,9 @@ def test_another_vllm_with_the_same_interfaces_is_warned_of(
 
 
 def test_another_vllm_with_other_interfaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.quantization import base_config
+
     class Config(base_config.QuantizationConfig):
         def get_quant_method(self, layer: Any, prefix: str, more: int) -> None:
             pass
