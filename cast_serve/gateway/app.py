@@ -16,11 +16,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from rich.console import Console
 from starlette.exceptions import HTTPException
 
-from cast_serve.gateway.api import openapi
+from cast_serve.gateway.api import openapi, paths
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.dashboard import page
 from cast_serve.gateway.metrics import CONTENT_TYPE
@@ -169,6 +169,10 @@ def create_app(
     async def metrics() -> Response:
         return Response(await proxy.exposition(), media_type=CONTENT_TYPE)
 
+    @app.get(paths.DOCS, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(openapi.page(app.openapi()), headers=page.HEADERS)
+
     app.include_router(page.router())
 
     @app.exception_handler(APIError)
@@ -177,10 +181,12 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        elsewhere = paths.in_place_of(request.url.path) if error.status_code == 404 else ""
         described = APIError(
             error.status_code,
-            f"{request.method} {request.url.path[:200]}: {error.detail}",
+            f"{request.method} {request.url.path[:200]}: {elsewhere or error.detail}",
             "invalid_request_error",
+            "not_served" if elsewhere else None,
         )
         return JSONResponse(described.body, error.status_code, error.headers)
 

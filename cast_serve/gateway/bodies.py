@@ -1,6 +1,7 @@
 """A request as it arrives -> its body, bounded in bytes and time, parsed and checked."""
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +12,8 @@ from cast_serve.gateway.api import schemas
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.settings import GatewaySettings
 
+logger = logging.getLogger(__name__)
+
 LARGE_BODY_BYTES = 1 << 16  # takes long enough to check that others would wait for the event loop
 
 
@@ -18,19 +21,20 @@ class BodyReader:
     """Reads bodies; large ones are checked in a thread.
 
     Args:
-        settings: `max_body_bytes`, `body_timeout_s` and `max_prompts`.
+        settings: `max_body_bytes`, `body_timeout_s`, `max_prompts` and `strict_fields`.
     """
 
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         # One at a time: memory and the interpreter's lock are not for large bodies alone.
         self._checker = ThreadPoolExecutor(1, "check-body")
+        self._logged: set[str] = set()  # fields without effect
 
     def close(self) -> None:
         self._checker.shutdown()
 
-    async def read(self, request: Request) -> tuple[dict[str, Any], BaseModel]:
-        """The body, as it came and checked.
+    async def read(self, request: Request) -> tuple[dict[str, Any], BaseModel, list[str]]:
+        """The body, as it came but for the fields without effect, and checked; their names.
 
         Raises:
             APIError: 400, 408 or 413.
@@ -66,5 +70,16 @@ class BodyReader:
             return body, schemas.parse(request.url.path, body, self.settings.max_prompts)
 
         if len(content) < LARGE_BODY_BYTES:
-            return check()
-        return await asyncio.get_running_loop().run_in_executor(self._checker, check)
+            body, checked = check()
+        else:
+            loop = asyncio.get_running_loop()
+            body, checked = await loop.run_in_executor(self._checker, check)
+        without_effect = schemas.take_without_effect(body)
+        if without_effect and self.settings.strict_fields:
+            raise schemas.unknown_field(without_effect[0])
+        for name in set(without_effect) - self._logged:
+            self._logged.add(name)
+            logger.warning(
+                "the field %s has no effect here: it is accepted and not passed on", name
+            )
+        return body, checked, without_effect

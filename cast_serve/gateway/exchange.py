@@ -31,7 +31,7 @@ class Exchange:
         on_end: called once, with the exchange, whatever ends it; None: it is not counted.
         facts: what its log line says besides.
         stopwatch: runs from its arrival.
-        body: as it came.
+        body: as it came, without the fields that have no effect.
         deadline_s: on the event loop's clock.
         variant: who was asked for; empty until that is known.
         sent_s: when a worker got it, on the stopwatch's clock.

@@ -4,9 +4,9 @@
                                       ^           |
                                       +-----------+  another replica, then the fallback
 
-An answer is passed on as it is (forward.py), but for ``X-Cast-Variant`` (and ``X-Cast-Fallback``
-where another variant answered). Whatever goes wrong, the client gets an OpenAI error object; in a
-stream that has begun, as its last event.
+An answer is passed on as it is (forward.py), but for ``X-Cast-Variant``, ``X-Cast-Fallback`` where
+another variant answered, and ``X-Cast-Ignored-Fields``. Whatever goes wrong, the client gets an
+OpenAI error object; in a stream that has begun, as its last event.
 """
 
 import asyncio
@@ -98,7 +98,7 @@ class Proxy:
             request.url.path, self.shadow.is_on, self._account, facts_of(request.scope)
         )
         try:
-            exchange.body, checked = await self.bodies.read(request)
+            exchange.body, checked, ignored = await self.bodies.read(request)
             variants = self._route(exchange, checked, request.headers.get(STICKY_HEADER))
             for variant in variants:
                 limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
@@ -107,7 +107,10 @@ class Proxy:
                 work = self._compare(exchange, checked)
             else:
                 work = self._answer_by(variants, exchange)
-            return await unless_the_client_leaves(request, work, exchange)
+            response = await unless_the_client_leaves(request, work, exchange)
+            if ignored:
+                response.headers["X-Cast-Ignored-Fields"] = ", ".join(ignored)
+            return response
         except ClientDisconnect:  # in the middle of its body
             exchange.end(CLIENT_LEFT)
             return Response(status_code=CLIENT_LEFT)

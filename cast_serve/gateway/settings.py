@@ -41,6 +41,14 @@ class GatewaySettings(BaseSettings):
     )
     max_choices: int = Field(default=8, gt=0, description="`n` at most")
     max_prompts: int = Field(default=32, gt=0, description="prompts of one request at most")
+    max_constraint_characters: int = Field(
+        default=32_768,
+        gt=0,
+        description="in the schema, regex, choice or grammar of one request at most",
+    )
+    strict_fields: bool = Field(
+        default=False, description="400 for OpenAI's fields that have no effect here"
+    )
     max_running: int = Field(
         default=64, gt=0, description="requests at a replica at once; vLLM batches them"
     )

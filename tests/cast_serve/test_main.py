@@ -154,6 +154,7 @@ def test_wrong_use(
 ENVIRONMENT = {
     **{"host": "127.0.0.2", "port": "47123", "api_keys": "one", "api_keys_file": "keys"},
     **{"log_level": "warning", "log_dir": "logs"},
+    **{"max_constraint_characters": "1", "strict_fields": "True"},
     **{"max_body_bytes": "1", "max_header_bytes": "1", "max_connections": "1"},
     **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
     **{"max_prompts": "1", "max_running": "1", "max_queued": "1", "split": "both=a:1"},

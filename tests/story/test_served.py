@@ -1,16 +1,18 @@
 """A compressed model answers through vLLM and the gateway as its dense twin does."""
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.story.conftest import Served, command, free_port, logits_error
 
@@ -103,6 +105,82 @@ def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     told = [c.logprobs for chunk in chunks for c in chunk.choices if c.logprobs]
     assert 1 <= len(told) <= 4
     assert {len(token.top_logprobs) for each in told for token in each.content or []} == {2}
+
+
+class City(BaseModel):
+    # A model that was pruned without training writes spaces without end where it may.
+    model_config = ConfigDict(json_schema_extra={"x-guidance": {"whitespace_flexible": False}})
+
+    name: Annotated[str, Field(max_length=8)]
+    inhabitants: Annotated[int, Field(ge=0, le=99)]
+
+
+TAG = {
+    "structures": [{"begin": "<a>", "schema": {"enum": [1]}, "end": "</a>"}],
+    "triggers": ["<a>"],
+}
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"regex": r"[0-9]{4}-[0-9]{2}"}, r"\d{4}-\d{2}"),
+        ({"choice": ["yes", 'a "no"']}, 'yes|a "no"'),
+        ({"grammar": 'root ::= "a" b\nb ::= "b" | "c"'}, "a[bc]"),
+        ({"json": {"enum": ["x", 17]}}, r'\s*("x"|17)\s*'),
+        ({"json": '{"type": "boolean"}'}, r"\s*(true|false)\s*"),
+        ({"structural_tag": json.dumps(TAG)}, "(?s)((?!<a>).)*(<a>1</a>.*)?"),
+    ],
+)
+def test_structured_outputs(
+    client: openai.OpenAI, name: str, asked: dict[str, Any], pattern: str
+) -> None:
+    found = client.completions.create(
+        model=name, prompt="It is", max_tokens=40, extra_body={"structured_outputs": asked}
+    )
+    assert re.fullmatch(pattern, found.choices[0].text)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_openai_client_parses_an_answer(client: openai.OpenAI, name: str) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Which city is it?"}]
+    found = client.chat.completions.parse(
+        model=name,
+        messages=messages,
+        response_format=City,
+        max_tokens=120,
+        temperature=0,
+        metadata={"a": "b"},
+        reasoning_effort="low",
+    )
+    assert isinstance(found.choices[0].message.parsed, City)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "(?=a)b"},
+        {"json": {"type": "wizard"}},
+        {"json": {"type": "array", "uniqueItems": True}},
+        {"grammar": 'a ::= "b"'},
+        {"structural_tag": '{"type": "structural_tag", "format": {"type": "any_text"}}'},
+    ],
+)
+def test_a_constraint_that_cannot_be_followed_is_refused(
+    client: openai.OpenAI, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(
+            model="sparse", prompt="a", max_tokens=2, extra_body={"structured_outputs": asked}
+        )
+
+
+def test_tools_without_a_parser_are_refused(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Hello"}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
+        client.chat.completions.create(model="sparse", messages=messages, tools=tools)
 
 
 def test_compare_refuses_logits_for_log_probabilities(served: Served) -> None:

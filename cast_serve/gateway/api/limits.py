@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from cast_serve.gateway.api import constraints
 from cast_serve.gateway.api.errors import APIError, bad_request
 from cast_serve.gateway.api.schemas import (
     ChatBody,
@@ -18,8 +19,6 @@ from cast_serve.gateway.api.schemas import (
     shortened,
 )
 from cast_serve.gateway.settings import GatewaySettings
-
-MAX_SCHEMA_NODES = 10_000  # values in a JSON schema, all levels together
 
 
 def check(
@@ -32,7 +31,7 @@ def check(
 
     Args:
         body: of `parse`.
-        settings: `max_choices`.
+        settings: `max_choices` and `max_constraint_characters`.
         max_model_len: the variant's context in tokens; None: not known, vLLM checks it.
         vocabulary_size: the variant's number of token ids; None: not known.
 
@@ -50,8 +49,7 @@ def check(
     _check_ids("stop_token_ids", body.stop_token_ids or (), vocabulary_size)
     _check_ids("allowed_token_ids", body.allowed_token_ids or (), vocabulary_size)
     _check_ids("logit_bias", [int(key) for key in body.logit_bias or ()], vocabulary_size)
-    if body.response_format is not None and body.response_format.json_schema is not None:
-        _check_references(body.response_format.json_schema.schema_)
+    constraints.check(body, settings.max_constraint_characters)
     asked = body.max_tokens or 0
     if isinstance(body, ChatBody):
         asked = max(asked, body.max_completion_tokens or 0)
@@ -71,61 +69,6 @@ def check(
 def _check_asked(max_tokens: int, max_model_len: int | None) -> None:
     if max_model_len is not None and max_tokens > max_model_len:
         raise _above("max_tokens", max_tokens, max_model_len, "that is the model's context")
-
-
-def _check_references(schema: dict[str, Any]) -> None:
-    """Every $ref must lead, within the schema, to something else than a $ref back to itself.
-
-    Each value is looked at once and each reference followed once, whatever refers to it: a chain of
-    references costs no more than its length.
-    """
-    sound: set[str] = set()  # references that lead to something
-    todo: list[Any] = [schema]
-    num_nodes = 1
-    while todo:
-        node = todo.pop()
-        if isinstance(node, dict):
-            children: list[Any] = list(node.values())
-            if "$ref" in node:
-                _follow(node, schema, sound)
-        else:
-            children = node if isinstance(node, list) else []
-        num_nodes += len(children)
-        if num_nodes > MAX_SCHEMA_NODES:
-            raise bad_request(
-                f"response_format: the schema holds more than {MAX_SCHEMA_NODES} values; write a "
-                "smaller one",
-                "response_format",
-            )
-        todo += children
-
-
-def _follow(node: Any, schema: dict[str, Any], sound: set[str]) -> None:
-    """Adds a node's reference, and those that it leads over, to `sound`."""
-    chain: set[str] = set()
-    while isinstance(node, dict) and "$ref" in node:
-        where = node["$ref"]
-        if isinstance(where, str) and where in sound:
-            break
-        is_new = isinstance(where, str) and where not in chain
-        node = _resolve(schema, where) if is_new else None
-        if node is None:
-            raise bad_request(
-                f"response_format: $ref {shortened(where)} leads nowhere or back to itself; "
-                "write it as #/$defs/NAME and define NAME",
-                "response_format",
-            )
-        chain.add(where)
-    sound |= chain
-
-
-def _resolve(schema: dict[str, Any], where: str) -> Any:
-    if not where.startswith("#"):
-        return None
-    node: Any = schema
-    for part in filter(None, where[1:].split("/")):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def _check_prompts(

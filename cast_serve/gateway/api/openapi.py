@@ -1,6 +1,7 @@
-"""The application -> its OpenAPI description: every route, body and status."""
+"""The application -> its OpenAPI description: every route, body and status; and a page of it."""
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from fastapi import FastAPI
@@ -64,6 +65,37 @@ def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
                 fields["model"]["enum"] = list(models)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def page(schema: dict[str, Any]) -> str:
+    """GET /docs: each route and the fields of its body, as HTML that loads nothing.
+
+    Args:
+        schema: of `describe`.
+    """
+    parts = []
+    for path, methods in schema["paths"].items():
+        for method in methods:
+            fields = BODIES[path].model_fields if path in BODIES else ()
+            names = ", ".join(f"<code>{escape(name)}</code>" for name in fields)
+            parts.append(
+                f"<dt><code>{method.upper()} {escape(path)}</code></dt><dd>{names or '-'}</dd>"
+            )
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>cast-serve API</title>
+<meta name="viewport" content="width=device-width"></head>
+<body>
+<h1>cast-serve API</h1>
+<p>OpenAI's completions and chat completions, served by variants of one model. Types, limits and
+statuses are in <a href="/openapi.json">/openapi.json</a>, which any OpenAPI tool reads; where keys
+are set, it needs one: <code>curl -H "Authorization: Bearer KEY" .../openapi.json</code>.
+<a href="/">The dashboard</a> tries a prompt on every variant.</p>
+<h2>Routes, and the fields of their bodies</h2>
+<dl>{"".join(parts)}</dl>
+</body>
+</html>
+"""
 
 
 def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> None:

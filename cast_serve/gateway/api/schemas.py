@@ -1,8 +1,9 @@
 """What a client may send -> checked bodies: the fields we pass on to vLLM, with their limits.
 
 vLLM ignores unknown fields, and accepts some values that make its engine fail; so a body is checked
-here, before it takes a place in the queue. An unknown field, or one that vLLM would ignore, is an
-error that names it. /openapi.json shows the same types.
+here, before it takes a place in the queue. An unknown field is an error that names it. Of the
+fields that vLLM would ignore, those that leave an answer what it is (`WithoutEffect`) are taken out
+again, and all others are errors too. /openapi.json shows the same types.
 
 Fixed limits are in the types below; those that depend on the settings or on the model are in
 limits.py. A list's length and type are checked before its items, and the first wrong item ends the
@@ -36,6 +37,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_IDS = 1024  # token ids in a list that is no prompt
 MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 1024
+MAX_CHOICES = 1000  # texts of a choice; llguidance follows 2,000 alternatives at once
 MAX_CONTAINERS = 100_000  # lists and objects in a body: Python needs up to 200 bytes for each
 
 
@@ -86,6 +88,7 @@ class StreamOptions(Closed):
 
     include_usage: StrictBool | None = None
     continuous_usage_stats: StrictBool | None = None
+    include_obfuscation: StrictBool | None = Field(None, description="accepted, has no effect")
 
 
 class JSONSchema(Closed):
@@ -104,7 +107,35 @@ class ResponseFormat(Closed):
     json_schema: JSONSchema | None = None
 
 
-class Generating(Body):
+class StructuredOutputs(Closed):
+    """vLLM's `structured_outputs`: exactly one constraint, in the form that vLLM has it."""
+
+    json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
+    regex: StrictStr | None = None
+    choice: (
+        Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | None
+    ) = None
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+    structural_tag: Text | None = None
+
+
+class WithoutEffect(Body):
+    """OpenAI's fields that leave an answer of ours what it is: accepted, and not passed on."""
+
+    metadata: Any = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+
+
+class Generating(WithoutEffect):
     """What completions and chat completions share: OpenAI's fields, then vLLM's sampling fields."""
 
     n: Count | None = None
@@ -129,6 +160,7 @@ class Generating(Body):
     ) = None
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -188,6 +220,10 @@ class ChatBody(Generating):
     )
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(None, description="given to the model's chat template, which may not know it")
+    )
+    include_reasoning: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
 
@@ -228,6 +264,19 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 
 
+def take_without_effect(body: dict[str, Any]) -> list[str]:
+    """Takes the fields without effect out of a body that was parsed.
+
+    Returns:
+        The names of those that were given.
+    """
+    found = [name for name in _WITHOUT_EFFECT if body.pop(name, None) is not None]
+    if (body.get("stream_options") or {}).pop("include_obfuscation", None) is not None:
+        found.append("stream_options.include_obfuscation")
+    return found
+
+
+_WITHOUT_EFFECT = sorted(set(WithoutEffect.model_fields) - set(Body.model_fields))
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 
 
@@ -244,7 +293,7 @@ def read_json(content: bytes | bytearray) -> Any:
             outside = _STRING.sub("", text)
             if (count := outside.count("[") + outside.count("{")) > MAX_CONTAINERS:
                 raise ValueError(f"{count} lists and objects, the limit is {MAX_CONTAINERS}")
-        body = json.loads(text, parse_constant=_refuse_constant)
+        body = json.loads(text, parse_constant=refuse_constant)
         if "\\u" in text:  # perhaps half a surrogate pair, which is no text
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -252,7 +301,7 @@ def read_json(content: bytes | bytearray) -> Any:
     return body
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
@@ -289,7 +338,11 @@ _REFUSED = {
     "chat_template": "a template runs as code; leave it out, the model's own is used",
     "chat_template_kwargs": "a template runs as code; leave it out, the model's own is used",
     "prompt_embeds": "send text or token ids",
-    "structured_outputs": "write response_format",
+    "audio": "text is the only modality here",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "moderation": "nothing is moderated here",
+    "web_search_options": "there is no web search here",
     "kv_transfer_params": "it controls the engine; leave it out",
     "priority": "the queue is first come, first served; leave it out",
     "request_id": "send the header X-Request-Id",
@@ -299,16 +352,19 @@ _REFUSED = {
 def _described(error: PydanticError, body: dict[str, Any]) -> APIError:
     first = error.errors(include_url=False)[0]
     if first["type"] == "extra_forbidden":
-        name = ".".join(map(str, [*first["loc"], first["ctx"]["field"]]))[:200]
-        return bad_request(
-            f"unrecognized field {name!r}: it would be ignored; leave it out", name, "unknown_field"
-        )
+        return unknown_field(".".join(map(str, [*first["loc"], first["ctx"]["field"]]))[:200])
     where = [part for part in first["loc"] if isinstance(part, int) or part in body]
     field = str(first["loc"][0])
     name = ".".join(map(str, where)) or field
     if first["type"] == "missing":
         return bad_request(f"{field} is missing", field, "missing_field")
     return bad_request(f"{name}: {first['msg']}; got {shortened(first['input'])}", field)
+
+
+def unknown_field(name: str) -> APIError:
+    return bad_request(
+        f"unrecognized field {name!r}: it would be ignored; leave it out", name, "unknown_field"
+    )
 
 
 def shortened(value: Any) -> str:

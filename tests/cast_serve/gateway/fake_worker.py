@@ -35,7 +35,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     """A worker that always says `words`.
 
     ``app.state.bodies`` holds every request body but canaries, ``app.state.traces`` their
-    traceparents. ``app.state.is_cut_off`` ends streams early; ``app.state.is_healthy`` is what
+    traceparents. ``app.state.json`` is said in chats that ask for a schema.
+    ``app.state.is_cut_off`` ends streams early; ``app.state.is_healthy`` is what
     /health says; ``app.state.gate``, once cleared, holds answers (of streams, after the first word)
     back until it is set; ``app.state.num_left`` counts the clients that left meanwhile, and
     ``app.state.most_at_once`` the bodies that were being answered at the same time.
@@ -54,6 +55,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     app.state.num_at_once = app.state.most_at_once = 0
     app.state.bodies = []
     app.state.traces = []
+    app.state.json = "{}"
     app.state.is_cut_off = False
     app.state.is_healthy = True
     app.state.num_left = 0
@@ -101,12 +103,23 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
         return JSONResponse({"object": "text_completion", "choices": [choice], "usage": usage})
 
     @app.post("/v1/chat/completions")
-    async def chat(body: dict[str, Any]) -> dict[str, Any]:
+    async def chat(body: dict[str, Any]) -> Response:
         app.state.bodies.append(body)
-        message = {"role": "assistant", "content": "".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": "length"}
         usage = {"prompt_tokens": 1, "completion_tokens": len(words)}
-        return {"object": "chat.completion", "choices": [choice], "usage": usage}
+        if body.get("stream"):
+            return StreamingResponse(chat_words_of(usage), media_type="text/event-stream")
+        is_json = (body.get("response_format") or {}).get("type") == "json_schema"
+        content = app.state.json if is_json else "".join(words)
+        message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return JSONResponse({"object": "chat.completion", "choices": [choice], "usage": usage})
+
+    async def chat_words_of(usage: dict[str, int]) -> AsyncIterator[str]:
+        for number, word in enumerate(words):
+            reason = "stop" if number == len(words) - 1 else None
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": reason}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+        yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
     @app.post("/tokenize")
     async def tokenize(body: dict[str, Any]) -> Response:

@@ -1,0 +1,138 @@
+"""The vLLM that is installed -> nothing, or the names of its that we use and it has no longer.
+
+`PLUGIN` and `SERVER` list all that this folder uses of vLLM; a test reads it off the imports. What
+we call must take the arguments that we give. Of what we override the parameters must have the names
+and the order that ours have, since vLLM calls it.
+"""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TESTED = "0.32"
+
+
+@dataclass(frozen=True)
+class Used:
+    """One name of vLLM's.
+
+    Attributes:
+        module: that we import it from.
+        name: in that module, with dots for what belongs to a class.
+        given: by us, when we call it: as many positional arguments, or the names of keywords; None:
+            it is not called.
+        parameters: it has, in this order, since we override it; None: we do not.
+        sets: attributes that its ``__init__`` gives to each instance.
+    """
+
+    module: str
+    name: str
+    given: tuple[int | str, ...] | None = None
+    parameters: tuple[str, ...] | None = None
+    sets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+_LAYERS = "vllm.model_executor.layers."
+_LINEAR = f"{_LAYERS}linear"
+_QUANTIZATION = f"{_LAYERS}quantization"
+_BASE = f"{_QUANTIZATION}.base_config"
+_HEAD = f"{_LAYERS}vocab_parallel_embedding"
+_PARAMETER = "vllm.model_executor.parameter"
+_CREATE = (
+    *("self", "layer", "input_size_per_partition", "output_partition_sizes", "input_size"),
+    *("output_size", "params_dtype", "extra_weight_attrs"),
+)
+
+# Of config, linear, head, packing and report: what every vLLM server or LLM() runs.
+PLUGIN = (
+    Used(_QUANTIZATION, "register_quantization_config", given=(1,)),
+    Used(_BASE, "QuantizationConfig", given=(), sets=("packed_modules_mapping",)),
+    Used(
+        _BASE,
+        "QuantizationConfig.override_quantization_method",
+        parameters=("hf_quant_cfg", "user_quant", "hf_config"),
+    ),
+    Used(_BASE, "QuantizationConfig.from_config", parameters=("config",)),
+    Used(_BASE, "QuantizationConfig.get_name", parameters=("self",)),
+    Used(_BASE, "QuantizationConfig.get_supported_act_dtypes", parameters=("self",)),
+    Used(_BASE, "QuantizationConfig.get_min_capability", parameters=()),
+    Used(_BASE, "QuantizationConfig.get_config_filenames", parameters=()),
+    Used(_BASE, "QuantizationConfig.get_quant_method", parameters=("self", "layer", "prefix")),
+    Used(_BASE, "QuantizeMethodBase"),
+    Used(_BASE, "QuantizeMethodBase.process_weights_after_loading", parameters=("self", "layer")),
+    Used(_LINEAR, "LinearBase", sets=("input_size", "output_size", "params_dtype")),
+    Used(_LINEAR, "LinearMethodBase.create_weights", parameters=_CREATE),
+    Used(_LINEAR, "LinearMethodBase.apply", parameters=("self", "layer", "x", "bias")),
+    Used(_LINEAR, "LinearMethodBase"),
+    Used(_LINEAR, "UnquantizedLinearMethod", given=()),
+    Used(_LINEAR, "register_weight_loader_v2_supported_method", given=(1,)),
+    Used(
+        f"{_QUANTIZATION}.compressed_tensors.utils",
+        "should_ignore_layer",
+        given=(1, "ignore", "fused_mapping"),
+    ),
+    Used(_HEAD, "ParallelLMHead"),
+    Used(_HEAD, "VocabParallelEmbedding", sets=("shard_indices",)),
+    Used(_HEAD, "VocabParallelEmbeddingShardIndices.num_org_elements"),
+    Used(
+        _PARAMETER,
+        "ModelWeightParameter",
+        given=("data", "input_dim", "output_dim", "weight_loader"),
+    ),
+    Used(_PARAMETER, "ChannelQuantScaleParameter", given=("data", "output_dim", "weight_loader")),
+    Used(_PARAMETER, "PerTensorScaleParameter", given=("data", "weight_loader")),
+)
+# Of worker, warmup and vllm_cli: what `cast-serve worker` and `cast-serve up` run besides.
+SERVER = (
+    Used("vllm", "SamplingParams", given=("max_tokens", "logprobs", "detokenize")),
+    Used("vllm.inputs", "tokens_input", given=(1,)),
+    Used("vllm.engine.protocol", "EngineClient.collective_rpc", given=(2,)),
+    Used("vllm.engine.protocol", "EngineClient.generate", given=(4,)),
+    Used("vllm.engine.protocol", "EngineClient"),
+    Used("vllm.distributed.parallel_state", "get_pipeline_model_parallel_rank", given=()),
+    Used("vllm.distributed.parallel_state", "get_tensor_model_parallel_rank", given=()),
+    Used("vllm.distributed.parallel_state", "get_pp_group", given=()),
+    Used("vllm.entrypoints.launchers.cli_args", "make_arg_parser", given=(1,)),
+    Used("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", given=(1,)),
+    Used("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup", given=()),
+    Used("vllm.utils.argparse_utils", "FlexibleArgumentParser", given=()),
+    Used("vllm.entrypoints.cli.serve", "run_headless", given=(1,)),
+    Used("vllm.entrypoints.cli.main", "main", given=()),
+    Used("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", given=(4,)),
+    Used("vllm.entrypoints.launchers.api_server.entry", "build_async_engine_client", given=(1,)),
+    Used("vllm.entrypoints.launchers.launcher", "setup_server", given=(1, "reuse_port")),
+)
+
+
+def differences(used: Sequence[Used]) -> list[str]:
+    """What the installed vLLM does not have as we use it, each in a few words."""
+    return [text for each in used if (text := _difference(each))]
+
+
+def _difference(used: Used) -> str:
+    try:
+        found: Any = importlib.import_module(used.module)
+        for part in used.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        return f"{used} is missing ({error})"
+    unset = [name for name in used.sets if name not in found.__init__.__code__.co_names]
+    if unset:
+        return f"{used}.__init__ sets no {', '.join(unset)}"
+    if used.parameters is not None:
+        parameters = tuple(inspect.signature(found).parameters)
+        if parameters != used.parameters:
+            return f"{used}({', '.join(parameters)}) is not ({', '.join(used.parameters)})"
+    if used.given is not None:
+        num_positional = sum(each for each in used.given if isinstance(each, int))
+        keywords = [each for each in used.given if isinstance(each, str)]
+        try:
+            inspect.signature(found).bind(*[None] * num_positional, **dict.fromkeys(keywords))
+        except TypeError as error:
+            return f"{used} takes other arguments ({error})"
+    return ""
