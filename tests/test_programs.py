@@ -59,7 +59,10 @@ def install(folder: Path, user: int, *, refused: str = "") -> tuple[int, str, li
     return done.returncode, done.stderr, asked.read_text().split()
 
 
-EVERYTHING = ["g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"]
+EVERYTHING = [
+    *("g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"),
+    *("g++-aarch64-linux-gnu", "qemu-user"),
+]
 
 
 def test_root_installs_all_that_is_missing(tmp_path: Path) -> None:
