@@ -293,6 +293,11 @@ def main() -> None:
     except (ValueError, OSError) as error:
         _say(f"cast-serve: {error}")
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "vllm", "transformers"):
+            raise
+        _say(f"cast-serve: {error}; this command needs pip install 'cast-serve[cpu]', or [gpu]")
+        sys.exit(2)
     except RuntimeError as error:
         _say(f"cast-serve: {error}")
         sys.exit(1)
