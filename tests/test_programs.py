@@ -22,7 +22,7 @@ def test_a_missing_program_is_a_skip_that_names_its_package_and_in_ci_a_failure(
     package = DEBIAN_PACKAGES[name]
     reason = (
         f"{name} is missing, which Debian's package {package} has; run scripts/install-packages"
-    )
+    ).replace("+", r"\+")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=reason):
