@@ -1,5 +1,5 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve packages test lint docs check-deploy
+.PHONY: setup data demo serve wheel packages test lint docs check-deploy
 .NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
@@ -18,6 +18,9 @@ demo: data
 serve: data  # the demo's two models, until Ctrl-C
 	@[ -d runs/demo/int8 ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }
 	.venv/bin/cast-serve up --variant dense=data/models/smollm2-135m-dense --variant sparse=runs/demo/int8
+
+wheel: setup  # dist/*.whl with compiled CPU kernels, whose installing needs no compiler
+	$(python) scripts/wheel
 
 packages:  # as root, the system packages that are missing
 	@scripts/install-packages || echo "make: going on; the tests that need what is missing are skipped, as pytest's summary says" >&2

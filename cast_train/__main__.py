@@ -386,7 +386,13 @@ def repeat_text_flag(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    app(repeat_text_flag(sys.argv[1:]))
+    try:
+        app(repeat_text_flag(sys.argv[1:]))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "accelerate"):
+            raise
+        print(f"cast-train: {error}; run pip install 'cast-serve[train]'", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cast_serve.options import option
 from cast_serve.questions import read_questions
-from loadtest.bench.shapes import parse_tokens, shapes_of
 from loadtest.measure import Job, measure
 from loadtest.provenance import provenance
 from loadtest.quality import choices
@@ -297,6 +296,8 @@ def kernels(
     On a CPU against vLLM's dense op and torch's, with int8 also against vLLM's int8 op; on a GPU
     against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
     """
+    from loadtest.bench.shapes import parse_tokens, shapes_of  # needs torch, which no client does
+
     try:
         linears = shapes_of(shapes)
         counts = parse_tokens(tokens)
@@ -335,8 +336,17 @@ def kernels(
 
 
 def main() -> None:
-    """Entry point of `cast-loadtest`."""
-    app()
+    """Entry point of `cast-loadtest`; a missing optional package is one line and exit 2."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "vllm"):
+            raise
+        print(
+            f"cast-loadtest: {error}; this command needs pip install 'cast-serve[cpu]', or [gpu]",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

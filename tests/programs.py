@@ -9,10 +9,12 @@ import shutil
 import pytest
 
 DEBIAN_PACKAGES = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "chromium": "chromium",
     "npm": "npm",
     "prometheus": "prometheus",
     "promtool": "prometheus",
+    "qemu-aarch64": "qemu-user",
 }
 
 

@@ -24,7 +24,7 @@ def test_a_missing_program_is_a_skip_that_names_its_package_and_in_ci_a_failure(
     package = DEBIAN_PACKAGES[name]
     reason = (
         f"{name} is missing, which Debian's package {package} has; run scripts/install-packages"
-    )
+    ).replace("+", r"\+")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=reason):
@@ -61,7 +61,10 @@ def install(folder: Path, user: int, *, refused: str = "") -> tuple[int, str, li
     return done.returncode, done.stderr, asked.read_text().split()
 
 
-EVERYTHING = ["g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"]
+EVERYTHING = [
+    *("g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"),
+    *("g++-aarch64-linux-gnu", "qemu-user"),
+]
 
 
 def test_root_installs_all_that_is_missing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import METHOD, Sparse24LinearMethod, Stored
 from cast_serve.engine.report import kernel_of
+from cast_serve.kernels.cpu import build
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
 
@@ -164,6 +165,8 @@ class Sparse24Config(QuantizationConfig):
         if self._num_unpacked == 0:
             op, runs_on = kernel_of(layer)
             logger.info("2:4 is active: %d linears run %s on %s", self._num_linears, op, runs_on)
+            if not layer.packed.is_cuda:
+                logger.info("the 2:4 kernels come from %s", build.build())
 
     def _is_in(self, names: list[str], prefix: str) -> bool:
         mapping = self.packed_modules_mapping

@@ -11,7 +11,9 @@ import asyncio
 import ctypes
 import json
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,15 @@ def run(
         os.sched_setaffinity(0, cores)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if lacks_compiler(vllm_flags):
+        print(
+            f"cast-serve worker {name}: no C++ compiler {compiler()!r} found, which torch.compile "
+            "needs: serving with --enforce-eager, whose steps take longer; install one (Debian: "
+            "apt-get install g++) or name it in CXX",
+            file=sys.stderr,
+        )
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of what vLLM compiles in eager mode too
+        vllm_flags = ["--enforce-eager", *vllm_flags]
     from cast_serve.engine.interfaces import SERVER, TESTED, differences
 
     if missing := differences(SERVER):  # imports vllm, which reads the environment
@@ -155,6 +166,27 @@ def all_flags(
     given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
     defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
     return [*defaults, *vllm_flags]
+
+
+def lacks_compiler(vllm_flags: Sequence[str]) -> bool:
+    """Whether torch.compile, on a CPU, would find no C++ compiler.
+
+    Raises:
+        ValueError: if so, and --no-enforce-eager asks for it.
+    """
+    if torch.cuda.is_available() or shutil.which(compiler()):
+        return False
+    if {"--no-enforce-eager", "--no_enforce_eager"} & set(vllm_flags):
+        raise ValueError(
+            f"--no-enforce-eager has vLLM call the C++ compiler {compiler()!r}, which was not "
+            "found; install one (Debian: apt-get install g++), name it in CXX, or leave it out"
+        )
+    return True
+
+
+def compiler() -> str:
+    """The C++ compiler that torch.compile calls."""
+    return os.environ.get("CXX", "g++")
 
 
 def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:

@@ -250,3 +250,15 @@ def test_a_wrong_environment_is_named(
     code, out, err = cast_serve("gateway", "--variant", "a=http://x")
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_torchaudio_for_cuda_is_to_be_removed(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError("Could not load this library: torchaudio/lib/_torchaudio.abi3.so")
+
+    monkeypatch.setattr("cast_serve.checkpoint.inspect.inspect", fail)
+    code, out, err = cast_serve("inspect", "DIR")
+    assert (code, out) == (2, "")
+    assert "pip uninstall torchaudio torchcodec" in err

@@ -1,7 +1,8 @@
-"""C++ sources -> a loaded op library: found prebuilt in the cache, else compiled there once.
+"""C++ sources -> a loaded op library: the wheel's, else the cache's, else compiled there once.
 
-The cache folder is ``$CAST_KERNEL_CACHE`` or ``~/.cache/cast_serve/kernels``; a library is filed
-under a hash of its sources, compiler, flags and torch version, so a stale one is never loaded.
+A wheel of `make wheel` brings the library in `PREBUILT`. The cache folder is
+``$CAST_KERNEL_CACHE`` or ``~/.cache/cast_serve/kernels``. Both file a library under a hash of its
+sources, flags and torch version, the cache also of the compiler, so a stale one is never loaded.
 ``python -m cast_serve.kernels.cpu.build`` builds ahead of time (set-up and the image do).
 """
 
@@ -24,6 +25,7 @@ from torch.utils import cpp_extension
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DNDEBUG", "-Wall", "-Wno-psabi"]
 AVX512_FLAGS = ["-mavx512f", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VNNI_FLAGS = [
@@ -55,17 +57,21 @@ def load() -> None:
         KernelBuildError: if there is no compiler or the compiler fails.
     """
     if not hasattr(torch.ops.cast, "cpu_isas"):
-        torch.ops.load_library(str(build()))
+        library = build()
+        torch.ops.load_library(str(library))
+        logger.info("2:4 CPU kernels: %s", library)
 
 
 def build() -> Path:
-    """Returns the library's path, compiling it if it is not in the cache.
+    """Returns the library's path, compiling it if neither the wheel nor the cache has it.
 
     Raises:
         KernelBuildError: if there is no compiler or the compiler fails.
     """
+    if (prebuilt := PREBUILT / prebuilt_name()).exists():
+        return prebuilt
     compiler = os.environ.get("CXX", "g++")
-    library = cache_folder() / f"cast_kernels-{_source_hash(compiler)}.so"
+    library = cache_folder() / f"cast_kernels-{_compiled_hash(compiler)}.so"
     if library.exists():
         return library
     with locked_cache():
@@ -100,14 +106,31 @@ def units() -> list[str]:
     return list(ISA_FLAGS) if is_x86 else ["ops", "portable"]
 
 
-def _source_hash(compiler: str) -> str:
+def prebuilt_name() -> str:
+    """What a wheel's library for these sources and this torch is called.
+
+    The library uses torch's C++ interface and not Python's, so that any Python can load it, and
+    any build of the torch release that it was compiled for.
+    """
+    release = ".".join(torch.__version__.split(".")[:2])
+    return f"cast_kernels-torch{release}-{_hash(release)}.so"
+
+
+def _compiled_hash(compiler: str) -> str:
+    found = shutil.which(compiler)
+    said = subprocess.run([found, "--version"], capture_output=True).stdout if found else b""
+    return _hash(torch.__version__, repr(compiler).encode(), said)
+
+
+def _hash(torch_version: str, *more: bytes) -> str:
+    """Of the sources, how they are compiled, and more."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    for part in (torch.__version__, platform.machine(), COMMON_FLAGS, ISA_FLAGS, compiler):
+    for part in (torch_version, platform.machine(), COMMON_FLAGS, ISA_FLAGS):
         digest.update(repr(part).encode())
-    if found := shutil.which(compiler):
-        digest.update(subprocess.run([found, "--version"], capture_output=True).stdout)
+    for each in more:
+        digest.update(each)
     return digest.hexdigest()[:16]
 
 
@@ -115,7 +138,8 @@ def _compile(compiler: str, library: Path) -> None:
     if shutil.which(compiler) is None:
         raise KernelBuildError(
             f"no C++ compiler {compiler!r} found, which builds the 2:4 kernels; install it "
-            "(Debian and Ubuntu: apt-get install g++) or name another in CXX"
+            "(Debian and Ubuntu: apt-get install g++), name another in CXX, or install a wheel "
+            f"that brings them for torch {torch.__version__} (made by `make wheel`)"
         )
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     torch_libs = Path(torch.__file__).parent / "lib"

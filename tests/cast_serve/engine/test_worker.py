@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cast_serve.engine import worker
 from tests.cast_serve.conftest import Save
@@ -97,3 +98,20 @@ def test_a_gated_directory_is_to_be_converted(save_gated: Save) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no model"):
         worker.run(tmp_path, "sparse")
+
+
+def test_a_cpu_worker_without_a_compiler_is_known_before_vllm_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert worker.lacks_compiler(["--enforce-eager"])
+    with pytest.raises(ValueError, match=r"--no-enforce-eager .* 'g\+\+', which was not found"):
+        worker.lacks_compiler(["--no-enforce-eager"])
+    (tmp_path / "g++").touch(0o755)
+    assert not worker.lacks_compiler(["--no-enforce-eager"])
+    monkeypatch.setenv("CXX", "clang++")
+    assert worker.lacks_compiler([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not worker.lacks_compiler(["--no-enforce-eager"])

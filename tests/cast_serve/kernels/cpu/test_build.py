@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cast_serve.kernels.cpu import build
 
@@ -33,3 +34,17 @@ def test_the_library_is_found_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled although cached"))
     assert build.build() == tmp_path / path.name
+
+
+def test_a_wheels_library_comes_first_if_it_is_of_these_sources_and_this_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached = build.build()
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    (tmp_path / "cast_kernels-torch2.13-0123456789abcdef.so").touch()
+    assert build.build() == cached
+    prebuilt = tmp_path / build.prebuilt_name()
+    prebuilt.touch()
+    assert build.build() == prebuilt
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    assert build.prebuilt_name() != prebuilt.name

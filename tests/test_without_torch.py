@@ -1,0 +1,75 @@
+"""The load test and the gateway run where torch is not installed; what needs it says so."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+HIDE_TORCH = """
+import runpy, sys
+from importlib.abc import MetaPathFinder
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "vllm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+CLIENT = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "loadtest").rglob("*.py"))
+    if path.name != "__init__.py" and path.parent.name != "bench"
+]
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", HIDE_TORCH + code, *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_client_and_the_gateway_import() -> None:
+    assert {"loadtest.send.client", "loadtest.report.html", "loadtest.__main__"} <= set(CLIENT)
+    modules = [*CLIENT, "cast_serve.gateway.app", "cast_serve.gateway.upstream.supervisor"]
+    done = run("for name in sys.argv[1:]: __import__(name)", *modules)
+    assert done.returncode == 0, done.stderr
+
+
+RUN = "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+
+
+def test_the_load_test_starts() -> None:
+    done = run(RUN, "loadtest", "run", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--baseline" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("loadtest kernels", "cast-serve[cpu]"),
+        ("cast_serve inspect .", "cast-serve[cpu]"),
+        ("cast_train eval . --text README.md", "cast-serve[train]"),
+    ],
+)
+def test_a_command_that_needs_torch_names_the_extra(words: str, remedy: str) -> None:
+    done = run(RUN, *words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No module named 'torch'" in done.stderr
+    assert f"pip install '{remedy}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_torch_comes_with_the_extras_that_compute() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {"": project["dependencies"], **project["optional-dependencies"]}
+    have_torch = {
+        extra
+        for extra, wanted in extras.items()
+        if "torch" in {Requirement(w).name for w in wanted}
+    }
+    assert have_torch == {"cpu", "gpu", "train"}
