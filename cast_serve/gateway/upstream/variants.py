@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx
 
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.gateway.upstream.replica import (
     KILL_GRACE_S,
     Replica,
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -> list[Variant]:
     """Variants for directories, each on a free port and its own share of this process's cores.
 
+    Args:
+        models: by variant; directories, or names on a hub, which are fetched.
+        vllm_flags: for every vLLM server.
+
     Raises:
         ValueError: if a directory holds no model, or there are fewer cores than variants.
     """
@@ -39,9 +45,7 @@ def local_variants(models: Mapping[str, Path], vllm_flags: Sequence[str] = ()) -
             f"{len(models)} variants need a core each, but this process has {len(cores)}; "
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
         )
-    for name, model in models.items():
-        if not (model / "config.json").is_file():
-            raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
+    models = {name: _fetched(name, model) for name, model in models.items()}
     share = len(cores) // len(models)
     ports = _free_ports(len(models))
     variants = []
@@ -145,6 +149,16 @@ def remove_logs(variants: Sequence[Variant]) -> None:
 
 def _replicas(variants: Sequence[Variant]) -> list[Replica]:
     return [replica for variant in variants for replica in variant.replicas]
+
+
+def _fetched(name: str, model: Path) -> Path:
+    try:
+        folder = hub.fetch(model)
+    except CheckpointError as error:
+        raise ValueError(f"variant {name}: {error}") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
+    return folder
 
 
 def _checked_url(name: str, text: str) -> str:
