@@ -22,12 +22,13 @@ import typer
 
 from cast_train import memory
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 Text = Annotated[list[Path], typer.Option("--text", help="UTF-8 text; repeat for more files.")]
+MODEL = typer.Option(
+    help="Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub."
+)
 ZEROS = typer.Option(
     help="Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
     "hurt most for their size stay dense."
@@ -50,7 +51,7 @@ def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     out: Annotated[Path, typer.Option(help="Gated checkpoint to write.")],
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
@@ -74,7 +75,7 @@ def run(
         Path | None, typer.Option(help="Directory for TensorBoard's files of this run.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Dense directory to distil from; default: --model.")
+        Path | None, typer.Option(help="Dense model to distil from, as --model; default: that one.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
@@ -123,7 +124,10 @@ def run(
 @app.command("eval")
 def evaluate(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Dense, gated, pruned or compressed directory.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Dense, gated, pruned or compressed model, as --model of run."
+        ),
     ],
     text: Text,
     context: Annotated[int, typer.Option(help="Tokens of one sequence.", min=2)] = 512,
@@ -144,6 +148,7 @@ def evaluate(
 ) -> None:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
+        from cast_serve.checkpoint import hub
         from cast_serve.questions import read_questions
         from cast_train.checkpoint import models
         from cast_train.evaluate.choices import choice_accuracy
@@ -157,31 +162,33 @@ def evaluate(
         from cast_train.evaluate.precision import arithmetic
         from cast_train.text import read_texts, to_blocks, tokenize
 
-        if losses is not None and not losses.absolute().parent.is_dir():
-            raise ValueError(f"--losses {losses}: there is no such directory; make it first")
-        if reference is not None and models.kind_of(reference) == "gated":
+        if losses is not None:
+            _check_losses(losses)
+        folder = hub.fetch(directory)
+        dense_folder = hub.fetch(reference) if reference is not None else None
+        if dense_folder is not None and models.kind_of(dense_folder) == "gated":
             raise ValueError(
                 f"--reference {reference} is a gated checkpoint; give the dense model, or what "
                 "cast-serve convert makes of the checkpoint"
             )
-        kind = models.kind_of(directory)
-        tokenizer = models.load_tokenizer(directory)
+        kind = models.kind_of(folder)
+        tokenizer = models.load_tokenizer(folder)
         blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
         questions = {path.stem: read_questions(path, limit) for path in choices or []}
         figures: dict[str, Any] = {}
         if kind == "gated":
-            model, gate_map, last = models.load_gated(directory, arithmetic())
+            model, gate_map, last = models.load_gated(folder, arithmetic())
             soft, hard = soft_and_hard(model, gate_map, last, blocks)
             print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
             figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
         else:
-            model = models.load_any(directory, arithmetic())
+            model = models.load_any(folder, arithmetic())
             hard = perplexity(model, blocks)
             print(f"{directory}: perplexity {hard.perplexity:.2f}")
             figures = {"perplexity": hard.perplexity}
         figures["stderr_nats"] = hard.stderr_nats
-        if reference is not None:
-            dense = models.load_any(reference, arithmetic())
+        if dense_folder is not None:
+            dense = models.load_any(dense_folder, arithmetic())
             figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
             print(
                 f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
@@ -229,7 +236,7 @@ def evaluate(
 
 @app.command()
 def oneshot(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     method: Annotated[
         str, typer.Option(help="magnitude, wanda, sparsegpt, or mask: that of --mask.")
     ],
@@ -264,7 +271,7 @@ def oneshot(
 
 @app.command()
 def permute(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     out: Annotated[Path, typer.Option(help="Dense directory to write.")],
     sparsity: Annotated[str, typer.Option(help="N:M.")] = "2:4",
@@ -283,7 +290,7 @@ def permute(
 
 @app.command()
 def study(
-    model: Annotated[Path, typer.Option(help="Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     heldout: Annotated[Path, typer.Option(help="Text to measure on, never trained on.")],
     out: Annotated[Path, typer.Option(help="Directory; an unfinished study in it goes on.")],
@@ -325,6 +332,15 @@ def study(
         )
         print(report.table_of(result))
         _finish(out=str(out), summary=result["summary"])
+
+
+def _check_losses(path: Path) -> None:
+    """Refuses a file to write that cannot be written, before there is anything to write."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--losses {path}: there is no such directory; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--losses {path} cannot be written; name another file")
 
 
 def _finish(**figures: Any) -> None:

@@ -1,5 +1,6 @@
 """Dense model + text + TrainConfig -> a gated checkpoint: the steps of a training run.
 
+check    outputs, settings and optional packages, before anything is read or fetched
 read     text -> blocks; the inputs' identity -> is this run finished, new, or to be resumed?
 prepare  gates on the dense model, the teacher (prepare.py)
 fit      CastTrainer's steps, checkpoints in OUT.partial/
@@ -20,7 +21,15 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from cast_serve.checkpoint.record import check_new, verify
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.record import (
+    CAST_JSON,
+    CheckpointError,
+    check_new,
+    check_writable,
+    read_record,
+    verify,
+)
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -35,6 +44,7 @@ from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
+ANOTHER_OUT = "choose another --out or remove it"
 
 
 def train(
@@ -50,7 +60,7 @@ def train(
     """Trains and writes a gated checkpoint.
 
     Args:
-        model_dir: dense HF directory.
+        model_dir: dense HF directory, or its name on a hub.
         text_files: UTF-8 training text.
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
             see resume.py.
@@ -58,7 +68,7 @@ def train(
         is_resume: continue from OUT.partial if it is there; start if it is not.
         heldout_file: text to measure quality on; None: blocks kept out of the training text.
         tensorboard_dir: where TensorBoard's files go; None: none are written.
-        teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
+        teacher_dir: dense model of the same vocabulary to distil from; None: model_dir.
 
     Returns:
         cast.json's content. If out is already the result of this run (the same settings, and files
@@ -70,6 +80,12 @@ def train(
         DivergedError: if the loss is not finite.
         StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
+    partial = out.with_name(out.name + ".partial")
+    _check_outputs(out, partial, config, is_resume, tensorboard_dir)
+    model_dir = hub.fetch(model_dir)
+    teacher_dir = hub.fetch(teacher_dir) if teacher_dir else None
+    for directory in filter(None, (model_dir, teacher_dir)):
+        models.check_dense(directory)
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     run_identity = {
@@ -78,8 +94,6 @@ def train(
     }
     if out.exists():
         return _finished(out, run_identity)
-    check_new(out)  # that it could be made
-    partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
@@ -99,6 +113,24 @@ def train(
         )
         shutil.rmtree(partial)
     return record
+
+
+def _check_outputs(
+    out: Path, partial: Path, config: TrainConfig, is_resume: bool, tensorboard_dir: Path | None
+) -> None:
+    """Refuses what needs neither model nor text to be seen to be wrong."""
+    if tensorboard_dir is not None:
+        _import_tensorboard()
+        check_writable(tensorboard_dir)
+    settings = {"config": config.as_dict()}
+    if out.exists():
+        if not (out / CAST_JSON).is_file():
+            raise CheckpointError(f"{out} exists and is no run's result; {ANOTHER_OUT}")
+        identity.check(read_record(out), settings, f"{out} exists and is another run", ANOTHER_OUT)
+        return
+    check_new(out)
+    if _rank() == 0 and partial.exists():
+        resume.check(partial, settings, is_resume)
 
 
 def _fit(
@@ -185,16 +217,20 @@ def _measure(
     }
 
 
-def _tensorboard(folder: Path) -> TrainerCallback:
+def _import_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             "--tensorboard needs the package tensorboard; install it with: pip install tensorboard"
         ) from error
+    return SummaryWriter
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(str(folder)))
+    return TensorBoardCallback(_import_tensorboard()(str(folder)))
 
 
 def _rank() -> int:
@@ -205,8 +241,7 @@ def _rank() -> int:
 def _finished(out: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a finished run, verified."""
     record = verify(out)
-    remedy = "choose another --out or remove it"
-    identity.check(record, run_identity, f"{out} exists and is another run", remedy)
+    identity.check(record, run_identity, f"{out} exists and is another run", ANOTHER_OUT)
     logger.info("%s is the finished result of this run; nothing to do", out)
     return record
 
