@@ -35,7 +35,11 @@ def test_a_flag_without_its_value_is_named(flag, words):
     assert f"train-and-convert: {flag} needs a value; see --help" in done.stderr
 
 
-def test_what_conversion_would_refuse_is_refused_before_training(llama_dir, text_file, tmp_path):
+def test_what_conversion_would_refuse_is_refused_before_training(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
+    for name, value in (("HF_TOKEN", "hf_unknown"), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
     words = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
     for flags, message in (
         (("--quantize", "int4"), "'int4' is not one of"),
