@@ -5,7 +5,6 @@ Each command talks to people on stderr and prints one line of JSON last on stdou
 """
 
 import json
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,6 @@ from cast_serve.options import option
 if TYPE_CHECKING:
     from cast_serve.gateway.settings import GatewaySettings
     from cast_serve.gateway.upstream.replica import Variant
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are directories; nothing is fetched
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -48,7 +45,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Gated checkpoint, or an HF directory that is 2:4, also in 8 bits.",
+            help="Gated checkpoint, or an HF model that is 2:4, also in 8 bits: a directory, or "
+            "ORG/NAME[@REVISION] of a hub.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Compressed directory to write.")],
@@ -72,6 +70,15 @@ def convert(
         bool,
         typer.Option("--resume", help="Keep OUT if it is there and of what SOURCE holds now."),
     ] = False,
+    push_to_hub: Annotated[
+        str | None, option("ORG/NAME", "Also push OUT to a hub, as this model.", "none")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Only its owner sees the model on the hub.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check options, outputs and hub; do not read SOURCE.")
+    ] = False,
 ) -> None:
     """Harden the gates to an exact 2:4 mask and write compressed weights.
 
@@ -81,17 +88,30 @@ def convert(
     from rich.progress import Progress
 
     from cast_serve.checkpoint import convert as converter
+    from cast_serve.checkpoint import hub
     from cast_serve.checkpoint import inspect as inspection
 
     int8_head: Literal["int8"] | None = quantize if head is None else None
     if head == "int8":
         int8_head = "int8"
     outputs = [out] if dense_twin is None else [out, dense_twin]
-    if resume and all(folder.exists() for folder in outputs):
+    is_there = resume and all(folder.exists() for folder in outputs)
+    if not is_there:
+        converter.check_outputs(outputs, quantize, int8_head)
+    if private and push_to_hub is None:
+        raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
+    if push_to_hub is not None:
+        hub.check_push(push_to_hub, private)
+    if dry_run:
+        _say(f"{out}: the options, outputs and the hub are in order")
+        print(json.dumps({"path": str(out), "dry_run": True}))
+        return
+    if is_there:
         for folder in outputs:
             converter.check_converted(source, folder, quantize=quantize, head=int8_head)
         summary = inspection.inspect(out)
     else:
+        source = hub.fetch(source)  # which shows its own progress
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("converting", total=None)
             summary = converter.convert(
@@ -103,7 +123,11 @@ def convert(
                 head=int8_head,
             )
     _say(f"{out}: {_describe(summary)}")
-    print(json.dumps({"path": str(out), **summary}))
+    pushed = {}
+    if push_to_hub is not None:
+        pushed["pushed_to"] = hub.push(out, push_to_hub, private)
+        _say(f"{out}: pushed to {pushed['pushed_to']}")
+    print(json.dumps({"path": str(out), **summary, **pushed}))
 
 
 @app.command()
@@ -121,7 +145,13 @@ def inspect(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def worker(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="Dense or compressed directory.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Dense or compressed model: a directory, or ORG/NAME[@REVISION] of a hub.",
+        ),
+    ],
     name: Annotated[str, option("NAME", "The variant's name, as requests write it in `model`.")],
     port: Port = 8001,
     host: Host = "127.0.0.1",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cast_serve import kernels
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
@@ -80,7 +81,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     """Loads what `cast-serve convert` wrote, on a CPU, in evaluation mode.
 
     Args:
-        directory: a compressed directory.
+        directory: a compressed directory, or its name on a hub.
         dtype: bf16, fp16 or fp32; None: what its config.json says.
 
     Returns:
@@ -88,10 +89,11 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         `Int8Head`.
 
     Raises:
-        CheckpointError: if it is not compressed, damaged, or of another program and not converted.
+        CheckpointError: if it is not compressed, damaged, or of another program and not converted;
+            or if it cannot be fetched.
         PatternError: if a bitmask is not 2:4.
     """
-    source = ModelDirectory(Path(directory))
+    source = ModelDirectory(hub.fetch(directory))
     if source.kind != "compressed" or source.is_foreign:
         raise CheckpointError(
             f"{directory} is {source.kind}; convert it first (cast-serve convert SRC OUT)"

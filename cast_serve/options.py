@@ -6,7 +6,8 @@ import typer
 
 # What an option takes, in --help; or the words to choose from, as in int8|none.
 METAVARS = {
-    *("DIR", "FILE", "NAME", "TEXT", "FLAGS", "REGEX", "KEY", "ADDRESS", "URL", "CORES", "WAYS"),
+    *("DIR", "FILE", "MODEL", "ORG/NAME", "NAME", "TEXT", "FLAGS"),
+    *("REGEX", "KEY", "ADDRESS", "URL", "CORES", "WAYS"),
     *("N", "N,N", "N:M", "RATE", "RATE,RATE", "SHARE", "SECONDS", "MS"),
     *("KEY=VALUE", "NAME=DIR", "NAME=URL", "NAME=NAME", "NAME=NAME:N,NAME:N"),
 }

@@ -7,7 +7,6 @@ stopped by Ctrl-C or SIGTERM; stderr says whether something was saved.
 
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -23,12 +22,11 @@ import typer
 from cast_serve.options import option
 from cast_train import memory
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # models and text are files here; nothing is fetched
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 Text = Annotated[list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")]
+MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub.")
 ZEROS = option(
     "SHARE",
     "Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
@@ -53,7 +51,7 @@ def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
 
 @app.command()
 def run(
-    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     out: Annotated[Path, option("DIR", "Gated checkpoint to write.")],
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
@@ -87,7 +85,7 @@ def run(
         Path | None, option("DIR", "Where TensorBoard's files of this run go.", "none")
     ] = None,
     teacher: Annotated[
-        Path | None, option("DIR", "Dense directory to distil from.", "--model")
+        Path | None, option("MODEL", "Dense model to distil from.", "--model")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
@@ -137,7 +135,10 @@ def run(
 @app.command("eval")
 def evaluate(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Dense, gated, pruned or compressed directory.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Dense, gated, pruned or compressed model, as --model of run."
+        ),
     ],
     text: Text,
     context: Annotated[int, option("N", "Tokens of one sequence.", min=2)] = 512,
@@ -158,92 +159,22 @@ def evaluate(
 ) -> None:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
-        from cast_serve.questions import read_questions
-        from cast_train.checkpoint import models
-        from cast_train.evaluate.choices import choice_accuracy
-        from cast_train.evaluate.choices import paired_difference as choices_difference
-        from cast_train.evaluate.perplexity import (
-            mean_divergence,
-            paired_difference,
-            perplexity,
-            soft_and_hard,
-        )
-        from cast_train.evaluate.precision import arithmetic
-        from cast_train.text import read_texts, to_blocks, tokenize
+        from cast_train.evaluate import evaluation
 
-        if losses is not None and not losses.absolute().parent.is_dir():
-            raise ValueError(f"--losses {losses}: there is no such directory; make it first")
-        if reference is not None and models.kind_of(reference) == "gated":
-            raise ValueError(
-                f"--reference {reference} is a gated checkpoint; give the dense model, or what "
-                "cast-serve convert makes of the checkpoint"
-            )
-        kind = models.kind_of(directory)
-        tokenizer = models.load_tokenizer(directory)
-        blocks = to_blocks(tokenize(read_texts(text), tokenizer, tokens), context)
-        questions = {path.stem: read_questions(path, limit) for path in choices or []}
-        figures: dict[str, Any] = {}
-        if kind == "gated":
-            model, gate_map, last = models.load_gated(directory, arithmetic())
-            soft, hard = soft_and_hard(model, gate_map, last, blocks)
-            print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
-            figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
-        else:
-            model = models.load_any(directory, arithmetic())
-            hard = perplexity(model, blocks)
-            print(f"{directory}: perplexity {hard.perplexity:.2f}")
-            figures = {"perplexity": hard.perplexity}
-        figures["stderr_nats"] = hard.stderr_nats
-        if reference is not None:
-            dense = models.load_any(reference, arithmetic())
-            figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
-            print(
-                f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token"
-            )
-            difference, stderr = paired_difference(hard, perplexity(dense, blocks))
-            figures["nats_above_reference"] = difference
-            figures["nats_above_reference_stderr"] = stderr
-            error = "" if stderr is None else f" +- {stderr:.4f}"
-            print(
-                f"log perplexity above {reference}'s: {difference:.4f}{error} nats a token, that "
-                f"is {math.exp(difference):.3f} times its perplexity"
-            )
-        for name, asked in questions.items():
-            accuracy = choice_accuracy(model, tokenizer, asked)
-            figures[name] = accuracy.about()
-            print(
-                f"{name}: acc {accuracy.acc:.3f} +- {accuracy.acc_stderr:.3f}, acc_norm "
-                f"{accuracy.acc_norm:.3f} +- {accuracy.acc_norm_stderr:.3f}, chance "
-                f"{accuracy.chance:.3f}, n={accuracy.num_questions}"
-            )
-            if reference is not None:
-                of_reference = choice_accuracy(dense, tokenizer, asked)
-                difference, error_of_it = choices_difference(accuracy, of_reference)
-                figures[name] |= {
-                    "acc_norm_reference": of_reference.acc_norm,
-                    "acc_norm_above_reference": difference,
-                    "acc_norm_above_reference_stderr": error_of_it,
-                }
-                print(
-                    f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
-                    f"{difference:+.3f} +- {error_of_it:.3f}"
-                )
-        found = {
-            "directory": str(directory),
-            "kind": kind,
-            **figures,
-            "num_tokens": hard.num_tokens,
-            "context_tokens": hard.context_tokens,
-        }
         if losses is not None:
-            written = {**found, "text": [str(path) for path in text], "losses": hard.block_losses}
+            _check_losses(losses)
+        found, block_losses = evaluation.evaluate(
+            directory, text, context, tokens, reference, choices or (), limit
+        )
+        if losses is not None:
+            written = {**found, "text": [str(path) for path in text], "losses": block_losses}
             losses.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         _finish(**found)
 
 
 @app.command()
 def oneshot(
-    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     method: Annotated[str, option("NAME", "magnitude, wanda, sparsegpt, or mask: that of --mask.")],
     out: Annotated[Path, option("DIR", "Pruned directory to write.")],
     text: Annotated[
@@ -277,7 +208,7 @@ def oneshot(
 
 @app.command()
 def permute(
-    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     out: Annotated[Path, option("DIR", "Dense directory to write.")],
     sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
@@ -296,7 +227,7 @@ def permute(
 
 @app.command()
 def study(
-    model: Annotated[Path, option("DIR", "Dense Hugging Face model directory.")],
+    model: Annotated[Path, MODEL],
     text: Text,
     heldout: Annotated[Path, option("FILE", "Text to measure on, never trained on.")],
     out: Annotated[Path, option("DIR", "To write; an unfinished study in it goes on.")],
@@ -341,6 +272,15 @@ def study(
         )
         print(report.table_of(result))
         _finish(out=str(out), summary=result["summary"])
+
+
+def _check_losses(path: Path) -> None:
+    """Refuses a file to write that cannot be written, before there is anything to write."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--losses {path}: there is no such directory; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--losses {path} cannot be written; name another file")
 
 
 def _finish(**figures: Any) -> None:

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from cast_serve.sparsity.pattern import Pattern, patterns_of
+from cast_serve.sparsity.targets import check_expressions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=1e-4)]  # of a selection, in logits
@@ -145,6 +146,7 @@ class TrainConfig:
     def _check_together(self) -> "TrainConfig":
         """What one field's own limits cannot say."""
         Pattern.parse(self.sparsity)
+        check_expressions((*self.include, *self.exclude))
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
         if self.tau_end > self.tau_start:

@@ -1,12 +1,20 @@
-"""How pytest-xdist deals the tests out (`make test`): the stories to one process, first, in turn.
+"""How pytest-xdist deals the tests out (`make test`), and a hub for those that need one.
 
-Stories start vLLM servers, which take gigabytes, and they take about as long as all other tests
-together. Of those a file stays whole, since it shares its fixtures.
+The stories go to one process, first, in turn: they start vLLM servers, which take gigabytes, and
+they take about as long as all other tests together. Of those a file stays whole, since it shares
+its fixtures.
 """
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fake_hub import FakeHub, fake_hub
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
 
 STORIES = "tests/story/"
 
@@ -24,3 +32,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return STORIES if nodeid.startswith(STORIES) else nodeid.partition("::")[0]
 
     return ByFile(config, log)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """An empty hub that this process asks, with an empty cache and no token."""
+    from huggingface_hub import constants
+
+    with fake_hub() as found:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield found

@@ -40,6 +40,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     data, dense = _read(card)
     known = data.tags or []
+    if "/" in (dense_model := record.get("source", {}).get("model", "")):
+        data.base_model = dense_model  # a hub's name
     data.tags = [*known, *(tag for tag in TAGS if tag not in known)]
     parts = [_about(summary), _figures(summary), _training(record), SERVING]
     text = "\n".join(part for part in parts if part)

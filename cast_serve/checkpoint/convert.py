@@ -16,7 +16,7 @@ of 0.1.0 wrote the hashes to ``source``.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
 from cast_serve.checkpoint.foreign import SCALE_PARTS, read_linear
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 Int8 = Literal["int8"]
 WEIGHTS = (".weight", ".compressed")  # the tensor that stands for a target in its shard
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # not copied
 TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
 
 
@@ -69,7 +71,7 @@ def convert(
 
     Args:
         source: gated checkpoint, or an HF directory whose targets are 2:4 already, also in 8 bits
-            as foreign.py reads them; to quantise also a compressed directory.
+            as foreign.py reads them; to quantise also a compressed directory. Or its name on a hub.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
@@ -86,10 +88,8 @@ def convert(
             head is asked for without quantize, or a weight to quantise is Inf or NaN.
         PatternError: if the pattern is not 2:4, or a group of a target does not have it.
     """
-    if head and not quantize:
-        raise CheckpointError(f"--head {head} needs --quantize {head}; give both or none")
-    for folder in filter(None, (out, dense_twin)):
-        check_new(folder)
+    check_outputs([folder for folder in (out, dense_twin) if folder], quantize, head)
+    source = hub.fetch(source)
     directory = ModelDirectory(source)
     if directory.quantized and quantize:
         raise CheckpointError(
@@ -114,6 +114,20 @@ def convert(
     return summary
 
 
+def check_outputs(outputs: Sequence[Path], quantize: Int8 | None, head: Int8 | None) -> None:
+    """Refuses what `convert` would refuse whatever the source is.
+
+    Raises:
+        CheckpointError: as `convert` does.
+    """
+    if head and not quantize:
+        raise CheckpointError(f"--head {head} needs --quantize {head}; give both or none")
+    if len({folder.resolve() for folder in outputs}) < len(outputs):
+        raise CheckpointError(f"{outputs[0]} cannot be its own dense twin; name another directory")
+    for folder in outputs:
+        check_new(folder)
+
+
 def check_converted(
     source: Path, out: Path, *, quantize: Int8 | None = None, head: Int8 | None = None
 ) -> None:
@@ -128,6 +142,7 @@ def check_converted(
     Raises:
         CheckpointError: naming the shards or settings that differ.
     """
+    source = hub.fetch(source)
     record = read_record(out)
     recorded = record.get("converted_from")
     remedy = f"remove {out} and convert {source} again, or name another directory"
@@ -357,6 +372,6 @@ def _finish(
     """Copies the tokenizer and other small files; writes index, config and cast.json last."""
     for file in source.iterdir():
         is_ours = file.name in ("config.json", CAST_JSON) or ".safetensors" in file.name
-        if file.is_file() and not is_ours and file.suffix not in (".bin", ".pt", ".pth"):
+        if file.is_file() and not is_ours and file.suffix not in OTHER_WEIGHTS:
             shutil.copy2(file, folder / file.name)
     write_record(folder, record, config=config, weight_map=written)

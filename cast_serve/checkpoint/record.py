@@ -18,6 +18,7 @@ from typing import Any
 
 DISK_FULL = "No space left on device"
 CAST_JSON = "cast.json"
+ONLY_SHARD = "model.safetensors"  # what readers look for if there is no index
 FORMAT_VERSION = 1
 # The quant_method in config.json of a gated directory, whose weights are not pruned yet: with it
 # vLLM refuses to load them, and transformers warns.
@@ -133,7 +134,19 @@ def check_new(out: Path) -> None:
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or choose another output directory")
-    around = _existing(out.absolute().parent)
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Refuses an output that cannot be made, or not be written to if it is a directory.
+
+    Raises:
+        CheckpointError: naming what cannot be written.
+    """
+    path = out.absolute()
+    around = next(each for each in (path, *path.parents) if each.exists())
+    if not around.is_dir():
+        raise CheckpointError(f"{out} cannot be made: {around} is a file; choose another output")
     if not os.access(around, os.W_OK | os.X_OK):
         raise CheckpointError(
             f"{out} cannot be made: {around} cannot be written; choose another output directory"
@@ -203,15 +216,15 @@ def write_record(
         directory: holds every shard.
         content: what cast.json says; its own format_version and sha256 are replaced.
         config: config.json; None: it is written already.
-        weight_map: shard by tensor, for an index if there are several shards; None: it is written
-            already.
+        weight_map: shard by tensor, for an index if readers need one: for several shards, or one
+            that is called otherwise than model.safetensors; None: it is written already.
 
     Returns:
         cast.json's content.
     """
     names = [path.name for path in shards(directory)]
-    if weight_map is not None and len(names) > 1:
-        total = sum((directory / name).stat().st_size for name in names)
+    if weight_map is not None and names != [ONLY_SHARD]:
+        total = sum(_tensor_bytes(directory / name) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
     if config is not None:
@@ -223,6 +236,12 @@ def write_record(
     }
     _write_json(directory / CAST_JSON, record)
     return record
+
+
+def _tensor_bytes(shard: Path) -> int:
+    """The file without its header: 8 bytes with the length of the JSON behind them, and that."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

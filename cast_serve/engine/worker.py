@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import is_gated
 from cast_serve.engine.warmup import WarmUp, warm_up
@@ -76,7 +77,7 @@ def run(
     """Serves until SIGTERM or Ctrl-C.
 
     Args:
-        model: dense or compressed directory.
+        model: dense or compressed directory, or its name on a hub.
         name: the variant's name, which requests put in ``model``.
         host: address to listen on.
         port: TCP port to listen on.
@@ -90,6 +91,7 @@ def run(
         RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
+    model = hub.fetch(model)
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
     if is_gated(model):

@@ -56,3 +56,16 @@ def find_targets(
             f"no linear of the model can be {pattern}: {dense or 'it has no linears'}"
         )
     return targets, dense
+
+
+def check_expressions(expressions: Iterable[str]) -> None:
+    """Refuses what `find_targets` cannot search names for.
+
+    Raises:
+        PatternError: naming the expression.
+    """
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise PatternError(f"{expression!r} is no regular expression: {error}") from None

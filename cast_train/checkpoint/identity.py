@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint.models import check_directory
 
@@ -58,14 +59,14 @@ def of_inputs(
         there are any.
     """
     found: dict[str, Any] = {
-        "model": model_dir.resolve().name,
+        "model": hub.name_of(model_dir),
         "model_sha256": of_directory(model_dir),
         "text": [of_file(path) for path in text_files],
     }
     if heldout_file is not None:
         found["heldout"] = of_file(heldout_file)
     if teacher_dir is not None:
-        found["teacher"] = teacher_dir.resolve().name
+        found["teacher"] = hub.name_of(teacher_dir)
         found["teacher_sha256"] = of_directory(teacher_dir)
     return found
 

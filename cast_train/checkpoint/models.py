@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cast_serve.checkpoint.hub import PAPERS
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
@@ -43,7 +44,6 @@ from cast_train.gates.schedules import Phase
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "4GB"
-PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def write(
@@ -111,9 +111,18 @@ def load_dense(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         CheckpointError: if the directory is missing, lacks weights of the model, or is gated or
             compressed.
     """
+    check_dense(directory)
+    return load_unmasked(directory, dtype)
+
+
+def check_dense(directory: Path) -> None:
+    """Refuses what `load_dense` would, of which no weight need be read.
+
+    Raises:
+        CheckpointError: if the directory is missing, gated or compressed.
+    """
     if (kind := kind_of(directory)) in ("gated", "compressed"):
         raise CheckpointError(f"{directory} is {kind}; give the dense model that it was made of")
-    return load_unmasked(directory, dtype)
 
 
 def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -280,9 +289,7 @@ def check_directory(directory: Path) -> None:
         CheckpointError: if it is missing or has no config.json.
     """
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is no directory; give a downloaded model's directory (none is fetched)"
-        )
+        raise CheckpointError(f"{directory} is no directory; give a downloaded model's directory")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json, so it is no model directory")
 

@@ -70,7 +70,7 @@ def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bo
     if not partial.exists():
         return None
     if is_first:
-        _check(partial, wanted, is_resume)
+        check(partial, wanted, is_resume)
         for folder in _checkpoints(partial):
             if not (folder / COMPLETE).exists():
                 logger.warning("%s is not complete and is removed", folder)
@@ -79,7 +79,12 @@ def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bo
     return max(complete, key=step_of, default=None)
 
 
-def _check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
+def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
+    """Refuses an unfinished run that is not to be gone on with, or is another one.
+
+    Raises:
+        CheckpointError: as `find` does.
+    """
     if not is_resume:
         raise CheckpointError(
             f"{partial} holds an unfinished run; go on with --resume, or remove it"

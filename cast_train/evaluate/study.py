@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig, parse_assignments
@@ -95,7 +96,7 @@ def run(
     """Runs what is not in OUT/results.jsonl yet, and writes the report over all runs.
 
     Args:
-        model: dense HF directory.
+        model: dense HF directory, or its name on a hub.
         text_files: training text, UTF-8.
         heldout: text to measure on.
         out: directory; may hold an unfinished study of the same settings and files, see
@@ -119,8 +120,10 @@ def run(
     taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
     if taken:
         raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
+    report.check_matplotlib()
+    model = hub.fetch(model)
     names = {
-        "model": model.resolve().name,
+        "model": hub.name_of(model),
         "text": [path.name for path in text_files],
         "heldout": heldout.name,
         "settings": dict(settings),

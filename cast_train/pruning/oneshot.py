@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
-from cast_serve.sparsity.targets import find_targets
+from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import identity, models
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed
@@ -106,7 +107,7 @@ def write_pruned(
     """Prunes a dense directory into another one.
 
     Args:
-        model_dir: dense HF directory.
+        model_dir: dense HF directory, or its name on a hub.
         text_files: calibration text for wanda, sparsegpt and solving; its first
             `TrainConfig.calibration_blocks` are used.
         out: must not exist.
@@ -128,14 +129,18 @@ def write_pruned(
     if (method == MASK_OF_ANOTHER) != (mask_dir is not None):
         raise ValueError("method 'mask' and a directory to take the mask of belong together")
     pattern = Pattern.parse(sparsity)
+    check_expressions(exclude)
     check_new(out)
+    model_dir = hub.fetch(model_dir)
+    mask_dir = hub.fetch(mask_dir) if mask_dir else None
+    models.check_dense(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
-    model = models.load_dense(model_dir)
-    targets, _ = find_targets(model, pattern, exclude=exclude)
     blocks = torch.empty(0)
     has_fewer = zeros < pattern.zeros
     if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
+    model = models.load_dense(model_dir)
+    targets, _ = find_targets(model, pattern, exclude=exclude)
     kept_dense: list[str] = []
     if has_fewer:
         kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros)

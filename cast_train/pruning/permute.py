@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
@@ -301,7 +302,7 @@ def write_permuted(
     """A dense directory -> another one that computes the same.
 
     Args:
-        model_dir: dense HF directory.
+        model_dir: dense HF directory, or its name on a hub.
         text_files: calibration text; its first `TrainConfig.calibration_blocks` are used.
         out: must not exist.
 
@@ -313,6 +314,8 @@ def write_permuted(
     """
     pattern = Pattern.parse(sparsity)
     check_new(out)
+    model_dir = hub.fetch(model_dir)
+    models.check_dense(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
     blocks = oneshot.read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir, torch.float32)

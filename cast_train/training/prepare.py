@@ -78,12 +78,13 @@ def read_blocks(
     Raises:
         ValueError: if a file cannot be read or a text is too short.
     """
+    heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
     train, validation = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
     if heldout_file is None:
         return Blocks(train, validation, validation, "held-out split of the training text")
     num_tokens = config.heldout_blocks * config.block_size
-    tokens = tokenize(read_texts([heldout_file]), tokenizer, num_tokens)
+    tokens = tokenize(heldout_text, tokenizer, num_tokens)
     return Blocks(train, validation, to_blocks(tokens, config.block_size), heldout_file.name)
 
 

@@ -1,5 +1,6 @@
 """Dense model + text + TrainConfig -> a gated checkpoint: the steps of a training run.
 
+check    outputs, settings and optional packages, before anything is read or fetched
 read     text -> blocks; the inputs' identity -> is this run finished, new, or to be resumed?
 prepare  gates on the dense model, the teacher (prepare.py)
 fit      CastTrainer's steps, checkpoints in OUT.partial/
@@ -20,7 +21,15 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from cast_serve.checkpoint.record import check_new, verify
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.record import (
+    CAST_JSON,
+    CheckpointError,
+    check_new,
+    check_writable,
+    read_record,
+    verify,
+)
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -36,6 +45,7 @@ from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
 
 logger = logging.getLogger(__name__)
+ANOTHER_OUT = "choose another --out or remove it"
 
 
 def train(
@@ -51,7 +61,7 @@ def train(
     """Trains and writes a gated checkpoint.
 
     Args:
-        model_dir: dense HF directory.
+        model_dir: dense HF directory, or its name on a hub.
         text_files: UTF-8 training text.
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
             see resume.py.
@@ -72,11 +82,14 @@ def train(
         DivergedError: if the loss is not finite.
         StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
-    progress.check_reporter(config.report_to, f"report_to {config.report_to}")
-    if tensorboard_dir is not None:
-        progress.check_reporter("tensorboard", "--tensorboard")
-    elif config.report_to == "tensorboard":
+    if config.report_to == "tensorboard" and tensorboard_dir is None:
         tensorboard_dir = out.with_name(out.name + ".tensorboard")
+    partial = out.with_name(out.name + ".partial")
+    _check_outputs(out, partial, config, is_resume, tensorboard_dir)
+    model_dir = hub.fetch(model_dir)
+    teacher_dir = hub.fetch(teacher_dir) if teacher_dir else None
+    for directory in filter(None, (model_dir, teacher_dir)):
+        models.check_dense(directory)
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     run_identity = {
@@ -85,8 +98,6 @@ def train(
     }
     if out.exists():
         return _finished(out, run_identity)
-    check_new(out)  # that it could be made
-    partial = out.with_name(out.name + ".partial")
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
@@ -106,6 +117,25 @@ def train(
         )
         shutil.rmtree(partial)
     return record
+
+
+def _check_outputs(
+    out: Path, partial: Path, config: TrainConfig, is_resume: bool, tensorboard_dir: Path | None
+) -> None:
+    """Refuses what needs neither model nor text to be seen to be wrong."""
+    progress.check_reporter(config.report_to, f"report_to {config.report_to}")
+    if tensorboard_dir is not None:
+        progress.check_reporter("tensorboard", "--tensorboard")
+        check_writable(tensorboard_dir)
+    settings = {"config": config.as_dict()}
+    if out.exists():
+        if not (out / CAST_JSON).is_file():
+            raise CheckpointError(f"{out} exists and is no run's result; {ANOTHER_OUT}")
+        identity.check(read_record(out), settings, f"{out} exists and is another run", ANOTHER_OUT)
+        return
+    check_new(out)
+    if _rank() == 0 and partial.exists():
+        resume.check(partial, settings, is_resume)
 
 
 def _fit(
@@ -200,8 +230,7 @@ def _rank() -> int:
 def _finished(out: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a finished run, verified."""
     record = verify(out)
-    remedy = "choose another --out or remove it"
-    identity.check(record, run_identity, f"{out} exists and is another run", remedy)
+    identity.check(record, run_identity, f"{out} exists and is another run", ANOTHER_OUT)
     logger.info("%s is the finished result of this run; nothing to do", out)
     return record
 

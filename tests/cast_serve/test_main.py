@@ -14,6 +14,7 @@ from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.replica import Variant
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
+from tests.fake_hub import TOKEN, FakeHub
 
 Call = Callable[..., tuple[int, str, str]]  # exit status, stdout, stderr
 
@@ -108,8 +109,11 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
     ("words", "message"),
     [
         (["inspect", "nowhere"], "nowhere holds no model"),
-        (["convert", "nowhere", "out"], "nowhere holds no model"),
-        (["worker", "nowhere", "--name", "x"], "nowhere holds no model"),
+        (["convert", "nowhere", "out"], "nowhere is no directory, and no model's name on a hub"),
+        (["convert", "org/nowhere", "out"], "org/nowhere is no directory here, and it is not in"),
+        (["convert", ".", "out", "--private"], "--private needs --push-to-hub ORG/NAME"),
+        (["convert", ".", "out", "--dense-twin", "out"], "out cannot be its own dense twin"),
+        (["worker", "nowhere", "--name", "x"], "nowhere is no directory"),
         (["worker", "nowhere", "--name", "x", "--cores", "a"], "'a' is no list of CPU ids"),
         (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not open"),
         (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not open"),
@@ -126,7 +130,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         ),
         (["gateway", "--variant", "a=http://x", "--set", "port"], "'port' is not KEY=VALUE"),
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
-        (["up", "--variant", "a=nowhere"], "variant a: nowhere holds no model"),
+        (["up", "--variant", "a=nowhere"], "variant a: nowhere is no directory"),
         (["gateway", "--variant", "a=b"], "'b' is no URL"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
         (["gateway", "--variant", "a=http://x", "--fallback", "a"], "is not VARIANT=VARIANT"),
@@ -148,6 +152,57 @@ def test_wrong_use(
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_from_a_hub_and_to_it(
+    cast_serve: Call,
+    save_pruned: Save,
+    hub: FakeHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.add("org/pruned", save_pruned(tiny_llama()))
+    words = ("convert", "org/pruned", tmp_path / "out", "--push-to-hub", "tester/sparse")
+    code, out, err = cast_serve(*words, "--private")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["pushed_to"] == f"{hub.url}/tester/sparse"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.repos["tester/sparse"] == written
+    assert {"config.json", "cast.json", "README.md", "model.safetensors"} <= set(written)
+    assert hub.private == {"tester/sparse"}
+
+
+def test_a_directory_outlives_a_push_that_fails(
+    cast_serve: Call,
+    save_pruned: Save,
+    hub: FakeHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, made = save_pruned(tiny_llama()), tmp_path / "out"
+    words = ("convert", source, made, "--push-to-hub", "tester/sparse")
+    code, out, err = cast_serve(*words)
+    assert (code, out, "needs a token; set HF_TOKEN" in err) == (2, "", True)
+    assert not made.exists()  # it was seen before the conversion
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    code, out, _ = cast_serve(*words, "--dry-run")
+    assert (code, json.loads(out)) == (0, {"path": str(made), "dry_run": True})
+    assert not made.exists()
+    hub.refuses_commits = True
+    code, out, err = cast_serve(*words)
+    assert (code, out) == (1, "")
+    assert f"push it later: hf upload tester/sparse {made}" in err
+    assert cast_serve("inspect", made)[0] == 0
+    hub.refuses_commits = False
+    assert cast_serve(*words, "--resume")[0] == 0
+    assert set(hub.repos["tester/sparse"]) == {path.name for path in made.iterdir()}
+
+
+def test_a_worker_takes_a_hubs_name(cast_serve: Call, save_gated: Save, hub: FakeHub) -> None:
+    hub.add("org/gated", save_gated(tiny_llama()))
+    code, out, err = cast_serve("worker", "org/gated", "--name", "x")
+    assert (code, out, "is gated: convert it first" in err) == (2, "", True)
 
 
 # Of every setting a value that is not its default, as the environment has it.

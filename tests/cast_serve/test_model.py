@@ -13,6 +13,7 @@ from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.model import Int8Head, Linear24, load
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
+from tests.fake_hub import FakeHub
 
 Make = Callable[[], PreTrainedModel]
 MODELS = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -54,6 +55,12 @@ def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks \['model.norm.weight'\]"):
         load(tmp_path / "out")
+
+
+def test_a_hubs_name(save_gated: Save, hub: FakeHub, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out")
+    hub.add("org/sparse", tmp_path / "out")
+    assert torch.equal(load("org/sparse")(TOKENS).logits, load(tmp_path / "out")(TOKENS).logits)
 
 
 def test_unknown_tensors_are_named(save_gated: Save, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
         ({"tau_end_fraction": 0.9}, "the last steps must see the exact mask"),
         ({"include": "q_proj"}, "include is 'q_proj', but must be a valid list of strings"),
         ({"include": ["q_proj", 1]}, "include is 1, but must be a valid string"),
+        ({"exclude": ["*_proj"]}, "'*_proj' is no regular expression: nothing to repeat"),
         ({"steps": 0, "tau_end": 0.0}, "steps is 0, .*; tau_end is 0.0"),
     ],
 )

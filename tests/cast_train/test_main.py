@@ -149,6 +149,78 @@ def test_wrong_use_is_one_line_exit_2_and_nothing_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_hubs_name_is_taken_as_a_directory_is(
+    cast_train, llama_dir, text_file, settings_file, hub
+):
+    hub.add("org/dense", llama_dir)
+    asked = ("--model", "org/dense", "--text", text_file)
+    last_json(cast_train("run", *asked, "--out", "gated", "--config", settings_file, "--steps", 1))
+    assert json.loads(Path("gated/cast.json").read_text())["source"]["model"] == "org/dense"
+    last_json(cast_train("oneshot", *asked, "--method", "magnitude", "--out", "pruned"))
+    last_json(cast_train("permute", *asked, "--out", "permuted"))
+    words = ("--text", text_file, "--context", 32, "--tokens", 128)
+    found = last_json(cast_train("eval", "org/dense", *words, "--reference", "org/dense"))
+    assert (found["directory"], found["kl_nats_per_token"]) == ("org/dense", 0.0)
+    assert "model.safetensors" in hub.fetched()
+    hub.asked.clear()
+    last_json(cast_train("eval", llama_dir, *words))
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run --out text/out", "text/out cannot be made: {tmp_path}/text is a file"),
+        ("run --out out --tensorboard logs", "--tensorboard needs the package tensorboard"),
+        ("run --out text", "text exists and is no run's result; choose another --out"),
+        ("run --out out --config bad.toml", "'(' is no regular expression"),
+        ("run --out out --heldout gone.txt", "cannot read the text gone.txt"),
+        ("oneshot --out text/out --method wanda", "text/out cannot be made"),
+        ("oneshot --out out --method wanda --exclude (", "'(' is no regular expression"),
+        ("permute --out text/out", "text/out cannot be made"),
+        ("study --out out --heldout text", "a study's report needs matplotlib"),
+        ("eval . --losses .", "--losses . cannot be written; name another file"),
+    ],
+)
+def test_what_can_be_seen_to_be_wrong_is_said_before_the_model_is_loaded(
+    cast_train, llama_dir, text_file, tmp_path, monkeypatch, words, message
+):
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    for name in ("AutoModelForCausalLM.from_pretrained", "AutoModelForCausalLM.from_config"):
+        monkeypatch.setattr(f"cast_train.checkpoint.models.{name}", load)
+    for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "text").write_bytes(text_file.read_bytes())
+    (tmp_path / "bad.toml").write_text('include = ["("]')
+    command, *rest = words.split()
+    model = [] if command == "eval" else ["--model", llama_dir]
+    done = cast_train(command, *model, "--text", text_file, *rest)
+    assert done.exit_code == 2, done.output
+    assert message.format(tmp_path=tmp_path) in " ".join(done.stderr.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "bad.toml"}
+
+
+def test_a_result_of_other_settings_is_named_before_the_text_is_read(
+    cast_train, llama_dir, text_file, settings_file, tmp_path, monkeypatch
+):
+    words = ("run", "--model", llama_dir, "--text", text_file, "--config", settings_file)
+    last_json(cast_train(*words, "--out", "out", "--steps", 1))
+    (tmp_path / "new.partial").mkdir()
+    record = json.loads(Path("out/cast.json").read_text())
+    (tmp_path / "new.partial/run.json").write_text(json.dumps(record))
+
+    def read(*_):
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr("cast_train.training.run.read_blocks", read)
+    for out, is_what in (("out", "out exists and is another run"), ("new", "is another run")):
+        done = cast_train(*words, "--out", out, "--steps", 2, "--resume")
+        assert done.exit_code == 2
+        assert f"{is_what} (config.steps is 1, not 2)" in " ".join(done.stderr.split())
+
+
 def test_help_is_there_without_torch():
     code = "import sys; from cast_train.__main__ import app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

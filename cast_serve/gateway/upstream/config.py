@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cast_serve.checkpoint import hub
 from cast_serve.cores import parse_cores
 from cast_serve.gateway.settings import GatewaySettings
 
@@ -28,7 +29,9 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    dir: Path = Field(description="dense or compressed model directory")
+    dir: Path = Field(
+        description="dense or compressed model: a directory, or ORG/NAME[@REVISION] of a hub"
+    )
     cores: str | None = Field(
         default=None,
         description="CPU ids, as `0,2-3`; none: an equal share of those that no variant names",
@@ -83,10 +86,17 @@ def read_config(path: Path) -> ServeConfig:
         for key, value in config.gateway.items()
     }
     workers = {
-        name: worker.model_copy(update={"dir": folder / worker.dir})
+        name: worker.model_copy(update={"dir": _located(worker.dir, folder)})
         for name, worker in config.variant.items()
     }
     return ServeConfig(gateway=gateway, variant=workers)
+
+
+def _located(model: Path, folder: Path) -> Path:
+    """A directory beside the file, unless there is none and it may be a model's name on a hub."""
+    located = folder / model
+    is_name = hub.is_name(str(model).partition("@")[0])
+    return model if is_name and not located.exists() else located
 
 
 def settings_of(

@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 import httpx
 
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.cores import parse_cores
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import (
@@ -37,7 +39,8 @@ def local_variants(
 
     Args:
         workers: by the variant's name. Those without cores share what the others leave of this
-            process's equally, those without a port get a free one.
+            process's equally, those without a port get a free one. A `dir` that is a model's name
+            on a hub is fetched.
         vllm_flags: of every worker, after its own.
 
     Raises:
@@ -53,9 +56,7 @@ def local_variants(
             f"{' left' if taken else ''}; "
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
         )
-    for name, worker in workers.items():
-        if not (worker.dir / "config.json").is_file():
-            raise ValueError(f"variant {name}: {worker.dir} holds no model (no config.json)")
+    folders = {name: _fetched(name, worker.dir) for name, worker in workers.items()}
     share = len(left) // max(1, len(sharing))
     for index, name in enumerate(sharing):
         named[name] = left[index * share : (index + 1) * share]
@@ -65,7 +66,8 @@ def local_variants(
     for name, worker in workers.items():
         url = f"http://127.0.0.1:{worker.port or free.pop()}"
         flags = (*worker.vllm, *vllm_flags)
-        variants.append(Variant(name, [Replica(name, url, worker.dir, tuple(named[name]), flags)]))
+        replica = Replica(name, url, folders[name], tuple(named[name]), flags)
+        variants.append(Variant(name, [replica]))
     return variants
 
 
@@ -170,6 +172,16 @@ def end_logs(variants: Sequence[Variant], is_kept: bool) -> None:
 
 def _replicas(variants: Sequence[Variant]) -> list[Replica]:
     return [replica for variant in variants for replica in variant.replicas]
+
+
+def _fetched(name: str, model: Path) -> Path:
+    try:
+        folder = hub.fetch(model)
+    except CheckpointError as error:
+        raise ValueError(f"variant {name}: {error}") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
+    return folder
 
 
 def _checked_url(name: str, text: str) -> str:

@@ -154,6 +154,52 @@ def test_refuses_a_group_that_is_not_two_of_four(save_pruned: Save, tmp_path: Pa
     assert_refused(source, tmp_path, PatternError, message)
 
 
+def test_all_that_belongs_to_the_model_is_carried_over(save_pruned: Save, tmp_path: Path) -> None:
+    """Of a sharded source; other formats' weights are not copied."""
+    source = save_pruned(tiny_llama(), max_shard_size="20KB")
+    small = {
+        "generation_config.json": '{"do_sample": true, "temperature": 0.5}',
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "special_tokens_map.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "merges.txt": "a b",
+        "LICENSE": "terms",
+    }
+    for name, text in small.items():
+        (source / name).write_text(text)
+    for name in ("model.gguf", "model.onnx", "pytorch_model.bin"):
+        (source / name).write_bytes(b"other weights")
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    for folder in (tmp_path / "out", tmp_path / "twin"):
+        assert {name: (folder / name).read_text() for name in small} == small
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        tensors = all_tensors(folder)
+        assert set(index["weight_map"]) == set(tensors)
+        assert len(set(index["weight_map"].values())) > 1
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        assert index["metadata"]["total_size"] == total
+        assert not [path for path in folder.iterdir() if path.read_bytes() == b"other weights"]
+
+
+def test_a_shard_of_gates_alone_leaves_an_index_behind(save_gated: Save, tmp_path: Path) -> None:
+    """What is left then is one shard with another name than readers look for."""
+    source = save_gated(tiny_llama())
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    hashes = {}
+    for number, is_gate in ((1, False), (2, True)):
+        name = f"model-{number:05}-of-00002.safetensors"
+        part = {key: t for key, t in tensors.items() if key.endswith(".gate") == is_gate}
+        save_file(part, source / name, metadata={"format": "pt"})
+        hashes[name] = sha256(source / name)
+    edit_json(source / "cast.json", sha256=hashes)
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    assert len(list((tmp_path / "twin").glob("*.safetensors"))) == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, tensors["model.norm.weight"])
+
+
 def test_refuses_a_changed_shard(save_gated: Save, tmp_path: Path) -> None:
     source = save_gated(tiny_llama())
     tensors = all_tensors(source)
@@ -191,8 +237,10 @@ def test_refuses_a_missing_gate(save_gated: Save, tmp_path: Path) -> None:
 
 
 def test_refuses_folders_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no config.json"):
+    with pytest.raises(CheckpointError, match="nowhere is no directory"):
         convert(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="there is no config.json"):
+        convert(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(CheckpointError, match="is not readable JSON"):
         convert(tmp_path, tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.record import (
     CheckpointError,
@@ -55,7 +55,8 @@ def test_a_new_directory_is_whole_and_readable_by_all(written: Path) -> None:
     index = read_json(written / "model.safetensors.index.json")
     assert index["weight_map"] == {"a": "a.safetensors", "b": "b.safetensors"}
     shards = (written / "a.safetensors", written / "b.safetensors")
-    assert index["metadata"] == {"total_size": sum(shard.stat().st_size for shard in shards)}
+    num_bytes = sum(t.nbytes for shard in shards for t in load_file(shard).values())
+    assert index["metadata"] == {"total_size": num_bytes}
     assert {stat.S_IMODE(path.stat().st_mode) for path in written.iterdir()} == {0o644}
     assert stat.S_IMODE(written.stat().st_mode) == 0o755
 

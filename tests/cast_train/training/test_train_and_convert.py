@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from cast_serve.checkpoint.convert import convert
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
+from tests.fake_hub import fake_hub
 
 SCRIPT = Path(__file__).parents[3] / "scripts/train-and-convert"
 
@@ -32,6 +33,40 @@ def test_a_flag_without_its_value_is_named(flag, words):
     done = call(*words.split())
     assert done.returncode == 2
     assert f"train-and-convert: {flag} needs a value; see --help" in done.stderr
+
+
+def test_what_conversion_would_refuse_is_refused_before_training(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
+    for name, value in (("HF_TOKEN", "hf_unknown"), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    words = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
+    for flags, message in (
+        (("--quantize", "int4"), "'int4' is not one of"),
+        (("--push-to-hub", "tester/sparse"), "HF_HUB_OFFLINE is set; unset it"),
+    ):
+        done = call(*words, *flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in " ".join(done.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trains_a_hubs_model_and_pushes_the_result(
+    llama_dir, text_file, settings_file, tmp_path, monkeypatch
+):
+    with fake_hub() as hub:
+        hub.add("org/dense", llama_dir)
+        for name, value in {**hub.environment, "HF_HOME": str(tmp_path / "home")}.items():
+            monkeypatch.setenv(name, value)
+        words = ["--model", "org/dense", "--text", text_file, "--out", tmp_path / "sparse"]
+        words += ["--config", settings_file, "--steps", 1, "--push-to-hub", "tester/sparse"]
+        done = call(*words, "--private")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["num_sparse_layers"] == 14
+        written = {path.name: path.read_bytes() for path in (tmp_path / "sparse").iterdir()}
+        assert hub.repos["tester/sparse"] == written
+        assert hub.private == {"tester/sparse"}
+        assert b"base_model: org/dense\n" in written["README.md"]
 
 
 def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):

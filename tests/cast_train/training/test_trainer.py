@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_run_again(llama_dir, text_file, config, tmp_path,
         train(llama_dir, [text_file], tmp_path / "out", other)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="is no checkpoint's record"):
+    with pytest.raises(CheckpointError, match="is no run's result"):
         train(llama_dir, [text_file], tmp_path / "out", config)
 
 

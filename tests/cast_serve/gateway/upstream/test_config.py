@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[4]
 def test_the_documentations_example_is_read(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.+?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
     (tmp_path / "serve.toml").write_text(example)
+    for name in ("dense", "sparse"):
+        (tmp_path / "models" / name).mkdir(parents=True)
     config = read_config(tmp_path / "serve.toml")
     settings = settings_of(config.gateway, {}, [])
     assert (settings.port, settings.max_queued) == (8000, 64)
@@ -19,6 +21,16 @@ def test_the_documentations_example_is_read(tmp_path: Path) -> None:
     assert (dense.dir, dense.cores, dense.port) == (tmp_path / "models/dense", "0", None)
     assert dense.vllm == ("--max-model-len", "2048")
     assert (sparse.dir, sparse.cores, sparse.port) == (tmp_path / "models/sparse", None, 8011)
+
+
+def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path) -> None:
+    (tmp_path / "org/here").mkdir(parents=True)
+    names = ("org/here", "org/there@v1", "/org/there", "there")
+    tables = (f"[variant.v{i}]\ndir = '{name}'\n" for i, name in enumerate(names))
+    (tmp_path / "serve.toml").write_text("".join(tables))
+    found = [worker.dir for worker in read_config(tmp_path / "serve.toml").variant.values()]
+    beside = [tmp_path / "org/here", Path("org/there@v1"), Path("/org/there"), tmp_path / "there"]
+    assert found == beside
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from cast_serve.gateway.upstream.replica import (
 )
 from cast_serve.gateway.upstream.supervisor import VariantError
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
+from tests.fake_hub import FakeHub
 
 pytestmark = pytest.mark.anyio
 
@@ -257,6 +258,14 @@ def test_more_variants_than_cores_are_refused(model: Path, monkeypatch: pytest.M
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variant dense: .* holds no model"):
         local_variants({"dense": WorkerConfig(dir=tmp_path)})
+
+
+def test_a_hubs_name_is_fetched(hub: FakeHub) -> None:
+    hub.repos["org/model"] = {"config.json": b"{}", "model.safetensors": b""}
+    (variant,) = local_variants({"dense": WorkerConfig(dir=Path("org/model"))})
+    found = variant.replicas[0].model
+    assert found is not None
+    assert (found / "config.json").read_bytes() == b"{}"
 
 
 def test_the_worker_is_told_its_name_port_cores_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,113 @@
+"""A model directory, text and questions -> its figures, alone or paired with a reference's."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cast_serve.checkpoint import hub
+from cast_serve.questions import read_questions
+from cast_train.checkpoint import models
+from cast_train.evaluate import choices as answered
+from cast_train.evaluate.perplexity import (
+    mean_divergence,
+    paired_difference,
+    perplexity,
+    soft_and_hard,
+)
+from cast_train.evaluate.precision import arithmetic
+from cast_train.text import read_texts, to_blocks, tokenize
+
+
+def evaluate(
+    directory: Path,
+    text: Sequence[Path],
+    context: int = 512,
+    max_tokens: int = 16384,
+    reference: Path | None = None,
+    choices: Sequence[Path] = (),
+    limit: int | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[dict[str, Any], list[float]]:
+    """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard).
+
+    Args:
+        directory: dense, gated, pruned or compressed; or a model's name on a hub.
+        text: UTF-8 files.
+        context: tokens of one sequence.
+        max_tokens: to read from the text.
+        reference: what KL, perplexity and accuracy are measured against, paired.
+        choices: files of questions, JSONL.
+        limit: questions from each file's beginning; None: all.
+        say: is given each finding in words.
+
+    Returns:
+        the figures, as `cast-train eval` prints them; the loss of every block, nats a token.
+
+    Raises:
+        CheckpointError: if a directory cannot be read.
+        ValueError: if the reference is gated, or text or questions cannot be used.
+    """
+    folder = hub.fetch(directory)
+    dense_folder = hub.fetch(reference) if reference is not None else None
+    if dense_folder is not None and models.kind_of(dense_folder) == "gated":
+        raise ValueError(
+            f"--reference {reference} is a gated checkpoint; give the dense model, or what "
+            "cast-serve convert makes of the checkpoint"
+        )
+    kind = models.kind_of(folder)
+    tokenizer = models.load_tokenizer(folder)
+    blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)
+    questions = {path.stem: read_questions(path, limit) for path in choices}
+    figures: dict[str, Any] = {}
+    if kind == "gated":
+        model, gate_map, last = models.load_gated(folder, arithmetic())
+        soft, hard = soft_and_hard(model, gate_map, last, blocks)
+        say(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
+        figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
+    else:
+        model = models.load_any(folder, arithmetic())
+        hard = perplexity(model, blocks)
+        say(f"{directory}: perplexity {hard.perplexity:.2f}")
+        figures = {"perplexity": hard.perplexity}
+    figures["stderr_nats"] = hard.stderr_nats
+    if dense_folder is not None:
+        dense = models.load_any(dense_folder, arithmetic())
+        figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
+        say(f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token")
+        difference, stderr = paired_difference(hard, perplexity(dense, blocks))
+        figures["nats_above_reference"] = difference
+        figures["nats_above_reference_stderr"] = stderr
+        error = "" if stderr is None else f" +- {stderr:.4f}"
+        say(
+            f"log perplexity above {reference}'s: {difference:.4f}{error} nats a token, that "
+            f"is {math.exp(difference):.3f} times its perplexity"
+        )
+    for name, asked in questions.items():
+        accuracy = answered.choice_accuracy(model, tokenizer, asked)
+        figures[name] = accuracy.about()
+        say(
+            f"{name}: acc {accuracy.acc:.3f} +- {accuracy.acc_stderr:.3f}, acc_norm "
+            f"{accuracy.acc_norm:.3f} +- {accuracy.acc_norm_stderr:.3f}, chance "
+            f"{accuracy.chance:.3f}, n={accuracy.num_questions}"
+        )
+        if dense_folder is not None:
+            of_reference = answered.choice_accuracy(dense, tokenizer, asked)
+            difference, error_of_it = answered.paired_difference(accuracy, of_reference)
+            figures[name] |= {
+                "acc_norm_reference": of_reference.acc_norm,
+                "acc_norm_above_reference": difference,
+                "acc_norm_above_reference_stderr": error_of_it,
+            }
+            say(
+                f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
+                f"{difference:+.3f} +- {error_of_it:.3f}"
+            )
+    found = {
+        "directory": str(directory),
+        "kind": kind,
+        **figures,
+        "num_tokens": hard.num_tokens,
+        "context_tokens": hard.context_tokens,
+    }
+    return found, list(hard.block_losses)
