@@ -158,4 +158,6 @@ def directories_at(url: str, api_key: str | None = None) -> dict[str, dict[str, 
         found = response.json()["models"] if response.is_success else {}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: about for name, about in found.items() if isinstance(about, dict)}

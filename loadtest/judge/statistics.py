@@ -8,9 +8,8 @@ Every ratio above 1 favours the candidate: baseline / candidate for times, candi
 rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
 block pairs, or over launches of the servers if there are several (cast_serve/intervals.py). A
 percentile beyond which not even one request is expected has no interval, and below
-`MIN_BLOCK_PAIRS` nothing has one. *ratio* compares the two
-blocks' medians of each block pair alone. *drift* compares the blocks of each variant alone, one
-after the other within a launch.
+`MIN_BLOCK_PAIRS` nothing has one. *ratio* compares the two blocks' medians of each block pair
+alone. *drift* compares the blocks of each variant alone, one after the other within a launch.
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the

@@ -48,7 +48,9 @@ def _perplexity(directory: Mapping[str, Any]) -> str:
     quality = directory.get("quality")
     if not quality:
         return "not measured"
-    before = f" before {directory['quantized']}" if quality["is_before_quantizing"] else ""
+    if quality.get("perplexity") is None:
+        return "infinite"
+    before = f" before {directory['quantized']}" if quality.get("is_before_quantizing") else ""
     text = f"{quality['perplexity']:.4g}{before}"
     if quality.get("text") and quality.get("num_tokens"):
         text += f" ({quality['text']}, {quality['num_tokens']:,} tokens)"

@@ -107,7 +107,7 @@ def test_what_is_known_of_this_machine_and_of_a_model(tmp_path: Path) -> None:
 
 def test_what_our_gateway_tells_about_directories(serve_app: ServeApp) -> None:
     app = FastAPI()
-    content: dict[str, Any] = {"models": {"sparse": {"path": "runs/sparse"}}}
+    content: dict[str, Any] = {"models": {"sparse": {"path": "runs/sparse"}, "other": 3}}
 
     @app.get("/v1/comparison")
     def comparison(request: Request) -> Response:

@@ -39,8 +39,9 @@ def describe_directory(path: Path) -> dict[str, Any]:
         `path`; `model` (what it was trained from, else the directory's name); `kind`, `pattern` and
         `quantized` as cast.json has them; `zeros` (share, of the linears that were pruned or could
         have been); `bits_per_weight` (stored for each of their weights, zeros counted); `quality`
-        (`perplexity`, `text`, `num_tokens`, `context_tokens`, and `is_before_quantizing`). Each is
-        None where it is not known; `problem` says why if the directory cannot be read.
+        (`perplexity`, None if it is infinite, `text`, `num_tokens`, `context_tokens` and
+        `is_before_quantizing`). Each is None where it is not known; `problem` says why if the
+        directory cannot be read.
     """
     found: dict[str, Any] = {
         "path": str(path),
@@ -51,10 +52,12 @@ def describe_directory(path: Path) -> dict[str, Any]:
     try:
         record = read_record(path) if (path / CAST_JSON).is_file() else {}
         return {**found, **_told(record), **_counted(path, record)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # CheckpointError, or a file that is JSON of another shape; serving does not need it.
-        logger.warning("what %s holds cannot be shown: %s", path, error)
-        return {**found, "problem": str(error)}
+    except Exception as error:  # whatever the files hold: this only shows it
+        problem = str(error)
+        if not isinstance(error, CheckpointError):
+            problem = f"{path} is not as expected ({error!r}); check it by cast-serve inspect"
+        logger.warning("the dashboard cannot show a model: %s", problem)
+        return {**found, "problem": problem}
 
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:
@@ -72,8 +75,9 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
         found["model"] = source
     quality = record.get("quality")
     if quality and "perplexity_hard" in quality:
+        perplexity = float(quality["perplexity_hard"])
         found["quality"] = {
-            "perplexity": float(quality["perplexity_hard"]),
+            "perplexity": perplexity if math.isfinite(perplexity) else None,
             **{key: quality.get(key) for key in ("text", "num_tokens", "context_tokens")},
             "is_before_quantizing": found["quantized"] is not None,
         }

@@ -34,6 +34,8 @@ def test_of_a_directory_all_is_known(is_before: bool, before: str) -> None:
 
 def test_what_was_not_measured_is_told_from_what_was_not_recorded() -> None:
     assert cells({**DIRECTORY, "quality": None}, {})["perplexity"] == "not measured"
+    infinite = {**DIRECTORY, "quality": {"perplexity": None}}
+    assert cells(infinite, {})["perplexity"] == "infinite"
     found = cells({}, LABELS)  # served by URL
     assert (found["perplexity"], found["bits a weight"]) == ("not recorded", "9")
     assert cells({}, {**LABELS, "dense_weight_bytes": "0"})["bits a weight"] == "not known"

@@ -30,6 +30,7 @@ function perplexity({ model }) {
   if (model == null) return null;
   if (isElsewhere(model)) return "not known";
   if (!model.quality) return UNMEASURED;
+  if (model.quality.perplexity == null) return "infinite";
   const before = model.quality.is_before_quantizing ? ` before ${model.quantized}` : "";
   return `${number(model.quality.perplexity)}${before}`;
 }

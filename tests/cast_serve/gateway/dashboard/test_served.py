@@ -52,8 +52,10 @@ def test_quality_stands_beside_speed(url: str, watched: Watched) -> None:
 def test_a_directory_that_cannot_be_read_is_told(
     url: str, gateway: FakeGateway, watched: Watched
 ) -> None:
+    gateway.models["dense"]["quality"] = {"perplexity": None}
     gateway.models["sparse"] |= {"quality": None, "zeros": None, "problem": "<b>cast.json</b>"}
     page = watched.page
     page.goto(url)
     card = page.locator("#sparsity [data-variant=sparse]")
     expect(card.locator(".error")).to_have_text("Error: <b>cast.json</b>")
+    expect(page.locator("#sparsity [data-variant=dense]")).to_contain_text("Perplexityinfinite")
