@@ -25,7 +25,7 @@ wheel: setup  # dist/*.whl with compiled CPU kernels, whose installing needs no 
 packages:  # as root, the system packages that are missing
 	@scripts/install-packages || echo "make: going on; the tests that need what is missing are skipped, as pytest's summary says" >&2
 
-test: packages data  # in two processes, see tests/conftest.py; pictures of the dashboard land in build/artifacts
+test: packages data  # in two processes, see tests/conftest.py; pictures of dashboard and report land in build/artifacts
 	CAST_ARTIFACTS=build/artifacts OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --no-loadscope-reorder
 
 lint: setup

@@ -44,6 +44,7 @@ def provenance(
         "versions": versions(),
         "machine": {**machine(), "load_average": [load_average, os.getloadavg()[0]]},
         "served": served_at(url, api_key),
+        "directories": directories_at(url, api_key),
         "models": {name: hashes_of(directory) for name, directory in models.items()},
     }
 
@@ -143,3 +144,20 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
         if family.name == "cast_variant_info"
         for sample in family.samples
     }
+
+
+def directories_at(url: str, api_key: str | None = None) -> dict[str, dict[str, Any]]:
+    """By variant: what our gateway says of the directory it serves; empty of another server."""
+    try:
+        response = httpx.get(
+            f"{url.rstrip('/')}/v1/comparison",
+            headers=authorization(api_key),
+            timeout=5,
+            trust_env=False,
+        )
+        found = response.json()["models"] if response.is_success else {}
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: about for name, about in found.items() if isinstance(about, dict)}

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from cast_serve.gateway.api import openapi, paths
 from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.compare.models import describe
 from cast_serve.gateway.dashboard import page
 from cast_serve.gateway.metrics import CONTENT_TYPE
 from cast_serve.gateway.middleware import tracing
@@ -131,16 +132,19 @@ def create_app(
         redirect_slashes=False,  # a redirect would go where the Host header says
     )
     app.state.gateway = gateway
-    models = [*proxy.variants, *proxy.router.split]
-    app.openapi = lambda: openapi.describe(app, models)  # type: ignore[method-assign]
+    names = [*proxy.variants, *proxy.router.split]
+    app.openapi = lambda: openapi.describe(app, names)  # type: ignore[method-assign]
 
     for path in (*PROXIED, COMPARE):
         app.add_api_route(path, proxy.answer, methods=["POST"])
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
 
+    models = describe(variants)
+
     @app.get("/v1/comparison")
     async def comparison() -> dict[str, Any]:
-        return proxy.comparison.snapshot()
+        own = {"shadow_fraction": settings.shadow_fraction, "models": models}
+        return {**proxy.comparison.snapshot(), **own}
 
     @app.get("/livez")
     async def livez() -> Response:

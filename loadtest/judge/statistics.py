@@ -7,9 +7,9 @@ known. Percentiles always come with their n.
 Every ratio above 1 favours the candidate: baseline / candidate for times, candidate / baseline for
 rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
 block pairs, or over launches of the servers if there are several (cast_serve/intervals.py). A
-percentile beyond which not even one request is expected has no interval. *ratio* compares the two
-blocks' medians of each block pair alone. *drift* compares the blocks of each variant alone, one
-after the other within a launch.
+percentile beyond which not even one request is expected has no interval, and below
+`MIN_BLOCK_PAIRS` nothing has one. *ratio* compares the two blocks' medians of each block pair
+alone. *drift* compares the blocks of each variant alone, one after the other within a launch.
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the
@@ -36,6 +36,7 @@ from loadtest.record import Block, Recorded, Request
 
 TIMES = ("ttft", "tpot", "itl", "e2e")
 THROUGHPUT = "output_tokens_per_s"
+MIN_BLOCK_PAIRS = 4
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -111,6 +112,8 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
             [_goodput_of(recorded, block, slo) for block in baseline_blocks],
             resamples,
         )
+    if len(pairs) < MIN_BLOCK_PAIRS:
+        found = {name: replace(ratio, low=None, high=None) for name, ratio in found.items()}
     return found
 
 

@@ -77,6 +77,12 @@ class Guard:
             raise ValueError(f"allow_void is {given['allow_void']!r}; give true or false")
         return cls(**given)
 
+    @property
+    def is_set(self) -> bool:
+        """Whether it limits speed or quality; without, a sound run has passed nothing."""
+        limits = (self.min_token_agreement, self.max_accuracy_loss)
+        return bool(self.min_speedup or self.max_slowdown) or limits != (None, None)
+
     def about(self) -> dict[str, Any]:
         """As run.json has it; `of` reads it again."""
         return asdict(self)
@@ -115,6 +121,7 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         checks += [*_agreement(result, guard), *_accuracy(result, guard)]
     return {
         "passed": all(check.passed for check in checks),
+        "has_guard": guard.is_set,
         "checks": [asdict(check) for check in checks],
     }
 
@@ -205,6 +212,10 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
 def _unknown(metric: str, result: Mapping[str, Any]) -> str:
     if metric == "goodput" and not result["slo"]:
         return "no goodput was asked for; give --slo-ttft-ms or --slo-tpot-ms"
+    if result["speedups"].get(metric, {}).get("ratio"):
+        return (
+            "has no interval: too few block pairs or requests; give more --blocks, or a longer run"
+        )
     return "cannot be told: too many requests failed"
 
 

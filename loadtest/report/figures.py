@@ -137,7 +137,7 @@ def speedups(axes: Any, result: dict[str, Any]) -> str:
     axes.set_title(f"speed-up: above 1, {result['candidate']} is better")
     found = [row for row in rows(result) if row.interval]
     if not found:
-        return _empty(axes, "Too many requests failed.")
+        return _empty(axes, "No speed-up has an interval.")
     for place, row in enumerate(found):
         ratio, low, high = row.interval or (1.0, 1.0, 1.0)
         colour = BETTER if low > 1 else WORSE if high < 1 else SAME
@@ -152,13 +152,15 @@ def speedups(axes: Any, result: dict[str, Any]) -> str:
 
 
 def block_pairs(axes: Any, result: dict[str, Any], metric: str) -> str:
-    """Each block pair's ratio, and the run's with its interval."""
+    """Each block pair's ratio, and the run's with its interval if it has one."""
     axes.set_title(f"{RATIO_NAMES[metric]}: above 1, {result['candidate']} is better")
     per_pair = result["ratio"][metric]["per_block_pair"]
     speedup = result["speedups"].get("throughput" if metric == THROUGHPUT else f"{metric}_p50")
-    if not per_pair or not speedup or None in speedup.values():
+    if not per_pair or not speedup or speedup["ratio"] is None:
         return _empty(axes, "Too many requests failed.")
-    axes.axhspan(speedup["low"], speedup["high"], color=COLOURS[1], alpha=0.15, linewidth=0)
+    has_interval = None not in speedup.values()
+    if has_interval:
+        axes.axhspan(speedup["low"], speedup["high"], color=COLOURS[1], alpha=0.15, linewidth=0)
     axes.axhline(speedup["ratio"], color=COLOURS[1], linewidth=1.5)
     axes.axhline(1, color="grey", linewidth=1, linestyle="--")
     axes.plot(range(1, len(per_pair) + 1), per_pair, "o", color=COLOURS[1], markersize=5)
@@ -166,7 +168,8 @@ def block_pairs(axes: Any, result: dict[str, Any], metric: str) -> str:
     axes.set(xlabel="block pair", ylabel="ratio", xlim=(0.5, len(per_pair) + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
     dots = "each pair alone" if metric == THROUGHPUT else "each pair's medians"
-    return f"Line and band: {times(speedup)} over the whole run. Dots: {dots}."
+    line = "Line and band" if has_interval else "Line"
+    return f"{line}: {times(speedup)} over the whole run. Dots: {dots}."
 
 
 def drift(axes: Any, recorded: Recorded, result: dict[str, Any], metric: str) -> str:

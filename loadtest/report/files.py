@@ -9,10 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loadtest.quality import models
 from loadtest.record import Recorded
 from loadtest.report import figures, html
 from loadtest.report.directory import new_directory
-from loadtest.report.words import facts, markdown_table, notes, quality_texts, rows
+from loadtest.report.words import (
+    facts,
+    guard_rails,
+    markdown_table,
+    notes,
+    origin,
+    quality_texts,
+    rows,
+    title,
+    verdict,
+)
 
 WRITTEN = "result.json, report.html, report.md and report.png, from run.json and requests.jsonl"
 
@@ -38,17 +49,20 @@ def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -
 
 def markdown_of(result: dict[str, Any]) -> str:
     """The result for a pull request or a wiki."""
-    lines = [f"# {result['headline']}", ""]
+    lines = [f"# {title(result)}", "", origin(result), ""]
     lines += [f"> **{warning}**\n" for warning in result["warnings"]]
-    lines += [f"**{'Passed' if result['passed'] else 'NOT PASSED'}**", ""]
+    lines += [f"**{verdict(result)}**: {result['headline']}", ""]
+    lines += [*(f"- {text}" for text in guard_rails(result)), ""]
+    columns = ("model of", result["baseline"], result["candidate"])
+    lines += [*markdown_table(columns, models.rows(result)), ""]
     if result["num_requests"]:
-        columns = ("", result["baseline"], result["candidate"], "speed-up")
+        names = ("", result["baseline"], result["candidate"], "speed-up")
         cells = [(row.label, row.baseline, row.candidate, row.speedup) for row in rows(result)]
-        lines += [*markdown_table(columns, cells), ""]
+        lines += [*markdown_table(names, cells), ""]
         lines += [f"{note}\n" for note in notes(result)]
         lines += ["![distributions and block pairs](report.png)", ""]
     lines += [f"{text}\n" for text in quality_texts(result)]
-    lines += ["## Verdict", ""]
+    lines += ["## Checks", ""]
     for check in result["verdict"]["checks"]:
         state = "passed" if check["passed"] else "**NOT PASSED**"
         lines.append(f"- {state}: {check['name']}: {check['why']}")

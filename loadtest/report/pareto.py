@@ -17,7 +17,7 @@ from loadtest.judge.statistics import THROUGHPUT
 from loadtest.record import RUN_FILE, Recorded
 from loadtest.report import figures, html
 from loadtest.report.result import result_of
-from loadtest.report.words import markdown_table
+from loadtest.report.words import markdown_table, verdict
 
 CHART_INCHES = (7.0, 4.4)
 
@@ -52,6 +52,7 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
         result = result_of(run)
         found[name] = {
             "passed": result["passed"],
+            "verdict": verdict(result),
             "headline": result["headline"],
             "warnings": result["warnings"],
             "tpot_p50": result["speedups"].get("tpot_p50"),
@@ -118,7 +119,7 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = ["run"]
     columns += [f"{variant}, per user" for variant in variants]
     columns += [f"{variant}, all" for variant in variants]
-    columns += ["passed", ""]
+    columns += ["verdict", "in a sentence"]
     lines = []
     for name, found in sweep["runs"].items():
         own = {p["variant"]: p for p in sweep["points"] if p["run"] == name}
@@ -128,7 +129,7 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             for variant in variants
         ]
         cells = ["-" if value is None else f"{value:.1f}" for value in values]
-        lines.append([name, *cells, "yes" if found["passed"] else "NO", found["headline"]])
+        lines.append([name, *cells, found["verdict"], found["headline"]])
     return columns, lines
 
 

@@ -5,13 +5,14 @@ Their speed-ups can: each compares two variants on the same machine at the same 
 became *worse* if the new interval lies wholly below the old one, *better* if wholly above.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from cast_serve.intervals import SEED, Ratio
-from loadtest.judge.statistics import THROUGHPUT, TIMES, speedups
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS, THROUGHPUT, TIMES, speedups
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from loadtest.report.words import rows, times
@@ -26,9 +27,9 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
 
     Returns:
         `changes`: by name of the speed-up, `old` and `new` and `change`, new over old, all with
-        intervals, and `verdict`: worse, better or same, None where failed requests hide it;
-        `differences`: settings that are not the same; `warnings`: of both runs; `num_worse`: number
-        of speed-ups that became worse; `old` and `new`: their times and rates.
+        intervals, and `verdict`: worse, better or same, None where failed requests or too few block
+        pairs hide it; `differences`: settings that are not the same; `warnings`: of both runs;
+        `num_worse`: number of speed-ups that became worse; `old` and `new`: their times and rates.
     """
     sides = [(run, speedups(run)) for run in (old, new)]
     num_pairs = min(len(run.pairs) for run in (old, new))
@@ -43,6 +44,8 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
                 after.resampled / shuffled(before.resampled),
                 num_pairs,
             )
+        if num_pairs < MIN_BLOCK_PAIRS:
+            change = replace(change, low=None, high=None)
         changes[name] = {
             "old": before.about(),
             "new": after.about(),

@@ -28,6 +28,7 @@ KEPT = (
 LATER = (
     "machine",
     "models",
+    "directories",
     "quality_source",
 )  # likewise, but records of 2026-11-25 and before do not have them
 

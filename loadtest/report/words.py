@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES, num_needed
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES, THROUGHPUT, TIMES, num_needed
 
-MIN_BLOCK_PAIRS = 4
 MAX_DRIFT = 0.10
 MIN_BUSY_S = 10.0  # of a block in a closed loop
+SOUNDNESS = ("error_rate", "unequal_lengths", "void")  # checked in any run
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 
 Result = Mapping[str, Any]
@@ -37,6 +37,43 @@ class Row:
     speedup: str
     interval: tuple[float, float, float] | None
     n: tuple[int, int] | None
+
+
+def title(result: Result) -> str:
+    """What was compared."""
+    return f"{result['candidate']} against {result['baseline']}"
+
+
+def origin(result: Result) -> str:
+    """When and where the run was made."""
+    machine = result["machine"]
+    where = "machine not recorded"
+    if machine:
+        where = f"{machine['cpu']}, {len(machine['cores'])} cores"
+    return f"Load test of {result['date'][:16].replace('T', ' ')} UTC, {where}"
+
+
+def verdict(result: Result) -> str:
+    """PASSED only where a guard rail was set that could have failed."""
+    if not result["passed"]:
+        return "NOT PASSED"
+    return "PASSED" if result["verdict"]["has_guard"] else "NO GUARD RAIL SET"
+
+
+def guard_rails(result: Result) -> list[str]:
+    """What the verdict rests on, a line each: the limits that were set, and whatever failed."""
+    checks = result["verdict"]["checks"]
+    found = [
+        f"{'held' if check['passed'] else 'NOT HELD'}: {check['name']}: {check['why']}"
+        for check in checks
+        if check["name"] not in SOUNDNESS or not check["passed"]
+    ]
+    if not result["verdict"]["has_guard"]:
+        found.append(
+            "No limit on speed or quality was set (--guard FILE); checked was only that requests "
+            "were answered, answers have equal lengths and the harness kept up."
+        )
+    return found
 
 
 def headline(result: Result) -> str:

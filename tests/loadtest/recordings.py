@@ -1,11 +1,12 @@
 """Figures -> recorded runs, made by hand or from a seed."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from loadtest.record import Recorded, Request
+from loadtest.record import Recorded, Request, joined
 
 PLAN = {
     "baseline": "dense",
@@ -101,6 +102,13 @@ def two_pairs(**changes: Any) -> Recorded:
             for ttft_s in block_ttfts_s
         ]
     return recorded(found, **changes)
+
+
+def four_pairs(**changes: Any) -> Recorded:
+    """The two pairs of `two_pairs` twice, which are enough for intervals."""
+    pairs = two_pairs(**changes)
+    twice = joined([pairs, pairs], pairs.about)
+    return Recorded(twice.about, tuple(replace(each, launch=0) for each in twice.requests))
 
 
 def broken_runs() -> list[Recorded]:

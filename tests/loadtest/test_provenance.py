@@ -4,15 +4,15 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from typer.testing import CliRunner
 
-from loadtest.provenance import command_of, hashes_of, machine, served_at, versions
+from loadtest.provenance import command_of, directories_at, hashes_of, machine, served_at, versions
 from tests.loadtest.conftest import ServeApp
 
 METRICS = """# TYPE cast_variant_info gauge
@@ -103,3 +103,20 @@ def test_what_is_known_of_this_machine_and_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     wanted = {"config.json": hashlib.sha256(b"{}").hexdigest()}
     assert hashes_of(tmp_path) == wanted
+
+
+def test_what_our_gateway_tells_about_directories(serve_app: ServeApp) -> None:
+    app = FastAPI()
+    content: dict[str, Any] = {"models": {"sparse": {"path": "runs/sparse"}, "other": 3}}
+
+    @app.get("/v1/comparison")
+    def comparison(request: Request) -> Response:
+        is_known = request.headers.get("authorization") == "Bearer hush"
+        return JSONResponse(content if is_known else {}, 200 if is_known else 401)
+
+    url = serve_app(app)
+    assert directories_at(url, "hush") == {"sparse": {"path": "runs/sparse"}}
+    assert directories_at(url) == {}
+    content["models"] = "others"
+    assert directories_at(url, "hush") == {}
+    assert directories_at("http://127.0.0.1:9") == {}

@@ -31,7 +31,9 @@ from cast_serve.latency import RequestTiming
 METRICS = ("ttft", "itl", "tpot", "e2e")
 THROUGHPUT = "output_tokens_per_s"
 QUANTILES = (0.5, 0.95)
-MIN_SAMPLES = 5
+MIN_SAMPLES = 5  # a side; fewer have no ratio
+# A side; of fewer not even one request is expected beyond p95.
+MIN_FOR_INTERVAL = 20
 NUM_RESAMPLES = 200  # a tenth of a load test's: this runs while requests are served
 
 
@@ -88,15 +90,16 @@ class Comparison:
         """The body of GET /v1/comparison.
 
         Ratios are baseline over candidate, above 1 = the candidate is faster: those in `speedups`
-        of live traffic, those in `agreement` paired, as geometric means. Below 5 samples a side a
-        speed-up is absent, and below 5 requests the `low` and `high` of an agreement. `agreement`
-        is None without shadow traffic, and a part of it where no request gave one. `num_requests`
-        counts from the start, `n` in the window.
+        of live traffic, those in `agreement` paired, as geometric means. Below `min_requests.ratio`
+        samples a side a speed-up is absent, and below `min_requests.interval` its `low` and `high`
+        are, as are an agreement's. `agreement` is None without shadow traffic, and a part of it
+        where no request gave one. `num_requests` counts from the start, `n` in the window.
         """
         return {
             "baseline": self.baseline,
             "candidate": self.candidate,
             "window": self.window,
+            "min_requests": {"ratio": MIN_SAMPLES, "interval": MIN_FOR_INTERVAL},
             "variants": {
                 name: {
                     "num_requests": self._num_requests[name],
@@ -143,7 +146,7 @@ def _speedups(
         value = np.quantile(baseline, quantile) / np.quantile(candidate, quantile)
         ratio = Ratio.of(float(value), above / below, num_units)
         name = f"p{quantile * 100:.0f}"
-        if has_interval:
+        if has_interval and num_units >= MIN_FOR_INTERVAL:
             found[name] = {**ratio.about(), "confidence": CONFIDENCE}
         else:
             found[name] = {"ratio": ratio.value}
@@ -168,7 +171,7 @@ def _mean(totals: Sequence[float], counts: Sequence[float]) -> dict[str, Any] | 
     """Sum of totals over sum of counts, which hold one number a request; None without any."""
     if not totals:
         return None
-    if len(totals) < MIN_SAMPLES:
+    if len(totals) < MIN_FOR_INTERVAL:
         return {"mean": sum(totals) / sum(counts)}
     resamples = draws(len(totals), NUM_RESAMPLES)
     mean = ratio_of_sums(np.array(totals, float), np.array(counts, float), resamples)

@@ -15,6 +15,7 @@ FILES = {
     "/": ("index.html", "text/html"),
     "/dashboard/dashboard.js": ("dashboard.js", "text/javascript"),
     "/dashboard/client.js": ("client.js", "text/javascript"),
+    "/dashboard/served.js": ("served.js", "text/javascript"),
     "/dashboard/elements.js": ("elements.js", "text/javascript"),
     "/dashboard/dashboard.css": ("dashboard.css", "text/css"),
 }

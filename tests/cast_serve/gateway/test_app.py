@@ -4,12 +4,15 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
-from cast_serve.gateway.app import serve
+from cast_serve.gateway.app import create_app, serve
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream.variants import remote_variants
+from cast_serve.gateway.upstream.config import WorkerConfig
+from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 from tests.cast_serve.gateway.stack import Stack, events, running, wait_until
 
 
@@ -160,3 +163,13 @@ def test_a_port_in_use_is_an_error_that_python_can_catch() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be listened on; free it"):
             asyncio.run(serve(variants, GatewaySettings(port=port)))
+
+
+def test_the_comparison_says_what_each_directory_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    variants = local_variants({"dense": WorkerConfig(dir=tmp_path)})
+    app = create_app(variants, GatewaySettings(shadow_fraction=0.5))
+    shown = TestClient(app).get("/v1/comparison").json()  # without its lifespan: no worker starts
+    assert shown["models"]["dense"]["path"] == str(tmp_path)
+    assert shown["models"]["dense"]["bits_per_weight"] == 16
+    assert shown["shadow_fraction"] == 0.5

@@ -261,6 +261,8 @@ def test_compare_asks_both_and_comparison_shows_it() -> None:
         shown = stack.client.get("/v1/comparison").json()
         assert shown["baseline"] == "dense"
         assert shown["variants"]["dense"]["num_requests"] == 1  # compare is no traffic
+        assert shown["shadow_fraction"] == 0
+        assert shown["models"] == {"dense": {}, "sparse": {}}  # given as URLs
 
 
 def test_shadow_traffic_is_not_seen_by_the_client_and_counted_apart() -> None:

@@ -14,7 +14,7 @@ from loadtest.judge.statistics import (
     values,
 )
 from loadtest.record import Recorded, joined
-from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
 
 SIDES = ("dense", "sparse")
 
@@ -58,12 +58,15 @@ def test_summary_by_hand() -> None:
     assert (summary["slo"], summary["goodput"]) == (None, None)
 
 
-def test_intervals_of_two_pairs_by_hand() -> None:
-    # Pair 0 alone gives 4 / 2, pair 1 alone 9 / 3; a quarter of the draws is each of them.
-    found = speedups(two_pairs())
+def test_intervals_of_four_pairs_by_hand() -> None:
+    # Pairs 0 and 2 alone give 4 / 2, 1 and 3 alone 9 / 3; a sixteenth of the draws is each.
+    found = speedups(four_pairs())
     assert (found["ttft_p50"].low, found["ttft_p50"].high) == (2.0, 3.0)
     assert found["tpot_p50"].about() == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-    assert found["tpot_p99"].about() == {"ratio": 2.0, "low": None, "high": None}  # six requests
+    assert found["tpot_p99"].about() == {"ratio": 2.0, "low": None, "high": None}  # 12 requests
+    for few in speedups(two_pairs()).values():
+        assert (few.low, few.high) == (None, None)
+        assert few.value is not None
     assert min(found["throughput"].resampled) == pytest.approx(10 / 5.5)
     assert max(found["throughput"].resampled) == pytest.approx(9 / 3.5)
 

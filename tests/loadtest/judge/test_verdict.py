@@ -36,6 +36,30 @@ def test_without_guard_rails_soundness_is_judged() -> None:
     assert all(check["passed"] for check in checks.values())
 
 
+@pytest.mark.parametrize(
+    ("guard", "is_set"),
+    [
+        ({}, False),
+        ({"max_error_rate": 0.5, "allow_void": True}, False),
+        ({"min_speedup": {"tpot_p50": 1}}, True),
+        ({"max_slowdown": {"tpot_p50": 1}}, True),
+        ({"min_token_agreement": 0.0}, True),
+        ({"max_accuracy_loss": 0.0}, True),
+    ],
+)
+def test_only_limits_on_speed_and_quality_are_guard_rails(
+    guard: dict[str, Any], is_set: bool
+) -> None:
+    assert judge(FINE, Guard.of(guard))["has_guard"] == is_set
+
+
+def test_too_few_pairs_do_not_pass() -> None:
+    few = {"tpot_p50": {"ratio": 1.5, "low": None, "high": None}}
+    check = found({"speedups": few}, min_speedup={"tpot_p50": 1.2})["min_speedup.tpot_p50"]
+    assert not check["passed"]
+    assert "too few block pairs or requests" in check["why"]
+
+
 def test_errors() -> None:
     check = found(RESULT)["error_rate"]
     assert (check["limit"], check["found"], check["passed"]) == (0.0, 0.02, False)

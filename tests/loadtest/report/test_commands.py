@@ -97,8 +97,10 @@ def test_run_is_judged_by_its_guard(serve: Serve, tmp_path: Path) -> None:
     server.add_api_route("/v1/compare", lambda: agreement, methods=["POST"])
     guard = tmp_path / "guard.toml"
     guard.write_text("min_speedup = {tpot_p50 = 1.5}\nmin_token_agreement = 0.8\nallow_void = true")
-    flags = ("run", "--url", url, *SMALL, "--slo-tpot-ms", 5, "--guard", guard, "--same-model")
-    done = cast_loadtest(*flags, "--quality-prompts", 2, "--out", tmp_path / "out")
+    flags = ("run", "--url", url, *SMALL, "--blocks", 4, "--guard", guard, "--same-model")
+    done = cast_loadtest(
+        *flags, "--slo-tpot-ms", 5, "--quality-prompts", 2, "--out", tmp_path / "out"
+    )
     assert done.exit_code == 1, done.output
     found = last_line(done)
     checks = {check["name"]: check["passed"] for check in found["verdict"]["checks"]}

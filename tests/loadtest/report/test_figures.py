@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from loadtest.report import figures
 from loadtest.report.result import result_of
-from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
 
 RUN = two_pairs()
 RESULT = result_of(RUN)
@@ -53,16 +53,26 @@ def test_failed_requests_are_missing_at_the_end_of_a_distribution() -> None:
 
 
 def test_block_pairs_and_the_run_by_hand() -> None:
-    axes, caption = drawn(figures.block_pairs, RESULT, "ttft")
-    points = [(1.0, 2.0), (2.0, 3.0)]
+    result = result_of(four_pairs())
+    axes, caption = drawn(figures.block_pairs, result, "ttft")
+    points = [(1.0, 2.0), (2.0, 3.0), (3.0, 2.0), (4.0, 3.0)]
     assert points in lines_of(axes).values()
-    speedup = RESULT["speedups"]["ttft_p50"]
+    speedup = result["speedups"]["ttft_p50"]
     box = axes.patches[0].get_bbox()
     assert (box.y0, box.y1) == pytest.approx((speedup["low"], speedup["high"]))
     assert caption == (
         "Line and band: 2.83x (2.00 to 3.00) over the whole run. Dots: each pair's medians."
     )
     assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_block_pairs_without_an_interval_have_no_band() -> None:
+    axes, caption = drawn(figures.block_pairs, RESULT, "ttft")
+    assert [(1.0, 2.0), (2.0, 3.0)] in lines_of(axes).values()
+    assert len(axes.patches) == 0
+    assert caption.startswith("Line: 2.83x (no interval) over the whole run.")
+    _, caption = drawn(figures.speedups, RESULT)
+    assert caption == "No speed-up has an interval."
 
 
 def test_drift_by_hand() -> None:

@@ -53,7 +53,12 @@ def test_broken_runs_are_written_too(tmp_path: Path, run: Recorded) -> None:
 
 def test_markdown() -> None:
     text = markdown_of(RESULT)
-    assert text.startswith("# sparse is 2.00x")
-    assert "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (2.00 to 2.00) |" in text
+    assert text.startswith(
+        "# sparse against dense\n\nLoad test of 2026-11-25 10:00 UTC, machine not"
+    )
+    assert "**NO GUARD RAIL SET**: sparse is 2.00x (no interval) as fast per token" in text
+    assert "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (no interval) |" in text
+    assert "| model of | dense | sparse |" in text
+    assert "| perplexity | not recorded | not recorded |" in text
     assert "> **2 block pairs are too few" in text
     assert "- passed: error_rate: no request failed" in text

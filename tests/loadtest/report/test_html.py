@@ -8,7 +8,7 @@ import pytest
 from loadtest.record import Recorded
 from loadtest.report import html
 from loadtest.report.result import result_of
-from tests.loadtest.recordings import broken_runs, simulated, two_pairs
+from tests.loadtest.recordings import broken_runs, four_pairs, simulated, two_pairs
 
 RUN = two_pairs()
 RESULT = result_of(RUN)
@@ -58,12 +58,26 @@ def test_html_is_one_file_that_fetches_and_runs_nothing(run: Recorded) -> None:
     assert "nan" not in re.findall(r'="([^"]*)"', page)
 
 
-def test_html_shows_warnings_before_anything_else() -> None:
+def test_html_shows_warnings_before_any_figure() -> None:
     result = result_of(two_pairs(harness={"is_void": True, "why": "too slow"}))
     page = html.report(RUN, result)
     body = page[page.index("<body>") :]
-    assert body.index("VOID. The harness did not keep up: too slow") < body.index("<h1>")
+    assert body.index("VOID. The harness did not keep up: too slow") < body.index("2.00x")
     assert "NOT PASSED" in body
+
+
+def test_html_says_passed_only_where_something_could_fail() -> None:
+    def badge(**guard: object) -> str:
+        result = result_of(two_pairs(guard=guard))
+        return re.findall('<p class="verdict ([^<]*)</p>', html.report(RUN, result))[0]
+
+    assert badge() == 'muted">NO GUARD RAIL SET'
+    assert badge(max_error_rate=0.1) == 'muted">NO GUARD RAIL SET'
+    assert badge(min_speedup={"tpot_p50": 1}) == 'not-passed">NOT PASSED'  # no interval
+    result = result_of(four_pairs(guard={"min_speedup": {"tpot_p50": 2}}))
+    page = html.report(four_pairs(), result)
+    assert '<p class="verdict passed">PASSED</p>' in page
+    assert "held: min_speedup.tpot_p50: 2.000 (2.000 to 2.000)" in page
 
 
 def test_html_escapes_what_others_wrote() -> None:

@@ -5,10 +5,22 @@ from typing import Any
 import pytest
 
 from loadtest.report.result import result_of
-from loadtest.report.words import Row, facts, headline, notes, quality_text, rows, times, warnings
-from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+from loadtest.report.words import (
+    Row,
+    facts,
+    guard_rails,
+    headline,
+    notes,
+    origin,
+    quality_text,
+    rows,
+    times,
+    verdict,
+    warnings,
+)
+from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
 
-RESULT = result_of(two_pairs())
+RESULT = result_of(four_pairs())
 SERVED = {"dense": {"kernel": "dense"}, "sparse": {"kernel": "cast", "num_sparse_layers": "0"}}
 
 
@@ -20,13 +32,36 @@ def row(result: dict[str, Any], label: str) -> Row:
 def test_headline_by_hand() -> None:
     assert headline(RESULT) == (
         "sparse is 2.00x (2.00 to 2.00) as fast per token as dense and 2.83x (2.00 to 3.00) to the "
-        "first token, with 2.11x (0.23 to 19.73) the tokens per second."
+        "first token, with 2.11x (1.54 to 2.89) the tokens per second."
     )
     assert headline(result_of(two_pairs(harness={"is_void": True}))).startswith("VOID: sparse is")
+    few = headline(result_of(two_pairs()))
+    assert few.startswith("sparse is 2.00x (no interval) as fast per token as dense")
     same = headline(result_of(two_pairs(is_aa=True)))
     assert same.startswith("one model under two names: sparse is")
     empty = result_of(recorded([request(None, None, "dense", None)]))
     assert headline(empty) == "Nothing was measured: the warm-up failed."
+
+
+def test_the_verdict_rests_on_what_was_set() -> None:
+    assert verdict(RESULT) == "NO GUARD RAIL SET"
+    (text,) = guard_rails(RESULT)
+    assert text.startswith("No limit on speed or quality was set (--guard FILE)")
+    failed = result_of(four_pairs(harness={"is_void": True, "why": "too slow"}))
+    assert verdict(failed) == "NOT PASSED"
+    assert guard_rails(failed)[0] == "NOT HELD: void: too slow"
+    guarded = result_of(four_pairs(guard={"min_speedup": {"tpot_p50": 1.2}}))
+    assert verdict(guarded) == "PASSED"
+    assert guard_rails(guarded) == [
+        "held: min_speedup.tpot_p50: 2.000 (2.000 to 2.000): its lower end must reach 1.2"
+    ]
+
+
+def test_the_origin_names_machine_and_date() -> None:
+    machine = {"cpu": "A CPU", "cores": [0, 1], "load_average": [0, 0], "flags": []}
+    found = result_of(two_pairs(machine={**machine, "family": "6", "model": "1"}))
+    assert origin(found) == "Load test of 2026-11-25 10:00 UTC, A CPU, 2 cores"
+    assert origin(RESULT) == "Load test of 2026-11-25 10:00 UTC, machine not recorded"
 
 
 def test_ratios_that_failures_hide_are_told() -> None:
@@ -37,8 +72,8 @@ def test_ratios_that_failures_hide_are_told() -> None:
 
 def test_a_row_by_hand() -> None:
     found = row(RESULT, "TTFT p95, ms")
-    assert (found.baseline, found.candidate, found.n) == ("9000", "4500", (6, 6))
-    assert (found.speedup, found.interval) == ("2.00x (no interval)", None)  # of six requests
+    assert (found.baseline, found.candidate, found.n) == ("9000", "5000", (12, 12))
+    assert (found.speedup, found.interval) == ("1.80x (no interval)", None)  # of 12 requests
     # Pair 0 twice: 4 / 2; pair 1 twice: 9 / 3.
     found = row(RESULT, "TTFT p50, ms")
     assert found.interval == (pytest.approx(8.5 / 3), 2.0, 3.0)

@@ -2,14 +2,17 @@
 // /v1/completions per variant -> the page. The words TTFT, TPOT and E2E mean what latency.py says.
 
 import { checked, eventsOf, request } from "./client.js";
-import { $, html, svg, scaled, number, times, megabytes, swatch, figures } from "./elements.js";
+import { $, html, svg, scaled, number, times, swatch, figures } from "./elements.js";
+import { facts, summary, variantInfos } from "./served.js";
 
 const POLL_MS = 2000;
 const POLLS_PER_METRICS = 5; // what is served changes only when a worker starts again
 const MAX_POINTS = 600; // per chart; then every second one goes
 
 const WAITING = "waiting for traffic";
-const BITS = { bfloat16: 16, float16: 16, float32: 32 }; // of a dense weight
+const OFF = "off: set CAST_SHADOW_FRACTION";
+const AGREEMENT = "Token agreement";
+const CLAIM = "tpot"; // the one speed-up that the verdict goes by, as in a load test's report
 const SPEEDUPS = [
   ["ttft", "TTFT", "time to first token"],
   ["tpot", "TPOT", "time per output token"],
@@ -20,7 +23,7 @@ const CHARTS = [
   ["TPOT p50", "ms", (live, name) => scaled(1000, live.variants?.[name]?.tpot_s?.p50)],
   ["Output tokens/s p50", "tokens/s", (live, name) => live.variants?.[name]?.output_tokens_per_s?.p50],
   [
-    "Token agreement",
+    AGREEMENT,
     "%",
     (live, name) => name === live.candidate ? scaled(100, live.agreement?.token_agreement?.mean) : null,
   ],
@@ -64,10 +67,7 @@ async function complete(variant, body, signal) {
         if (!run.text) run.firstAt = run.lastAt;
         run.text += choice.text;
         run.tokens += 1; // until usage tells: an event may carry several tokens
-        const isAtEnd = variant.answer.scrollHeight - variant.answer.scrollTop
-          - variant.answer.clientHeight < 8;
         text.appendData(text.length ? choice.text : choice.text.trimStart());
-        if (isAtEnd) variant.answer.scrollTop = variant.answer.scrollHeight;
       }
       run.tokens = event.usage?.completion_tokens ?? run.tokens;
       if (choice?.text || event.usage) show("answering");
@@ -108,7 +108,7 @@ function showOutcome(runs) {
       ["TPOT", times(perToken(slow) / perToken(fast))],
       ["tokens/s", times(perSecond(fast) / perSecond(slow))],
     ]),
-    html("p", { class: "muted" }, `Above 1, ${candidate} is faster. ${
+    html("p", { class: "muted" }, `Above 1, ${candidate} is faster. One prompt has no interval and is no verdict. ${
       isSame ? "The texts are the same." : `The texts are the same for ${same} characters.`}`),
   );
 }
@@ -155,16 +155,24 @@ function addVariant(name) {
     progress: html("span", { class: "muted" }, "no answer yet"),
     figures: figures([["TTFT", "–"], ["tokens/s", "–"], ["tokens", "–"]]),
     answer: html("div", { class: "answer", tabindex: 0, role: "region", "aria-label": `Answer of ${name}` }),
+    summary: html("p", { class: "muted" }),
     facts: html("div"),
+    model: null, // of /v1/comparison
+    info: null, // cast_variant_info
   };
   variants.set(name, variant);
   $("readiness").append(variant.readiness);
   $("columns").append(html("article", { class: "card", "data-variant": name },
     html("div", { class: "card-head" }, swatch(variant), html("h3", {}, name), variant.progress),
-    variant.figures, variant.answer));
+    variant.summary, variant.figures, variant.answer));
   $("sparsity").append(html("article", { class: "card", "data-variant": name },
     html("div", { class: "card-head" }, swatch(variant), html("h3", {}, name)), variant.facts));
-  showFacts(variant, null);
+  showFacts(variant);
+}
+
+function showFacts(variant) {
+  variant.summary.textContent = summary(variant);
+  variant.facts.replaceChildren(...facts(variant));
 }
 
 function showState({ name, readiness }, state) {
@@ -199,42 +207,68 @@ function interval({ ratio, low, high }) {
 const small = (...lines) =>
   html("div", { class: "small muted" }, ...lines.filter(Boolean).map((line) => html("p", {}, line)));
 
+const span = ({ low, high }) => (low == null ? "" : `${low.toFixed(2)} to ${high.toFixed(2)}`);
+
+function stateOf(speedup) {
+  if (speedup?.low == null) return "is-open";
+  return speedup.low > 1 ? "is-better" : speedup.high < 1 ? "is-worse" : "is-even";
+}
+
+const tooFew = () => `no interval below ${live.min_requests?.interval ?? "–"} requests of each`;
+
 function speedupCard([metric, title, meaning]) {
   const { baseline, candidate } = pair();
   const { p50, p95 } = live.speedups?.[metric] ?? {};
   const head = html("div", {}, html("h3", {}, title), html("p", { class: "muted" }, `${meaning}, p50`));
-  if (!p50) return waitingCard(head);
+  if (!p50) return waitingCard(head, WAITING);
   const big = html("p", { class: "big" }, times(p50.ratio));
-  const span = ({ low, high }) => (low == null ? "" : `${low.toFixed(2)} to ${high.toFixed(2)}`);
   const tail = p95 && `p95 ${[times(p95.ratio), span(p95)].filter(Boolean).join(", ")}`;
-  if (p50.low == null) {
-    return html("article", { class: "card" }, head, big, small("too few requests for an interval", tail));
+  const state = stateOf(p50);
+  if (state === "is-open") {
+    return html("article", { class: "card" }, head, big, small(tooFew(), tail));
   }
-  const verdict = p50.low > 1 ? `${candidate} is faster`
-    : p50.high < 1 ? `${baseline} is faster` : "no clear difference";
-  return html("article", { class: "card" }, head, big, html("p", {}, verdict),
+  const words = { "is-better": `${candidate} is faster`, "is-worse": `${candidate} is slower`, "is-even": "no clear difference" };
+  return html("article", { class: `card ${state}` }, head, big, html("p", {}, words[state]),
     html("div", {}, interval(p50), html("p", { class: "scale", "aria-hidden": "true" },
       html("span", {}, `◂ ${baseline}`), html("span", {}, "1×"), html("span", {}, `${candidate} ▸`))),
     small(`${number(100 * p50.confidence)} % interval ${span(p50)}`, tail));
+}
+
+function showVerdict() {
+  const { candidate } = pair();
+  const { p50 } = live.speedups?.[CLAIM] ?? {};
+  const state = stateOf(p50);
+  const ratio = p50 && `${times(p50.ratio)} (${span(p50)})`;
+  const words = {
+    "is-open": `No verdict yet: ${tooFew()}.`,
+    "is-better": `${candidate} is faster per token: ${ratio}.`,
+    "is-worse": `${candidate} is slower per token: ${ratio}.`,
+    "is-even": `No clear difference per token: ${ratio} holds 1.`,
+  };
+  $("verdict").hidden = candidate == null;
+  $("verdict").className = `verdict ${state}`;
+  if ($("verdict").textContent !== words[state]) $("verdict").textContent = words[state];
 }
 
 function agreementCard() {
   const head = html("div", {}, html("h3", {}, "Agreement"),
     html("p", { class: "muted" }, "same next token"));
   const { token_agreement: tokens, kl_nats: kl } = live.agreement ?? {};
-  if (!tokens) return waitingCard(head);
+  if (!tokens) return waitingCard(head, waitingForShadow());
   const percent = (value) => (100 * value).toFixed(1);
   return html("article", { class: "card" }, head,
     html("p", { class: "big" }, `${percent(tokens.mean)} %`),
     small(
-      tokens.low == null ? "too few requests for an interval"
+      tokens.low == null ? tooFew().replace(" of each", "")
         : `interval ${percent(tokens.low)} to ${percent(tokens.high)} %`,
       `${tokens.n_tokens} tokens of ${tokens.n_requests} requests`,
       kl && `KL ${number(kl.mean)} nats per token`));
 }
 
-const waitingCard = (head) =>
-  html("article", { class: "card is-waiting" }, head, html("p", { class: "big" }, WAITING));
+const waitingForShadow = () => (live.shadow_fraction === 0 ? OFF : WAITING);
+
+const waitingCard = (head, text) =>
+  html("article", { class: "card is-waiting" }, head, html("p", { class: "big" }, text));
 
 async function showComparison() {
   live = await (await checked(await request("/v1/comparison"))).json();
@@ -243,7 +277,12 @@ async function showComparison() {
   $("window").textContent = counts.length
     ? `Of live traffic, not paired: the latest ${live.window} requests of each. So far: ${counts.join(", ")}.`
     : WAITING;
+  showVerdict();
   $("speedups").replaceChildren(...SPEEDUPS.map(speedupCard), agreementCard());
+  for (const variant of variants.values()) {
+    variant.model = live.models?.[variant.name] ?? null;
+    showFacts(variant);
+  }
   const values = CHARTS.map(([, , read]) =>
     new Map([...variants.keys()].map((name) => [name, read(live, name)])));
   history.push({ at_ms: Date.now(), values });
@@ -264,12 +303,13 @@ function drawChart(card, index) {
   const { width, height } = graph.getBoundingClientRect();
   const known = (name) => history.filter(({ values }) => Number.isFinite(values[index].get(name)));
   const shown = [...variants.values()].filter(({ name }) => known(name).length);
+  const none = title === AGREEMENT ? waitingForShadow() : WAITING;
   const latest = (name) => `${number(known(name).at(-1).values[index].get(name))} ${unit}`;
   graph.setAttribute("aria-label", `${title}, latest: ${
-    shown.map(({ name }) => `${name} ${latest(name)}`).join(", ") || WAITING}`);
+    shown.map(({ name }) => `${name} ${latest(name)}`).join(", ") || none}`);
   caption.replaceChildren(...shown.map((variant) =>
     html("span", {}, swatch(variant), ` ${variant.name} `, html("b", {}, latest(variant.name)))));
-  if (!shown.length) caption.textContent = WAITING;
+  if (!shown.length) caption.textContent = none;
 
   const most = Math.max(...shown.flatMap(({ name }) => known(name).map(({ values }) => values[index].get(name))));
   const top = unit === "%" ? 100 : ceiling(most > 0 ? most : 1);
@@ -300,40 +340,12 @@ function drawCharts() {
 
 // What is served: from cast_variant_info in /metrics
 
-function showFacts(variant, info) {
-  if (!info) {
-    variant.facts.replaceChildren(html("p", { class: "muted" }, "not reported yet"));
-    return;
-  }
-  const rows = [
-    ["Kernel", info.kernel],
-    ["ISA", info.isa],
-    ["Pattern", info.pattern],
-    ["Type", info.dtype],
-    ["Head", info.head],
-    ["Layers", `${info.num_sparse_layers ?? "–"} sparse, ${info.num_dense_layers ?? "–"} dense`],
-  ];
-  const [bytes, denseBytes] = [Number(info.weight_bytes), Number(info.dense_weight_bytes)];
-  const facts = html("dl", { class: "facts" });
-  for (const [name, value] of rows) facts.append(html("dt", {}, name), html("dd", {}, value || "–"));
-  variant.facts.replaceChildren(facts);
-  if (!(bytes > 0 && denseBytes > 0)) return;
-  const share = bytes / denseBytes;
-  facts.append(html("dt", {}, "Bits a weight"), html("dd", {}, number(share * BITS[info.dtype])));
-  facts.append(html("dt", {}, "Bytes"), html("dd", {},
-    `${megabytes(bytes)} of ${megabytes(denseBytes)} dense (${number(share)})`));
-  variant.facts.append(svg("svg", { class: "weight", "aria-hidden": "true" },
-    svg("rect", { class: "all", width: "100%", height: "100%", rx: 4 }),
-    svg("rect", { class: `dot ${variant.style}`, width: `${Math.min(100, 100 * share)}%`, height: "100%", rx: 4 })));
-}
-
 async function showSparsity() {
   const text = await (await checked(await request("/metrics"))).text();
-  for (const line of text.split("\n").filter((line) => line.startsWith("cast_variant_info{"))) {
-    const labels = [...line.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, name, value]) =>
-      [name, value.replace(/\\(.)/g, (_, sign) => (sign === "n" ? "\n" : sign))]);
-    const info = Object.fromEntries(labels);
-    if (variants.has(info.variant)) showFacts(variants.get(info.variant), info);
+  for (const [name, info] of variantInfos(text)) {
+    if (!variants.has(name)) continue;
+    variants.get(name).info = info;
+    showFacts(variants.get(name));
   }
 }
 

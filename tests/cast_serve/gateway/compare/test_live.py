@@ -40,6 +40,15 @@ def test_too_few_samples_say_nothing() -> None:
     assert speedups["ttft"] == speedups["tpot"] == speedups["e2e"] == {}
 
 
+def test_few_samples_have_a_ratio_and_no_interval() -> None:
+    snapshot = filled(19, window=32).snapshot()
+    assert snapshot["min_requests"] == {"ratio": 5, "interval": 20}
+    assert snapshot["speedups"]["ttft"] == {
+        name: {"ratio": pytest.approx(2)} for name in ("p50", "p95")
+    }
+    assert "low" in filled(20, window=32).snapshot()["speedups"]["ttft"]["p50"]
+
+
 def test_old_samples_leave_the_window() -> None:
     comparison = Comparison(["dense", "sparse"], window=5)
     for ttft_s in (9.0, 9.0, *[0.3] * 5):
@@ -64,22 +73,23 @@ def test_one_variant_has_nothing_to_compare_with() -> None:
 
 
 def test_a_snapshot_by_hand() -> None:
-    comparison = Comparison(["dense", "sparse"], window=8)
+    comparison = Comparison(["dense", "sparse"], window=32)
     for dense_s, sparse_s in ((0.1, 0.05), (0.2, 0.1), (0.3, 0.15), (0.4, 0.2), (0.5, 9.0)):
-        comparison.observe("dense", timing(dense_s, 0.05))
-        comparison.observe("sparse", timing(sparse_s, 0.025))
+        for _ in range(4):
+            comparison.observe("dense", timing(dense_s, 0.05))
+            comparison.observe("sparse", timing(sparse_s, 0.025))
     snapshot = comparison.snapshot()
     assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
     assert (snapshot["baseline"], snapshot["candidate"], snapshot["window"]) == (
         "dense",
         "sparse",
-        8,
+        32,
     )
     dense = snapshot["variants"]["dense"]
-    assert dense["num_requests"] == 5
-    assert dense["ttft_s"] == pytest.approx({"p50": 0.3, "p95": 0.48, "p99": 0.496, "n": 5})
+    assert dense["num_requests"] == 20
+    assert dense["ttft_s"] == pytest.approx({"p50": 0.3, "p95": 0.5, "p99": 0.5, "n": 20})
     assert dense["e2e_s"]["p50"] == pytest.approx(0.4)
-    assert dense["itl_s"]["n"] == 8  # of ten gaps
+    assert dense["itl_s"]["n"] == 32  # of forty gaps
     assert dense["output_tokens_per_s"]["p50"] == pytest.approx(3 / 0.4)
     ttft = snapshot["speedups"]["ttft"]["p50"]
     assert ttft["ratio"] == pytest.approx(2)
@@ -149,7 +159,7 @@ def test_a_full_window_is_cheap() -> None:
 
 
 def agreement_summary(*agreements: Agreement) -> Any:
-    comparison = Comparison(["dense", "sparse"], window=8)
+    comparison = Comparison(["dense", "sparse"], window=32)
     for agreement in agreements:
         comparison.observe_agreement(agreement)
     return comparison.snapshot()["agreement"]
@@ -165,16 +175,21 @@ def test_agreement_weighs_tokens_and_ratios_are_geometric() -> None:
     }
 
 
-def test_agreement_has_intervals_from_five_requests() -> None:
-    found = agreement_summary(*[Agreement(10, 9, 0.5, 2.0, 3.0)] * 5)
+def test_agreement_has_intervals_from_twenty_requests() -> None:
+    found = agreement_summary(*[Agreement(10, 9, 0.5, 2.0, 3.0)] * 20)
     assert found["token_agreement"] == pytest.approx(
-        {"mean": 0.9, "low": 0.9, "high": 0.9, "n_requests": 5, "n_tokens": 50}
+        {"mean": 0.9, "low": 0.9, "high": 0.9, "n_requests": 20, "n_tokens": 200}
     )
     assert found["e2e_ratio"] == pytest.approx({"ratio": 3, "low": 3, "high": 3})
-    mixed = agreement_summary(*(Agreement(10, good, 0.1 * good, 2.0, None) for good in range(6)))
+    mixed = agreement_summary(
+        *(Agreement(10, good, 0.1 * good, 2.0, None) for good in range(6) for _ in range(4))
+    )
     assert 0 <= mixed["token_agreement"]["low"] < 0.25 < mixed["token_agreement"]["high"] <= 0.5
     assert mixed["kl_nats"]["low"] < 0.025 < mixed["kl_nats"]["high"]
     assert mixed["e2e_ratio"] is None
+    few = agreement_summary(*[Agreement(10, 9, 0.5, 2.0, 3.0)] * 19)
+    assert "low" not in few["token_agreement"]
+    assert few["e2e_ratio"] == {"ratio": pytest.approx(3)}
 
 
 def test_latency_alone_claims_no_agreement() -> None:
@@ -186,7 +201,7 @@ def test_latency_alone_claims_no_agreement() -> None:
 
 def test_old_agreements_leave_the_window() -> None:
     found = agreement_summary(
-        *[Agreement(1, 0, 9.0, None, None)] * 3, *[Agreement(1, 1, 0.0, None, None)] * 8
+        *[Agreement(1, 0, 9.0, None, None)] * 3, *[Agreement(1, 1, 0.0, None, None)] * 32
     )
     assert found["token_agreement"]["mean"] == 1
-    assert found["token_agreement"]["n_tokens"] == 8
+    assert found["token_agreement"]["n_tokens"] == 32

@@ -1,0 +1,5 @@
+"""A browser to look at reports."""
+
+from tests.browser import browser, watched
+
+__all__ = ["browser", "watched"]
