@@ -147,7 +147,7 @@ def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:
 
 
 def _demo_quality(paths: Sequence[Path]) -> list[str]:
-    """The last line of `make demo`: perplexities and, since it makes an int8 model, bits."""
+    """The last line of `make demo`: a line for each model."""
     found = read(paths[0])
     names = {
         "cast_soft": "fine-tuned under SparseGPT's mask, soft",
@@ -155,20 +155,20 @@ def _demo_quality(paths: Sequence[Path]) -> list[str]:
         "cast_int8": "the same in 8 bits, head too",
         "cast_fewer_zeros": "trained alike with fewer zeros",
     }
-    columns = [f"perplexity, {found['num_eval_tokens']:,} tokens"]
-    columns += [names.get(name, name) for name in found["perplexity"]]
-    flipped, trained = f"{found['flipped_share']:.1%}", ("cast_soft", "cast", "cast_int8")
-    lines = [
-        ["held-out Wikipedia text", *(f"{value:.1f}" for value in found["perplexity"].values())],
-        ["mask flipped", *(flipped if name in trained else "" for name in found["perplexity"])],
-    ]
-    if zeros := found.get("zeros"):
-        cells = (f"{zeros[name]:.0%}" if name in zeros else "" for name in found["perplexity"])
-        lines.append(["zeros", *cells])
-    if bits := found.get("bits_per_weight"):
-        cells = (f"{bits[name]:.1f}" if name in bits else "" for name in found["perplexity"])
-        lines.append(["bits stored for a weight of the linears", *cells])
-    return markdown_table(columns, lines)
+    dense = found["perplexity"]["dense"]
+    flipped = dict.fromkeys(("cast_soft", "cast", "cast_int8"), found["flipped_share"])
+    lines = []
+    for name, value in found["perplexity"].items():
+        cells = [names.get(name, name), f"{value:.1f}", f"{value / dense:.2f}"]
+        for about, form in (
+            (found.get("zeros", {}), ".0%"),
+            (found.get("bits_per_weight", {}), ".1f"),
+            (flipped, ".1%"),
+        ):
+            cells.append(format(about[name], form) if name in about else "")
+        lines.append(cells)
+    columns = ["model", f"perplexity, {found['num_eval_tokens']:,} tokens", "times dense", "zeros"]
+    return markdown_table([*columns, "bits stored for a weight of the linears", "flipped"], lines)
 
 
 def _demo_speed(paths: Sequence[Path]) -> list[str]:

@@ -98,6 +98,20 @@ def test_paired_losses_by_hand(tmp_path: Path) -> None:
         rewritten(page, tmp_path)
 
 
+def test_the_demos_models_have_a_line_each(tmp_path: Path) -> None:
+    demo: dict[str, Any] = {"num_eval_tokens": 16352, "flipped_share": 0.001}
+    demo["perplexity"] = {"dense": 20.0, "wanda": 100.0, "cast": 50.0, "cast_fewer_zeros": 40.0}
+    demo["bits_per_weight"] = {"dense": 16.0, "cast": 9.0, "cast_fewer_zeros": 9.7}
+    (tmp_path / "d.json").write_text(json.dumps(demo | {"zeros": {"cast": 0.5}}))
+    page = "<!-- table: demo_quality d.json -->\n<!-- end of table -->\n"
+    assert rewritten(page, tmp_path).splitlines()[3:-1] == [
+        "| dense | 20.0 | 1.00 |  | 16.0 |  |",
+        "| wanda | 100.0 | 5.00 |  |  |  |",
+        "| the same, hardened | 50.0 | 2.50 | 50% | 9.0 | 0.1% |",
+        "| trained alike with fewer zeros | 40.0 | 2.00 |  | 9.7 |  |",
+    ]
+
+
 def test_perplexities_by_hand(tmp_path: Path) -> None:
     above = {"nats_above_reference": 0.5, "nats_above_reference_stderr": 0.01}
     dense, sparse = {"perplexity": 20.0}, {"perplexity_hard": 33.0, "kl_nats_per_token": 0.25}
