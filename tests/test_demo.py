@@ -212,7 +212,8 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
         for kind in ("demo_quality", "demo_speed")
     )
     tables = rewritten(page, tmp_path)
-    assert "| the same in 8 bits, head too | trained alike with fewer zeros |" in tables
+    assert "\n| the same in 8 bits, head too | " in tables
+    assert "\n| trained alike with fewer zeros | " in tables
     assert "| dense | sparse, 8 bits | gain |" in tables
 
 
@@ -256,6 +257,18 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert "each token after it (TPOT), ms 30.0 15.0 2.00 1.90 to 2.10" in prose
     row = next(text for text in lines if text.strip().startswith("cast hardened"))
     assert row.split() == ["cast", "hardened", "50.1", "2.30", "50%", "9.0", "0.0%"]
+
+
+def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleType) -> None:
+    page = (ROOT / "docs/demo.md").read_text()
+    lines = page.partition("```text\n")[2].partition("\n```")[0].splitlines()
+    assert 40 < len(lines) < 80  # the last line, JSON, is left out
+    assert [text for text in lines if len(text) > 80] == []
+    rows = [" ".join(text.split()) for text in lines]
+    record = json.loads((ROOT / "docs/records/demo.json").read_text())
+    for name, value in record["perplexity"].items():
+        start = f"{script.NAMES.get(name, name.replace('_', ' '))} {value:.1f} "
+        assert [row for row in rows if row.startswith(start)], start
 
 
 def test_what_the_figures_mean_follows_them(
