@@ -272,8 +272,13 @@ def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleTy
 
 
 def test_what_the_figures_mean_follows_them(
-    script: ModuleType, capfd: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(script, "OUT", tmp_path)  # the repository's may hold a demo's files
+
     def meaning(flipped_share: float, **perplexities: float) -> str:
         result = {
             "perplexity": {"dense": 21.8, "sparsegpt": 85.3, **perplexities},
