@@ -18,16 +18,7 @@ from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream.variants import remote_variants
-from tests.cast_serve.gateway.upstream.test_variants import (
-    Worker,
-    anyio_backend,
-    local,
-    model,
-    quick,
-    watching,
-)
-
-__all__ = ["anyio_backend", "local", "model", "quick"]
+from tests.cast_serve.gateway.upstream.scripted_worker import Worker, watching
 
 pytestmark = pytest.mark.anyio
 
