@@ -300,22 +300,30 @@ def _curve(paths: Sequence[Path]) -> list[str]:
 def _peers(paths: Sequence[Path]) -> list[str]:
     """`scripts/compare-peers --out`: a line a server, beside the last of our models."""
     found = read(paths[0])
-    lines = []
-    for name, server in found["servers"].items():
-        is_compared = name == found["compared"]
-        lines.append(
-            [
-                server["title"],
-                f"{server['weight_bytes'] / 1e6:.0f}",
-                f"{1e3 * server['ttft_s']:.0f}",
-                f"{1e3 * server['tpot_s']:.1f}",
-                "" if is_compared else speedup(server["ttft_speedup"]),
-                "" if is_compared else speedup(server["tpot_speedup"]),
-            ]
-        )
-    ours = found["servers"][found["compared"]]["title"]
+    servers = found["servers"]
+    ours = servers[found["compared"]]["title"]
+    # Throughput and perplexity only where a run measured them.
+    throughput = next((key for s in servers.values() for key in s if key.startswith("tokens_")), "")
+    has_perplexity = any("perplexity" in server for server in servers.values())
     columns = ["server", "weights, MB", "TTFT, ms", "TPOT, ms"]
-    columns += [f"{ours} is faster: TTFT", "TPOT"]
+    columns += [f"tokens/s, {throughput.removeprefix('tokens_per_s_')} at once"] * bool(throughput)
+    columns += ["perplexity"] * has_perplexity
+    columns += [f"{ours} is faster: TTFT", "TPOT"] + ["tokens/s"] * bool(throughput)
+    lines = []
+    for name, server in servers.items():
+        line = [
+            server["title"],
+            f"{server['weight_bytes'] / 1e6:.0f}",
+            f"{server['ttft_ms']:.0f}",
+            f"{server['tpot_ms']:.1f}",
+        ]
+        line += [f"{server[throughput]:.0f}" if throughput in server else ""] * bool(throughput)
+        line += [f"{server['perplexity']:.2f}" if "perplexity" in server else ""] * has_perplexity
+        ratios = ["ttft_speedup", "tpot_speedup"] + ["throughput_speedup"] * bool(throughput)
+        for ratio in ratios:
+            is_there = ratio in server and name != found["compared"]
+            line.append(speedup(server[ratio]) if is_there else "")
+        lines.append(line)
     return markdown_table(columns, lines)
 
 

@@ -2,37 +2,42 @@
 
 import asyncio
 import hashlib
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 from cast_serve.latency import RequestTiming
-from loadtest.bench import peers
-from loadtest.bench.llama import Decode, PeerError
+from loadtest.bench.peers import compare
+from loadtest.bench.peers.compare import Found
+from loadtest.bench.peers.names import PeerError
+from loadtest.bench.peers.process import Process
+from loadtest.bench.peers.server import Server
 from loadtest.mock_server import MockVariant
 from loadtest.send.connection import Pool
-from tests.loadtest.conftest import Serve
+from tests.loadtest.conftest import Serve, ServeApp
 
-ROOT = Path(__file__).parents[3]
-PLAN = peers.Plan(rounds=2, prompts=2, prompt_words=8, output_tokens=4)
+ROOT = Path(__file__).parents[4]
+PLAN = compare.Plan(rounds=2, prompts=2, at_once=0, prompt_words=8, output_tokens=4)
 
 
-def server_of(name: str, url: str, *, is_ours: bool = True) -> peers.Server:
-    return peers.Server(name, f"vLLM, {name}", url, 1000, is_ours, {"ignore_eos": True})
+def server_of(name: str, url: str, *, is_ours: bool = True) -> Server:
+    return Server(name, f"vLLM, {name}", url, 1000, is_ours, {"ignore_eos": True})
 
 
 def test_every_server_gets_the_same_prompts_in_turned_order(serve: Serve) -> None:
     url, app = serve(ours=MockVariant(0.0, 0.001), rival=MockVariant(0.0, 0.001))
     servers = [server_of("ours", url), server_of("rival", url, is_ours=False)]
-    found = asyncio.run(peers.measure(servers, PLAN))
-    assert {name: [len(timings) for timings in rounds] for name, rounds in found.items()} == {
-        "ours": [2, 2],  # without the first, which warms up
-        "rival": [2, 2],
-    }
+    found = asyncio.run(compare.measure(servers, PLAN))
+    for name in ("ours", "rival"):  # without the first round, which warms up
+        assert [len(timings) for timings in found[name].timings] == [2, 2]
+        assert found[name].tokens_per_s == [0.0, 0.0]  # none at once
     names = [name for name, _ in app.state.requests]
     assert names == [n for first in ("rival", "ours", "rival") for n in turn(first)]
     prompts = {name: [p for n, p in app.state.requests if n == name] for name in ("ours", "rival")}
@@ -65,32 +70,70 @@ def test_ratios_favour_the_last_of_ours() -> None:
 
     servers = [server_of("dense", ""), server_of("sparse", ""), server_of("q", "", is_ours=False)]
     found = {
-        "dense": [[timing(0.2, 0.03)], [timing(0.2, 0.03)]],
-        "sparse": [[timing(0.1, 0.01)], [timing(0.1, 0.01)]],
-        "q": [[timing(0.4, 0.005)], [timing(0.4, 0.005)]],
+        "dense": Found([[timing(0.2, 0.03)], [timing(0.2, 0.03)]], [50.0, 50.0]),
+        "sparse": Found([[timing(0.1, 0.01)], [timing(0.1, 0.01)]], [100.0, 100.0]),
+        "q": Found([[timing(0.4, 0.005)], [timing(0.4, 0.005)]], [0.0, 0.0]),
     }
-    result = peers.summary(servers, found)
+    result = compare.summary(servers, found, 8)
     assert result["compared"] == "sparse"
     rival = result["servers"]["q"]
-    assert (rival["title"], rival["weight_bytes"], rival["ttft_s"]) == ("vLLM, q", 1000, 0.4)
+    assert (rival["title"], rival["weight_bytes"], rival["ttft_ms"]) == ("vLLM, q", 1000, 400.0)
     assert rival["ttft_speedup"] == pytest.approx({"ratio": 4.0, "low": 4.0, "high": 4.0})
     assert rival["tpot_speedup"]["ratio"] == pytest.approx(0.5)
-    assert result["servers"]["dense"]["tpot_speedup"]["ratio"] == pytest.approx(3.0)
+    assert "tokens_per_s_8" not in rival
+    dense = result["servers"]["dense"]
+    assert dense["tpot_speedup"]["ratio"] == pytest.approx(3.0)
+    assert (dense["tokens_per_s_8"], dense["throughput_speedup"]["ratio"]) == (50.0, 2.0)
     assert result["servers"]["sparse"]["tpot_speedup"]["ratio"] == pytest.approx(1.0)
+
+
+def test_many_at_once_come_after_those_one_at_a_time(serve: Serve, decode: Process) -> None:
+    url, app = serve(ours=MockVariant(0.0, 0.001), rival=MockVariant(0.0, 0.001))
+    rival = server_of("rival", url, is_ours=False)
+    servers: list[compare.Peer] = [server_of("ours", url), rival, decode]
+    plan = compare.Plan(rounds=1, prompts=1, at_once=3, prompt_words=8, output_tokens=4)
+    found = asyncio.run(compare.measure(servers, plan))
+    assert all(found["ours"].tokens_per_s)
+    assert all(found[decode.name].tokens_per_s)
+    assert found["rival"].tokens_per_s == [0.0]  # such a server answers one after the other
+    names = [name for name, _ in app.state.requests]
+    assert (names.count("ours"), names.count("rival")) == (8, 2)
+    assert len({prompt for _, prompt in app.state.requests}) == 8
+
+
+def test_perplexity_is_of_all_tokens_but_each_blocks_first(decode: Process) -> None:
+    blocks = [[7, 7], [7, 5, 12]]
+    nats = [decode.nats_of(block) for block in blocks]
+    assert compare.perplexity(decode, blocks) == pytest.approx(math.exp(sum(nats) / 3))
+
+
+def test_vllm_tells_the_likelihood_of_a_block(serve_app: ServeApp) -> None:
+    asked = []
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        asked.append(body)
+        found = [None, {"5": {"logprob": -1.5}}, {"9": {"logprob": -0.25}}]
+        return {"choices": [{"prompt_logprobs": found}]}
+
+    assert server_of("sparse", serve_app(app)).nats_of([7, 5, 9]) == 1.75
+    body = {"model": "sparse", "prompt": [7, 5, 9], "max_tokens": 1, "prompt_logprobs": 0}
+    assert asked == [body]
 
 
 def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="a name is given twice: dense, dense"):
-        peers.compare([("dense", tmp_path), ("dense", tmp_path)], PLAN)
+        compare.compare([("dense", tmp_path), ("dense", tmp_path)], PLAN)
 
 
 def test_llamas_decode_takes_turns_with_servers_on_the_same_prompts(
-    serve: Serve, decode: Decode
+    serve: Serve, decode: Process
 ) -> None:
     url, app = serve(ours=MockVariant(0.0, 0.001))
-    found = asyncio.run(peers.measure([server_of("ours", url), decode], PLAN))
-    assert [len(timings) for timings in found[decode.name]] == [2, 2]
-    timing = found[decode.name][0][0]
+    found = asyncio.run(compare.measure([server_of("ours", url), decode], PLAN))
+    assert [len(timings) for timings in found[decode.name].timings] == [2, 2]
+    timing = found[decode.name].timings[0][0]
     assert (len(timing.token_events_s), timing.output_tokens) == (4, 4)
     assert len(decode.core_shares) == 6
     prompts = [prompt for _, prompt in app.state.requests]
@@ -103,13 +146,14 @@ def test_llamas_decode_takes_turns_with_servers_on_the_same_prompts(
 
 @pytest.mark.parametrize(("shares", "is_warned"), [([0.9, 0.9, 1.0], True), ([0.96], False)])
 def test_a_core_that_others_used_is_told(
-    decode: Decode, capsys: pytest.CaptureFixture[str], shares: list[float], is_warned: bool
+    decode: Process, capsys: pytest.CaptureFixture[str], shares: list[float], is_warned: bool
 ) -> None:
     decode.core_shares.extend(shares)
-    result = peers.summary([decode], {decode.name: [[RequestTiming(0.0, (0.1,), 0.2, 2)]] * 2})
+    timings = [[RequestTiming(0.0, (0.1,), 0.2, 2)]] * 2
+    result = compare.summary([decode], {decode.name: Found(timings)}, 0)
     assert result["servers"][decode.name]["core_share"] == shares[0]
-    peers.warn_of_others(result)
-    told = "a process had only 90% of the core, which others used, too" in capsys.readouterr().err
+    compare.warn_of_others(result)
+    told = "a process had only 90% of its cores, which others used, too" in capsys.readouterr().err
     assert told == is_warned
 
 
@@ -126,7 +170,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     models = [("dense", model), ("q8_0", path), ("q8_0:native", path)]
-    assert peers.files_of(models) == {
+    assert compare.files_of(models) == {
         "dense": {"config.json": hashlib.sha256(b"{}").hexdigest()},
         "q8_0.gguf": {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -141,6 +185,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
         (["--out", "no-such-folder/peers.json"], "--out no-such-folder/peers.json cannot be"),
         (["--peers", "q8_0:fa"], "peer 'q8_0:fa' is not known; write TYPE"),
         (["--model", "dense=no-such-folder"], "--model dense=no-such-folder is no directory"),
+        (["--blocks", "2"], "perplexity needs --text FILE, --blocks NUMBER and a --model NAME=DIR"),
+        (["--peers", "", "--cores", "99"], "cores 99 are not open to this process"),
     ],
 )
 def test_wrong_use_is_told_before_the_work(words: list[str], message: str) -> None:

@@ -1,8 +1,8 @@
-"""llama_cpp's low-level calls as loadtest/bench/llama_decode.py makes them, over a model of sums.
+"""llama_cpp's low-level calls as llama_decode.py makes them, over a model of sums.
 
-A prompt's tokens are its bytes. The likeliest next token is the sum of all tokens that the context
-holds, modulo the vocabulary. `answer_of` tells the same without a context. What was asked is
-printed on stderr.
+A prompt's tokens are its bytes. The likeliest next token is the sum of all tokens so far that the
+context holds of the sequence, modulo the vocabulary: its logit is 1, all others are 0. `answer_of`
+tells the same without a context. What was asked is printed on stderr.
 """
 
 import ctypes
@@ -40,7 +40,8 @@ def llama_model_load_from_file(path: bytes, params: Any) -> str | None:
 
 def llama_init_from_model(model: str, params: Any) -> SimpleNamespace:
     print(f"params: {sorted(vars(params).items())}", file=sys.stderr, flush=True)
-    return SimpleNamespace(tokens=[], num_batch=params.n_batch)
+    sequences: list[list[int]] = [[] for _ in range(params.n_seq_max)]
+    return SimpleNamespace(sequences=sequences, num_batch=params.n_batch, logits={})
 
 
 def llama_model_get_vocab(model: str) -> str:
@@ -60,7 +61,8 @@ def llama_get_memory(context: SimpleNamespace) -> SimpleNamespace:
 
 
 def llama_memory_clear(memory: SimpleNamespace, clears_data: bool) -> None:
-    memory.tokens.clear()
+    for tokens in memory.sequences:
+        tokens.clear()
 
 
 def llama_tokenize(
@@ -76,20 +78,28 @@ def llama_tokenize(
     return length
 
 
-def llama_batch_get_one(tokens: Any, num_tokens: int) -> list[int]:
-    return list(tokens[:num_tokens])
+def llama_batch_init(num_tokens: int, embedding: int, most_sequences: int) -> SimpleNamespace:
+    assert (embedding, most_sequences) == (0, 1)
+    numbers = {name: [0] * num_tokens for name in ("token", "pos", "n_seq_id", "logits")}
+    return SimpleNamespace(n_tokens=0, seq_id=[[0] for _ in range(num_tokens)], **numbers)
 
 
-def llama_decode(context: SimpleNamespace, batch: list[int]) -> int:
-    if not batch or len(batch) > context.num_batch:
+def llama_decode(context: SimpleNamespace, batch: SimpleNamespace) -> int:
+    if not 0 < batch.n_tokens <= context.num_batch:
         return -1
-    print(f"batch: {len(batch)}", file=sys.stderr, flush=True)
-    context.tokens += batch
+    print(f"batch: {batch.n_tokens}", file=sys.stderr, flush=True)
+    context.logits = {}
+    for index in range(batch.n_tokens):
+        assert batch.n_seq_id[index] == 1
+        tokens = context.sequences[batch.seq_id[index][0]]
+        assert batch.pos[index] == len(tokens)
+        tokens.append(batch.token[index])
+        if batch.logits[index]:
+            context.logits[index] = sum(tokens) % NUM_VOCAB
     return 0
 
 
 def llama_get_logits_ith(context: SimpleNamespace, index: int) -> Any:
-    assert index == -1
     logits = (ctypes.c_float * NUM_VOCAB)()
-    logits[sum(context.tokens) % NUM_VOCAB] = 1.0
+    logits[context.logits[index]] = 1.0
     return ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))

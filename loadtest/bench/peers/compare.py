@@ -1,0 +1,281 @@
+"""Our model directories and rivals -> TTFT, TPOT, throughput and perplexity of each, on some cores.
+
+The rivals are llama.cpp, as llama-cpp-python's server and as its own decode, and OpenVINO GenAI,
+each with GGUF files of several types (names.py, files.py).
+
+All are up at once on the same cores with a thread on each, but only one is ever asked. In a round
+every one gets the same prompts, one request at a time, then other prompts all at once; the order
+turns round from round to round. A rival's own decode is timed inside its process, without HTTP, and
+llama.cpp's without making tokens of the text. So what it is spared counts against us. llama.cpp
+computes without a pause, so its share of the cores tells whether anything else wanted them.
+A ratio above 1 favours the last of our models; its interval is a bootstrap over rounds.
+
+Perplexity is of blocks of a held-out text's tokens, each block by itself, its first token left out;
+vLLM's by its API, llama.cpp's by its logits. OpenVINO GenAI tells none.
+"""
+
+import asyncio
+import hashlib
+import math
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cast_serve.cores import parse_cores
+from cast_serve.intervals import draws, ratio_of_quantiles
+from cast_serve.latency import RequestTiming
+from loadtest.bench.peers import files, process
+from loadtest.bench.peers.names import PeerError, parse
+from loadtest.bench.peers.process import Process
+from loadtest.bench.peers.server import Server, serving
+from loadtest.provenance import hashes_of, machine, served_at, versions
+from loadtest.send.connection import Pool
+from loadtest.send.workload import Workload
+
+MIN_CORE_SHARE = 0.95  # of llama.cpp's decode, or times are not comparable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of every server.
+
+    Attributes:
+        cores: the CPUs that all servers share, such as 0 or 0-1.
+        context: tokens that a sequence may have, prompt and answer.
+        rounds: measured ones; one before them warms up.
+        prompts: one at a time, in a round.
+        at_once: prompts at the same time, in a round; 0: none.
+        prompt_words: of each prompt.
+        output_tokens: of each answer.
+        seed: of the prompts' opening numbers.
+        vllm_flags: of our servers besides, separated by blanks.
+        blocks: of the text whose perplexity is measured; 0: none.
+        block_size: tokens of a block.
+    """
+
+    cores: str = "0"
+    context: int = 2048
+    rounds: int = 8
+    prompts: int = 4
+    at_once: int = 8
+    prompt_words: int = 128
+    output_tokens: int = 64
+    seed: int = 0
+    vllm_flags: str = ""
+    blocks: int = 0
+    block_size: int = 512
+
+
+@dataclass
+class Found:
+    """What one peer was measured at, by round: its requests one at a time, and tokens/s at once."""
+
+    timings: list[list[RequestTiming]] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+
+
+Peer = Server | Process
+
+
+def compare(
+    models: Sequence[tuple[str, Path]], plan: Plan, blocks: Sequence[Sequence[int]] = ()
+) -> dict[str, Any]:
+    """Runs all servers and measures them.
+
+    Args:
+        models: names, and directories or GGUF files; the name of a file as in names.py.
+        plan: what is asked of each.
+        blocks: of tokens, whose perplexity is measured.
+
+    Returns:
+        Where it is from, prompt_tokens of the first prompt by server, and what `summary` returns,
+        with the perplexity of those that tell it.
+
+    Raises:
+        PeerError: if a name is given twice, a server fails, or they count a prompt's tokens
+            differently.
+        ValueError: if the cores are none of this process.
+    """
+    names = [name for name, _ in models]
+    if len(set(names)) < len(names):
+        raise PeerError(f"a name is given twice: {', '.join(names)}; give each its own")
+    cores = parse_cores(plan.cores)
+    date, cpu = datetime.now(UTC).isoformat(timespec="seconds"), machine()
+    load_average = os.getloadavg()[0]
+    with ExitStack() as stack:
+        peers = [stack.enter_context(running(name, path, cores, plan)) for name, path in models]
+        prompt = _prompt(Workload(plan.prompt_words), 0)
+        lengths = {peer.name: peer.prompt_tokens(prompt) for peer in peers}
+        if len(set(lengths.values())) > 1:
+            raise PeerError(f"they count one prompt's tokens differently: {lengths}")
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - set(cores) or set(cores))
+        result = summary(peers, asyncio.run(measure(peers, plan)), plan.at_once)
+        warn_of_others(result)
+        for peer in peers:
+            if blocks and peer.can_score:
+                result["servers"][peer.name]["perplexity"] = perplexity(peer, blocks)
+        served: dict[str, Any] = {}
+        for peer in peers:
+            if isinstance(peer, Server) and peer.is_ours:
+                served.update(served_at(peer.url))
+    return {
+        "date": date,
+        "machine": {**cpu, "load_average": [load_average, os.getloadavg()[0]]},
+        "versions": versions(),
+        "plan": asdict(plan),
+        "cores": len(cores),
+        "packages": files.PACKAGES,
+        "libraries": {peer.name: peer.about for peer in peers if isinstance(peer, Process)},
+        "models": files_of(models),
+        "served": served,
+        "prompt_tokens": lengths,
+        **result,
+    }
+
+
+def running(
+    name: str, model: Path, cores: Sequence[int], plan: Plan
+) -> AbstractContextManager[Peer]:
+    """Runs what the name and the model ask for: a server, or a rival's own decode."""
+    if model.is_file() and parse(name)[1]:
+        return process.running(name, model, cores, plan.context, max(1, plan.at_once))
+    return serving(name, model, cores, plan.context, plan.vllm_flags.split())
+
+
+async def measure(peers: Sequence[Peer], plan: Plan) -> dict[str, Found]:
+    """What each peer was measured at; a first round warms up and is left out.
+
+    Raises:
+        PeerError: if a request fails.
+    """
+    rng = random.Random(plan.seed)
+    found = {peer.name: Found() for peer in peers}
+    pools = {peer.name: Pool(peer.url, {}) for peer in peers if isinstance(peer, Server)}
+    for number in range(plan.rounds + 1):
+        # Each prompt opens with a number of its own: no prefix of it was seen before.
+        prompts = [
+            _prompt(Workload(plan.prompt_words, number, run_number=rng.randrange(10**9)), index)
+            for index in range(plan.prompts + plan.at_once)
+        ]
+        single, at_once = prompts[: plan.prompts], prompts[plan.prompts :]
+        for peer in peers if number % 2 else peers[::-1]:
+            pool = pools.get(peer.name)
+            timings = [await _ask(peer, pool, prompt, plan.output_tokens) for prompt in single]
+            tokens_per_s = 0.0
+            if at_once and _takes_many(peer):
+                elapsed_s = await _ask_at_once(peer, pool, at_once, plan.output_tokens)
+                tokens_per_s = len(at_once) * plan.output_tokens / elapsed_s
+            if number > 0:
+                found[peer.name].timings.append(timings)
+                found[peer.name].tokens_per_s.append(tokens_per_s)
+            tpot_ms = 1e3 * float(np.median(_sorted_s(timings, "tpot_s")))
+            print(
+                f"round {number}, {peer.name}: TPOT {tpot_ms:.2f} ms, "
+                f"{tokens_per_s:.1f} tokens/s at once",
+                file=sys.stderr,
+            )
+    for pool in pools.values():
+        pool.close()
+    return found
+
+
+def _takes_many(peer: Peer) -> bool:
+    """Whether it answers several prompts at once; llama-cpp-python's server does not."""
+    return isinstance(peer, Process) or peer.is_ours
+
+
+async def _ask(peer: Peer, pool: Pool | None, prompt: str, num_tokens: int) -> RequestTiming:
+    if isinstance(peer, Process):
+        return peer.ask(prompt, num_tokens)
+    assert pool is not None
+    return await peer.ask(pool, prompt, num_tokens)
+
+
+async def _ask_at_once(
+    peer: Peer, pool: Pool | None, prompts: Sequence[str], num_tokens: int
+) -> float:
+    if isinstance(peer, Process):
+        return peer.ask_at_once(prompts, num_tokens)
+    assert pool is not None
+    return await peer.ask_at_once(pool, prompts, num_tokens)
+
+
+def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> dict[str, Any]:
+    """Medians of each server, and how many times faster the last of ours is than each other.
+
+    Those that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode has its share
+    of the cores, too.
+    """
+    ours = next((peer for peer in reversed(peers) if peer.is_ours), peers[0])
+    result: dict[str, Any] = {"compared": ours.name, "servers": {}}
+    for peer in peers:
+        about: dict[str, Any] = {"title": peer.title, "weight_bytes": peer.weight_bytes}
+        for name in ("ttft_s", "tpot_s"):
+            theirs_s = [_sorted_s(timings, name) for timings in found[peer.name].timings]
+            ours_s = [_sorted_s(timings, name) for timings in found[ours.name].timings]
+            ratio = ratio_of_quantiles(theirs_s, ours_s, draws(len(theirs_s)), 0.5)
+            about[f"{name[:4]}_ms"] = 1e3 * float(np.median(np.concatenate(theirs_s)))
+            about[f"{name[:4]}_speedup"] = ratio.about()
+        if at_once and all(found[peer.name].tokens_per_s):
+            theirs = [np.array([value]) for value in found[peer.name].tokens_per_s]
+            own = [np.array([value]) for value in found[ours.name].tokens_per_s]
+            about[f"tokens_per_s_{at_once}"] = float(np.median(np.concatenate(theirs)))
+            ratio = ratio_of_quantiles(own, theirs, draws(len(own)), 0.5)
+            about["throughput_speedup"] = ratio.about()
+        if isinstance(peer, Process) and peer.core_shares:
+            about["core_share"] = float(np.median(peer.core_shares))
+        result["servers"][peer.name] = about
+    return result
+
+
+def perplexity(peer: Peer, blocks: Sequence[Sequence[int]]) -> float:
+    """Of the blocks' tokens, each block by itself, its first token left out."""
+    nats = 0.0
+    for number, block in enumerate(blocks, 1):
+        nats += peer.nats_of(block)
+        print(f"perplexity, {peer.name}: {number} of {len(blocks)} blocks", file=sys.stderr)
+    return math.exp(nats / sum(len(block) - 1 for block in blocks))
+
+
+def warn_of_others(result: Mapping[str, Any]) -> None:
+    """Prints a warning if llama.cpp's decode did not have the cores for itself."""
+    servers = result["servers"].values()
+    share = min((server["core_share"] for server in servers if "core_share" in server), default=1)
+    if share < MIN_CORE_SHARE:
+        print(
+            f"compare-peers: a process had only {share:.0%} of its cores, which others used, too; "
+            "times are not comparable: stop the others, and measure again",
+            file=sys.stderr,
+        )
+
+
+def files_of(models: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """The sha256 of each file of our models, and of each GGUF file with its weights by type."""
+    found: dict[str, Any] = {}
+    for name, path in models:
+        if path.is_dir():
+            found[name] = hashes_of(path)
+        elif path.name not in found:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = {"sha256": sha256, "weights_by_type": files.weights_by_type(path)}
+    return found
+
+
+def _sorted_s(timings: Sequence[RequestTiming], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.sort(np.array([getattr(timing, name) for timing in timings], np.float64))
+
+
+def _prompt(workload: Workload, index: int) -> str:
+    """A made-up prompt, which is a text and no chat."""
+    prompt = workload.prompt(index)
+    assert isinstance(prompt, str)
+    return prompt

@@ -1,0 +1,49 @@
+"""A peer's name -> the type of its file, and the program that runs it.
+
+q8_0            llama-cpp-python's OpenAI server
+q8_0:native     llama.cpp's own decode in a process of its own, without a server
+q8_0:native+fa  the same with flash attention
+q8_0:openvino   OpenVINO GenAI in a process of its own, without a server
+"""
+
+SOURCE = "q4_1"  # the type of the file that the demo's model comes in
+FTYPES = {  # of llama.cpp's quantiser
+    "q4_0": "MOSTLY_Q4_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+    "q8_0": "MOSTLY_Q8_0",
+    "bf16": "MOSTLY_BF16",
+    "f16": "MOSTLY_F16",
+}
+TYPES = (SOURCE, *FTYPES)
+WAYS = {  # what stands after the colon -> the title
+    "": "llama.cpp's server, {}",
+    "native": "llama.cpp's decode, {}",
+    "native+fa": "llama.cpp's decode, {}, flash attention",
+    "openvino": "OpenVINO GenAI, {}",
+}
+DEFAULT = "q8_0:native+fa,q4_0:native+fa,q4_k_m:native+fa,q8_0:openvino,q4_0:openvino"
+
+
+class PeerError(RuntimeError):
+    """A server, or what it needs, failed; the message names the log."""
+
+
+def parse(name: str) -> tuple[str, str]:
+    """A peer's name -> one of `TYPES`, and one of `WAYS`.
+
+    Raises:
+        PeerError: if either is not known.
+    """
+    kind, _, way = name.partition(":")
+    if kind not in TYPES:
+        raise PeerError(f"{kind!r} is no type of peer; choose from {', '.join(TYPES)}")
+    if way not in WAYS or name.endswith(":"):
+        ways = ", ".join(f"TYPE:{known}" for known in WAYS if known)
+        raise PeerError(f"peer {name!r} is not known; write TYPE, {ways}")
+    return kind, way
+
+
+def title_of(name: str) -> str:
+    """The peer's name for people."""
+    kind, way = parse(name)
+    return WAYS[way].format(kind)

@@ -1,0 +1,170 @@
+"""A model -> a server of it on some cores, and what it answers: ours, or llama-cpp-python's.
+
+Servers are asked straight and not by cast-loadtest: llama-cpp-python has no /health for our
+gateway, counts no tokens in its streams, and knows no ignore_eos (a bias does the same).
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cast_serve import sse
+from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.bench.peers import files
+from loadtest.bench.peers.names import PeerError, title_of
+from loadtest.send.connection import Pool
+
+ENDS = (0, 2, 4)  # SmolLM2's tokens that end a text for llama.cpp; min_tokens holds off one of them
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server of one model, under the model's name.
+
+    Attributes:
+        name: as requests have it.
+        title: for people.
+        url: its root.
+        weight_bytes: of the files on disk.
+        is_ours: whether it is vLLM's.
+        extra: what its requests need besides.
+    """
+
+    name: str
+    title: str
+    url: str
+    weight_bytes: int
+    is_ours: bool
+    extra: Mapping[str, Any]
+
+    @property
+    def can_score(self) -> bool:
+        """Whether it tells the log probabilities of a given text."""
+        return self.is_ours
+
+    def body(self, prompt: str, num_tokens: int) -> dict[str, Any]:
+        """A request for a completion of exactly so many tokens."""
+        asked = {"model": self.name, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
+        return {**asked, **self.extra}
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """How many tokens it takes the prompt for."""
+        return int(self._complete(self.body(prompt, 1))["usage"]["prompt_tokens"])
+
+    def nats_of(self, block: Sequence[int]) -> float:
+        """The negative log likelihood of a block of tokens, without its first; by vLLM's API."""
+        body = {"model": self.name, "prompt": list(block), "max_tokens": 1, "prompt_logprobs": 0}
+        found = self._complete(body)["choices"][0]["prompt_logprobs"]
+        return -sum(
+            probabilities[str(token)]["logprob"]
+            for token, probabilities in zip(block[1:], found[1:], strict=True)
+        )
+
+    def _complete(self, body: Mapping[str, Any]) -> Any:
+        url = f"{self.url}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=120, trust_env=False)
+        return answer.raise_for_status().json()
+
+    async def ask(self, pool: Pool, prompt: str, num_tokens: int) -> RequestTiming:
+        """Streams one completion. If it ends for its length, it has all its tokens.
+
+        Raises:
+            PeerError: if it does not.
+        """
+        watch, reader = Stopwatch(), sse.Reader()
+        reasons: list[str | None] = []
+
+        def feed(piece: bytes) -> None:
+            for data in reader.feed(piece):
+                if data != sse.DONE:
+                    chunk = json.loads(data)
+                    watch.observe(chunk)
+                    reasons.extend(choice["finish_reason"] for choice in chunk["choices"])
+
+        body = json.dumps({**self.body(prompt, num_tokens), "stream": True}).encode()
+        response = await pool.exchange("POST", "/v1/completions", body, feed)
+        if response.status != 200 or reasons[-1:] != ["length"]:
+            raise PeerError(f"{self.name} gave {response.status}, ended by {reasons[-1:]}")
+        return watch.finish(num_tokens)
+
+    async def ask_at_once(self, pool: Pool, prompts: Sequence[str], num_tokens: int) -> float:
+        """Streams a completion of every prompt.
+
+        Returns:
+            Seconds until the last one ended.
+
+        Raises:
+            PeerError: as `ask`.
+        """
+        began_s = time.perf_counter()
+        await asyncio.gather(*(self.ask(pool, prompt, num_tokens) for prompt in prompts))
+        return time.perf_counter() - began_s
+
+
+@contextmanager
+def serving(
+    name: str, model: Path, cores: Sequence[int], num_context: int, vllm_flags: Sequence[str]
+) -> Iterator[Server]:
+    """Runs a model's server on the cores: llama.cpp's for a GGUF file, ours for a directory.
+
+    Args:
+        name: of the model.
+        model: the file or directory.
+        cores: a thread runs on each.
+        num_context: tokens that a sequence may have, prompt and answer.
+        vllm_flags: of our server besides.
+
+    Raises:
+        PeerError: if it ends before it answers.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    files.WORK.mkdir(parents=True, exist_ok=True)
+    cpus, threads, log = ",".join(map(str, cores)), str(len(cores)), files.WORK / f"{name}.log"
+    is_ours = not model.is_file()
+    if is_ours:
+        command = [sys.executable, "-m", "cast_serve", "worker", str(model), "--name", name]
+        command += ["--port", port, "--cores", cpus]
+        command += ["--", "--max-model-len", str(num_context), *vllm_flags]
+        extra: dict[str, Any] = {"ignore_eos": True}
+        shards = list(model.glob("*.safetensors"))
+    else:
+        command = [str(files.PYTHONS["llama"]), "-m", "llama_cpp.server", "--model", str(model)]
+        command += ["--model_alias", name, "--host", "127.0.0.1", "--port", port]
+        command += ["--n_ctx", str(num_context), "--n_threads", threads]
+        command += ["--n_threads_batch", threads, "--logits_all", "False", "--verbose", "False"]
+        # Unless told otherwise its repeat_penalty is 1.1.
+        extra = {"logit_bias": {str(token): -100 for token in ENDS}, "repeat_penalty": 1.0}
+        shards = [model]
+    words = ["taskset", "-c", cpus, *command]
+    files.show(words)
+    with log.open("wb") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
+    weight_bytes = sum(path.stat().st_size for path in shards)
+    title = f"vLLM, {name}" if is_ours else title_of(name)
+    server = Server(name, title, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise PeerError(f"{name} ended with {process.returncode}; see {log}")
+            try:
+                httpx.get(f"{server.url}/v1/models", timeout=5, trust_env=False)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
