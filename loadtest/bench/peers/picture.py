@@ -1,0 +1,50 @@
+"""What `compare` returned -> a picture: perplexity against bytes, and against TPOT, of each server.
+
+Down and left is better in both. A server that tells no perplexity is left out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SIZE_INCHES = (11.0, 4.8)
+
+
+def write_png(found: Mapping[str, Any], path: Path) -> None:
+    """Draws the picture.
+
+    Raises:
+        ValueError: if no server has a perplexity.
+        ImportError: without matplotlib.
+    """
+    from matplotlib.figure import Figure  # an optional extra
+
+    servers = [each for each in found["servers"].values() if "perplexity" in each]
+    if not servers:
+        raise ValueError("no server has a perplexity; measure with --text FILE --blocks NUMBER")
+    figure = Figure(SIZE_INCHES, layout="constrained")
+    by_bytes, by_time = figure.subplots(1, 2, sharey=True)
+    for server in servers:
+        is_ours = server["title"].startswith("vLLM")
+        marker, color = ("o", "tab:blue") if is_ours else ("s", "tab:orange")
+        for axes, value in (
+            (by_bytes, server["weight_bytes"] / 1e6),
+            (by_time, server["tpot_ms"]),
+        ):
+            axes.plot(value, server["perplexity"], marker, color=color)
+            axes.annotate(
+                server["title"].removesuffix(", flash attention"),
+                (value, server["perplexity"]),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    by_bytes.set(xlabel="files of weights, MB", ylabel="perplexity", xlim=(0, None))
+    by_time.set(xlabel="TPOT, ms, one request at a time", xlim=(0, None))
+    for axes in (by_bytes, by_time):
+        axes.set_yscale("log")
+        axes.margins(x=0.25)
+        axes.grid(alpha=0.3, which="both")
+    cpu = found["machine"]["cpu"]
+    figure.suptitle(f"{found['shape']}, {found['cores']} core(s) of {cpu}, {found['date'][:10]}")
+    figure.savefig(path, dpi=110)
