@@ -3,7 +3,8 @@
 //
 // A Format says how: tile_bytes, kTileLines (as many cache lines or, as tiles of 4-bit weights do
 // not begin at one, more), kTileColumns, kElementBytes (of an element of x in the workspace) and
-// `gather`, which multiplies some rows of a segment of K by some tokens.
+// `gather`, which multiplies some rows of a segment of K by some tokens. kTilesAhead: prefetch that
+// far, where a tile row is read once and whole; 0: as far as the next tile row.
 #pragma once
 #include <algorithm>
 
@@ -60,6 +61,8 @@ void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t en
         if (next_row == slab_end && !segment.is_last) next_row = slab, next_tile += tiles;
         if (next_row == slab_end && segment.is_last) next_tile = 0;
         const uint8_t* next = p.packed + (next_row * row_tiles + next_tile) * tile_bytes;
+        if (Format::kTilesAhead && kRows == kTileRows && segments == 1)
+          next = p.packed + (row * row_tiles + Format::kTilesAhead) * tile_bytes;
         if constexpr (kSecond == 0) {
           const int64_t share = tile_bytes * kRows / kTileRows;
           for (int64_t i = 0; i < kTileRows; i += kRows) {

@@ -29,6 +29,7 @@ struct FewInt8Rows {
                                        : kIsInt4 ? kInt4RowBytes
                                                  : kInt8TileKept;  // of a tile's values
   static constexpr int64_t kTileLines = kIsDense ? 16 : kIsInt4 ? 7 : 10;
+  static constexpr int64_t kTilesAhead = kIsInt4 ? 8 : 0;
   static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
   static int64_t tile_bytes(const Linear24& p) {
     return kIsDense ? kDenseInt8TileBytes : kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
