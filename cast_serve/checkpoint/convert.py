@@ -267,9 +267,11 @@ def _write(
     if head:
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record()
-    if not quantization and source.quantized == "int8":
+    if not quantization and source.quantized in ("int8", "int4"):
         found = source.head_dtype
-        quantization = {"quantize": "int8", "head": found, "scales": SCALES_TAKEN_OVER}
+        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
+        if source.quantized == "int4":
+            quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
         "method": None,
