@@ -115,9 +115,20 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Activations [..., in_features] as a quantised linear sees them, in their own dtype."""
-    values, scale = quantize_groups(x)
-    return (values * scale.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    """Activations [..., in_features] as a quantised linear sees them, in their own dtype.
+
+    The products values * scale of `quantize_groups`, made in place, as training makes them for
+    every linear of every step.
+    """
+    padding = -x.shape[-1] % SCALE_GROUP
+    wide = torch.nn.functional.pad(x.float(), (0, padding)) if padding else x.float()
+    groups = wide.unflatten(-1, (-1, SCALE_GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / MAX_INTEGER
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    scale = torch.where(scale == 0, 1.0, scale)  # all its values are 0, whatever divides them
+    values = (groups / scale).clamp_(-MAX_INTEGER, MAX_INTEGER).round_()
+    products = values.mul_(scale).flatten(-2)
+    return (products[..., : x.shape[-1]] if padding else products).to(x.dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:

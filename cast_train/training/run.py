@@ -37,7 +37,7 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating, scaling
-from cast_train.gates.schedules import phase_at
+from cast_train.gates.schedules import first_quantized_step, phase_at
 from cast_train.text import TokenBlocks
 from cast_train.training import progress
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
@@ -205,6 +205,7 @@ def _measure(
         "kept_dense": list(trained.kept_dense),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
+        "trained_as": _trained_as(config),
         "steps": config.steps,
         "best_step": trainer.state.best_global_step,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
@@ -220,6 +221,16 @@ def _measure(
         },
         "quality": _quality(trained, blocks, config),
     }
+
+
+def _trained_as(config: TrainConfig) -> dict[str, Any] | None:
+    """How the weights were quantised in the last steps: what `convert` makes the same integers of;
+    None if they were not."""
+    if (first := first_quantized_step(config)) is None:
+        return None
+    scale_group = config.scale_group if config.quantize == "int4" else None
+    num_steps = config.steps - first
+    return {"quantize": config.quantize, "scale_group": scale_group, "num_steps": num_steps}
 
 
 def _rank() -> int:

@@ -69,7 +69,7 @@ class CastTrainer(Trainer):
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         loss = loss_in_words(config, has_teacher=teacher is not None)
-        self.add_callback(Progress(tokens_per_step(config, self.args.world_size), loss))
+        self.add_callback(Progress(config, tokens_per_step(config, self.args.world_size), loss))
         self.add_callback(FrozenGates(self))
 
     def compute_loss(
@@ -118,12 +118,13 @@ class CastTrainer(Trainer):
         return stack
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the evaluation set; infinite before the mask is exact, so never the best.
+        """The loss on the evaluation set; infinite before mask and integers are, so never the best.
 
-        A soft model's loss is lower than that of the same model hardened.
+        A soft model's loss is lower than that of the same model hardened, or then quantised.
         """
         metrics = super().evaluate(*args, **kwargs)
-        is_exact = phase_at(self.state.global_step - 1, self.config).is_hard
+        phase = phase_at(self.state.global_step - 1, self.config)
+        is_exact = phase.is_hard and (phase.is_quantized or self.config.quantize == "none")
         if not is_exact and self.config.method != "dense":
             metrics["eval_loss"] = math.inf
         return metrics
@@ -220,7 +221,8 @@ class MasksFirst(TrainerCallback):
         trainer = self.trainer
         if state.global_step != first_exact_step(trainer.config):
             return
-        gating.set_phase(trainer.gate_map, phase_at(state.global_step, trainer.config))
+        phase = phase_at(state.global_step, trainer.config)
+        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
         masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
         solve(trainer.accelerator.unwrap_model(trainer.model), trainer.targets, masks, self.blocks)
 

@@ -198,6 +198,21 @@ def test_activations_come_back_within_half_a_step(dtype: torch.dtype) -> None:
     assert torch.equal(rounded(x), rounded(x.float()).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 256, 300])
+def test_activations_are_rounded_to_the_products_of_their_integers(
+    columns: int, dtype: torch.dtype
+) -> None:
+    x = random_weight(6, columns, dtype)
+    x[4] = 0
+    x[5] *= 2.0**-140 / x[5].float().abs().max()  # integers of almost nothing are cut off at 127
+    before = x.clone()
+    values, scale = quantize_groups(x)
+    products = (values * scale.unsqueeze(-1)).flatten(1)[:, :columns]
+    assert torch.equal(rounded(x), products.to(dtype))
+    assert torch.equal(x, before)
+
+
 def test_a_group_of_zeros_or_of_almost_nothing() -> None:
     x = torch.zeros(2, 4)
     x[1, 1] = 1e-45  # max / 127 is 0 in fp32

@@ -1,0 +1,169 @@
+"""`quantize`: the last steps train what `convert --quantize` stores."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cast_serve.sparsity.pattern import hard_mask
+from cast_serve.sparsity.quantize import quantize_values_int4
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.evaluate.evaluation import evaluate
+from cast_train.gates import gating
+from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.training.run import train
+from cast_train.training.trainer import CastTrainer
+
+
+@pytest.fixture
+def config(settings_file):
+    return TrainConfig.from_toml(
+        settings_file, steps=10, quantize="int4", scale_group=32, quantized_fraction=0.5
+    )
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def searched_scales(written, name, is_transposed):
+    """The scales that `convert` would choose for a stored target's kept weights."""
+    gate, weight = written[f"{name}.gate"], written[f"{name}.weight"]
+    if is_transposed:
+        gate, weight = gate.t(), weight.t()
+    kept = weight[hard_mask(gate)].view(len(weight), -1)
+    return quantize_values_int4(kept, 32)[1]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_run_learns_as_it_is_served(
+    quantize, model_dir, text_file, config, tmp_path, untrained_perplexity
+):
+    config = dataclasses.replace(config, quantize=quantize, steps=40, checkpoint_every=40)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    scale_group = 32 if quantize == "int4" else None
+    expected = {"quantize": quantize, "scale_group": scale_group, "num_steps": 20}
+    assert record["trained_as"] == expected
+    assert record["schedules_end"]["is_quantized"] is True
+    found = record["quality"]
+    assert found["perplexity_hard"] < 0.85 * untrained_perplexity
+    assert found["perplexity_hard"] != pytest.approx(found["perplexity_soft"], rel=1e-6)
+    again, _ = evaluate(tmp_path / "out", [text_file], context=32, max_tokens=128)
+    assert again["perplexity_hard"] == pytest.approx(found["perplexity_hard"], rel=2e-3)
+    written = weights_of(tmp_path / "out")
+    for name in record["targets"]:
+        assert written[f"{name}.weight_scale"].dtype == torch.bfloat16
+        assert (written[f"{name}.weight_scale"] > 0).all()
+
+
+def test_scales_are_those_of_the_first_quantised_step(model_dir, text_file, config, tmp_path):
+    """Weights that do not learn are still those that the scales were chosen of."""
+    config = dataclasses.replace(config, steps=4, learning_rate=0.0)
+    record = train(model_dir, [text_file], tmp_path / "out", config)
+    written, model = weights_of(tmp_path / "out"), models.load_dense(model_dir)
+    for name in record["targets"]:
+        is_transposed = gating.is_transposed(model.get_submodule(name))
+        expected = searched_scales(written, name, is_transposed)
+        assert torch.equal(written[f"{name}.weight_scale"], expected)
+
+
+def test_masks_first_solves_the_weights_before_they_are_quantised(
+    llama_dir, text_file, config, tmp_path
+):
+    """Both at one step: scales chosen of unsolved weights would be others."""
+    config = dataclasses.replace(
+        config, steps=4, learning_rate=0.0, masks_first=True, hard_fraction=0.5
+    )
+    assert phase_at(2, config).is_quantized
+    assert not phase_at(1, config).is_hard
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    plain = dataclasses.replace(config, quantize="none")
+    train(llama_dir, [text_file], tmp_path / "plain", plain)
+    written, unquantised = weights_of(tmp_path / "out"), weights_of(tmp_path / "plain")
+    for name in record["targets"]:
+        assert torch.equal(written[f"{name}.weight"], unquantised[f"{name}.weight"])
+        expected = searched_scales(written, name, is_transposed=False)
+        assert torch.equal(written[f"{name}.weight_scale"], expected)
+
+
+@pytest.mark.parametrize("stop_at", [4, 5, 7], ids=["before", "border", "quantised"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    stop_at, llama_dir, text_file, config, tmp_path, train_until, begun_at
+):
+    config = dataclasses.replace(config, checkpoint_every=1)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    train_until(stop_at, llama_dir, [text_file], tmp_path / "out", config)
+    train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    assert begun_at == [None, None, f"checkpoint-{stop_at}"]
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_best_is_one_that_was_quantised(llama_dir, text_file, config, tmp_path, monkeypatch):
+    measured = {}
+    measure = CastTrainer.evaluate
+
+    def remember(self, *args, **kwargs):
+        metrics = measure(self, *args, **kwargs)
+        measured[self.state.global_step] = metrics["eval_loss"]
+        return metrics
+
+    monkeypatch.setattr(CastTrainer, "evaluate", remember)
+    config = dataclasses.replace(
+        config, steps=8, evaluate_every=2, checkpoint_every=2, keep_best=True
+    )
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    assert [step for step, loss in measured.items() if loss == float("inf")] == [2, 4]
+    assert record["best_step"] in (6, 8)
+
+
+def test_a_gated_checkpoint_without_its_scales_is_refused(llama_dir, text_file, config, tmp_path):
+    config = dataclasses.replace(config, steps=2, quantize="none")
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    file = tmp_path / "out/cast.json"
+    record = json.loads(file.read_text())
+    assert record["trained_as"] is None
+    trained_as = {"quantize": "int4", "scale_group": 32, "num_steps": 1}
+    file.write_text(json.dumps(record | {"trained_as": trained_as}))
+    with pytest.raises(models.CheckpointError, match="has no weight_scale for model.layers.0"):
+        models.load_gated(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"quantize": "none"}, None),
+        ({"quantized_fraction": 0.75}, 9),
+        ({"quantized_fraction": 0.99}, 11),  # the last step
+        ({"hard_fraction": 0.5, "quantized_fraction": 0.5}, 6),
+        ({"hard_fraction": 0.0, "tau_end_fraction": 0.0, "quantized_fraction": 0.0}, 0),
+    ],
+)
+def test_the_first_quantised_step_by_hand(settings, first):
+    config = TrainConfig(**{"steps": 12, "quantize": "int8", **settings})
+    assert first_quantized_step(config) == first
+    found = [phase_at(step, config).is_quantized for step in range(13)]
+    assert found == [first is not None and step >= first for step in range(13)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "adams"}, "trains under the exact mask, which method adams has in no step"),
+        ({"method": "dense"}, "trains under the exact mask, which method dense has in no step"),
+        ({"sparsity": "4:8"}, "needs sparsity 2:4, not 4:8"),
+        ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
+        ({"is_sharded": True}, "cannot go with is_sharded True; set one of them"),
+        ({"quantized_fraction": 0.02}, "0.02 must be below 1 and not below hard_fraction 0.05"),
+        ({"quantized_fraction": 1.0}, "1.0 must be below 1 and not below hard_fraction"),
+        ({"scale_group": 48}, "scale_group is 48, but must be 128, 64 or 32"),
+        ({"quantize": "int2"}, "quantize is 'int2', but must be 'none', 'int8' or 'int4'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict({"quantize": "int4", **settings})
