@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.sparsity.quantize import widen_float8
+from cast_serve.sparsity.float8 import widen_float8
 
 # Tensors beside a weight that are read with it, or left out.
 SCALE_PARTS = (

@@ -28,7 +28,7 @@ from cast_serve.engine.packing import (
 )
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.sparsity.bitmask import compress
-from cast_serve.sparsity.quantize import widen_float8
+from cast_serve.sparsity.float8 import widen_float8
 
 METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
 

@@ -12,13 +12,16 @@ within +-7.
 A scale of a weight is the one of least squared error among fractions of max|w| / 127 (int4: / 7),
 taken over the row or scale group that it belongs to. A smaller scale cuts the largest weights off
 and rounds all others more finely; 4 bits gain from cutting off much more. Each candidate is first
-rounded to the weight's dtype, then the integers are chosen for it: in bf16 neighbouring scales
-differ by 0.4 to 0.8 %, so a much finer grid would try the same scales twice. Values that are 0 add
-no error whatever the scale is, so kept weights [N, K / 2] get the scales of the whole rows.
+rounded to the weight's dtype (int4: to bf16, which its kernel holds), then the integers are chosen
+for it: in bf16 neighbouring scales differ by 0.4 to 0.8 %, so a much finer grid would try the same
+scales twice. Values that are 0 add no error whatever the scale is, so kept weights [N, K / 2] get
+the scales of the whole rows. An *importance* of each weight, such as the mean square of what it
+multiplies, makes the error a weighted sum.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,16 +36,41 @@ SCALES_CHOSEN = (
     "per row, the least squared error among 1.00, 0.995, ... 0.90 of max|w| / 127, "
     "rounded to the weight's dtype"
 )
+INT4_SCALES_CHOSEN = (
+    "per scale group, the least squared error among 1.00, 0.975, ... 0.50 of max|w| / 7, "
+    "rounded to bf16"
+)
 SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 
 
-def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+class Grid(NamedTuple):
+    """What integers there are, and which scales are tried.
+
+    Attributes:
+        largest: integer; the least is its negative.
+        fractions: of max|w| / largest.
+        is_bf16: whether scales are rounded to bf16 whatever the weight's dtype is.
+    """
+
+    largest: int
+    fractions: list[float]
+    is_bf16: bool
+
+
+INT8 = Grid(MAX_INTEGER, FRACTIONS, is_bf16=False)
+INT4 = Grid(MAX_INT4, INT4_FRACTIONS, is_bf16=True)
+
+
+def quantize_rows(
+    weight: Tensor, name: str = "weight", importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantises each row of a weight with the scale of least squared error among FRACTIONS.
 
     Args:
         weight: [N, K], bf16, fp16 or fp32.
         name: for error messages.
+        importance: of each weight, fp32 [N, K]; None: equal.
 
     Returns:
         values int8 [N, K] within +-127 and scale [N, 1] in the weight's dtype, finite and positive.
@@ -51,11 +79,14 @@ def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]
     Raises:
         ValueError: if a weight is Inf or NaN.
     """
-    return _quantize(weight, MAX_INTEGER, FRACTIONS, name)
+    return _quantize(weight, importance, INT8, name)
 
 
 def quantize_values_int4(
-    values: Tensor, scale_group: int = SCALE_GROUP, name: str = "weight"
+    values: Tensor,
+    scale_group: int = SCALE_GROUP,
+    name: str = "weight",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantises the kept weights of a 2:4 weight to 4 bits, each scale group of a row by itself.
 
@@ -67,6 +98,7 @@ def quantize_values_int4(
         scale_group: dense columns that share a scale, one of INT4_SCALE_GROUPS; the last group of
             a row may have fewer.
         name: for error messages.
+        importance: of each weight, fp32, as `values`; None: equal.
 
     Returns:
         values int8 within +-7, of the same shape, and scale [out_features, ceil(in_features /
@@ -77,7 +109,9 @@ def quantize_values_int4(
     """
     groups = _kept_groups(values, scale_group)
     num_rows, num_groups, kept = groups.shape
-    integers, scale = _quantize(groups.flatten(0, 1), MAX_INT4, INT4_FRACTIONS, name, num_groups)
+    if importance is not None:
+        importance = _kept_groups(importance, scale_group).flatten(0, 1)
+    integers, scale = _quantize(groups.flatten(0, 1), importance, INT4, name, num_groups)
     integers = integers.view(num_rows, num_groups * kept)[:, : values.shape[1]]
     return integers.contiguous(), scale.view(num_rows, num_groups)
 
@@ -141,30 +175,6 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) 
     return (values.float() * scale.float()).to(dtype or scale.dtype)
 
 
-def widen_float8(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str = "weight") -> Tensor:
-    """values * scale: multiplied in fp32, then rounded once to `dtype`; a stored -0.0 becomes 0.0.
-
-    Args:
-        values: float8 (e4m3) [out_features, columns].
-        scale: [out_features, 1].
-        dtype: bf16, fp16 or fp32.
-        name: for error messages.
-
-    Raises:
-        ValueError: if a weight is NaN, or above the largest number of `dtype`.
-    """
-    wide = (dequantize(values, scale, torch.float32) + 0.0).to(dtype)
-    is_bad = ~torch.isfinite(wide).all(1)
-    if is_bad.any():
-        row = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: row {row} of its float8 weights times their scale {float(scale[row])} holds "
-            f"NaN, or more than {torch.finfo(dtype).max:.4g}, the most of {dtype}; "
-            f"{int(is_bad.sum())} rows are wrong: copy the directory again, or use bf16"
-        )
-    return wide
-
-
 def _kept_groups(values: Tensor, scale_group: int) -> Tensor:
     """Kept values [N, K / 2] -> [N, num_groups, scale_group / 2], padded with 0.
 
@@ -179,9 +189,9 @@ def _kept_groups(values: Tensor, scale_group: int) -> Tensor:
 
 
 def _quantize(
-    weight: Tensor, largest: int, fractions: list[float], name: str, groups_a_row: int = 1
+    weight: Tensor, importance: Tensor | None, grid: Grid, name: str, groups_a_row: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """A scale for each row of `weight` [N, K], within +-largest; see `quantize_rows`.
+    """A scale for each row of `weight` [N, K]; see `quantize_rows`.
 
     Args:
         groups_a_row: rows of `weight` that are one row of the linear, for error messages.
@@ -203,31 +213,37 @@ def _quantize(
                     f"{name}: row {row} holds Inf or NaN, which has no scale; "
                     "check the training for divergence"
                 )
-            scale[rows] = _best_scale(slab, weight.dtype, largest, fractions)
-            values[rows] = _integers(slab, scale[rows].float(), largest).to(torch.int8)
+            important = None if importance is None else importance[rows]
+            scale[rows] = _best_scale(slab, important, weight.dtype, grid)
+            values[rows] = _integers(slab, scale[rows].float(), grid).to(torch.int8)
     return values, scale
 
 
-def _best_scale(weight: Tensor, dtype: torch.dtype, largest: int, fractions: list[float]) -> Tensor:
+def _best_scale(
+    weight: Tensor, importance: Tensor | None, dtype: torch.dtype, grid: Grid
+) -> Tensor:
     """The scale [N, 1], already rounded to `dtype`, of fp32 weights [N, K]."""
     most = weight.abs().amax(1, keepdim=True)
     # The smallest positive scale: fp16's subnormals are exact, and weights of that size common.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
     best = torch.ones_like(most)
     least = torch.full_like(most, torch.inf)
-    for fraction in fractions:
-        scale = (most / largest * fraction).clamp(min=smallest).to(dtype).float()
-        integers = _integers(weight, scale, largest)
-        error = integers.mul_(scale).sub_(weight).square_().sum(1, keepdim=True)
+    for fraction in grid.fractions:
+        scale = (most / grid.largest * fraction).clamp(min=smallest)
+        scale = (scale.bfloat16() if grid.is_bf16 else scale).to(dtype).float()
+        error = _integers(weight, scale, grid).mul_(scale).sub_(weight).square_()
+        if importance is not None:
+            error.mul_(importance)
+        error = error.sum(1, keepdim=True)
         is_better = (error < least) & (most > 0)
         best = torch.where(is_better, scale, best)
         least = torch.where(is_better, error, least)
     return best
 
 
-def _integers(x: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The nearest integers of x / scale within +-largest, as fp32."""
-    return (x / scale).round_().clamp_(-largest, largest)
+def _integers(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest integers of x / scale that the grid has, as fp32."""
+    return (x / scale).round_().clamp_(-grid.largest, grid.largest)
 
 
 @contextmanager

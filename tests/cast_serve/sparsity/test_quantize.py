@@ -141,7 +141,7 @@ def test_int4_takes_the_best_scale_of_each_group(scale_group: int, dtype: torch.
         largest = own.float().abs().amax(1, keepdim=True)
         errors = []
         for fraction in INT4_FRACTIONS:
-            step = (largest / 7 * fraction).to(dtype).double()
+            step = (largest / 7 * fraction).bfloat16().to(dtype).double()
             integers = (own.double() / step).round().clamp(-7, 7)
             errors.append((integers * step - own.double()).square().sum(1))
         columns = slice(group * half, (group + 1) * half)
@@ -158,6 +158,29 @@ def test_what_is_on_the_int4_grid_comes_back_exactly() -> None:
     values, found = quantize_values_int4(weight, 32)
     assert torch.equal(values, integers.to(torch.int8))
     assert torch.equal(found, scale.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_scale_fits_the_important_weights(bits: int) -> None:
+    """What is multiplied with zeros alone has no importance, and does not stretch the scale."""
+    weight = random_weight(4, 128, torch.float32)
+    importance = torch.ones_like(weight)
+    weight[:, ::16], importance[:, ::16] = 1.09 * weight.abs().amax(1, keepdim=True), 0
+    if bits == 8:
+        values, scale = quantize_rows(weight, importance=importance)
+        found, plain = dequantize(values, scale), dequantize(*quantize_rows(weight))
+    else:
+        values, scale = quantize_values_int4(weight, 32, importance=importance)
+        found = dequantize_int4(values, scale, 32)
+        plain = dequantize_int4(*quantize_values_int4(weight, 32), 32)
+    errors = [((kept - weight).square() * importance).sum(1) for kept in (found, plain)]
+    assert errors[0].sum() < 0.9 * errors[1].sum()
+    assert (errors[0] <= errors[1]).all()
+
+
+def test_int4_scales_are_exact_in_bf16() -> None:
+    _, scale = quantize_values_int4(random_weight(6, 160, torch.float32), 32)
+    assert torch.equal(scale, scale.bfloat16().float())
 
 
 def test_int4_groups_of_zeros_get_scale_1() -> None:
