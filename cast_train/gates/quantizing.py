@@ -10,10 +10,10 @@ Rounding has no gradient of use: in backward W and x get that of W'' and x'', as
 rounded, and the mask then leaves the kept weights theirs. Source of straight through: Bengio et
 al., "Estimating or propagating gradients through stochastic neurons", arXiv 1308.3432, 2013.
 
-The scales are chosen once, of the weights that the first quantised pass finds, by the search that
-`convert` would do, and then kept: the search costs 21 times what rounding costs, and a scale that
-moved would move all integers of its scale group at once. They are saved with the gates, and
-`convert` takes them as they are, so that it writes the integers that were trained.
+The scales are chosen once, before the first of these steps (training/quantized_start.py), and then
+kept: the search costs 21 times what rounding costs, and a scale that moved would move all integers
+of its scale group at once. They are stored beside the gates, and the weights as integers * scale,
+so that `convert` finds the integers that were trained.
 """
 
 import math
@@ -24,13 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cast_serve.sparsity.quantize import (
-    MAX_INT4,
-    MAX_INTEGER,
-    quantize_rows,
-    quantize_values_int4,
-    rounded,
-)
+from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, rounded
 from cast_train.gates.gating import Gate
 
 STORED_DTYPE = torch.bfloat16  # of weights and scales on disk
@@ -40,28 +34,24 @@ class Quantizer(nn.Module):
     """The parametrization W * mask -> integers * scale of one linear; also rounds its inputs.
 
     Args:
-        gate: the linear's, which has the phase and the mask.
-        name: the linear's, for error messages.
+        gate: the linear's, which has the phase.
         shape: out_features and in_features.
         scale_group: columns that share a scale in int4; None: int8, a scale for each row.
 
     Attributes:
-        scale: fp32 [out_features, number of scale groups], each a number of bf16; 0 until chosen.
+        scale: fp32 [out_features, number of scale groups], each a number of bf16; 0 until it is
+            chosen.
     """
 
     scale: Tensor
 
-    def __init__(
-        self, gate: Gate, name: str, shape: tuple[int, int], scale_group: int | None
-    ) -> None:
+    def __init__(self, gate: Gate, shape: tuple[int, int], scale_group: int | None) -> None:
         super().__init__()
         out_features, in_features = shape
         num_groups = math.ceil(in_features / scale_group) if scale_group else 1
         self.register_buffer("scale", torch.zeros(out_features, num_groups))
-        self.name = name
         self.scale_group = scale_group
         self._gate = [gate]  # in a list, so that torch does not register it as a submodule
-        self._is_chosen = False
 
     @property
     def is_on(self) -> bool:
@@ -69,11 +59,7 @@ class Quantizer(nn.Module):
         return phase.is_hard and phase.is_quantized
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.is_on:
-            return weight
-        if not self._is_chosen:
-            self._choose(weight.detach())
-        return _StraightThrough.apply(weight, self._rounded)
+        return _StraightThrough.apply(weight, self._rounded) if self.is_on else weight
 
     def round_inputs(self, linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A forward pre-hook of the linear."""
@@ -84,18 +70,6 @@ class Quantizer(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The scales, as `convert` writes them; nothing before they are chosen."""
         return {"weight_scale": self.scale.to(STORED_DTYPE)} if self.scale.any() else {}
-
-    def _choose(self, weight: Tensor) -> None:
-        """Chooses scales for the kept weights as they will be stored, unless they were loaded."""
-        if not self.scale.any():
-            kept = self._rows(weight)[self._gate[0].mask_rows()].view(len(self.scale), -1)
-            kept = kept.to(STORED_DTYPE)
-            if self.scale_group is None:
-                scale = quantize_rows(kept, self.name)[1]
-            else:
-                scale = quantize_values_int4(kept, self.scale_group, self.name)[1]
-            self.scale.copy_(scale)
-        self._is_chosen = True
 
     def _rounded(self, weight: Tensor) -> Tensor:
         """integers * scale, in the weight's layout and dtype."""
@@ -140,14 +114,14 @@ def attach(
         targets: linears by name.
         gates: theirs, by the same names.
         scale_group: columns that share a scale in int4; None: int8, a scale for each row.
-        scales: as they were stored, by name; None: the first quantised pass chooses them.
+        scales: as they were stored, by name; None: they are yet to be chosen.
 
     Raises:
         ValueError: if a stored scale is of another shape.
     """
     for name, linear in targets.items():
         out_features, in_features = gates[name].weight_rows().shape
-        quantizer = Quantizer(gates[name], name, (out_features, in_features), scale_group)
+        quantizer = Quantizer(gates[name], (out_features, in_features), scale_group)
         if scales is not None:
             if scales[name].shape != quantizer.scale.shape:
                 raise ValueError(
@@ -158,3 +132,21 @@ def attach(
             quantizer.scale.copy_(scales[name])
         parametrize.register_parametrization(linear, "weight", quantizer.to(linear.weight.device))
         linear.register_forward_pre_hook(quantizer.round_inputs)
+
+
+def quantizer_of(linear: Any) -> Quantizer:
+    """The quantiser that `attach` put on a target."""
+    quantizer = linear.parametrizations.weight[-1]
+    assert isinstance(quantizer, Quantizer)
+    return quantizer
+
+
+@torch.no_grad()
+def write_integers(targets: Mapping[str, nn.Module], gates: Mapping[str, Gate]) -> None:
+    """Sets kept weights to integers * scale, rounded to no other integer by bf16; gates are hard.
+
+    Its error is below 2^-8 of the weight: of 127 less than half a scale, of 7 far less.
+    """
+    for name, linear in targets.items():
+        weight = gates[name].weight()
+        weight.copy_(torch.where(gates[name].mask().bool(), linear.weight, weight))

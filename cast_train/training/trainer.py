@@ -27,6 +27,7 @@ from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
 from cast_train.gates.schedules import (
     first_exact_step,
+    first_quantized_step,
     gate_rate_factor,
     learning_rate_factor,
     phase_at,
@@ -34,6 +35,7 @@ from cast_train.gates.schedules import (
 from cast_train.pruning.solve import solve
 from cast_train.training import optimizer
 from cast_train.training.progress import Progress, loss_in_words
+from cast_train.training.quantized_start import start_quantized
 
 
 class DivergedError(RuntimeError):
@@ -235,6 +237,34 @@ class MasksFirst(TrainerCallback):
             if group["role"] == optimizer.WEIGHTS:
                 for weight in group["params"]:
                     weight.grad = None  # AdamW passes by what has no gradient
+
+
+class QuantizedStart(TrainerCallback):
+    """`quantize`: scales and integers are chosen before the first step that computes with them.
+
+    Args:
+        trainer: whose weights and gates these are.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+    """
+
+    def __init__(self, trainer: CastTrainer, blocks: Tensor) -> None:
+        self.trainer = trainer
+        self.blocks = blocks
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        if config.quantize == "none" or state.global_step != first_quantized_step(config):
+            return
+        phase = phase_at(state.global_step, config)
+        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
+        start_quantized(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.targets,
+            trainer.gate_map,
+            self.blocks,
+            config.quantize,
+            config.scale_group,
+        )
 
 
 class FrozenGates(TrainerCallback):
