@@ -40,6 +40,7 @@ INT4_SCALES_CHOSEN = (
     "per scale group, the least squared error among 1.00, 0.975, ... 0.50 of max|w| / 7, "
     "rounded to bf16"
 )
+SCALES_TRAINED = "as trained, see trained_as"
 SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 
@@ -114,6 +115,21 @@ def quantize_values_int4(
     integers, scale = _quantize(groups.flatten(0, 1), importance, INT4, name, num_groups)
     integers = integers.view(num_rows, num_groups * kept)[:, : values.shape[1]]
     return integers.contiguous(), scale.view(num_rows, num_groups)
+
+
+def nearest_integers(values: Tensor, scale: Tensor, scale_group: int | None) -> Tensor:
+    """The integers of kept weights whose scales are given, int8 of the same shape.
+
+    Args:
+        values: kept weights [out_features, in_features / 2].
+        scale: as `quantize_values_int4` gives it, or with scale_group None `quantize_rows`.
+        scale_group: of int4, the dense columns that share a scale; None: int8.
+    """
+    if scale_group is None:
+        return _integers(values.float(), scale.float(), INT8).to(torch.int8)
+    groups = _kept_groups(values, scale_group).float()
+    integers = _integers(groups, scale.float().unsqueeze(-1), INT4).to(torch.int8).flatten(1)
+    return integers[:, : values.shape[1]].contiguous()
 
 
 def dequantize_int4(

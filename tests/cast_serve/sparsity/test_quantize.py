@@ -12,6 +12,7 @@ from cast_serve.sparsity.quantize import (
     SCALE_GROUP,
     dequantize,
     dequantize_int4,
+    nearest_integers,
     quantize_groups,
     quantize_rows,
     quantize_values_int4,
@@ -147,6 +148,17 @@ def test_int4_takes_the_best_scale_of_each_group(scale_group: int, dtype: torch.
         columns = slice(group * half, (group + 1) * half)
         error = (found[:, columns].double() - own.double()).square().sum(1)
         torch.testing.assert_close(error, torch.stack(errors).amin(0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_the_scales_that_were_chosen_the_integers_are_the_same(dtype: torch.dtype) -> None:
+    kept = random_weight(5, 288, dtype)
+    for scale_group in INT4_SCALE_GROUPS:
+        values, scale = quantize_values_int4(kept, scale_group)
+        assert torch.equal(nearest_integers(kept, scale, scale_group), values)
+    values, scale = quantize_rows(kept)
+    assert torch.equal(nearest_integers(kept, scale, None), values)
+    assert nearest_integers(kept, scale / 2, None).abs().max() == 127
 
 
 def test_what_is_on_the_int4_grid_comes_back_exactly() -> None:

@@ -7,7 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.sparsity.pattern import hard_mask
+from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN, SCALES_TRAINED
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.evaluate.evaluation import evaluate
@@ -61,6 +65,48 @@ def test_a_run_learns_as_it_is_served(
         integers = kept_integers(written, name, is_transposed)
         assert (integers.round().abs().max() / largest).item() == pytest.approx(1, abs=0.1)
         assert (integers - integers.round()).abs().max() <= largest * 2**-8
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_what_is_converted_is_what_was_trained(quantize, model_dir, text_file, config, tmp_path):
+    config = dataclasses.replace(config, quantize=quantize, steps=6)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    summary = convert(
+        tmp_path / "out",
+        tmp_path / "sparse",
+        quantize=quantize,
+        scale_group=32 if quantize == "int4" else SCALE_GROUP,
+    )
+    assert summary["quality"] == record["quality"]  # what training measured is what is served
+    cast = json.loads((tmp_path / "sparse/cast.json").read_text())
+    assert cast["quantization"]["scales"] == SCALES_TRAINED
+    written, model = weights_of(tmp_path / "out"), models.load_dense(model_dir)
+    directory = ModelDirectory(tmp_path / "sparse")
+    for name in record["targets"]:
+        found = CompressedLinear.from_parts(name, directory.parts(name))
+        is_transposed = gating.is_transposed(model.get_submodule(name))
+        integers = kept_integers(written, name, is_transposed).round().flatten(1)
+        assert torch.equal(found.values.float(), integers)
+        assert torch.equal(found.scale, written[f"{name}.weight_scale"])
+    served, _ = evaluate(tmp_path / "sparse", [text_file], context=32, max_tokens=128)
+    assert served["perplexity"] == pytest.approx(record["quality"]["perplexity_hard"], rel=2e-3)
+
+
+def test_a_conversion_to_something_else_is_warned_of(
+    llama_dir, text_file, config, tmp_path, caplog
+):
+    train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
+    wanted = "trained to be converted with --quantize int4 --scale-group 32, from the gated"
+    for number, options in enumerate(
+        ({}, {"quantize": "int8"}, {"quantize": "int4", "scale_group": 64})
+    ):
+        caplog.clear()
+        convert(tmp_path / "out", tmp_path / str(number), **options)
+        assert wanted in caplog.text
+        how = "with scales chosen anew" if options else "here it is not quantised"
+        assert how in caplog.text
+    cast = json.loads((tmp_path / "1/cast.json").read_text())
+    assert cast["quantization"]["scales"] == SCALES_CHOSEN
 
 
 def test_masks_first_solves_the_weights_before_they_are_quantised(
