@@ -104,6 +104,8 @@ def convert(
     from cast_serve.checkpoint import convert as converter
     from cast_serve.checkpoint import hub
     from cast_serve.checkpoint import inspect as inspection
+    from cast_serve.checkpoint.record import read_record
+    from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN
 
     is_int8_head = head == "int8" or (head is None and quantize is not None)
     int8_head: Literal["int8"] | None = "int8" if is_int8_head else None
@@ -138,7 +140,8 @@ def convert(
                 head=int8_head,
                 scale_group=scale_group,
             )
-            if quantize == "int4":
+            quantization = read_record(out)["quantization"] or {}
+            if quantization.get("scales") == INT4_SCALES_CHOSEN:
                 _say(INT4_ROUNDED)
     _say(f"{out}: {_describe(summary)}")
     pushed = {}

@@ -78,6 +78,10 @@ def run(
         option("NAME", "Gates' first order: auto, ones, magnitude, wanda, sparsegpt.", "auto"),
     ] = None,
     steps: Annotated[int | None, option("N", "Optimiser steps.", "32")] = None,
+    quantize: Annotated[
+        str | None,
+        option("NAME", "Train the last steps as they are served in int8 or int4.", "none"),
+    ] = None,
     heldout: Annotated[
         Path | None, option("FILE", "Text to measure on.", "blocks kept out of --text")
     ] = None,
@@ -104,6 +108,7 @@ def run(
             zeros=zeros,
             start=start,
             steps=steps,
+            quantize=quantize,
         )
         from cast_train.training.run import train
 

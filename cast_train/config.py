@@ -77,6 +77,11 @@ class TrainConfig:
         distillation_weight: eta, the share of the distillation loss against the dense model.
         distillation_temperature: T of both logits in it.
         hard_fraction: from then on the mask is exact, the gates are frozen and only weights learn.
+        quantize: what the weights are trained for: in the last steps the targets compute with
+            weights of so many bits and 8-bit activations, as they do where the model is served that
+            `cast-serve convert --quantize` makes of it (quantizing.py).
+        scale_group: columns of a row that share a scale in ``int4``.
+        quantized_fraction: with `quantize`, from then on the forward is quantised.
         masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
             the kept ones are solved for it by least squares (solve.py), and only then are they
             trained; the learning rate's warm-up begins there.
@@ -129,6 +134,9 @@ class TrainConfig:
     distillation_weight: Fraction = 0.9
     distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
     hard_fraction: Fraction = 0.05
+    quantize: Literal["none", "int8", "int4"] = "none"
+    scale_group: Literal[128, 64, 32] = 128
+    quantized_fraction: Fraction = 0.5
     masks_first: bool = False
     calibration_blocks: PositiveInt = 16
     heldout_blocks: PositiveInt = 16
@@ -162,6 +170,8 @@ class TrainConfig:
             )
         if self.keep_best:
             self._check_keep_best()
+        if self.quantize != "none":
+            self._check_quantize()
         if not max(self.blend_end_fraction, self.tau_end_fraction) <= self.hard_fraction < 1:
             raise ValueError(
                 f"hard_fraction {self.hard_fraction} must be below 1 and not below "
@@ -170,6 +180,29 @@ class TrainConfig:
                 "the last steps must see the exact mask that is served"
             )
         return self
+
+    def _check_quantize(self) -> None:
+        if self.method in ("adams", "dense"):
+            raise ValueError(
+                f"quantize {self.quantize} trains under the exact mask, which method {self.method} "
+                "has in no step; choose method gates or ste, or quantize none"
+            )
+        if self.sparsity != "2:4":
+            raise ValueError(
+                f"quantize {self.quantize} needs sparsity 2:4, not {self.sparsity}: "
+                "only 2:4 weights are served in integers"
+            )
+        for name in ("scale_parts", "is_sharded"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"quantize {self.quantize} cannot go with {name} {getattr(self, name)}; "
+                    "set one of them to its default"
+                )
+        if not self.hard_fraction <= self.quantized_fraction < 1:
+            raise ValueError(
+                f"quantized_fraction {self.quantized_fraction} must be below 1 and not below "
+                f"hard_fraction {self.hard_fraction}: scales are chosen under the exact mask"
+            )
 
     def _check_keep_best(self) -> None:
         if self.method == "adams":
@@ -287,7 +320,8 @@ def type_in_words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:  # a type, or none
         return type_in_words(schema["anyOf"][0])
     if "enum" in schema:
-        return f"{', '.join(schema['enum'][:-1])} or {schema['enum'][-1]}"
+        *others, last = map(str, schema["enum"])
+        return f"{', '.join(others)} or {last}"
     names = {"integer": "whole number", "boolean": "true or false", "array": "list of strings"}
     words = names.get(schema["type"], str(schema.get("format", schema["type"])))
     if "minimum" in schema and "maximum" in schema:

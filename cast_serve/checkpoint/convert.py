@@ -104,6 +104,7 @@ def convert(
     _warn_of_activations(directory)
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
+        _warn_of_training(directory, plan)
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
         summary = inspect(compressed)
         write_card(compressed, read_record(compressed), summary)
@@ -266,7 +267,7 @@ def _write(
     }
     if head:
         dense_config["tie_word_embeddings"] = False
-    quantization = plan.record()
+    quantization = plan.record(source)
     if not quantization and source.quantized in ("int8", "int4"):
         found = source.head_dtype
         quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
@@ -305,6 +306,21 @@ def _warn_of_activations(source: ModelDirectory) -> None:
             "%s: its activations are not quantised, but served they are, in int8 for each token",
             source.path,
         )
+
+
+def _warn_of_training(source: ModelDirectory, plan: Plan) -> None:
+    """Says where the source is not quantised as it was trained to be."""
+    trained_as = source.record.get("trained_as")
+    if trained_as is None or plan.calibrated is not None or plan.is_trained(source):
+        return
+    group = trained_as["scale_group"]
+    flags = f"--quantize {trained_as['quantize']}" + (f" --scale-group {group}" if group else "")
+    logger.warning(
+        "%s: it was trained to be converted with %s, from the gated checkpoint; here it is %s",
+        source.path,
+        flags,
+        "quantised with scales chosen anew" if plan.quantize else "not quantised",
+    )
 
 
 def _head_weight(source: ModelDirectory, targets: set[str]) -> str:

@@ -21,6 +21,7 @@ from cast_serve.sparsity.quantize import (
     MAX_INT4,
     MAX_INTEGER,
     SCALES_TAKEN_OVER,
+    SCALES_TRAINED,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def inspect(path: Path) -> dict[str, Any]:
         check_scale(str(directory.head), parts.get("weight_scale"), values.shape[0])
         if is_quantized_here:
             check_integers(f"{directory.head}.weight", values)
+    if scales == SCALES_TRAINED and not head:  # training measured just this
+        is_quantized_here = False
     return {
         "kind": directory.kind,
         "pattern": str(directory.pattern) if directory.kind != "dense" else None,

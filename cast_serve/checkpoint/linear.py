@@ -24,6 +24,7 @@ from cast_serve.sparsity.quantize import (
     SCALE_GROUP,
     dequantize,
     dequantize_int4,
+    nearest_integers,
     quantize_rows,
     quantize_values_int4,
 )
@@ -139,6 +140,23 @@ class CompressedLinear:
             return replace(self, values=values, scale=scale, scale_group=scale_group)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+
+    def with_scale(self, scale: Tensor, scale_group: int | None) -> "CompressedLinear":
+        """The same weight with the nearest integers for scales that are given.
+
+        Args:
+            scale: as the attribute.
+            scale_group: of int4, the columns that share a scale; None: int8.
+
+        Raises:
+            CheckpointError: if a scale is damaged, or a value is Inf or NaN.
+        """
+        num_groups = -(-self.in_features // scale_group) if scale_group else 1
+        scale = check_scale(self.name, scale, self.values.shape[0], num_groups)
+        if not torch.isfinite(self.values).all():
+            raise CheckpointError(f"{self.name} holds Inf or NaN; the file is damaged")
+        values = nearest_integers(self.values, scale, scale_group)
+        return replace(self, values=values, scale=scale, scale_group=scale_group)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features], dequantised to dtype (None: the model's)."""

@@ -14,7 +14,7 @@ from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.foreign import read_linear
 from cast_serve.checkpoint.linear import CompressedLinear, Quantized
 from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
-from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN, SCALES_CHOSEN
+from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN, SCALES_CHOSEN, SCALES_TRAINED
 
 Int8 = Literal["int8"]
 
@@ -44,9 +44,23 @@ class Plan(NamedTuple):
         if self.calibrated is not None:
             return self.calibrated.linears[name]
         target = read_target(source, name)
-        return target.quantize(self.quantize, self.scale_group) if self.quantize else target
+        if self.quantize is None:
+            return target
+        if self.is_trained(source):
+            return target.with_scale(source.get(f"{name}.weight_scale"), self._scale_group)
+        return target.quantize(self.quantize, self.scale_group)
 
-    def record(self) -> dict[str, Any] | None:
+    def is_trained(self, source: ModelDirectory) -> bool:
+        """Whether the source was trained for just this: then it has the scales."""
+        trained_as = source.record.get("trained_as") if source.kind == "gated" else None
+        wanted = {"quantize": self.quantize, "scale_group": self._scale_group}
+        return trained_as is not None and wanted.items() <= trained_as.items()
+
+    @property
+    def _scale_group(self) -> int | None:
+        return self.scale_group if self.quantize == "int4" else None
+
+    def record(self, source: ModelDirectory) -> dict[str, Any] | None:
         """What cast.json says under quantization; None if nothing was asked for."""
         if self.quantize is None:
             return None
@@ -56,6 +70,8 @@ class Plan(NamedTuple):
             found |= {"scale_group": self.scale_group, "scales": INT4_SCALES_CHOSEN}
         if self.calibrated is not None:
             found["calibration"] = dict(self.calibrated.record)
+        elif self.is_trained(source):
+            found["scales"] = SCALES_TRAINED
         return found
 
 

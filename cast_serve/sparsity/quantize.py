@@ -40,6 +40,7 @@ INT4_SCALES_CHOSEN = (
     "per scale group, the least squared error among 1.00, 0.975, ... 0.50 of max|w| / 7, "
     "rounded to bf16"
 )
+SCALES_TRAINED = "as trained, see trained_as"
 SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 
@@ -116,6 +117,21 @@ def quantize_values_int4(
     return integers.contiguous(), scale.view(num_rows, num_groups)
 
 
+def nearest_integers(values: Tensor, scale: Tensor, scale_group: int | None) -> Tensor:
+    """The integers of kept weights whose scales are given, int8 of the same shape.
+
+    Args:
+        values: kept weights [out_features, in_features / 2].
+        scale: as `quantize_values_int4` gives it, or with scale_group None `quantize_rows`.
+        scale_group: of int4, the dense columns that share a scale; None: int8.
+    """
+    if scale_group is None:
+        return _integers(values.float(), scale.float(), INT8).to(torch.int8)
+    groups = _kept_groups(values, scale_group).float()
+    integers = _integers(groups, scale.float().unsqueeze(-1), INT4).to(torch.int8).flatten(1)
+    return integers[:, : values.shape[1]].contiguous()
+
+
 def dequantize_int4(
     values: Tensor, scale: Tensor, scale_group: int, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -149,9 +165,20 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Activations [..., in_features] as a quantised linear sees them, in their own dtype."""
-    values, scale = quantize_groups(x)
-    return (values * scale.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    """Activations [..., in_features] as a quantised linear sees them, in their own dtype.
+
+    The products values * scale of `quantize_groups`, made in place, as training makes them for
+    every linear of every step.
+    """
+    padding = -x.shape[-1] % SCALE_GROUP
+    wide = torch.nn.functional.pad(x.float(), (0, padding)) if padding else x.float()
+    groups = wide.unflatten(-1, (-1, SCALE_GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / MAX_INTEGER
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    scale = torch.where(scale == 0, 1.0, scale)  # all its values are 0, whatever divides them
+    values = (groups / scale).clamp_(-MAX_INTEGER, MAX_INTEGER).round_()
+    products = values.mul_(scale).flatten(-2)
+    return (products[..., : x.shape[-1]] if padding else products).to(x.dtype)
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,9 +2,10 @@
 
 Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
 has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
-shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py),
-and its config.json says that it is gated (`GATED_METHOD`). To harden it: mask = the N largest
-logits of each group, W * mask * scale. A pruned one has its zeros written.
+shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py)
+or ``<name>.weight_scale`` (bf16, quantizing.py), and its config.json says that it is gated
+(`GATED_METHOD`). To harden it: mask = the N largest logits of each group, W * mask * scale. A
+pruned one has its zeros written.
 
 Directories appear whole and their shards are checked (record.py); no pickle is read or written.
 """
@@ -38,12 +39,13 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
-from cast_train.gates import gating, scaling
+from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import Phase
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "4GB"
+GATE_PARTS = ("gate", "scale", "weight_scale")  # what is stored beside a target's weight
 
 
 def write(
@@ -146,7 +148,8 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         ) from error
     if report["missing_keys"]:
         raise CheckpointError(f"{directory} lacks the weights {sorted(report['missing_keys'])}")
-    unknown = [key for key in report["unexpected_keys"] if not key.endswith((".gate", ".scale"))]
+    known = tuple(f".{part}" for part in GATE_PARTS)
+    unknown = [key for key in report["unexpected_keys"] if not key.endswith(known)]
     if unknown:
         logger.warning(
             "%s: tensors that the model has no use for are not read: %d, such as %s",
@@ -266,6 +269,11 @@ def load_gated(
         scaling.attach(targets, num_parts, pattern.m, transposed)
         for name, linear in targets.items():
             linear.parametrizations.weight[1].scale.data.copy_(scales[name])
+    if trained_as := record.get("trained_as"):
+        if missing := [name for name in targets if f"{name}.weight_scale" not in stored]:
+            raise CheckpointError(f"{directory} has no weight_scale for {missing[0]}")
+        scales = {name: stored[f"{name}.weight_scale"] for name in targets}
+        quantizing.attach(targets, gate_map, trained_as["scale_group"], scales)
     return model, gate_map, Phase(**record["schedules_end"])
 
 
@@ -296,8 +304,8 @@ def check_directory(directory: Path) -> None:
 
 
 def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
-    """``<name>.gate`` and ``<name>.scale`` of the targets, fp32; those that are stored."""
-    wanted = {f"{name}.{part}" for name in targets for part in ("gate", "scale")}
+    """What is stored beside the targets' weights, by tensor name."""
+    wanted = {f"{name}.{part}" for name in targets for part in GATE_PARTS}
     return {key: tensor for key, tensor in tensors(directory) if key in wanted}
 
 

@@ -25,7 +25,6 @@ from torch.nn.utils import parametrize
 
 from cast_serve.sparsity.pattern import Pattern, groups
 from cast_train import sharding
-from cast_train.gates import scaling
 from cast_train.gates.schedules import Phase
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
 
@@ -63,6 +62,9 @@ class Gate(nn.Module):
         self.is_frozen = False
         self._mask: Tensor | None = None
         self._linear: list[Any] = []  # in a list, so that torch does not register it as a submodule
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"gate": self.logits.detach()}
 
     def register_on(self, linear: Any) -> None:
         self._linear = [linear]
@@ -182,6 +184,9 @@ class RankedGate(Gate):
         super().__init__(logits, pattern, is_transposed, is_learnt=False)
         self.register_buffer("column_scale", column_scale.float(), persistent=False)
         self.decay = decay
+
+    def stored(self) -> dict[str, Tensor]:
+        return {} if self.decay is None else super().stored()
 
     def rows(self) -> Tensor:
         if self.is_frozen:
@@ -315,15 +320,13 @@ def detach(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
     Returns:
         ``<name>.gate``: gate logits, fp32, the shape of the weight; none where the weights' sizes
-        alone decide (``adams``). ``<name>.scale``: see scaling.py, where there is one.
+        alone decide (``adams``). ``<name>.scale`` and ``<name>.weight_scale``: see scaling.py and
+        quantizing.py, where there is one.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, linear in targets.items():
         for module in linear.parametrizations.weight:
-            if isinstance(module, scaling.ColumnScale):
-                tensors[f"{name}.scale"] = module.scale.detach()
-            elif not (isinstance(module, RankedGate) and module.decay is None):
-                tensors[f"{name}.gate"] = module.logits.detach()
+            tensors |= {f"{name}.{part}": tensor for part, tensor in module.stored().items()}
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
     return tensors
 

@@ -27,6 +27,9 @@ class ColumnScale(nn.Module):
         self.scale = nn.Parameter(torch.ones(out_features, num_parts))
         self.is_transposed = is_transposed
 
+    def stored(self) -> dict[str, Tensor]:
+        return {"scale": self.scale.detach()}
+
     def forward(self, weight: Tensor) -> Tensor:
         rows = weight.t() if self.is_transposed else weight
         scaled = scale_rows(rows, self.scale)

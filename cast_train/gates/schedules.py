@@ -1,9 +1,10 @@
-"""A training step's number -> lambda, tau, blend, and whether the mask is exact by then.
+"""A training step's number -> lambda, tau, blend, and whether mask and integers are exact by then.
 
 blend   0 ------ ramp ------ 1 ----------------------------------   0: dense, 1: the mask alone
 tau     tau_start --- geometric --- tau_end ---------------------
 lambda  0 ------------- ramp ------------------- penalty_weight     0 once hard
 hard    no ----------------------------- yes --------------------   gates frozen, weights trained
+int8/4  no -------------------------------------------- yes -----   quantised forward, if asked for
 noise   gumbel_noise ---- linear ---- 0 -------------------------   of the gumbel selector
 """
 
@@ -24,6 +25,7 @@ class Phase:
         is_hard: whether p is the exact mask.
         noise: of the gumbel selector, in logits.
         relative_tau: tau over its value at step 0.
+        is_quantized: whether, under the exact mask, the forward is quantised (quantizing.py).
     """
 
     blend: float
@@ -32,6 +34,7 @@ class Phase:
     is_hard: bool
     noise: float = 0.0
     relative_tau: float = 1.0
+    is_quantized: bool = False
 
 
 def ramp(shape: str, progress: float) -> float:
@@ -85,6 +88,14 @@ def first_exact_step(config: TrainConfig) -> int:
     return min(math.ceil(config.hard_fraction * config.steps), config.steps - 1)
 
 
+def first_quantized_step(config: TrainConfig) -> int | None:
+    """The first step whose forward is quantised, and it is the last one at most; None: none is."""
+    if config.quantize == "none":
+        return None
+    asked = min(math.ceil(config.quantized_fraction * config.steps), config.steps - 1)
+    return max(asked, first_exact_step(config))
+
+
 def phase_at(step: int, config: TrainConfig) -> Phase:
     """The phase of a step, from 0; step = steps is the end of training.
 
@@ -102,6 +113,7 @@ def phase_at(step: int, config: TrainConfig) -> Phase:
             penalty_weight=0.0,
             is_hard=True,
             relative_tau=config.tau_end / config.tau_start,
+            is_quantized=(first := first_quantized_step(config)) is not None and step >= first,
         )
     cooling = min(progress(config.tau_end_fraction), 1.0)
     relative_tau = (config.tau_end / config.tau_start) ** cooling

@@ -16,7 +16,7 @@ from cast_train import sharding
 from cast_train.checkpoint.models import load_dense
 from cast_train.config import TrainConfig
 from cast_train.evaluate.precision import arithmetic
-from cast_train.gates import gating, scaling
+from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
 from cast_train.pruning.allocate import keep_dense
@@ -151,7 +151,7 @@ def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | 
 def with_gates(
     targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: TrainConfig
 ) -> dict[str, gating.Gate]:
-    """Gates, and scales if asked for, on the targets; `scores` as for `gating.attach`."""
+    """Gates, and scales or quantisers if asked for; `scores` as for `gating.attach`."""
     gate_map = gating.attach(
         targets,
         config.pattern,
@@ -163,6 +163,9 @@ def with_gates(
     if config.scale_parts:
         transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
         scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+    if config.quantize != "none":
+        scale_group = config.scale_group if config.quantize == "int4" else None
+        quantizing.attach(targets, gate_map, scale_group)
     return gate_map
 
 

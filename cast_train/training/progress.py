@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from cast_train.config import TrainConfig
+from cast_train.gates.schedules import first_quantized_step, phase_at
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +19,14 @@ class Progress(ProgressCallback):
     """Trainer's bar: steps, time left, tokens/s and the loss beside it, in place of a line a step.
 
     Args:
+        config: all settings.
         tokens: of one step, over all processes.
         loss: what the loss is, in words; said once.
     """
 
-    def __init__(self, tokens: int, loss: str) -> None:
+    def __init__(self, config: TrainConfig, tokens: int, loss: str) -> None:
         super().__init__()
+        self.config = config
         self.tokens = tokens
         self.loss = loss
 
@@ -31,6 +34,8 @@ class Progress(ProgressCallback):
         """The steps of a checkpoint that it goes on from are no progress of this process."""
         if state.is_world_process_zero:
             logger.info("%s", self.loss)
+            if words := quantized_in_words(self.config):
+                logger.info("%s", words)
             self.training_bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -45,6 +50,8 @@ class Progress(ProgressCallback):
             figures = {"loss": f"{float(logs['loss']):.3f}"}
             if rate := self.training_bar.format_dict["rate"]:
                 figures["tokens/s"] = f"{rate * self.tokens:,.0f}"
+            if phase_at(state.global_step - 1, self.config).is_quantized:
+                figures["weights"] = self.config.quantize
             self.training_bar.set_postfix(figures)
 
 
@@ -62,6 +69,17 @@ def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
         penalty = "sparsity penalty until the mask is exact"
         parts.append(f"{ramp}{config.penalty_weight:g} x {penalty}")
     return f"loss of a step: {' + '.join(parts)}"
+
+
+def quantized_in_words(config: TrainConfig) -> str | None:
+    """Which steps have a quantised forward, and in how many bits; None if none has."""
+    if (first := first_quantized_step(config)) is None:
+        return None
+    groups = f" with scale groups of {config.scale_group}" if config.quantize == "int4" else ""
+    return (
+        f"from step {first + 1} of {config.steps} on, weights are {config.quantize}{groups} and "
+        "activations int8"
+    )
 
 
 def check_reporter(name: str, asked_by: str) -> None:

@@ -36,13 +36,19 @@ from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.evaluate.precision import autocast
-from cast_train.gates import gating, scaling
-from cast_train.gates.schedules import phase_at
+from cast_train.gates import gating, quantizing, scaling
+from cast_train.gates.schedules import first_quantized_step, phase_at
 from cast_train.text import TokenBlocks
 from cast_train.training import progress
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
 from cast_train.training.stopping import Checkpoints, StoppedError
-from cast_train.training.trainer import CastTrainer, MasksFirst, Watch, tokens_per_step
+from cast_train.training.trainer import (
+    CastTrainer,
+    MasksFirst,
+    QuantizedStart,
+    Watch,
+    tokens_per_step,
+)
 
 logger = logging.getLogger(__name__)
 ANOTHER_OUT = "choose another --out or remove it"
@@ -163,6 +169,8 @@ def _fit(
     trainer.add_callback(trainer.watch)
     if config.masks_first:
         trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
+    if config.quantize != "none":
+        trainer.add_callback(QuantizedStart(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:
         trainer.add_callback(progress.tensorboard(tensorboard_dir))
     checkpoints = Checkpoints(None if _steps_between_saves(config) else config.checkpoint_minutes)
@@ -184,6 +192,9 @@ def _as_stored(
     trained = prepared
     if config.is_sharded:
         trained = _gathered(trainer.model, prepared, model_dir, config)
+    if config.quantize != "none":
+        gating.set_phase(trained.gate_map, phase_at(config.steps, config))
+        quantizing.write_integers(trained.targets, trained.gate_map)
     _round_as_stored(trained.model, trained.gate_map)
     if config.method == "adams":  # the other methods froze theirs in training
         gating.freeze(trained.gate_map)
@@ -205,6 +216,7 @@ def _measure(
         "kept_dense": list(trained.kept_dense),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
+        "trained_as": _trained_as(config),
         "steps": config.steps,
         "best_step": trainer.state.best_global_step,
         "tokens_seen": tokens_per_step(config, trainer.args.world_size) * config.steps,
@@ -220,6 +232,16 @@ def _measure(
         },
         "quality": _quality(trained, blocks, config),
     }
+
+
+def _trained_as(config: TrainConfig) -> dict[str, Any] | None:
+    """How the weights were quantised in the last steps: what `convert` makes the same integers of;
+    None if they were not."""
+    if (first := first_quantized_step(config)) is None:
+        return None
+    scale_group = config.scale_group if config.quantize == "int4" else None
+    num_steps = config.steps - first
+    return {"quantize": config.quantize, "scale_group": scale_group, "num_steps": num_steps}
 
 
 def _rank() -> int:

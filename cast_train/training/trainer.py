@@ -27,6 +27,7 @@ from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
 from cast_train.gates.schedules import (
     first_exact_step,
+    first_quantized_step,
     gate_rate_factor,
     learning_rate_factor,
     phase_at,
@@ -34,6 +35,7 @@ from cast_train.gates.schedules import (
 from cast_train.pruning.solve import solve
 from cast_train.training import optimizer
 from cast_train.training.progress import Progress, loss_in_words
+from cast_train.training.quantized_start import start_quantized
 
 
 class DivergedError(RuntimeError):
@@ -69,7 +71,7 @@ class CastTrainer(Trainer):
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         loss = loss_in_words(config, has_teacher=teacher is not None)
-        self.add_callback(Progress(tokens_per_step(config, self.args.world_size), loss))
+        self.add_callback(Progress(config, tokens_per_step(config, self.args.world_size), loss))
         self.add_callback(FrozenGates(self))
 
     def compute_loss(
@@ -118,12 +120,13 @@ class CastTrainer(Trainer):
         return stack
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss on the evaluation set; infinite before the mask is exact, so never the best.
+        """The loss on the evaluation set; infinite before mask and integers are, so never the best.
 
-        A soft model's loss is lower than that of the same model hardened.
+        A soft model's loss is lower than that of the same model hardened, or then quantised.
         """
         metrics = super().evaluate(*args, **kwargs)
-        is_exact = phase_at(self.state.global_step - 1, self.config).is_hard
+        phase = phase_at(self.state.global_step - 1, self.config)
+        is_exact = phase.is_hard and (phase.is_quantized or self.config.quantize == "none")
         if not is_exact and self.config.method != "dense":
             metrics["eval_loss"] = math.inf
         return metrics
@@ -220,7 +223,8 @@ class MasksFirst(TrainerCallback):
         trainer = self.trainer
         if state.global_step != first_exact_step(trainer.config):
             return
-        gating.set_phase(trainer.gate_map, phase_at(state.global_step, trainer.config))
+        phase = phase_at(state.global_step, trainer.config)
+        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
         masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
         solve(trainer.accelerator.unwrap_model(trainer.model), trainer.targets, masks, self.blocks)
 
@@ -233,6 +237,34 @@ class MasksFirst(TrainerCallback):
             if group["role"] == optimizer.WEIGHTS:
                 for weight in group["params"]:
                     weight.grad = None  # AdamW passes by what has no gradient
+
+
+class QuantizedStart(TrainerCallback):
+    """`quantize`: scales and integers are chosen before the first step that computes with them.
+
+    Args:
+        trainer: whose weights and gates these are.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+    """
+
+    def __init__(self, trainer: CastTrainer, blocks: Tensor) -> None:
+        self.trainer = trainer
+        self.blocks = blocks
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        if config.quantize == "none" or state.global_step != first_quantized_step(config):
+            return
+        phase = phase_at(state.global_step, config)
+        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
+        start_quantized(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.targets,
+            trainer.gate_map,
+            self.blocks,
+            config.quantize,
+            config.scale_group,
+        )
 
 
 class FrozenGates(TrainerCallback):

@@ -12,6 +12,7 @@ from cast_serve.sparsity.quantize import (
     SCALE_GROUP,
     dequantize,
     dequantize_int4,
+    nearest_integers,
     quantize_groups,
     quantize_rows,
     quantize_values_int4,
@@ -149,6 +150,17 @@ def test_int4_takes_the_best_scale_of_each_group(scale_group: int, dtype: torch.
         torch.testing.assert_close(error, torch.stack(errors).amin(0), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_the_scales_that_were_chosen_the_integers_are_the_same(dtype: torch.dtype) -> None:
+    kept = random_weight(5, 288, dtype)
+    for scale_group in INT4_SCALE_GROUPS:
+        values, scale = quantize_values_int4(kept, scale_group)
+        assert torch.equal(nearest_integers(kept, scale, scale_group), values)
+    values, scale = quantize_rows(kept)
+    assert torch.equal(nearest_integers(kept, scale, None), values)
+    assert nearest_integers(kept, scale / 2, None).abs().max() == 127
+
+
 def test_what_is_on_the_int4_grid_comes_back_exactly() -> None:
     integers = torch.randint(-7, 8, (6, 80), generator=torch.Generator().manual_seed(1))
     integers[:, ::16] = 7
@@ -219,6 +231,21 @@ def test_activations_come_back_within_half_a_step(dtype: torch.dtype) -> None:
     steps = scale.repeat_interleave(SCALE_GROUP, dim=1)[:, :300]
     assert ((rounded(x.float()) - x.float()).abs() <= steps * 0.5001).all()
     assert torch.equal(rounded(x), rounded(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 256, 300])
+def test_activations_are_rounded_to_the_products_of_their_integers(
+    columns: int, dtype: torch.dtype
+) -> None:
+    x = random_weight(6, columns, dtype)
+    x[4] = 0
+    x[5] *= 2.0**-140 / x[5].float().abs().max()  # integers of almost nothing are cut off at 127
+    before = x.clone()
+    values, scale = quantize_groups(x)
+    products = (values * scale.unsqueeze(-1)).flatten(1)[:, :columns]
+    assert torch.equal(rounded(x), products.to(dtype))
+    assert torch.equal(x, before)
 
 
 def test_a_group_of_zeros_or_of_almost_nothing() -> None:

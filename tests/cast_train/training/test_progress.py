@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from cast_train.config import TrainConfig
 from cast_train.training import prepare, progress
-from cast_train.training.progress import Progress, check_reporter, loss_in_words
+from cast_train.training.progress import Progress, check_reporter, loss_in_words, quantized_in_words
 from cast_train.training.run import train
 
 
@@ -36,12 +36,28 @@ def test_the_loss_in_words(settings, has_teacher, words):
     assert loss_in_words(TrainConfig(**settings), has_teacher) == words
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, None),
+        ({"quantize": "int8"}, "from step 6 of 10 on, weights are int8 and activations int8"),
+        (
+            {"quantize": "int4", "scale_group": 64, "quantized_fraction": 0.25},
+            "from step 4 of 10 on, weights are int4 with scale groups of 64 and activations int8",
+        ),
+    ],
+)
+def test_the_quantised_steps_in_words(settings, words):
+    assert quantized_in_words(TrainConfig(steps=10, **settings)) == words
+
+
 def test_the_bar_goes_on_where_the_run_does_and_says_tokens_and_loss(capsys, caplog):
-    bar = Progress(tokens=1000, loss="what it is")
+    config = TrainConfig(steps=9, quantize="int4", quantized_fraction=0.5)
+    bar = Progress(config, tokens=1000, loss="what it is")
     state = SimpleNamespace(is_world_process_zero=True, max_steps=9, global_step=4)
     with caplog.at_level(logging.INFO):
         bar.on_train_begin(None, state, None)
-    assert caplog.messages == ["what it is"]
+    assert caplog.messages == ["what it is", quantized_in_words(config)]
     assert (bar.training_bar.initial, bar.training_bar.n) == (4, 4)
     for step in (5, 6):
         state.global_step = step
@@ -54,6 +70,8 @@ def test_the_bar_goes_on_where_the_run_does_and_says_tokens_and_loss(capsys, cap
     shown = capsys.readouterr().err
     assert "6/9" in shown
     assert "loss=1.235" in shown
+    steps = {step: re.search(rf"{step}/9.*", shown.replace("\r", "\n")) for step in (5, 6)}
+    assert steps
     rates = [int(rate.replace(",", "")) for rate in re.findall(r"tokens/s=([\d,]+)", shown)]
     assert rates
     assert max(rates) <= 1000  # the four steps before are not of this process

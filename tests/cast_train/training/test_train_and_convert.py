@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.sparsity.quantize import SCALES_TRAINED
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from tests.fake_hub import fake_hub
@@ -126,6 +127,20 @@ def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, setting
     other = call(*words[:-2])
     assert (other.returncode, other.stdout) == (2, "")
     assert "with --scale-group 32, but 128 is asked for" in other.stderr
+
+
+def test_trains_the_last_steps_as_they_are_quantised(llama_dir, text_file, settings_file, tmp_path):
+    words = ["--model", llama_dir, "--text", text_file, "--out", tmp_path / "sparse"]
+    words += ["--config", settings_file, "--steps", 2, "--train-quantized"]
+    refused = call(*words)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--train-quantized needs --quantize int8 or int4" in refused.stderr
+    done = call(*words, "--quantize", "int4", "--scale-group", 64)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scale_group"] == 64
+    cast = json.loads((tmp_path / "sparse/cast.json").read_text())
+    assert cast["trained_as"] == {"quantize": "int4", "scale_group": 64, "num_steps": 1}
+    assert cast["quantization"]["scales"] == SCALES_TRAINED
 
 
 def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings_file, tmp_path):

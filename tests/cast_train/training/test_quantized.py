@@ -1,0 +1,209 @@
+"""`quantize`: the last steps train what `convert --quantize` stores."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.sparsity.pattern import hard_mask
+from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN, SCALES_TRAINED
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.evaluate.evaluation import evaluate
+from cast_train.gates import gating
+from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.training.run import train
+from cast_train.training.trainer import CastTrainer
+
+
+@pytest.fixture
+def config(settings_file):
+    return TrainConfig.from_toml(
+        settings_file, steps=10, quantize="int4", scale_group=32, quantized_fraction=0.5
+    )
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def kept_integers(written, name, is_transposed):
+    """Kept weights over their scales: fp32 [out_features, scale groups, kept in one]."""
+    gate, weight = written[f"{name}.gate"], written[f"{name}.weight"].float()
+    if is_transposed:
+        gate, weight = gate.t(), weight.t()
+    scale = written[f"{name}.weight_scale"].float()
+    kept = weight[hard_mask(gate)].view(len(weight), scale.shape[1], -1)
+    return kept / scale.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_run_learns_as_it_is_served(
+    quantize, model_dir, text_file, config, tmp_path, untrained_perplexity
+):
+    config = dataclasses.replace(config, quantize=quantize, steps=40, checkpoint_every=40)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    scale_group = 32 if quantize == "int4" else None
+    expected = {"quantize": quantize, "scale_group": scale_group, "num_steps": 20}
+    assert record["trained_as"] == expected
+    assert record["schedules_end"]["is_quantized"] is True
+    found = record["quality"]
+    assert found["perplexity_hard"] < 0.85 * untrained_perplexity
+    assert found["perplexity_hard"] != pytest.approx(found["perplexity_soft"], rel=1e-6)
+    again, _ = evaluate(tmp_path / "out", [text_file], context=32, max_tokens=128)
+    assert again["perplexity_hard"] == pytest.approx(found["perplexity_hard"], rel=2e-3)
+    written = weights_of(tmp_path / "out")
+    model, largest = models.load_dense(model_dir), 7 if quantize == "int4" else 127
+    for name in record["targets"]:
+        assert written[f"{name}.weight_scale"].dtype == torch.bfloat16
+        is_transposed = gating.is_transposed(model.get_submodule(name))
+        integers = kept_integers(written, name, is_transposed)
+        assert (integers.round().abs().max() / largest).item() == pytest.approx(1, abs=0.1)
+        assert (integers - integers.round()).abs().max() <= largest * 2**-8
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_what_is_converted_is_what_was_trained(quantize, model_dir, text_file, config, tmp_path):
+    config = dataclasses.replace(config, quantize=quantize, steps=6)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    summary = convert(
+        tmp_path / "out",
+        tmp_path / "sparse",
+        quantize=quantize,
+        scale_group=32 if quantize == "int4" else SCALE_GROUP,
+    )
+    assert summary["quality"] == record["quality"]  # what training measured is what is served
+    cast = json.loads((tmp_path / "sparse/cast.json").read_text())
+    assert cast["quantization"]["scales"] == SCALES_TRAINED
+    written, model = weights_of(tmp_path / "out"), models.load_dense(model_dir)
+    directory = ModelDirectory(tmp_path / "sparse")
+    for name in record["targets"]:
+        found = CompressedLinear.from_parts(name, directory.parts(name))
+        is_transposed = gating.is_transposed(model.get_submodule(name))
+        integers = kept_integers(written, name, is_transposed).round().flatten(1)
+        assert torch.equal(found.values.float(), integers)
+        assert torch.equal(found.scale, written[f"{name}.weight_scale"])
+    served, _ = evaluate(tmp_path / "sparse", [text_file], context=32, max_tokens=128)
+    assert served["perplexity"] == pytest.approx(record["quality"]["perplexity_hard"], rel=2e-3)
+
+
+def test_a_conversion_to_something_else_is_warned_of(
+    llama_dir, text_file, config, tmp_path, caplog
+):
+    train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
+    wanted = "trained to be converted with --quantize int4 --scale-group 32, from the gated"
+    for number, options in enumerate(
+        ({}, {"quantize": "int8"}, {"quantize": "int4", "scale_group": 64})
+    ):
+        caplog.clear()
+        convert(tmp_path / "out", tmp_path / str(number), **options)
+        assert wanted in caplog.text
+        how = "with scales chosen anew" if options else "here it is not quantised"
+        assert how in caplog.text
+    cast = json.loads((tmp_path / "1/cast.json").read_text())
+    assert cast["quantization"]["scales"] == SCALES_CHOSEN
+
+
+def test_masks_first_solves_the_weights_before_they_are_quantised(
+    llama_dir, text_file, config, tmp_path
+):
+    """Both at one step, weights that do not learn: integers lie within some steps of the solved."""
+    config = dataclasses.replace(
+        config, steps=4, learning_rate=0.0, masks_first=True, hard_fraction=0.5
+    )
+    assert phase_at(2, config).is_quantized
+    assert not phase_at(1, config).is_hard
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    plain = dataclasses.replace(config, quantize="none")
+    train(llama_dir, [text_file], tmp_path / "plain", plain)
+    written, solved = weights_of(tmp_path / "out"), weights_of(tmp_path / "plain")
+    dense = models.load_dense(llama_dir).state_dict()
+    for name in record["targets"]:
+        mask = hard_mask(written[f"{name}.gate"])
+        kept = [tensors[f"{name}.weight"][mask].float() for tensors in (written, solved, dense)]
+        assert (kept[0] - kept[1]).norm() < 0.5 * (kept[0] - kept[2]).norm()
+
+
+@pytest.mark.parametrize("stop_at", [4, 5, 7], ids=["before", "border", "quantised"])
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    stop_at, llama_dir, text_file, config, tmp_path, train_until, begun_at
+):
+    config = dataclasses.replace(config, checkpoint_every=1)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    train_until(stop_at, llama_dir, [text_file], tmp_path / "out", config)
+    train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    assert begun_at == [None, None, f"checkpoint-{stop_at}"]
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_best_is_one_that_was_quantised(llama_dir, text_file, config, tmp_path, monkeypatch):
+    measured = {}
+    measure = CastTrainer.evaluate
+
+    def remember(self, *args, **kwargs):
+        metrics = measure(self, *args, **kwargs)
+        measured[self.state.global_step] = metrics["eval_loss"]
+        return metrics
+
+    monkeypatch.setattr(CastTrainer, "evaluate", remember)
+    config = dataclasses.replace(
+        config, steps=8, evaluate_every=2, checkpoint_every=2, keep_best=True
+    )
+    record = train(llama_dir, [text_file], tmp_path / "out", config)
+    assert [step for step, loss in measured.items() if loss == float("inf")] == [2, 4]
+    assert record["best_step"] in (6, 8)
+
+
+def test_a_gated_checkpoint_without_its_scales_is_refused(llama_dir, text_file, config, tmp_path):
+    config = dataclasses.replace(config, steps=2, quantize="none")
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    file = tmp_path / "out/cast.json"
+    record = json.loads(file.read_text())
+    assert record["trained_as"] is None
+    trained_as = {"quantize": "int4", "scale_group": 32, "num_steps": 1}
+    file.write_text(json.dumps(record | {"trained_as": trained_as}))
+    with pytest.raises(models.CheckpointError, match="has no weight_scale for model.layers.0"):
+        models.load_gated(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"quantize": "none"}, None),
+        ({"quantized_fraction": 0.75}, 9),
+        ({"quantized_fraction": 0.99}, 11),  # the last step
+        ({"hard_fraction": 0.5, "quantized_fraction": 0.5}, 6),
+        ({"hard_fraction": 0.0, "tau_end_fraction": 0.0, "quantized_fraction": 0.0}, 0),
+    ],
+)
+def test_the_first_quantised_step_by_hand(settings, first):
+    config = TrainConfig(**{"steps": 12, "quantize": "int8", **settings})
+    assert first_quantized_step(config) == first
+    found = [phase_at(step, config).is_quantized for step in range(13)]
+    assert found == [first is not None and step >= first for step in range(13)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "adams"}, "trains under the exact mask, which method adams has in no step"),
+        ({"method": "dense"}, "trains under the exact mask, which method dense has in no step"),
+        ({"sparsity": "4:8"}, "needs sparsity 2:4, not 4:8"),
+        ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
+        ({"is_sharded": True}, "cannot go with is_sharded True; set one of them"),
+        ({"quantized_fraction": 0.02}, "0.02 must be below 1 and not below hard_fraction 0.05"),
+        ({"quantized_fraction": 1.0}, "1.0 must be below 1 and not below hard_fraction"),
+        ({"scale_group": 48}, "scale_group is 48, but must be 128, 64 or 32"),
+        ({"quantize": "int2"}, "quantize is 'int2', but must be 'none', 'int8' or 'int4'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict({"quantize": "int4", **settings})
