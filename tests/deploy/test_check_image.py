@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,9 +14,8 @@ KEYS = "sha256:00\n"
 
 
 @pytest.fixture
-def canary(rendered: dict[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> pods.Pods:
-    found = {(each["kind"], each["metadata"]["name"]): each for each in rendered["canary"]}
-    monkeypatch.setattr(pods, "rendered", lambda _: found)
+def canary(npm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pods.Pods:
+    monkeypatch.setattr(pods, "WORK", tmp_path)
     return pods.Pods("canary")
 
 
@@ -39,10 +37,14 @@ def test_a_pod_is_the_manifests_under_names_of_the_check(canary: pods.Pods, name
     assert container["image"].startswith("localhost/cast-serve")
     assert container["securityContext"] == canary.spec(name)["securityContext"]
     assert container["args"] == canary.spec(name)["args"]
+    caches = {v["name"] for v in pod["volumes"]} & {"compiled"}
+    assert bool(caches) == name.startswith("worker")
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
     for volume in pod["volumes"]:
-        named = [*volume.get("persistentVolumeClaim", {}).values()]
-        named += volume.get("secret", {}).values()
-        assert all(str(each).startswith("cast-check-") for each in named if each is not True)
+        named = volume.get("persistentVolumeClaim", {}).get("claimName")
+        named = named or volume.get("secret", {}).get("secretName", "cast-check")
+        assert named.startswith("cast-check"), volume
 
 
 def test_the_secret_is_there_only_if_it_is_given(canary: pods.Pods) -> None:
@@ -70,7 +72,7 @@ def test_a_pod_that_starts_without_its_secret_is_caught(
     else:
         with pytest.raises(containers.Problem, match="Secret"):
             canary.check_needs_keys()
-    assert removed == ["cast-check-gateway-pod"]
+    assert removed == ["gateway"]
 
 
 def test_pips_configuration_is_passed_to_the_build(

@@ -25,6 +25,7 @@ from deploy.check.image.containers import (
     is_ready,
     podman,
     run,
+    succeeds,
     wait_until,
 )
 
@@ -50,8 +51,13 @@ def composed(folder: Path) -> Iterator[None]:
     try:
         run(*compose, "up", "--detach", "--no-build", *services, environment=environment)
         yield
-    finally:
-        run(*compose, "down", "--volumes", environment=environment)
+    finally:  # the volumes stay until `remove_volumes`: the pods take what was compiled
+        run(*compose, "down", environment=environment)
+
+
+def remove_volumes() -> None:
+    for name in ("compiled-dense", "compiled-sparse", "prometheus"):
+        succeeds("volume", "rm", "--force", f"{PREFIX}_{name}")
 
 
 def check_compose(folder: Path) -> dict[str, float]:

@@ -38,15 +38,25 @@ from deploy.check.image.containers import (
 
 NETWORK = f"{PREFIX}-pods"
 WEIGHTS = f"{PREFIX}-weights"
+KEYS = f"{PREFIX}-keys"
 
 Resource = dict[str, Any]
 
 
 def rendered(overlay: str) -> dict[tuple[str, str], Resource]:
-    """What `kubectl apply -k` would send, by kind and name."""
+    """What `kubectl apply -k` of it and components/compile-cache would send, by kind and name."""
     run(ROOT / "deploy/check/install", sys.executable)
-    kubectl = ROOT / "build/check-deploy/kubectl"
-    text = run(kubectl, "kustomize", ROOT / "deploy/k8s/overlays" / overlay)
+    folder = WORK / overlay
+    folder.mkdir(exist_ok=True)
+    k8s = os.path.relpath(ROOT / "deploy/k8s", folder)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"{k8s}/overlays/{overlay}"],
+        "components": [f"{k8s}/components/compile-cache"],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    text = run(ROOT / "build/check-deploy/kubectl", "kustomize", folder)
     found = [each for each in yaml.safe_load_all(text) if each]
     return {(each["kind"], each["metadata"]["name"]): each for each in found}
 
@@ -55,8 +65,13 @@ def pod_of(name: str) -> str:
     return f"{PREFIX}-{name}-pod"
 
 
-def remove(pod: str) -> None:
-    succeeds("pod", "rm", "--force", pod)
+def remove(name: str) -> None:
+    """A Deployment's pod, with the volumes that podman made for it."""
+    succeeds("pod", "rm", "--force", "--time", "2", pod_of(name))
+    for volume in podman("volume", "ls", "--quiet").split():
+        if volume.startswith(f"{PREFIX}-{name}-") or volume == KEYS:
+            succeeds("volume", "rm", volume)
+    succeeds("secret", "rm", KEYS)
 
 
 class Pods:
@@ -81,7 +96,8 @@ class Pods:
     def documents(self, name: str, keys: str | None) -> list[Resource]:
         """A Deployment and what it mounts, under names of our own, with this machine's cores.
 
-        Without the probes: podman would ask by curl, which the images have not.
+        Without the probes: podman would ask by curl, which the images have not. What compose's
+        workers have compiled is there, a volume for each, as podman knows no subPathExpr.
         """
         deployment = copy.deepcopy(self.resources["Deployment", name])
         deployment["metadata"]["name"] = f"{PREFIX}-{name}"
@@ -93,15 +109,26 @@ class Pods:
         for bound in container["resources"].values():
             if bound["cpu"].isdigit():
                 bound["cpu"] = str(min(int(bound["cpu"]), os.cpu_count() or 1))
+        for mount in container["volumeMounts"]:
+            mount.pop("subPathExpr", None)
+        variant = name.removeprefix("worker-")
         for volume in pod["volumes"]:
-            if "persistentVolumeClaim" in volume:
+            if volume["name"] == "weights":
                 volume["persistentVolumeClaim"]["claimName"] = WEIGHTS
+            if volume["name"] == "compiled":
+                volume["persistentVolumeClaim"]["claimName"] = f"{PREFIX}_compiled-{variant}"
+            if "emptyDir" in volume:  # podman names its volume so, and two pods would share it
+                own = f"{PREFIX}-{name}-{volume['name']}"
+                for mount in container["volumeMounts"]:
+                    if mount["name"] == volume["name"]:
+                        mount["name"] = own
+                volume["name"] = own
             if "secret" in volume:
-                volume["secret"]["secretName"] = f"{PREFIX}-keys"
+                volume["secret"]["secretName"] = KEYS
         documents = [r for (kind, _), r in self.resources.items() if kind == "ConfigMap"]
         if keys is not None:
             data = {"keys": base64.b64encode(keys.encode()).decode()}
-            head = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": f"{PREFIX}-keys"}}
+            head = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": KEYS}}
             documents.append({**head, "data": data})
         return [*documents, deployment]
 
@@ -114,7 +141,7 @@ class Pods:
         else:
             raise Problem("the gateway's pod started without its Secret")
         finally:
-            remove(pod_of("gateway"))
+            remove("gateway")
 
     def check_probes(self, name: str, asker: str) -> None:
         """The URLs that the kubelet would ask."""
@@ -139,10 +166,10 @@ def check_pods(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
             run("tar", "--directory", folder, "--create", "--file", archive.name, ".")
             podman("volume", "import", WEIGHTS, archive.name)
+        made.callback(succeeds, "volume", "rm", "--force", f"{PREFIX}_compiled-canary")
         for name in [*names, "worker-canary"]:
-            made.callback(remove, pod_of(name))
+            made.callback(remove, name)
         pods.check_needs_keys()
-        made.callback(succeeds, "secret", "rm", f"{PREFIX}-keys")
         for name in names:
             pods.play(name, keys if name == "gateway" else None)
         containers = [pods.container(name) for name in names]
@@ -159,7 +186,7 @@ def check_pods(folder: Path) -> None:
         check_metrics(("dense", "sparse"), headers)
         print(f"{'cpu':<12}Secret, answers, keys, probes, hardening, metrics", flush=True)
 
-        remove(pod_of("gateway"))
+        remove("gateway")
         canary.play("worker-canary")
         canary.play("gateway", keys)
         containers = [canary.container(name) for name in ("worker-canary", "gateway")]
