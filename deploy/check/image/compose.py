@@ -25,7 +25,6 @@ from deploy.check.image.containers import (
     is_ready,
     podman,
     run,
-    succeeds,
     wait_until,
 )
 
@@ -51,13 +50,8 @@ def composed(folder: Path) -> Iterator[None]:
     try:
         run(*compose, "up", "--detach", "--no-build", *services, environment=environment)
         yield
-    finally:  # the volumes stay until `remove_volumes`: the pods take what was compiled
-        run(*compose, "down", environment=environment)
-
-
-def remove_volumes() -> None:
-    for name in ("compiled-dense", "compiled-sparse", "prometheus"):
-        succeeds("volume", "rm", "--force", f"{PREFIX}_{name}")
+    finally:
+        run(*compose, "down", "--volumes", environment=environment)
 
 
 def check_compose(folder: Path) -> dict[str, float]:

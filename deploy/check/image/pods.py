@@ -96,8 +96,8 @@ class Pods:
     def documents(self, name: str, keys: str | None) -> list[Resource]:
         """A Deployment and what it mounts, under names of our own, with this machine's cores.
 
-        Without the probes: podman would ask by curl, which the images have not. What compose's
-        workers have compiled is there, a volume for each, as podman knows no subPathExpr.
+        Without the probes: podman would ask by curl, which the images have not. Each worker has a
+        cache volume of its own, as podman knows no subPathExpr.
         """
         deployment = copy.deepcopy(self.resources["Deployment", name])
         deployment["metadata"]["name"] = f"{PREFIX}-{name}"
@@ -111,12 +111,11 @@ class Pods:
                 bound["cpu"] = str(min(int(bound["cpu"]), os.cpu_count() or 1))
         for mount in container["volumeMounts"]:
             mount.pop("subPathExpr", None)
-        variant = name.removeprefix("worker-")
         for volume in pod["volumes"]:
             if volume["name"] == "weights":
                 volume["persistentVolumeClaim"]["claimName"] = WEIGHTS
             if volume["name"] == "compiled":
-                volume["persistentVolumeClaim"]["claimName"] = f"{PREFIX}_compiled-{variant}"
+                volume["persistentVolumeClaim"]["claimName"] = f"{PREFIX}-{name}-compiled"
             if "emptyDir" in volume:  # podman names its volume so, and two pods would share it
                 own = f"{PREFIX}-{name}-{volume['name']}"
                 for mount in container["volumeMounts"]:
@@ -166,7 +165,6 @@ def check_pods(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
             run("tar", "--directory", folder, "--create", "--file", archive.name, ".")
             podman("volume", "import", WEIGHTS, archive.name)
-        made.callback(succeeds, "volume", "rm", "--force", f"{PREFIX}_compiled-canary")
         for name in [*names, "worker-canary"]:
             made.callback(remove, name)
         pods.check_needs_keys()
