@@ -1,10 +1,10 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve wheel packages test lint docs check-deploy
+.PHONY: setup data demo serve wheel packages test lint docs check-deploy check-image
 .NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
 # All Python: what has no suffix .py says so in its first line.
-sources = cast_train cast_serve loadtest tests $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
+sources = cast_train cast_serve loadtest tests deploy/check/image $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
 	scripts/setup
@@ -39,3 +39,6 @@ docs: setup  # the pages of docs/ as a site in build/site; a broken link ends it
 
 check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too
 	$(python) scripts/check-deploy
+
+check-image: setup  # as root: both images built and run by podman, compose's services and pods; some ten minutes
+	$(python) scripts/check-image

@@ -1,10 +1,14 @@
 """The load test and the gateway run where torch is not installed; what needs it says so."""
 
+import contextlib
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 from packaging.requirements import Requirement
 
@@ -20,6 +24,7 @@ class Hidden(MetaPathFinder):
 
 sys.meta_path.insert(0, Hidden())
 """
+RUN = "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
 CLIENT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "loadtest").rglob("*.py"))
@@ -39,7 +44,29 @@ def test_the_client_and_the_gateway_import() -> None:
     assert done.returncode == 0, done.stderr
 
 
-RUN = "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+def test_the_gateway_runs() -> None:
+    """It answers before any worker does, having imported nothing that its image lacks."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = ["cast_serve", "gateway", "--variant", "dense=http://127.0.0.1:9"]
+    command = [sys.executable, "-c", HIDE_TORCH + RUN, *words, "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as gateway:
+        try:
+            assert answer(f"http://127.0.0.1:{port}/livez", gateway).is_success
+            assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 503
+        finally:
+            gateway.terminate()
+        _, said = gateway.communicate(timeout=30)
+    assert "Traceback" not in said
+
+
+def answer(url: str, process: subprocess.Popen[str]) -> httpx.Response:
+    for _ in range(600):
+        assert process.poll() is None, process.communicate()[1]
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url)
+        time.sleep(0.1)
+    pytest.fail(f"{url} does not answer")
 
 
 def test_the_load_test_starts() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 OURS = ("gateway", "worker-dense", "worker-sparse")
-IMAGE = f"cast-serve:{tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 Named = dict[tuple[str, str], dict[str, Any]]
 
@@ -69,9 +69,14 @@ def test_settings_exist_and_agree(cpu: Named) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_one_image_of_the_packages_version(cpu: Named, name: str) -> None:
-    assert SERVICES[name]["image"] == IMAGE
-    assert kubernetes_container(cpu, name)["image"] == f"registry.example.com/{IMAGE}"
+def test_images_of_the_packages_version(cpu: Named, name: str) -> None:
+    image, target = f"cast-serve:{VERSION}", None
+    if name == "gateway":
+        image, target = f"cast-serve-gateway:{VERSION}", "gateway"
+        assert f" AS {target}\n" in (ROOT / "Dockerfile").read_text()
+    assert SERVICES[name]["image"] == image
+    assert SERVICES[name]["build"].get("target") == target
+    assert kubernetes_container(cpu, name)["image"] == f"registry.example.com/{image}"
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -79,7 +84,9 @@ def test_ports_agree(cpu: Named, name: str) -> None:
     command = SERVICES[name]["command"]
     port = command[command.index("--port") + 1]
     assert kubernetes_container(cpu, name)["ports"][0]["containerPort"] == int(port)
-    assert f"//127.0.0.1:{port}/" in SERVICES[name]["healthcheck"]["test"][-1]
+    *command, url = SERVICES[name]["healthcheck"]["test"]
+    assert command == ["CMD", "python", "-m", "cast_serve.health"]  # nothing to quote
+    assert re.fullmatch(rf"http://127\.0\.0\.1:{port}/\w+", url)
 
 
 def test_the_gateway_knows_every_worker_by_its_name_and_port() -> None:
@@ -158,8 +165,10 @@ def test_compose_services_are_hardened(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OURS if name != "gateway"])
 def test_workers_read_weights_only_and_cannot_be_reached_from_outside(name: str) -> None:
-    (weights,) = SERVICES[name]["volumes"]
+    weights, compiled = SERVICES[name]["volumes"]
     assert weights.endswith(":/models:ro")
+    assert compiled == f"compiled-{name.removeprefix('worker-')}:/tmp/cache"  # its own
+    assert compiled.partition(":")[0] in COMPOSE["volumes"]
     assert SERVICES[name]["networks"] == ["workers"]
     assert COMPOSE["networks"]["workers"]["internal"] is True
     assert "ports" not in SERVICES[name]

@@ -74,6 +74,10 @@ def test_volumes_are_mounted_and_bounded(rendered: Rendered) -> None:
         for volume in volumes.values():
             if "emptyDir" in volume:
                 assert volume["emptyDir"]["sizeLimit"], name
+            elif volume["name"] == "compiled":  # components/compile-cache
+                assert container["name"] == "worker", name
+                assert mounts["compiled"]["subPathExpr"] == "$(VARIANT)", name  # a folder a variant
+                assert template["spec"]["securityContext"]["fsGroup"] == 10001, name
             else:
                 assert mounts[volume["name"]]["readOnly"], name
         if container["name"] == "worker":

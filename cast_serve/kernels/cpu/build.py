@@ -3,7 +3,8 @@
 A wheel of `make wheel` brings the library in `PREBUILT`. The cache folder is
 ``$CAST_KERNEL_CACHE`` or ``~/.cache/cast_serve/kernels``. Both file a library under a hash of its
 sources, flags and torch version, the cache also of the compiler, so a stale one is never loaded.
-``python -m cast_serve.kernels.cpu.build`` builds ahead of time (set-up and the image do).
+``python -m cast_serve.kernels.cpu.build`` builds ahead of time (set-up does), with
+``--into-package`` into `PREBUILT` of the installed package (the image does).
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +81,20 @@ def build() -> Path:
             logger.warning("building the 2:4 CPU kernels once, about half a minute: %s", library)
             _compile(compiler, library)
     return library
+
+
+def into_package() -> Path:
+    """Returns the library's path in `PREBUILT`, where no compiler and no cache is asked for it.
+
+    Raises:
+        KernelBuildError: if there is no compiler or the compiler fails.
+        OSError: if the package cannot be written to.
+    """
+    library, prebuilt = build(), PREBUILT / prebuilt_name()
+    if library != prebuilt:
+        PREBUILT.mkdir(exist_ok=True)
+        shutil.copy(library, prebuilt)
+    return prebuilt
 
 
 def cache_folder() -> Path:
@@ -166,5 +182,9 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--into-package"]:
+        into_package()
+    elif sys.argv[1:]:
+        sys.exit("usage: python -m cast_serve.kernels.cpu.build [--into-package]")
     load()
     print(f"2:4 CPU kernels: {build()} (this CPU runs {', '.join(torch.ops.cast.cpu_isas())})")

@@ -48,3 +48,16 @@ def test_a_wheels_library_comes_first_if_it_is_of_these_sources_and_this_torch(
     assert build.build() == prebuilt
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
     assert build.prebuilt_name() != prebuilt.name
+
+
+def test_the_library_goes_into_the_package_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached = build.build()
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    inside = build.into_package()
+    assert inside.read_bytes() == cached.read_bytes()
+    monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled although there"))
+    assert build.build() == inside
+    assert build.into_package() == inside
