@@ -35,6 +35,7 @@ from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream import variants as workers
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.supervisor import VariantError
+from cast_serve.worker_key import read_key
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Gateway:
     def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
         self.variants = list(variants)
         self.settings = settings
-        self.proxy = Proxy(variants, settings)
+        key = read_key(settings.worker_key, settings.worker_key_file)
+        self.proxy = Proxy(variants, settings, workers.share_key(variants, key))
         self.has_started = False
         self.is_draining = False
         self.failure: VariantError | None = None
@@ -156,7 +158,7 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        states = {v.name: v.loading or v.is_up for v in gateway.variants}
+        states = {v.name: v.status or v.is_up for v in gateway.variants}
         return JSONResponse(states, 200 if gateway.is_ready else 503)
 
     @app.get("/health")

@@ -24,7 +24,7 @@ from cast_serve.gateway.api.errors import APIError, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange, before
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
-from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure
+from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure, note_locked
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,12 @@ class Forwarder:
 
     Args:
         on_lost: called with a replica that was just marked down.
+        worker_key: sent with every request; empty: none.
     """
 
-    def __init__(self, on_lost: Callable[[Replica], None]) -> None:
+    def __init__(self, on_lost: Callable[[Replica], None], worker_key: str = "") -> None:
         self.client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {worker_key}"} if worker_key else None,
             timeout=httpx.Timeout(None, connect=5),  # the request's deadline bounds the rest
             limits=httpx.Limits(
                 max_connections=None,
@@ -80,7 +82,7 @@ class Forwarder:
             first = await anext(events)
             return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
         content = await self._read(upstream, replica, exchange)
-        if upstream.status_code >= 500:
+        if upstream.status_code >= 500 or upstream.status_code == 401:
             self._check_status(replica, upstream.status_code, content)
         if upstream.status_code >= 400:
             answers.check_shape(upstream.status_code, content)
@@ -234,7 +236,14 @@ class Forwarder:
         return BrokenError()
 
     def _check_status(self, replica: Replica, status: int, content: bytes) -> None:
-        """Raises a worker's refusal as it is, and its own failure without its inside."""
+        """Raises a worker's refusal as it is, and its own failure without its inside.
+
+        That it refuses the gateway's key is no fault of the client's.
+        """
+        if status == 401:
+            note_locked(replica)
+            self._on_lost(replica)
+            raise BrokenError
         if 400 <= status < 500:
             message = answers.message_of(content)
             raise APIError(400 if status == 422 else status, message, "invalid_request_error")

@@ -128,6 +128,10 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
             ["gateway", "--variant", "a=http://x", "--set", "max_queued=many"],
             "--set max_queued is 'many': Input should be a valid integer",
         ),
+        (
+            ["gateway", "--variant", "a=http://x", "--set", "worker_key=x"],
+            "--set worker_key would show the key in `ps`; set CAST_WORKER_KEY",
+        ),
         (["gateway", "--variant", "a=http://x", "--set", "port"], "'port' is not KEY=VALUE"),
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere is no directory"),
@@ -208,6 +212,7 @@ def test_a_worker_takes_a_hubs_name(cast_serve: Call, save_gated: Save, hub: Fak
 # Of every setting a value that is not its default, as the environment has it.
 ENVIRONMENT = {
     **{"host": "127.0.0.2", "port": "47123", "api_keys": "one", "api_keys_file": "keys"},
+    **{"worker_key": "two", "worker_key_file": "key"},
     **{"log_level": "warning", "log_dir": "logs"},
     **{"max_constraint_characters": "1", "strict_fields": "True"},
     **{"max_body_bytes": "1", "max_header_bytes": "1", "max_connections": "1"},

@@ -22,7 +22,14 @@ import httpx
 
 from cast_serve.gateway.upstream import probes
 from cast_serve.gateway.upstream.probes import Canary, Limits
-from cast_serve.gateway.upstream.replica import Replica, kill_worker, log_tail, start_worker
+from cast_serve.gateway.upstream.replica import (
+    LOCKED,
+    Replica,
+    kill_worker,
+    log_tail,
+    note_locked,
+    start_worker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +186,11 @@ async def _follow_health(
             replica.limits = limits or Limits()
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
+            if canary is Canary.LOCKED:
+                note_locked(replica)
+                replica.is_doubted.clear()  # the next look will do
+            elif canary is Canary.ANSWERED:
+                replica.is_locked = False
             # Busy, or it hangs, which `_follow_progress` finds out.
             is_busy = canary is Canary.SILENT and replica.is_up
             must_answer = not (canary is Canary.ANSWERED or is_busy)
@@ -199,8 +211,10 @@ async def _follow_health(
             and replica.came_up_s is None
             and now_s - replica.started_s > settings.startup_timeout_s
         ):
+            reason = f", {LOCKED}" if replica.is_locked else ""
             return (
-                f"did not answer within {settings.startup_timeout_s:.0f} s (CAST_STARTUP_TIMEOUT_S)"
+                f"did not answer within {settings.startup_timeout_s:.0f} s "
+                f"(CAST_STARTUP_TIMEOUT_S){reason}"
             )
         tell()
         with suppress(TimeoutError):
@@ -257,7 +271,10 @@ async def _makes_progress(
     replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
 ) -> bool:
     num_received = replica.num_received
-    is_moving = await probes.makes_progress(
+    canary = await probes.look_for_progress(
         client, replica.url, replica.variant, settings.hang_limit_s(replica)
     )
-    return is_moving or replica.num_received != num_received
+    if canary is Canary.LOCKED:  # no matter of the engine's
+        replica.is_doubted.set()
+        return True
+    return canary is Canary.ANSWERED or replica.num_received != num_received

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -84,6 +85,24 @@ def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
         Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
         for name, given in urls.items()
     ]
+
+
+def share_key(variants: Sequence[Variant], key: str) -> str:
+    """Gives the local replicas the key that their workers ask for.
+
+    Args:
+        variants: not started yet.
+        key: the one that is set; empty: where a replica is local, a new one is made.
+
+    Returns:
+        the key that the gateway sends to all; empty: none.
+    """
+    local = [replica for replica in _replicas(variants) if replica.model is not None]
+    if local and not key:
+        key = secrets.token_urlsafe(32)
+    for replica in local:
+        replica.key = key
+    return key
 
 
 def start(variants: Sequence[Variant], log_dir: Path | None = None) -> None:
