@@ -82,7 +82,7 @@ class Forwarder:
             first = await anext(events)
             return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
         content = await self._read(upstream, replica, exchange)
-        if upstream.status_code >= 500 or upstream.status_code == 401:
+        if upstream.status_code >= 500:
             self._check_status(replica, upstream.status_code, content)
         if upstream.status_code >= 400:
             answers.check_shape(upstream.status_code, content)
@@ -144,6 +144,10 @@ class Forwarder:
                     raise self._broken(replica, error) from None
             else:
                 stack.push_async_callback(upstream.aclose)
+                if upstream.status_code == 401:  # of the gateway's key: no fault of the client's
+                    note_locked(replica)
+                    self._on_lost(replica)
+                    raise BrokenError
                 return upstream
         raise AssertionError("the loop returns or raises")
 
@@ -236,14 +240,7 @@ class Forwarder:
         return BrokenError()
 
     def _check_status(self, replica: Replica, status: int, content: bytes) -> None:
-        """Raises a worker's refusal as it is, and its own failure without its inside.
-
-        That it refuses the gateway's key is no fault of the client's.
-        """
-        if status == 401:
-            note_locked(replica)
-            self._on_lost(replica)
-            raise BrokenError
+        """Raises a worker's refusal as it is, and its own failure without its inside."""
         if 400 <= status < 500:
             message = answers.message_of(content)
             raise APIError(400 if status == 422 else status, message, "invalid_request_error")

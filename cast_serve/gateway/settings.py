@@ -23,6 +23,12 @@ class GatewaySettings(BaseSettings):
         "folder, removed at a clean end",
     )
 
+    control_socket: Path | None = Field(
+        default=None,
+        description="Unix socket at which `cast-serve roll` asks `up`; none: one of the port's, in "
+        "a folder that this user alone may open",
+    )
+
     api_keys: str = Field(
         default="",
         repr=False,

@@ -21,7 +21,7 @@ from cast_serve.checkpoint import hub
 from cast_serve.cores import parse_cores
 from cast_serve.gateway.settings import GatewaySettings
 
-PATHS = ("api_keys_file", "worker_key_file", "log_dir")  # of GatewaySettings
+PATHS = ("api_keys_file", "worker_key_file", "control_socket", "log_dir")  # of GatewaySettings
 
 
 class WorkerConfig(BaseModel):

@@ -6,13 +6,14 @@ canary, a request for one token. It is up once it has answered its first canary,
 at once. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
 
 An error in here ends neither the watch over the other replicas nor that over this one.
+`Supervisor` keeps a watch over each of them.
 """
 
 import asyncio
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,63 @@ class WatchSettings:
     def hang_limit_s(self, replica: Replica) -> float:
         """Longer than the replica's slowest step, or a busy engine is taken for one that hangs."""
         return max(self.hang_timeout_s, STEP_FACTOR * (replica.limits.step_s or 0.0))
+
+
+class Supervisor:
+    """The watches over all replicas, which may change meanwhile (roll.py).
+
+    Args:
+        client: for health checks, canaries and the workers' limits.
+        settings: see there.
+        on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
+            changed.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        settings: WatchSettings,
+        on_change: Callable[[Replica], None],
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._on_change = on_change
+        self._tasks: dict[Replica, asyncio.Task[None]] = {}
+        self._failures: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+
+    async def run(self, replicas: Iterable[Replica]) -> None:
+        """Watches until cancelled.
+
+        Raises:
+            VariantError: if a local worker does not start, or does not come back.
+        """
+        try:
+            for replica in replicas:
+                self.begin(replica)
+                self.adopt(replica)
+            while True:
+                failed = await self._failures.get()
+                if not failed.cancelled():
+                    failed.result()
+        finally:
+            for replica in list(self._tasks):
+                await self.end(replica)
+
+    def begin(self, replica: Replica) -> asyncio.Task[None]:
+        """Watches one more, whose failure only its task raises until it is adopted."""
+        watch = watch_replica(replica, self._client, self._settings, self._on_change)
+        self._tasks[replica] = task = asyncio.create_task(watch)
+        return task
+
+    def adopt(self, replica: Replica) -> None:
+        """From now on its failure ends `run`."""
+        self._tasks[replica].add_done_callback(self._failures.put_nowait)
+
+    async def end(self, replica: Replica) -> None:
+        """Watches it no longer: a local worker that ends stays so."""
+        task = self._tasks.pop(replica)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def watch_replica(
