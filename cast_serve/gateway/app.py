@@ -59,14 +59,14 @@ class Gateway:
             settings.health_interval_s, settings.startup_timeout_s, settings.hang_timeout_s
         )
         self.supervisor = Supervisor(self.proxy.client, watching, self._note)
-        roller = Roller(
+        self.roller = Roller(
             self.proxy.variants,
             self.supervisor,
             settings.request_timeout_s + 5,
             self._note_switch,
             self._note_roll,
         )
-        self.control = Control(settings.control_socket, settings.port, roller)
+        self.control = Control(settings.control_socket, settings.port, self.roller.roll)
 
     @property
     def is_ready(self) -> bool:
@@ -153,6 +153,7 @@ def create_app(
             watching = asyncio.create_task(gateway.watch(on_failure))
             yield
             await gateway.control.close()
+            await gateway.roller.close()
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching

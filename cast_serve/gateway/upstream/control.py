@@ -12,15 +12,16 @@ import os
 import socket
 import stat
 import tempfile
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cast_serve.gateway.upstream.roll import Roller, RollError, Say
-
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 10.0
+Say = Callable[[str], None]
+Roll = Callable[[str, Path | None, Say], Awaitable[dict[str, Any]]]
 
 
 def default_path(port: int) -> Path:
@@ -34,13 +35,13 @@ class Control:
     Args:
         path: where; None: `default_path`, whose folder is made.
         port: the gateway's.
-        roller: does what is asked.
+        roll: `Roller.roll`.
     """
 
-    def __init__(self, path: Path | None, port: int, roller: Roller) -> None:
+    def __init__(self, path: Path | None, port: int, roll: Roll) -> None:
         self.path = path or default_path(port)
         self._is_default = path is None
-        self._roller = roller
+        self._roll = roll
         self._server: asyncio.Server | None = None
         self._answers: set[asyncio.Task[None]] = set()
 
@@ -63,7 +64,6 @@ class Control:
         for answer in list(self._answers):
             answer.cancel()
         await asyncio.gather(*self._answers, return_exceptions=True)
-        await self._roller.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -76,7 +76,7 @@ class Control:
 
         try:
             done = await self._answer(reader, lambda text: tell(say=text))
-        except (ValueError, RollError) as error:
+        except (ValueError, RuntimeError) as error:
             tell(error=str(error), is_wrong_use=isinstance(error, ValueError))
         except asyncio.CancelledError:
             tell(error="the gateway is stopping; what was served goes on until then")
@@ -100,7 +100,7 @@ class Control:
             name, model = str(asked["variant"]), asked["model"]
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
             raise ValueError(f"this is no request for a roll: {error!r}") from None
-        roll = asyncio.create_task(self._roller.roll(name, Path(model) if model else None, say))
+        roll = asyncio.ensure_future(self._roll(name, Path(model) if model else None, say))
         left = asyncio.create_task(reader.read(1))
         try:
             await asyncio.wait([roll, left], return_when=asyncio.FIRST_COMPLETED)
