@@ -286,11 +286,16 @@ class Proxy:
 
     async def exposition(self) -> bytes:
         """Prometheus text of the gateway and of every worker that answers."""
-        replicas = [r for v in self.variants.values() for r in v.replicas if r.is_up]
-        found = await asyncio.gather(*(self._metrics_of(replica) for replica in replicas))
+        replicas = [  # with its place, which another may have by the time that it answers
+            (place, replica)
+            for variant in self.variants.values()
+            for place, replica in enumerate(variant.replicas)
+            if replica.is_up
+        ]
+        found = await asyncio.gather(*(self._metrics_of(replica) for _, replica in replicas))
         texts = [
-            (replica.variant, str(self.variants[replica.variant].replicas.index(replica)), text)
-            for replica, text in zip(replicas, found, strict=True)
+            (replica.variant, str(place), text)
+            for (place, replica), text in zip(replicas, found, strict=True)
             if text is not None
         ]
         return self.metrics.expose(texts)

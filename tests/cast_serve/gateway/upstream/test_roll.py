@@ -197,9 +197,17 @@ def test_rolls_under_load_lose_no_request(stack: Rolled) -> None:
                 continue
             ends.update([(name, words[0]), (name, whole)])
 
+    def keep_looking() -> None:
+        while not is_over.is_set():
+            for path in ("/metrics", "/v1/models", "/readyz", "/v1/comparison"):
+                status = httpx.get(stack.url + path, timeout=30).status_code
+                if status != 200:
+                    wrong.append((path, status))
+
     models = [stack.model(f"new-{number}") for number in range(NUM_ROLLS)]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(9) as pool:
         asking = [pool.submit(keep_asking, name) for name in ("dense", "sparse") * 4]
+        asking.append(pool.submit(keep_looking))
         try:
             for before, model in zip([stack.folder / "sparse", *models], models, strict=False):
                 done = stack.roll("sparse", model)
@@ -221,6 +229,25 @@ def test_rolls_under_load_lose_no_request(stack: Rolled) -> None:
     assert '_total{outcome="failed",variant="dense"} 0.0' in text
     shown = httpx.get(f"{stack.url}/v1/comparison").json()
     assert shown["models"]["sparse"]["path"] == str(models[-1])
+
+
+@pytest.mark.anyio
+async def test_a_scrape_during_a_switch_is_answered(stack: Rolled) -> None:
+    proxy = stack.gateway.proxy
+    variant, other = proxy.variants["sparse"], Replica("sparse", "http://127.0.0.1:1")
+
+    async def switch_meanwhile(replica: Replica) -> str:
+        variant.replicas[0] = other
+        return "x 1\n"
+
+    old = stack.replica()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(proxy, "_metrics_of", switch_meanwhile)
+            text = await proxy.exposition()
+    finally:
+        variant.replicas[0] = old
+    assert 'x{replica="0",variant="sparse"} 1.0' in text.decode()
 
 
 def test_the_old_worker_ends_after_its_requests_and_new_ones_do_not_wait(stack: Rolled) -> None:
