@@ -110,7 +110,9 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
             f"{directory} is {source.kind}; convert it first (cast-serve convert SRC OUT)"
         )
     dtype = dtype or source.model_dtype
-    settings = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    settings = AutoConfig.from_pretrained(
+        source.path, local_files_only=True, trust_remote_code=False
+    )
     del settings.quantization_config
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
     for name in source.targets:

@@ -200,7 +200,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 def _meta_model(directory: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     for key in ("quantization_config", OLD_KEY):
         if hasattr(config, key):
             delattr(config, key)

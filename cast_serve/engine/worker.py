@@ -9,6 +9,7 @@ listens only once the engine has answered (see warmup.py).
 import argparse
 import asyncio
 import ctypes
+import ipaddress
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from cast_serve import worker_key
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import is_gated
@@ -87,7 +89,8 @@ def run(
 
     Raises:
         ValueError: if the directory holds no model or a gated one, there are fewer cores than
-            ranks, or vLLM's interfaces are not those that we use.
+            ranks, vLLM's interfaces are not those that we use, or the key is wrong or among the
+            flags.
         RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
@@ -123,6 +126,7 @@ def run(
 
     quantization = METHOD if has_zeros else None
     args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
+    guard(args, name)
     if has_zeros and args.quantization != METHOD:
         expected = 0  # the user's --quantization asks for one of vLLM's own methods
     if cores is not None:
@@ -184,6 +188,39 @@ def lacks_compiler(vllm_flags: Sequence[str]) -> bool:
             "found; install one (Debian: apt-get install g++), name it in CXX, or leave it out"
         )
     return True
+
+
+def guard(args: argparse.Namespace, name: str) -> None:
+    """Has vLLM's server ask for the environment's key on every path, if there is one.
+
+    Raises:
+        ValueError: if the key is wrong, or among the flags.
+    """
+    if args.api_key:
+        raise ValueError(
+            "--api-key shows the key in `ps`, and vLLM asks for it under /v1 alone; set "
+            f"{worker_key.VARIABLE} or {worker_key.FILE_VARIABLE} in the environment"
+        )
+    if key := worker_key.key_of_environment():
+        os.environ[worker_key.VLLM_VARIABLE] = key
+        # Here and not in `all_flags`, where the user's would replace it; the last is the outermost.
+        args.middleware = [*args.middleware, f"{worker_key.__name__}.KeyCheck"]
+    elif not (args.headless or is_loopback(args.host)):
+        print(
+            f"cast-serve worker {name}: listens on {args.host} and asks for no key, so whoever "
+            f"reaches it may use it; set {worker_key.VARIABLE} ({worker_key.HOW_TO_MAKE})",
+            file=sys.stderr,
+        )
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine's processes reach what listens there; None is everywhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "::").is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def compiler() -> str:

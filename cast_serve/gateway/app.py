@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from cast_serve.gateway.api import openapi, paths
 from cast_serve.gateway.api.errors import APIError
-from cast_serve.gateway.compare.models import describe
+from cast_serve.gateway.compare.models import describe, describe_directory
 from cast_serve.gateway.dashboard import page
 from cast_serve.gateway.metrics import CONTENT_TYPE
 from cast_serve.gateway.middleware import tracing
@@ -33,8 +33,11 @@ from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream import variants as workers
+from cast_serve.gateway.upstream.control import Control
 from cast_serve.gateway.upstream.replica import Replica, Variant
-from cast_serve.gateway.upstream.supervisor import VariantError
+from cast_serve.gateway.upstream.roll import Roller
+from cast_serve.gateway.upstream.supervisor import Supervisor, VariantError, WatchSettings
+from cast_serve.worker_key import read_key
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,25 @@ class Gateway:
     def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
         self.variants = list(variants)
         self.settings = settings
-        self.proxy = Proxy(variants, settings)
+        key = read_key(settings.worker_key, settings.worker_key_file)
+        self.proxy = Proxy(variants, settings, workers.share_key(variants, key))
         self.has_started = False
         self.is_draining = False
         self.failure: VariantError | None = None
+        self.models = describe(variants)
+        self._num_restarts: dict[Replica, int] = {}
+        watching = WatchSettings(
+            settings.health_interval_s, settings.startup_timeout_s, settings.hang_timeout_s
+        )
+        self.supervisor = Supervisor(self.proxy.client, watching, self._note)
+        self.roller = Roller(
+            self.proxy.variants,
+            self.supervisor,
+            settings.request_timeout_s + 5,
+            self._note_switch,
+            self._note_roll,
+        )
+        self.control = Control(settings.control_socket, settings.port, self.roller.roll)
 
     @property
     def is_ready(self) -> bool:
@@ -56,33 +74,51 @@ class Gateway:
         answered = all(self.proxy.router.answerer(variant) for variant in self.variants)
         return answered and not self.is_draining
 
+    async def open_control(self) -> None:
+        """Lets `cast-serve roll` ask, where there are workers of ours to roll.
+
+        Raises:
+            VariantError: if the control_socket of the settings cannot be listened on.
+        """
+        if all(replica.model is None for replica in workers.replicas_of(self.variants)):
+            return
+        try:
+            await self.control.open()
+        except OSError as error:
+            text = f"`cast-serve roll` cannot ask at {self.control.path}: {error}"
+            if self.settings.control_socket is not None:
+                self.failure = VariantError(text)
+                raise self.failure from None
+            logger.warning("gateway: %s", text)
+
     async def watch(self, on_failure: Callable[[], None]) -> None:
         """Follows the workers; calls on_failure if one cannot be brought up, or this ends."""
-        num_restarts: dict[Replica, int] = {}
-
-        def note(replica: Replica) -> None:
-            name = replica.variant
-            self.proxy.note_state(name)
-            new = replica.num_restarts - num_restarts.get(replica, 0)
-            self.proxy.metrics.restarts.labels(name).inc(new)
-            num_restarts[replica] = replica.num_restarts
-            self.has_started = self.has_started or all(v.is_up for v in self.variants)
-
         try:
-            await workers.watch(
-                self.variants,
-                self.proxy.client,
-                interval_s=self.settings.health_interval_s,
-                startup_timeout_s=self.settings.startup_timeout_s,
-                hang_timeout_s=self.settings.hang_timeout_s,
-                on_change=note,
-            )
+            await self.supervisor.run(workers.replicas_of(self.variants))
         except VariantError as failure:
             self.failure = failure
         except Exception as error:  # unwatched, a dead worker would stay up and never come back
             logger.exception("gateway: watching the workers failed")
             self.failure = VariantError(f"the watch over the workers failed: {error!r}")
         on_failure()
+
+    def _note(self, replica: Replica) -> None:
+        name = replica.variant
+        self.proxy.note_state(name)
+        new = replica.num_restarts - self._num_restarts.get(replica, 0)
+        self.proxy.metrics.restarts.labels(name).inc(new)
+        self._num_restarts[replica] = replica.num_restarts
+        self.has_started = self.has_started or all(v.is_up for v in self.variants)
+
+    def _note_switch(self, replica: Replica) -> None:
+        name = replica.variant
+        self.proxy.note_state(name)
+        self.proxy.comparison.forget(name)
+        assert replica.model is not None
+        self.models[name] = describe_directory(replica.model)
+
+    def _note_roll(self, name: str, outcome: str) -> None:
+        self.proxy.metrics.rolls.labels(name, outcome).inc()
 
 
 def create_app(
@@ -113,8 +149,11 @@ def create_app(
             except OSError as error:  # no memory for a process, no room for its log
                 gateway.failure = VariantError(f"the workers could not be started: {error}")
                 raise gateway.failure from error
+            await gateway.open_control()
             watching = asyncio.create_task(gateway.watch(on_failure))
             yield
+            await gateway.control.close()
+            await gateway.roller.close()
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
@@ -139,11 +178,9 @@ def create_app(
         app.add_api_route(path, proxy.answer, methods=["POST"])
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
 
-    models = describe(variants)
-
     @app.get("/v1/comparison")
     async def comparison() -> dict[str, Any]:
-        own = {"shadow_fraction": settings.shadow_fraction, "models": models}
+        own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.models}
         return {**proxy.comparison.snapshot(), **own}
 
     @app.get("/livez")
@@ -156,7 +193,7 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        states = {v.name: v.loading or v.is_up for v in gateway.variants}
+        states = {v.name: v.status or v.is_up for v in gateway.variants}
         return JSONResponse(states, 200 if gateway.is_ready else 503)
 
     @app.get("/health")

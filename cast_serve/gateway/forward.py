@@ -24,7 +24,7 @@ from cast_serve.gateway.api.errors import APIError, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange, before
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
-from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure
+from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure, note_locked
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,12 @@ class Forwarder:
 
     Args:
         on_lost: called with a replica that was just marked down.
+        worker_key: sent with every request; empty: none.
     """
 
-    def __init__(self, on_lost: Callable[[Replica], None]) -> None:
+    def __init__(self, on_lost: Callable[[Replica], None], worker_key: str = "") -> None:
         self.client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {worker_key}"} if worker_key else None,
             timeout=httpx.Timeout(None, connect=5),  # the request's deadline bounds the rest
             limits=httpx.Limits(
                 max_connections=None,
@@ -142,6 +144,10 @@ class Forwarder:
                     raise self._broken(replica, error) from None
             else:
                 stack.push_async_callback(upstream.aclose)
+                if upstream.status_code == 401:  # of the gateway's key: no fault of the client's
+                    note_locked(replica)
+                    self._on_lost(replica)
+                    raise BrokenError
                 return upstream
         raise AssertionError("the loop returns or raises")
 

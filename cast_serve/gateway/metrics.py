@@ -68,6 +68,12 @@ class Metrics:
             ["variant"],
             registry=registry,
         )
+        self.rolls = Counter(
+            "cast_variant_rolls_total",
+            "Changes of the model under a variant, by what became of them",
+            ["variant", "outcome"],
+            registry=registry,
+        )
         self.shed = Counter(
             "cast_requests_shed_total", "Requests turned away", ["reason"], registry=registry
         )
@@ -84,6 +90,8 @@ class Metrics:
         for name in admissions:  # a counter must exist at 0, or rate() misses its first event
             self.variant_up.labels(name).set(0)
             self.restarts.labels(name)
+            for outcome in ("done", "failed"):
+                self.rolls.labels(name, outcome)
         registry.register(_Speedups(comparison))
         registry.register(_Queues(admissions))
         registry.register(_Shadows(comparison, shadow_outcomes))

@@ -51,11 +51,18 @@ STICKY_HEADER = "x-cast-sticky"
 class Proxy:
     """The gateway's state: variants, their queues, their HTTP client, and metrics.
 
+    Args:
+        variants: who is asked.
+        settings: see there.
+        worker_key: what the workers ask for; empty: nothing.
+
     Raises:
         ValueError: if a split or fallback names a variant that there is not.
     """
 
-    def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
+    def __init__(
+        self, variants: Sequence[Variant], settings: GatewaySettings, worker_key: str = ""
+    ) -> None:
         self.variants = {variant.name: variant for variant in variants}
         self.settings = settings
         self.router = Router(self.variants, settings.split_weights, settings.fallbacks)
@@ -68,7 +75,7 @@ class Proxy:
             settings.shadow_fraction, settings.shadow_concurrency, self.comparison, self._repeat
         )
         self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
-        self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant))
+        self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant), worker_key)
         self.client = self.forwarder.client
 
     async def close(self) -> None:
@@ -253,19 +260,19 @@ class Proxy:
         return answer, exchange.timing
 
     def _unavailable(self, name: str) -> APIError:
-        return unavailable(name, self.variants[name].loading)
+        return unavailable(name, self.variants[name].status)
 
     async def models(self) -> dict[str, Any]:
         """OpenAI's model list: each variant as its worker describes it, and the splits.
 
-        A variant that is loading has a card of its name and ``status``, see `Variant.loading`.
+        A variant that does not answer has a card of its name and ``status``, see `Variant.status`.
         """
         cards: list[dict[str, Any]] = []
         for variant in self.variants.values():
             replica = variant.pick()
-            if loading := variant.loading:
+            if status := variant.status:
                 card = {"id": variant.name, "object": "model", "owned_by": "cast-serve"}
-                cards.append({**card, "status": loading})
+                cards.append({**card, "status": status})
             if replica is None:
                 continue
             with suppress(httpx.HTTPError, ValueError, KeyError):
@@ -279,11 +286,16 @@ class Proxy:
 
     async def exposition(self) -> bytes:
         """Prometheus text of the gateway and of every worker that answers."""
-        replicas = [r for v in self.variants.values() for r in v.replicas if r.is_up]
-        found = await asyncio.gather(*(self._metrics_of(replica) for replica in replicas))
+        replicas = [  # with its place, which another may have by the time that it answers
+            (place, replica)
+            for variant in self.variants.values()
+            for place, replica in enumerate(variant.replicas)
+            if replica.is_up
+        ]
+        found = await asyncio.gather(*(self._metrics_of(replica) for _, replica in replicas))
         texts = [
-            (replica.variant, str(self.variants[replica.variant].replicas.index(replica)), text)
-            for replica, text in zip(replicas, found, strict=True)
+            (replica.variant, str(place), text)
+            for (place, replica), text in zip(replicas, found, strict=True)
             if text is not None
         ]
         return self.metrics.expose(texts)

@@ -23,12 +23,29 @@ class GatewaySettings(BaseSettings):
         "folder, removed at a clean end",
     )
 
+    control_socket: Path | None = Field(
+        default=None,
+        description="Unix socket at which `cast-serve roll` asks `up`; none: one of the port's, in "
+        "a folder that this user alone may open",
+    )
+
     api_keys: str = Field(
         default="",
+        repr=False,
         description="keys, separated by commas; `sha256:HEX` is a key already hashed; commas alone "
         "are refused; none: open to all",
     )
     api_keys_file: Path | None = Field(default=None, description="the same, one a line")
+    worker_key: str = Field(
+        default="",
+        repr=False,
+        description="sent to the workers as `Authorization: Bearer KEY`; `cast-serve worker` reads "
+        "the same variable, and asks for it; not for `--set`, since `ps` would show it; none: `up` "
+        "makes one, `gateway` sends none",
+    )
+    worker_key_file: Path | None = Field(
+        default=None, description="the same, as a file of one line; for both, too"
+    )
 
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger bodies get 413")
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")

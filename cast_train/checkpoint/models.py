@@ -95,7 +95,9 @@ def load_tokenizer(directory: Path) -> Any:
     """
     check_directory(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} has no tokenizer that can be read: {error}") from error
 
@@ -131,7 +133,9 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """As `load_dense`; of a gated directory the weights without their gates."""
     check_directory(directory)
     try:
-        settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+        settings = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
         with _no_report_of_keys():
@@ -140,6 +144,8 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
                 config=settings,
                 dtype=dtype,
                 local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except (OSError, ValueError, SafetensorError) as error:
@@ -190,7 +196,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             damaged.
         PatternError: if a bitmask is not 2:4.
     """
-    settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+    settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     found = settings.quantization_config
     method = found.get("sparsity_config", found).get("format")
     if method != "sparse-24-bitmask":

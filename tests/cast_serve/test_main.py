@@ -11,6 +11,7 @@ import torch
 
 from cast_serve import __main__ as cli
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.control import default_path
 from cast_serve.gateway.upstream.replica import Variant
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
@@ -128,8 +129,15 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
             ["gateway", "--variant", "a=http://x", "--set", "max_queued=many"],
             "--set max_queued is 'many': Input should be a valid integer",
         ),
+        (
+            ["gateway", "--variant", "a=http://x", "--set", "worker_key=x"],
+            "--set worker_key would show the key in `ps`; set CAST_WORKER_KEY",
+        ),
         (["gateway", "--variant", "a=http://x", "--set", "port"], "'port' is not KEY=VALUE"),
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
+        (["roll", "=dir"], "'=dir' is not NAME or NAME=DIR; write sparse=PATH"),
+        (["roll", "sparse="], "'sparse=' is not NAME or NAME=DIR"),
+        (["roll", "sparse", "--socket", "s"], "no `cast-serve up` of this user's answers at s ("),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere is no directory"),
         (["gateway", "--variant", "a=b"], "'b' is no URL"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
@@ -208,7 +216,8 @@ def test_a_worker_takes_a_hubs_name(cast_serve: Call, save_gated: Save, hub: Fak
 # Of every setting a value that is not its default, as the environment has it.
 ENVIRONMENT = {
     **{"host": "127.0.0.2", "port": "47123", "api_keys": "one", "api_keys_file": "keys"},
-    **{"log_level": "warning", "log_dir": "logs"},
+    **{"worker_key": "two", "worker_key_file": "key"},
+    **{"control_socket": "sock", "log_level": "warning", "log_dir": "logs"},
     **{"max_constraint_characters": "1", "strict_fields": "True"},
     **{"max_body_bytes": "1", "max_header_bytes": "1", "max_connections": "1"},
     **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
@@ -317,3 +326,49 @@ def test_a_torchaudio_for_cuda_is_to_be_removed(
     code, out, err = cast_serve("inspect", "DIR")
     assert (code, out) == (2, "")
     assert "pip uninstall torchaudio torchcodec" in err
+
+
+def test_everything_listens_on_loopback_unless_told(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CAST_HOST", raising=False)
+    (tmp_path / "config.json").write_text("{}")
+    served: list[tuple[list[Variant], GatewaySettings]] = []
+
+    async def serve(variants: list[Variant], settings: GatewaySettings) -> None:
+        served.append((variants, settings))
+
+    monkeypatch.setattr("cast_serve.gateway.app.serve", serve)
+    assert cast_serve("up", "--variant", f"a={tmp_path}", "--port", free_port())[0] == 0
+    ((variants, settings),) = served
+    assert settings.host == "127.0.0.1"
+    assert variants[0].replicas[0].url.startswith("http://127.0.0.1:")
+    hosts: list[object] = []
+    monkeypatch.setattr("cast_serve.engine.worker.run", lambda *given: hosts.append(given[2]))
+    assert cast_serve("worker", tmp_path, "--name", "a", "--port", free_port())[0] == 0
+    assert hosts == ["127.0.0.1"]
+
+
+def test_roll_asks_the_gateway_of_the_port(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Path, str, str | None]] = []
+
+    def request_roll(path: Path, variant: str, model: str | None, say: object) -> dict[str, str]:
+        asked.append((path, variant, model))
+        return {"variant": variant}
+
+    monkeypatch.setattr("cast_serve.gateway.upstream.control.request_roll", request_roll)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new").mkdir()
+    code, out, _ = cast_serve("roll", "sparse=new", "--port", "8123")
+    assert (code, json.loads(out)) == (0, {"variant": "sparse"})
+    monkeypatch.setenv("CAST_CONTROL_SOCKET", "/run/s")
+    for word in ("sparse", "sparse=org/name", "sparse=a/b/c"):
+        assert cast_serve("roll", word)[0] == 0
+    assert asked == [
+        (default_path(8123), "sparse", str(tmp_path / "new")),
+        (Path("/run/s"), "sparse", None),
+        (Path("/run/s"), "sparse", "org/name"),
+        (Path("/run/s"), "sparse", str(tmp_path / "a/b/c")),
+    ]

@@ -62,8 +62,11 @@ def test_settings_exist_and_agree(cpu: Named) -> None:
     in_compose = SERVICES["gateway"]["environment"]
     (source,) = kubernetes_container(cpu, "gateway")["envFrom"]
     in_kubernetes = cpu["ConfigMap", source["configMapRef"]["name"]]["data"]
-    # Compose publishes on this machine alone, and asks for no key.
-    assert {**in_compose, "CAST_API_KEYS_FILE": "/etc/cast-serve/keys"} == in_kubernetes
+    # Compose publishes on this machine alone, and asks clients for no key.
+    files = {"CAST_API_KEYS_FILE": "/etc/cast-serve/keys"}
+    files["CAST_WORKER_KEY_FILE"] = "/etc/cast-worker/key"
+    shared = {key: value for key, value in in_compose.items() if key != "CAST_WORKER_KEY"}
+    assert {**shared, **files} == in_kubernetes
     known = {f"CAST_{field.upper()}" for field in GatewaySettings.model_fields}
     assert set(in_compose) <= known
 
@@ -171,6 +174,9 @@ def test_workers_read_weights_only_and_cannot_be_reached_from_outside(name: str)
     assert compiled.partition(":")[0] in COMPOSE["volumes"]
     assert SERVICES[name]["networks"] == ["workers"]
     assert COMPOSE["networks"]["workers"]["internal"] is True
+    key = SERVICES[name]["environment"]["CAST_WORKER_KEY"]
+    assert key == SERVICES["gateway"]["environment"]["CAST_WORKER_KEY"]
+    assert key.startswith("${CAST_WORKER_KEY:?")  # without one nothing starts
     assert "ports" not in SERVICES[name]
 
 

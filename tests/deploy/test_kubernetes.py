@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.worker_key import OPEN_PATHS
 
 Resource = dict[str, Any]
 Rendered = dict[str, list[Resource]]
@@ -117,7 +118,9 @@ def test_probes_ask_three_different_questions(rendered: Rendered) -> None:
         paths = [container[probe]["httpGet"]["path"] for probe in probes]
         is_gateway = container["name"] == "gateway"
         expected = ["/startupz", "/readyz", "/livez"] if is_gateway else None
-        assert paths == (expected or ["/v1/models", "/health", "/version"]), name
+        assert paths == (expected or ["/health", "/health", "/version"]), name
+        if not is_gateway:
+            assert set(paths) == set(OPEN_PATHS), name  # all others want the key
 
 
 def test_the_variants_differ_in_name_and_directory_alone(rendered: Rendered) -> None:
@@ -172,6 +175,23 @@ def test_settings_hold_together(rendered: Rendered) -> None:
         assert set(settings.fallbacks) == variants - {"dense"}, overlay
         keys = next(m for m in container["volumeMounts"] if m["name"] == "api-keys")
         assert str(settings.api_keys_file) == f"{keys['mountPath']}/keys"
+
+
+def test_gateway_and_workers_have_one_key(rendered: Rendered) -> None:
+    for overlay, resources in rendered.items():
+        maps = kind(resources, "ConfigMap")
+        for name, template in templates(resources):
+            (container,) = template["spec"]["containers"]
+            env = {each["name"]: each.get("value") for each in container.get("env", [])}
+            for source in container.get("envFrom", []):
+                env |= maps[source["configMapRef"]["name"]]["data"]
+            (mount,) = (m for m in container["volumeMounts"] if m["name"] == "worker-key")
+            (volume,) = (v for v in template["spec"]["volumes"] if v["name"] == "worker-key")
+            assert volume["secret"] == {"secretName": "worker-key"}, f"{overlay}: {name}"
+            assert env["CAST_WORKER_KEY_FILE"] == f"{mount['mountPath']}/key", f"{overlay}: {name}"
+        for monitor in kind(resources, "PodMonitor").values():
+            (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+            assert endpoint["authorization"]["credentials"] == {"name": "worker-key", "key": "key"}
 
 
 def test_shadow_traffic_compares_dense_with_the_canary(rendered: Rendered) -> None:

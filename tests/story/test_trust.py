@@ -1,13 +1,16 @@
 """The gateway and real workers under abuse, under load, and while parts of them die."""
 
+import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.supervisor import STEP_FACTOR
+from cast_serve.worker_key import OPEN_PATHS
 from tests import hostile
 from tests.story.conftest import MAX_MODEL_LEN, PROMPTS, Served, descendants, worker
 
@@ -85,6 +89,42 @@ def test_64_streams_at_once_lose_no_token(served: Served) -> None:
         straight = list(pool.map(lambda prompt: stream(direct, "sparse", prompt), prompts))
     assert {end for _, end in through + straight} == {"done"}
     assert through == straight
+
+
+def test_neighbours_get_nothing_from_a_worker(served: Served) -> None:
+    """Processes of other users: they see command lines and reach ports, and have no key."""
+    (url,) = re.findall(r"^sparse at (\S+): loading", served.log.read_text(), re.M)
+    environment = Path(f"/proc/{worker(served, 'sparse')}/environ").read_text().split("\0")
+    key = dict(line.partition("=")[::2] for line in environment)["CAST_WORKER_KEY"]
+    processes = descendants(served.process.pid)
+    assert not [words for words in processes.values() if key in words]
+    known = httpx.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {key}"})
+    paths = known.json()["paths"]
+    assert {"/v1/completions", "/metrics", "/tokenize"} <= set(paths)
+    for path, operations in paths.items():
+        for method in operations:
+            status = httpx.request(method, url + path).status_code
+            assert status == (200 if path in OPEN_PATHS else 401), (method, path)
+    listening = listening_addresses([served.process.pid, *processes])
+    assert len(listening) >= 3
+    assert {address for address in listening if not address.is_loopback} == set()
+
+
+def listening_addresses(pids: Iterable[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Of each TCP socket on which one of the processes listens."""
+    own = set()
+    for file in [file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir()]:
+        with suppress(FileNotFoundError):  # closed meanwhile
+            own.add(os.readlink(file).removeprefix("socket:[").removesuffix("]"))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *more = line.split()
+            if state == "0A" and more[5] in own:  # listens
+                words = re.findall("." * 8, local.partition(":")[0])
+                packed = b"".join(int(word, 16).to_bytes(4, "little") for word in words)
+                found.append(ipaddress.ip_address(packed))
+    return found
 
 
 def test_compare_of_twins_finds_them_alike(served: Served) -> None:

@@ -36,14 +36,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, "invalid_request_error", code, param)
 
 
-def unavailable(variant: str, loading: str | None = None) -> APIError:
+def unavailable(variant: str, status: str | None = None) -> APIError:
     """503.
 
     Args:
         variant: its name.
-        loading: since when it is loading, in words; None: it is not.
+        status: why, as `Variant.status`.
     """
-    state = f"is {loading}" if loading else "does not answer at present"
+    state = f"is {status}" if status else "does not answer at present"
     return APIError(
         503,
         f"variant {variant!r} {state}; try again shortly",

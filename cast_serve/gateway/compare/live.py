@@ -71,6 +71,12 @@ class Comparison:
         if timing.output_tokens is not None and timing.e2e_s > 0:
             samples[THROUGHPUT].append(timing.output_tokens / timing.e2e_s)
 
+    def forget(self, variant: str) -> None:
+        """Begins anew with a variant that another model is served under from now on."""
+        for values in self._samples[variant].values():
+            values.clear()
+        self._agreements.clear()
+
     def observe_agreement(self, agreement: Agreement) -> None:
         """Adds one prompt that both variants answered."""
         self._agreements.append(agreement)

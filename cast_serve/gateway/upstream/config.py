@@ -21,7 +21,7 @@ from cast_serve.checkpoint import hub
 from cast_serve.cores import parse_cores
 from cast_serve.gateway.settings import GatewaySettings
 
-PATHS = ("api_keys_file", "log_dir")  # of GatewaySettings
+PATHS = ("api_keys_file", "worker_key_file", "control_socket", "log_dir")  # of GatewaySettings
 
 
 class WorkerConfig(BaseModel):
@@ -118,6 +118,8 @@ def settings_of(
             raise ValueError(f"--set {text!r} is not KEY=VALUE; write for instance max_queued=64")
     last = {key: value for key, _, value in pairs}
     _check_settings(last, "--set")
+    if "worker_key" in last:
+        raise ValueError("--set worker_key would show the key in `ps`; set CAST_WORKER_KEY")
     first = {key: flag for key, flag in flags.items() if flag is not None}
     sources = {key: f"[gateway] {key} of --config" for key in file}
     sources |= {key: f"--{key.replace('_', '-')}" for key in first}

@@ -29,12 +29,14 @@ class Canary(enum.Enum):
     """What became of a request for one token.
 
     ANSWERED also means a refusal by status 4xx: the server is at work. REFUSED is a status 5xx or a
-    failed connection, SILENT is no answer in time: the engine hangs, or is busy.
+    failed connection, SILENT is no answer in time: the engine hangs, or is busy. LOCKED is 401: the
+    server asks for another key than the gateway's.
     """
 
     ANSWERED = enum.auto()
     REFUSED = enum.auto()
     SILENT = enum.auto()
+    LOCKED = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,19 @@ def _max_model_len(models: httpx.Response, model: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-async def makes_progress(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> bool:
-    """Whether a canary is answered within the time-out or, if not, a counter changed meanwhile."""
+async def look_for_progress(
+    client: httpx.AsyncClient, url: str, model: str, timeout_s: float
+) -> Canary:
+    """What became of a canary; ANSWERED also if it was not, but a counter changed meanwhile."""
     begun_s = time.monotonic()
     before, canary = await asyncio.gather(
         _progress(client, url), send_canary(client, url, model, timeout_s)
     )
-    if canary is Canary.ANSWERED:
-        return True
+    if canary in (Canary.ANSWERED, Canary.LOCKED):
+        return canary
     await asyncio.sleep(begun_s + timeout_s - time.monotonic())  # a refusal comes at once
     after = await _progress(client, url)
-    return bool(after) and after != before
+    return Canary.ANSWERED if after and after != before else canary
 
 
 async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> Canary:
@@ -107,6 +111,8 @@ async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s
         return Canary.SILENT
     except httpx.HTTPError:
         return Canary.REFUSED
+    if response.status_code == 401:
+        return Canary.LOCKED
     return Canary.REFUSED if response.status_code >= 500 else Canary.ANSWERED
 
 

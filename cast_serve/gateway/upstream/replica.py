@@ -21,6 +21,9 @@ from cast_serve.gateway.upstream.probes import Limits
 logger = logging.getLogger(__name__)
 
 KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
+LOCKED = "locked: its worker refuses the gateway's key (401); give both one CAST_WORKER_KEY"
+# Of the gateway alone; a worker's key is given to it anew.
+NOT_FOR_WORKERS = ("CAST_API_KEYS", "CAST_API_KEYS_FILE", "CAST_WORKER_KEY_FILE", "VLLM_API_KEY")
 
 
 @dataclass(eq=False)
@@ -33,12 +36,14 @@ class Replica:
         model: the local worker's directory; None for a remote one.
         cores: CPU ids of the local worker.
         vllm_flags: passed on to the local worker's vLLM.
+        key: that the local worker asks for.
         is_up: requests may go there.
         num_outstanding: requests sent and not yet answered; the gateway counts.
         num_received: answers and parts of streams that came; the gateway counts.
         num_restarts: of the local worker.
         limits: what the server says of itself.
         is_doubted: set when a request failed at the server; its watch then sends a canary at once.
+        is_locked: it refused the gateway's key, and has not answered since.
         process: the local worker, leader of its process group.
         log: what the local worker prints.
         started_s: when the local worker was started, on the monotonic clock, as the next two.
@@ -51,12 +56,14 @@ class Replica:
     model: Path | None = None
     cores: tuple[int, ...] = ()
     vllm_flags: tuple[str, ...] = ()
+    key: str = field(default="", repr=False)
     is_up: bool = False
     num_outstanding: int = 0
     num_received: int = 0
     num_restarts: int = 0
     limits: Limits = Limits()
     is_doubted: asyncio.Event = field(default_factory=asyncio.Event)
+    is_locked: bool = False
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
     started_s: float = field(default_factory=time.monotonic)
@@ -91,10 +98,16 @@ class Variant:
         return any(replica.is_up for replica in self.replicas)
 
     @property
-    def loading(self) -> str | None:
-        """``loading, 130 s so far``; None if it is up, or nothing of it is loading."""
+    def status(self) -> str | None:
+        """Why it does not answer, as ``loading, 130 s so far``; None if it is up, or for no reason
+        that is known.
+        """
+        if self.is_up:
+            return None
+        if any(replica.is_locked for replica in self.replicas):
+            return LOCKED
         seconds = [s for replica in self.replicas if (s := replica.loading_s) is not None]
-        return f"loading, {max(seconds):.0f} s so far" if seconds and not self.is_up else None
+        return f"loading, {max(seconds):.0f} s so far" if seconds else None
 
     @property
     def max_model_len(self) -> int | None:
@@ -130,6 +143,8 @@ def start_worker(replica: Replica) -> None:
     To be called in the thread that lives longest: the worker ends with the thread that starts it.
     """
     assert replica.log is not None
+    own = {name: value for name, value in os.environ.items() if name not in NOT_FOR_WORKERS}
+    own |= {"CAST_PARENT_PID": str(os.getpid()), "CAST_WORKER_KEY": replica.key}
     with open(replica.log, "ab") as log:
         replica.process = subprocess.Popen(
             worker_command(replica),
@@ -137,7 +152,7 @@ def start_worker(replica: Replica) -> None:
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "CAST_PARENT_PID": str(os.getpid())},
+            env=own,
         )
     replica.started_s = time.monotonic()
     cores = ",".join(map(str, replica.cores))
@@ -150,6 +165,16 @@ def note_failure(replica: Replica) -> None:
         logger.warning("%s: a connection failed; down until its next good health check", replica)
     replica.is_up = False
     replica.failed_s = time.monotonic()
+
+
+def note_locked(replica: Replica) -> None:
+    """Marks a replica down that refuses the gateway's key, until it answers a canary."""
+    if not replica.is_locked:
+        logger.warning("%s: %s", replica, LOCKED)
+    replica.is_up = False
+    replica.is_locked = True
+    replica.failed_s = time.monotonic()
+    replica.is_doubted.set()
 
 
 def note_doubt(replica: Replica) -> None:

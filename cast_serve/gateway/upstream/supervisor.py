@@ -6,13 +6,14 @@ canary, a request for one token. It is up once it has answered its first canary,
 at once. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
 
 An error in here ends neither the watch over the other replicas nor that over this one.
+`Supervisor` keeps a watch over each of them.
 """
 
 import asyncio
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,14 @@ import httpx
 
 from cast_serve.gateway.upstream import probes
 from cast_serve.gateway.upstream.probes import Canary, Limits
-from cast_serve.gateway.upstream.replica import Replica, kill_worker, log_tail, start_worker
+from cast_serve.gateway.upstream.replica import (
+    LOCKED,
+    Replica,
+    kill_worker,
+    log_tail,
+    note_locked,
+    start_worker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +65,63 @@ class WatchSettings:
     def hang_limit_s(self, replica: Replica) -> float:
         """Longer than the replica's slowest step, or a busy engine is taken for one that hangs."""
         return max(self.hang_timeout_s, STEP_FACTOR * (replica.limits.step_s or 0.0))
+
+
+class Supervisor:
+    """The watches over all replicas, which may change meanwhile (roll.py).
+
+    Args:
+        client: for health checks, canaries and the workers' limits.
+        settings: see there.
+        on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
+            changed.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        settings: WatchSettings,
+        on_change: Callable[[Replica], None],
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._on_change = on_change
+        self._tasks: dict[Replica, asyncio.Task[None]] = {}
+        self._failures: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+
+    async def run(self, replicas: Iterable[Replica]) -> None:
+        """Watches until cancelled.
+
+        Raises:
+            VariantError: if a local worker does not start, or does not come back.
+        """
+        try:
+            for replica in replicas:
+                self.begin(replica)
+                self.adopt(replica)
+            while True:
+                failed = await self._failures.get()
+                if not failed.cancelled():
+                    failed.result()
+        finally:
+            for replica in list(self._tasks):
+                await self.end(replica)
+
+    def begin(self, replica: Replica) -> asyncio.Task[None]:
+        """Watches one more, whose failure only its task raises until it is adopted."""
+        watch = watch_replica(replica, self._client, self._settings, self._on_change)
+        self._tasks[replica] = task = asyncio.create_task(watch)
+        return task
+
+    def adopt(self, replica: Replica) -> None:
+        """From now on its failure ends `run`."""
+        self._tasks[replica].add_done_callback(self._failures.put_nowait)
+
+    async def end(self, replica: Replica) -> None:
+        """Watches it no longer: a local worker that ends stays so."""
+        task = self._tasks.pop(replica)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def watch_replica(
@@ -179,6 +244,11 @@ async def _follow_health(
             replica.limits = limits or Limits()
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
+            if canary is Canary.LOCKED:
+                note_locked(replica)
+                replica.is_doubted.clear()  # the next look will do
+            elif canary is Canary.ANSWERED:
+                replica.is_locked = False
             # Busy, or it hangs, which `_follow_progress` finds out.
             is_busy = canary is Canary.SILENT and replica.is_up
             must_answer = not (canary is Canary.ANSWERED or is_busy)
@@ -199,8 +269,10 @@ async def _follow_health(
             and replica.came_up_s is None
             and now_s - replica.started_s > settings.startup_timeout_s
         ):
+            reason = f", {LOCKED}" if replica.is_locked else ""
             return (
-                f"did not answer within {settings.startup_timeout_s:.0f} s (CAST_STARTUP_TIMEOUT_S)"
+                f"did not answer within {settings.startup_timeout_s:.0f} s "
+                f"(CAST_STARTUP_TIMEOUT_S){reason}"
             )
         tell()
         with suppress(TimeoutError):
@@ -257,7 +329,10 @@ async def _makes_progress(
     replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
 ) -> bool:
     num_received = replica.num_received
-    is_moving = await probes.makes_progress(
+    canary = await probes.look_for_progress(
         client, replica.url, replica.variant, settings.hang_limit_s(replica)
     )
-    return is_moving or replica.num_received != num_received
+    if canary is Canary.LOCKED:  # no matter of the engine's
+        replica.is_doubted.set()
+        return True
+    return canary is Canary.ANSWERED or replica.num_received != num_received

@@ -1,15 +1,15 @@
 """Directories or URLs by variant name -> the variants, each one or several vLLM servers."""
 
-import asyncio
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,7 +27,6 @@ from cast_serve.gateway.upstream.replica import (
     signal_group,
     start_worker,
 )
-from cast_serve.gateway.upstream.supervisor import WatchSettings, watch_replica
 
 logger = logging.getLogger(__name__)
 
@@ -86,56 +85,67 @@ def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
     ]
 
 
+def share_key(variants: Sequence[Variant], key: str) -> str:
+    """Gives the local replicas the key that their workers ask for.
+
+    Args:
+        variants: not started yet.
+        key: the one that is set; empty: where a replica is local, a new one is made.
+
+    Returns:
+        the key that the gateway sends to all; empty: none.
+    """
+    local = [replica for replica in replicas_of(variants) if replica.model is not None]
+    if local and not key:
+        key = secrets.token_urlsafe(32)
+    for replica in local:
+        replica.key = key
+    return key
+
+
+def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
+    """A replica like a local one, for another directory and on another port; not started.
+
+    Args:
+        old: started.
+        model: a directory, or a model's name on a hub, which is fetched; None: that of `old`.
+        log_name: of its log, beside that of `old`.
+
+    Raises:
+        ValueError: if there is no model.
+    """
+    assert old.model is not None
+    assert old.log is not None
+    return Replica(
+        old.variant,
+        f"http://127.0.0.1:{_free_ports(1)[0]}",
+        _fetched(old.variant, model or old.model),
+        old.cores,
+        old.vllm_flags,
+        old.key,
+        log=old.log.with_name(log_name),
+    )
+
+
+def log_name(variant: str, number: int) -> str:
+    """Of a variant's first worker, or of its n-th."""
+    return f"{quote(variant, safe='')}{f'-{number}' if number > 1 else ''}.log"
+
+
 def start(variants: Sequence[Variant], log_dir: Path | None = None) -> None:
-    """Starts the local replicas; returns at once, `watch` tells when they answer.
+    """Starts the local replicas; returns at once, `Supervisor` tells when they answer.
 
     Args:
         log_dir: where their logs go; None: a temporary folder.
     """
-    local = [replica for replica in _replicas(variants) if replica.model is not None]
+    local = [replica for replica in replicas_of(variants) if replica.model is not None]
     if not local:
         return
     if log_dir is None:
         log_dir = Path(tempfile.mkdtemp(prefix="cast-serve-"))
     for replica in local:
-        replica.log = log_dir / f"{quote(replica.variant, safe='')}.log"
+        replica.log = log_dir / log_name(replica.variant, 1)
         start_worker(replica)
-
-
-async def watch(
-    variants: Sequence[Variant],
-    client: httpx.AsyncClient,
-    *,
-    interval_s: float,
-    startup_timeout_s: float,
-    hang_timeout_s: float,
-    on_change: Callable[[Replica], None],
-) -> None:
-    """Keeps every replica's ``is_up`` current, and local workers running, until cancelled.
-
-    Args:
-        variants: their local replicas started.
-        client: for health checks, canaries and the workers' limits.
-        interval_s: see `WatchSettings`, as the next two.
-        startup_timeout_s: for a local worker.
-        hang_timeout_s: for a canary.
-        on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
-            changed.
-
-    Raises:
-        VariantError: if a local worker does not start, or does not come back.
-    """
-    settings = WatchSettings(interval_s, startup_timeout_s, hang_timeout_s)
-    tasks = [
-        asyncio.create_task(watch_replica(replica, client, settings, on_change))
-        for replica in _replicas(variants)
-    ]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
@@ -145,7 +155,7 @@ def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
         variants: no longer watched, or they would be restarted.
         grace_s: for a worker to end by itself after SIGTERM; then it is killed.
     """
-    running = [r.process for r in _replicas(variants) if r.process is not None]
+    running = [r.process for r in replicas_of(variants) if r.process is not None]
     for process in running:
         signal_group(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
@@ -163,14 +173,14 @@ def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
 
 def end_logs(variants: Sequence[Variant], is_kept: bool) -> None:
     """Removes the folder of the logs, or says where it is; of workers that have ended."""
-    for folder in {replica.log.parent for replica in _replicas(variants) if replica.log}:
+    for folder in {replica.log.parent for replica in replicas_of(variants) if replica.log}:
         if is_kept:
             logger.warning("the workers' logs are kept in %s", folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replicas(variants: Sequence[Variant]) -> list[Replica]:
+def replicas_of(variants: Sequence[Variant]) -> list[Replica]:
     return [replica for variant in variants for replica in variant.replicas]
 
 

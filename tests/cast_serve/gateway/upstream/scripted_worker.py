@@ -9,6 +9,7 @@ import httpx
 
 from cast_serve.gateway.upstream import variants
 from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.gateway.upstream.supervisor import Supervisor, WatchSettings
 
 # Files in the folder steer it: `fail` ends it at once, `child` gives it a child, `unhealthy`,
 # `hold` keeps /health waiting, `hang` keeps completions waiting, `status` is a completion's,
@@ -126,16 +127,9 @@ async def watching(
     served = [worker.variant for worker in workers]
     variants.start(served)
     async with httpx.AsyncClient(trust_env=False) as client:
-        watch.task = asyncio.create_task(
-            variants.watch(
-                served,
-                client,
-                interval_s=0.03,
-                startup_timeout_s=startup_timeout_s,
-                hang_timeout_s=hang_timeout_s,
-                on_change=on_change or watch.note,
-            )
-        )
+        settings = WatchSettings(0.03, startup_timeout_s, hang_timeout_s)
+        supervisor = Supervisor(client, settings, on_change or watch.note)
+        watch.task = asyncio.create_task(supervisor.run(variants.replicas_of(served)))
         try:
             yield watch
         finally:

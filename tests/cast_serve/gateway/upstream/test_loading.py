@@ -81,12 +81,12 @@ async def test_a_worker_that_starts_again_is_loading_again(local: Worker) -> Non
         assert local.replica.process is not None
         local.replica.process.kill()
         await watch.until(lambda: local.replica.num_restarts)
-        assert local.variant.loading == "loading, 0 s so far"
+        assert local.variant.status == "loading, 0 s so far"
 
 
 async def test_what_runs_elsewhere_is_never_said_to_load() -> None:
     (variant,) = remote_variants({"dense": ["http://127.0.0.1:9"]})
-    assert variant.loading is None
+    assert variant.status is None
     await loading.show([variant], Console(file=io.StringIO()))  # ends at once
 
 

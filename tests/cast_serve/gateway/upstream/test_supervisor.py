@@ -12,7 +12,7 @@ import pytest
 
 from cast_serve.gateway.app import Gateway
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream import supervisor, variants
+from cast_serve.gateway.upstream import supervisor
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.replica import Replica, note_failure, start_worker
 from cast_serve.gateway.upstream.supervisor import VariantError
@@ -219,7 +219,7 @@ async def test_a_gateway_whose_watch_ends_has_failed(
     async def watch(*_: object, **__: object) -> None:
         raise RuntimeError("gone")
 
-    monkeypatch.setattr(variants, "watch", watch)
+    monkeypatch.setattr(supervisor.Supervisor, "run", watch)
     gateway = Gateway([worker.variant for worker in remotes], GatewaySettings())
     ended = asyncio.Event()
     await gateway.watch(ended.set)

@@ -104,6 +104,25 @@ def test_a_variants_limits_are_those_of_its_tightest_replica() -> None:
     assert (variant.max_model_len, variant.vocabulary_size) == (4096, 100)
 
 
+async def test_a_local_worker_gets_a_key_that_no_command_line_shows(
+    local: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GatewaySettings()
+    for name in ("CAST_API_KEYS", "CAST_API_KEYS_FILE", "CAST_WORKER_KEY_FILE", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "not-for-workers")
+    app = create_app([local.variant], settings)
+    key = local.replica.key
+    assert len(key) >= 43  # 32 random bytes
+    async with asyncio.timeout(40), app.router.lifespan_context(app):
+        found = Path(f"/proc/{local.pid}/environ").read_text()
+        assert f"\0CAST_WORKER_KEY={key}\0" in f"\0{found}"
+        assert "not-for-workers" not in found
+        assert key not in Path(f"/proc/{local.pid}/cmdline").read_text()
+    assert key not in repr(local.replica)
+    assert variants.share_key([local.variant], "mine") == local.replica.key == "mine"
+    assert variants.share_key([local.variant], "") != variants.share_key([local.variant], "")
+
+
 @pytest.mark.parametrize("is_clean", [True, False])
 async def test_logs_stay_where_something_failed(
     local: Worker,

@@ -1,0 +1,230 @@
+"""What to serve, on the command line -> a gateway that runs, or one that serves something else.
+
+`up`, `gateway` and `roll` of `cast-serve`. What they need is imported when they run.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cast_serve.options import option
+
+if TYPE_CHECKING:
+    from cast_serve.gateway.settings import GatewaySettings
+    from cast_serve.gateway.upstream.replica import Variant
+
+GatewayPort = Annotated[
+    int | None,
+    option("N", "TCP port to listen on.", "CAST_PORT, else 8000", min=1, max=65535),
+]
+GatewayHost = Annotated[
+    str | None, option("ADDRESS", "Address to listen on.", "CAST_HOST, else 127.0.0.1")
+]
+Split = Annotated[
+    str | None,
+    option(
+        "NAME=NAME:N,NAME:N",
+        "llama=dense:9,sparse:1: a model name answered by weights.",
+        "CAST_SPLIT, else none",
+    ),
+]
+Fallback = Annotated[
+    str | None,
+    option(
+        "NAME=NAME",
+        "sparse=dense: who answers for a variant that is down.",
+        "CAST_FALLBACK, else none",
+    ),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"] | None,
+    option(
+        "debug|info|warning|error",
+        "Least level of the gateway's lines.",
+        "CAST_LOG_LEVEL, else info",
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    option(
+        "KEY=VALUE", "Any gateway setting (docs/settings.md); repeat for more.", "none", "--set"
+    ),
+]
+
+
+def up(
+    context: typer.Context,
+    variant: Annotated[
+        list[str] | None,
+        option("NAME=DIR", "What to serve under which name; repeat.", "those of --config"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        option("FILE", "TOML of variants and settings (docs/serving.md); flags win.", "none"),
+    ] = None,
+    port: GatewayPort = None,
+    host: GatewayHost = None,
+    split: Split = None,
+    fallback: Fallback = None,
+    log_level: LogLevel = None,
+    log_dir: Annotated[
+        Path | None,
+        option(
+            "DIR",
+            "Where the workers' logs go and stay.",
+            "CAST_LOG_DIR, else a temporary folder, removed at a clean end",
+        ),
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Start one worker per variant, each on its own cores, and the gateway in front of them.
+
+    Flags after -- go to every vLLM server, for instance -- --enforce-eager.
+    """
+    from cast_serve.gateway.upstream.config import (
+        ServeConfig,
+        WorkerConfig,
+        read_config,
+        settings_of,
+    )
+    from cast_serve.gateway.upstream.variants import local_variants
+
+    given = ServeConfig() if config is None else read_config(config)
+    workers = dict(given.variant)
+    for name, values in _parse_variants(variant or []).items():
+        if len(values) > 1:
+            raise ValueError(f"--variant {name} is given twice; each directory needs its own name")
+        known = workers.get(name, WorkerConfig(dir=Path()))
+        workers[name] = known.model_copy(update={"dir": Path(values[0])})
+    if not workers:
+        raise ValueError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
+    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
+    logs = {"log_level": log_level, "log_dir": log_dir}
+    settings = settings_of(given.gateway, flags | logs, assignments or [])
+    ports = [worker.port for worker in workers.values() if worker.port is not None]
+    if len({settings.port, *ports}) <= len(ports):
+        raise ValueError(f"ports {settings.port}, {ports}: gateway and variants need one each")
+    for own in ports:
+        check_port_is_free("127.0.0.1", own)
+    _serve(local_variants(workers, context.args), settings)
+
+
+def gateway(
+    variant: Annotated[
+        list[str], option("NAME=URL", "A server and the name it answers for; repeat.")
+    ],
+    port: GatewayPort = None,
+    host: GatewayHost = None,
+    split: Split = None,
+    fallback: Fallback = None,
+    log_level: LogLevel = None,
+    assignments: Assignments = None,
+) -> None:
+    """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL).
+
+    A name that is given again is another replica of that variant.
+    """
+    from cast_serve.gateway.upstream.config import settings_of
+    from cast_serve.gateway.upstream.variants import remote_variants
+
+    flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
+    settings = settings_of({}, {**flags, "log_level": log_level}, assignments or [])
+    _serve(remote_variants(_parse_variants(variant)), settings)
+
+
+Socket = Annotated[
+    Path | None,
+    option(
+        "FILE", "The gateway's control_socket.", "CAST_CONTROL_SOCKET, else --port's", "--socket"
+    ),
+]
+
+
+def roll(
+    variant: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[=DIR]",
+            help="What to serve under which name; NAME alone: the same directory, read anew.",
+        ),
+    ],
+    port: GatewayPort = None,
+    control_socket: Socket = None,
+) -> None:
+    """Have a running `cast-serve up` serve another directory, without a lost request.
+
+    A second worker starts, takes over once it answers, and the first ends when its requests have.
+    """
+    from cast_serve.checkpoint import hub
+    from cast_serve.gateway.upstream.config import settings_of
+    from cast_serve.gateway.upstream.control import default_path, request_roll
+
+    name, equals, model = variant.partition("=")
+    if not name or (equals and not model):
+        raise ValueError(f"{variant!r} is not NAME or NAME=DIR; write sparse=PATH")
+    settings = settings_of({}, {"port": port, "control_socket": control_socket}, [])
+    if model and not (hub.is_name(model.partition("@")[0]) and not Path(model).exists()):
+        model = str(Path(model).absolute())
+    path = settings.control_socket or default_path(settings.port)
+    print(json.dumps(request_roll(path, name, model or None, say)))
+
+
+def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
+    import logging
+
+    import uvloop
+
+    from cast_serve.gateway.app import serve
+
+    check_port_is_free(settings.host, settings.port)
+    if settings.log_dir is not None:
+        try:
+            settings.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"log directory {settings.log_dir} cannot be made ({error.strerror}); name another"
+            ) from None
+    level = settings.log_level.upper()
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if level != "DEBUG":
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+    url = f"http://{settings.host}:{settings.port}"
+    say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")
+    uvloop.run(serve(variants, settings))
+    print(json.dumps({"stopped": [variant.name for variant in variants]}))
+
+
+def _parse_variants(given: list[str]) -> dict[str, list[str]]:
+    variants: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
+        variants.setdefault(name, []).append(value)
+    return variants
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Refuses a port that another process has.
+
+    Raises:
+        ValueError: if so.
+    """
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); "
+                "free it or name another --port"
+            ) from None
