@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory, tensor_files
+from cast_serve.checkpoint.directory import ModelDirectory, quantization_of, tensor_files
 from cast_serve.checkpoint.foreign import read_linear
 from cast_serve.checkpoint.linear import CompressedLinear, check_integers, check_scale
 from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 
@@ -108,8 +107,7 @@ def count_sparse(path: Path) -> tuple[int, bool]:
     if compressed:
         _check_scale_shapes(files, compressed, "compressed")
         return len(compressed), False
-    config = read_json(path / "config.json")
-    quantization = config.get("quantization_config") or config.get(OLD_KEY) or {}
+    quantization = quantization_of(path, read_json(path / "config.json"))
     if quantization.get("format") not in ("int-quantized", "float-quantized"):
         return 0, False
     try:
@@ -133,14 +131,14 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
         if f"{name}.weight_scale" not in files:
             continue  # of a weight that is not quantised, or refused when it is loaded
         scale, weight = (_shape(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
-        if scale not in ([weight[0], 1], [1], []):
+        if scale not in ([*weight[:1], 1], [1], []):
             raise CheckpointError(
-                f"{name}.weight_scale is {scale}, but [{weight[0]}, 1] or [1] belongs to "
+                f"{name}.weight_scale is {scale}, but {[*weight[:1], 1]} or [1] belongs to "
                 f"{name}.{part}, which is {weight}; copy the directory again, or start from the "
                 "checkpoint that it was made of"
             )
 
 
 def _shape(files: dict[str, Path], name: str) -> list[int]:
-    with safe_open(files[name], framework="pt") as tensors:
+    with opened(files[name]) as tensors:
         return list(tensors.get_slice(name).get_shape())

@@ -65,7 +65,13 @@ class CompressedLinear:
         if missing := [part for part in PARTS if part not in parts]:
             raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is damaged")
         values, bitmask = parts["compressed"], parts["bitmask"]
-        out_features, in_features = parts["shape"].flatten().tolist()
+        shape = parts["shape"].flatten().tolist()
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise CheckpointError(
+                f"{name}.shape holds {shape!s:.100}, but out_features and in_features are needed; "
+                "the checkpoint is damaged"
+            )
+        out_features, in_features = shape
         needed = [out_features, in_features // 2], [out_features, -(-in_features // 8)]
         if in_features % 4 or (list(values.shape), list(bitmask.shape)) != needed:
             raise PatternError(
