@@ -95,6 +95,8 @@ class Fake:
             return text.encode()
         if path == "/health":
             return b""
+        if self.has("metrics"):
+            return self.random.choice((b"5", b"{", b'{"data": [5]}', b'{"data": 3}', b"[]"))
         card = {"id": self.name, "object": "model", "max_model_len": 4096}
         return json.dumps({"object": "list", "data": [card]}).encode()
 

@@ -1,6 +1,7 @@
 """A plan -> a gateway under clients and faults, watched to the end -> findings and figures."""
 
 import asyncio
+import json
 import multiprocessing
 import random
 import time
@@ -35,7 +36,7 @@ REAL_SETTINGS = {"request_timeout_s": 40}
 START_S, RECOVERY_S = {False: 60, True: 900}, {False: 45, True: 400}  # fake, real
 REST_S = 4.0  # after the last request, for what ends by itself to end
 ALLOWED = {"resident_bytes": 16 << 20, "num_descriptors": 20, "num_tasks": 20}
-NUM_SPARE = 3  # descriptors or tasks more at rest than at the beginning
+NUM_SPARE = 10  # descriptors or tasks more at rest than at the beginning: idle connections
 SAMPLE_S = 1.0
 LATE_S = 2.0  # a connection may be closed so long after the descriptors were low
 
@@ -63,6 +64,7 @@ class Soak:
     findings: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     progress: float = 0.0
+    metrics: str = ""
     counts: list[tuple[int, int]] = field(default_factory=list)
 
     async def run(self) -> dict[str, Any]:
@@ -85,7 +87,9 @@ class Soak:
             disk.unmount()
         if exit_status != 0:
             self.findings.append(f"the gateway ended with exit status {exit_status}")
-        self.findings += audit_log(tally, gateway.log, is_whole=True)
+        self.findings += audit_log(tally, gateway.log, self.metrics)
+        samples = [vars(sample) for sample in self.samples]
+        (plan.folder / "samples.json").write_text(json.dumps(samples))
         return self._figures(tally, faults, is_real)
 
     async def _load(self, gateway: Gateway, faults: Faults, is_real: bool) -> Tally:
@@ -207,7 +211,8 @@ class Soak:
             self.findings.append("not ready after the run")
         await asyncio.sleep(REST_S)
         _, body = await get(gateway.port, "/metrics")
-        self.findings += audit_metrics(tally, body.decode())
+        self.metrics = body.decode()
+        self.findings += audit_metrics(tally, self.metrics)
         after = await gateway.sample(tally.num_requests)
         if before is None or after is None:
             self.findings.append("the gateway could not be looked at at rest")
@@ -233,7 +238,7 @@ class Soak:
             "workers": "real" if is_real else "fake",
             "num_requests": tally.num_requests,
             "num_answers_by_code": dict(_by_code(tally)),
-            "num_left": tally.left.total(),
+            "num_left": tally.left.total() + tally.left_early.total(),
             "num_closed_for_want_of_descriptors": len(tally.lost),
             "num_plain": tally.num_plain,
             "num_wrong": tally.num_wrong,

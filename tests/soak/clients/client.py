@@ -146,16 +146,16 @@ class Clients:
         connection = await self._open()
         if connection is None:
             return
-        content = b""
+        content, has_begun = b"", False
         try:
             await self._send(connection, ask)
-            self.tally.note_left(ask)
             num_events = self._random.choice((0, 0, 1, 3, 8))
             if num_events == 0:
                 await asyncio.sleep(self._random.choice((0, 0.001, 0.02)))
                 return
             async with asyncio.timeout(HUNG_S):
                 status, headers = await connection.head()
+                has_begun = not oracle.is_plain(status, headers)
                 async for piece in connection.pieces():
                     content += piece
                     if content.count(b"\n\n") >= num_events:
@@ -167,6 +167,7 @@ class Clients:
         except (TimeoutError, WrongError) as error:
             self.tally.note_wrong(f"{ask}: leaving: {error!r}")
         finally:
+            self.tally.note_left(ask, has_begun)
             connection.close()
 
     async def leave_in_body(self) -> None:
@@ -175,7 +176,7 @@ class Clients:
         if connection is None:
             return
         await self._send(connection, ask, missing=50)
-        self.tally.note_left(ask)
+        self.tally.note_left(ask, has_begun=False)
         await asyncio.sleep(self._random.choice((0, 0.01)))
         connection.close()
 

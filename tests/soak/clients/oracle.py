@@ -69,7 +69,8 @@ def judge(ask: Ask, status: int, headers: Mapping[str, str], content: bytes) -> 
     if is_plain(status, headers):
         return Seen(status, status, is_plain=True)
     if headers.get("x-request-id") != ask.key:
-        raise WrongError(f"X-Request-Id is {headers.get('x-request-id')}")
+        given = headers.get("x-request-id")
+        raise WrongError(f"{status} with X-Request-Id {given}: {content[:200]!r}")
     if status != 200:
         judge_error(status, headers, content, FAULTS_OF_THEIRS)
         return Seen(status, status)

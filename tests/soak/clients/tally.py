@@ -1,8 +1,8 @@
 """What all clients saw + the gateway's /metrics and log -> where the two differ: findings."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from tests.soak.clients.request import CHAT, COMPARE, COMPLETIONS, VARIANTS, Ask
 
 MAX_TOLD = 20
 ROUTES = (COMPLETIONS, CHAT, COMPARE, "/tokenize", "/detokenize")
+UNCOUNTED = (401, 405, 431)  # answered before the route
+KEY = re.compile(r"[0-9a-f]{14}")  # of request.py
 GAUGES = ("cast_requests_in_flight", "cast_requests_queued")
 
 
@@ -23,7 +25,8 @@ class Tally:
     Attributes:
         kinds: requests by what the client did.
         seen: requests that were answered, by route and the code that they ended with.
-        left: requests whose client left, by route.
+        left: requests whose client left after its answer had begun, by route.
+        left_early: those whose client left before, so that the gateway may not have seen them.
         lost: when (time.monotonic) a connection was closed without an answer, and the route.
         num_plain: answers of the HTTP server itself, which no route counts.
         tokens: output tokens of whole answers, by variant.
@@ -36,6 +39,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     seen: Counter[tuple[str, int]] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
+    left_early: Counter[str] = field(default_factory=Counter)
     lost: list[tuple[float, str]] = field(default_factory=list)
     num_plain: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
@@ -48,7 +52,8 @@ class Tally:
     @property
     def num_requests(self) -> int:
         """All that were sent."""
-        return sum(self.seen.values()) + sum(self.left.values()) + len(self.lost) + self.num_plain
+        left = self.left.total() + self.left_early.total()
+        return self.seen.total() + left + len(self.lost) + self.num_plain
 
     def note(self, ask: Ask, seen: Seen) -> None:
         """Counts an answer that was judged."""
@@ -67,9 +72,9 @@ class Tally:
         if len(self.wrong) < MAX_TOLD:
             self.wrong.append(what[:600])
 
-    def note_left(self, ask: Ask) -> None:
+    def note_left(self, ask: Ask, has_begun: bool) -> None:
         """Counts a client that left after its request was sent."""
-        self.left[ask.route] += 1
+        (self.left if has_begun else self.left_early)[ask.route] += 1
         self.left_tokens += ask.num_tokens * ask.num_choices
 
     def add(self, other: "Tally") -> None:
@@ -105,7 +110,7 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
     for (code, route, _), value in metrics["cast_requests_total"].items():
         counted[route, int(code)] += int(value)
     for route in ROUTES:
-        lost = sum(place == route for _, place in tally.lost)
+        lost = sum(place == route for _, place in tally.lost) + tally.left_early[route]
         left = tally.left[route]
         sent = sum(number for (place, _), number in tally.seen.items() if place == route) + left
         ended = sum(number for (place, _), number in counted.items() if place == route)
@@ -124,7 +129,7 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
         n for (route, code), n in tally.seen.items() if route != COMPARE and code == 200
     )
     generated -= tally.seen["/tokenize", 200] + tally.seen["/detokenize", 200]
-    left = sum(tally.left.values()) + len(tally.lost)
+    left = tally.left.total() + tally.left_early.total() + len(tally.lost)
     timed = sum(metrics.get("cast_e2e_request_latency_seconds_count", {}).values())
     compare("latencies", timed, generated, generated + left)
     fallbacks = sum(metrics.get("cast_fallbacks_total", {}).values())
@@ -138,28 +143,32 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
     return found
 
 
-def audit_log(tally: Tally, log: Path, is_whole: bool) -> list[str]:
-    """Where the gateway's log differs: each request has one line, with the status that was seen.
-
-    Args:
-        is_whole: whether the gateway could write to it all the time.
-    """
+def audit_log(tally: Tally, log: Path, metrics: str) -> list[str]:
+    """Where the gateway's log differs: each request has one line, with the status that was seen,
+    and on the routes that are counted as many lines as /metrics counts."""
     lines: Counter[str] = Counter()
+    logged: Counter[str] = Counter()
     wrong: list[str] = []
     for line in log.read_text(errors="replace").splitlines():
         if not line.startswith('{"method"'):
             continue
         entry = json.loads(line)
-        key = entry["request_id"]
+        if entry["method"] == "POST" and entry["status"] not in UNCOUNTED:
+            logged[entry["path"]] += 1
+        if not KEY.fullmatch(key := entry["request_id"]):
+            continue  # a hostile client's, or the gateway's own
         lines[key] += 1
         seen = tally.statuses.get(key)
         if seen is not None and entry["status"] != seen:
             wrong.append(f"{key}: status {entry['status']} in the log, {seen} seen")
     wrong += [f"{key}: {number} lines in the log" for key, number in lines.items() if number > 1]
-    if is_whole:
-        wrong += [f"{key}: not in the log" for key in missing(tally.statuses, lines)]
-    return [f"{len(wrong)} requests are told wrongly; {'; '.join(wrong[:5])}"] if wrong else []
-
-
-def missing(statuses: Mapping[str, int], keys: Iterable[str]) -> list[str]:
-    return sorted(statuses.keys() - set(keys))
+    wrong += [f"{key}: not in the log" for key in sorted(tally.statuses.keys() - lines.keys())]
+    found = [f"{len(wrong)} requests are told wrongly; {'; '.join(wrong[:5])}"] if wrong else []
+    counted: Counter[str] = Counter()
+    for (_, route, _), value in read_metrics(metrics)["cast_requests_total"].items():
+        counted[route] += int(value)
+    return found + [
+        f"{route}: {counted[route]} counted, {logged[route]} in the log"
+        for route in ROUTES
+        if counted[route] != logged[route]
+    ]
