@@ -30,7 +30,7 @@ from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
 from cast_serve.checkpoint.foreign import SCALE_PARTS, read_linear
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.linear import FLOATS, CompressedLinear
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -182,6 +182,11 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     else:
         gate = source.get(f"{name}.gate")
         gate = gate.T if is_transposed else gate
+        if gate.shape != weight.shape or gate.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{name}.gate is {gate.dtype} {list(gate.shape)}, but a logit for each weight of "
+                f"{list(weight.shape)} in bf16, fp16 or fp32 is needed; the checkpoint is damaged"
+            )
     try:
         weight = torch.where(hard_mask(gate, source.pattern), weight, torch.zeros_like(weight))
     except PatternError as error:
@@ -189,6 +194,12 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     if f"{name}.scale" not in source.files:
         return weight
     scale = source.get(f"{name}.scale").float()  # [out_features, column parts]
+    is_fitting = scale.dim() == 2 and scale.shape[0] == weight.shape[0] and scale.numel()
+    if not is_fitting or weight.shape[1] % scale.shape[1]:
+        raise CheckpointError(
+            f"{name}.scale is {list(scale.shape)}, which does not divide {list(weight.shape)}; "
+            "the checkpoint is damaged"
+        )
     scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     return (weight.float() * scale).to(weight.dtype)
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.shard import CheckpointError, check_contained, is_file_name
+from cast_serve.checkpoint.shard import CheckpointError as CheckpointError  # read from here by all
+from cast_serve.checkpoint.shard import check_contained, is_file_name
 
 DISK_FULL = "No space left on device"
 CAST_JSON = "cast.json"
@@ -67,9 +68,12 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Reads cast.json and refuses what this release does not know.
 
     Raises:
-        CheckpointError: if it is missing, no JSON, or of an unknown format_version.
+        CheckpointError: if it is missing, no JSON, of an unknown format_version, or a field is of
+            another kind than it must be; or if the directory has a link out of it.
     """
     path = directory / CAST_JSON
+    if directory.is_dir():
+        check_contained(directory)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]

@@ -19,8 +19,9 @@ class CheckpointError(ValueError):
 
 
 def check_contained(directory: Path) -> None:
-    """Refuses a directory with a link out of it, a shard that is no file, or an index that has
-    one. Links into the repository that a snapshot of huggingface_hub's cache belongs to are right.
+    """Refuses a directory with a link out of it, a shard or JSON that is no file (reading a pipe
+    or a device would not end), or an index that names a path. Links into the repository that a
+    snapshot of huggingface_hub's cache belongs to are right.
 
     Raises:
         CheckpointError: naming the file.
@@ -31,7 +32,7 @@ def check_contained(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_symlink():
             _check_link(path, home)
-        if path.suffix == ".safetensors" and not path.is_file():
+        if path.suffix in (".safetensors", ".json") and not path.is_file():
             raise CheckpointError(f"{path} is no file; copy the directory again")
         if path.name.endswith(".safetensors.index.json") and path.is_file():
             _check_index(path)

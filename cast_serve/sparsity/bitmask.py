@@ -95,8 +95,8 @@ def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tens
     is_bytes = bitmask.dim() == 2 and bitmask.dtype == torch.uint8
     if not is_bytes or in_features <= 0 or bitmask.shape[1] != -(-in_features // 8):
         raise PatternError(
-            f"{name}: {bitmask.dtype} {list(bitmask.shape)} is not a bitmask of {in_features} columns: "
-            f"uint8 with {-(-in_features // 8)} bytes a row is"
+            f"{name}: {bitmask.dtype} {list(bitmask.shape)} is not a bitmask of {in_features} "
+            f"columns: uint8 with {-(-in_features // 8)} bytes a row is"
         )
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask.unsqueeze(-1) >> shifts) & 1

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import logging
+import math
 import os
 import shutil
 import tempfile
@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as some
+from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import count_sparse, inspect
@@ -20,7 +22,12 @@ from cast_serve.sparsity.pattern import PatternError
 from tests.fuzz.target import Target
 
 FIXTURES = Path(__file__).parents[1] / "cast_serve/checkpoint/fixtures"
-BASES = ("int8-zeros", "int8-bitmask", "float8-zeros", "float8-bitmask", "int4-packed", "ours")
+STORED = ("int8-zeros", "int8-bitmask", "float8-zeros", "float8-bitmask", "int4-packed")
+MADE = ("ours", "gated")
+SAME_SIZE = (  # dtypes that a header may swap without the file's size saying so
+    *(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), ("BF16", "F16", "I16", "U16")),
+    ("F32", "I32", "U32"),
+)
 SHARD = "model.safetensors"
 SECRET = b"a secret of another directory"
 SHA256 = hashlib.sha256(SECRET).hexdigest()
@@ -45,8 +52,10 @@ KEYS = (
     *("auto_map", "quantization_config", "compression_config", "rope_parameters", "head_dim"),
 )
 QUANTIZATION = ("quant_method", "format", "config_groups", "sparsity_config", "kv_cache_scheme")
-RECORD = ("format_version", "kind", "n", "m", "targets", "sha256", "method", "kept_dense")
-RECORD += ("quantization", "quality", "source")
+RECORD = (
+    *("format_version", "kind", "n", "m", "targets", "sha256", "method", "kept_dense"),
+    *("quantization", "quality", "source"),
+)
 RAW = [b"", b"[" * 100_000, b"\xff\xfe", b"5", b'{"a": 1e999}', b"\0" * 4096, b"1" * 5000]
 NAMES = ("config.json", "cast.json", "model.safetensors.index.json", "tokenizer.json", SHARD)
 
@@ -63,6 +72,8 @@ ACTS = some.one_of(
             [*VALUES, [2**62, 2**62], [-1, 2], [2**32, 2**32], [0, 2**63], "I8", "BF16", [5, 1]]
         ),
     ),
+    some.tuples(some.just("reshape"), some.integers(0, 60), some.integers(0, 5)),
+    some.tuples(some.just("retype"), some.integers(0, 60), some.integers(0, 4)),
     some.tuples(some.just("config"), some.sampled_from(KEYS), some.sampled_from(VALUES)),
     some.tuples(
         some.just("quantization"), some.sampled_from(QUANTIZATION), some.sampled_from(VALUES)
@@ -86,12 +97,28 @@ ACTS = some.one_of(
 
 
 @cache
-def ours() -> Path:
-    """A directory that `convert` wrote."""
-    out = Path(tempfile.mkdtemp(prefix="fuzz-")) / "ours"
-    logging.disable(logging.WARNING)
-    convert(FIXTURES / "int8-zeros", out)
-    return out
+def made() -> Path:
+    """A folder with what `convert` wrote, and with a gated directory."""
+    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    convert(FIXTURES / "int8-zeros", place / "ours")
+    gated = Path(shutil.copytree(FIXTURES / "int8-zeros", place / "gated"))
+    config = json.loads((gated / "config.json").read_text())
+    del config["quantization_config"]
+    (gated / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, tensor in load_file(gated / SHARD).items():
+        if tensor.dtype == torch.int8:
+            linear = name.removesuffix(".weight")
+            tensors[f"{linear}.gate"] = torch.rand(tensor.shape)
+            tensors[f"{linear}.scale"] = torch.ones(tensor.shape[0], 2)
+        if not name.endswith("weight_scale"):
+            tensors[name] = tensor.to(torch.bfloat16)
+    save_file(tensors, gated / SHARD)
+    targets = [name.removesuffix(".gate") for name in tensors if name.endswith(".gate")]
+    record = {"format_version": 1, "kind": "gated", "method": "gates", "n": 2, "m": 4}
+    (gated / "cast.json").write_text(json.dumps({**record, "targets": targets, "sha256": {}}))
+    assert convert(gated, place / "check")["num_sparse_layers"] == len(targets)
+    return place
 
 
 def write(folder: Path, outside: Path, act: Act) -> None:
@@ -106,8 +133,8 @@ def write(folder: Path, outside: Path, act: Act) -> None:
         shard.write_bytes(content)
     elif kind == "length":
         shard.write_bytes(details[0].to_bytes(8, "little") + shard.read_bytes()[8:])
-    elif kind == "header":
-        _edit_header(shard, *details)
+    elif kind in ("header", "reshape", "retype"):
+        _edit_header(shard, kind, *details)
     elif kind in ("config", "quantization"):
         found = json.loads(config.read_text())
         inner = found if kind == "config" else found.setdefault("quantization_config", {})
@@ -133,12 +160,21 @@ def write(folder: Path, outside: Path, act: Act) -> None:
         _replace(folder / details[0], outside, details[1])
 
 
-def _edit_header(shard: Path, place: int, field: str, value: Any) -> None:
+def _edit_header(shard: Path, kind: str, place: int, *details: Any) -> None:
     content = shard.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    name = sorted(header)[place % len(header)]
-    header[name][field] = value
+    tensor = header[sorted(header)[place % len(header)]]
+    if kind == "header":
+        tensor[details[0]] = details[1]
+    elif kind == "reshape":
+        shape = tensor["shape"]
+        flat = math.prod(shape)
+        ways = (shape[::-1], [flat], [*shape, 1], [1, *shape], [flat, 1], [1, flat])
+        tensor["shape"] = ways[details[0]]
+    else:
+        kinds = next(each for each in SAME_SIZE if tensor["dtype"] in each)
+        tensor["dtype"] = kinds[details[0] % len(kinds)]
     text = json.dumps(header).encode()
     shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
@@ -159,14 +195,14 @@ def check_directory(drawn: tuple[str, list[Act]]) -> None:
     base, acts = drawn
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         folder, outside = Path(place) / "model", Path(place) / "outside"
-        shutil.copytree(ours() if base == "ours" else FIXTURES / base, folder)
+        shutil.copytree(made() / base if base in MADE else FIXTURES / base, folder)
         outside.mkdir()
         (outside / "secret").write_bytes(SECRET)
         shutil.copy(FIXTURES / "int8-zeros" / SHARD, outside)
         for act in acts:
             try:
                 write(folder, outside, act)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
                 continue  # what an act before it left does not take this one
         out = Path(place) / "out"
         told: list[str] = []
@@ -186,7 +222,7 @@ def check_directory(drawn: tuple[str, list[Act]]) -> None:
 TARGETS = (
     Target(
         "directories",
-        some.tuples(some.sampled_from(BASES), some.lists(ACTS, min_size=1, max_size=3)),
+        some.tuples(some.sampled_from([*STORED, *MADE]), some.lists(ACTS, min_size=1, max_size=3)),
         check_directory,
     ),
 )

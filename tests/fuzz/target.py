@@ -4,6 +4,7 @@ A check raises only if what it tests is wrong: an exception that is not document
 `LIMIT_S`, or an assertion.
 """
 
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-LIMIT_S = 20
+LIMIT_S = 60  # on a busy machine
+MAX_BYTES = 16 << 30  # of addresses: what would take all memory fails, and is found
 
 
 class HangsError(Exception):
@@ -62,7 +64,12 @@ class Target:
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, before)
 
-        (probe if number is None else seed(number)(probe))()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, hard))
+        try:
+            (probe if number is None else seed(number)(probe))()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _hangs(number: int, frame: FrameType | None) -> None:

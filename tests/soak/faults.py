@@ -111,7 +111,7 @@ class SmallDisk:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
         try:
             self.is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
         except OSError:
@@ -130,7 +130,7 @@ class SmallDisk:
 
     def unmount(self) -> None:
         if self.is_mounted:
-            subprocess.run(["umount", self._folder], check=True)
+            subprocess.run(["umount", str(self._folder)], check=True)
 
 
 def clock_environment(folder: Path) -> dict[str, str]:

@@ -77,9 +77,12 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder: Path, tmp_path:
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_for_a_shard(folder: Path) -> None:
-    os.mkfifo(folder / "other.safetensors")
-    refused(folder, "other.safetensors is no file")
+@pytest.mark.parametrize("name", ["other.safetensors", "cast.json"])
+def test_a_pipe_for_a_file(folder: Path, name: str) -> None:
+    os.mkfifo(folder / name)
+    refused(folder, f"{name} is no file")
+    with pytest.raises(CheckpointError, match="is no file"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside/model.safetensors", 5])
@@ -98,9 +101,7 @@ def test_a_shard_that_was_not_copied_whole(folder: Path, share: float) -> None:
 def test_more_layers_than_tensors(folder: Path) -> None:
     edit_json(folder / "config.json", num_hidden_layers=10**9)
     for read in READERS[1:]:
-        with pytest.raises(
-            CheckpointError, match=r"it has 1000000000 layers, but \d+ tensors"
-        ):
+        with pytest.raises(CheckpointError, match=r"it has 1000000000 layers, but \d+ tensors"):
             read(folder)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
+from typing import Any
 
 import uvloop
 
@@ -26,7 +27,7 @@ TELL_S = 0.5
 PAUSE_S = 0.2  # after a connection was refused
 MAX_HOSTILE_BYTES = 1 << 20
 SMALL_BUFFER = 4096
-FAT = {"num_tokens": 50, "width": 20_000, "num_choices": 1}  # an answer of 1 MB
+FAT: dict[str, Any] = {"num_tokens": 50, "width": 20_000, "num_choices": 1}  # an answer of 1 MB
 HOSTILE_STATUSES = {400, 401, 404, 405, 408, 413, 429, 431, 503, 504}
 
 

@@ -116,9 +116,9 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
         ended = sum(number for (place, _), number in counted.items() if place == route)
         compare(f"requests to {route}", ended, sent, sent + lost)
         codes = {code for place, code in (counted | tally.seen) if place == route}
-        for code in sorted(codes - {499}):
-            seen = tally.seen[route, code]
-            compare(f"{route} {code}", counted[route, code], seen, seen + left + lost)
+        for each in sorted(codes - {499}):
+            seen = tally.seen[route, each]
+            compare(f"{route} {each}", counted[route, each], seen, seen + left + lost)
     slack = tally.left_tokens + 1000 * len(tally.lost)
     for variant in VARIANTS:
         tokens = metrics.get("cast_output_tokens_total", {}).get((variant,), 0)
