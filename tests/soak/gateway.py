@@ -149,14 +149,14 @@ def start(
         (folder / "model").mkdir()
         (folder / "model/config.json").write_text("{}")
     (folder / "serve.toml").write_text("\n".join(lines) + "\n")
-    fakes = {} if directories else {FAKES: "1"}
+    kind = {"VLLM_CPU_KVCACHE_SPACE": "1"} if directories else {FAKES: "1"}
     with open(folder / "gateway.log", "wb") as log:
         popen = subprocess.Popen(
             [sys.executable, "-m", "tests.soak.gateway", "up", "--config", folder / "serve.toml"],
             stdout=log,
             stderr=log,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **fakes, **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **kind, **environment},
         )
     found = Gateway(popen, port, folder)
     found.ports = dict(zip(VARIANTS, ports, strict=True))
@@ -173,6 +173,7 @@ def _run() -> None:
         port = replica.url.rpartition(":")[2]
         return [sys.executable, "-m", "tests.soak.fake", replica.variant, port]
 
+    os.environ.pop("LD_PRELOAD", None)  # the clock that steps is the gateway's, not its workers'
     created = application.create_app
 
     def create_app(*arguments: Any, **more: Any) -> Any:
