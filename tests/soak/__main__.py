@@ -22,8 +22,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tests.soak import drains
 from tests.soak.run import Plan, Soak
 
-BIG_RUN = 100_000  # requests
-
 
 def parse() -> argparse.Namespace:
     about = argparse.RawDescriptionHelpFormatter

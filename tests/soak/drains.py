@@ -5,6 +5,7 @@ comes, at a moment that the seed draws. Every stream must be whole, and the exit
 """
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -98,8 +99,6 @@ async def drain(gateway: Gateway, asks: Asks, after_s: float) -> tuple[list[str]
 
 async def _stream(port: int, ask: Ask, sent: asyncio.Semaphore) -> str:
     """What is wrong with one answer; empty: nothing."""
-    import json
-
     connection = await Connection.open(port)
     try:
         async with asyncio.timeout(WAIT_S):

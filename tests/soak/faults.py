@@ -30,10 +30,12 @@ class Faults:
         gateway: the one that must bear them.
         folder: of the run.
         is_real: whether its workers are vLLM's.
-        notices: why some cannot be brought about; added to.
+        disk: where these log.
 
     Attributes:
+        kinds: what can be brought about.
         counts: by kind, how many were brought about.
+        notices: what cannot, and why.
         low_s: when the gateway had too few descriptors: from, to (time.monotonic).
     """
 
@@ -43,6 +45,7 @@ class Faults:
         self.low_s: list[tuple[float, float]] = []
         self._folder = folder
         self._disk = disk
+        self.notices = _notices(disk, is_real)
         self.kinds = [*DONE, *(("engine",) if is_real else SAID)]
         if disk.is_mounted:
             self.kinds.append("disk")
@@ -129,8 +132,12 @@ class SmallDisk:
             os.truncate(log, 0)
 
     def unmount(self) -> None:
+        """The logs stay in the folder."""
         if self.is_mounted:
+            logs = {log: log.read_bytes() for log in self._folder.glob("*.log")}
             subprocess.run(["umount", str(self._folder)], check=True)
+            for log, content in logs.items():
+                log.write_bytes(content)
 
 
 def clock_environment(folder: Path) -> dict[str, str]:
@@ -151,10 +158,9 @@ def step_clock(folder: Path, seconds: str) -> None:
     (folder / "clock").write_text(f"{seconds}\n")
 
 
-def notices(faults: Faults, is_real: bool) -> list[str]:
-    """What could not be brought about, and why."""
+def _notices(disk: SmallDisk, is_real: bool) -> list[str]:
     found = []
-    if not faults._disk.is_mounted:
+    if not disk.is_mounted:
         found.append("disk: skipped, mounting a small tmpfs needs root")
     if not LIBFAKETIME:
         found.append("clock: skipped, Debian's package faketime is not installed")

@@ -17,7 +17,7 @@ from tests.soak import gateway as gateways
 from tests.soak.clients.client import Job, work
 from tests.soak.clients.connection import get, post
 from tests.soak.clients.tally import Tally, audit_log, audit_metrics, read_metrics
-from tests.soak.faults import Faults, SmallDisk, clock_environment, notices
+from tests.soak.faults import Faults, SmallDisk, clock_environment
 from tests.soak.gateway import Gateway, Sample
 from tests.soak.slope import slope
 
@@ -65,6 +65,7 @@ class Soak:
     samples: list[Sample] = field(default_factory=list)
     progress: float = 0.0
     metrics: str = ""
+    num_lost: int = 0
     counts: list[tuple[int, int]] = field(default_factory=list)
 
     async def run(self) -> dict[str, Any]:
@@ -224,9 +225,10 @@ class Soak:
                 )
 
     def _judge_lost(self, tally: Tally, faults: Faults) -> None:
-        lost = [route for at_s, route in tally.lost if not _is_low(faults, at_s)]
+        lost = Counter(route for at_s, route in tally.lost if not _is_low(faults, at_s))
+        self.num_lost = lost.total()
         if lost:
-            self.findings.append(f"{len(lost)} requests had no answer: {Counter(lost)}")
+            self.findings.append(f"{self.num_lost} requests had no answer: {lost}")
         if tally.num_wrong:
             self.findings.append(f"{tally.num_wrong} wrong answers; see wrong")
         if tally.num_plain and not (tally.kinds["crowd"] or tally.kinds["attack"]):
@@ -239,9 +241,11 @@ class Soak:
             "num_requests": tally.num_requests,
             "num_answers_by_code": dict(_by_code(tally)),
             "num_left": tally.left.total() + tally.left_early.total(),
-            "num_closed_for_want_of_descriptors": len(tally.lost),
+            "num_lost": self.num_lost,
+            "num_closed_for_want_of_descriptors": len(tally.lost) - self.num_lost,
             "num_plain": tally.num_plain,
             "num_wrong": tally.num_wrong,
+            "num_hung": tally.num_hung,
             "num_clients_by_kind": dict(tally.kinds),
             "num_faults": faults.counts.total(),
             "num_faults_by_kind": dict(faults.counts),
@@ -261,7 +265,7 @@ class Soak:
             **figures,
             "wrong": tally.wrong,
             "findings": self.findings,
-            "notices": notices(faults, is_real),
+            "notices": faults.notices,
             "passed": not self.findings,
         }
 

@@ -95,7 +95,10 @@ class Clients:
         while not self.is_over:
             (kind,) = self._random.choices([*self._kinds], [*self._kinds.values()])
             self.tally.kinds[kind.__name__] += 1
-            await kind()
+            try:
+                await kind()
+            except Exception as error:  # an answer that even the client could not read
+                self.tally.note_wrong(f"{kind.__name__}: {error!r}")
 
     async def stream(self) -> None:
         await self._ask(self.asks.next(COMPLETIONS))
@@ -240,6 +243,7 @@ class Clients:
                 self.tally.note_wrong(f"{ask}: {error}")
             self.tally.lost.append((begun_s, ask.route))
         except TimeoutError:
+            self.tally.num_hung += 1
             self.tally.note_wrong(f"{ask}: hung for {HUNG_S:.0f} s")
         except (WrongError, KeyError, TypeError) as error:
             self.tally.note_wrong(f"{ask}: {error!r}")

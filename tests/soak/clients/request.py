@@ -41,7 +41,7 @@ class Ask:
         width: characters of a token, at least.
         is_stream: whether its answer is streamed.
         has_usage: whether the stream shall end with the usage.
-        text: what a real worker must say; None: the worker is a fake.
+        text: what a real worker must say, empty: anything; None: the worker is a fake.
         headers: beside X-Request-Id.
     """
 
@@ -64,7 +64,7 @@ class Ask:
         if self.route == COMPARE:
             return {**body, "prompt": prompt}
         body |= {"model": self.variant, "n": self.num_choices, "stream": self.is_stream}
-        if self.text is not None:
+        if self.text:
             body["structured_outputs"] = {"choice": [self.text]}
         if self.has_usage:
             body["stream_options"] = {"include_usage": True}
@@ -103,7 +103,8 @@ class Asks:
         num_tokens = num_tokens or draw.choice((1, 2, 4, 8, 12, 24))
         text = None
         if route == COMPARE:
-            return Ask(key, route, "", max(2, min(num_tokens, 8)))
+            text = "" if self._is_real else None  # "": any
+            return Ask(key, route, "", max(2, min(num_tokens, 8)), text=text)
         if self._is_real:
             text = "".join(draw.choices(LETTERS, k=num_tokens))
         else:

@@ -33,6 +33,7 @@ class Tally:
         left_tokens: the most that those who left were counted for.
         fallbacks: answers of another variant than the one that was asked.
         statuses: HTTP status by X-Request-Id.
+        num_hung: requests that were given up on; wrong ones too.
         num_wrong: wrong answers; `wrong` has the first.
     """
 
@@ -46,6 +47,7 @@ class Tally:
     left_tokens: int = 0
     fallbacks: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
+    num_hung: int = 0
     num_wrong: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -165,7 +167,7 @@ def audit_log(tally: Tally, log: Path, metrics: str) -> list[str]:
     wrong += [f"{key}: not in the log" for key in sorted(tally.statuses.keys() - lines.keys())]
     found = [f"{len(wrong)} requests are told wrongly; {'; '.join(wrong[:5])}"] if wrong else []
     counted: Counter[str] = Counter()
-    for (_, route, _), value in read_metrics(metrics)["cast_requests_total"].items():
+    for (_, route, _), value in read_metrics(metrics).get("cast_requests_total", {}).items():
         counted[route] += int(value)
     return found + [
         f"{route}: {counted[route]} counted, {logged[route]} in the log"
