@@ -33,8 +33,7 @@ class Seen:
         variant: who answered; empty if nobody did.
         is_fallback: whether it answered for another.
         is_plain: whether the HTTP server answered, before any route.
-        prompt_tokens: as the answer's usage counts them; 0 without.
-        output_tokens: that the answer must have; 0 for an error.
+        output_tokens: of an answer that is right; 0 for an error.
     """
 
     status: int
@@ -42,7 +41,6 @@ class Seen:
     variant: str = ""
     is_fallback: bool = False
     is_plain: bool = False
-    prompt_tokens: int = 0
     output_tokens: int = 0
 
 
@@ -81,11 +79,15 @@ def judge(ask: Ask, status: int, headers: Mapping[str, str], content: bytes) -> 
     if variant not in VARIANTS or (variant == ask.variant) == is_fallback:
         raise WrongError(f"answered by {variant!r}, fallback {headers.get('x-cast-fallback')!r}")
     if ask.is_stream:
-        code, prompt_tokens = _judge_stream(ask, variant, content)
+        code, usage = _judge_stream(ask, variant, content)
     else:
-        code, prompt_tokens = 200, _judge_whole(ask, variant, content)
-    tokens = ask.num_tokens * ask.num_choices if code == 200 else 0
-    return Seen(200, code, variant, is_fallback, False, prompt_tokens, tokens)
+        code, usage = 200, _judge_whole(ask, variant, content)
+    tokens = ask.num_tokens * ask.num_choices
+    if usage is not None:
+        if ask.text is None and usage["completion_tokens"] != tokens:
+            raise WrongError(f"usage is {usage}, but {tokens} tokens came")
+        tokens = usage["completion_tokens"]
+    return Seen(200, code, variant, is_fallback, output_tokens=tokens if code == 200 else 0)
 
 
 def judge_part(ask: Ask, headers: Mapping[str, str], content: bytes) -> None:
@@ -131,28 +133,28 @@ def _judge_comparison(ask: Ask, content: bytes) -> Seen:
         said = answer.get("text"), answer.get("output_tokens")
         if ask.text is None and said != (ask.expected(variant, 0), ask.num_tokens):
             raise WrongError(f"comparison: {variant} said {said}")
-        if answer.get("finish_reason") != "length":
+        if answer.get("finish_reason") not in ("length", "stop"):
             raise WrongError(f"comparison: {variant} ended with {answer.get('finish_reason')}")
     return Seen(200, 200)
 
 
-def _judge_whole(ask: Ask, variant: str, content: bytes) -> int:
+def _judge_whole(ask: Ask, variant: str, content: bytes) -> dict[str, Any]:
     found = _parsed(content)
     texts = {choice["index"]: _text_of(ask, choice) for choice in found["choices"]}
     if any(choice["finish_reason"] not in ("length", "stop") for choice in found["choices"]):
         raise WrongError("a choice has no finish_reason")
     _check_texts(ask, variant, texts)
-    return _prompt_tokens(ask, found["usage"])
+    return dict(found["usage"])
 
 
-def _judge_stream(ask: Ask, variant: str, content: bytes) -> tuple[int, int]:
-    """The code that it ended with, and the prompt's tokens as its usage has them."""
+def _judge_stream(ask: Ask, variant: str, content: bytes) -> tuple[int, dict[str, Any] | None]:
+    """The code that it ended with, and its usage."""
     texts, ended, usage, error = _read_stream(ask, variant, content)
     if error is not None:
         status = {"variant_unavailable": 503, "timeout": 504}.get(error.get("code") or "")
         if status is None or set(error) != {"message", "type", "param", "code"}:
             raise WrongError(f"the stream's error event is {error}")
-        return status, 0
+        return status, None
     if not content.endswith(b"data: [DONE]\n\n"):
         raise WrongError(f"the stream ended without [DONE]: {content[-100:]!r}")
     if len(ended) != ask.num_choices:
@@ -160,7 +162,7 @@ def _judge_stream(ask: Ask, variant: str, content: bytes) -> tuple[int, int]:
     if (usage is not None) != ask.has_usage:
         raise WrongError(f"usage is {usage}, asked for: {ask.has_usage}")
     _check_texts(ask, variant, texts)
-    return 200, _prompt_tokens(ask, usage) if usage else 0
+    return 200, usage
 
 
 def _read_stream(
@@ -209,13 +211,6 @@ def _text_of(ask: Ask, choice: Mapping[str, Any]) -> str:
     if ask.route == CHAT:
         return (choice.get("delta") or choice.get("message") or {}).get("content") or ""
     return str(choice["text"])
-
-
-def _prompt_tokens(ask: Ask, usage: Mapping[str, Any]) -> int:
-    expected = ask.num_tokens * ask.num_choices
-    if ask.text is None and usage["completion_tokens"] != expected:
-        raise WrongError(f"usage is {usage}, but {expected} tokens came")
-    return int(usage["prompt_tokens"])
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

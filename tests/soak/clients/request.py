@@ -86,7 +86,7 @@ class Asks:
     Args:
         seed: of this client process.
         prefix: of the keys; hexadecimal, different for each process.
-        is_real: whether workers are vLLM's; a token of theirs is a letter.
+        is_real: whether workers are vLLM's. How many tokens their text has only they know.
     """
 
     def __init__(self, seed: str, prefix: str, is_real: bool) -> None:
@@ -109,7 +109,7 @@ class Asks:
             text = "".join(draw.choices(LETTERS, k=num_tokens))
         else:
             more = {"num_choices": draw.choice((1, 1, 1, 1, 2)), **more}
-        has_usage = is_stream and draw.random() < 0.3
+        has_usage = is_stream and (self._is_real or draw.random() < 0.3)
         variant = draw.choice(VARIANTS)
         return Ask(
             key,
