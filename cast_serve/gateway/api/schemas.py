@@ -40,7 +40,7 @@ MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 1024
 MAX_CHOICES = 1000  # texts of a choice; llguidance follows 2,000 alternatives at once
 MAX_CONTAINERS = 100_000  # lists and objects in a body: Python needs up to 200 bytes for each
-MAX_DEPTH = 256  # of lists and objects in each other: Python writes 1,000 less what it is deep in
+MAX_DEPTH = 256  # of them in each other: the limit of recursion, 1,000 calls, counts each as one
 
 
 def _check_length_first(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """httpx's way to a worker, with one of its faults mended: a worker that is lost is an httpx error.
 
 anyio reads the address of a connection that it has just opened. On uvloop, if the worker has closed
-it by then, that is an AttributeError or OSError which httpx passes on as it is (anyio 4.14).
+it by then, that is an AttributeError or OSError which httpx passes on as it is (anyio 4.16).
 """
 
 import httpx
