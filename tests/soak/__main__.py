@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -72,6 +73,7 @@ async def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Runs what was asked for; the folder of the logs stays if something was found."""
     asked = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: ended by SIGTERM"))  # it cleans up
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(exist_ok=True, parents=True)
     figures = asyncio.run(run(asked, folder))

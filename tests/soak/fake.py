@@ -9,8 +9,10 @@ for so long: `slow`, `status`, `cut`, `unfinished`, `bad_event`, `error_event`, 
 import asyncio
 import json
 import logging
+import os
 import random
 import sys
+import threading
 import time
 from typing import Any
 
@@ -188,8 +190,15 @@ async def _read(receive: Receive) -> bytes:
             return content
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def main(name: str, port: int) -> None:
-    """Serves until it is ended."""
+    """Serves until it is ended, or its parent is."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for quiet in ("uvicorn.error", "asyncio"):  # a cut connection is an exception there
         logging.getLogger(quiet).setLevel(logging.CRITICAL)

@@ -135,7 +135,7 @@ class SmallDisk:
         """The logs stay in the folder."""
         if self.is_mounted:
             logs = {log: log.read_bytes() for log in self._folder.glob("*.log")}
-            subprocess.run(["umount", str(self._folder)], check=True)
+            subprocess.run(["umount", "--lazy", str(self._folder)], check=True)
             for log, content in logs.items():
                 log.write_bytes(content)
 

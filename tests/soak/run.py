@@ -83,8 +83,7 @@ class Soak:
             exit_status = await asyncio.to_thread(gateway.stop)
         finally:
             if gateway.popen.poll() is None:
-                gateway.popen.kill()
-                gateway.popen.wait()
+                gateway.stop()
             disk.unmount()
         if exit_status != 0:
             self.findings.append(f"the gateway ended with exit status {exit_status}")
