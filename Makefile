@@ -1,5 +1,5 @@
 # make demo: everything, once, on a real model.   make test: the tests.   Both do all set-up.
-.PHONY: setup data demo serve wheel packages test lint docs check-deploy check-image
+.PHONY: setup data demo serve wheel packages test soak fuzz lint docs check-deploy check-image
 .NOTPARALLEL:  # each target needs the one before it
 
 python = .venv/bin/python
@@ -27,6 +27,15 @@ packages:  # as root, the system packages that are missing
 
 test: packages data  # in two processes, see tests/conftest.py; pictures of dashboard and report land in build/artifacts
 	CAST_ARTIFACTS=build/artifacts OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --no-loadscope-reorder
+
+MINUTES = 10
+SEED = 0
+
+soak: setup  # hostile load and faults against a gateway; docs/serving.md has what it tries
+	$(python) -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+
+fuzz: setup  # MINUTES of CPU for each target
+	$(python) -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: setup
 	.venv/bin/ruff format --check $(sources)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from cast_serve.checkpoint.linear import PACKED
@@ -17,6 +16,7 @@ from cast_serve.checkpoint.record import (
     read_record,
     shards,
 )
+from cast_serve.checkpoint.shard import check_contained, opened
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 from cast_serve.sparsity.targets import find_targets
 
@@ -56,25 +56,31 @@ class ModelDirectory:
             raise CheckpointError(
                 f"{path} holds no model: there is no config.json; name an HF directory"
             )
+        check_contained(path)
         self.path = path
         self.config = read_json(path / "config.json")
         self.files = tensor_files(path)
         self.record = read_record(path) if (path / CAST_JSON).is_file() else {}
         check_listed(path, self.record)
-        model = _meta_model(path)
+        model = _meta_model(path, len(self.files))
         self.linears = _linears(model)
         self.pattern = (
-            Pattern(int(self.record["n"]), int(self.record["m"])) if self.record else TWO_FOUR
+            Pattern(self.record.get("n") or 2, self.record.get("m") or 4)
+            if self.record
+            else TWO_FOUR
         )
         self.head = _name_of(model, model.get_output_embeddings())
         is_tied = model.config.get_text_config().tie_word_embeddings
         self.tied_embedding = _name_of(model, model.get_input_embeddings()) if is_tied else None
-        self.quantization: dict[str, Any] = (
-            self.config.get("quantization_config") or self.config.get(OLD_KEY) or {}
-        )
+        self.quantization = quantization_of(path, self.config)
         if self.quantization.get("quant_method") == GATED_METHOD:
             self.quantization = {}
-        _check_quantization(path, self.quantization)
+        try:
+            _check_quantization(path, self.quantization)
+        except (AttributeError, TypeError):  # an object is expected, and something else found
+            raise CheckpointError(
+                f"{path}/config.json: quantization_config is malformed: {self.quantization!s:.300}"
+            ) from None
         weights = self._stored_weights()
         in_8_bits = [name for name, dtype in weights.items() if dtype in EIGHT_BITS]
         compressed = [name for name in weights if f"{name}.compressed" in self.files]
@@ -97,6 +103,8 @@ class ModelDirectory:
         self.targets: list[str] = self.record.get("targets") or (
             found or list(find_targets(model, self.pattern)[0])
         )
+        if unknown := sorted(set(self.targets) - set(self.linears)):
+            raise CheckpointError(f"{path} has targets that are no linears of its: {unknown[:5]}")
         self.is_foreign = OLD_KEY in self.config or any(
             f"{name}.weight" in self.files
             or f"{name}.input_scale" in self.files
@@ -132,7 +140,7 @@ class ModelDirectory:
         """Of a tensor, from the file's header; empty if there is none."""
         if name not in self.files:
             return []
-        with safe_open(self.files[name], framework="pt") as tensors:
+        with opened(self.files[name]) as tensors:
             return list(tensors.get_slice(name).get_shape())
 
     def get(self, name: str) -> Tensor:
@@ -143,12 +151,12 @@ class ModelDirectory:
         """
         if name not in self.files:
             raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
-        with safe_open(self.files[name], framework="pt") as tensors:
+        with opened(self.files[name]) as tensors:
             return tensors.get_tensor(name)
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors names it, as I8 or BF16; reads only the file's header."""
-        with safe_open(self.files[name], framework="pt") as tensors:
+        with opened(self.files[name]) as tensors:
             return str(tensors.get_slice(name).get_dtype())
 
     def parts(self, name: str) -> dict[str, Tensor]:
@@ -164,7 +172,7 @@ class ModelDirectory:
     def model_dtype(self) -> torch.dtype:
         """What config.json says; bf16 if it says nothing."""
         name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
+        return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
 
     @property
     def scale_group(self) -> int | None:
@@ -188,7 +196,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for shard in shards(directory):
-        with safe_open(shard, framework="pt") as tensors:
+        with opened(shard) as tensors:
             files |= dict.fromkeys(tensors.keys(), shard)
     if not files:
         raise CheckpointError(
@@ -197,15 +205,41 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return files
 
 
-def _meta_model(directory: Path) -> Any:
+def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of compression and quantisation; empty if nothing.
+
+    Raises:
+        CheckpointError: if that is no object.
+    """
+    found = config.get("quantization_config") or config.get(OLD_KEY) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}/config.json: quantization_config is {found!r:.100}")
+    return found
+
+
+def _meta_model(directory: Path, num_tensors: int) -> Any:
+    """The model without weights, as transformers builds it of config.json.
+
+    Raises:
+        CheckpointError: if transformers cannot, or there are fewer tensors than layers: a layer
+            that is not stored could be one of a billion.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    for key in ("quantization_config", OLD_KEY):
-        if hasattr(config, key):
-            delattr(config, key)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        for key in ("quantization_config", OLD_KEY):
+            if hasattr(config, key):
+                delattr(config, key)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if num_layers > num_tensors:
+            raise CheckpointError(f"it has {num_layers} layers, but {num_tensors} tensors")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises whatever a foreign config.json makes it raise
+        raise CheckpointError(
+            f"{directory}/config.json describes no model that can be built: {error!s:.500}"
+        ) from error
 
 
 def _linears(model: torch.nn.Module) -> dict[str, bool]:

@@ -51,6 +51,11 @@ def read_linear(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> C
         raise CheckpointError(f"{name} has neither compressed nor weight; it is incomplete")
     if values.dtype not in (torch.int8, torch.float8_e4m3fn):  # compressed, not quantised
         return CompressedLinear.from_parts(name, parts)
+    if values.dim() != 2 or values.numel() == 0:
+        raise CheckpointError(
+            f"{name} is {list(values.shape)}, which is no weight [out_features, in_features]; "
+            "the checkpoint is damaged"
+        )
     zero_point = parts.get("weight_zero_point")
     if zero_point is not None and zero_point.float().any():
         raise CheckpointError(

@@ -4,9 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory, tensor_files
+from cast_serve.checkpoint.directory import ModelDirectory, quantization_of, tensor_files
 from cast_serve.checkpoint.foreign import read_linear
 from cast_serve.checkpoint.linear import (
     PACKED,
@@ -15,6 +13,7 @@ from cast_serve.checkpoint.linear import (
     check_scale,
 )
 from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,
@@ -130,8 +129,7 @@ def count_sparse(path: Path) -> tuple[int, bool]:
         if compressed:
             _check_scale_shapes(files, compressed, part)
             return len(compressed), False
-    config = read_json(path / "config.json")
-    quantization = config.get("quantization_config") or config.get(OLD_KEY) or {}
+    quantization = quantization_of(path, read_json(path / "config.json"))
     if quantization.get("format") not in ("int-quantized", "float-quantized"):
         return 0, False
     try:
@@ -155,8 +153,8 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
         if f"{name}.weight_scale" not in files:
             continue  # of a weight that is not quantised, or refused when it is loaded
         scale, weight = (_shape(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
-        wanted = [[weight[0], 1], [1]]
-        if part == PACKED:  # words of the kept values of 16 columns
+        wanted = [[*weight[:1], 1], [1]]
+        if part == PACKED and len(weight) == 2:  # words of the kept values of 16 columns
             wanted = [[weight[0], -(-weight[1] * 16 // group)] for group in INT4_SCALE_GROUPS]
         if scale not in wanted and (scale or part == PACKED):
             raise CheckpointError(
@@ -167,5 +165,5 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
 
 
 def _shape(files: dict[str, Path], name: str) -> list[int]:
-    with safe_open(files[name], framework="pt") as tensors:
+    with opened(files[name]) as tensors:
         return list(tensors.get_slice(name).get_shape())

@@ -84,7 +84,13 @@ class CompressedLinear:
         if missing := [part for part in (stored, *PARTS[1:]) if part not in parts]:
             raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is damaged")
         values, bitmask = parts[stored], parts["bitmask"]
-        out_features, in_features = parts["shape"].flatten().tolist()
+        shape = parts["shape"].flatten().tolist()
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise CheckpointError(
+                f"{name}.shape holds {shape!s:.100}, but out_features and in_features are needed; "
+                "the checkpoint is damaged"
+            )
+        out_features, in_features = shape
         kept = in_features // 2
         needed = (
             [out_features, -(-kept // 8) if is_packed else kept],

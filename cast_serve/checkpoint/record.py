@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cast_serve.checkpoint.shard import CheckpointError as CheckpointError  # read from here by all
+from cast_serve.checkpoint.shard import check_contained, is_file_name
+
 DISK_FULL = "No space left on device"
 CAST_JSON = "cast.json"
 ONLY_SHARD = "model.safetensors"  # what readers look for if there is no index
@@ -23,10 +26,6 @@ FORMAT_VERSION = 1
 # The quant_method in config.json of a gated directory, whose weights are not pruned yet: with it
 # vLLM refuses to load them, and transformers warns.
 GATED_METHOD = "cast_gated"
-
-
-class CheckpointError(ValueError):
-    """A directory is not a checkpoint that can be read, or must not be overwritten."""
 
 
 def sha256(path: Path) -> str:
@@ -40,7 +39,13 @@ def sha256(path: Path) -> str:
 
 
 def shards(directory: Path) -> list[Path]:
-    """The ``*.safetensors`` of a directory, by name."""
+    """The ``*.safetensors`` of a directory, by name.
+
+    Raises:
+        CheckpointError: if the directory has a link out of it, see `check_contained`.
+    """
+    if directory.is_dir():
+        check_contained(directory)
     return sorted(directory.glob("*.safetensors"))
 
 
@@ -52,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a JSON object")
@@ -63,20 +68,44 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Reads cast.json and refuses what this release does not know.
 
     Raises:
-        CheckpointError: if it is missing, no JSON, or of an unknown format_version.
+        CheckpointError: if it is missing, no JSON, of an unknown format_version, or a field is of
+            another kind than it must be; or if the directory has a link out of it.
     """
     path = directory / CAST_JSON
+    if directory.is_dir():
+        check_contained(directory)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no checkpoint's record: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version {version!r}, but this program reads {FORMAT_VERSION}; "
             "use the release that wrote it"
         )
+    _check_fields(path, record)
     return record
+
+
+def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuses fields of another kind than they must be, where they are there."""
+    kinds = {"kind": str, "n": int, "m": int, "targets": list, "kept_dense": list, "sha256": dict}
+    kinds |= {"quality": dict, "quantization": dict, "source": dict}
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if value is not None and type(value) is not kind:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r:.100}, but must be a {kind.__name__}"
+            )
+    names = [*(record.get("targets") or ()), *(record.get("kept_dense") or ())]
+    if not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: targets and kept_dense must be names of linears")
+    n, m = (2 if record.get("n") is None else record["n"]), record.get("m") or 4
+    if record.get("kind") != "dense" and not 0 < n < m:
+        raise CheckpointError(f"{path}: {n}:{m} is not N:M with 0 < N < M")
+    if wrong := [name for name in record.get("sha256") or () if not is_file_name(name)]:
+        raise CheckpointError(f"{path} lists {wrong[0]!r:.200}, which is not a file beside it")
 
 
 def is_gated(directory: Path) -> bool:
@@ -95,7 +124,7 @@ def check_listed(directory: Path, record: Mapping[str, Any]) -> None:
         CheckpointError: naming the shard that is missing or changed.
     """
     path = directory / CAST_JSON
-    for name, expected in record.get("sha256", {}).items():
+    for name, expected in (record.get("sha256") or {}).items():
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory / name} is missing, but {path} lists it")
         if (found := sha256(directory / name)) != expected:
@@ -116,7 +145,7 @@ def verify(directory: Path) -> dict[str, Any]:
     """
     record = read_record(directory)
     found = [path.name for path in shards(directory)]
-    listed = sorted(record["sha256"])
+    listed = sorted(record.get("sha256") or {})
     if found != listed:
         raise CheckpointError(
             f"{directory} holds the shards {found}, but its record lists {listed}; "

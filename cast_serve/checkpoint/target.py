@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.foreign import read_linear
-from cast_serve.checkpoint.linear import CompressedLinear, Quantized
+from cast_serve.checkpoint.linear import FLOATS, CompressedLinear, Quantized
+from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
 from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN, SCALES_CHOSEN, SCALES_TRAINED
 
@@ -88,7 +89,12 @@ def read_target(source: ModelDirectory, name: str) -> CompressedLinear:
 
 
 def _hardened(source: ModelDirectory, name: str) -> Tensor:
-    """A target's weight [out_features, in_features] with exact zeros where it was dropped."""
+    """A target's weight [out_features, in_features] with exact zeros where it was dropped.
+
+    Raises:
+        CheckpointError: if its gates or scales do not fit.
+        PatternError: if it is not 2:4.
+    """
     weight, is_transposed = source.get(f"{name}.weight"), source.linears[name]
     if is_transposed:
         weight = weight.T.contiguous()
@@ -100,6 +106,11 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     else:
         gate = source.get(f"{name}.gate")
         gate = gate.T if is_transposed else gate
+        if gate.shape != weight.shape or gate.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{name}.gate is {gate.dtype} {list(gate.shape)}, but a logit for each weight of "
+                f"{list(weight.shape)} in bf16, fp16 or fp32 is needed; the checkpoint is damaged"
+            )
     try:
         weight = torch.where(hard_mask(gate, source.pattern), weight, torch.zeros_like(weight))
     except PatternError as error:
@@ -107,5 +118,11 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     if f"{name}.scale" not in source.files:
         return weight
     scale = source.get(f"{name}.scale").float()  # [out_features, column parts]
+    is_fitting = scale.dim() == 2 and scale.shape[0] == weight.shape[0] and scale.numel()
+    if not is_fitting or weight.shape[1] % scale.shape[1]:
+        raise CheckpointError(
+            f"{name}.scale is {list(scale.shape)}, which does not divide {list(weight.shape)}; "
+            "the checkpoint is damaged"
+        )
     scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     return (weight.float() * scale).to(weight.dtype)

@@ -231,13 +231,6 @@ def create_app(
         )
         return JSONResponse(described.body, error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
-    async def own_error(request: Request, error: Exception) -> JSONResponse:
-        described = APIError(
-            500, "the gateway failed at this request; its log has the cause", "server_error"
-        )
-        return JSONResponse(described.body, 500)
-
     app.add_middleware(KeyCheck, digests=digests)
     app.add_middleware(HeadLimit, max_bytes=settings.max_header_bytes)
     if tracing.set_up():

@@ -25,6 +25,7 @@ from cast_serve.gateway.exchange import GENERATING, Exchange, before
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
 from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure, note_locked
+from cast_serve.gateway.upstream.transport import WorkerTransport
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,15 @@ class Forwarder:
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {worker_key}"} if worker_key else None,
             timeout=httpx.Timeout(None, connect=5),  # the request's deadline bounds the rest
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=None,
-                keepalive_expiry=KEEP_ALIVE_S,
+            transport=WorkerTransport(
+                limits=httpx.Limits(
+                    max_connections=None,
+                    max_keepalive_connections=None,
+                    keepalive_expiry=KEEP_ALIVE_S,
+                ),
+                trust_env=False,  # proxies are for the outside, workers are ours
             ),
-            trust_env=False,  # proxies are for the outside, workers are ours
+            trust_env=False,
         )
         self._on_lost = on_lost
 
@@ -115,6 +119,9 @@ class Forwarder:
                         choice["finish_reason"] = (
                             part.get("finish_reason") or choice["finish_reason"]
                         )
+            if not usage:
+                logger.warning("%s: sent a stream without usage", replica)
+                raise BrokenError
             choice["text"] = exchange.text
             return {"choices": [choice], "usage": usage}
 

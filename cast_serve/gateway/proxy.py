@@ -275,7 +275,7 @@ class Proxy:
                 cards.append({**card, "status": status})
             if replica is None:
                 continue
-            with suppress(httpx.HTTPError, ValueError, KeyError):
+            with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
                 response = await self.client.get(f"{replica.url}/v1/models", timeout=5)
                 cards += [{**card, "owned_by": "cast-serve"} for card in response.json()["data"]]
         cards += [

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, groups, hard_mask
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
+
 
 def compress(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Compresses a 2:4 weight.
@@ -29,8 +31,14 @@ def compress(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
         -0.0 is stored as 0.0.
 
     Raises:
-        PatternError: if in_features is no multiple of 4, or a group has more than two non-zeros.
+        PatternError: if it is no such weight, in_features is no multiple of 4, or a group has more
+            than two non-zeros.
     """
+    if weight.dim() != 2 or weight.numel() == 0 or weight.dtype not in DTYPES:
+        raise PatternError(
+            f"{name} is {weight.dtype} {list(weight.shape)}, which is no weight [out_features, "
+            "in_features] in bf16, fp16, fp32 or int8"
+        )
     out_features, in_features = weight.shape
     groups(weight, 4)
     if weight.is_meta:
@@ -51,9 +59,13 @@ def decompress(values: Tensor, bitmask: Tensor, in_features: int, name: str = "w
     Raises:
         PatternError: if the shapes do not belong together, or a group's bits are not exactly two.
     """
-    out_features = values.shape[0]
+    out_features = values.shape[0] if values.dim() else 0
     expected = (out_features, in_features // 2), (out_features, -(-in_features // 8))
-    if (tuple(values.shape), tuple(bitmask.shape)) != expected or in_features % 4:
+    if (
+        (tuple(values.shape), tuple(bitmask.shape)) != expected
+        or in_features % 4
+        or not in_features
+    ):
         raise PatternError(
             f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not belong "
             f"to [{out_features}, {in_features}]; {list(expected[0])} and {list(expected[1])} do"
@@ -77,8 +89,15 @@ def unpack_mask(bitmask: Tensor, in_features: int, name: str = "weight") -> Tens
     """The inverse of `pack_mask`.
 
     Raises:
-        PatternError: if a group of four has not exactly two bits.
+        PatternError: if it is no bitmask of so many columns, or a group of four has not exactly two
+            bits.
     """
+    is_bytes = bitmask.dim() == 2 and bitmask.dtype == torch.uint8
+    if not is_bytes or in_features <= 0 or bitmask.shape[1] != -(-in_features // 8):
+        raise PatternError(
+            f"{name}: {bitmask.dtype} {list(bitmask.shape)} is not a bitmask of {in_features} "
+            f"columns: uint8 with {-(-in_features // 8)} bytes a row is"
+        )
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask.unsqueeze(-1) >> shifts) & 1
     mask = bits.flatten(-2)[..., :in_features].bool()

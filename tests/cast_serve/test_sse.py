@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
@@ -35,3 +36,11 @@ def test_an_event_that_is_not_whole_is_waited_for() -> None:
     reader = sse.Reader()
     assert reader.feed(b"data: x") == []
     assert reader.feed(b"y\n") == [b"xy"]
+
+
+def test_an_event_without_end_is_refused() -> None:
+    reader = sse.Reader()
+    for _ in range(sse.MAX_EVENT_BYTES >> 20):
+        assert reader.feed(b"x" * (1 << 20)) == []
+    with pytest.raises(ValueError, match="longer than 16777216 bytes"):
+        reader.feed(b"x")

@@ -13,15 +13,32 @@ def parsed(data: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON object, or its choices or usage are of another shape.
     """
-    found = json.loads(data)
+    try:
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError("its lists and objects are too deep in each other") from None
     if not isinstance(found, dict):
         raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
-    choices, usage = found.get("choices") or [], found.get("usage") or {}
-    if not (isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)):
-        raise ValueError("its choices are no list of objects")
-    if usage and not {"prompt_tokens", "completion_tokens"} <= set(usage):
+    choices = found.get("choices") or []
+    if not (isinstance(choices, list) and all(map(_is_choice, choices))):
+        raise ValueError("its choices are no list of objects with texts")
+    if (usage := found.get("usage")) and not _counts_tokens(usage):
         raise ValueError("its usage counts no tokens")
     return found
+
+
+def _is_choice(choice: Any) -> bool:
+    if not isinstance(choice, dict):
+        return False
+    part = choice.get("delta") or choice.get("message") or choice
+    return isinstance(part, dict) and isinstance(part.get("text") or part.get("content") or "", str)
+
+
+def _counts_tokens(usage: Any) -> bool:
+    if not isinstance(usage, dict):
+        return False
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return all(type(count) is int and 0 <= count < 2**63 for count in counts)
 
 
 def status_of(chunk: Mapping[str, Any]) -> int:
@@ -34,7 +51,7 @@ def status_of(chunk: Mapping[str, Any]) -> int:
 def message_of(content: bytes) -> str:
     try:
         return str(json.loads(content)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"the worker refused this: {content[:300].decode(errors='replace')}"
 
 
@@ -42,7 +59,7 @@ def check_shape(status: int, content: bytes) -> None:
     """Puts a worker's refusal that is no OpenAI error object into that shape."""
     try:
         is_shaped = isinstance(json.loads(content)["error"]["message"], str)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         is_shaped = False
     if not is_shaped:
         status = 400 if status == 422 else status  # FastAPI's number for what OpenAI answers 400

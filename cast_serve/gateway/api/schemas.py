@@ -11,6 +11,7 @@ check: pydantic would otherwise keep an error for each of a million wrong items.
 """
 
 import json
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 1024
 MAX_CHOICES = 1000  # texts of a choice; llguidance follows 2,000 alternatives at once
 MAX_CONTAINERS = 100_000  # lists and objects in a body: Python needs up to 200 bytes for each
+MAX_DEPTH = 256  # of them in each other: the limit of recursion, 1,000 calls, counts each as one
 
 
 def _check_length_first(value: Any) -> Any:
@@ -277,6 +279,7 @@ def take_without_effect(body: dict[str, Any]) -> list[str]:
 
 
 _WITHOUT_EFFECT = sorted(set(WithoutEffect.model_fields) - set(Body.model_fields))
+_MARK = re.compile(r"[][{}]")
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 
 
@@ -284,16 +287,15 @@ def read_json(content: bytes | bytearray) -> Any:
     """A body's bytes as JSON.
 
     Raises:
-        APIError: 400 if they are no UTF-8, no JSON, hold half a surrogate pair, or hold more than
-            `MAX_CONTAINERS` lists and objects.
+        APIError: 400 if they are no UTF-8, no JSON, hold half a surrogate pair or a number beyond
+            float64, hold more than `MAX_CONTAINERS` lists and objects, or more than `MAX_DEPTH` in
+            each other.
     """
     try:
         text = content.decode("utf-8-sig")  # strict, while json.loads takes UTF-16 and surrogates
-        if text.count("[") + text.count("{") > MAX_CONTAINERS:
-            outside = _STRING.sub("", text)
-            if (count := outside.count("[") + outside.count("{")) > MAX_CONTAINERS:
-                raise ValueError(f"{count} lists and objects, the limit is {MAX_CONTAINERS}")
-        body = json.loads(text, parse_constant=refuse_constant)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_containers(_STRING.sub("", text))
+        body = json.loads(text, parse_constant=refuse_constant, parse_float=read_float)
         if "\\u" in text:  # perhaps half a surrogate pair, which is no text
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -301,8 +303,27 @@ def read_json(content: bytes | bytearray) -> Any:
     return body
 
 
+def _check_containers(outside: str) -> None:
+    """Counts lists and objects in what is outside of a body's strings."""
+    if (count := outside.count("[") + outside.count("{")) > MAX_CONTAINERS:
+        raise ValueError(f"{count} lists and objects, the limit is {MAX_CONTAINERS}")
+    depth = 0
+    for mark in _MARK.findall(outside):
+        depth += 1 if mark in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects more than {MAX_DEPTH} deep in each other")
+
+
 def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def read_float(text: str) -> float:
+    """A number of JSON; ValueError beyond float64, which could not be passed on."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{shortened(text)} is beyond float64")
+    return number
 
 
 def parse(route: str, body: Any, max_prompts: int) -> BaseModel:

@@ -141,7 +141,8 @@ async def logprobs_of(
             "add_special_tokens": body.get("add_special_tokens") is not False,
         },
     )
-    found: Logprobs = answer["choices"][0]["prompt_logprobs"]
+    choices = answer.get("choices") or [{}]
+    found: Logprobs = choices[0].get("prompt_logprobs") or ()  # a server that is not vLLM has none
     if any(entry["logprob"] > ROUNDING for tokens in found if tokens for entry in tokens.values()):
         raise APIError(
             503,

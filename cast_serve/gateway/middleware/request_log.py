@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.api.paths import PROBES
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,15 @@ def facts_of(scope: Scope) -> dict[str, Any]:
     """What the log line of this request will say besides; handlers add to it."""
     facts: dict[str, Any] = scope.setdefault("state", {}).setdefault("cast_facts", {})
     return facts
+
+
+async def _send_own_error(send: Send) -> None:
+    error = APIError(
+        500, "the gateway failed at this request; its log has the cause", "server_error"
+    )
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
 
 
 class RequestLog:
@@ -52,6 +62,10 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            if status == CLIENT_LEFT:  # no answer has begun
+                await _send_own_error(send_with_id)
+            raise  # uvicorn logs the cause
         finally:
             if scope["path"] not in QUIET_PATHS:
                 line = {"method": scope["method"], "path": scope["path"][:200], "status": status}

@@ -6,6 +6,7 @@ token long, and read from the engine's own counters where the canary had to wait
 
 import asyncio
 import enum
+import math
 import time
 from dataclasses import dataclass
 
@@ -69,7 +70,8 @@ async def read_limits(client: httpx.AsyncClient, url: str, model: str) -> Limits
         metrics = await client.get(f"{url}/metrics", timeout=HEALTH_TIMEOUT_S)
     except httpx.HTTPError:
         return None
-    sums = _sums(metrics)
+    # Of a server whose metrics are garbage nothing is known: no limit, rather than a wrong one.
+    sums = {name: value for name, value in _sums(metrics).items() if 0 < value < math.inf}
     vocabulary_size = sums.get("cast_worker_vocabulary_size")
     return Limits(
         max_model_len=_max_model_len(models, model),

@@ -44,7 +44,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     Faults: ``app.state.status`` is a completion's if not 200, ``app.state.canary_status`` a
     canary's; a stream ends after ``app.state.error_at`` words with ``app.state.error``, or
     ``app.state.raw_event``, and [DONE], as vLLM's does when its engine dies;
-    ``app.state.metrics`` is what /metrics says.
+    ``app.state.metrics`` is what /metrics says, ``app.state.cards`` the models of /v1/models if not
+    its own, and without ``app.state.has_usage`` streams have no usage.
     """
     app = FastAPI()
     app.state.status = app.state.canary_status = 200
@@ -52,6 +53,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     app.state.error = ENGINE_DIED
     app.state.raw_event = None
     app.state.metrics = METRICS
+    app.state.cards = [{"id": name, "object": "model", "max_model_len": 64}]
+    app.state.has_usage = True
     app.state.num_at_once = app.state.most_at_once = 0
     app.state.bodies = []
     app.state.traces = []
@@ -77,7 +80,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "max_model_len": 64}]}
+        return {"object": "list", "data": app.state.cards}
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: dict[str, Any]) -> Response:
@@ -168,7 +171,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
             except asyncio.CancelledError:
                 app.state.num_left += 1
                 raise
-        if (body.get("stream_options") or {}).get("include_usage"):
+        if (body.get("stream_options") or {}).get("include_usage") and app.state.has_usage:
             yield f"data: {json.dumps({'choices': [], 'usage': usage_of(body)})}\n\n"
         yield "data: [DONE]\n\n"
 

@@ -62,7 +62,17 @@ def test_a_refusal_in_a_stream_reaches_the_client() -> None:
         assert num_requests(stack, "dense", 400) == 1
 
 
-@pytest.mark.parametrize("event", ["5", "null", "{", '{"choices": [1]}', '{"choices": 3}'])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *("5", "null", "{", '{"choices": [1]}', '{"choices": 3}', "[" * 100_000),
+        *('{"choices": [{"delta": 5}]}', '{"choices": [{"text": ["a"]}]}', '{"usage": 5}'),
+        '{"usage": {"prompt_tokens": 1, "completion_tokens": "three"}}',
+        '{"usage": {"prompt_tokens": null, "completion_tokens": 3}}',
+        '{"usage": {"prompt_tokens": 1, "completion_tokens": -3}}',
+    ],
+    ids=lambda event: event[:60],
+)
 def test_an_event_that_is_none_ends_the_stream_with_ours(event: str) -> None:
     with running() as stack:
         worker = stack.workers["dense"]
@@ -251,3 +261,66 @@ def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
         servers.stop(url, is_lost=False)
         worker.shutdown()
         worker.server_close()
+
+
+def test_a_connection_that_a_worker_closes_at_once_is_a_lost_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running() as stack:
+
+        async def lost(*_: object) -> httpx.Response:
+            raise AttributeError("'NoneType' object has no attribute 'getpeername'")  # anyio's
+
+        with monkeypatch.context() as patch:
+            patch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", lost)
+            found = stack.complete(model="dense")
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
+        wait_until(lambda: stack.gateway.proxy.variants["dense"].is_up)
+
+
+def test_a_fault_of_the_gateways_own_has_the_requests_id(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("ours")
+
+    with running() as stack, caplog.at_level(logging.INFO):
+        monkeypatch.setattr(stack.gateway.proxy.router, "choose", fail)
+        asked = {"model": "dense", "prompt": "x"}
+        headers = {"X-Request-Id": "mine"}
+        found = stack.client.post("/v1/completions", json=asked, headers=headers)
+        assert (found.status_code, found.headers["X-Request-Id"]) == (500, "mine")
+        assert found.json()["error"]["type"] == "server_error"
+        assert num_requests(stack, "", 500) == 1
+    lines = [json.loads(r.message) for r in caplog.records if r.message.startswith("{")]
+    assert [line["status"] for line in lines if line.get("request_id") == "mine"] == [500]
+
+
+def test_metrics_that_are_garbage_are_no_limits() -> None:
+    with running() as stack:
+        worker = stack.workers["dense"].state
+        variant = stack.gateway.proxy.variants["dense"]
+        assert variant.vocabulary_size == 100
+        worker.is_healthy = False
+        wait_until(lambda: not variant.is_up)
+        worker.metrics = "cast_worker_vocabulary_size +Inf\ncast_worker_step_seconds NaN\n"
+        worker.is_healthy = True
+        wait_until(lambda: variant.is_up)
+        limits = variant.replicas[0].limits
+        assert (limits.vocabulary_size, limits.step_s) == (None, None)
+
+
+@pytest.mark.parametrize("cards", [5, [5], None, {"a": 1}])
+def test_a_model_list_that_is_none_spoils_no_other(cards: object) -> None:
+    with running() as stack:
+        stack.workers["sparse"].state.cards = cards
+        found = stack.client.get("/v1/models")
+        assert found.status_code == 200
+        assert [card["id"] for card in found.json()["data"]] == ["dense"]
+
+
+def test_a_comparison_with_a_worker_that_counts_nothing_is_503() -> None:
+    with running() as stack:
+        stack.workers["sparse"].state.has_usage = False
+        found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 3})
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ class Process:
 
 
 @contextmanager
-def gateway(**environment: str) -> Iterator[Process]:
+def gateway(log: int = subprocess.DEVNULL, **environment: str) -> Iterator[Process]:
     """Started without --port and --host: they come from the environment."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -45,9 +46,7 @@ def gateway(**environment: str) -> Iterator[Process]:
     for name in ("dense", "sparse"):
         command += ["--variant", f"{name}={servers.start(fake_worker.create_app(name))}"]
     settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
-    popen = subprocess.Popen(
-        command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL, text=True
-    )
+    popen = subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, text=True)
     process = Process(f"http://127.0.0.1:{port}", popen)
     try:
         wait_until(lambda: popen.poll() is not None or is_ready(process.url), 60)
@@ -157,6 +156,20 @@ def test_thousands_that_leave_around_their_turn_take_no_place_along() -> None:
         assert 'cast_requests_in_flight{variant="dense"} 0.0' in metrics
         assert 'cast_requests_queued{variant="dense"} 0.0' in metrics
         assert 'code="5' not in metrics
+
+
+def test_a_log_that_cannot_be_written_keeps_no_answer_back(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "wb") as log, gateway(log.fileno()) as process:
+        asked = {"model": "dense", "prompt": "a"}
+        _, hard = resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (0, hard))  # as on a full disk
+        size = (tmp_path / "log").stat().st_size
+        for _ in range(3):
+            assert httpx.post(f"{process.url}/v1/completions", json=asked).status_code == 200
+        assert (tmp_path / "log").stat().st_size == size
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert httpx.post(f"{process.url}/v1/completions", json=asked).status_code == 200
+        wait_until(lambda: b'"status": 200' in (tmp_path / "log").read_bytes()[size:])
 
 
 def test_heads_that_never_end_are_closed_and_keep_nobody_out() -> None:

@@ -84,3 +84,28 @@ def test_meta() -> None:
     values, bitmask = compress(torch.empty(6, 20, device="meta", dtype=torch.bfloat16))
     assert (values.shape, bitmask.shape) == ((6, 10), (6, 3))
     assert decompress(values, bitmask, 20).shape == (6, 20)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(()), torch.zeros(8), torch.zeros(2, 2, 8), torch.zeros(0, 8), torch.zeros(2, 0)],
+    ids=lambda weight: str(list(weight.shape)),
+)
+def test_what_is_no_weight_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(PatternError, match="is no weight"):
+        compress(weight)
+
+
+def test_what_is_no_bitmask_is_refused() -> None:
+    right = torch.full((2, 1), 0x33, dtype=torch.uint8)
+    assert unpack_mask(right, 8).sum() == 8
+    for wrong, columns in (
+        (right[0], 8),
+        (right.float(), 8),
+        (right, 16),
+        (right, 0),
+        (right, -8),
+        (right.repeat(1, 2), 8),
+    ):
+        with pytest.raises(PatternError, match=f"a bitmask of {columns} columns"):
+            unpack_mask(wrong, columns)

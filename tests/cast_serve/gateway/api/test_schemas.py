@@ -1,3 +1,4 @@
+import json
 import warnings
 from types import ModuleType
 
@@ -169,3 +170,24 @@ def test_fields_without_effect_are_taken_out() -> None:
     assert found == ["metadata", "store", "stream_options.include_obfuscation"]
     options = {"include_usage": True}
     assert body == {"model": "m", "messages": MESSAGES, "stream_options": options}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1e999", "'1e999' is beyond float64"),
+        ("-1" + "0" * 400 + ".0", "is beyond float64"),
+        ("[" * 300 + "]" * 300, "more than 256 deep"),
+        ('{"a":' * 300 + "1" + "}" * 300, "more than 256 deep"),
+    ],
+)
+def test_what_could_not_be_passed_on_is_refused(value: str, message: str) -> None:
+    """Python reads all of these, but does not write them, or not as deep in calls as a gateway."""
+    body = f'{{"model": "m", "messages": [{{"role": "user", "x": {value}}}]}}'
+    with pytest.raises(APIError, match=message) as caught:
+        schemas.read_json(body.encode())
+    assert caught.value.status == 400
+    in_a_string = f'{{"prompt": {json.dumps(value)}}}'
+    assert schemas.read_json(in_a_string.encode()) == {"prompt": value}
+    flat = f'{{"tools": [{", ".join(["[]"] * 300)}]}}'
+    assert len(schemas.read_json(flat.encode())["tools"]) == 300

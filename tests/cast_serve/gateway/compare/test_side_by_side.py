@@ -67,3 +67,18 @@ def test_compare_passes_failures_on() -> None:
 
     with pytest.raises(ConnectionError, match="gone"):
         asyncio.run(compare(BODY, ["dense", "sparse"], broken))
+
+
+def test_a_server_without_prompt_logprobs_is_compared_by_text_and_time() -> None:
+    fake = FakeVariants()
+
+    async def complete(
+        variant: str, body: dict[str, Any], route: str = COMPLETIONS
+    ) -> tuple[dict[str, Any], RequestTiming]:
+        answer, timing = await fake.complete(variant, body, route)
+        answer["choices"] = [{**each, "prompt_logprobs": None} for each in answer["choices"]]
+        return answer, timing
+
+    found = asyncio.run(compare(BODY, ["dense", "sparse"], complete))
+    assert found["agreement"]["sparse"]["token_agreement"] is None
+    assert found["variants"]["sparse"]["text"] == " a b d"
