@@ -69,11 +69,12 @@ class Proxy:
         )
         self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
         self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant))
-        self.client = self.forwarder.client
+        self.client = httpx.AsyncClient(trust_env=False)  # proxies are for the outside
 
     async def close(self) -> None:
         """Ends what runs beside the requests; no request may come after."""
         await self.shadow.close()
+        await self.forwarder.close()
         await self.client.aclose()
         self.bodies.close()
 

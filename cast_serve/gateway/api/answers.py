@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import from_json
+
 from cast_serve.gateway.api.errors import APIError
 
 
@@ -13,7 +15,10 @@ def parsed(data: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON object, or its choices or usage are of another shape.
     """
-    found = json.loads(data)
+    try:
+        found = from_json(data)  # three times as fast as json.loads, which every token waits for
+    except ValueError:
+        found = json.loads(data)  # which takes half a surrogate pair
     if not isinstance(found, dict):
         raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
     choices, usage = found.get("choices") or [], found.get("usage") or {}
