@@ -4,9 +4,6 @@ Nothing here chooses whom to ask. A replica that is lost before a byte of its an
 raises `BrokenError`, so that another may be asked; after that, the stream ends with an error event.
 To count tokens every stream is asked for usage, and that chunk is taken out again where the client
 did not ask.
-
-aiohttp asks here, and httpx elsewhere: this is the way of every token, on which httpx takes more
-CPU time than all the rest, and its pool looks at every connection for each request.
 """
 
 import asyncio
@@ -15,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
-from math import inf
 from typing import Any
 
 import aiohttp
@@ -28,19 +24,13 @@ from cast_serve.gateway.api.errors import APIError, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
+from cast_serve.gateway.upstream.client import LOST, Client, fail_if_lost
 from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure
 
 logger = logging.getLogger(__name__)
 
-# Servers close a connection that was idle for 5 s (uvicorn's and vLLM's own limit): before that it
-# must not be taken for another request.
-KEEP_ALIVE_S = 2.0
-CONNECT_S = 5.0
 # From [DONE] to the end of the body, after which its connection can serve another request.
 END_S = 0.1
-# RuntimeError: who begins to read when the connection is lost already, and the answer not whole.
-LOST = (aiohttp.ClientError, RuntimeError)
-
 Chunk = tuple[bytes, dict[str, Any]]
 """An event's data, as it came and parsed."""
 
@@ -50,19 +40,18 @@ class BrokenError(Exception):
 
 
 class Forwarder:
-    """The HTTP client to the workers.
+    """Asks replicas.
 
     Args:
         on_lost: called with a replica that was just marked down.
     """
 
     def __init__(self, on_lost: Callable[[Replica], None]) -> None:
-        self._session: aiohttp.ClientSession | None = None  # it must be made in the event loop
+        self._client = Client()
         self._on_lost = on_lost
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._client.close()
 
     async def forward(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
@@ -127,46 +116,23 @@ class Forwarder:
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
     ) -> aiohttp.ClientResponse:
         """The head of the replica's answer; the stack closes the connection."""
-        headers = {"Content-Type": "application/json", **tracing.outgoing_headers()}
+        headers = tracing.outgoing_headers()
         if "request_id" in exchange.facts:
             headers["X-Request-Id"] = exchange.facts["request_id"]
         content = _dumped(exchange.body_for(replica.variant))
         stack.enter_context(_counted_as_outstanding(replica))
         exchange.sent_s = time.perf_counter()
-        for is_last in (False, True):
-            left_s = exchange.deadline_s - asyncio.get_running_loop().time()
-            if left_s <= 0:  # which aiohttp takes for no limit
-                raise timed_out(replica.variant)
-            try:
-                upstream = await self._started().post(
-                    f"{replica.url}{exchange.route}",
-                    data=content,
-                    headers=headers,
-                    allow_redirects=False,
-                    # It bounds the waits for the worker alone: no sender to a client is cancelled.
-                    timeout=aiohttp.ClientTimeout(
-                        total=left_s, sock_connect=CONNECT_S, ceil_threshold=inf
-                    ),
-                )
-            except aiohttp.ClientError as error:  # a TimeoutError too, if connecting took too long
-                if is_last or not _is_dropped(error):
-                    raise self._broken(replica, error) from None
-            except TimeoutError:
-                raise timed_out(replica.variant) from None
-            else:
-                stack.callback(upstream.close)  # nothing, if it was read to its end
-                _end_with_connection(upstream, stack)
-                return upstream
-        raise AssertionError("the loop returns or raises")
-
-    def _started(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=False,  # proxies are for the outside, workers are ours
+        try:
+            upstream = await self._client.post(
+                f"{replica.url}{exchange.route}", content, headers, exchange.deadline_s
             )
-        return self._session
+        except LOST as error:  # a TimeoutError among them is that of connecting
+            raise self._broken(replica, error) from None
+        except TimeoutError:
+            raise timed_out(replica.variant) from None
+        stack.callback(upstream.close)  # nothing, if it was read to its end
+        stack.callback(fail_if_lost(upstream))
+        return upstream
 
     async def _read(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
         try:
@@ -313,31 +279,6 @@ def _check_status(replica: Replica, status: int, content: bytes) -> None:
         logger.warning("%s: %d: %s", replica, status, content[:300].decode(errors="replace"))
         note_doubt(replica)
         raise BrokenError
-
-
-def _end_with_connection(upstream: aiohttp.ClientResponse, stack: AsyncExitStack) -> None:
-    """Has reads fail once the connection is lost, whatever the reason.
-
-    aiohttp 3.14 closes it where a chunk's length is none, and leaves who reads waiting.
-    """
-    protocol = None if upstream.connection is None else upstream.connection.protocol
-    closed = None if protocol is None else protocol.closed
-    if closed is None:  # the answer is here already
-        return
-
-    def fail(_: object) -> None:
-        if not upstream.content.is_eof() and upstream.content.exception() is None:
-            upstream.content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
-
-    closed.add_done_callback(fail)
-    stack.callback(closed.remove_done_callback, fail)
-
-
-def _is_dropped(error: aiohttp.ClientError) -> bool:
-    """Whether a connection ended before the answer began: the server may close one that is idle."""
-    return isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError) and not (
-        isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError)
-    )
 
 
 @contextmanager
