@@ -40,6 +40,7 @@ from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.client import KEEP_ALIVE_S
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.latency import RequestTiming
 
@@ -49,7 +50,7 @@ STICKY_HEADER = "x-cast-sticky"
 
 
 class Proxy:
-    """The gateway's state: variants, their queues, their HTTP client, and metrics.
+    """The gateway's state: variants, their queues, the clients to their workers, and metrics.
 
     Raises:
         ValueError: if a split or fallback names a variant that there is not.
@@ -69,7 +70,10 @@ class Proxy:
         )
         self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
         self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant))
-        self.client = httpx.AsyncClient(trust_env=False)  # proxies are for the outside
+        self.client = httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+            trust_env=False,  # proxies are for the outside, workers are ours
+        )
 
     async def close(self) -> None:
         """Ends what runs beside the requests; no request may come after."""
