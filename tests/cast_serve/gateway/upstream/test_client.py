@@ -122,3 +122,11 @@ def test_a_connection_serves_one_answer_after_the_other(is_stream: bool) -> None
             assert found.status_code == 200
         # One for the answers, and the probes' own.
         assert len(stack.servers.connections(worker)) <= 3
+
+
+def test_a_large_body_arrives_whole() -> None:
+    with running(max_body_bytes=1 << 22) as stack:
+        prompt = "é" * 600_000  # above a megabyte, of which aiohttp warns if it comes as bytes
+        found = stack.client.post("/tokenize", json={"model": "dense", "prompt": prompt})
+        assert found.status_code == 200
+        assert found.json()["tokens"] == [ord("é") % 100] * 600_000
