@@ -88,8 +88,9 @@ def carries_output(chunk: Mapping[str, Any]) -> bool:
     """Whether a parsed SSE data chunk of a completion or chat completion is a token event."""
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}
-        if any(choice.get(key) or delta.get(key) for key in _OUTPUT_KEYS):
-            return True
+        for key in _OUTPUT_KEYS:
+            if choice.get(key) or delta.get(key):
+                return True
     return False
 
 

@@ -271,9 +271,12 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
             app,
             host=settings.host,
             port=settings.port,
-            http=partial(BoundedHead, timeout_s=settings.body_timeout_s),  # type: ignore[arg-type]
+            http=partial(  # type: ignore[arg-type]
+                BoundedHead,
+                timeout_s=settings.body_timeout_s,
+                max_bytes=settings.max_header_bytes,
+            ),
             ws="none",
-            h11_max_incomplete_event_size=settings.max_header_bytes,
             limit_concurrency=settings.max_connections,
             log_level="warning",
             access_log=False,

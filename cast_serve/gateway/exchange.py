@@ -7,7 +7,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,7 +18,6 @@ from cast_serve.latency import RequestTiming, Stopwatch
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 TIMEOUT_HEADER = "x-request-timeout"
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -117,12 +116,6 @@ def deadline_s(request: Request, longest_s: float) -> float:
                 "X-Request-Timeout",
             )
     return asyncio.get_running_loop().time() + timeout_s
-
-
-async def before(deadline_s: float, awaited: Awaitable[T]) -> T:
-    """What is awaited; TimeoutError once the deadline has passed."""
-    async with asyncio.timeout_at(deadline_s):
-        return await awaited
 
 
 async def unless_the_client_leaves(

@@ -11,29 +11,28 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from typing import Any
 
-import httpx
+import aiohttp
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cast_serve import sse
 from cast_serve.gateway.api import answers
 from cast_serve.gateway.api.errors import APIError, unavailable
-from cast_serve.gateway.exchange import GENERATING, Exchange, before
+from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
+from cast_serve.gateway.upstream.client import LOST, Client, fail_if_lost
 from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure, note_locked
-from cast_serve.gateway.upstream.transport import WorkerTransport
 
 logger = logging.getLogger(__name__)
 
-# Servers close a connection that was idle for 5 s (uvicorn's and vLLM's own limit): before that it
-# must not be taken for another request.
-KEEP_ALIVE_S = 2.0
-# A connection that ended before the answer began: the server may have closed it while it was idle.
-DROPPED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+# From [DONE] to the end of the body, after which its connection can serve another request.
+END_S = 0.1
+Chunk = tuple[bytes, dict[str, Any]]
+"""An event's data, as it came and parsed."""
 
 
 class BrokenError(Exception):
@@ -41,7 +40,7 @@ class BrokenError(Exception):
 
 
 class Forwarder:
-    """The HTTP client to the workers.
+    """Asks replicas.
 
     Args:
         on_lost: called with a replica that was just marked down.
@@ -49,20 +48,11 @@ class Forwarder:
     """
 
     def __init__(self, on_lost: Callable[[Replica], None], worker_key: str = "") -> None:
-        self.client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {worker_key}"} if worker_key else None,
-            timeout=httpx.Timeout(None, connect=5),  # the request's deadline bounds the rest
-            transport=WorkerTransport(
-                limits=httpx.Limits(
-                    max_connections=None,
-                    max_keepalive_connections=None,
-                    keepalive_expiry=KEEP_ALIVE_S,
-                ),
-                trust_env=False,  # proxies are for the outside, workers are ours
-            ),
-            trust_env=False,
-        )
+        self._client = Client(worker_key)
         self._on_lost = on_lost
+
+    async def close(self) -> None:
+        await self._client.close()
 
     async def forward(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
@@ -80,20 +70,20 @@ class Forwarder:
         """
         upstream = await self._send(replica, exchange, stack)
         media_type = upstream.headers.get("content-type", "application/json")
-        if exchange.is_stream and upstream.status_code == 200:
+        if exchange.is_stream and upstream.status == 200:
             events = self._events(upstream, replica, exchange)
             await stack.enter_async_context(aclosing(events))
             first = await anext(events)
             return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
-        content = await self._read(upstream, replica, exchange)
-        if upstream.status_code >= 500:
-            self._check_status(replica, upstream.status_code, content)
-        if upstream.status_code >= 400:
-            answers.check_shape(upstream.status_code, content)
-        if upstream.status_code == 200 and exchange.route in GENERATING:
+        content = await self._read(upstream, replica)
+        if upstream.status >= 500:
+            _check_status(replica, upstream.status, content)
+        if upstream.status >= 400:
+            answers.check_shape(upstream.status, content)
+        if upstream.status == 200 and exchange.route in GENERATING:
             self._finish_whole(replica, exchange, content)
-        exchange.end(upstream.status_code)
-        return Response(content, upstream.status_code, media_type=media_type)
+        exchange.end(upstream.status)
+        return Response(content, upstream.status, media_type=media_type)
 
     async def collect(self, replica: Replica, exchange: Exchange) -> dict[str, Any]:
         """The whole answer to an exchange of the gateway's own, on a generating route.
@@ -106,19 +96,20 @@ class Forwarder:
         """
         async with AsyncExitStack() as stack:
             upstream = await self._send(replica, exchange, stack)
-            if not exchange.is_stream or upstream.status_code != 200:
-                content = await self._read(upstream, replica, exchange)
-                self._check_status(replica, upstream.status_code, content)
+            if not exchange.is_stream or upstream.status != 200:
+                content = await self._read(upstream, replica)
+                _check_status(replica, upstream.status, content)
                 return self._finish_whole(replica, exchange, content)
             choice: dict[str, Any] = {"index": 0, "finish_reason": None}
             usage = None
-            async with aclosing(self._chunks(upstream, replica, exchange)) as chunks:
-                async for _, chunk in chunks:
-                    usage = chunk.get("usage") or usage
-                    for part in chunk.get("choices") or ():
-                        choice["finish_reason"] = (
-                            part.get("finish_reason") or choice["finish_reason"]
-                        )
+            async with aclosing(self._chunks(upstream, replica, exchange)) as pieces:
+                async for chunks in pieces:
+                    for _, chunk in chunks:
+                        usage = chunk.get("usage") or usage
+                        for part in chunk.get("choices") or ():
+                            choice["finish_reason"] = (
+                                part.get("finish_reason") or choice["finish_reason"]
+                            )
             if not usage:
                 logger.warning("%s: sent a stream without usage", replica)
                 raise BrokenError
@@ -127,65 +118,60 @@ class Forwarder:
 
     async def _send(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
-    ) -> httpx.Response:
+    ) -> aiohttp.ClientResponse:
         """The head of the replica's answer; the stack closes the connection."""
         headers = tracing.outgoing_headers()
         if "request_id" in exchange.facts:
             headers["X-Request-Id"] = exchange.facts["request_id"]
-        request = self.client.build_request(
-            "POST",
-            f"{replica.url}{exchange.route}",
-            json=exchange.body_for(replica.variant),
-            headers=headers,
-        )
+        content = _dumped(exchange.body_for(replica.variant))
         stack.enter_context(_counted_as_outstanding(replica))
         exchange.sent_s = time.perf_counter()
-        for is_last in (False, True):
-            try:
-                sent = self.client.send(request, stream=True)
-                upstream = await before(exchange.deadline_s, sent)
-            except TimeoutError:
-                raise timed_out(replica.variant) from None
-            except httpx.HTTPError as error:
-                if is_last or not isinstance(error, DROPPED):
-                    raise self._broken(replica, error) from None
-            else:
-                stack.push_async_callback(upstream.aclose)
-                if upstream.status_code == 401:  # of the gateway's key: no fault of the client's
-                    note_locked(replica)
-                    self._on_lost(replica)
-                    raise BrokenError
-                return upstream
-        raise AssertionError("the loop returns or raises")
-
-    async def _read(self, upstream: httpx.Response, replica: Replica, exchange: Exchange) -> bytes:
         try:
-            content = await before(exchange.deadline_s, upstream.aread())
+            upstream = await self._client.post(
+                f"{replica.url}{exchange.route}", content, headers, exchange.deadline_s
+            )
+        except LOST as error:  # a TimeoutError among them is that of connecting
+            raise self._broken(replica, error) from None
         except TimeoutError:
             raise timed_out(replica.variant) from None
-        except httpx.HTTPError as error:
+        stack.callback(upstream.close)  # nothing, if it was read to its end
+        stack.callback(fail_if_lost(upstream))
+        if upstream.status == 401:  # of the gateway's key: no fault of the client's
+            note_locked(replica)
+            self._on_lost(replica)
+            raise BrokenError
+        return upstream
+
+    async def _read(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
+        try:
+            content = await upstream.read()
+        except LOST as error:
             raise self._broken(replica, error) from None
+        except TimeoutError:
+            raise timed_out(replica.variant) from None
         replica.num_received += 1
         return content
 
     async def _events(
-        self, upstream: httpx.Response, replica: Replica, exchange: Exchange
+        self, upstream: aiohttp.ClientResponse, replica: Replica, exchange: Exchange
     ) -> AsyncGenerator[bytes, None]:
-        """The SSE events of a stream, ended by [DONE] or, once it has begun, by an error event."""
+        """The SSE events of a stream, as many at once as came at once.
+
+        The last is [DONE] or, if the stream breaks once it has begun, an error event.
+        """
         has_usage = exchange.has_usage
         has_begun = False
         try:
-            async with aclosing(self._chunks(upstream, replica, exchange)) as chunks:
-                async for data, chunk in chunks:
-                    if not has_usage and "usage" in chunk:
-                        if chunk["usage"] and not chunk.get("choices"):
-                            continue
-                        del chunk["usage"]
-                        data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
-                    has_begun = True
-                    yield sse.event(data)
+            async with aclosing(self._chunks(upstream, replica, exchange)) as pieces:
+                async for chunks in pieces:
+                    if events := b"".join([_passed_on(chunk, has_usage) for chunk in chunks]):
+                        has_begun = True
+                        yield events
             exchange.end(200)
             yield sse.event(sse.DONE)
+            with suppress(*LOST, TimeoutError):
+                async with asyncio.timeout(END_S):
+                    await upstream.read()
             return
         except (BrokenError, APIError) as error:
             if not has_begun:
@@ -195,35 +181,27 @@ class Forwarder:
         yield sse.event(json.dumps(failure.body).encode())
 
     async def _chunks(
-        self, upstream: httpx.Response, replica: Replica, exchange: Exchange
-    ) -> AsyncGenerator[tuple[bytes, dict[str, Any]], None]:
-        """Each event up to [DONE], as it came and parsed; the exchange is then finished.
+        self, upstream: aiohttp.ClientResponse, replica: Replica, exchange: Exchange
+    ) -> AsyncGenerator[list[Chunk], None]:
+        """The chunks up to [DONE], in lists of what came at once; the exchange is then finished.
 
         Raises:
-            BrokenError, APIError: as `forward` does.
+            BrokenError, APIError: as `forward` does, once all chunks before it were yielded.
         """
-        usage: dict[str, Any] = {}
-        texts: list[str] = []
-        events = sse.data_of(upstream.aiter_bytes())
+        answer = _StreamedAnswer(replica, exchange)
         try:
-            # The deadline bounds the waits for events and no yield: it must not cancel the sender.
-            while (data := await before(exchange.deadline_s, anext(events, None))) is not None:
-                replica.num_received += 1
-                if data == sse.DONE:
-                    exchange.finish(replica.variant, usage, "".join(texts))
+            while piece := await upstream.content.readany():
+                if chunks := answer.feed(piece):
+                    yield chunks
+                if answer.failure is not None:
+                    raise answer.failure
+                if answer.is_done:
+                    answer.finish()
                     return
-                chunk = answers.parsed(data)
-                if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
-                    self._check_status(replica, answers.status_of(chunk), data)
-                exchange.stopwatch.observe(chunk)
-                usage = chunk.get("usage") or usage
-                if exchange.keeps_text:
-                    texts.append(answers.text_of(chunk))
-                yield data, chunk
+        except LOST as error:
+            raise self._broken(replica, error) from None
         except TimeoutError:
             raise timed_out(replica.variant) from None
-        except httpx.HTTPError as error:
-            raise self._broken(replica, error) from None
         except ValueError as error:
             logger.warning("%s: sent an invalid event: %s", replica.variant, error)
         raise BrokenError  # also if it ended without [DONE]
@@ -240,24 +218,75 @@ class Forwarder:
         exchange.finish(replica.variant, answer["usage"], answers.text_of(answer))
         return answer
 
-    def _broken(self, replica: Replica, error: httpx.HTTPError) -> BrokenError:
+    def _broken(self, replica: Replica, error: Exception) -> BrokenError:
         logger.warning("%s: %s: %s", replica, type(error).__name__, error)
         note_failure(replica)
         self._on_lost(replica)
         return BrokenError()
 
-    def _check_status(self, replica: Replica, status: int, content: bytes) -> None:
-        """Raises a worker's refusal as it is, and its own failure without its inside."""
-        if 400 <= status < 500:
-            message = answers.message_of(content)
-            raise APIError(400 if status == 422 else status, message, "invalid_request_error")
-        if status != 200:
-            self._doubt(replica, status, content)
-            raise BrokenError
 
-    def _doubt(self, replica: Replica, status: int, content: bytes) -> None:
+class _StreamedAnswer:
+    """Reads a stream, and takes down what the exchange wants to know."""
+
+    def __init__(self, replica: Replica, exchange: Exchange) -> None:
+        self._replica = replica
+        self._exchange = exchange
+        self._reader = sse.Reader()
+        self._usage: dict[str, Any] = {}
+        self._texts: list[str] = []
+        self.is_done = False
+        self.failure: Exception | None = None
+
+    def feed(self, piece: bytes) -> list[Chunk]:
+        """The chunks that are whole now, up to [DONE] or a failure."""
+        chunks: list[Chunk] = []
+        for data in self._reader.feed(piece):
+            self._replica.num_received += 1
+            if data == sse.DONE:
+                self.is_done = True
+                break
+            try:
+                chunk = answers.parsed(data)
+                if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
+                    _check_status(self._replica, answers.status_of(chunk), data)
+            except (BrokenError, APIError, ValueError) as error:
+                self.failure = error
+                break
+            self._exchange.stopwatch.observe(chunk)
+            self._usage = chunk.get("usage") or self._usage
+            if self._exchange.keeps_text:
+                self._texts.append(answers.text_of(chunk))
+            chunks.append((data, chunk))
+        return chunks
+
+    def finish(self) -> None:
+        self._exchange.finish(self._replica.variant, self._usage, "".join(self._texts))
+
+
+def _passed_on(chunk: Chunk, has_usage: bool) -> bytes:
+    """The event for a client that asked for usage or did not."""
+    data, found = chunk
+    if has_usage or "usage" not in found:
+        return sse.event(data)
+    if found["usage"] and not found.get("choices"):
+        return b""
+    del found["usage"]
+    return sse.event(_dumped(found))
+
+
+def _dumped(found: dict[str, Any]) -> bytes:
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _check_status(replica: Replica, status: int, content: bytes) -> None:
+    """Raises a worker's refusal as it is, and its own failure without its inside."""
+    if 400 <= status < 500:
+        message = answers.message_of(content)
+        raise APIError(400 if status == 422 else status, message, "invalid_request_error")
+    if status != 200:
         logger.warning("%s: %d: %s", replica, status, content[:300].decode(errors="replace"))
         note_doubt(replica)
+        raise BrokenError
 
 
 @contextmanager

@@ -40,7 +40,9 @@ from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.client import KEEP_ALIVE_S, bearer
 from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.gateway.upstream.transport import WorkerTransport
 from cast_serve.latency import RequestTiming
 
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
@@ -49,7 +51,7 @@ STICKY_HEADER = "x-cast-sticky"
 
 
 class Proxy:
-    """The gateway's state: variants, their queues, their HTTP client, and metrics.
+    """The gateway's state: variants, their queues, the clients to their workers, and metrics.
 
     Args:
         variants: who is asked.
@@ -76,11 +78,19 @@ class Proxy:
         )
         self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
         self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant), worker_key)
-        self.client = self.forwarder.client
+        self.client = httpx.AsyncClient(
+            headers=bearer(worker_key),
+            transport=WorkerTransport(
+                limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+                trust_env=False,  # proxies are for the outside, workers are ours
+            ),
+            trust_env=False,
+        )
 
     async def close(self) -> None:
         """Ends what runs beside the requests; no request may come after."""
         await self.shadow.close()
+        await self.forwarder.close()
         await self.client.aclose()
         self.bodies.close()
 

@@ -327,6 +327,37 @@ def _peers(paths: Sequence[Path]) -> list[str]:
     return markdown_table(columns, lines)
 
 
+def _carried(paths: Sequence[Path]) -> list[str]:
+    """`scripts/measure-gateway-cpu --out`: a line a load, beside bare pass-throughs."""
+    found = read(paths[0])
+    ways = list(found["cpu_us_per_request"])
+    lines = []
+
+    def add(title: str, values: Mapping[str, Any], ratios: Mapping[str, Any], digits: int) -> None:
+        cells = [f"{values[way]['median']:,.{digits}f}" for way in ways]
+        spreads = [ratios[way] for way in ways if way in ratios]
+        cells += [f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})" for s in spreads]
+        lines.append([title, *cells, *[""] * (2 * len(ways) - 1 - len(cells))])
+
+    for load in found["loads"]:
+        name = f"{load['streams']} stream{'s' if load['streams'] > 1 else ''}"
+        rate = 1e3 * load["streams"] / load["step_ms"]
+        add(
+            f"{name}, {rate:,.0f} tokens/s: us a token",
+            load["cpu_us_per_token"],
+            load["cpu_ratio"],
+            1,
+        )
+    add("a request: us", found["cpu_us_per_request"], found["cpu_ratio_per_request"], 0)
+    flood = found["flood"]
+    offered = f"{flood['streams']} streams, {flood['offered_tokens_per_s']:,.0f} tokens/s offered"
+    add(f"{offered}: tokens/s", flood["tokens_per_s"], {}, 0)
+    titles = {"starlette": "Starlette + httpx"}
+    names = [titles.get(way, way) for way in ways]
+    over = [f"{names[0]} over {name}" for name in names[1:]]
+    return markdown_table(["load", *names, *over], lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -339,4 +370,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "choices": _choices,
     "study": _study,
     "curve": _curve,
+    "carried": _carried,
 }

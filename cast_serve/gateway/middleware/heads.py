@@ -2,7 +2,7 @@
 
 uvicorn limits the time between requests, but waits without limit for the rest of a head. Since the
 number of connections is limited, a few thousand unfinished heads would keep all other clients out.
-And it limits the bytes of a head only if they arrive in more than one piece.
+And with httptools, whose responses cost less CPU time than h11's, it does not limit the bytes.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cast_serve.gateway.api.errors import APIError
 
@@ -29,16 +29,20 @@ class HeadLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _head_bytes(scope) <= self.max_bytes:
             return await self.app(scope, receive, send)
-        error = APIError(
-            431,
-            f"the head of the request is larger than {self.max_bytes} bytes; send less, or raise "
-            "CAST_MAX_HEADER_BYTES",
-            "invalid_request_error",
-            "head_too_large",
-        )
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 431, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+        await send({"type": "http.response.body", "body": _too_large(self.max_bytes)})
+
+
+def _too_large(max_bytes: int) -> bytes:
+    error = APIError(
+        431,
+        f"the head of the request is larger than {max_bytes} bytes; send less, or raise "
+        "CAST_MAX_HEADER_BYTES",
+        "invalid_request_error",
+        "head_too_large",
+    )
+    return json.dumps(error.body).encode()
 
 
 def _head_bytes(scope: Scope) -> int:
@@ -46,18 +50,23 @@ def _head_bytes(scope: Scope) -> int:
     return fields + len(scope["raw_path"]) + len(scope["query_string"])
 
 
-class BoundedHead(H11Protocol):
-    """uvicorn's protocol with a time limit for heads.
+class BoundedHead(HttpToolsProtocol):
+    """uvicorn's protocol with limits for heads that are not whole yet.
 
     Args:
         timeout_s: from a connection's begin, or from the first byte of a later request, to the end
             of the head.
+        max_bytes: of what may come without an end of the head or a byte of the body: heads, and the
+            fields after a body in chunks.
     """
 
-    def __init__(self, *args: Any, timeout_s: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, timeout_s: float, max_bytes: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
         self._head_timer: asyncio.TimerHandle | None = None
+        self._num_pending = 0  # bytes
+        self._has_progressed = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,15 +74,44 @@ class BoundedHead(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         previous = self.cycle
+        self._has_progressed = False
         super().data_received(data)
         if self.cycle is not previous:  # a head is whole
             self._stop_timer()
         elif self._head_timer is None and (previous is None or previous.response_complete):
             self._head_timer = self.loop.call_later(self._timeout_s, self.transport.close)
+        self._num_pending = 0 if self._has_progressed else self._num_pending + len(data)
+        if self._num_pending > self._max_bytes and not self.transport.is_closing():
+            self._refuse()
+
+    def on_headers_complete(self) -> None:
+        self._has_progressed = True
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) != 1 and self.parser.get_http_version() == "1.1":
+            raise ValueError(f"{len(hosts)} Host fields")  # 400, as RFC 9112 has it
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._has_progressed = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._has_progressed = True
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+
+    def _refuse(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            content = _too_large(self._max_bytes)
+            head = (
+                "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + content)
+        self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

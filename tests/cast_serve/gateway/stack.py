@@ -52,7 +52,7 @@ class Servers:
                 port=0,
                 log_level="critical",
                 ws="none",
-                http="h11",
+                http="httptools",
                 timeout_graceful_shutdown=1,
             )
         )

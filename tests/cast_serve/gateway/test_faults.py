@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from cast_serve.gateway import forward
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream import client
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Servers, Stack, events, running, wait_until
 
@@ -244,7 +244,7 @@ class DroppingWorker(BaseHTTPRequestHandler):
 
 
 def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
-    assert forward.KEEP_ALIVE_S < 5  # vLLM's own
+    assert client.KEEP_ALIVE_S < 5  # vLLM's own
     DroppingWorker.has_dropped = False
     worker = ThreadingHTTPServer(("127.0.0.1", 0), DroppingWorker)
     threading.Thread(target=worker.serve_forever, daemon=True).start()

@@ -200,3 +200,51 @@ def test_a_head_may_come_in_pieces() -> None:
                     connection.sendall(part)
                     time.sleep(0.02)
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def answer_to(process: Process, *pieces: bytes) -> bytes:
+    """What the gateway says to bytes until it closes the connection."""
+    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+    found = b""
+    with (
+        socket.create_connection(address, timeout=20) as connection,
+        suppress(ConnectionError),  # closed before it had read everything
+    ):
+        for piece in pieces:
+            connection.sendall(piece)
+        while piece := connection.recv(1 << 16):
+            found += piece
+    return found
+
+
+def test_bytes_without_an_end_are_not_collected() -> None:
+    with gateway(CAST_MAX_HEADER_BYTES="4096", CAST_BODY_TIMEOUT_S="60") as process:
+        start_bytes = process.resident_bytes()
+        head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+        found = answer_to(process, head, b"X-A: ", *[b"a" * 1000] * 10)
+        assert found.startswith(b"HTTP/1.1 431")
+        assert b"larger than 4096 bytes" in found
+        assert answer_to(process, b"GET /", *[b"a" * 1000] * 10).startswith(b"HTTP/1.1 431")
+        chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        endless = answer_to(process, chunked, b"1\r\n{\r\n0\r\nX-A: ", *[b"a" * 65536] * 100)
+        assert b"200" not in endless[:12]
+        assert process.resident_bytes() - start_bytes < 5 << 20
+        assert httpx.get(f"{process.url}/livez").status_code == 200
+
+
+def test_what_another_server_could_read_otherwise_is_refused() -> None:
+    line = b"POST /v1/completions HTTP/1.1\r\n"
+    with gateway() as process:
+        for fields in (
+            b"Content-Length: 2",  # no Host
+            b"Host: x\r\nHost: y\r\nContent-Length: 2",
+            b"Host: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked",
+            b"Host: x\r\nContent-Length: 2\r\nContent-Length: 3",
+            b"Host: x\r\nContent-Length: +2",
+            b"Host: x\r\nContent-Length : 2",
+            b"Host: x\r\nTransfer-Encoding: chunked, identity",
+            b"Host: x\r\n folded: 1\r\nContent-Length: 2\nX: y",
+        ):
+            found = answer_to(process, line + fields + b"\r\n\r\n{}")
+            assert found.startswith(b"HTTP/1.1 400"), fields
+            assert found.count(b"HTTP/1.1") == 1, fields

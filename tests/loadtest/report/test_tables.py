@@ -170,6 +170,32 @@ def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
+    def each(gateway: float, starlette: float) -> dict[str, dict[str, float]]:
+        return {"gateway": {"median": gateway}, "starlette": {"median": starlette}}
+
+    ratio = {"starlette": {"median": 0.5, "low": 0.45, "high": 0.6}}
+    record = {
+        "loads": [
+            {"streams": 1, "step_ms": 2, "cpu_us_per_token": each(30, 60.04), "cpu_ratio": ratio},
+            {"streams": 64, "step_ms": 20, "cpu_us_per_token": each(20, 40), "cpu_ratio": ratio},
+        ],
+        "cpu_us_per_request": each(900.4, 1800),
+        "cpu_ratio_per_request": ratio,
+        "flood": {"streams": 64, "offered_tokens_per_s": 64e3, "tokens_per_s": each(2e4, 1e4)},
+    }
+    (tmp_path / "g.json").write_text(json.dumps(record))
+    page = "<!-- table: carried g.json -->\n<!-- end of table -->\n"
+    assert rewritten(page, tmp_path).splitlines()[1:-1] == [
+        "| load | gateway | Starlette + httpx | gateway over Starlette + httpx |",
+        "| --- | ---: | ---: | ---: |",
+        "| 1 stream, 500 tokens/s: us a token | 30.0 | 60.0 | 0.50 (0.45 to 0.60) |",
+        "| 64 streams, 3,200 tokens/s: us a token | 20.0 | 40.0 | 0.50 (0.45 to 0.60) |",
+        "| a request: us | 900 | 1,800 | 0.50 (0.45 to 0.60) |",
+        "| 64 streams, 64,000 tokens/s offered: tokens/s | 20,000 | 10,000 |  |",
+    ]
+
+
 def test_wrong_marks_are_named(tmp_path: Path) -> None:
     for kind, message in (("coverages", "'coverages' is not known"), ("coverage", "c.json cannot")):
         page = f"<!-- table: {kind} c.json -->\n<!-- end of table -->\n"

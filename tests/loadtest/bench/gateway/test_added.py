@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from loadtest.bench.gateway import measure
+from loadtest.bench.gateway.added import measure
 from loadtest.mock_server import MockVariant
 from tests.loadtest.conftest import Serve
 

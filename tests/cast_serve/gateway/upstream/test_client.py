@@ -1,0 +1,132 @@
+"""A worker's bytes as they may come: in pieces, at once, broken, on a connection used before."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from cast_serve.gateway.app import create_app
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.variants import remote_variants
+from tests.cast_serve.gateway.stack import Servers, events, running, wait_until
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2}
+ASKED = {"model": "dense", "prompt": "x", "stream": True}
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def event(text: str, **more: object) -> bytes:
+    chunk = {"choices": [{"index": 0, "text": text}], **more}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+LAST = event("b", usage=None) + b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode()
+WHOLE = event("a") + LAST + b"\n\ndata: [DONE]\n\n"
+
+
+@contextmanager
+def raw_worker(pieces: list[bytes]) -> Iterator[str]:
+    """A gateway before a worker that answers any stream with these bytes; then it closes."""
+    serving = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = serving.accept()
+            except OSError:
+                return
+            with connection:
+                asked = connection.recv(1 << 16)
+                while b'"stream"' not in asked and b"GET" not in asked and b'"a"' not in asked:
+                    asked += connection.recv(1 << 16)
+                if b'"stream"' in asked:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(0.01)
+                else:
+                    content = json.dumps({"data": [], "usage": USAGE}).encode()
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n"
+                    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + content)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    servers = Servers()
+    variants = remote_variants({"dense": [f"http://127.0.0.1:{serving.getsockname()[1]}"]})
+    settings = GatewaySettings(health_interval_s=30, request_timeout_s=10)
+    url = servers.start(create_app(variants, settings))
+    try:
+        wait_until(lambda: variants[0].is_up)
+        yield url
+    finally:
+        servers.stop(url, is_lost=False)
+        serving.shutdown(socket.SHUT_RDWR)
+        serving.close()
+        thread.join(10)
+
+
+def test_events_are_the_same_in_whatever_pieces_they_come() -> None:
+    at_once = [HEAD + chunked(WHOLE) + b"0\r\n\r\n"]
+    content = chunked(WHOLE) + b"0\r\n\r\n"
+    by_7 = [HEAD, *(content[start : start + 7] for start in range(0, len(content), 7))]
+    for pieces in (at_once, by_7):
+        with raw_worker(pieces) as url:
+            *found, done = events(httpx.post(f"{url}/v1/completions", json=ASKED, timeout=20))
+        assert [json.loads(each)["choices"][0]["text"] for each in found] == ["a", "b"]
+        assert not [each for each in found if "usage" in each]
+        assert done == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"zz\r\nnot a length\r\n",
+        chunked(b"data: {\n\n"),
+        b"",  # closed without an end
+        chunked(
+            b"data: " + json.dumps({"error": {"message": "x", "code": 500}}).encode() + b"\n\n"
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_at_once", [False, True])
+def test_what_came_before_a_break_is_passed_on(broken: bytes, is_at_once: bool) -> None:
+    pieces = [HEAD, chunked(event("a")), broken]
+    with raw_worker([b"".join(pieces)] if is_at_once else pieces) as url:
+        found = events(httpx.post(f"{url}/v1/completions", json=ASKED, timeout=20))
+    if len(found) == 2 or not is_at_once:  # a broken length may hide what came with it
+        assert json.loads(found[0])["choices"][0]["text"] == "a"
+    assert json.loads(found[-1])["error"]["code"] == "variant_unavailable"
+
+
+def test_a_redirect_is_not_followed() -> None:
+    moved = b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    with raw_worker([moved]) as url:
+        assert httpx.post(f"{url}/v1/completions", json=ASKED, timeout=20).status_code == 307
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_connection_serves_one_answer_after_the_other(is_stream: bool) -> None:
+    with running(health_interval_s=30) as stack:
+        worker = stack.gateway.proxy.variants["dense"].replicas[0].url
+        for _ in range(5):
+            found = stack.complete(model="dense", stream=is_stream)
+            assert found.status_code == 200
+        # One for the answers, and the probes' own.
+        assert len(stack.servers.connections(worker)) <= 3
+
+
+def test_a_large_body_arrives_whole() -> None:
+    with running(max_body_bytes=1 << 22) as stack:
+        prompt = "é" * 600_000  # above a megabyte, of which aiohttp warns if it comes as bytes
+        found = stack.client.post("/tokenize", json={"model": "dense", "prompt": prompt})
+        assert found.status_code == 200
+        assert found.json()["tokens"] == [ord("é") % 100] * 600_000
