@@ -238,7 +238,8 @@ def test_damage_is_named(
 
 def test_every_other_fixture_is_refused(tmp_path: Path) -> None:
     others = {path.name for path in FIXTURES.iterdir() if path.is_dir()} - set(SERVED)
-    assert others == {"int4-packed", "int8-zeros-asymmetric"}
+    assert len(others) == 10
+    assert all("packed" in name or "marlin" in name for name in others - {"int8-zeros-asymmetric"})
     for name in others:
         for read in (inspect, lambda source: convert(source, tmp_path / "out")):
             with pytest.raises(CheckpointError, match=name):
