@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+INT4_ROUNDED = (
+    "4-bit values were rounded to the nearest, which costs most of what can be lost: "
+    "cast-train quantize --bits 4 has calibration text choose them"
+)
+
+
 def _show_version(is_asked: bool) -> None:
     if is_asked:
         print(version("cast-serve"))
@@ -55,9 +61,17 @@ def convert(
         option("DIR", "Also write the hardened weights densely, to compare with.", "none"),
     ] = None,
     quantize: Annotated[
-        Literal["int8"] | None,
-        option("int8", "Also quantise the kept weights: 8 bits and one scale a row.", "none"),
+        Literal["int8", "int4"] | None,
+        option(
+            "int8|int4",
+            "Also quantise the kept weights: 8 bits and one scale a row, or 4 bits, rounded to the "
+            "nearest (cast-train quantize loses less).",
+            "none",
+        ),
     ] = None,
+    scale_group: Annotated[
+        int, option("128|64|32", "Columns that share a scale, with --quantize int4.")
+    ] = 128,
     head: Annotated[
         Literal["int8", "none"] | None,
         option(
@@ -82,7 +96,7 @@ def convert(
 ) -> None:
     """Harden the gates to an exact 2:4 mask and write compressed weights.
 
-    With --quantize int8 a compressed bf16 directory can be SOURCE too.
+    With --quantize a compressed bf16 directory can be SOURCE too.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -91,13 +105,12 @@ def convert(
     from cast_serve.checkpoint import hub
     from cast_serve.checkpoint import inspect as inspection
 
-    int8_head: Literal["int8"] | None = quantize if head is None else None
-    if head == "int8":
-        int8_head = "int8"
+    is_int8_head = head == "int8" or (head is None and quantize is not None)
+    int8_head: Literal["int8"] | None = "int8" if is_int8_head else None
     outputs = [out] if dense_twin is None else [out, dense_twin]
     is_there = resume and all(folder.exists() for folder in outputs)
     if not is_there:
-        converter.check_outputs(outputs, quantize, int8_head)
+        converter.check_outputs(outputs, quantize, int8_head, scale_group)
     if private and push_to_hub is None:
         raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
     if push_to_hub is not None:
@@ -108,7 +121,9 @@ def convert(
         return
     if is_there:
         for folder in outputs:
-            converter.check_converted(source, folder, quantize=quantize, head=int8_head)
+            converter.check_converted(
+                source, folder, quantize=quantize, head=int8_head, scale_group=scale_group
+            )
         summary = inspection.inspect(out)
     else:
         source = hub.fetch(source)  # which shows its own progress
@@ -121,7 +136,10 @@ def convert(
                 lambda done, total: bar.update(task, completed=done, total=total),
                 quantize=quantize,
                 head=int8_head,
+                scale_group=scale_group,
             )
+            if quantize == "int4":
+                _say(INT4_ROUNDED)
     _say(f"{out}: {_describe(summary)}")
     pushed = {}
     if push_to_hub is not None:
@@ -348,7 +366,10 @@ def _describe(summary: dict[str, Any]) -> str:
         )
     if summary["quantized"]:
         head = f"an {summary['head']} head" if summary["head"] else "a head that is not quantised"
-        text += f", {summary['quantized']} values and {head}"
+        text += f", {summary['quantized']} values"
+        if summary["scale_group"]:
+            text += f" with a scale for each {summary['scale_group']} columns"
+        text += f" and {head}"
     return text
 
 

@@ -24,7 +24,7 @@ from cast_serve.checkpoint.record import CheckpointError
 
 
 class Linear24(nn.Module):
-    """A linear with a packed 2:4 weight; int8 values round x as they do in vLLM.
+    """A linear with a packed 2:4 weight; integer values round x as they do in vLLM.
 
     Args:
         linear: the weight as it is stored.
@@ -39,19 +39,30 @@ class Linear24(nn.Module):
     def __init__(self, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.values.shape[0]
-        values = linear.values if linear.scale is not None else linear.values.to(dtype)
-        self.register_buffer("packed", kernels.pack(values, linear.bitmask))
-        self.register_buffer("scale", None if linear.scale is None else _row_scales(linear.scale))
+        self.scale_group = linear.scale_group
+        scale = linear.scale
+        if scale is not None and self.scale_group is not None:
+            packed = kernels.pack_int4(linear.values, linear.bitmask, scale, self.scale_group)
+            scale = None  # packed too
+        else:
+            values = linear.values if scale is not None else linear.values.to(dtype)
+            packed = kernels.pack(values, linear.bitmask)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", None if scale is None else _row_scales(scale))
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        if self.scale_group is not None:
+            group, rows = self.scale_group, self.out_features
+            return kernels.linear24_int4(x, self.packed, group, rows, self.bias)
         if self.scale is None:
             return kernels.linear24(x, self.packed, self.out_features, self.bias)
         return kernels.linear24_int8(x, self.packed, self.scale, self.out_features, self.bias)
 
     def extra_repr(self) -> str:
         kind = "2:4" if self.scale is None else "2:4 int8"
+        kind = kind if self.scale_group is None else f"2:4 int4, scale_group={self.scale_group}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 

@@ -1,4 +1,4 @@
-"""The command line `cast-train`: train gates, measure quality, prune in one shot, reorder channels.
+"""The command line `cast-train`: train gates, measure, prune in one shot, quantise, reorder.
 
 Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
 diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind. 130:
@@ -204,6 +204,39 @@ def oneshot(
         )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        Path,
+        option("MODEL", "Gated, pruned or compressed 2:4 model that is not quantised, or a hub's."),
+    ],
+    text: Annotated[
+        list[Path], option("FILE", "Calibration text; repeat for more files.", name="--text")
+    ],
+    out: Annotated[Path, option("DIR", "Compressed directory to write.")],
+    bits: Annotated[int, option("4|8", "Of a kept weight.")] = 4,
+    scale_group: Annotated[
+        int, option("128|64|32", "Columns that share a scale, of 4 bits; 8 bits have one a row.")
+    ] = 128,
+    head: Annotated[
+        str, option("int8|none", "Form of the output layer; int8 makes a copy if it is tied.")
+    ] = "int8",
+) -> None:
+    """Quantises and compresses a 2:4 model, its integers chosen to change the outputs least."""
+    with _working():
+        from cast_train.pruning.quantize import write_quantized
+
+        if bits not in (4, 8) or head not in ("int8", "none"):
+            raise ValueError(f"--bits {bits} --head {head}: bits are 4 or 8, head is int8 or none")
+        summary = write_quantized(
+            *(model, text, out, "int4" if bits == 4 else "int8"),
+            head="int8" if head == "int8" else None,
+            scale_group=scale_group,
+        )
+        print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits a weight")
+        _finish(path=str(out), **summary)
 
 
 @app.command()

@@ -25,6 +25,7 @@ cast-serve up --variant dense=DENSE_DIR --variant sparse=DIR
 
 In Python: `from cast_serve.model import load; model = load("DIR")`.
 """
+BITS = {None: "", "int8": ", in 8 bits", "int4": ", in 4 bits"}
 TAGS = ("2:4", "sparse", "compressed-tensors")
 
 
@@ -68,7 +69,7 @@ def _about(summary: dict[str, Any]) -> str:
         "Of every four consecutive weights along in_features two are zero, in "
         f"{summary['num_sparse_layers']} linears; {summary['num_dense_layers']} are dense. "
         "The kept weights are stored with a bitmask (`sparse-24-bitmask`)"
-        f"{', in 8 bits' if summary['quantized'] else ''}. Made by cast-serve.\n"
+        f"{BITS[summary['quantized']]}. Made by cast-serve.\n"
     )
 
 

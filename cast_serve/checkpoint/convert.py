@@ -1,17 +1,16 @@
 """A gated or already N:M directory -> hardened weights -> a compressed directory, by shards.
 
-The order is harden, compress, quantise. Hardening keeps the N largest gates of each group and
-writes zeros for the rest. Only kept values are quantised, so the mask stays as it was where a kept
-value becomes 0. A compressed directory in bf16, fp16 or fp32 can be quantised too, and comes out as
-what it was made from would. What another program quantised in 8 bits (foreign.py) is converted
-without being quantised anew.
+The order is harden, compress, quantise (target.py). A compressed directory in bf16, fp16 or fp32
+can be quantised too, and comes out as what it was made from would. What another program quantised
+in 8 bits (foreign.py) is converted without being quantised anew.
 
 Every group of every target is verified, in the input and in the output; the output appears under
-its name only when it is complete. linear.py names the tensors; ``quantization_config`` is that of
-compressed-tensors. ``cast.json`` keeps what training wrote, with its ``source`` (hashes of model,
-text and teacher), and adds ``converted_from``, the sha256 of every shard that was converted, and
-``quantization`` (quantize, head, scales: how they were chosen; null if not quantised). Early builds
-of 0.1.0 wrote the hashes to ``source``.
+its name only when it is complete. linear.py names the tensors, scheme.py writes
+``quantization_config``. ``cast.json`` keeps what training wrote, with its ``source`` (hashes of
+model, text and teacher), and adds ``converted_from``, the sha256 of every shard converted, and
+``quantization`` (quantize, head, scale_group if int4, scales: how they were chosen, calibration:
+text and sha256 if `cast-train quantize` chose the integers; null if not quantised). Early builds of
+0.1.0 wrote the hashes to ``source``.
 """
 
 import logging
@@ -19,18 +18,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
-from cast_serve.checkpoint.foreign import SCALE_PARTS, read_linear
+from cast_serve.checkpoint.foreign import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.linear import Quantized
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -41,9 +39,12 @@ from cast_serve.checkpoint.record import (
     shards,
     write_record,
 )
-from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, hard_mask
+from cast_serve.checkpoint.scheme import quantization_config
+from cast_serve.checkpoint.target import Calibrated, Int8, Plan
+from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
 from cast_serve.sparsity.quantize import (
-    SCALES_CHOSEN,
+    INT4_SCALE_GROUPS,
+    SCALE_GROUP,
     SCALES_TAKEN_OVER,
     dequantize,
     quantize_rows,
@@ -52,7 +53,6 @@ from cast_serve.sparsity.quantize import (
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
-Int8 = Literal["int8"]
 WEIGHTS = (".weight", ".compressed")  # the tensor that stands for a target in its shard
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # not copied
 TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
@@ -64,8 +64,10 @@ def convert(
     dense_twin: Path | None = None,
     progress: Progress | None = None,
     *,
-    quantize: Int8 | None = None,
+    quantize: Quantized | None = None,
     head: Int8 | None = None,
+    scale_group: int = SCALE_GROUP,
+    calibrated: Calibrated | None = None,
 ) -> dict[str, Any]:
     """Writes the compressed directory and, if asked, its dense twin.
 
@@ -79,18 +81,42 @@ def convert(
         quantize: of the targets' values; None: they stay in the model's dtype.
         head: of the output layer; where it shares the embedding's weight, the embedding stays in
             the model's dtype and the output layer gets an int8 copy of its own.
+        scale_group: of int4, the columns that share a scale.
+        calibrated: the targets quantised already, as asked for; None: each value is rounded to the
+            nearest integer.
 
     Returns:
         `inspect` of the output.
 
     Raises:
         CheckpointError: if the source cannot be read or is quantised already, an output exists,
-            head is asked for without quantize, or a weight to quantise is Inf or NaN.
+            head or a scale group is asked for without what it belongs to, or a weight to quantise
+            is Inf or NaN.
         PatternError: if the pattern is not 2:4, or a group of a target does not have it.
     """
-    check_outputs([folder for folder in (out, dense_twin) if folder], quantize, head)
+    check_outputs([folder for folder in (out, dense_twin) if folder], quantize, head, scale_group)
     source = hub.fetch(source)
     directory = ModelDirectory(source)
+    check_source(directory, quantize)
+    new_twin: AbstractContextManager[Path | None] = (
+        new_directory(dense_twin) if dense_twin else nullcontext()
+    )
+    _warn_of_activations(directory)
+    with new_directory(out) as compressed, new_twin as dense:
+        plan = Plan(quantize, head, scale_group, calibrated)
+        _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
+        summary = inspect(compressed)
+        write_card(compressed, read_record(compressed), summary)
+    return summary
+
+
+def check_source(directory: ModelDirectory, quantize: Quantized | None) -> None:
+    """Refuses a source that `convert` cannot make anything of.
+
+    Raises:
+        CheckpointError, PatternError: as `convert` does.
+    """
+    source = directory.path
     if directory.quantized and quantize:
         raise CheckpointError(
             f"{source} is quantised already ({directory.quantized}); "
@@ -103,25 +129,27 @@ def convert(
             f"{source} is {directory.pattern}, but only 2:4 has compressed weights and kernels; "
             "serve it dense, or train with --sparsity 2:4"
         )
-    new_twin: AbstractContextManager[Path | None] = (
-        new_directory(dense_twin) if dense_twin else nullcontext()
-    )
-    _warn_of_activations(directory)
-    with new_directory(out) as compressed, new_twin as dense:
-        _write(directory, compressed, dense, quantize, head, progress or (lambda done, total: None))
-        summary = inspect(compressed)
-        write_card(compressed, read_record(compressed), summary)
-    return summary
 
 
-def check_outputs(outputs: Sequence[Path], quantize: Int8 | None, head: Int8 | None) -> None:
+def check_outputs(
+    outputs: Sequence[Path],
+    quantize: Quantized | None,
+    head: Int8 | None,
+    scale_group: int = SCALE_GROUP,
+) -> None:
     """Refuses what `convert` would refuse whatever the source is.
 
     Raises:
         CheckpointError: as `convert` does.
     """
     if head and not quantize:
-        raise CheckpointError(f"--head {head} needs --quantize {head}; give both or none")
+        raise CheckpointError(f"--head {head} needs --quantize int8 or int4; give both or none")
+    if scale_group not in INT4_SCALE_GROUPS or (scale_group != SCALE_GROUP and quantize != "int4"):
+        known = ", ".join(map(str, INT4_SCALE_GROUPS))
+        raise CheckpointError(
+            f"--scale-group {scale_group} is not served; it goes with --quantize int4 and is one "
+            f"of {known}"
+        )
     if len({folder.resolve() for folder in outputs}) < len(outputs):
         raise CheckpointError(f"{outputs[0]} cannot be its own dense twin; name another directory")
     for folder in outputs:
@@ -129,7 +157,12 @@ def check_outputs(outputs: Sequence[Path], quantize: Int8 | None, head: Int8 | N
 
 
 def check_converted(
-    source: Path, out: Path, *, quantize: Int8 | None = None, head: Int8 | None = None
+    source: Path,
+    out: Path,
+    *,
+    quantize: Quantized | None = None,
+    head: Int8 | None = None,
+    scale_group: int = SCALE_GROUP,
 ) -> None:
     """Refuses an output of other shards than the source has now, or of other settings.
 
@@ -138,6 +171,7 @@ def check_converted(
         out: a directory that `convert` made.
         quantize: as `convert` takes it.
         head: as `convert` takes it.
+        scale_group: as `convert` takes it.
 
     Raises:
         CheckpointError: naming the shards or settings that differ.
@@ -161,46 +195,26 @@ def check_converted(
     quantization = record.get("quantization") or {}
     if quantization.get("scales") == SCALES_TAKEN_OVER:  # nothing was asked for
         quantization = {}
-    for option, wanted in (("quantize", quantize), ("head", head)):
+    asked: dict[str, Any] = {"quantize": quantize, "head": head}
+    if quantize == "int4":
+        asked["scale_group"] = scale_group
+    for option, wanted in asked.items():
         if quantization.get(option) != wanted:
             raise CheckpointError(
-                f"{out} was converted with --{option} {quantization.get(option) or 'none'}, "
-                f"but {wanted or 'none'} is asked for; {remedy}"
+                f"{out} was converted with --{option.replace('_', '-')} "
+                f"{quantization.get(option) or 'none'}, but {wanted or 'none'} is asked for; "
+                f"{remedy}"
             )
-
-
-def _hardened(source: ModelDirectory, name: str) -> Tensor:
-    """A target's weight [out_features, in_features] with exact zeros where it was dropped."""
-    weight, is_transposed = source.get(f"{name}.weight"), source.linears[name]
-    if is_transposed:
-        weight = weight.T.contiguous()
-    if source.kind != "gated":
-        check_weight(weight, source.pattern, name)
-        return weight
-    if source.record.get("method") == "adams":  # it has no gates: |W| ranks the weights
-        gate = weight.float().abs()
-    else:
-        gate = source.get(f"{name}.gate")
-        gate = gate.T if is_transposed else gate
-    try:
-        weight = torch.where(hard_mask(gate, source.pattern), weight, torch.zeros_like(weight))
-    except PatternError as error:
-        raise PatternError(f"{name}.gate: {error}") from None
-    if f"{name}.scale" not in source.files:
-        return weight
-    scale = source.get(f"{name}.scale").float()  # [out_features, column parts]
-    scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-    return (weight.float() * scale).to(weight.dtype)
 
 
 def _write(
     source: ModelDirectory,
     compressed: Path,
     dense: Path | None,
-    quantize: Int8 | None,
-    head: Int8 | None,
+    plan: Plan,
     progress: Progress,
 ) -> None:
+    head = plan.head
     names_of: dict[Path, list[str]] = {}
     for name, file in source.files.items():
         names_of.setdefault(file, []).append(name)
@@ -218,8 +232,7 @@ def _write(
         for name in names:
             linear, _, part = name.rpartition(".")
             if linear in targets and name.endswith(WEIGHTS):
-                target = _target(source, linear)
-                target = target.quantize() if quantize else target
+                target = plan.quantized(source, linear)
                 tensors |= target.tensors()
                 dense_bytes += target.dense_nbytes
                 sparse_bytes += target.nbytes
@@ -253,10 +266,8 @@ def _write(
     }
     if head:
         dense_config["tie_word_embeddings"] = False
-    quantization: dict[str, Any] | None = None
-    if quantize:
-        quantization = {"quantize": quantize, "head": head, "scales": SCALES_CHOSEN}
-    elif source.quantized == "int8":
+    quantization = plan.record()
+    if not quantization and source.quantized == "int8":
         found = source.head_dtype
         quantization = {"quantize": "int8", "head": found, "scales": SCALES_TAKEN_OVER}
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
@@ -274,13 +285,6 @@ def _write(
     _finish(source.path, compressed, written, config, {**record, "kind": "compressed"})
     if dense:
         _finish(source.path, dense, dense_written, dense_config, {**record, "kind": "pruned"})
-
-
-def _target(source: ModelDirectory, name: str) -> CompressedLinear:
-    """A target's kept values, as the source has them."""
-    if source.kind in ("compressed", "quantised"):
-        return read_linear(name, source.parts(name), source.model_dtype)
-    return CompressedLinear.from_weight(name, _hardened(source, name))
 
 
 def _warn_of_activations(source: ModelDirectory) -> None:
@@ -321,45 +325,6 @@ def _quantized_head(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return quantize_rows(weight, name)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def quantization_config(
-    source: ModelDirectory, quantization: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What config.json says of the compressed weights, as compressed-tensors 0.12 writes it.
-
-    Args:
-        source: what is converted.
-        quantization: as cast.json has it.
-    """
-    dense_linears = sorted(set(source.linears) - set(source.targets))
-    config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "config_groups": {},
-        "ignore": [],
-    }
-    if quantization:
-        head = source.head if quantization["head"] else None
-        int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-        group = {
-            "targets": ["Linear"],
-            "weights": {**int8, "strategy": "channel", "dynamic": False},
-            "input_activations": {**int8, "strategy": "token", "dynamic": True},
-        }
-        config["format"] = "int-quantized"
-        config["quantization_status"] = "compressed"
-        config["config_groups"] = {"group_0": group}
-        config["ignore"] = [name for name in dense_linears if name != head]
-    config["sparsity_config"] = {
-        "format": "sparse-24-bitmask",
-        "sparsity_structure": "2:4",
-        "global_sparsity": 0.5,
-        "targets": ["Linear"],
-        "ignore": dense_linears,
-        "registry_requires_subclass": False,
-    }
-    return config
 
 
 def _finish(

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cast_serve.checkpoint.linear import PACKED
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -22,7 +23,9 @@ from cast_serve.sparsity.targets import find_targets
 OLD_KEY = "compression_config"  # of config.json, in place of quantization_config
 EIGHT_BITS = {"I8": "int8", "F8_E4M3": "float8"}  # safetensors' names
 FORMATS = ("dense", "int-quantized", "float-quantized")
-SPARSE_FORMATS = ("dense", "sparse-24-bitmask")
+INT4_FORMAT = "pack-quantized"  # read if the zeros are not stored
+BITMASK_FORMAT = "sparse-24-bitmask"
+SPARSE_FORMATS = ("dense", BITMASK_FORMAT)
 
 
 class ModelDirectory:
@@ -37,7 +40,7 @@ class ModelDirectory:
         files: shard by tensor name.
         linears: every linear of the model, and whether it stores its weight transposed (GPT-2).
         targets: the linears that are sparse, or by `find_targets` would be.
-        quantized: int8 or float8 if the weights of targets are, else None.
+        quantized: int8, int4 or float8 if the weights of targets are, else None.
         is_foreign: whether it is quantised or compressed otherwise than `convert` writes it.
         head: the output layer's module name; None if the model has none.
         tied_embedding: the embedding's module name if the output layer shares its weight.
@@ -78,7 +81,14 @@ class ModelDirectory:
         dtypes = {EIGHT_BITS.get(weights[name]) for name in in_8_bits}
         if len(dtypes) > 1:
             raise CheckpointError(f"{path} has linears in int8 and in float8; only one can be read")
-        self.quantized: str | None = dtypes.pop() if dtypes else None
+        packed = [name.removesuffix(f".{PACKED}") for name in self.files if name.endswith(PACKED)]
+        if packed and in_8_bits:
+            raise CheckpointError(
+                f"{path} has linears in 4 bits and in 8 bits, such as {packed[0]} and "
+                f"{in_8_bits[0]}; only one can be read"
+            )
+        compressed += packed
+        self.quantized: str | None = "int4" if packed else dtypes.pop() if dtypes else None
         if compressed:
             self.kind = "compressed"
         else:
@@ -157,6 +167,13 @@ class ModelDirectory:
         return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     @property
+    def scale_group(self) -> int | None:
+        """The columns that share a scale, as config.json says; None if rows or weights do."""
+        groups = (self.quantization.get("config_groups") or {}).values()
+        sizes = [(group.get("weights") or {}).get("group_size") for group in groups]
+        return next((size for size in sizes if size), None)
+
+    @property
     def head_dtype(self) -> str | None:
         """``int8`` if the output layer is stored so."""
         name = f"{self.head}.weight"
@@ -213,8 +230,9 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     if method != "compressed-tensors":
         raise CheckpointError(f"{path} is quantised ({method}), which is not read; {remedy}")
     sparse_format = (quantization.get("sparsity_config") or {}).get("format", "dense")
+    is_int4 = quantization.get("format") == INT4_FORMAT and sparse_format == BITMASK_FORMAT
     for found, known in (
-        (quantization.get("format") or "dense", FORMATS),
+        (quantization.get("format") or "dense", (*FORMATS, INT4_FORMAT) if is_int4 else FORMATS),
         (sparse_format, SPARSE_FORMATS),
     ):
         if found not in known:
@@ -229,7 +247,8 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{path} is quantised asymmetrically, which is not read; {remedy}"
             )
-        if (strategy := weights.get("strategy", "channel")) not in ("channel", "tensor"):
+        strategies = ("channel", "tensor", "group") if is_int4 else ("channel", "tensor")
+        if (strategy := weights.get("strategy", "channel")) not in strategies:
             raise CheckpointError(
                 f"{path} has a scale for each {strategy} of a weight, but only one for each "
                 f"channel or tensor is read; {remedy}"

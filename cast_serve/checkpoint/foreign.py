@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.sparsity.quantize import widen_float8
+from cast_serve.sparsity.float8 import widen_float8
 
 # Tensors beside a weight that are read with it, or left out.
 SCALE_PARTS = (
@@ -44,6 +44,8 @@ def read_linear(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> C
             with scale groups; naming it.
         PatternError: if it is not 2:4.
     """
+    if PACKED in parts:
+        return CompressedLinear.from_parts(name, parts)
     values = parts.get("compressed", parts.get("weight"))
     if values is None:
         raise CheckpointError(f"{name} has neither compressed nor weight; it is incomplete")

@@ -8,10 +8,20 @@ from safetensors import safe_open
 
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory, tensor_files
 from cast_serve.checkpoint.foreign import read_linear
-from cast_serve.checkpoint.linear import CompressedLinear, check_integers, check_scale
+from cast_serve.checkpoint.linear import (
+    PACKED,
+    CompressedLinear,
+    check_integers,
+    check_scale,
+)
 from cast_serve.checkpoint.record import CheckpointError, read_json
 from cast_serve.sparsity.pattern import PatternError
-from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
+from cast_serve.sparsity.quantize import (
+    INT4_SCALE_GROUPS,
+    MAX_INT4,
+    MAX_INTEGER,
+    SCALES_TAKEN_OVER,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +30,14 @@ def inspect(path: Path) -> dict[str, Any]:
     """What a directory holds; verifies every group and scale of every compressed linear.
 
     Returns:
-        kind (dense, pruned, gated or compressed), pattern, quantized and head (int8 or None: the
-        values of the compressed linears, the output layer), num_sparse_layers, num_dense_layers;
+        kind (dense, pruned, gated or compressed), pattern, quantized (int8, int4 or None: the
+        values of the compressed linears), head (int8 or None: the output layer), scale_group (of
+        int4, the columns that share a scale, else None), num_sparse_layers, num_dense_layers;
         of the targets, and of what training left dense for fewer zeros than the pattern has: zeros
         (their share; None if nothing is pruned), linear_weight_bytes (with bitmasks and scales),
         dense_linear_weight_bytes (in the model's dtype), linear_bytes_ratio and bits_per_weight
         (bits stored for each weight, zeros counted); total_weight_bytes; and the quality that
-        training wrote to cast.json: quality, or quality_before_quantizing if int8 came after it.
+        training wrote to cast.json: quality, or quality_before_quantizing if that came after it.
 
     Raises:
         CheckpointError: if the directory cannot be read, or a scale is missing or damaged.
@@ -41,18 +52,20 @@ def inspect(path: Path) -> dict[str, Any]:
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
     is_quantized_here = scales != SCALES_TAKEN_OVER
     kept_dense = directory.record.get("kept_dense") or []
+    without_values = set(directory.targets) if directory.kind == "compressed" else set()
     num_sparse = num_weights = num_kept_dense = sparse_bytes = dense_bytes = total_bytes = 0
     for name in directory.files:
         linear, _, part = name.rpartition(".")
-        if part == "compressed":
+        if part in ("compressed", PACKED):
             compressed = CompressedLinear.from_parts(linear, directory.parts(linear))
             if compressed.scale is not None and is_quantized_here:
-                check_integers(name, compressed.values)
+                check_integers(name, compressed.values, MAX_INT4 if part == PACKED else MAX_INTEGER)
             num_sparse += 1
+            without_values.discard(linear)
             num_weights += compressed.num_weights
             sparse_bytes += compressed.nbytes
             dense_bytes += compressed.dense_nbytes
-            total_bytes += compressed.values.nbytes
+            total_bytes += compressed.values_nbytes
             continue
         tensor = directory.get(name)
         total_bytes += tensor.nbytes
@@ -61,6 +74,11 @@ def inspect(path: Path) -> dict[str, Any]:
             num_kept_dense += tensor.numel() if linear in kept_dense else 0
             sparse_bytes += tensor.nbytes
             dense_bytes += tensor.nbytes
+    if without_values:
+        raise CheckpointError(
+            f"{path} lacks the values of {sorted(without_values)[:5]}; the checkpoint is damaged: "
+            "copy the directory again"
+        )
     zeros = None
     if num_weights and directory.kind != "dense":
         zeros = round(directory.pattern.zeros * (1 - num_kept_dense / num_weights), 4)
@@ -77,6 +95,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "pattern": str(directory.pattern) if directory.kind != "dense" else None,
         "quantized": directory.quantized,
         "head": head,
+        "scale_group": directory.scale_group,
         "num_sparse_layers": num_sparse,
         "num_dense_layers": len(directory.linears) - num_sparse,
         "zeros": zeros,
@@ -102,12 +121,12 @@ def count_sparse(path: Path) -> tuple[int, bool]:
             does not belong to its weight.
     """
     files = tensor_files(path)
-    compressed = [
-        name.removesuffix(".compressed") for name in files if name.endswith(".compressed")
-    ]
-    if compressed:
-        _check_scale_shapes(files, compressed, "compressed")
-        return len(compressed), False
+    for part in ("compressed", PACKED):
+        stored = [name.removesuffix(f".{part}") for name in files if name.endswith(f".{part}")]
+        compressed = [name for name in stored if f"{name}.bitmask" in files]
+        if compressed:
+            _check_scale_shapes(files, compressed, part)
+            return len(compressed), False
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config") or config.get(OLD_KEY) or {}
     if quantization.get("format") not in ("int-quantized", "float-quantized"):
@@ -128,15 +147,18 @@ def count_sparse(path: Path) -> tuple[int, bool]:
 
 
 def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -> None:
-    """Refuses scales that are neither [out_features, 1] nor [1]; reads only file headers."""
+    """Refuses scales of another shape than their weight's has; reads only file headers."""
     for name in linears:
         if f"{name}.weight_scale" not in files:
             continue  # of a weight that is not quantised, or refused when it is loaded
         scale, weight = (_shape(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
-        if scale not in ([weight[0], 1], [1], []):
+        wanted = [[weight[0], 1], [1]]
+        if part == PACKED:  # words of the kept values of 16 columns
+            wanted = [[weight[0], -(-weight[1] * 16 // group)] for group in INT4_SCALE_GROUPS]
+        if scale not in wanted and (scale or part == PACKED):
             raise CheckpointError(
-                f"{name}.weight_scale is {scale}, but [{weight[0]}, 1] or [1] belongs to "
-                f"{name}.{part}, which is {weight}; copy the directory again, or start from the "
+                f"{name}.weight_scale is {scale}, but {' or '.join(map(str, wanted))} belongs "
+                f"to {name}.{part}, which is {weight}; copy the directory again, or start from the "
                 "checkpoint that it was made of"
             )
 

@@ -2,22 +2,35 @@
 
 A compressed linear `<name>` is stored as ``<name>.compressed`` and ``<name>.bitmask`` (bitmask.py),
 ``<name>.shape`` int64 [2, 1] and, if its values are int8, ``<name>.weight_scale`` [out_features, 1]
-in the model's dtype (quantize.py). An int8 output layer is dense: ``<name>.weight`` and
-``<name>.weight_scale``.
+in the model's dtype (quantize.py). Of 4 bits ``<name>.weight_packed`` int32 (nibbles.py) stands in
+place of ``<name>.compressed``, and the scale is [out_features, number of scale groups]. An int8
+output layer is dense: ``<name>.weight`` and ``<name>.weight_scale``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
+from cast_serve.sparsity.nibbles import pack_nibbles, unpack_nibbles
 from cast_serve.sparsity.pattern import PatternError
-from cast_serve.sparsity.quantize import dequantize, quantize_rows
+from cast_serve.sparsity.quantize import (
+    INT4_SCALE_GROUPS,
+    MAX_INTEGER,
+    SCALE_GROUP,
+    dequantize,
+    dequantize_int4,
+    quantize_rows,
+    quantize_values_int4,
+)
 
 PARTS = ("compressed", "bitmask", "shape")
+PACKED = "weight_packed"  # in place of the first, of 4 bits
+Quantized = Literal["int8", "int4"]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -30,7 +43,9 @@ class CompressedLinear:
         values: [out_features, in_features / 2], bf16, fp16, fp32 or int8.
         bitmask: uint8 [out_features, ceil(in_features / 8)].
         in_features: a multiple of 4.
-        scale: [out_features, 1] in the model's dtype if the values are int8, else None.
+        scale: in the model's dtype if the values are int8, else None: [out_features, 1], or of 4
+            bits [out_features, ceil(in_features / scale_group)].
+        scale_group: of 4 bits, the columns that share a scale; else None.
     """
 
     name: str
@@ -38,6 +53,7 @@ class CompressedLinear:
     bitmask: Tensor
     in_features: int
     scale: Tensor | None = None
+    scale_group: int | None = None
 
     @classmethod
     def from_weight(cls, name: str, weight: Tensor) -> "CompressedLinear":
@@ -55,25 +71,40 @@ class CompressedLinear:
 
         Args:
             name: the linear's.
-            parts: compressed, bitmask, shape and, for int8, weight_scale.
+            parts: compressed or weight_packed, bitmask, shape and, if quantised, weight_scale.
 
         Raises:
             CheckpointError: if one is missing, or of another dtype or shape than it must be, or a
                 scale is not finite and positive; naming the tensor, and the row.
             PatternError: if the bitmask does not keep exactly two of each four.
         """
-        if missing := [part for part in PARTS if part not in parts]:
+        is_packed = PACKED in parts
+        stored = PACKED if is_packed else "compressed"
+        if missing := [part for part in (stored, *PARTS[1:]) if part not in parts]:
             raise CheckpointError(f"{name} lacks {', '.join(missing)}; the checkpoint is damaged")
-        values, bitmask = parts["compressed"], parts["bitmask"]
+        values, bitmask = parts[stored], parts["bitmask"]
         out_features, in_features = parts["shape"].flatten().tolist()
-        needed = [out_features, in_features // 2], [out_features, -(-in_features // 8)]
+        kept = in_features // 2
+        needed = (
+            [out_features, -(-kept // 8) if is_packed else kept],
+            [out_features, -(-in_features // 8)],
+        )
         if in_features % 4 or (list(values.shape), list(bitmask.shape)) != needed:
             raise PatternError(
-                f"{name}: values {list(values.shape)} and bitmask {list(bitmask.shape)} do not "
+                f"{name}: {stored} {list(values.shape)} and bitmask {list(bitmask.shape)} do not "
                 f"belong to shape [{out_features}, {in_features}]; {needed[0]} and {needed[1]} do"
             )
         unpack_mask(bitmask, in_features, name)
         scale = parts.get("weight_scale")
+        if is_packed:
+            if values.dtype != torch.int32:
+                raise CheckpointError(
+                    f"{name}.{PACKED} is {values.dtype}, but int32 is needed: words of eight 4-bit "
+                    "values; start from the unquantised checkpoint"
+                )
+            group = scale_group_of(name, scale, in_features)
+            scale = check_scale(name, scale, out_features, -(-in_features // group))
+            return cls(name, unpack_nibbles(values, kept), bitmask, in_features, scale, group)
         if values.dtype == torch.int8:
             scale = check_scale(name, scale, out_features)
         elif values.dtype not in FLOATS or scale is not None:
@@ -84,40 +115,66 @@ class CompressedLinear:
             )
         return cls(name, values, bitmask, in_features, scale)
 
-    def quantize(self) -> "CompressedLinear":
-        """The same weight with int8 values and the scales of least squared error.
+    def quantize(
+        self,
+        kind: Quantized,
+        scale_group: int = SCALE_GROUP,
+        importance: Tensor | None = None,
+    ) -> "CompressedLinear":
+        """The same weight with the integers and scales of least squared error.
+
+        Args:
+            kind: ``int8`` or ``int4``.
+            scale_group: of int4, the columns that share a scale.
+            importance: of each value's error, fp32, as `values`; None: equal.
 
         Raises:
             CheckpointError: if a value is Inf or NaN.
         """
         try:
-            values, scale = quantize_rows(self.values, self.name)
+            if kind == "int8":
+                values, scale = quantize_rows(self.values, self.name, importance)
+                return replace(self, values=values, scale=scale)
+            values, scale = quantize_values_int4(self.values, scale_group, self.name, importance)
+            return replace(self, values=values, scale=scale, scale_group=scale_group)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        return replace(self, values=values, scale=scale)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features], dequantised to dtype (None: the model's)."""
-        values = self.values if self.scale is None else dequantize(self.values, self.scale, dtype)
+        values = self.values
+        if self.scale_group is not None and self.scale is not None:
+            values = dequantize_int4(values, self.scale, self.scale_group, dtype)
+        elif self.scale is not None:
+            values = dequantize(values, self.scale, dtype)
         return decompress(values, self.bitmask, self.in_features, self.name)
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored, by tensor name."""
         shape = torch.tensor([[self.values.shape[0]], [self.in_features]])
         tensors = {
-            f"{self.name}.compressed": self.values,
             f"{self.name}.bitmask": self.bitmask,
             f"{self.name}.shape": shape,
         }
+        if self.scale_group is None:
+            tensors[f"{self.name}.compressed"] = self.values
+        else:
+            tensors[f"{self.name}.{PACKED}"] = pack_nibbles(self.values)
         if self.scale is not None:
             tensors[f"{self.name}.weight_scale"] = self.scale
         return tensors
 
     @property
     def nbytes(self) -> int:
-        """Of values, bitmask and scales."""
+        """Of values, bitmask and scales, as they are stored."""
         scale_bytes = 0 if self.scale is None else self.scale.nbytes
-        return self.values.nbytes + self.bitmask.nbytes + scale_bytes
+        return self.values_nbytes + self.bitmask.nbytes + scale_bytes
+
+    @property
+    def values_nbytes(self) -> int:
+        """Of the values, as they are stored."""
+        rows, kept = self.values.shape
+        return self.values.nbytes if self.scale_group is None else rows * -(-kept // 8) * 4
 
     @property
     def num_weights(self) -> int:
@@ -131,50 +188,72 @@ class CompressedLinear:
         return self.num_weights * model_dtype.itemsize
 
 
-def check_scale(name: str, scale: Tensor | None, out_features: int) -> Tensor:
-    """Refuses what is no scale of an 8-bit weight.
+def scale_group_of(name: str, scale: Tensor | None, in_features: int) -> int:
+    """The columns that share a scale, by how many scales a row has.
+
+    Raises:
+        CheckpointError: if no scale group of ours gives that many.
+    """
+    num_groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 0
+    for group in INT4_SCALE_GROUPS:
+        if -(-in_features // group) == num_groups:
+            return group
+    found = "none" if scale is None else str(list(scale.shape))
+    raise CheckpointError(
+        f"{name}.weight_scale: {found}, but a 4-bit row of {in_features} columns has a scale for "
+        f"each {', '.join(map(str, INT4_SCALE_GROUPS))} columns; it is incomplete, or of another "
+        "scale group: copy the directory again, or start from the unquantised checkpoint"
+    )
+
+
+def check_scale(name: str, scale: Tensor | None, out_features: int, num_groups: int = 1) -> Tensor:
+    """Refuses what is no scale of a quantised weight.
 
     Returns:
         the scale.
 
     Raises:
-        CheckpointError: if it is missing, not [out_features, 1] of a floating dtype, or a row's is
-            not finite and positive.
+        CheckpointError: if it is missing, not [out_features, num_groups] of a floating dtype, or a
+            row's is not finite and positive.
     """
     if scale is None:
         raise CheckpointError(
             f"{name} is in 8 bits, but has no {name}.weight_scale; it is incomplete: "
             "copy the directory again"
         )
-    if list(scale.shape) != [out_features, 1] or scale.dtype not in FLOATS:
+    if list(scale.shape) != [out_features, num_groups] or scale.dtype not in FLOATS:
         raise CheckpointError(
-            f"{name}.weight_scale is {scale.dtype} {list(scale.shape)}, but [{out_features}, 1] of "
-            "bf16, fp16 or fp32 is needed; convert the directory first (cast-serve convert SRC OUT)"
+            f"{name}.weight_scale is {scale.dtype} {list(scale.shape)}, but "
+            f"[{out_features}, {num_groups}] of bf16, fp16 or fp32 is needed; "
+            "convert the directory first (cast-serve convert SRC OUT)"
         )
-    is_bad = ~(torch.isfinite(scale) & (scale > 0)).flatten()
+    is_bad = ~(torch.isfinite(scale) & (scale > 0))
     if is_bad.any():
-        row = int(is_bad.nonzero()[0])
+        row, group = is_bad.nonzero()[0].tolist()
+        where = f"row {row}" if num_groups == 1 else f"row {row}, scale group {group},"
         raise CheckpointError(
-            f"{name}.weight_scale: row {row} is {float(scale[row])}, but a scale is finite and "
-            f"above 0; {int(is_bad.sum())} rows are wrong and the file is damaged: "
+            f"{name}.weight_scale: {where} is {float(scale[row, group])}, but a scale is finite "
+            f"and above 0; {int(is_bad.any(1).sum())} rows are wrong and the file is damaged: "
             "copy the directory again"
         )
     return scale
 
 
-def check_integers(name: str, values: Tensor) -> None:
-    """Refuses -128, which `quantize_rows` never writes.
+def check_integers(name: str, values: Tensor, largest: int = MAX_INTEGER) -> None:
+    """Refuses what the quantisers never write, -128 of 8 bits and -8 of 4.
 
     Args:
         name: the tensor's.
         values: int8 [out_features, columns].
+        largest: integer that is written.
 
     Raises:
         CheckpointError: naming the first row.
     """
-    is_bad = (values == -128).any(1)
+    is_bad = (values < -largest).any(1)
     if is_bad.any():
         raise CheckpointError(
-            f"{name}: row {int(is_bad.nonzero()[0])} holds -128, but values of this record are "
-            f"within +-127; {int(is_bad.sum())} rows are wrong and the file is damaged"
+            f"{name}: row {int(is_bad.nonzero()[0])} holds {-largest - 1}, but values of this "
+            f"record are within +-{largest}; {int(is_bad.sum())} rows are wrong and the file is "
+            "damaged"
         )

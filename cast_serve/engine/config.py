@@ -5,8 +5,8 @@ The plugin claims compressed-tensors checkpoints
     with one of the format ``dense``, which vLLM 0.32 itself refuses (its #51188);
     without one, if ``--quantization cast_sparse24`` asks for it: config.json does not say that
         they are 2:4, so `cast-serve worker` looks at the values and asks.
-Served as they are: 2:4 weights as bitmasks in the model's dtype, and int8 or float8 (e4m3) weights
-as bitmasks or with their zeros.
+Served as they are: 2:4 weights as bitmasks in the model's dtype or in 4 bits, and int8 or float8
+(e4m3) weights as bitmasks or with their zeros.
 """
 
 import logging
@@ -30,21 +30,29 @@ from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import METHOD, Sparse24LinearMethod, Stored
 from cast_serve.engine.report import kernel_of
 from cast_serve.kernels.cpu import build
+from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
 
 FORMAT = "sparse-24-bitmask"
 REMEDY = "run `cast-serve convert SRC OUT` and serve OUT; convert says so if it cannot read SRC"
 DTYPES = {"int-quantized": torch.int8, "float-quantized": torch.float8_e4m3fn}
+INT4 = "pack-quantized"  # as bitmasks only
 HEADS = (Stored(torch.int8), Stored(torch.int8, has_zeros=True))
 # What a quantised checkpoint must say, per part of its config_groups. A scale belongs to a row of
 # the weight (channel) or to all of it (tensor). Activations of int8 weights are quantised as they
 # come, finer than any file asks for; those of float8 weights are not.
+# 4-bit weights have a scale for each group of columns.
 STRATEGIES = ("channel", "tensor")
+INT8_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True}
 SERVED: dict[str, dict[str, dict[str, Any]]] = {
     "int-quantized": {
         "weights": {"num_bits": 8, "type": "int", "symmetric": True},
-        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True},
+        "input_activations": INT8_ACTIVATIONS,
+    },
+    INT4: {
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"},
+        "input_activations": INT8_ACTIVATIONS,
     },
     "float-quantized": {"weights": {"num_bits": 8, "type": "float", "symmetric": True}},
 }
@@ -58,6 +66,7 @@ class Sparse24Config(QuantizationConfig):
         ignore: module names, or regular expressions after ``re:``, that are not 2:4.
         stored: how the 2:4 weights are stored.
         unquantized: names, as in ignore, that stay in the model's dtype all the same.
+        head: how the output layer is stored, if it is quantised; None: as the 2:4 weights.
     """
 
     def __init__(
@@ -65,10 +74,12 @@ class Sparse24Config(QuantizationConfig):
         ignore: list[str],
         stored: Stored = Stored(),  # noqa: B008, frozen
         unquantized: list[str] | None = None,
+        head: Stored | None = None,
     ) -> None:
         super().__init__()
         self.ignore = ignore
         self.stored = stored
+        self.head = head or stored
         self.unquantized = unquantized or []
         self._num_unpacked = 0  # linears of vLLM, made and not loaded yet
         self._num_linears = 0  # as on disk, so a merged qkv counts three
@@ -117,7 +128,12 @@ class Sparse24Config(QuantizationConfig):
         ignore = list(sparsity.get("ignore", []))
         if form == "dense" and not scheme:
             return cls([*ignore, *unquantized])
-        return cls(ignore, _stored(form, scheme, has_zeros), unquantized)
+        head = None
+        if form == INT4:  # in a group of its own
+            heads = {name: g for name, g in scheme.items() if g.get("targets") != ["Linear"]}
+            scheme = {name: g for name, g in scheme.items() if name not in heads}
+            head = _stored("int-quantized", heads, has_zeros) if heads else None
+        return cls(ignore, _stored(form, scheme, has_zeros), unquantized, head)
 
     def get_name(self) -> str:
         return METHOD
@@ -139,7 +155,8 @@ class Sparse24Config(QuantizationConfig):
         Raises:
             ValueError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
         """
-        stored = Stored() if self._is_in(self.unquantized, prefix) else self.stored
+        stored = self.head if isinstance(layer, ParallelLMHead) else self.stored
+        stored = Stored() if self._is_in(self.unquantized, prefix) else stored
         if isinstance(layer, ParallelLMHead):
             if stored.dtype and stored not in HEADS:
                 raise ValueError(
@@ -154,7 +171,7 @@ class Sparse24Config(QuantizationConfig):
             return Sparse24LinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise ValueError(
-                f"{prefix} is in 8 bits and not 2:4; only the head is served in that form; {REMEDY}"
+                f"{prefix} is quantised and not 2:4; only the head is served in that form; {REMEDY}"
             )
         return UnquantizedLinearMethod()
 
@@ -184,34 +201,35 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
     Raises:
         ValueError: naming what is not served.
     """
-    if form not in DTYPES or not scheme:
+    if form not in SERVED or not scheme:
         raise ValueError(
             f"the checkpoint is 2:4-sparse and quantised ({form}); 2:4 weights are served in bf16, "
-            f"fp16, fp32 or as {' or '.join(DTYPES)} with 8 bits; {REMEDY}"
+            f"fp16, fp32, as {' or '.join(DTYPES)} with 8 bits or {INT4} with 4; {REMEDY}"
         )
+    key, known = ("group_size", INT4_SCALE_GROUPS) if form == INT4 else ("strategy", STRATEGIES)
     for name, group in scheme.items():
         for part, wanted in SERVED[form].items():
-            for key, value in wanted.items():
-                _check(f"{name}.{part}.{key}", (group.get(part) or {}).get(key), (value,))
-        _check(f"{name}.weights.strategy", group["weights"].get("strategy"), STRATEGIES)
-    strategies = {group["weights"]["strategy"] for group in scheme.values()}
-    if len(strategies) > 1:
-        raise ValueError(
-            f"config_groups differ in weights.strategy: {sorted(strategies)}; {REMEDY}"
-        )
+            for each, value in wanted.items():
+                _check(form, f"{name}.{part}.{each}", (group.get(part) or {}).get(each), (value,))
+        _check(form, f"{name}.weights.{key}", group["weights"].get(key), known)
+    found = {group["weights"][key] for group in scheme.values()}
+    if len(found) > 1:
+        raise ValueError(f"config_groups differ in weights.{key}: {sorted(found)}; {REMEDY}")
     inputs = [group.get("input_activations") or {"dynamic": True} for group in scheme.values()]
     has_input_scale = not all(activations.get("dynamic") for activations in inputs)
     if has_input_scale:
         logger.warning(
             "the input_scale of the checkpoint is left out: activations are %s",
-            "quantised anew for each token" if form == "int-quantized" else "not quantised",
+            "not quantised" if form == "float-quantized" else "quantised anew for each token",
         )
-    return Stored(DTYPES[form], strategies == {"channel"}, has_input_scale, has_zeros)
+    if form == INT4:
+        return Stored(torch.int8, True, has_input_scale, has_zeros, found.pop())
+    return Stored(DTYPES[form], found == {"channel"}, has_input_scale, has_zeros)
 
 
-def _check(key: str, found: Any, served: tuple[Any, ...]) -> None:
+def _check(form: str, key: str, found: Any, served: tuple[Any, ...]) -> None:
     if found not in served:
         raise ValueError(
-            f"config_groups.{key} is {found!r}; of 8-bit 2:4 weights "
+            f"config_groups.{key} is {found!r}; of {4 if form == INT4 else 8}-bit 2:4 weights "
             f"{' or '.join(map(repr, served))} is served; {REMEDY}"
         )

@@ -1,4 +1,4 @@
-"""One 2:4 linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8)``.
+"""One 2:4 linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8, _int4)``.
 
 It creates parameters for the tensors on disk, so that vLLM's own loaders merge qkv and gate_up and
 narrow for tensor parallelism. After loading it packs them into the kernel's layout and deletes
@@ -28,7 +28,8 @@ from cast_serve.engine.packing import (
 )
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.sparsity.bitmask import compress
-from cast_serve.sparsity.quantize import widen_float8
+from cast_serve.sparsity.float8 import widen_float8
+from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
 
 METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
 
@@ -43,12 +44,15 @@ class Stored:
         has_input_scale: whether there is an ``input_scale``, which is left out.
         has_zeros: whether ``weight`` holds the zeros; else ``compressed``, ``bitmask`` and
             ``shape`` stand for it.
+        scale_group: of 4 bits, the columns that share a scale: dtype is int8 and ``weight_packed``
+            stands for ``compressed``; else None.
     """
 
     dtype: torch.dtype | None = None
     has_row_scales: bool = True
     has_input_scale: bool = False
     has_zeros: bool = False
+    scale_group: int | None = None
 
 
 @register_weight_loader_v2_supported_method
@@ -84,18 +88,25 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Creates parameters for the tensors on disk.
 
         They are ``compressed``, ``bitmask`` and ``shape``, or ``weight``; of 8-bit weights also
-        ``weight_scale`` and ``input_scale``.
+        ``weight_scale`` and ``input_scale``. Those of 4 bits have ``weight_packed`` in place of
+        ``compressed``.
 
         Raises:
-            ValueError: if in_features cannot be cut into whole groups and bitmask bytes.
+            ValueError: if in_features cannot be cut into whole groups, bitmask bytes and scale
+                groups.
         """
         is_sharded = input_size_per_partition != input_size
+        scale_group = self.stored.scale_group
         unit = 8 if is_sharded and not self.stored.has_zeros else 4
+        if is_sharded and scale_group is not None:
+            unit = scale_group
         if input_size_per_partition % unit:
+            smaller = "" if scale_group is None else ", or convert with a smaller --scale-group"
             raise ValueError(
                 f"{self.prefix}: in_features {input_size} over "
                 f"{input_size // input_size_per_partition} tensor-parallel ranks leaves "
                 f"{input_size_per_partition} per rank, no multiple of {unit}; use fewer ranks"
+                f"{smaller}"
             )
         rows = sum(output_partition_sizes)
 
@@ -112,13 +123,20 @@ class Sparse24LinearMethod(LinearMethodBase):
             layer.register_parameter("weight", on_disk(input_size_per_partition, dtype))
         else:
             half = input_size_per_partition // 2
-            layer.register_parameter("compressed", on_disk(half, dtype))
+            if scale_group is None:
+                layer.register_parameter("compressed", on_disk(half, dtype))
+            else:
+                words = on_disk(-(-half // NIBBLES), torch.int32)
+                layer.register_parameter("weight_packed", words)
             layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
             shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
             shape.weight_loader = _shape_checker(self.prefix, input_size)
             layer.register_parameter("shape", shape)
-        if self.stored.dtype:
-            scales = (
+        if scale_group is not None:
+            num_groups = -(-input_size_per_partition // scale_group)
+            layer.register_parameter("weight_scale", on_disk(num_groups, torch.float32))
+        elif self.stored.dtype:
+            scales: nn.Parameter = (
                 row_scales(rows, extra_weight_attrs)
                 if self.stored.has_row_scales
                 else weight_scales(len(output_partition_sizes), extra_weight_attrs)
@@ -143,6 +161,9 @@ class Sparse24LinearMethod(LinearMethodBase):
             ValueError: if a scale is not positive and finite (one that was not in the checkpoint
                 is zero), a float8 weight is NaN, or int8 weights are to run in fp32 on a GPU.
         """
+        if self.stored.scale_group is not None:
+            self._pack_int4(layer, self.stored.scale_group)
+            return
         values = layer.weight.data if self.stored.has_zeros else layer.compressed.data
         load_kernels(values.is_cuda)
         if self.stored.dtype:
@@ -160,10 +181,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             packed = kernels.pack(values, bitmask)
         except ValueError as error:
             raise type(error)(f"{self.prefix}: {error}") from None
-        for name in ("weight", "compressed", "bitmask", "shape", "input_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        _keep_packed(layer, packed)
         form = dispatch.wanted_form() if packed.is_cuda else "packed"
         second = dispatch.second_form(
             packed,
@@ -176,15 +194,46 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
         self.on_packed(layer)
 
+    def _pack_int4(self, layer: nn.Module, scale_group: int) -> None:
+        """As `process_weights_after_loading`, of 4 bits."""
+        words = layer.weight_packed.data
+        load_kernels(words.is_cuda)
+        if (is_empty := ~words.any(1)).any():
+            raise ValueError(
+                f"{self.prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
+                f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
+                "has none: copy the directory again"
+            )
+        values = unpack_nibbles(words, layer.cast_in_features // 2)
+        scale = take_scales(layer, self.prefix, scale_group=scale_group)
+        try:
+            packed = kernels.pack_int4(values, layer.bitmask.data, scale, scale_group)
+        except ValueError as error:
+            raise type(error)(f"{self.prefix}: {error}") from None
+        _keep_packed(layer, packed)
+        layer.cast_scale_group, layer.cast_form, layer.cast_second = scale_group, "packed", []
+        self.on_packed(layer)
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         packed, out_features = layer.packed, layer.cast_out_features
+        if self.stored.scale_group is not None:
+            group = self.stored.scale_group
+            return torch.ops.cast.linear24_int4(x, packed, group, out_features, bias)
         if self.stored.dtype == torch.int8:
             return torch.ops.cast.linear24_int8(x, packed, layer.scale, out_features, bias)
         if layer.cast_form == "packed":
             return torch.ops.cast.linear24(x, packed, out_features, bias)
         second = list(layer.cast_second)
         return torch.ops.cast.linear24_many(x, packed, out_features, bias, second, layer.cast_form)
+
+
+def _keep_packed(layer: nn.Module, packed: Tensor) -> None:
+    """Replaces what was loaded."""
+    for name in ("weight", "compressed", "weight_packed", "bitmask", "shape", "input_scale"):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
 
 
 def _leave_out(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:

@@ -40,29 +40,32 @@ def take_scales(
     prefix: str,
     num_loaded: int | None = None,
     out_sizes: list[int] | None = None,
+    scale_group: int | None = None,
 ) -> Tensor:
     """Removes a loaded ``weight_scale`` from its layer.
 
     Args:
         num_loaded: rows that the checkpoint has; None: all. Those after them are padding.
         out_sizes: out_features of each of the merged linears, if it has one scale for each.
+        scale_group: the columns that share a scale; None: all of a row.
 
     Returns:
-        fp32 [rows].
+        fp32 [rows], or with scale groups [rows, num_groups].
 
     Raises:
         ValueError: if a scale is not positive and finite.
     """
-    scale: Tensor = layer.weight_scale.data.flatten()
+    scale: Tensor = layer.weight_scale.data
+    scale = scale.flatten() if scale_group is None else scale
     if out_sizes is not None:
         scale = scale.repeat_interleave(torch.tensor(out_sizes, device=scale.device))
     bad = ~(scale[:num_loaded].isfinite() & (scale[:num_loaded] > 0))
     if bad.any():
-        row = int(bad.nonzero()[0])
+        place = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
             f"{prefix}.weight_scale: {int(bad.sum())} of {bad.numel()} are not positive and "
-            f"finite; the first is {float(scale[row])} in row {row}; the file is damaged or has "
-            "no scales: copy the directory again"
+            f"finite; the first is {float(scale[place])} in row {place[0]}; the file is damaged or "
+            "has no scales: copy the directory again"
         )
     del layer.weight_scale
     return scale.contiguous()

@@ -61,6 +61,8 @@ def kernel_of(layer: nn.Module) -> tuple[str, str]:
         layer: a linear that engine/linear.py has packed.
     """
     op = "cast::linear24_int8" if hasattr(layer, "scale") else "cast::linear24"
+    if hasattr(layer, "cast_scale_group"):
+        op = "cast::linear24_int4"
     packed: Tensor = layer.packed
     if not packed.is_cuda:
         return op, tuning.description()

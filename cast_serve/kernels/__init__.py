@@ -1,8 +1,8 @@
 """2:4 kernels: a packed weight and activations -> the linear's output, on the device of x.
 
 `pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
-`linear24` and `linear24_int8` multiply; `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces
-one).
+`linear24` and `linear24_int8` multiply, `pack_int4` and `linear24_int4` those of 4 bits; `isa` says
+which CPU kernel runs (``CAST_CPU_ISA`` forces one).
 gpu/dispatch.py is the GPU's side.
 """
 
@@ -17,19 +17,24 @@ from cast_serve.kernels.reference import (
     packed_shape,
     unpack,
 )
+from cast_serve.kernels.reference_int4 import int4_packed_shape, pack_int4, unpack_int4
 
 __all__ = [
+    "int4_packed_shape",
     "isa",
     "linear24",
+    "linear24_int4",
     "linear24_int8",
     "linear_int8",
     "load",
     "pack",
     "pack_dense",
+    "pack_int4",
     "packed_dense_shape",
     "packed_shape",
     "supported_isas",
     "unpack",
+    "unpack_int4",
 ]
 
 
@@ -55,6 +60,18 @@ def linear24_int8(
     """
     load()
     return torch.ops.cast.linear24_int8(x, packed, scale, out_features, bias)
+
+
+def linear24_int4(
+    x: Tensor, packed: Tensor, group: int, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias for a packed 4-bit weight; see reference_int4.linear24_int4.
+
+    Raises:
+        ValueError: if the shapes do not belong together; TypeError for an unknown dtype.
+    """
+    load()
+    return torch.ops.cast.linear24_int4(x, packed, group, out_features, bias)
 
 
 def linear_int8(

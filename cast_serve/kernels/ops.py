@@ -1,10 +1,11 @@
-"""The ops ``torch.ops.cast.linear24``, ``linear24_int8``, ``linear_int8``: kernels and fakes."""
+"""The ops of ``torch.ops.cast``: linear24, linear24_int8, linear24_int4, linear_int8."""
 
 import torch
 from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import packed_dense_shape, packed_shape
+from cast_serve.kernels.reference_int4 import int4_packed_shape, linear24_int4
 
 
 def load(tune: bool = False) -> None:
@@ -31,7 +32,9 @@ def load(tune: bool = False) -> None:
 def _register() -> None:
     torch.library.register_fake("cast::linear24")(_linear24_fake)
     torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
+    torch.library.register_fake("cast::linear24_int4")(_linear24_int4_fake)
     torch.library.register_fake("cast::linear_int8")(_linear_int8_fake)
+    torch.library.impl("cast::linear24_int4", "CPU")(linear24_int4)
     if torch.cuda.is_available():
         dispatch.register()
 
@@ -46,6 +49,12 @@ def _linear24_int8_fake(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
     return _fake(x, packed, out_features, packed_shape(out_features, x.shape[-1], torch.int8))
+
+
+def _linear24_int4_fake(
+    x: Tensor, packed: Tensor, group: int, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    return _fake(x, packed, out_features, int4_packed_shape(out_features, x.shape[-1], group))
 
 
 def _linear_int8_fake(

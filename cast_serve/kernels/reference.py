@@ -71,23 +71,52 @@ def pack(values: Tensor, bitmask: Tensor) -> Tensor:
     shape = packed_shape(out_features, in_features, values.dtype)
     if values.is_meta:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
+    tile_rows, tile_columns, _ = shape
+    rows, columns = tile_rows * TILE_ROWS, tile_columns * _tile_columns(values.dtype)
+    padded_values = values.new_zeros(rows, columns // 2)
+    padded_values[:out_features, : values.shape[1]] = values
+    return tiles_of(
+        [padded_values, positions_of(bitmask, in_features, rows, columns)], tile_rows, tile_columns
+    )
+
+
+def positions_of(bitmask: Tensor, in_features: int, rows: int, columns: int) -> Tensor:
+    """Bitmask -> positions, uint8 [rows, columns / 8]; what is padded keeps columns 0 and 1.
+
+    Raises:
+        PatternError: if a group has not exactly two bits.
+    """
     unpack_mask(bitmask, in_features)  # raises where it is not 2:4
     bits = bitmask.clone()
     if in_features % 8:  # files of other tools may have any bits in the upper nibble
         bits[:, -1] = (bits[:, -1] & 0b0000_1111) | 0b0011_0000
     positions = POSITIONS_OF_BITMASK.to(bits.device)[bits.long()]
+    padded = positions.new_full((rows, columns // 8), PADDING_POSITIONS)
+    padded[: positions.shape[0], : positions.shape[1]] = positions
+    return padded
 
-    tile_rows, tile_columns, _ = shape
-    rows, columns = tile_rows * TILE_ROWS, tile_columns * _tile_columns(values.dtype)
-    padded_values = values.new_zeros(rows, columns // 2)
-    padded_values[:out_features, : values.shape[1]] = values
-    padded_positions = positions.new_full((rows, columns // 8), PADDING_POSITIONS)
-    padded_positions[:out_features, : positions.shape[1]] = positions
+
+def tiles_of(parts: list[Tensor], tile_rows: int, tile_columns: int) -> Tensor:
+    """Rows [tile_rows * 8, ...] of any dtypes -> uint8 [tile_rows, tile_columns, tile_bytes]."""
     tiles = [
         part.contiguous().view(torch.uint8).view(tile_rows, TILE_ROWS, tile_columns, -1)
-        for part in (padded_values, padded_positions)
+        for part in parts
     ]
     return torch.cat([tile.transpose(1, 2).flatten(2) for tile in tiles], dim=2).contiguous()
+
+
+def rows_of(tiles: Tensor) -> Tensor:
+    """One part of all tiles, [tile_rows, tile_columns, bytes] -> its rows, uint8."""
+    return tiles.unflatten(2, (TILE_ROWS, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def bitmask_of(positions: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The inverse of `positions_of`."""
+    bitmask = BITMASK_OF_POSITIONS.to(positions.device)[positions.long()]
+    bitmask = bitmask[:out_features, : -(-in_features // 8)].clone()
+    if in_features % 8:
+        bitmask[:, -1] &= 0b0000_1111
+    return bitmask
 
 
 def unpack(
@@ -104,18 +133,9 @@ def unpack(
             f"packed weight is {list(packed.shape)}; [{out_features}, {in_features}] in {dtype} "
             f"needs {list(shape)}"
         )
-    rows = shape[0] * TILE_ROWS
     values_bytes = shape[2] - TILE_ROWS * _tile_columns(dtype) // 8
-
-    def rows_of(part: Tensor) -> Tensor:
-        return part.unflatten(2, (TILE_ROWS, -1)).transpose(1, 2).reshape(rows, -1)
-
     values = rows_of(packed[..., :values_bytes]).view(dtype)
-    positions = rows_of(packed[..., values_bytes:])
-    bitmask = BITMASK_OF_POSITIONS.to(packed.device)[positions.long()]
-    bitmask = bitmask[:out_features, : -(-in_features // 8)].clone()
-    if in_features % 8:
-        bitmask[:, -1] &= 0b0000_1111
+    bitmask = bitmask_of(rows_of(packed[..., values_bytes:]), out_features, in_features)
     return values[:out_features, : in_features // 2].contiguous(), bitmask
 
 
@@ -130,8 +150,7 @@ def pack_dense(weight: Tensor) -> Tensor:
     tile_rows, tile_columns, _ = packed_dense_shape(*weight.shape)
     padded = weight.new_zeros(tile_rows * TILE_ROWS, tile_columns * INT8_TILE_COLUMNS)
     padded[: weight.shape[0], : weight.shape[1]] = weight
-    tiles = padded.view(torch.uint8).view(tile_rows, TILE_ROWS, tile_columns, -1)
-    return tiles.transpose(1, 2).flatten(2).contiguous()
+    return tiles_of([padded], tile_rows, tile_columns)
 
 
 def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -146,8 +165,7 @@ def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
             f"packed weight is {list(packed.shape)}; a dense int8 [{out_features}, {in_features}] "
             f"needs {list(shape)}"
         )
-    rows = packed.unflatten(2, (TILE_ROWS, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
-    return rows[:out_features, :in_features].contiguous().view(torch.int8)
+    return rows_of(packed)[:out_features, :in_features].contiguous().view(torch.int8)
 
 
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:

@@ -1,42 +1,76 @@
-"""Weights and activations <-> 8-bit integers and their scales: symmetric, within +-127.
+"""Weights and activations <-> integers of 8 or 4 bits and their scales: symmetric.
 
-    weight row r        W[r, k] ~ values[r, k] * scale[r]       scale in the weight's dtype, on disk
+    weight row r, int8  W[r, k] ~ values[r, k] * scale[r]       scale in the weight's dtype, on disk
+    weight row r, int4  W[r, k] ~ values[r, k] * scale[r, h]    the same
     activation token t  X[t, k] ~ values[t, k] * scale[t, g]    scale fp32, anew for every product
 
-with g the scale group of 128 columns that k is in, so that a product is scale[r] * the sum over g
-of scale[t, g] * (an exact sum of integers). The integers leave out -128, of which a codec that
-takes absolute values in 8 bits makes a wrong mask.
+with g the scale group of 128 columns that k is in, and h that of 128, 64 or 32 columns, so that a
+product is a sum over scale groups of scales * (an exact sum of integers). int8 is within +-127: it
+leaves out -128, of which a codec that takes absolute values in 8 bits makes a wrong mask. int4 is
+within +-7.
 
-A row's scale is the one of least squared error among FRACTIONS of its max|w| / 127. A smaller scale
-cuts the largest weights off and rounds all others more finely. Each candidate is first rounded to
-the weight's dtype, then the integers are chosen for it: in bf16 neighbouring scales differ by 0.4
-to 0.8 %, so a much finer grid would try the same scales twice. Values that are 0 add no error
-whatever the scale is, so the kept weights of a 2:4 row [N, K / 2] get the scale of the whole row.
+A scale of a weight is the one of least squared error among fractions of max|w| / 127 (int4: / 7),
+taken over the row or scale group that it belongs to. A smaller scale cuts the largest weights off
+and rounds all others more finely; 4 bits gain from cutting off much more. Each candidate is first
+rounded to the weight's dtype (int4: to bf16, which its kernel holds), then the integers are chosen
+for it: in bf16 neighbouring scales differ by 0.4 to 0.8 %, so a much finer grid would try the same
+scales twice. Values that are 0 add no error whatever the scale is, so kept weights [N, K / 2] get
+the scales of the whole rows. An *importance* of each weight, such as the mean square of what it
+multiplies, makes the error a weighted sum.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_INTEGER = 127
+MAX_INT4 = 7
 SCALE_GROUP = 128  # columns of the activations that share a scale
+INT4_SCALE_GROUPS = (128, 64, 32)  # columns of a 4-bit weight's row that share a scale
 FRACTIONS = [1 - step / 200 for step in range(21)]  # 1.00, 0.995, ... 0.90 of max|w| / 127
+INT4_FRACTIONS = [1 - step / 40 for step in range(21)]  # 1.00, 0.975, ... 0.50 of max|w| / 7
 SCALES_CHOSEN = (
     "per row, the least squared error among 1.00, 0.995, ... 0.90 of max|w| / 127, "
     "rounded to the weight's dtype"
+)
+INT4_SCALES_CHOSEN = (
+    "per scale group, the least squared error among 1.00, 0.975, ... 0.50 of max|w| / 7, "
+    "rounded to bf16"
 )
 SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 
 
-def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
+class Grid(NamedTuple):
+    """What integers there are, and which scales are tried.
+
+    Attributes:
+        largest: integer; the least is its negative.
+        fractions: of max|w| / largest.
+        is_bf16: whether scales are rounded to bf16 whatever the weight's dtype is.
+    """
+
+    largest: int
+    fractions: list[float]
+    is_bf16: bool
+
+
+INT8 = Grid(MAX_INTEGER, FRACTIONS, is_bf16=False)
+INT4 = Grid(MAX_INT4, INT4_FRACTIONS, is_bf16=True)
+
+
+def quantize_rows(
+    weight: Tensor, name: str = "weight", importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantises each row of a weight with the scale of least squared error among FRACTIONS.
 
     Args:
         weight: [N, K], bf16, fp16 or fp32.
         name: for error messages.
+        importance: of each weight, fp32 [N, K]; None: equal.
 
     Returns:
         values int8 [N, K] within +-127 and scale [N, 1] in the weight's dtype, finite and positive.
@@ -45,26 +79,51 @@ def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]
     Raises:
         ValueError: if a weight is Inf or NaN.
     """
-    num_rows, num_columns = weight.shape
-    values = torch.empty_like(weight, dtype=torch.int8)
-    scale = weight.new_empty(num_rows, 1)
-    if weight.is_meta:
-        return values, scale
-    rows_in_slab = max(1, SLAB_ELEMENTS // max(1, num_columns))
-    with _one_thread():
-        for start in range(0, num_rows, rows_in_slab):
-            rows = slice(start, start + rows_in_slab)
-            slab = weight[rows].float()
-            is_bad = ~torch.isfinite(slab).all(1)
-            if is_bad.any():
-                row = start + int(is_bad.nonzero()[0])
-                raise ValueError(
-                    f"{name}: row {row} holds Inf or NaN, which has no scale; "
-                    "check the training for divergence"
-                )
-            scale[rows] = _best_scale(slab, weight.dtype)
-            values[rows] = _integers(slab, scale[rows].float()).to(torch.int8)
-    return values, scale
+    return _quantize(weight, importance, INT8, name)
+
+
+def quantize_values_int4(
+    values: Tensor,
+    scale_group: int = SCALE_GROUP,
+    name: str = "weight",
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantises the kept weights of a 2:4 weight to 4 bits, each scale group of a row by itself.
+
+    Every four dense columns keep two, so the scale group of a kept value is its own column in
+    `values` divided by scale_group / 2, whatever the mask is.
+
+    Args:
+        values: kept weights [out_features, in_features / 2], bf16, fp16 or fp32.
+        scale_group: dense columns that share a scale, one of INT4_SCALE_GROUPS; the last group of
+            a row may have fewer.
+        name: for error messages.
+        importance: of each weight, fp32, as `values`; None: equal.
+
+    Returns:
+        values int8 within +-7, of the same shape, and scale [out_features, ceil(in_features /
+        scale_group)] in the weight's dtype, finite and positive; 1 where a group is all zeros.
+
+    Raises:
+        ValueError: if a weight is Inf or NaN, or for another scale_group.
+    """
+    groups = _kept_groups(values, scale_group)
+    num_rows, num_groups, kept = groups.shape
+    if importance is not None:
+        importance = _kept_groups(importance, scale_group).flatten(0, 1)
+    integers, scale = _quantize(groups.flatten(0, 1), importance, INT4, name, num_groups)
+    integers = integers.view(num_rows, num_groups * kept)[:, : values.shape[1]]
+    return integers.contiguous(), scale.view(num_rows, num_groups)
+
+
+def dequantize_int4(
+    values: Tensor, scale: Tensor, scale_group: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The inverse of `quantize_values_int4`: multiplied in fp32, rounded to `dtype` (None: the
+    scale's); [out_features, in_features / 2]."""
+    groups = _kept_groups(values, scale_group)
+    kept = dequantize(groups, scale.unsqueeze(-1), dtype).flatten(1)
+    return kept[:, : values.shape[1]].contiguous()
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,49 +164,75 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) 
     return (values.float() * scale.float()).to(dtype or scale.dtype)
 
 
-def widen_float8(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str = "weight") -> Tensor:
-    """values * scale: multiplied in fp32, then rounded once to `dtype`; a stored -0.0 becomes 0.0.
-
-    Args:
-        values: float8 (e4m3) [out_features, columns].
-        scale: [out_features, 1].
-        dtype: bf16, fp16 or fp32.
-        name: for error messages.
+def _kept_groups(values: Tensor, scale_group: int) -> Tensor:
+    """Kept values [N, K / 2] -> [N, num_groups, scale_group / 2], padded with 0.
 
     Raises:
-        ValueError: if a weight is NaN, or above the largest number of `dtype`.
+        ValueError: for a scale_group that is not one of INT4_SCALE_GROUPS.
     """
-    wide = (dequantize(values, scale, torch.float32) + 0.0).to(dtype)
-    is_bad = ~torch.isfinite(wide).all(1)
-    if is_bad.any():
-        row = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: row {row} of its float8 weights times their scale {float(scale[row])} holds "
-            f"NaN, or more than {torch.finfo(dtype).max:.4g}, the most of {dtype}; "
-            f"{int(is_bad.sum())} rows are wrong: copy the directory again, or use bf16"
-        )
-    return wide
+    if scale_group not in INT4_SCALE_GROUPS:
+        known = ", ".join(map(str, INT4_SCALE_GROUPS))
+        raise ValueError(f"a scale group of {scale_group} columns does not exist; use {known}")
+    kept = scale_group // 2
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % kept)).unflatten(1, (-1, kept))
 
 
-def _best_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _quantize(
+    weight: Tensor, importance: Tensor | None, grid: Grid, name: str, groups_a_row: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A scale for each row of `weight` [N, K]; see `quantize_rows`.
+
+    Args:
+        groups_a_row: rows of `weight` that are one row of the linear, for error messages.
+    """
+    num_rows, num_columns = weight.shape
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scale = weight.new_empty(num_rows, 1)
+    if weight.is_meta:
+        return values, scale
+    rows_in_slab = max(1, SLAB_ELEMENTS // max(1, num_columns))
+    with _one_thread():
+        for start in range(0, num_rows, rows_in_slab):
+            rows = slice(start, start + rows_in_slab)
+            slab = weight[rows].float()
+            is_bad = ~torch.isfinite(slab).all(1)
+            if is_bad.any():
+                row = (start + int(is_bad.nonzero()[0])) // groups_a_row
+                raise ValueError(
+                    f"{name}: row {row} holds Inf or NaN, which has no scale; "
+                    "check the training for divergence"
+                )
+            important = None if importance is None else importance[rows]
+            scale[rows] = _best_scale(slab, important, weight.dtype, grid)
+            values[rows] = _integers(slab, scale[rows].float(), grid).to(torch.int8)
+    return values, scale
+
+
+def _best_scale(
+    weight: Tensor, importance: Tensor | None, dtype: torch.dtype, grid: Grid
+) -> Tensor:
     """The scale [N, 1], already rounded to `dtype`, of fp32 weights [N, K]."""
-    largest = weight.abs().amax(1, keepdim=True)
+    most = weight.abs().amax(1, keepdim=True)
     # The smallest positive scale: fp16's subnormals are exact, and weights of that size common.
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-    best = torch.ones_like(largest)
-    least = torch.full_like(largest, torch.inf)
-    for fraction in FRACTIONS:
-        scale = (largest / MAX_INTEGER * fraction).clamp(min=smallest).to(dtype).float()
-        error = _integers(weight, scale).mul_(scale).sub_(weight).square_().sum(1, keepdim=True)
-        is_better = (error < least) & (largest > 0)
+    best = torch.ones_like(most)
+    least = torch.full_like(most, torch.inf)
+    for fraction in grid.fractions:
+        scale = (most / grid.largest * fraction).clamp(min=smallest)
+        scale = (scale.bfloat16() if grid.is_bf16 else scale).to(dtype).float()
+        error = _integers(weight, scale, grid).mul_(scale).sub_(weight).square_()
+        if importance is not None:
+            error.mul_(importance)
+        error = error.sum(1, keepdim=True)
+        is_better = (error < least) & (most > 0)
         best = torch.where(is_better, scale, best)
         least = torch.where(is_better, error, least)
     return best
 
 
-def _integers(x: Tensor, scale: Tensor) -> Tensor:
-    """The nearest integers of x / scale within +-127, as fp32."""
-    return (x / scale).round_().clamp_(-MAX_INTEGER, MAX_INTEGER)
+def _integers(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest integers of x / scale that the grid has, as fp32."""
+    return (x / scale).round_().clamp_(-grid.largest, grid.largest)
 
 
 @contextmanager

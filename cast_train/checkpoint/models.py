@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.checkpoint.hub import PAPERS
-from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -178,8 +178,9 @@ def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A sparse-24-bitmask directory, decompressed into the dense model.
 
-    int8 weights are dequantised, and the activations that they multiply are rounded as they are
-    where the model is served (sparsity/quantize.py): the quality found here is that of serving.
+    int8 and int4 weights are dequantised, and the activations that they multiply are rounded as
+    they are where the model is served (sparsity/quantize.py): the quality found here is that of
+    serving.
 
     Raises:
         CheckpointError: if it is missing, of another format, or lacks tensors, or a scale is
@@ -200,7 +201,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors(directory):
         name, _, part = key.rpartition(".")
-        if part in (*PARTS, "weight_scale"):
+        if part in (*PARTS, PACKED, "weight_scale"):
             parts.setdefault(name, {})[part] = tensor
         else:
             state[key] = tensor

@@ -43,6 +43,23 @@ def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
 
 
+@MODELS
+@pytest.mark.parametrize("scale_group", [128, 32])
+def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) -> None:
+    convert(
+        *(save_gated(make()), tmp_path / "out", tmp_path / "twin"),
+        quantize="int4",
+        scale_group=scale_group,
+    )
+    model = load(tmp_path / "out")
+    linears = [module for module in model.modules() if isinstance(module, Linear24)]
+    assert {linear.scale_group for linear in linears} <= {128, scale_group}
+    assert "int4" in repr(linears[0])
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
+    found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
+    assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
+
+
 def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path: Path) -> None:
     source = save_gated(tiny_llama())
     with pytest.raises(CheckpointError, match="is gated; convert it first"):

@@ -71,7 +71,8 @@ def test_claims_our_format_and_no_other(config_class: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "pack-quantized"}, r"2:4-sparse and quantised \(pack-quantized\); .*convert"),
+        ({"format": "marlin-24"}, r"2:4-sparse and quantised \(marlin-24\); .*convert"),
+        ({"format": "pack-quantized"}, r"2:4-sparse and quantised \(pack-quantized\)"),
         ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\)"),
         ({"format": "int-quantized"}, r"2:4-sparse and quantised \(int-quantized\)"),
         ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
@@ -132,9 +133,85 @@ def test_what_int8_is_asked_for(
     assert stored.dtype == (torch.int8 if is_quantized else None)
     found = config.get_quant_method(output, "lm_head")
     assert (None if found is None else type(found).__name__) == head
-    with pytest.raises(ValueError, match="lm_head is in 8 bits and not 2:4; only the he") as error:
+    with pytest.raises(ValueError, match="lm_head is quantised and not 2:4; only the he") as error:
         config_class.from_config(INT8).get_quant_method(linear, "lm_head")
     assert "convert" in str(error.value)
+
+
+HEAD = {**INT8["config_groups"]["group_0"], "targets": ["lm_head"]}
+
+
+def int4(size: int = 64, **groups: Any) -> dict[str, Any]:
+    group = copy.deepcopy(INT8["config_groups"]["group_0"])
+    group["weights"] |= {"num_bits": 4, "strategy": "group", "group_size": size}
+    return {**INT8, "format": "pack-quantized", "config_groups": {"group_0": group, **groups}}
+
+
+def test_4_bits_and_what_their_head_is(config_class: Any) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from cast_serve.engine.linear import Stored
+
+    head = ParallelLMHead.__new__(ParallelLMHead)
+    own = config_class.from_config(int4(group_1=HEAD))
+    assert own.stored == Stored(torch.int8, scale_group=64)
+    assert type(own.get_quant_method(head, "lm_head")).__name__ == "Int8HeadMethod"
+    plain = config_class.from_config({**int4(), "ignore": ["lm_head"]})
+    assert plain.get_quant_method(head, "lm_head") is None
+    with pytest.raises(ValueError, match="lm_head is quantised, as .*scale_group=64"):
+        config_class.from_config(int4()).get_quant_method(head, "lm_head")
+
+
+def test_what_is_not_served_of_4_bits_is_named(config_class: Any) -> None:
+    with pytest.raises(ValueError, match="group_0.weights.group_size is 96; of 4-bit .*128 or 64"):
+        config_class.from_config(int4(96))
+    with pytest.raises(ValueError, match=r"differ in weights.group_size: \[32, 64\]"):
+        config_class.from_config(int4(group_1=int4(32)["config_groups"]["group_0"]))
+    zeros = int4() | {"sparsity_config": {"format": "dense", "targets": ["Linear"]}}
+    with pytest.raises(ValueError, match="stores the zeros of its weights, in the format 'pack-q"):
+        config_class.from_config(zeros)
+
+
+@pytest.mark.parametrize("size", [128, 64])
+def test_ranks_that_would_cut_a_scale_group_are_refused(config_class: Any, size: int) -> None:
+    """SmolLM2's 576 columns over two ranks are 288 each."""
+    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+
+    with pytest.raises(ValueError, match=f"no multiple of {size}; .*smaller --scale-group"):
+        Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=size)).create_weights(
+            nn.Module(), 288, [8], 576, 8, torch.bfloat16, weight_loader=None
+        )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_loads_its_columns_of_4_bits(
+    config_class: Any, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor import parameter as vllm_parameter
+
+    from cast_serve.checkpoint.linear import CompressedLinear
+    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+    from cast_serve.kernels import unpack_int4
+    from cast_serve.sparsity.pattern import hard_mask
+
+    monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_world_size", lambda: 2)
+    scores = torch.randn(8, 576, generator=torch.Generator().manual_seed(0))
+    whole = CompressedLinear.from_weight("o_proj", (scores * hard_mask(scores.abs())).bfloat16())
+    whole = whole.quantize("int4", 32)
+    layer = nn.Module()
+    layer.params_dtype = torch.bfloat16
+    method = Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=32))
+    method.create_weights(layer, 288, [8], 576, 8, torch.bfloat16, weight_loader=lambda *_: None)
+    for name, tensor in whole.tensors().items():
+        part = name.rpartition(".")[2]
+        if part != "shape":
+            getattr(layer, part).load_row_parallel_weight(tensor)
+    method.process_weights_after_loading(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["packed"]
+    values, bitmask, scale = unpack_int4(layer.packed, 8, 288, 32)
+    found = CompressedLinear("o_proj", values, bitmask, 288, scale, 32).dense()
+    assert torch.equal(found, whole.dense()[:, 288 * rank : 288 * (rank + 1)])
 
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}

@@ -7,10 +7,14 @@ from torch import Tensor
 from cast_serve.sparsity import quantize
 from cast_serve.sparsity.quantize import (
     FRACTIONS,
+    INT4_FRACTIONS,
+    INT4_SCALE_GROUPS,
     SCALE_GROUP,
     dequantize,
+    dequantize_int4,
     quantize_groups,
     quantize_rows,
+    quantize_values_int4,
     rounded,
 )
 
@@ -119,6 +123,82 @@ def test_meta() -> None:
     values, scale = quantize_rows(torch.empty(6, 20, device="meta", dtype=torch.bfloat16))
     assert (values.shape, values.dtype) == ((6, 20), torch.int8)
     assert (scale.shape, scale.dtype) == ((6, 1), torch.bfloat16)
+    values, scale = quantize_values_int4(torch.empty(6, 20, device="meta"), 32)
+    assert (values.shape, scale.shape) == ((6, 20), (6, 2))
+
+
+@pytest.mark.parametrize("scale_group", INT4_SCALE_GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_takes_the_best_scale_of_each_group(scale_group: int, dtype: torch.dtype) -> None:
+    kept = random_weight(5, 288, dtype)  # of 576 columns: with 128, the last group has 64
+    values, scale = quantize_values_int4(kept, scale_group)
+    assert (values.dtype, values.shape) == (torch.int8, kept.shape)
+    assert (scale.dtype, scale.shape) == (dtype, (5, -(-576 // scale_group)))
+    assert values.abs().max() == 7
+    found = dequantize_int4(values, scale, scale_group, torch.float32)
+    half = scale_group // 2
+    for group, own in enumerate(kept.split(half, dim=1)):
+        largest = own.float().abs().amax(1, keepdim=True)
+        errors = []
+        for fraction in INT4_FRACTIONS:
+            step = (largest / 7 * fraction).bfloat16().to(dtype).double()
+            integers = (own.double() / step).round().clamp(-7, 7)
+            errors.append((integers * step - own.double()).square().sum(1))
+        columns = slice(group * half, (group + 1) * half)
+        error = (found[:, columns].double() - own.double()).square().sum(1)
+        torch.testing.assert_close(error, torch.stack(errors).amin(0), rtol=1e-4, atol=0)
+
+
+def test_what_is_on_the_int4_grid_comes_back_exactly() -> None:
+    integers = torch.randint(-7, 8, (6, 80), generator=torch.Generator().manual_seed(1))
+    integers[:, ::16] = 7
+    scale = 2.0 ** -torch.arange(3, 33).view(6, 5)
+    weight = dequantize_int4(integers.to(torch.int8), scale, 32, torch.bfloat16)
+    assert torch.equal(weight[:, 16:32].float(), integers[:, 16:32] * scale[:, 1:2])
+    values, found = quantize_values_int4(weight, 32)
+    assert torch.equal(values, integers.to(torch.int8))
+    assert torch.equal(found, scale.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_scale_fits_the_important_weights(bits: int) -> None:
+    """What is multiplied with zeros alone has no importance, and does not stretch the scale."""
+    weight = random_weight(4, 128, torch.float32)
+    importance = torch.ones_like(weight)
+    weight[:, ::16], importance[:, ::16] = 1.09 * weight.abs().amax(1, keepdim=True), 0
+    if bits == 8:
+        values, scale = quantize_rows(weight, importance=importance)
+        found, plain = dequantize(values, scale), dequantize(*quantize_rows(weight))
+    else:
+        values, scale = quantize_values_int4(weight, 32, importance=importance)
+        found = dequantize_int4(values, scale, 32)
+        plain = dequantize_int4(*quantize_values_int4(weight, 32), 32)
+    errors = [((kept - weight).square() * importance).sum(1) for kept in (found, plain)]
+    assert errors[0].sum() < 0.9 * errors[1].sum()
+    assert (errors[0] <= errors[1]).all()
+
+
+def test_int4_scales_are_exact_in_bf16() -> None:
+    _, scale = quantize_values_int4(random_weight(6, 160, torch.float32), 32)
+    assert torch.equal(scale, scale.bfloat16().float())
+
+
+def test_int4_groups_of_zeros_get_scale_1() -> None:
+    weight = torch.zeros(2, 96, dtype=torch.bfloat16)
+    weight[1, 70] = 3.5
+    values, scale = quantize_values_int4(weight)
+    assert scale[0].tolist() == [1, 1]
+    assert dequantize_int4(values, scale, 128)[1, 70] == 3.5
+    assert int((values != 0).sum()) == 1
+
+
+def test_int4_refuses_what_has_no_scale() -> None:
+    weight = random_weight(7, 96, torch.bfloat16)
+    weight[5, 90] = torch.nan
+    with pytest.raises(ValueError, match="model.q: row 5 holds Inf or NaN"):
+        quantize_values_int4(weight, 64, "model.q")
+    with pytest.raises(ValueError, match="scale group of 96 columns does not exist; use 128"):
+        quantize_values_int4(weight, 96)
 
 
 def test_groups_are_rounded_half_to_even_by_their_largest_value() -> None:

@@ -227,6 +227,9 @@ TORCH_LIBRARY(cast, m) {
       "linear24_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
   m.def(
+      "linear24_int4(Tensor x, Tensor packed, int group, int out_features, Tensor? bias=None) "
+      "-> Tensor");
+  m.def(
       "linear_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);

@@ -1,0 +1,95 @@
+"""A directory and what is asked for -> one target's kept values, hardened, and maybe quantised.
+
+Hardening keeps the N largest gates of each group and writes zeros for the rest. Only kept values
+are quantised, so the mask stays as it was where a kept value becomes 0.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.foreign import read_linear
+from cast_serve.checkpoint.linear import CompressedLinear, Quantized
+from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
+from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN, SCALES_CHOSEN
+
+Int8 = Literal["int8"]
+
+
+class Calibrated(NamedTuple):
+    """Targets that were quantised elsewhere, with a calibration text.
+
+    Attributes:
+        linears: by name.
+        record: what cast.json says of the text.
+    """
+
+    linears: Mapping[str, CompressedLinear]
+    record: Mapping[str, Any]
+
+
+class Plan(NamedTuple):
+    """What becomes of the targets' values and of the head; the arguments of `convert`."""
+
+    quantize: Quantized | None
+    head: Int8 | None
+    scale_group: int
+    calibrated: Calibrated | None
+
+    def quantized(self, source: ModelDirectory, name: str) -> CompressedLinear:
+        """A target as it is stored."""
+        if self.calibrated is not None:
+            return self.calibrated.linears[name]
+        target = read_target(source, name)
+        return target.quantize(self.quantize, self.scale_group) if self.quantize else target
+
+    def record(self) -> dict[str, Any] | None:
+        """What cast.json says under quantization; None if nothing was asked for."""
+        if self.quantize is None:
+            return None
+        found: dict[str, Any] = {"quantize": self.quantize, "head": self.head}
+        found["scales"] = SCALES_CHOSEN
+        if self.quantize == "int4":
+            found |= {"scale_group": self.scale_group, "scales": INT4_SCALES_CHOSEN}
+        if self.calibrated is not None:
+            found["calibration"] = dict(self.calibrated.record)
+        return found
+
+
+def read_target(source: ModelDirectory, name: str) -> CompressedLinear:
+    """A target's kept values, hardened, as the source has them.
+
+    Raises:
+        CheckpointError: if it is damaged.
+        PatternError: if it is not 2:4.
+    """
+    if source.kind in ("compressed", "quantised"):
+        return read_linear(name, source.parts(name), source.model_dtype)
+    return CompressedLinear.from_weight(name, _hardened(source, name))
+
+
+def _hardened(source: ModelDirectory, name: str) -> Tensor:
+    """A target's weight [out_features, in_features] with exact zeros where it was dropped."""
+    weight, is_transposed = source.get(f"{name}.weight"), source.linears[name]
+    if is_transposed:
+        weight = weight.T.contiguous()
+    if source.kind != "gated":
+        check_weight(weight, source.pattern, name)
+        return weight
+    if source.record.get("method") == "adams":  # it has no gates: |W| ranks the weights
+        gate = weight.float().abs()
+    else:
+        gate = source.get(f"{name}.gate")
+        gate = gate.T if is_transposed else gate
+    try:
+        weight = torch.where(hard_mask(gate, source.pattern), weight, torch.zeros_like(weight))
+    except PatternError as error:
+        raise PatternError(f"{name}.gate: {error}") from None
+    if f"{name}.scale" not in source.files:
+        return weight
+    scale = source.get(f"{name}.scale").float()  # [out_features, column parts]
+    scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    return (weight.float() * scale).to(weight.dtype)

@@ -1,0 +1,163 @@
+"""A 2:4 directory + calibration text -> a compressed one, its integers chosen together.
+
+Rounded to the nearest, each kept weight w has an error of its own, and those of a row add up in its
+output. Here the integers z of a row are chosen together, under its mask and with fixed scales, so
+that on the calibration text the output changes least:
+
+    E(z) = (w - s z) H (w - s z)^T,   H = X^T X of the linear's inputs, damped as SparseGPT damps it
+
+The scales s are those of least squared error where each weight counts as much as its input,
+H's diagonal. Then, from the nearest integers on, column after column each integer becomes the one
+of least E with all others as they are, SWEEPS times over. E falls or stays at every step, so the
+result is never worse than rounding, on that text. All rows go at once: a step is one column of the
+weight. Later linears see the outputs of quantised ones. Source of the descent: Behdin et al.,
+"QuantEase: optimization-based quantization for language models", 2023.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.convert import check_outputs, check_source, convert
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.linear import CompressedLinear, Quantized
+from cast_serve.checkpoint.target import Calibrated, Int8, read_target
+from cast_serve.sparsity.bitmask import unpack_mask
+from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, SCALE_GROUP
+from cast_train.checkpoint import identity, models
+from cast_train.gates.gating import is_transposed
+from cast_train.pruning.oneshot import read_calibration
+from cast_train.pruning.sparsegpt import COLUMNS, damped, replace_weights
+
+SWEEPS = 6
+
+
+def write_quantized(
+    source: Path,
+    text_files: Sequence[Path],
+    out: Path,
+    quantize: Quantized,
+    head: Int8 | None,
+    scale_group: int = SCALE_GROUP,
+) -> dict[str, Any]:
+    """Quantises and compresses a 2:4 directory.
+
+    Args:
+        source: gated, pruned or compressed, not quantised; or its name on a hub.
+        text_files: calibration text; its first `TrainConfig.calibration_blocks` are used.
+        out: must not exist.
+        quantize: of the targets' values.
+        head: of the output layer, rounded to the nearest.
+        scale_group: of int4, the columns that share a scale.
+
+    Returns:
+        `inspect` of the output.
+
+    Raises:
+        ValueError: for every wrong input; nothing is written then.
+    """
+    check_outputs([out], quantize, head, scale_group)
+    folder = hub.fetch(source)
+    directory = ModelDirectory(folder)
+    check_source(directory, quantize)
+    blocks = read_calibration(text_files, models.load_tokenizer(folder))
+    model = models.load_any(folder, torch.float32)
+    linears = {name: model.get_submodule(name) for name in directory.targets}
+    found: dict[str, CompressedLinear] = {}
+    for name, linear in linears.items():
+        weight = read_target(directory, name).dense(torch.float32)
+        linear.weight.data.copy_(weight.t() if is_transposed(linear) else weight)
+
+    def quantized(name: str, _: Tensor, hessian: Tensor) -> Tensor:
+        target = read_target(directory, name)
+        found[name] = quantize_linear(target, hessian, quantize, scale_group)
+        return found[name].dense(torch.float32)
+
+    replace_weights(model, linears, blocks, quantized)
+    record = {
+        "text": [identity.of_file(path) for path in text_files],
+        "num_tokens": blocks.numel(),
+        "sweeps": SWEEPS,
+    }
+    return convert(
+        folder,
+        out,
+        quantize=quantize,
+        head=head,
+        scale_group=scale_group,
+        calibrated=Calibrated(found, record),
+    )
+
+
+@torch.no_grad()
+def quantize_linear(
+    linear: CompressedLinear, hessian: Tensor, quantize: Quantized, scale_group: int = SCALE_GROUP
+) -> CompressedLinear:
+    """One linear with its integers and scales.
+
+    Args:
+        linear: not quantised.
+        hessian: X^T X of its inputs, fp32 [in_features, in_features].
+        quantize: int8 or int4.
+        scale_group: of int4, the columns that share a scale.
+    """
+    mask = unpack_mask(linear.bitmask, linear.in_features, linear.name)
+    hessian = damped(hessian)
+    importance = hessian.diagonal().expand(mask.shape)[mask].view(linear.values.shape)
+    nearest = linear.quantize(quantize, scale_group, importance)
+    assert nearest.scale is not None
+    found = descend(
+        linear.dense().float(),
+        nearest.dense(torch.float32),
+        mask,
+        nearest.scale.float(),
+        scale_group if quantize == "int4" else linear.in_features,
+        MAX_INT4 if quantize == "int4" else MAX_INTEGER,
+        hessian,
+    )
+    return replace(nearest, values=found.to(torch.int8)[mask].view(linear.values.shape))
+
+
+def descend(
+    weight: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    scale_group: int,
+    largest: int,
+    hessian: Tensor,
+) -> Tensor:
+    """The integers of a weight, by coordinate descent: fp32 [out_features, in_features].
+
+    Args:
+        weight: fp32 [out_features, in_features].
+        start: the quantised weight to start from, integers times scales, the same shape.
+        mask: bool, the same shape; the integers are 0 where it is False.
+        scale: fp32 [out_features, number of scale groups].
+        scale_group: columns that share a scale.
+        largest: integer.
+        hessian: fp32 [in_features, in_features], its diagonal above 0.
+    """
+    # A column of the weight is a row here. gradient = H (found - weight): half of E's.
+    found, kept, scales = start.t().contiguous(), mask.t().contiguous(), scale.t().contiguous()
+    num_columns = len(found)
+    gradient = hessian @ (found - weight.t())
+    for _ in range(SWEEPS):
+        for begin in range(0, num_columns, COLUMNS):
+            end = min(begin + COLUMNS, num_columns)
+            before = found[begin:end].clone()
+            own = gradient[begin:end].clone()  # with the changes of this block so far
+            for i in range(begin, end):
+                step = scales[i // scale_group]
+                best = found[i] - own[i - begin] / hessian[i, i]
+                best = (best / step).round_().clamp_(-largest, largest).mul_(step).mul_(kept[i])
+                own[i - begin + 1 :] += hessian[i + 1 : end, i, None] * (best - found[i])
+                found[i] = best
+            gradient += hessian[:, begin:end] @ (found[begin:end] - before)
+    steps = scales.repeat_interleave(scale_group, dim=0)[:num_columns]
+    return (found / steps).round().t().contiguous()
