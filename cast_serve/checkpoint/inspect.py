@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory, tensor_files
+from cast_serve.checkpoint.directory import MARLIN, OLD_KEY, ModelDirectory, tensor_files
 from cast_serve.checkpoint.foreign import read_linear
 from cast_serve.checkpoint.linear import (
     PACKED,
@@ -46,7 +46,7 @@ def inspect(path: Path) -> dict[str, Any]:
     directory = ModelDirectory(path)
     if directory.kind == "quantised":
         raise CheckpointError(
-            f"{path} is quantised by another program, with its zeros stored; "
+            f"{path} is quantised by another program, and stored as it does it; "
             "convert it first (cast-serve convert SRC OUT)"
         )
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
@@ -129,6 +129,11 @@ def count_sparse(path: Path) -> tuple[int, bool]:
             return len(compressed), False
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config") or config.get(OLD_KEY) or {}
+    if quantization.get("format") == MARLIN:
+        raise CheckpointError(
+            f"{path} is in the format {MARLIN}, which vLLM does not serve any more; "
+            "convert it first (cast-serve convert SRC OUT)"
+        )
     if quantization.get("format") not in ("int-quantized", "float-quantized"):
         return 0, False
     try:
