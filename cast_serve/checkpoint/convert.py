@@ -26,9 +26,9 @@ from torch import Tensor
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
-from cast_serve.checkpoint.foreign import SCALE_PARTS
+from cast_serve.checkpoint.formats.foreign import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import Quantized
+from cast_serve.checkpoint.linear import PACKED, Quantized
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -53,7 +53,8 @@ from cast_serve.sparsity.quantize import (
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
-WEIGHTS = (".weight", ".compressed")  # the tensor that stands for a target in its shard
+# The tensor that stands for a target in its shard.
+WEIGHTS = (".weight", ".compressed", f".{PACKED}")
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # not copied
 TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
 
@@ -72,7 +73,7 @@ def convert(
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
-        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also in 8 bits
+        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also quantised
             as foreign.py reads them; to quantise also a compressed directory. Or its name on a hub.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
@@ -101,7 +102,7 @@ def convert(
     new_twin: AbstractContextManager[Path | None] = (
         new_directory(dense_twin) if dense_twin else nullcontext()
     )
-    _warn_of_activations(directory)
+    _warn_of_changes(directory)
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
         _warn_of_training(directory, plan)
@@ -268,10 +269,10 @@ def _write(
     if head:
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record(source)
-    if not quantization and source.quantized in ("int8", "int4"):
-        found = source.head_dtype
-        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
-        if source.quantized == "int4":
+    if not quantization and source.quantized and not source.is_widened:
+        quantization = {"quantize": source.quantized, "head": source.head_dtype}
+        quantization["scales"] = SCALES_TAKEN_OVER
+        if source.scale_group:
             quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
@@ -290,21 +291,30 @@ def _write(
         _finish(source.path, dense, dense_written, dense_config, {**record, "kind": "pruned"})
 
 
-def _warn_of_activations(source: ModelDirectory) -> None:
-    """Says where the source's activations are not served as it had them: see foreign.py."""
+def _warn_of_changes(source: ModelDirectory) -> None:
+    """Says what of the source is not served as it was: see foreign.py."""
+    is_integer = source.quantized is not None and not source.is_widened
     num_static = sum(name.endswith(".input_scale") for name in source.files)
     if num_static:
         logger.warning(
             "%s: the input_scale of %d linears is left out: activations are %s",
             source.path,
             num_static,
-            "quantised anew for each token" if source.quantized == "int8" else "not quantised",
+            "quantised anew for each token" if is_integer else "not quantised",
         )
     groups = (source.quantization.get("config_groups") or {}).values()
-    if source.quantized == "int8" and not all(group.get("input_activations") for group in groups):
+    if is_integer and not all(group.get("input_activations") for group in groups):
         logger.warning(
             "%s: its activations are not quantised, but served they are, in int8 for each token",
             source.path,
+        )
+    if source.is_widened and source.quantized != "float8":
+        logger.warning(
+            "%s: no kernel has the scale groups of its %s weights, so they become %s; "
+            "`cast-serve convert OUT OUT2 --quantize int8` makes them smaller again",
+            source.path,
+            source.quantized,
+            source.model_dtype,
         )
 
 

@@ -18,21 +18,24 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.shard import check_contained, opened
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
+from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
 from cast_serve.sparsity.targets import find_targets
 
 OLD_KEY = "compression_config"  # of config.json, in place of quantization_config
 EIGHT_BITS = {"I8": "int8", "F8_E4M3": "float8"}  # safetensors' names
-FORMATS = ("dense", "int-quantized", "float-quantized")
-INT4_FORMAT = "pack-quantized"  # read if the zeros are not stored
-BITMASK_FORMAT = "sparse-24-bitmask"
-SPARSE_FORMATS = ("dense", BITMASK_FORMAT)
+MARLIN = "marlin-24"
+PACKED_FORMATS = ("pack-quantized", MARLIN)
+FORMATS = ("dense", "int-quantized", "float-quantized", *PACKED_FORMATS)
+SPARSE_FORMATS = ("dense", "sparse-24-bitmask")
+FOREIGN_PARTS = frozenset({"weight_shape", "meta", "scale_packed"})  # of others' packed weights
 
 
 class ModelDirectory:
     """A model directory for reading; tensors are loaded only by `get`.
 
     Attributes:
-        kind: dense, pruned, gated, compressed, or quantised: by another program, zeros stored.
+        kind: dense, pruned, gated, compressed, or quantised: by another program, with its zeros
+            stored or as marlin-24.
         pattern: N:M of the record; 2:4 if there is none.
         config: config.json.
         quantization: what it says of compression and quantisation; empty if nothing.
@@ -41,6 +44,8 @@ class ModelDirectory:
         linears: every linear of the model, and whether it stores its weight transposed (GPT-2).
         targets: the linears that are sparse, or by `find_targets` would be.
         quantized: int8, int4 or float8 if the weights of targets are, else None.
+        is_widened: whether quantised weights can only become unquantised ones: float8, and integers
+            whose scale groups no kernel has.
         is_foreign: whether it is quantised or compressed otherwise than `convert` writes it.
         head: the output layer's module name; None if the model has none.
         tied_embedding: the embedding's module name if the output layer shares its weight.
@@ -93,19 +98,26 @@ class ModelDirectory:
                 f"{path} has linears in 4 bits and in 8 bits, such as {packed[0]} and "
                 f"{in_8_bits[0]}; only one can be read"
             )
-        compressed += packed
+        parts = (name.rpartition(".") for name in self.files)
+        foreign = {module for module, _, part in parts if part in FOREIGN_PARTS} & {*self.linears}
+        compressed += [name for name in packed if name not in foreign]
         self.quantized: str | None = "int4" if packed else dtypes.pop() if dtypes else None
+        self.is_widened = self.quantized == "float8"
+        if foreign:
+            self.quantized, self.is_widened = self._foreign_integers()
         if compressed:
             self.kind = "compressed"
         else:
-            self.kind = "quantised" if in_8_bits else self.record.get("kind", "dense")
-        found = sorted({*compressed, *in_8_bits})
+            is_quantised = in_8_bits or foreign
+            self.kind = "quantised" if is_quantised else self.record.get("kind", "dense")
+        found = sorted({*compressed, *in_8_bits, *foreign})
         self.targets: list[str] = self.record.get("targets") or (
             found or list(find_targets(model, self.pattern)[0])
         )
         if unknown := sorted(set(self.targets) - set(self.linears)):
             raise CheckpointError(f"{path} has targets that are no linears of its: {unknown[:5]}")
-        self.is_foreign = OLD_KEY in self.config or any(
+        is_other = OLD_KEY in self.config or bool(foreign)
+        self.is_foreign = is_other or any(
             f"{name}.weight" in self.files
             or f"{name}.input_scale" in self.files
             or weights[name].startswith("F8")
@@ -117,15 +129,21 @@ class ModelDirectory:
         """The dtype of each linear's weight but the output layer's, as safetensors names it.
 
         Raises:
-            CheckpointError: if another module is in 8 bits, or one in 8 bits of another kind.
+            CheckpointError: if another module is in 8 bits or packed, or one in 8 bits of another
+                kind.
         """
         weights: dict[str, str] = {}
         for name in self.files:
             module, _, part = name.rpartition(".")
+            is_inner_linear = module in self.linears and module != self.head
+            if part == PACKED and not is_inner_linear:
+                raise CheckpointError(
+                    f"{self.path}: {name} is packed, but only linears other than the output layer "
+                    "are read so; leave it out of the quantisation"
+                )
             if part not in ("weight", "compressed"):
                 continue
             dtype = self.dtype(name)
-            is_inner_linear = module in self.linears and module != self.head
             if is_inner_linear:
                 weights[module] = dtype
             readable = EIGHT_BITS if is_inner_linear else {"I8"} if module == self.head else ()
@@ -176,10 +194,44 @@ class ModelDirectory:
 
     @property
     def scale_group(self) -> int | None:
-        """The columns that share a scale, as config.json says; None if rows or weights do."""
-        groups = (self.quantization.get("config_groups") or {}).values()
-        sizes = [(group.get("weights") or {}).get("group_size") for group in groups]
-        return next((size for size in sizes if size), None)
+        """Of 4-bit weights, the columns that share a scale when they are converted; else None.
+
+        The largest of our scale groups that divides all that config.json names.
+        """
+        if self.quantized != "int4" or self.is_widened:
+            return None
+        sizes = [
+            weights.get("group_size") or SCALE_GROUP for weights in _weights(self.quantization)
+        ]
+        return next((g for g in INT4_SCALE_GROUPS if all(size % g == 0 for size in sizes)), None)
+
+    def _foreign_integers(self) -> tuple[str, bool]:
+        """Which integers another program packed, and whether they can only be widened.
+
+        Raises:
+            CheckpointError: if config.json does not say it, or says several.
+        """
+        form = self.quantization.get("format")
+        all_weights = _weights(self.quantization)
+        found = {(weights.get("num_bits"), _is_widened(weights)) for weights in all_weights}
+        if form not in PACKED_FORMATS or not found:
+            raise CheckpointError(
+                f"{self.path} holds packed weights, but its config.json says format {form!r} with "
+                f"{len(found)} config_groups; {' or '.join(PACKED_FORMATS)} with one or more is "
+                "needed: copy config.json again"
+            )
+        if len(found) > 1:
+            kinds = [
+                f"{weights.get('num_bits')} bits (strategy {weights.get('strategy')}, group_size "
+                f"{weights.get('group_size')})"
+                for weights in all_weights
+            ]
+            raise CheckpointError(
+                f"{self.path} has linears in {' and in '.join(kinds)}; only one can be read: "
+                "start from the checkpoint that it was made of"
+            )
+        num_bits, is_widened = found.pop()
+        return f"int{num_bits}", is_widened
 
     @property
     def head_dtype(self) -> str | None:
@@ -264,26 +316,43 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     if method != "compressed-tensors":
         raise CheckpointError(f"{path} is quantised ({method}), which is not read; {remedy}")
     sparse_format = (quantization.get("sparsity_config") or {}).get("format", "dense")
-    is_int4 = quantization.get("format") == INT4_FORMAT and sparse_format == BITMASK_FORMAT
-    for found, known in (
-        (quantization.get("format") or "dense", (*FORMATS, INT4_FORMAT) if is_int4 else FORMATS),
-        (sparse_format, SPARSE_FORMATS),
-    ):
+    form = quantization.get("format") or "dense"
+    for found, known in ((form, FORMATS), (sparse_format, SPARSE_FORMATS)):
         if found not in known:
             raise CheckpointError(
                 f"{path} is in the format {found}, but only {', '.join(known)} are read; {remedy}"
             )
     if quantization.get("kv_cache_scheme"):
         raise CheckpointError(f"{path} has scales for a quantised KV cache; {remedy}")
-    for group in (quantization.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
+    is_packed = form in PACKED_FORMATS
+    strategies = ("channel", "tensor", "group") if is_packed else ("channel", "tensor")
+    for weights in _weights(quantization):
         if weights.get("symmetric") is False:
             raise CheckpointError(
                 f"{path} is quantised asymmetrically, which is not read; {remedy}"
             )
-        strategies = ("channel", "tensor", "group") if is_int4 else ("channel", "tensor")
         if (strategy := weights.get("strategy", "channel")) not in strategies:
             raise CheckpointError(
                 f"{path} has a scale for each {strategy} of a weight, but only one for each "
-                f"channel or tensor is read; {remedy}"
+                f"{' or '.join(strategies)} is read; {remedy}"
             )
+        kind, num_bits = weights.get("type", "int"), weights.get("num_bits")
+        if is_packed and (kind != "int" or num_bits not in (4, 8)):
+            raise CheckpointError(
+                f"{path} has weights of type {kind} in {num_bits} bits, packed, but only int in 4 "
+                f"or 8 bits is read; {remedy}"
+            )
+
+
+def _weights(quantization: dict[str, Any]) -> list[dict[str, Any]]:
+    """How each of the config_groups quantises its weights."""
+    groups = (quantization.get("config_groups") or {}).values()
+    return [group.get("weights") or {} for group in groups]
+
+
+def _is_widened(weights: dict[str, Any]) -> bool:
+    """Whether no kernel has the scale groups of packed integers."""
+    if weights.get("strategy") != "group":
+        return False
+    size = weights.get("group_size") or 0
+    return weights["num_bits"] == 8 or size < 1 or size % min(INT4_SCALE_GROUPS) != 0

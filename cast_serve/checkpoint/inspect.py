@@ -4,8 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.directory import ModelDirectory, quantization_of, tensor_files
-from cast_serve.checkpoint.foreign import read_linear
+from cast_serve.checkpoint.directory import (
+    MARLIN,
+    ModelDirectory,
+    quantization_of,
+    tensor_files,
+)
+from cast_serve.checkpoint.formats.foreign import read_linear
 from cast_serve.checkpoint.linear import (
     PACKED,
     CompressedLinear,
@@ -46,7 +51,7 @@ def inspect(path: Path) -> dict[str, Any]:
     directory = ModelDirectory(path)
     if directory.kind == "quantised":
         raise CheckpointError(
-            f"{path} is quantised by another program, with its zeros stored; "
+            f"{path} is quantised by another program, and stored as it does it; "
             "convert it first (cast-serve convert SRC OUT)"
         )
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
@@ -130,6 +135,11 @@ def count_sparse(path: Path) -> tuple[int, bool]:
             _check_scale_shapes(files, compressed, part)
             return len(compressed), False
     quantization = quantization_of(path, read_json(path / "config.json"))
+    if quantization.get("format") == MARLIN:
+        raise CheckpointError(
+            f"{path} is in the format {MARLIN}, which vLLM does not serve any more; "
+            "convert it first (cast-serve convert SRC OUT)"
+        )
     if quantization.get("format") not in ("int-quantized", "float-quantized"):
         return 0, False
     try:

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from cast_serve.checkpoint.directory import ModelDirectory
-from cast_serve.checkpoint.foreign import read_linear
+from cast_serve.checkpoint.formats.foreign import read_linear
 from cast_serve.checkpoint.linear import FLOATS, CompressedLinear, Quantized
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
-from cast_serve.sparsity.quantize import INT4_SCALES_CHOSEN, SCALES_CHOSEN, SCALES_TRAINED
+from cast_serve.sparsity.quantize import (
+    INT4_SCALES_CHOSEN,
+    SCALE_GROUP,
+    SCALES_CHOSEN,
+    SCALES_TRAINED,
+)
 
 Int8 = Literal["int8"]
 
@@ -84,7 +89,13 @@ def read_target(source: ModelDirectory, name: str) -> CompressedLinear:
         PatternError: if it is not 2:4.
     """
     if source.kind in ("compressed", "quantised"):
-        return read_linear(name, source.parts(name), source.model_dtype)
+        return read_linear(
+            name,
+            source.parts(name),
+            source.model_dtype,
+            scale_group=source.scale_group or SCALE_GROUP,
+            is_widened=source.is_widened,
+        )
     return CompressedLinear.from_weight(name, _hardened(source, name))
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as some
 from torch import Tensor
 
-from cast_serve.checkpoint.foreign import read_linear
+from cast_serve.checkpoint.formats.foreign import read_linear
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask

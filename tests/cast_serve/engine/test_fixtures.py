@@ -26,7 +26,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from cast_serve.checkpoint.convert import convert  # noqa: E402
 from cast_serve.checkpoint.directory import ModelDirectory  # noqa: E402
-from cast_serve.checkpoint.foreign import read_linear  # noqa: E402
+from cast_serve.checkpoint.formats.foreign import read_linear  # noqa: E402
 from cast_serve.checkpoint.inspect import count_sparse, inspect  # noqa: E402
 from cast_serve.checkpoint.record import CheckpointError  # noqa: E402
 from cast_serve.engine import plugin  # noqa: E402
@@ -44,9 +44,20 @@ SERVED = {  # the kernel that it runs
     "float8-bitmask": "cast::linear24",
     "float8-zeros": "cast::linear24",
 }
+CONVERTED = {  # what only `convert` reads: the kernel of what it becomes
+    "int4-packed": "cast::linear24",
+    "int4-packed-channel": "cast::linear24_int4",
+    "int4-packed-group": "cast::linear24_int4",
+    "int8-packed-group": "cast::linear24",
+    "int4-marlin-channel": "cast::linear24_int4",
+    "int4-marlin-group": "cast::linear24_int4",
+    "int8-marlin-channel": "cast::linear24_int8",
+    "int8-marlin-group": "cast::linear24",
+}
 ALREADY_OURS = ("int8-bitmask",)  # `convert` refuses it
 NUM_TOKENS = 32
 ROUNDED, EXACT = 1e-2, 1e-5  # relative errors
+BF16 = 2e-3  # of scales in fp16, which the 4-bit kernel rounds to bf16
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -140,7 +151,7 @@ def weight_of(folder: Path, name: str) -> Tensor:
     parent, _, last = name.rpartition(".")
     linears = [f"{parent}.{part}" for part in MERGED.get(last, (last,))]
     parts = (read_linear(linear, directory.parts(linear), torch.float32) for linear in linears)
-    return torch.cat([linear.dense(torch.float32) for linear in parts])
+    return torch.cat([linear.dense(torch.float32).float() for linear in parts])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -171,6 +182,24 @@ def test_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
         assert relative(y, x @ weight.T) < ROUNDED, layer
         multiplied = rounded(x) if kernel == "cast::linear24_int8" else x
         assert relative(y, multiplied @ weight.T) < EXACT, layer
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_packed_and_converted_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
+    convert(FIXTURES / name, tmp_path / "out", tmp_path / "twin")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
+
+    logits, products, kernel = run_in_vllm(tmp_path / "out")
+
+    assert kernel == CONVERTED[name]
+    with torch.no_grad():
+        expected = twin(torch.arange(NUM_TOKENS)[None]).logits[0]
+    assert relative(logits, expected) < ROUNDED
+    assert len(products) == 4  # qkv, o, gate and up, down
+    for layer, (x, y) in products.items():
+        multiplied = x if kernel == "cast::linear24" else rounded(x)
+        error = relative(y, multiplied @ weight_of(tmp_path / "out", layer).T)
+        assert error < (BF16 if name.startswith("int4-marlin") else EXACT), layer
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name not in ALREADY_OURS])
@@ -237,8 +266,8 @@ def test_damage_is_named(
 
 
 def test_every_other_fixture_is_refused(tmp_path: Path) -> None:
-    others = {path.name for path in FIXTURES.iterdir() if path.is_dir()} - set(SERVED)
-    assert others == {"int4-packed", "int8-zeros-asymmetric"}
+    others = {path.name for path in FIXTURES.iterdir() if path.is_dir()} - {*SERVED, *CONVERTED}
+    assert others == {"int4-packed-asymmetric", "int8-zeros-asymmetric"}
     for name in others:
         for read in (inspect, lambda source: convert(source, tmp_path / "out")):
             with pytest.raises(CheckpointError, match=name):
