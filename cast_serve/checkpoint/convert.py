@@ -104,6 +104,12 @@ def convert(
     _warn_of_activations(directory)
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
+        if quantize == "int4" and calibrated is None:
+            logger.warning(
+                "%s: 4-bit values are rounded to the nearest, which costs much quality; "
+                "cast-train quantize has calibration text choose them",
+                out,
+            )
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
         summary = inspect(compressed)
         write_card(compressed, read_record(compressed), summary)
