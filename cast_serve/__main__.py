@@ -56,12 +56,7 @@ def convert(
     ] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
-        option(
-            "int8|int4",
-            "Also quantise the kept weights: 8 bits and one scale a row, or 4 bits, rounded to the "
-            "nearest (cast-train quantize loses less).",
-            "none",
-        ),
+        option("int8|int4", "Also quantise the kept weights; 4 bits round coarsely.", "none"),
     ] = None,
     scale_group: Annotated[
         int, option("128|64|32", "Columns that share a scale, with --quantize int4.")
