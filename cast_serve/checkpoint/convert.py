@@ -106,6 +106,12 @@ def convert(
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
         _warn_of_training(directory, plan)
+        if quantize == "int4" and calibrated is None and not plan.is_trained(directory):
+            logger.warning(
+                "%s: 4-bit values are rounded to the nearest, which costs much quality; "
+                "cast-train quantize has calibration text choose them",
+                out,
+            )
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
         summary = inspect(compressed)
         write_card(compressed, read_record(compressed), summary)
