@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from tests.docs.pages import ROOT, Block, blocks
 
 SERVERS = ("make serve", "cast-serve up", ".venv/bin/cast-serve up", "cast-serve vllm serve")
 START_S = 900
+PORT = 8000
 MODEL, TEXT = "data/models/smollm2-135m-dense", "data/text/train.txt"
 HELDOUT = "data/text/heldout-wiki.txt"
 
@@ -146,13 +148,16 @@ def check(command: str, written: str) -> None:
 
 
 def main(folder: Path | None) -> None:
+    with socket.socket() as probe:  # whose server is there would answer for ours
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", PORT))
     work = ROOT
     if folder is not None:
         work = folder.absolute() / "cast-serve"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(work)], check=True)
     (work / "runs").mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="newcomer-", dir=work / "runs"))
-    newcomer = Newcomer(work, 8000, scratch)
+    newcomer = Newcomer(work, PORT, scratch)
     for page in ("README.md", "docs/index.md"):
         places = {
             **{"DENSE_DIR": MODEL, "DIR": scratch / "model"},
