@@ -105,6 +105,12 @@ def convert(
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
         _warn_of_training(directory, plan)
+        if quantize == "int4" and calibrated is None and not plan.is_trained(directory):
+            logger.warning(
+                "%s: 4-bit values are rounded to the nearest, which costs much quality; "
+                "cast-train quantize has calibration text choose them",
+                out,
+            )
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
         summary = inspect(compressed)
         write_card(compressed, read_record(compressed), summary)
@@ -268,9 +274,11 @@ def _write(
     if head:
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record(source)
-    if not quantization and source.quantized == "int8":
+    if not quantization and source.quantized in ("int8", "int4"):
         found = source.head_dtype
-        quantization = {"quantize": "int8", "head": found, "scales": SCALES_TAKEN_OVER}
+        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
+        if source.quantized == "int4":
+            quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
         "method": None,

@@ -46,16 +46,18 @@ def write_quantized(
     quantize: Quantized,
     head: Int8 | None,
     scale_group: int = SCALE_GROUP,
+    num_blocks: int | None = None,
 ) -> dict[str, Any]:
     """Quantises and compresses a 2:4 directory.
 
     Args:
         source: gated, pruned or compressed, not quantised; or its name on a hub.
-        text_files: calibration text; its first `TrainConfig.calibration_blocks` are used.
+        text_files: calibration text, of which the beginning is used.
         out: must not exist.
         quantize: of the targets' values.
         head: of the output layer, rounded to the nearest.
         scale_group: of int4, the columns that share a scale.
+        num_blocks: calibration sequences; None: `TrainConfig.calibration_blocks`.
 
     Returns:
         `inspect` of the output.
@@ -67,7 +69,7 @@ def write_quantized(
     folder = hub.fetch(source)
     directory = ModelDirectory(folder)
     check_source(directory, quantize)
-    blocks = read_calibration(text_files, models.load_tokenizer(folder))
+    blocks = read_calibration(text_files, models.load_tokenizer(folder), num_blocks)
     model = models.load_any(folder, torch.float32)
     linears = {name: model.get_submodule(name) for name in directory.targets}
     found: dict[str, CompressedLinear] = {}

@@ -90,7 +90,9 @@ def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for shard in shards(path):
         tensors |= _header(shard)
-    compressed = {name.rpartition(".")[0] for name in tensors if name.endswith(".bitmask")}
+    compressed = {
+        name.rpartition(".")[0] for name in tensors if name.endswith((".compressed", f".{PACKED}"))
+    }
     kept_dense = set(record.get("kept_dense") or ())
     linears = {*compressed, *(record.get("targets") or ()), *kept_dense}
     num_weights = num_kept_dense = num_bytes = 0

@@ -82,6 +82,10 @@ def test_what_is_written_is_what_convert_would_but_for_the_values(
     source, out, nearest = (tmp_path / name for name in ("source", "out", "nearest"))
     oneshot.write_pruned(model_dir, [], source, "magnitude")
     summary = write_quantized(source, [text_file], out, kind, "int8")
+    longer = write_quantized(source, [text_file], tmp_path / "longer", kind, "int8", 128, 8)
+    assert longer == summary
+    record = json.loads((tmp_path / "longer/cast.json").read_text())
+    assert record["quantization"]["calibration"]["num_tokens"] == 256
     convert(source, nearest, quantize=kind, head="int8")
     assert summary == inspect(nearest)
     check_converted(source, out, quantize=kind, head="int8")
