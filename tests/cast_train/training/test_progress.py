@@ -70,8 +70,7 @@ def test_the_bar_goes_on_where_the_run_does_and_says_tokens_and_loss(capsys, cap
     shown = capsys.readouterr().err
     assert "6/9" in shown
     assert "loss=1.235" in shown
-    steps = {step: re.search(rf"{step}/9.*", shown.replace("\r", "\n")) for step in (5, 6)}
-    assert steps
+    assert set(re.findall(r"(\d)/9[^\r\n]*weights=int4", shown)) == {"6"}  # 5 is not quantised
     rates = [int(rate.replace(",", "")) for rate in re.findall(r"tokens/s=([\d,]+)", shown)]
     assert rates
     assert max(rates) <= 1000  # the four steps before are not of this process
