@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-INT4_ROUNDED = (
-    "4-bit values were rounded to the nearest, which costs most of what can be lost: "
-    "cast-train quantize --bits 4 has calibration text choose them"
-)
-
-
 def _show_version(is_asked: bool) -> None:
     if is_asked:
         print(version("cast-serve"))
@@ -62,12 +56,7 @@ def convert(
     ] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
-        option(
-            "int8|int4",
-            "Also quantise the kept weights: 8 bits and one scale a row, or 4 bits, rounded to the "
-            "nearest (cast-train quantize loses less).",
-            "none",
-        ),
+        option("int8|int4", "Also quantise the kept weights; 4 bits round coarsely.", "none"),
     ] = None,
     scale_group: Annotated[
         int, option("128|64|32", "Columns that share a scale, with --quantize int4.")
@@ -107,10 +96,11 @@ def convert(
 
     is_int8_head = head == "int8" or (head is None and quantize is not None)
     int8_head: Literal["int8"] | None = "int8" if is_int8_head else None
+    asked: Any = {"quantize": quantize, "head": int8_head, "scale_group": scale_group}
     outputs = [out] if dense_twin is None else [out, dense_twin]
     is_there = resume and all(folder.exists() for folder in outputs)
     if not is_there:
-        converter.check_outputs(outputs, quantize, int8_head, scale_group)
+        converter.check_outputs(outputs, **asked)
     if private and push_to_hub is None:
         raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
     if push_to_hub is not None:
@@ -121,9 +111,7 @@ def convert(
         return
     if is_there:
         for folder in outputs:
-            converter.check_converted(
-                source, folder, quantize=quantize, head=int8_head, scale_group=scale_group
-            )
+            converter.check_converted(source, folder, **asked)
         summary = inspection.inspect(out)
     else:
         source = hub.fetch(source)  # which shows its own progress
@@ -134,12 +122,8 @@ def convert(
                 out,
                 dense_twin,
                 lambda done, total: bar.update(task, completed=done, total=total),
-                quantize=quantize,
-                head=int8_head,
-                scale_group=scale_group,
+                **asked,
             )
-            if quantize == "int4":
-                _say(INT4_ROUNDED)
     _say(f"{out}: {_describe(summary)}")
     pushed = {}
     if push_to_hub is not None:

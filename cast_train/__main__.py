@@ -223,6 +223,9 @@ def quantize(
     head: Annotated[
         str, option("int8|none", "Form of the output layer; int8 makes a copy if it is tied.")
     ] = "int8",
+    blocks: Annotated[
+        int, option("N", "Sequences of 512 tokens, from the text's beginning.", min=1)
+    ] = 16,
 ) -> None:
     """Quantises and compresses a 2:4 model, its integers chosen to change the outputs least."""
     with _working():
@@ -234,6 +237,7 @@ def quantize(
             *(model, text, out, "int4" if bits == 4 else "int8"),
             head="int8" if head == "int8" else None,
             scale_group=scale_group,
+            num_blocks=blocks,
         )
         print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits a weight")
         _finish(path=str(out), **summary)

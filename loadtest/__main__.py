@@ -286,25 +286,27 @@ def kernels(
     tokens: Annotated[str, option("N,N", "Tokens per call.")] = "1,4,8,16,64",
     threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
     device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
-    weights: Annotated[str, option("bf16|int8", "Of the 2:4 op.")] = "bf16",
+    weights: Annotated[
+        str, option("NAME", "Of the 2:4 op: bf16, int8, int4, int4-64 or int4-32.")
+    ] = "bf16",
     out: Annotated[
         Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
     ] = None,
 ) -> None:
     """Times the 2:4 op, interleaved, without a server.
 
-    On a CPU against vLLM's dense op and torch's, with int8 also against vLLM's int8 op; on a GPU
-    against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
+    On a CPU against vLLM's dense op and torch's, with int8 or int4 also against vLLM's int8 op; on
+    a GPU against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
     """
-    from loadtest.bench.shapes import parse_tokens, shapes_of  # needs torch, which no client does
+    # It needs torch, which no client does.
+    from loadtest.bench.shapes import check_weights, parse_tokens, shapes_of
 
     try:
         linears = shapes_of(shapes)
         counts = parse_tokens(tokens)
         if device not in ("cpu", "cuda"):
             raise ValueError(f"--device {device} is not known; choose cpu or cuda")
-        if weights not in ("bf16", "int8"):
-            raise ValueError(f"--weights {weights} is not known; choose bf16 or int8")
+        check_weights(weights, device)
         if out is not None:
             check_out(out)
     except ValueError as error:

@@ -105,6 +105,12 @@ def convert(
     _warn_of_changes(directory)
     with new_directory(out) as compressed, new_twin as dense:
         plan = Plan(quantize, head, scale_group, calibrated)
+        if quantize == "int4" and calibrated is None:
+            logger.warning(
+                "%s: 4-bit values are rounded to the nearest, which costs much quality; "
+                "cast-train quantize has calibration text choose them",
+                out,
+            )
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
         summary = inspect(compressed)
         write_card(compressed, read_record(compressed), summary)
@@ -269,9 +275,9 @@ def _write(
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record()
     if not quantization and source.quantized and not source.is_widened:
-        quantization = {"quantize": source.quantized, "head": source.head_dtype}
-        quantization["scales"] = SCALES_TAKEN_OVER
-        if source.scale_group:
+        found = source.head_dtype
+        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
+        if source.quantized == "int4":
             quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
 from cast_serve.engine.packing import (
+    check_dtype,
     keep_scales,
     load_kernels,
     row_scales,
@@ -198,6 +199,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         """As `process_weights_after_loading`, of 4 bits."""
         words = layer.weight_packed.data
         load_kernels(words.is_cuda)
+        check_dtype(layer, self.prefix, words.is_cuda)
         if (is_empty := ~words.any(1)).any():
             raise ValueError(
                 f"{self.prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "

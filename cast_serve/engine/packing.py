@@ -77,9 +77,18 @@ def keep_scales(layer: nn.Module, prefix: str, scale: Tensor) -> None:
     Raises:
         ValueError: if the layer runs in fp32 on a GPU.
     """
-    if scale.is_cuda and layer.params_dtype not in GPU_DTYPES:
+    check_dtype(layer, prefix, scale.is_cuda)
+    layer.register_parameter("scale", nn.Parameter(scale, requires_grad=False))
+
+
+def check_dtype(layer: nn.Module, prefix: str, is_cuda: bool) -> None:
+    """Refuses a dtype that the kernels of integer weights do not take.
+
+    Raises:
+        ValueError: if the layer runs in fp32 on a GPU.
+    """
+    if is_cuda and layer.params_dtype not in GPU_DTYPES:
         raise ValueError(
-            f"{prefix} has 8-bit weights, which a GPU multiplies in bf16 or fp16, but the model "
+            f"{prefix} has integer weights, which a GPU multiplies in bf16 or fp16, but the model "
             f"runs in {layer.params_dtype}; serve it with --dtype bfloat16"
         )
-    layer.register_parameter("scale", nn.Parameter(scale, requires_grad=False))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import packed_dense_shape, packed_shape
-from cast_serve.kernels.reference_int4 import int4_packed_shape, linear24_int4
+from cast_serve.kernels.reference_int4 import int4_packed_shape
 
 
 def load(tune: bool = False) -> None:
@@ -34,7 +34,6 @@ def _register() -> None:
     torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
     torch.library.register_fake("cast::linear24_int4")(_linear24_int4_fake)
     torch.library.register_fake("cast::linear_int8")(_linear_int8_fake)
-    torch.library.impl("cast::linear24_int4", "CPU")(linear24_int4)
     if torch.cuda.is_available():
         dispatch.register()
 

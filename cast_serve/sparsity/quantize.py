@@ -191,7 +191,7 @@ def _quantize(
     if weight.is_meta:
         return values, scale
     rows_in_slab = max(1, SLAB_ELEMENTS // max(1, num_columns))
-    with _one_thread():
+    with one_thread():
         for start in range(0, num_rows, rows_in_slab):
             rows = slice(start, start + rows_in_slab)
             slab = weight[rows].float()
@@ -236,7 +236,7 @@ def _integers(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Some 100 short operations a slab: where other programs use the cores, threads that wait for
     each other after every one of them take many times as long as one thread."""
     num_threads = torch.get_num_threads()

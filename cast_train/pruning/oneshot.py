@@ -77,18 +77,21 @@ def read_masks(
     return {name: found[name] for name in targets}
 
 
-def read_calibration(text_files: Sequence[Path], tokenizer: Any) -> Tensor:
-    """The first `TrainConfig.calibration_blocks` of a text, int64 [num_blocks, block_size].
+def read_calibration(
+    text_files: Sequence[Path], tokenizer: Any, num_blocks: int | None = None
+) -> Tensor:
+    """The first blocks of a text, int64 [num_blocks, block_size].
 
     Args:
         text_files: UTF-8, read one after another.
         tokenizer: a transformers tokenizer.
+        num_blocks: None: `TrainConfig.calibration_blocks`.
 
     Raises:
         ValueError: if a file cannot be read or the text is too short for one block.
     """
     defaults = TrainConfig()
-    num_tokens = defaults.calibration_blocks * defaults.block_size
+    num_tokens = (num_blocks or defaults.calibration_blocks) * defaults.block_size
     tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
     return to_blocks(tokens, defaults.block_size)
 

@@ -108,12 +108,12 @@ def replace_weights(
     check_reached(targets, replaced)
 
 
-def damped(hessian: Tensor) -> Tensor:
+def damped(hessian: Tensor, share: float = DAMPING) -> Tensor:
     """X^T X with a share of its mean diagonal on its diagonal, so that it can be inverted."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always 0
-    diagonal += DAMPING * diagonal.mean()
+    diagonal += share * diagonal.mean()
     return hessian
 
 

@@ -5,13 +5,14 @@ AMD's zentorch is installed, the op that vLLM then takes, one after the other. E
 layers that together exceed the caches. So drift of a shared machine meets all of them. A ratio is
 that of the medians over the repetitions, with a bootstrap interval over them.
 
-With int8 weights the 2:4 op is linear24_int8, and ops for dense int8 weights are timed too. The ops
-are those of ops_cpu.py, which checks their outputs before anything is timed.
+With int8 weights the 2:4 op is linear24_int8, with int4 linear24_int4, and ops for dense int8
+weights are timed too. The ops are those of ops_cpu.py, which checks their outputs before anything
+is timed.
 
 Read bandwidth and multiply rate of the same run give the roof: no 2:4 op can be faster than reading
 its bytes, or than half of the dense multiplies. The bandwidth is the best that any reader reached:
 plain streaming reads before and after the run, and the ops in it. The multiply rate is that of a
-dense product of integers for int8 weights, and of bf16 otherwise.
+dense product of integers for int8 and int4 weights, and of bf16 otherwise.
 
 Layers of a few megabytes are read more slowly than one large array, by whatever reads them. So a
 plain read of as many layers of the same packed size takes its turn among the ops.
@@ -42,7 +43,14 @@ from loadtest.report.directory import new_directory
 CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
-PACKED_BYTES = {"bf16": 1.125, "int8": 0.625}  # per weight of the dense shape: values and positions
+# Per weight of the dense shape: values, positions, and with 4 bits scales.
+PACKED_BYTES = {
+    "bf16": 1.125,
+    "int8": 0.625,
+    "int4": 0.390625,
+    "int4-64": 0.40625,
+    "int4-32": 0.4375,
+}
 TABLE_WIDTH = 151  # characters
 
 
@@ -50,7 +58,7 @@ TABLE_WIDTH = 151  # characters
 class Timing:
     """Milliseconds of one shape at one number of tokens, per repetition, of each op.
 
-    weights: of the 2:4 op, bf16 or int8. The int8 ops are None for bf16, zentorch's without it.
+    weights: of shapes.WEIGHTS. The int8 ops are None for bf16, zentorch's without it.
     read_ms: of a plain read of as many bytes as the packed weight has.
     """
 
@@ -146,7 +154,7 @@ def run(
         shapes: (in_features, out_features).
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
-        weights: of the 2:4 op, bf16 or int8.
+        weights: of shapes.WEIGHTS.
 
     Raises:
         RuntimeError: if an op's output is wrong.
@@ -171,7 +179,7 @@ def run(
         "geomean_ratio_vllm": geomean_ratios(rows, "ratio_vllm"),
         "geomean_ratio_zentorch": geomean_ratios(rows, "ratio_zentorch"),
     }
-    if weights == "int8":
+    if weights != "bf16":
         for name in ("vllm_int8", "zentorch_int8"):
             result[f"geomean_ratio_{name}"] = geomean_ratios(rows, f"ratio_{name}")
     return result
@@ -179,11 +187,12 @@ def run(
 
 def table_of(result: dict[str, Any]) -> Table:
     """The result for people."""
-    has_int8 = result["weights"] == "int8"
+    has_int8 = result["weights"] != "bf16"
     table = Table(
         title=f"2:4 {result['weights']} ({result['isa']}, {result['threads']} thread(s)) against "
         f"dense bf16{' and int8' if has_int8 else ''}; this machine reads "
-        f"{result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense {result['weights']} at "
+        f"{result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense "
+        f"{'int8' if has_int8 else 'bf16'} at "
         f"{result['peak_gflop_s']:.0f} GFLOP/s",
         caption="ratio above 1: sparse faster; in brackets, the 95 % interval; "
         "GFLOP/s as if dense; roof: the time that bytes or multiplies take at least, as a share; "
@@ -228,7 +237,7 @@ def measure(
         shapes: (in_features, out_features).
         tokens: rows of the activation.
         on_done: called after each timing.
-        weights: of the 2:4 op, bf16 or int8.
+        weights: of shapes.WEIGHTS.
 
     Raises:
         RuntimeError: if an op's output is wrong.
@@ -273,9 +282,9 @@ def peak_gflop_s(weights: str = "bf16") -> float:
     """Best of five dense products of 512 x 2048 x 2048 with the current number of threads.
 
     Args:
-        weights: bf16 or int8; of int8 the activations are integers too, and none is quantised.
+        weights: of shapes.WEIGHTS; but for bf16 the product is of integers, and none is quantised.
     """
-    if weights == "int8":
+    if weights != "bf16":
         x, weight = (torch.randint(-127, 128, (n, 2048), dtype=torch.int8) for n in (512, 2048))
         multiply = torch._int_mm
     else:

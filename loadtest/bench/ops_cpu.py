@@ -1,6 +1,7 @@
 """A layer's shape -> the CPU ops that are timed, each with copies of one random weight; checked.
 
-The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32. They
+The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32; the
+int8 ops beside a 4-bit weight hold what is left of it in 8 bits and one scale a row. They
 are what vLLM takes: oneDNN's ops; on CPUs with AMX SGLang's for int8 weights (W8A8) and for small
 bf16 ones; on AMD where zentorch is installed, zentorch's. All int8 ops quantise the activations in
 the timed call, of each token anew.
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from cast_serve import kernels
 from cast_serve.sparsity.bitmask import decompress
-from loadtest.bench.shapes import random_int8_weight, random_weight
+from cast_serve.sparsity.quantize import quantize_rows
+from loadtest.bench.shapes import (
+    random_int4_weight,
+    random_int8_weight,
+    random_weight,
+    scale_group_of,
+)
 
 MAX_ERROR = 0.02  # relative, of an op's output; quantised activations have 0.008 to 0.01
 
@@ -30,12 +37,12 @@ def layers_of(
     Args:
         in_features: of the weight.
         out_features: of the weight.
-        weights: of the 2:4 op, bf16 or int8.
+        weights: of shapes.WEIGHTS.
         cache_bytes: the packed layers together are larger than this; every op gets as many layers.
 
     Returns:
-        sparse, vllm_dense, plain_dense; where it is installed, zentorch; for int8 also vllm_int8
-        and zentorch_int8 -> the op's layers, at least two.
+        sparse, vllm_dense, plain_dense; where it is installed, zentorch; for int8 and int4 also
+        vllm_int8 and zentorch_int8 -> the op's layers, at least two.
 
     Raises:
         RuntimeError: if an op's output is wrong.
@@ -48,17 +55,28 @@ def layers_of(
     has_zentorch = importlib.util.find_spec("zentorch") is not None
     if has_zentorch:
         import zentorch  # noqa: F401, registers its ops
-    if weights == "int8":
+    group = scale_group_of(weights)
+    if group:
+        values, bitmask, group_scale = random_int4_weight(in_features, out_features, group)
+        columns = group_scale.float().repeat_interleave(group, dim=1)[:, :in_features]
+        exact = decompress(values, bitmask, in_features) * columns
+        packed = kernels.pack_int4(values, bitmask, group_scale, group)
+        integers, row_scale = quantize_rows(exact)
+        scale = row_scale.squeeze(1)
+    elif weights == "int8":
         values, bitmask, scale = random_int8_weight(in_features, out_features)
         integers = decompress(values, bitmask, in_features)
-        exact = integers.float() * scale.unsqueeze(1)
+        exact, packed = integers.float() * scale.unsqueeze(1), kernels.pack(values, bitmask)
     else:
         values, bitmask = random_weight(in_features, out_features)
         exact = decompress(values, bitmask, in_features).float()
-    packed, dense = kernels.pack(values, bitmask), exact.bfloat16()
+        packed = kernels.pack(values, bitmask)
+    dense = exact.bfloat16()
 
     def sparse() -> Linear:
         copy = packed.clone()
+        if group:
+            return lambda x: torch.ops.cast.linear24_int4(x, copy, group, out_features)
         if weights == "int8":
             return lambda x: torch.ops.cast.linear24_int8(x, copy, scale, out_features)
         return lambda x: torch.ops.cast.linear24(x, copy, out_features)
@@ -85,7 +103,8 @@ def layers_of(
             tiles, tile_scale = torch.ops._C.convert_weight_packed(integers.clone()), scale.clone()
             multiply = torch.ops._C.int8_scaled_mm_with_quant
             return lambda x: multiply(x, tiles, tile_scale, None, x.dtype, True)
-        column, sums = scale.unsqueeze(1), exact.sum(1).unsqueeze(0)
+        column = scale.unsqueeze(1)
+        sums = (integers * column).sum(1).unsqueeze(0)
         handler = vllm_ops.create_onednn_scaled_mm(
             integers.clone().t(), column, torch.bfloat16, True, False, 32
         )
@@ -107,7 +126,7 @@ def layers_of(
     made = {"sparse": sparse, "vllm_dense": vllm_dense, "plain_dense": plain_dense}
     if has_zentorch:
         made["zentorch"] = zentorch_dense
-    if weights == "int8":
+    if weights != "bf16":
         made["vllm_int8"] = vllm_int8
         if has_zentorch:
             made["zentorch_int8"] = zentorch_int8

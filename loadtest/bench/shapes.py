@@ -10,6 +10,25 @@ SHAPES = {
     "llama-8b": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
 }
 
+# Of the 2:4 op; int4 with scale groups of 128 columns.
+WEIGHTS = ("bf16", "int8", "int4", "int4-64", "int4-32")
+
+
+def check_weights(weights: str, device: str) -> None:
+    """Raises ValueError, naming the known ones, if the op has no such weights on cpu or cuda."""
+    known = WEIGHTS if device == "cpu" else WEIGHTS[:2]
+    if weights not in known:
+        raise ValueError(
+            f"--weights {weights} is not known with --device {device}; choose one of "
+            f"{', '.join(known)}"
+        )
+
+
+def scale_group_of(weights: str) -> int:
+    """Columns that share a scale, of 4-bit weights; 0 of others."""
+    name, _, group = weights.partition("-")
+    return int(group or 128) if name == "int4" else 0
+
 
 def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
     """The merged linears of a model.
@@ -53,6 +72,20 @@ def random_int8_weight(in_features: int, out_features: int) -> tuple[Tensor, Ten
     """
     values = torch.randint(-127, 128, (out_features, in_features // 2), dtype=torch.int8)
     scale = (torch.rand(out_features) + 0.5).bfloat16().float() / 128
+    return values, _random_bitmask(in_features, out_features), scale
+
+
+def random_int4_weight(
+    in_features: int, out_features: int, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `random_weight`, quantised to 4 bits.
+
+    Returns:
+        values, int8 [out_features, in_features / 2] within +-7, bitmask as there, and scale, bf16
+        [out_features, ceil(in_features / group)], 0.06 to 0.19.
+    """
+    values = torch.randint(-7, 8, (out_features, in_features // 2), dtype=torch.int8)
+    scale = (torch.rand(out_features, -(-in_features // group)) + 0.5).bfloat16() / 8
     return values, _random_bitmask(in_features, out_features), scale
 
 

@@ -70,7 +70,8 @@ def test_convert_leaves_the_head_alone_if_told(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--quantize", "int4"], "'int4' is not one of 'int8'"),
+        (["--quantize", "int2"], "'int2' is not one of 'int8', 'int4'"),
+        (["--quantize", "int8", "--scale-group", "64"], "--scale-group 64 is not served"),
         (["--quantize", "int8", "--head", "bf16"], "'bf16' is not one of 'int8', 'none'"),
         (["--head", "int8"], "--head int8 needs --quantize int8"),
     ],

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 WEIGHT_PARTS = ("weight", "compressed")
-STORED_PARTS = (*WEIGHT_PARTS, "bitmask", "weight_scale")
+PACKED = "weight_packed"  # 4-bit values, eight to a word
+STORED_PARTS = (*WEIGHT_PARTS, PACKED, "bitmask", "weight_scale")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -89,7 +90,9 @@ def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for shard in shards(path):
         tensors |= _header(shard)
-    compressed = {name.rpartition(".")[0] for name in tensors if name.endswith(".compressed")}
+    compressed = {
+        name.rpartition(".")[0] for name in tensors if name.endswith((".compressed", f".{PACKED}"))
+    }
     kept_dense = set(record.get("kept_dense") or ())
     linears = {*compressed, *(record.get("targets") or ()), *kept_dense}
     num_weights = num_kept_dense = num_bytes = 0
@@ -98,7 +101,9 @@ def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         if linear not in linears or part not in STORED_PARTS:
             continue
         num_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
-        if part in WEIGHT_PARTS:
+        if part == "bitmask" and f"{linear}.{PACKED}" in tensors:
+            num_weights += math.prod(tensor["shape"]) * 8  # at most 4 a row too many
+        elif part in WEIGHT_PARTS:
             num = math.prod(tensor["shape"]) * (2 if part == "compressed" else 1)
             num_weights += num
             num_kept_dense += num if linear in kept_dense else 0

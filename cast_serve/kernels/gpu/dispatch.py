@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.kernels.reference import packed_dense_shape, packed_shape, unpack
+from cast_serve.kernels.reference_int4 import int4_packed_shape
 from cast_serve.sparsity.bitmask import decompress
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def register() -> None:
     _registered.append(library)
     library.impl("linear24", linear24, "CUDA")
     library.impl("linear24_int8", linear24_int8, "CUDA")
+    library.impl("linear24_int4", linear24_int4, "CUDA")
     library.impl("linear_int8", linear_int8, "CUDA")
     library.define(
         "linear24_many(Tensor x, Tensor packed, int out_features, Tensor? bias, Tensor[] second, "
@@ -97,6 +99,20 @@ def linear24_int8(
         ValueError, TypeError, RuntimeError: as `linear24`.
     """
     return _linear_int8(x, packed, scale, out_features, bias, is_sparse=True)
+
+
+def linear24_int4(
+    x: Tensor, packed: Tensor, group: int, out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """As `linear24_int8` for a 4-bit weight; packed, group: see reference_int4.linear24_int4."""
+    from cast_serve.kernels.gpu import triton_int4
+
+    shape_of = functools.partial(int4_packed_shape, group=group)
+    rows = _checked_rows("linear24_int4", x, packed, out_features, bias, shape_of)
+    processors = _num_processors(rows)
+    with torch.cuda.device_of(rows):
+        out = triton_int4.linear24_int4(rows, packed, group, out_features, bias, processors)
+    return out.view(*x.shape[:-1], out_features)
 
 
 def linear_int8(

@@ -57,13 +57,16 @@ def test_values_are_those_of_the_kept_weights(
     assert count_sparse(out) == (14, False)
 
 
-def test_bits_stored_are_told(save_gated: Save, tmp_path: Path) -> None:
+def test_bits_stored_are_told(
+    save_gated: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of tiny linears: 3 bits a weight, and 16 of a scale for 32 columns."""
     out = tmp_path / "out"
     summary = convert(save_gated(tiny_llama()), out, quantize="int4", scale_group=32)
     assert (summary["bits_per_weight"], summary["scale_group"]) == (3.5, 32)
     assert summary["total_weight_bytes"] == sum(t.nbytes for t in all_tensors(out).values())
     assert "in 4 bits" in (out / "README.md").read_text()
+    assert "4-bit values are rounded to the nearest, which costs much" in caplog.text
 
 
 def test_a_transposed_weight(save_gated: Save, tmp_path: Path) -> None:

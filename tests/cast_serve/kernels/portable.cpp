@@ -1,7 +1,7 @@
 // Products on stdin -> their outputs on stdout, by the portable kernel: test_aarch64.py builds it
 // for another CPU and runs it under emulation. No torch in here.
 //
-// A product: a Header, then x [M, K], packed, scale fp32 [N] (of int8 weights), bias fp32 [N]. Its
+// A product: a Header, then x [M, K], packed, scale fp32 [N] (of 8-bit weights), bias fp32 [N]. Its
 // output is [M, N] in x's dtype.
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +12,9 @@
 namespace {
 
 struct Header {
-  int64_t weights;  // 0: 2:4 of x's dtype, 1: 2:4 int8, 2: dense int8
-  int64_t dtype;    // as cast::DType
+  int64_t weights;      // as cast::Weights
+  int64_t scale_group;  // of 4-bit weights, else 0
+  int64_t dtype;        // as cast::DType
   int64_t num_tokens, out_features, in_features, packed_bytes;
 };
 
@@ -38,17 +39,20 @@ void compute(const Header& header) {
   std::vector<float> scale(n), bias(n);
   read(x.data, m * k * size);
   read(packed.data, header.packed_bytes);
-  if (header.weights != 0) read(scale.data(), n * sizeof(float));
+  const auto weights = static_cast<cast::Weights>(header.weights);
+  const bool has_scale = weights == cast::Weights::kInt8 || weights == cast::Weights::kDenseInt8;
+  if (has_scale) read(scale.data(), n * sizeof(float));
   read(bias.data(), n * sizeof(float));
 
   cast::Linear24 p;
   p.x = x.data, p.x_stride = k, p.packed = static_cast<const uint8_t*>(packed.data);
-  p.scale = header.weights != 0 ? scale.data() : nullptr, p.bias = bias.data(), p.out = out.data;
+  p.scale = has_scale ? scale.data() : nullptr, p.bias = bias.data(), p.out = out.data;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
+  p.scale_group = header.scale_group;
   p.tuning = {0, 0, cast::Prefetch::kNone};
 
   const cast::Product* products[] = {cast::kPortable.linear24, cast::kPortable.linear24_int8,
-                                     cast::kPortable.linear_int8};
+                                     cast::kPortable.linear24_int4, cast::kPortable.linear_int8};
   const cast::Product& product = *products[header.weights];
   Buffer workspace(product.workspace_bytes(p));
   product.prepare(p, workspace.data);

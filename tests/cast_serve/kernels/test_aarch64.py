@@ -30,10 +30,11 @@ class Product:
     packed: Tensor
     bias: Tensor
     scale: Tensor | None = None
+    group: int = 0
 
     def to_bytes(self) -> bytes:
         sizes = (*self.x.shape[:1], *self.bias.shape, *self.x.shape[1:], self.packed.numel())
-        header = torch.tensor([self.weights, DTYPES.index(self.x.dtype), *sizes])
+        header = torch.tensor([self.weights, self.group, DTYPES.index(self.x.dtype), *sizes])
         parts = [header, self.x, self.packed, self.scale, self.bias]
         return b"".join(to_bytes(part) for part in parts if part is not None)
 
@@ -84,41 +85,49 @@ def test_parity(dtype: torch.dtype, computed: Compute) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_sums_that_are_exact_are_equal_bit_for_bit(
+def test_sums_of_integers_that_are_exact_are_equal_bit_for_bit(
     dtype: torch.dtype, computed: Compute
 ) -> None:
-    products = []
+    products, expected = [], []
     for shape, num_tokens in cases():
-        packed, scale = test_linear24_int8.make(shape)
         bias = torch.randint(-8, 9, shape[:1]).float()
         x = test_linear24_int8.exact_x(num_tokens, shape[1], dtype)
-        products.append(Product(1, x, packed, bias, scale))
-        dense = torch.randint(-63, 64, shape, dtype=torch.int8)
-        products.append(Product(2, x, kernels.pack_dense(dense), bias, scale))
-    for product, out in zip(products, computed(products), strict=True):
-        assert torch.equal(out, expected_int8(product))
+        for kind in test_linear24_int8.KINDS:
+            linear = test_linear24_int8.make(kind, shape)
+            products.append(product_of(kind, linear, x, bias))
+            expected.append(linear.expected(x, bias))
+        dense = kernels.pack_dense(torch.randint(-63, 64, shape, dtype=torch.int8))
+        scale = torch.exp2(torch.randint(-9, -5, shape[:1]).float())
+        products.append(Product(3, x, dense, bias, scale))
+        expected.append(reference.linear_int8(x, dense, scale, shape[0], bias))
+    for out, exact in zip(computed(products), expected, strict=True):
+        assert torch.equal(out, exact)
 
 
-def test_int8_with_any_activations(computed: Compute) -> None:
-    products = []
+@pytest.mark.parametrize("kind", test_linear24_int8.KINDS)
+def test_integers_with_any_activations(kind: str, computed: Compute) -> None:
+    products, expected = [], []
     for shape, num_tokens in cases():
-        packed, scale = test_linear24_int8.make(shape)
-        x = torch.randn(num_tokens, shape[1]).bfloat16()
-        products.append(Product(1, x, packed, torch.randn(shape[0]), scale))
+        linear = test_linear24_int8.make(kind, shape, is_exact=False)
+        x, bias = torch.randn(num_tokens, shape[1]).bfloat16(), torch.randn(shape[0])
+        products.append(product_of(kind, linear, x, bias))
+        expected.append(linear.expected(x, bias))
     products[-1].x[2, 7] = float("nan")
     outs = computed(products)
     assert outs[-1][2].isnan().all()
-    outs[-1] = outs[-1][3:]
-    products[-1].x = products[-1].x[3:]
-    for product, out in zip(products, outs, strict=True):
-        test_linear24_int8.assert_same_to_rounding(out, expected_int8(product))
+    outs[-1], expected[-1] = outs[-1][3:], expected[-1][3:]
+    for out, exact in zip(outs, expected, strict=True):
+        test_linear24_int8.assert_same_to_rounding(out, exact)
+
+
+def product_of(kind: str, linear: test_linear24_int8.Linear, x: Tensor, bias: Tensor) -> Product:
+    group = test_linear24_int8.group_of(kind)
+    if group:
+        return Product(2, x, linear.packed, bias, group=group)
+    (scale,) = linear.others
+    assert isinstance(scale, Tensor)
+    return Product(1, x, linear.packed, bias, scale)
 
 
 def cases() -> list[tuple[tuple[int, int], int]]:
     return [(shape, num_tokens) for shape in SHAPES for num_tokens in NUM_TOKENS]
-
-
-def expected_int8(product: Product) -> Tensor:
-    assert product.scale is not None
-    op = reference.linear24_int8 if product.weights == 1 else reference.linear_int8
-    return op(product.x, product.packed, product.scale, len(product.bias), product.bias)

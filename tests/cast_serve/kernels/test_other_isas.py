@@ -20,7 +20,7 @@ TESTS = [
     "test_linear_int8.py",
     # Of the library's tests those that depend on how a kernel expands weights.
     "test_library.py::test_parity",
-    "test_library.py::test_int8_sums_that_are_exact_are_equal_bit_for_bit",
+    "test_library.py::test_sums_of_integers_that_are_exact_are_equal_bit_for_bit",
 ]
 
 

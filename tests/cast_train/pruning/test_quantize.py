@@ -9,8 +9,8 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint.models import load_any, load_compressed, load_tokenizer
 from cast_train.config import TrainConfig
-from cast_train.pruning import oneshot
-from cast_train.pruning.quantize import quantize_linear, write_quantized
+from cast_train.pruning import oneshot, quantize
+from cast_train.pruning.quantize import DAMPING, quantize_linear, write_quantized
 from tests.cast_train.pruning.test_solve import random_problem
 
 
@@ -28,13 +28,13 @@ def compressed(num_columns=160):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "scale_group", "share"),
+    ("kind", "scale_group", "share"),
     [("int4", 128, 0.6), ("int4", 32, 0.6), ("int8", 128, 0.6)],
 )
-def test_the_outputs_are_nearer_than_those_of_rounding(quantize, scale_group, share):
+def test_the_outputs_are_nearer_than_those_of_rounding(kind, scale_group, share):
     linear, inputs = compressed()
-    found = quantize_linear(linear, inputs.t() @ inputs, quantize, scale_group)
-    nearest = linear.quantize(quantize, scale_group)
+    found = quantize_linear(linear, inputs.t() @ inputs, kind, scale_group)
+    nearest = linear.quantize(kind, scale_group)
 
     def errors(candidate):
         difference = candidate.dense(torch.float32) - linear.dense().float()
@@ -44,11 +44,12 @@ def test_the_outputs_are_nearer_than_those_of_rounding(quantize, scale_group, sh
     assert found.scale_group == nearest.scale_group
     assert (found.values.dtype, found.scale.shape) == (torch.int8, nearest.scale.shape)
     assert torch.equal(found.bitmask, linear.bitmask)
-    assert found.values.abs().max() <= (7 if quantize == "int4" else 127)
+    assert found.values.abs().max() <= (7 if kind == "int4" else 127)
 
 
-def test_no_single_integer_could_be_better():
+def test_no_single_integer_could_be_better(monkeypatch):
     """Where the descent has ended, no step of one integer by one lowers the error."""
+    monkeypatch.setattr(quantize, "SWEEPS", 50)
     linear, inputs = compressed(32)
     hessian = inputs.t() @ inputs + 5 * torch.eye(32)
     found = quantize_linear(linear, hessian, "int4", 32)
@@ -57,7 +58,7 @@ def test_no_single_integer_could_be_better():
 
     def error(candidate, row):
         difference = candidate - weight[row]
-        damping = 0.01 * hessian.diagonal().mean()
+        damping = DAMPING * hessian.diagonal().mean()
         return difference @ (hessian + damping * torch.eye(32)) @ difference
 
     tried = 0
@@ -73,17 +74,21 @@ def test_no_single_integer_could_be_better():
     assert tried > 200
 
 
-@pytest.mark.parametrize("quantize", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_what_is_written_is_what_convert_would_but_for_the_values(
-    few_blocks, model_dir, text_file, tmp_path, quantize
+    few_blocks, model_dir, text_file, tmp_path, kind
 ):
     """Also of weights that are stored transposed, and of an output layer that is tied."""
     source, out, nearest = (tmp_path / name for name in ("source", "out", "nearest"))
     oneshot.write_pruned(model_dir, [], source, "magnitude")
-    summary = write_quantized(source, [text_file], out, quantize, "int8")
-    convert(source, nearest, quantize=quantize, head="int8")
+    summary = write_quantized(source, [text_file], out, kind, "int8")
+    longer = write_quantized(source, [text_file], tmp_path / "longer", kind, "int8", 128, 8)
+    assert longer == summary
+    record = json.loads((tmp_path / "longer/cast.json").read_text())
+    assert record["quantization"]["calibration"]["num_tokens"] == 256
+    convert(source, nearest, quantize=kind, head="int8")
     assert summary == inspect(nearest)
-    check_converted(source, out, quantize=quantize, head="int8")
+    check_converted(source, out, quantize=kind, head="int8")
     record = json.loads((out / "cast.json").read_text())
     calibration = record["quantization"].pop("calibration")
     assert calibration["text"][0]["name"] == text_file.name

@@ -42,7 +42,8 @@ def test_what_conversion_would_refuse_is_refused_before_training(
         monkeypatch.setenv(name, value)
     words = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
     for flags, message in (
-        (("--quantize", "int4"), "'int4' is not one of"),
+        (("--quantize", "int2"), "'int2' is not one of"),
+        (("--quantize", "int4", "--scale-group", "96"), "--scale-group 96 is not served"),
         (("--push-to-hub", "tester/sparse"), "HF_HUB_OFFLINE is set; unset it"),
     ):
         done = call(*words, *flags)
@@ -108,6 +109,23 @@ def test_quantises(llama_dir, text_file, settings_file, tmp_path):
     other = call(*words)
     assert (other.returncode, other.stdout) == (2, "")
     assert "is quantised otherwise than asked for" in other.stderr
+
+
+def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, settings_file, tmp_path):
+    out = tmp_path / "sparse"
+    words = ["--model", llama_dir, "--text", text_file, "--out", out, "--config", settings_file]
+    words += ["--steps", 1, "--quantize", "int4", "--scale-group", 32]
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    found = [summary[key] for key in ("quantized", "head", "scale_group")]
+    assert found == ["int4", "int8", 32]
+    quantization = json.loads((out / "cast.json").read_text())["quantization"]
+    assert quantization["calibration"]["text"][0]["name"] == text_file.name
+    assert json.loads(call(*words).stdout) == summary  # nothing is done again
+    other = call(*words[:-2])
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "with --scale-group 32, but 128 is asked for" in other.stderr
 
 
 def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings_file, tmp_path):

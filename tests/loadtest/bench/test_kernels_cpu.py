@@ -1,10 +1,13 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from cast_serve.kernels import int4_packed_shape, packed_shape
 from loadtest.__main__ import app
 from loadtest.bench import kernels_cpu, ops_cpu, shapes
 
@@ -45,6 +48,14 @@ def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     assert reader.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-5 / 1e9)
 
 
+@pytest.mark.parametrize("weights", shapes.WEIGHTS)
+def test_packed_bytes_are_those_that_are_packed(weights: str) -> None:
+    group = shapes.scale_group_of(weights)
+    dtype = torch.int8 if weights == "int8" else torch.bfloat16
+    shape = int4_packed_shape(64, 512, group) if group else packed_shape(64, 512, dtype)
+    assert kernels_cpu.PACKED_BYTES[weights] == math.prod(shape) / (64 * 512)
+
+
 def test_the_geometric_mean_is_per_number_of_tokens() -> None:
     rows = [{"num_tokens": 1, "ratio_vllm": 1.0}, {"num_tokens": 1, "ratio_vllm": 4.0}]
     rows.append({"num_tokens": 8, "ratio_vllm": 3.0})
@@ -64,7 +75,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4-32"])
 def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--shapes", "tiny", "--tokens", "1,20", "--weights", weights, "--out", str(out)]
@@ -80,13 +91,13 @@ def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Pa
     assert result["machine"]["cpu"]
     assert result["weights"] == weights
     assert result["tuning"]["few"] == 3
-    has_int8 = [weights == "int8"] * 4
+    has_int8 = [weights != "bf16"] * 4
     assert [row.get("vllm_int8_ms", 0) > 0 for row in result["results"]] == has_int8
     keys = {"ratio_vllm_int8", "ratio_vllm_int8_low", "ratio_vllm_int8_high"}
     assert [keys <= set(row) for row in result["results"]] == has_int8
     means = result.get("geomean_ratio_vllm_int8", {})
-    assert set(means) == ({"1", "20"} if weights == "int8" else set())
-    assert ("vLLM int8/sparse" in done.stdout) == (weights == "int8")
+    assert set(means) == ({"1", "20"} if weights != "bf16" else set())
+    assert ("vLLM int8/sparse" in done.stdout) == (weights != "bf16")
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -135,7 +146,8 @@ def test_a_wrong_op_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         (["--tokens", "1,x"], "'1,x' is no list"),
         (["--tokens", "0"], "'0' is no list"),
         (["--device", "tpu"], "--device tpu is not known; choose cpu or cuda"),
-        (["--weights", "int4"], "--weights int4 is not known; choose bf16 or int8"),
+        (["--weights", "int4-16"], "choose one of bf16, int8, int4, int4-64, int4-32"),
+        (["--weights", "int4", "--device", "cuda"], "with --device cuda; choose one of bf16, int8"),
     ],
 )
 def test_wrong_use(flags: list[str], message: str) -> None:

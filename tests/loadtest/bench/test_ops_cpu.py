@@ -12,15 +12,17 @@ pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
-def test_every_op_has_layers_of_the_same_product(weights: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "num_layers"),  # of 13,824, 10,240, 6,400 and 7,168 bytes: two tiles wide
+    [("bf16", 3), ("int8", 4), ("int4", 7), ("int4-32", 6)],
+)
+def test_every_op_has_layers_of_the_same_product(weights: str, num_layers: int) -> None:
     layers = ops_cpu.layers_of(192, 64, weights, cache_bytes=40_000)
     names = {"sparse", "vllm_dense", "plain_dense"}
-    names |= {"vllm_int8"} if weights == "int8" else set()
+    names |= {"vllm_int8"} if weights != "bf16" else set()
     if importlib.util.find_spec("zentorch") is not None:
-        names |= {"zentorch"} | ({"zentorch_int8"} if weights == "int8" else set())
+        names |= {"zentorch"} | ({"zentorch_int8"} if weights != "bf16" else set())
     assert set(layers) == names
-    num_layers = {"bf16": 3, "int8": 4}[weights]  # of 13,824 and 10,240 bytes: two tiles wide
     assert {len(of_op) for of_op in layers.values()} == {num_layers}
     x = torch.randn(3, 192).bfloat16()
     expected = layers["plain_dense"][0](x).float()
@@ -52,4 +54,14 @@ def test_a_random_int8_weight_is_2_4_with_scales_that_bf16_has() -> None:
     assert torch.equal(scale.bfloat16().float(), scale)
     assert len(scale.unique()) > 16
     dense = decompress(values, bitmask, 64)  # raises where a group has not exactly two bits
+    assert int(dense.count_nonzero()) == int(values.count_nonzero())
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4-32"])
+def test_a_random_int4_weight_is_2_4_with_a_scale_for_each_group(weights: str) -> None:
+    group = shapes.scale_group_of(weights)
+    values, bitmask, scale = shapes.random_int4_weight(192, 32, group)
+    assert (int(values.min()), int(values.max())) == (-7, 7)
+    assert (scale.shape, scale.dtype) == ((32, {"int4": 2, "int4-32": 6}[weights]), torch.bfloat16)
+    dense = decompress(values, bitmask, 192)  # raises where a group has not exactly two bits
     assert int(dense.count_nonzero()) == int(values.count_nonzero())

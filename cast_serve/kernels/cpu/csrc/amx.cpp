@@ -28,6 +28,7 @@ const Kernel kAmx = {"amx",
                      is_supported,
                      &Products::kLinear24,
                      &Products::kLinear24Int8,
+                     &Products::kLinear24Int4,
                      &Products::kLinearInt8,
                      &kAvx512Expansion,
                      true};

@@ -11,12 +11,9 @@ using Products = AmxProducts<EmulatedTiles>;
 
 }  // namespace
 
-const Kernel kAmxEmulated = {"amx_emulated",
-                             is_supported,
-                             &Products::kLinear24,
-                             &Products::kLinear24Int8,
-                             &Products::kLinearInt8,
-                             &kAvx512Expansion,
-                             true};
+const Kernel kAmxEmulated = {"amx_emulated",           is_supported,
+                             &Products::kLinear24,     &Products::kLinear24Int8,
+                             &Products::kLinear24Int4, &Products::kLinearInt8,
+                             &kAvx512Expansion,        true};
 
 }  // namespace cast

@@ -7,20 +7,23 @@
 #include <cstdint>
 #include <cstring>
 
+#include "avx512vnni_int4.h"
 #include "linear24.h"
 
 namespace cast {
 namespace {
 
-// What a kind of weight changes: a packed tile is 8 rows of two steps, a step 64 dense bytes.
-enum class AmxWeights { kBf16With24, kInt8With24, kDenseInt8 };
-
+// A packed tile is 8 rows of two steps of x, a step 64 dense bytes. Its dense weights are two steps
+// too; those of 4 bits with four scale groups four, each with zeros in the other group's columns.
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kAmxTileSteps = 2;
+constexpr int64_t kMostDenseSteps = 4;
 
-constexpr int64_t amx_tile_bytes(AmxWeights weights) {
-  if (weights == AmxWeights::kDenseInt8) return kDenseInt8TileBytes;
-  if (weights == AmxWeights::kInt8With24) return kInt8TileBytes;
+// Weights::kOfXsDType is bf16 here.
+constexpr int64_t amx_tile_bytes(const Linear24& p, Weights weights) {
+  if (weights == Weights::kDenseInt8) return kDenseInt8TileBytes;
+  if (weights == Weights::kInt8) return kInt8TileBytes;
+  if (weights == Weights::kInt4) return p.int4_tile_bytes();
   return kTileRows * (kTileKept * 2 + 8);
 }
 
@@ -73,22 +76,56 @@ constexpr std::array<uint32_t, 16> kept_bytes() {
 
 // int8: each dense byte is looked up in the kept ones, whose bytes from 32 on are zero. vpexpandb
 // takes twice as long.
+struct Int8Step {
+  __m512i table, shifts, bases;
+
+  Int8Step() {
+    static constexpr std::array<uint32_t, 16> kKeptBytes = kept_bytes();
+    alignas(64) uint32_t shift[16], base[16];  // of the i-th four bytes
+    for (int i = 0; i < 16; ++i) shift[i] = i / 2 * 4, base[i] = 0x01010101u * 2 * int8_group(i);
+    table = _mm512_loadu_si512(kKeptBytes.data());
+    shifts = _mm512_load_si512(shift), bases = _mm512_load_si512(base);
+  }
+  // A row's step: 64 bits of positions and 32 kept bytes.
+  __m512i dense(const uint8_t* positions, __m256i kept) const {
+    int64_t bits;
+    std::memcpy(&bits, positions, 8);
+    const __m512i shifted = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
+    const __m512i from = _mm512_or_si512(_mm512_permutexvar_epi32(shifted, table), bases);
+    return _mm512_permutexvar_epi8(from, _mm512_zextsi256_si512(kept));
+  }
+};
+
 inline void expand_int8_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
   constexpr int kRows = static_cast<int>(kTileRows);
-  static constexpr std::array<uint32_t, 16> kKeptBytes = kept_bytes();
-  alignas(64) uint32_t shift[16], base[16];  // of the i-th four bytes
-  for (int i = 0; i < 16; ++i) shift[i] = i / 2 * 4, base[i] = 0x01010101u * 2 * int8_group(i);
-  const __m512i table = _mm512_loadu_si512(kKeptBytes.data());
-  const __m512i shifts = _mm512_load_si512(shift), bases = _mm512_load_si512(base);
+  const Int8Step step;
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * kRows; ++i) {
-    int64_t positions;
-    std::memcpy(&positions, tile + kRows * 64 + i * 8, 8);
-    const __m512i shifted = _mm512_srlv_epi32(_mm512_set1_epi64(positions), shifts);
-    const __m512i from = _mm512_or_si512(_mm512_permutexvar_epi32(shifted, table), bases);
     const __m256i kept = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + i * 32));
     _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
-                       _mm512_permutexvar_epi8(from, _mm512_zextsi256_si512(kept)));
+                       step.dense(tile + kRows * 64 + i * 8, kept));
+  }
+}
+
+template <int kGroups>
+inline void expand_int4_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
+  constexpr int kRows = static_cast<int>(kTileRows);
+  const Int8Step step;
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row, dense += 64) {
+    const __m512i kept = int4_weights_in_order(tile + row * kInt4RowBytes);
+    const uint8_t* positions = tile + kInt4PositionsAt + row * 16;
+    const __m512i low = step.dense(positions, _mm512_castsi512_si256(kept));
+    const __m512i high = step.dense(positions + 8, _mm512_extracti64x4_epi64(kept, 1));
+    if constexpr (kGroups < 4) {
+      _mm512_store_si512(dense, low);
+      _mm512_store_si512(dense + step_stride, high);
+    } else {  // in the order of int8_group, every other group of four is of the step's first half
+      _mm512_store_si512(dense, _mm512_maskz_mov_epi32(0x5555, low));
+      _mm512_store_si512(dense + step_stride, _mm512_maskz_mov_epi32(0xAAAA, low));
+      _mm512_store_si512(dense + 2 * step_stride, _mm512_maskz_mov_epi32(0x5555, high));
+      _mm512_store_si512(dense + 3 * step_stride, _mm512_maskz_mov_epi32(0xAAAA, high));
+    }
   }
 }
 
@@ -101,12 +138,13 @@ inline void expand_dense_tile(const uint8_t* tile, uint8_t* dense, int64_t step_
 }
 
 // One packed tile -> dense[step][row], steps `step_stride` bytes apart and rows 64; int8 groups in
-// the order of int8_group.
-template <AmxWeights kWeights>
+// the order of int8_group. kGroups: scale groups of a tile of 4-bit weights.
+template <Weights kWeights, int kGroups>
 inline void expand_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride) {
-  if constexpr (kWeights == AmxWeights::kBf16With24) expand_bf16_tile(tile, dense, step_stride);
-  if constexpr (kWeights == AmxWeights::kInt8With24) expand_int8_tile(tile, dense, step_stride);
-  if constexpr (kWeights == AmxWeights::kDenseInt8) expand_dense_tile(tile, dense, step_stride);
+  if constexpr (kWeights == Weights::kOfXsDType) expand_bf16_tile(tile, dense, step_stride);
+  if constexpr (kWeights == Weights::kInt8) expand_int8_tile(tile, dense, step_stride);
+  if constexpr (kWeights == Weights::kInt4) expand_int4_tile<kGroups>(tile, dense, step_stride);
+  if constexpr (kWeights == Weights::kDenseInt8) expand_dense_tile(tile, dense, step_stride);
 }
 
 // rows[i] becomes column i of the sixteen rows of 32-bit values.

@@ -1,5 +1,5 @@
-// Products of int8 weights with int8 x by AMX, whose integer sums are scaled after every scale
-// group.
+// Products of 8-bit and 4-bit weights with int8 x by AMX, whose integer sums are scaled after every
+// scale group: of x, or of 4-bit weights the smaller of both.
 #pragma once
 #include "amx_items.h"
 
@@ -14,10 +14,20 @@ struct Group {
   float* sums;          // [16 rows][2 token blocks][16][lanes]
   const float* scales;  // [16]; those of the second token block lie block_scales further
   int64_t block_scales;
+  const float* row_scales;  // [32], of 4-bit weights
 };
 
-// sums += dots * the tokens' scales, for half of a tile.
-template <int kLanes, int kRow, int kToken, int kHalf>
+// A tile's i-th register has the rows from i * 16 / kLanes on, kLanes tokens of each.
+template <int kLanes>
+inline __m512 of_rows(const float* row_scales, int i) {
+  if constexpr (kLanes == 16) return _mm512_set1_ps(row_scales[i]);
+  alignas(64) int32_t rows[16];
+  for (int j = 0; j < 16; ++j) rows[j] = (i * 16 + j) / kLanes;
+  return _mm512_permutexvar_ps(_mm512_load_si512(rows), _mm512_load_ps(row_scales));
+}
+
+// sums += dots * the tokens' and the rows' scales, for half of a tile.
+template <int kLanes, int kRow, int kToken, int kHalf, bool kHasRowScales>
 inline void add_scaled(const Group& group, const int32_t* dots) {
   constexpr int kBegin = kHalf * kLanes / 2, kEnd = (kHalf + 1) * kLanes / 2;
   float* sums = group.sums + (2 * kRow + kToken) * 16 * kLanes;
@@ -25,19 +35,23 @@ inline void add_scaled(const Group& group, const int32_t* dots) {
 #pragma GCC unroll 8
   for (int i = kBegin; i < kEnd; ++i) {
     const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots + i * 16));
-    _mm512_store_ps(sums + i * 16, _mm512_fmadd_ps(dot, scale, _mm512_load_ps(sums + i * 16)));
+    const __m512 both = kHasRowScales
+                            ? _mm512_mul_ps(scale, of_rows<kLanes>(group.row_scales + kRow * 16, i))
+                            : scale;
+    _mm512_store_ps(sums + i * 16, _mm512_fmadd_ps(dot, both, _mm512_load_ps(sums + i * 16)));
   }
 }
 
-// int8, one scale group: two steps of up to 32 rows, times up to 32 tokens. Their integer sums stay
-// in the tile registers; those of the group before are stored, each when its register is needed,
-// and scaled while AMX multiplies. Stored at once they would keep AMX waiting: its sums are ready
-// long after their instruction, and until they are read the register cannot be used again.
+// One scale group: one or two steps of up to 32 rows, times up to 32 tokens. Their integer
+// sums stay in the tile registers; those of the group before are stored, each when its register is
+// needed, and scaled while AMX multiplies. Stored at once they would keep AMX waiting: its sums are
+// ready long after their instruction, and until they are read the register cannot be used again.
 template <typename Tiles, typename Expander, int kRowTiles, int kTokenBlocks, int kLanes>
 void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_bytes, int32_t* dots,
                     const Group& before, Expander& expander, int64_t share) {
+  constexpr int kSteps = Expander::kDenseSteps / Expander::kScaleGroups;
   const auto add = [&]<int kStep, int kRow, int kToken>() {
-    if constexpr (kRow < kRowTiles && kToken < kTokenBlocks) {
+    if constexpr (kRow < kRowTiles && kToken < kTokenBlocks && kStep < kSteps) {
       constexpr int kSums = 2 * kRow + kToken;
       if constexpr (kToken == 0)
         Tiles::template load<4 + kRow>(dense + kStep * kStepTileBytes + kRow * kChunkBytes, 64);
@@ -53,7 +67,8 @@ void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_byte
   };
   const auto scale = [&]<int kRow, int kToken, int kHalf>() {
     if constexpr (kRow < kRowTiles && kToken < kTokenBlocks)
-      add_scaled<kLanes, kRow, kToken, kHalf>(before, dots + (2 * kRow + kToken) * 16 * kLanes);
+      add_scaled<kLanes, kRow, kToken, kHalf, Expander::kHasRowScales>(
+          before, dots + (2 * kRow + kToken) * 16 * kLanes);
   };
   expander.expand(share);
   add.template operator()<0, 0, 0>();
@@ -76,13 +91,15 @@ void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_byte
 }
 
 // The last group's sums, which nothing follows.
-template <typename Tiles, int kRowTiles, int kTokenBlocks, int kLanes>
+template <typename Tiles, int kRowTiles, int kTokenBlocks, int kLanes, bool kHasRowScales>
 void finish_group(int32_t* dots, const Group& group) {
   store_tiles<Tiles, kRowTiles, kTokenBlocks>(dots, kLanes);
   const auto scale = [&]<int kRow, int kToken>() {
     if constexpr (kRow < kRowTiles && kToken < kTokenBlocks) {
-      add_scaled<kLanes, kRow, kToken, 0>(group, dots + (2 * kRow + kToken) * 16 * kLanes);
-      add_scaled<kLanes, kRow, kToken, 1>(group, dots + (2 * kRow + kToken) * 16 * kLanes);
+      add_scaled<kLanes, kRow, kToken, 0, kHasRowScales>(group,
+                                                         dots + (2 * kRow + kToken) * 16 * kLanes);
+      add_scaled<kLanes, kRow, kToken, 1, kHasRowScales>(group,
+                                                         dots + (2 * kRow + kToken) * 16 * kLanes);
     }
   };
   scale.template operator()<0, 0>();
@@ -103,7 +120,7 @@ struct GroupProduct {
   template <int kRowTiles, int kTokenBlocks, int kLanes>
   static constexpr GroupProduct of() {
     return {multiply_group<Tiles, Expander, kRowTiles, kTokenBlocks, kLanes>,
-            finish_group<Tiles, kRowTiles, kTokenBlocks, kLanes>};
+            finish_group<Tiles, kRowTiles, kTokenBlocks, kLanes, Expander::kHasRowScales>};
   }
   static GroupProduct of(bool two_rows, bool two_blocks, int64_t lanes) {
     if (two_blocks) return two_rows ? of<2, 2, 16>() : of<1, 2, 16>();
@@ -130,15 +147,17 @@ struct Int8Products {
   GroupProduct<Tiles, Expander> product = {};  // that the last group was multiplied by
   Group group = none();
 
-  Group none() const { return {scratch.unused, scratch.unused, 0}; }
+  Group none() const { return {scratch.unused, scratch.unused, 0, scratch.unused}; }
 
-  void multiply(const PassTokens& tokens, const Item& item, const uint8_t* dense, float* sums,
-                Expander& expander) {
+  void multiply(const PassTokens& tokens, const Item& item, const uint8_t* dense,
+                const float* row_scales, float* sums, Expander& expander) {
     if (item.is_first_chunk()) std::fill_n(sums, tokens.num_pairs() * tokens.pair_sums(), 0.0f);
     const bool by_pairs = tokens.num > kMostTokensBySixteen;
     const int64_t units = by_pairs ? tokens.num_pairs() : tokens.num_blocks();
     const int64_t tiles = item.tile_end - item.tile;
-    const int64_t rounds = tiles * units * (by_pairs ? 2 : 1);
+    constexpr int64_t kGroups = Expander::kScaleGroups;
+    constexpr int64_t kGroupBytes = Expander::kDenseSteps / kGroups * kStepTileBytes;
+    const int64_t rounds = tiles * kGroups * units * (by_pairs ? 2 : 1);
     const int64_t share = (expander.num_left() + rounds - 1) / rounds;
     const bool two_rows = item.row_end - item.row > 2;
     const auto next = GroupProduct<Tiles, Expander>::of(two_rows, by_pairs, tokens.lanes);
@@ -151,11 +170,12 @@ struct Int8Products {
       float* unit_sums = sums + block / 2 * tokens.pair_sums() + block % 2 * 16 * tokens.lanes;
       const uint8_t* x = tokens.chunk(block, item);
       const float* scales = tokens.scales + (block * tokens.row_tiles + item.tile) * 16;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        product.multiply(dense + tile * kAmxTileSteps * kStepTileBytes,
-                         x + tile * kAmxTileSteps * tokens.step_bytes,
+      for (int64_t i = 0; i < tiles * kGroups; ++i) {
+        const int64_t tile = i / kGroups, x_step = i * kAmxTileSteps / kGroups;
+        product.multiply(dense + i * kGroupBytes, x + x_step * tokens.step_bytes,
                          is_half ? 0 : tokens.block_bytes, scratch.dots, group, expander, share);
-        group = {unit_sums, scales + tile * 16, is_half ? 0 : tokens.row_tiles * 16};
+        group = {unit_sums, scales + tile * 16, is_half ? 0 : tokens.row_tiles * 16,
+                 row_scales + tile * kTileScales + i % kGroups * kBlockRows};
       }
     }
   }

@@ -16,7 +16,10 @@ constexpr int64_t kAmxPassTokens = 640;  // at most; more share an expansion, bu
 constexpr int64_t kAmxSumBytes = 1 << 20, kMostSlabBlocks = 16;
 constexpr int64_t kChunkTiles = 2;           // packed tiles side by side
 constexpr int64_t kStepTileBytes = 16 * 64;  // a weight tile of one step
-constexpr int64_t kChunkBytes = kChunkTiles * kAmxTileSteps * kStepTileBytes;  // of 16 rows
+constexpr int64_t kChunkBytes = kChunkTiles * kMostDenseSteps * kStepTileBytes;  // of 16 rows
+// The scales of a block's chunk of 4-bit weights: [tile][scale group][row].
+constexpr int64_t kTileScales = kMostScaleGroups * kBlockRows;
+constexpr int64_t kChunkScales = kChunkTiles * kTileScales;
 
 // A block's chunk: packed tiles [row, row_end) x [tile, tile_end), in the slab [slab, slab_end).
 // They come slab by slab, chunk by chunk, block by block.
@@ -50,23 +53,38 @@ struct Item {
 
 // Expands an item's tiles, as many at a time as are asked for, and prefetches those of the next
 // item.
-template <AmxWeights kWeights>
+// kGroups: scale groups of a tile, each of which has sums of its own; 1, or 2 or 4 of 4-bit
+// weights.
+template <Weights kWeights, int kGroups>
 struct Expander {
-  static constexpr int64_t kBytes = amx_tile_bytes(kWeights);
-  const uint8_t* from;  // the item's first tile
-  uint8_t* to;          // [16 rows][step][16][64 bytes], kChunkBytes for 16 rows
-  int64_t row_bytes;    // of a packed tile row
-  bool is_one_wide;     // else two tiles
+  static constexpr int kTileLines = kWeights == Weights::kDenseInt8 ? 16
+                                    : kWeights == Weights::kInt8    ? 10
+                                    : kWeights == Weights::kInt4    ? 7
+                                                                    : 9;
+  static constexpr bool kHasRowScales = kWeights == Weights::kInt4;
+  static constexpr int kScaleGroups = kGroups;
+  static constexpr int kDenseSteps =
+      std::max(static_cast<int>(kAmxTileSteps), kGroups);  // of a tile
+  const uint8_t* from;                                     // the item's first tile
+  uint8_t* to;    // [16 rows][step][16][64 bytes], kChunkBytes for 16 rows
+  float* scales;  // [tile][scale group][32 rows], of 4-bit weights
+  int64_t tile_bytes;
+  int64_t row_bytes;  // of a packed tile row
+  bool is_one_wide;   // else two tiles
   int64_t next = 0, end;
   int64_t ahead;  // bytes from a tile to its counterpart of the next item
 
-  Expander(const uint8_t* packed_tiles, uint8_t* dense, const Item& now, const Item& later)
-      : to(dense), row_bytes(now.row_tiles * kBytes), is_one_wide(now.tile_end - now.tile == 1) {
+  Expander(const Linear24& p, uint8_t* dense, float* row_scales, const Item& now, const Item& later)
+      : to(dense),
+        scales(row_scales),
+        tile_bytes(amx_tile_bytes(p, kWeights)),
+        row_bytes(now.row_tiles * tile_bytes),
+        is_one_wide(now.tile_end - now.tile == 1) {
     static_assert(kChunkTiles == 2);
-    from = packed_tiles + (now.row * now.row_tiles + now.tile) * kBytes;
+    from = p.packed + (now.row * now.row_tiles + now.tile) * tile_bytes;
     end = now.is_end() ? 0 : (now.row_end - now.row) * (now.tile_end - now.tile);
     const int64_t tiles = (later.row - now.row) * now.row_tiles + later.tile - now.tile;
-    ahead = later.is_end() ? 0 : tiles * kBytes;
+    ahead = later.is_end() ? 0 : tiles * tile_bytes;
   }
   int64_t num_left() const { return end - next; }
 
@@ -75,12 +93,15 @@ struct Expander {
     const int64_t last = std::min(e.end, e.next + num_tiles);
     for (int64_t i = e.next; i < last; ++i) {
       const int64_t row = e.is_one_wide ? i : i / 2, tile = e.is_one_wide ? 0 : i % 2;
-      const uint8_t* packed = e.from + row * e.row_bytes + tile * kBytes;
-      prefetch<kBytes / 64, Prefetch::kT1>(packed + e.ahead);
-      expand_tile<kWeights>(packed,
-                            e.to + row / 2 * kChunkBytes + row % 2 * kTileRows * 64 +
-                                tile * kAmxTileSteps * kStepTileBytes,
-                            kStepTileBytes);
+      const uint8_t* packed = e.from + row * e.row_bytes + tile * e.tile_bytes;
+      prefetch<kTileLines, Prefetch::kT1>(packed + e.ahead);
+      expand_tile<kWeights, kGroups>(packed,
+                                     e.to + row / 2 * kChunkBytes + row % 2 * kTileRows * 64 +
+                                         tile * kDenseSteps * kStepTileBytes,
+                                     kStepTileBytes);
+      if constexpr (kHasRowScales)
+        read_int4_scales<kGroups>(packed, e.scales + tile * kTileScales + row * kTileRows,
+                                  kBlockRows);
     }
     next = last;
   }
@@ -105,6 +126,8 @@ struct PassTokens {
 // The work space of one thread. Sums are [block][pair of token blocks][tile register][16][lanes].
 struct AmxScratch {
   alignas(64) uint8_t dense[2][2 * kChunkBytes];
+  // Of this item, the one before, whose last sums are not scaled yet, and the next one.
+  alignas(64) float row_scales[3][kChunkScales];
   alignas(64) float sums[kAmxSumBytes / 4];
   alignas(64) int32_t dots[4 * 16 * 16];
   alignas(64) float unused[4 * 16 * 16] = {};  // for the sums and scales of no group

@@ -149,10 +149,10 @@ inline void store_slab(const Linear24& p, const Item& item, int64_t first_token,
 }
 
 // Tokens [first, first_after) of the tile rows [begin, end).
-template <typename Tiles, AmxWeights kWeights>
+template <typename Tiles, Weights kWeights, int kGroups>
 void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64_t first_after,
                   int64_t begin, int64_t end, AmxScratch& scratch) {
-  constexpr bool is_int8 = kWeights != AmxWeights::kBf16With24;
+  constexpr bool is_int8 = kWeights != Weights::kOfXsDType;
   const int64_t row_tiles = amx_tile_columns(p, kWeights), first_block = first / kRegisterTokens;
   PassTokens tokens = {};
   tokens.num = first_after - first;
@@ -167,17 +167,18 @@ void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64
   Item item = Item::first(begin, end, row_tiles, slab_blocks * kBlockTileRows);
   Item next = item, later = item;
   next.advance();
-  Int8Products<Tiles, Expander<kWeights>> int8{scratch};
-  Expander<kWeights> expander(p.packed, scratch.dense[0], item, next);
+  Int8Products<Tiles, Expander<kWeights, kGroups>> int8{scratch};
+  Expander<kWeights, kGroups> expander(p, scratch.dense[0], scratch.row_scales[0], item, next);
   expander.expand(expander.num_left());
   for (int64_t number = 0; !item.is_end(); ++number) {
     later = next;
     if (!next.is_end()) later.advance();
-    expander = Expander<kWeights>(p.packed, scratch.dense[(number + 1) % 2], next, later);
+    expander = Expander<kWeights, kGroups>(p, scratch.dense[(number + 1) % 2],
+                                           scratch.row_scales[(number + 1) % 3], next, later);
     const uint8_t* dense = scratch.dense[number % 2];
     float* sums = scratch.sums + (item.row - item.slab) / kBlockTileRows * block_sums;
     if constexpr (is_int8)
-      int8.multiply(tokens, item, dense, sums, expander);
+      int8.multiply(tokens, item, dense, scratch.row_scales[number % 3], sums, expander);
     else
       multiply_bf16<Tiles>(tokens, item, dense, sums, expander);
     expander.expand(expander.num_left());
@@ -189,7 +190,7 @@ void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64
   }
 }
 
-template <typename Tiles, AmxWeights kWeights>
+template <typename Tiles, Weights kWeights, int kGroups = 1>
 void run_amx(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (begin == end) return;
   // Rows of the odd half of a block are multiplied too, and their sums left.
@@ -199,8 +200,8 @@ void run_amx(const Linear24& p, const void* workspace, int64_t begin, int64_t en
   const int64_t pairs = (p.num_tokens + kPairTokens - 1) / kPairTokens;
   const int64_t pass_tokens = (pairs + passes - 1) / passes * kPairTokens;
   for (int64_t first = 0; first < p.num_tokens; first += pass_tokens)
-    run_amx_pass<Tiles, kWeights>(p, workspace, first, std::min(first + pass_tokens, p.num_tokens),
-                                  begin, end, scratch);
+    run_amx_pass<Tiles, kWeights, kGroups>(
+        p, workspace, first, std::min(first + pass_tokens, p.num_tokens), begin, end, scratch);
   Tiles::release();
 }
 

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kRegisterTokens = 16;  // of a tile register
 
-inline int64_t amx_tile_columns(const Linear24& p, AmxWeights weights) {
-  return weights == AmxWeights::kBf16With24 ? p.num_tile_columns() : p.num_int8_tile_columns();
+inline int64_t amx_tile_columns(const Linear24& p, Weights weights) {
+  return weights == Weights::kOfXsDType ? p.num_tile_columns() : p.num_int8_tile_columns();
 }
 
 // The tokens are cut in blocks of 16; fewer than 16 have 1, 2, 4 or 8 lanes.
@@ -28,11 +28,11 @@ inline int64_t amx_token_blocks(const Linear24& p) {
 // x: [block of tokens][step][16][lanes] times 4 bytes, so that a step is a tile of x.
 inline int64_t amx_x_step_bytes(const Linear24& p) { return 16 * 4 * amx_lanes(p); }
 
-inline int64_t amx_x_block_bytes(const Linear24& p, AmxWeights weights) {
+inline int64_t amx_x_block_bytes(const Linear24& p, Weights weights) {
   return amx_tile_columns(p, weights) * kAmxTileSteps * amx_x_step_bytes(p);
 }
 
-inline int64_t amx_x_bytes(const Linear24& p, AmxWeights weights) {
+inline int64_t amx_x_bytes(const Linear24& p, Weights weights) {
   return (amx_token_blocks(p) * amx_x_block_bytes(p, weights) + 63) / 64 * 64;
 }
 
@@ -68,12 +68,11 @@ inline bool prepare_amx_bf16(const Linear24& p, uint8_t* workspace) {
 // tokens][scale group][16], those of fewer lanes repeated.
 inline float* amx_scales(const Linear24& p, const void* workspace) {
   uint8_t* bytes = static_cast<uint8_t*>(const_cast<void*>(workspace));
-  return reinterpret_cast<float*>(bytes + amx_x_bytes(p, AmxWeights::kInt8With24));
+  return reinterpret_cast<float*>(bytes + amx_x_bytes(p, Weights::kInt8));
 }
 
 inline int64_t amx_int8_bytes(const Linear24& p) {
-  return amx_x_bytes(p, AmxWeights::kInt8With24) +
-         amx_token_blocks(p) * p.num_int8_tile_columns() * 16 * 4;
+  return amx_x_bytes(p, Weights::kInt8) + amx_token_blocks(p) * p.num_int8_tile_columns() * 16 * 4;
 }
 
 inline void prepare_amx_int8(const Linear24& p, void* workspace) {

@@ -14,6 +14,7 @@ const Kernel kAvx2 = {"avx2",
                       is_supported,
                       &avx2::kLinear24,
                       &avx2::kLinear24Int8,
+                      &avx2::kLinear24Int4,
                       &avx2::kLinearInt8,
                       &avx2::kExpansion,
                       false};

@@ -11,7 +11,12 @@ static bool is_supported() {
 }
 const Product kAvx512Linear24 = avx512::kLinear24;
 const Expansion kAvx512Expansion = avx512::kExpansion;
-const Kernel kAvx512 = {
-    "avx512",          is_supported, &kAvx512Linear24, &avx512::kLinear24Int8, &avx512::kLinearInt8,
-    &kAvx512Expansion, false};
+const Kernel kAvx512 = {"avx512",
+                        is_supported,
+                        &kAvx512Linear24,
+                        &avx512::kLinear24Int8,
+                        &avx512::kLinear24Int4,
+                        &avx512::kLinearInt8,
+                        &kAvx512Expansion,
+                        false};
 }  // namespace cast

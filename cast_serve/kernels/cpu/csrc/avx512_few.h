@@ -1,8 +1,10 @@
 // Few tokens (decode), for weights of any type: memory-bound, so the weights are read once, in
 // order.
 //
-// A Format says how: kTileBytes, kTileColumns, kElementBytes (of an element of x in the workspace)
-// and `gather`, which multiplies some rows of a segment of K by some tokens.
+// A Format says how: tile_bytes, kTileLines (as many cache lines or, as tiles of 4-bit weights do
+// not begin at one, more), kTileColumns, kElementBytes (of an element of x in the workspace) and
+// `gather`, which multiplies some rows of a segment of K by some tokens. kTilesAhead: prefetch that
+// far, where a tile row is read once and whole; 0: as far as the next tile row.
 #pragma once
 #include <algorithm>
 
@@ -37,7 +39,8 @@ struct Pass {
 // passes but one.
 template <typename Format, int kFirst, int kSecond, int kRows>
 void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-  constexpr int64_t kTileBytes = Format::kTileBytes, kLines = kTileBytes / 64;
+  constexpr int64_t kLines = Format::kTileLines;
+  const int64_t tile_bytes = Format::tile_bytes(p);
   const int64_t row_tiles = (p.in_features + Format::kTileColumns - 1) / Format::kTileColumns;
   const int64_t x_bytes =
       (kFirst + kSecond) * row_tiles * Format::kTileColumns * Format::kElementBytes;
@@ -57,13 +60,15 @@ void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t en
         int64_t next_row = row + 1, next_tile = tile;
         if (next_row == slab_end && !segment.is_last) next_row = slab, next_tile += tiles;
         if (next_row == slab_end && segment.is_last) next_tile = 0;
-        const uint8_t* next = p.packed + (next_row * row_tiles + next_tile) * kTileBytes;
+        const uint8_t* next = p.packed + (next_row * row_tiles + next_tile) * tile_bytes;
+        if (Format::kTilesAhead && kRows == kTileRows && segments == 1)
+          next = p.packed + (row * row_tiles + Format::kTilesAhead) * tile_bytes;
         if constexpr (kSecond == 0) {
-          constexpr int64_t share = kTileBytes * kRows / kTileRows;
+          const int64_t share = tile_bytes * kRows / kTileRows;
           for (int64_t i = 0; i < kTileRows; i += kRows) {
             const Pass pass = {n + i, sums[i / kRows], next + i / kRows * tiles * share, share};
-            Format::template gather<0, kFirst, kRows, (share + 63) / 64>(p, workspace, segment,
-                                                                         pass);
+            Format::template gather<0, kFirst, kRows, (kLines * kRows + 7) / kTileRows>(
+                p, workspace, segment, pass);
           }
         } else {  // a quarter of every tile's lines to each pass
           static_assert(kRows == 4);
@@ -72,7 +77,7 @@ void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t en
             constexpr int kToken = kPass % 2 ? kFirst : 0, kTokens = kPass % 2 ? kSecond : kFirst;
             Format::template gather<kToken, kTokens, 4, to - from>(
                 p, workspace, segment,
-                {n + kPass / 2 * 4, sums[kPass], next + from * 64, kTileBytes});
+                {n + kPass / 2 * 4, sums[kPass], next + from * 64, tile_bytes});
           };
           pass.template operator()<0>();
           pass.template operator()<1>();

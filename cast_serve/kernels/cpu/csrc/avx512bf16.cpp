@@ -1,5 +1,5 @@
 // The 2:4 linear for x86 with AVX-512 BF16 and VBMI: bf16 by the kernels for few and for many
-// tokens, other dtypes by avx512.cpp, int8 weights by avx512vnni.cpp.
+// tokens, other dtypes by avx512.cpp, 8-bit and 4-bit weights by avx512vnni.cpp.
 #include "avx512bf16_few.h"
 #include "avx512bf16_many.h"
 #include "linear24.h"
@@ -32,7 +32,7 @@ bool is_supported() { return kAvx512Vnni.is_supported() && __builtin_cpu_support
 
 const Product kAvx512Bf16Linear24 = {workspace_bytes, prepare, run};
 const Kernel kAvx512Bf16 = {
-    "avx512_bf16",     is_supported, &kAvx512Bf16Linear24, &kVnniLinear24Int8, &kVnniLinearInt8,
-    &kAvx512Expansion, true};
+    "avx512_bf16",      is_supported,     &kAvx512Bf16Linear24, &kVnniLinear24Int8,
+    &kVnniLinear24Int4, &kVnniLinearInt8, &kAvx512Expansion,    true};
 
 }  // namespace cast

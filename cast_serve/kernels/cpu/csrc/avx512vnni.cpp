@@ -1,6 +1,7 @@
-// The 2:4 linear for x86 with AVX-512 VNNI and VBMI: int8 weights by the kernels for few and
-// for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by avx512.cpp. Dense
-// int8 weights, the head's, are for few tokens too: of many prompt tokens it sees the last alone.
+// The 2:4 linear for x86 with AVX-512 VNNI and VBMI: 8-bit and 4-bit weights by the kernels for few
+// and for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by avx512.cpp.
+// Dense int8 weights, the head's, are for few tokens too: of many prompt tokens it sees the last
+// alone.
 #include <algorithm>
 
 #include "avx512vnni_few.h"
@@ -23,7 +24,19 @@ void prepare(const Linear24& p, void* workspace) {
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (is_few(p)) return run_few_prefetching<FewInt8>(p, workspace, begin, end);
-  return run_int8_many(p, workspace, begin, end);
+  return run_int8_many<Weights::kInt8, 1>(p, workspace, begin, end);
+}
+
+void run_int4(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  if (is_few(p)) return run_few_prefetching<FewInt4>(p, workspace, begin, end);
+  switch (p.scale_group) {
+    case 128:
+      return run_int8_many<Weights::kInt4, 1>(p, workspace, begin, end);
+    case 64:
+      return run_int8_many<Weights::kInt4, 2>(p, workspace, begin, end);
+    default:
+      return run_int8_many<Weights::kInt4, 4>(p, workspace, begin, end);
+  }
 }
 
 // Dense weights: blocks of tokens as the kernel for few takes them, each with a workspace of its
@@ -75,9 +88,10 @@ bool is_supported() {
 }  // namespace
 
 const Product kVnniLinear24Int8 = {workspace_bytes, prepare, run};
+const Product kVnniLinear24Int4 = {workspace_bytes, prepare, run_int4};
 const Product kVnniLinearInt8 = {dense_workspace_bytes, prepare_dense, run_dense};
 const Kernel kAvx512Vnni = {
-    "avx512_vnni",     is_supported, &kAvx512Linear24, &kVnniLinear24Int8, &kVnniLinearInt8,
-    &kAvx512Expansion, false};
+    "avx512_vnni",      is_supported,     &kAvx512Linear24,  &kVnniLinear24Int8,
+    &kVnniLinear24Int4, &kVnniLinearInt8, &kAvx512Expansion, false};
 
 }  // namespace cast

@@ -7,28 +7,43 @@
 // vpdpbusd takes x unsigned, so x + 128 is stored. To take 128 * (sum of the weights) off again, a
 // row's sums begin at -128 times its weights, lane by lane, for all tokens alike.
 //
+// 4-bit weights become 8-bit ones first (avx512vnni_int4.h). Their scales differ from tile to tile,
+// so they are multiplied with the token's before the sums are.
+//
 // Dense weights need no permuting: two vpdpbusd multiply the 128 of a row and tile.
 #pragma once
 #include <cstring>
 
 #include "avx512_few.h"
+#include "avx512vnni_int4.h"
 #include "avx512vnni_x.h"
 
 namespace cast {
 namespace {
 
-template <Prefetch kPrefetch, bool kIsDense>
+template <Prefetch kPrefetch, Weights kWeights>
 struct FewInt8Rows {
-  static constexpr int64_t kTileBytes = kIsDense ? kDenseInt8TileBytes : kInt8TileBytes;
-  static constexpr int64_t kRowBytes = kIsDense ? kInt8TileColumns : kInt8TileKept;
+  static constexpr bool kIsDense = kWeights == Weights::kDenseInt8;
+  static constexpr bool kIsInt4 = kWeights == Weights::kInt4;
+  static constexpr int64_t kRowBytes = kIsDense  ? kInt8TileColumns
+                                       : kIsInt4 ? kInt4RowBytes
+                                                 : kInt8TileKept;  // of a tile's values
+  static constexpr int64_t kTileLines = kIsDense ? 16 : kIsInt4 ? 7 : 10;
+  static constexpr int64_t kTilesAhead = kIsInt4 ? 8 : 0;
   static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
+  static int64_t tile_bytes(const Linear24& p) {
+    return kIsDense ? kDenseInt8TileBytes : kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
+  }
 
   // Tokens kToken to kToken + kTokens of kRows rows.
   template <int kToken, int kTokens, int kRows, int kLines>
   static __attribute__((noinline)) void gather(const Linear24& p, const void* workspace,
                                                const Segment& segment, const Pass& pass) {
     alignas(64) uint8_t shifts[64], bases[64];
-    for (int j = 0; j < 64; ++j) shifts[j] = 2 * j % 64, bases[j] = j / 2 * 4;
+    for (int j = 0; j < 64; ++j) {
+      const int kept = kIsInt4 ? int4_kept(j) : j;
+      shifts[j] = 2 * kept % 64, bases[j] = kept / 2 * 4;
+    }
     const __m512i shift = _mm512_load_si512(shifts), base = _mm512_load_si512(bases);
     const __m512i three = _mm512_set1_epi8(3), zero_point = _mm512_set1_epi8(kZero);
     const int64_t stride = int8_few_stride(p), n = pass.n, row = n % kTileRows;
@@ -36,9 +51,14 @@ struct FewInt8Rows {
     const uint8_t* x = static_cast<const uint8_t*>(workspace) + kToken * stride;
     const float* scales = int8_few_scales(p, workspace) + kToken * row_tiles;
     const uint8_t* ahead = pass.ahead;
-    const uint8_t* values = p.packed + (n / kTileRows * row_tiles + segment.begin) * kTileBytes;
-    const uint8_t* positions = values + kTileRows * kInt8TileKept + row * (kInt8TileColumns / 8);
+    const int64_t tile_step = tile_bytes(p);
+    const uint8_t* values = p.packed + (n / kTileRows * row_tiles + segment.begin) * tile_step;
+    const uint8_t* positions = values + kTileRows * kRowBytes + row * (kInt8TileColumns / 8);
     values += row * kRowBytes;
+    const int64_t groups = kIsInt4 ? p.num_scale_groups() : 1;
+    const Int4Scales int4_scales(groups);
+    const __m512i first_rows = int4_row_scales(groups, row);
+    const __m512i last_rows = int4_row_scales(groups, row + 4);
 
     __m512 sums[16] = {};  // [token][row]; only indexed in unrolled loops, to stay in registers
     for (int64_t tile = segment.begin; tile < segment.end; ++tile) {
@@ -50,9 +70,22 @@ struct FewInt8Rows {
         asm("" : "+v"(low[token]));  // keep it in a register: GCC would load it again for each row
         high[token] = _mm512_load_si512(x + token * stride + tile * kTileColumns + 64);
       }
+      // Of 4-bit weights, the products of both scales, [token][row][quarter of a tile].
+      alignas(64) float products[kTokens][kRows][4];
+      if constexpr (kIsInt4) {
+        const uint8_t* at = values - row * kRowBytes;
+        const __m512 first = int4_scales(at, first_rows), last = int4_scales(at, last_rows);
+#pragma GCC unroll 8
+        for (int token = 0; token < kTokens; ++token) {
+          const __m512 scale = _mm512_set1_ps(scales[token * row_tiles + tile]);
+          _mm512_store_ps(products[token][0], _mm512_mul_ps(first, scale));
+          if constexpr (kRows == 8) _mm512_store_ps(products[token][4], _mm512_mul_ps(last, scale));
+        }
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const __m512i weights = _mm512_load_si512(values + i * kRowBytes);
+        const __m512i weights = kIsInt4 ? int4_weights(values + i * kRowBytes)
+                                        : _mm512_load_si512(values + i * kRowBytes);
         if constexpr (kIsDense) {
           const __m512i more = _mm512_load_si512(values + i * kRowBytes + 64);
           __m512i start = _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero_point, weights);
@@ -69,8 +102,10 @@ struct FewInt8Rows {
         }
         const __m128i both = _mm_load_si128(
             reinterpret_cast<const __m128i*>(positions + i * (kInt8TileColumns / 8)));
-        const __m512i bits = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
-                                                      _mm512_castsi128_si512(both));
+        const __m512i bits =
+            kIsInt4 ? _mm512_broadcast_i32x4(both)
+                    : _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0),
+                                               _mm512_castsi128_si512(both));
         const __m512i shifted = _mm512_multishift_epi64_epi8(shift, bits);
         const __m512i column =
             _mm512_ternarylogic_epi32(shifted, three, base, 0xEA);  // (a & 3) | base
@@ -82,10 +117,12 @@ struct FewInt8Rows {
           const __m512i gathered = _mm512_permutex2var_epi8(low[token], column, high[token]);
           const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, gathered, weights));
           __m512& sum = sums[token * kRows + i];
-          sum = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[token * row_tiles + tile]), sum);
+          const __m512 scale = kIsInt4 ? _mm512_broadcast_f32x4(_mm_load_ps(products[token][i]))
+                                       : _mm512_set1_ps(scales[token * row_tiles + tile]);
+          sum = _mm512_fmadd_ps(dot, scale, sum);
         }
       }
-      values += kTileBytes, positions += kTileBytes, ahead += pass.ahead_step;
+      values += tile_step, positions += tile_step, ahead += pass.ahead_step;
     }
 
     __m512 total = sums_of_lanes(sums);
@@ -97,7 +134,7 @@ struct FewInt8Rows {
       return kRows == 8 ? _mm512_broadcast_f32x8(eight)
                         : _mm512_broadcast_f32x4(_mm256_castps256_ps128(eight));
     };
-    total = _mm512_mul_ps(total, of_every_token(p.scale));
+    if constexpr (!kIsInt4) total = _mm512_mul_ps(total, of_every_token(p.scale));
     if (p.bias != nullptr) total = _mm512_add_ps(total, of_every_token(p.bias));
     const int64_t size = element_bytes(p.dtype);
     alignas(64) uint8_t rounded[64];
@@ -110,9 +147,11 @@ struct FewInt8Rows {
 };
 
 template <Prefetch kPrefetch>
-using FewInt8 = FewInt8Rows<kPrefetch, false>;
+using FewInt8 = FewInt8Rows<kPrefetch, Weights::kInt8>;
 template <Prefetch kPrefetch>
-using FewDenseInt8 = FewInt8Rows<kPrefetch, true>;
+using FewInt4 = FewInt8Rows<kPrefetch, Weights::kInt4>;
+template <Prefetch kPrefetch>
+using FewDenseInt8 = FewInt8Rows<kPrefetch, Weights::kDenseInt8>;
 
 }  // namespace
 }  // namespace cast

@@ -9,10 +9,14 @@
 // which stays in L1, was slower on Zen 4, since the sums are then read and written twice.
 //
 // As for few tokens, x + 128 is stored, and a row's sums begin at -128 times its weights.
+//
+// 4-bit weights become 8-bit ones when the first block of tokens meets their tile. Their sums are
+// scaled after every scale group, of which a tile has 1, 2 or 4.
 #pragma once
 #include <bit>
 #include <cstring>
 
+#include "avx512vnni_int4.h"
 #include "avx512vnni_x.h"
 
 namespace cast {
@@ -20,7 +24,8 @@ namespace {
 
 constexpr int64_t kInt8SlabRows = 128;    // tile rows whose sums stay in L2 meanwhile
 constexpr int64_t kInt8BlockTokens = 16;  // tokens that share one set of quads
-constexpr int64_t kInt8PassTokens = 4 * kInt8BlockTokens;  // tokens whose sums stay in L2
+constexpr int64_t kInt8PassTokens = 4 * kInt8BlockTokens;          // tokens whose sums stay in L2
+constexpr int64_t kInt8LineBytes = kInt8SlabRows * kTileRows * 4;  // of a token's outputs
 constexpr int64_t kQuads = 36;
 constexpr int64_t kTileOctets = kInt8TileColumns / 8;
 
@@ -81,9 +86,11 @@ struct Int8Tokens8 {
   static Integers add_dot(Integers sums, const uint8_t* quad, Integers weights) {
     return _mm256_dpbusd_epi32(sums, _mm256_load_si256((const __m256i*)quad), weights);
   }
-  static void add_scaled(float* sums, Integers dots, const float* scales) {
-    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_loadu_ps(scales),
-                                          _mm256_load_ps(sums)));
+  using Floats = __m256;
+  static Floats load(const float* floats) { return _mm256_loadu_ps(floats); }
+  static Floats times(Floats floats, float by) { return _mm256_mul_ps(floats, _mm256_set1_ps(by)); }
+  static void add_scaled(float* sums, Integers dots, Floats scales) {
+    _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scales, _mm256_load_ps(sums)));
   }
   static Integers load(const uint32_t* fours) { return _mm256_loadu_si256((const __m256i*)fours); }
   static Integers shuffled(Integers fours, uint32_t bytes) {
@@ -111,9 +118,11 @@ struct Int8Tokens16 {
   static Integers add_dot(Integers sums, const uint8_t* quad, Integers weights) {
     return _mm512_dpbusd_epi32(sums, _mm512_load_si512(quad), weights);
   }
-  static void add_scaled(float* sums, Integers dots, const float* scales) {
-    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_loadu_ps(scales),
-                                          _mm512_load_ps(sums)));
+  using Floats = __m512;
+  static Floats load(const float* floats) { return _mm512_loadu_ps(floats); }
+  static Floats times(Floats floats, float by) { return _mm512_mul_ps(floats, _mm512_set1_ps(by)); }
+  static void add_scaled(float* sums, Integers dots, Floats scales) {
+    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scales, _mm512_load_ps(sums)));
   }
   static Integers load(const uint32_t* fours) { return _mm512_loadu_si512(fours); }
   static Integers shuffled(Integers fours, uint32_t bytes) {
@@ -130,15 +139,24 @@ struct Int8Tokens16 {
 // A tile of each tile row of a slab: what all blocks of tokens need of it beside its values.
 struct TileCodes {
   alignas(64) uint8_t quads[kTileRows][kTileOctets];  // which of the 36
-  int32_t starts[kTileRows];                          // -128 times the sum of a row's weights
+  // -128 times the sum of a row's weights, of each scale group.
+  alignas(64) int32_t starts[kMostScaleGroups][kTileRows];
+};
+
+// A tile of 4-bit weights, as 8-bit ones.
+struct Int4Tile {
+  alignas(64) uint8_t values[kTileRows][kInt8TileKept];
+  alignas(64) float scales[kMostScaleGroups][kTileRows];
 };
 
 // The work space of one thread.
+template <Weights kWeights>
 struct Int8Scratch {
   alignas(64) uint8_t quads[kTileOctets * kQuads * kInt8BlockTokens * 4];
   alignas(64) float sums[kInt8PassTokens * kInt8SlabRows * kTileRows];  // [block][n][lanes]
   TileCodes codes[kInt8SlabRows];
-  alignas(64) uint8_t out[kInt8BlockTokens][kInt8SlabRows * kTileRows * 4];
+  Int4Tile int4[kWeights == Weights::kInt4 ? kInt8SlabRows : 1];
+  alignas(64) uint8_t out[kInt8BlockTokens][kInt8LineBytes];
 };
 
 // The quads of a tile: number 6 * i + j of an octet has the i-th pair of its second group of
@@ -171,11 +189,13 @@ inline __m512i pair_numbers(int factor) {
   return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)numbers));
 }
 
-inline void find_codes(const uint8_t* tile, TileCodes& codes) {
+// values, [8][64] bytes: of the tile, or what find_int4_codes made of them.
+template <int kGroups>
+void find_codes(const uint8_t* values, const uint8_t* positions, TileCodes& codes) {
   const __m512i nibble = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const __m512i both = _mm512_load_si512(tile + kTileRows * kInt8TileKept + i * 64);
+    const __m512i both = _mm512_loadu_si512(positions + i * 64);
     const __m512i first = _mm512_and_si512(both, nibble);
     const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
     _mm512_store_si512(codes.quads[i * 4],
@@ -186,37 +206,46 @@ inline void find_codes(const uint8_t* tile, TileCodes& codes) {
 #pragma GCC unroll 8
   for (int row = 0; row < 8; ++row)
     sums[row] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(kZero),
-                                    _mm512_load_si512(tile + row * kInt8TileKept));
+                                    _mm512_load_si512(values + row * kInt8TileKept));
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2)
     sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[i], sums[i + 1]),
                                _mm512_unpackhi_epi32(sums[i], sums[i + 1]));
 #pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4)
-    sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sums[i], sums[i + 2]),
-                               _mm512_unpackhi_epi64(sums[i], sums[i + 2]));
-  // Each of the four quarters of sums[0] has rows 0 to 3, of sums[4] rows 4 to 7.
-  const __m512i even = _mm512_shuffle_i32x4(sums[0], sums[4], 0x88);
-  const __m512i odd = _mm512_shuffle_i32x4(sums[0], sums[4], 0xdd);
-  // Quarters: rows 0-3, rows 0-3, rows 4-7, rows 4-7, to be added in pairs.
-  const __m512i pairs = _mm512_add_epi32(even, odd);
-  const __m512i halves = _mm512_shuffle_i32x4(pairs, pairs, 0xd8);
-  const __m256i total =
-      _mm256_add_epi32(_mm512_castsi512_si256(halves), _mm512_extracti32x8_epi32(halves, 1));
-  _mm256_storeu_si256((__m256i*)codes.starts, _mm256_sub_epi32(_mm256_setzero_si256(), total));
+  for (int i = 0; i < 8; i += 4) {
+    __m512i sum = _mm512_add_epi32(_mm512_unpacklo_epi64(sums[i], sums[i + 2]),
+                                   _mm512_unpackhi_epi64(sums[i], sums[i + 2]));
+    // Each quarter has rows i to i + 3, of a quarter of the columns. Those of a group are added.
+    if constexpr (kGroups < 4) sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, 0xB1));
+    if constexpr (kGroups < 2) sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, 0x4E));
+    sum = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+    alignas(64) int32_t quarters[4][4];
+    _mm512_store_si512(quarters, sum);
+#pragma GCC unroll 4
+    for (int group = 0; group < kGroups; ++group)
+      std::memcpy(codes.starts[group] + i, quarters[group * 4 / kGroups], 16);
+  }
+}
+
+template <int kGroups>
+void find_int4_codes(const uint8_t* tile, Int4Tile& int4, TileCodes& codes) {
+#pragma GCC unroll 8
+  for (int row = 0; row < kTileRows; ++row)
+    _mm512_store_si512(int4.values[row], int4_weights_in_order(tile + row * kInt4RowBytes));
+  read_int4_scales<kGroups>(tile, int4.scales[0], kTileRows);
+  find_codes<kGroups>(int4.values[0], tile + kInt4PositionsAt, codes);
 }
 
 // Adds a tile, times one block of tokens, to its tile row's [8][lanes] sums. Vector
 // loads are the bottleneck, so the codes are kept in eight scalar registers and the weights of four
-// octets are loaded at once.
-template <typename Register>
-inline void add_tile(const uint8_t* tile, const TileCodes& codes, const uint8_t* quads,
-                     const float* scales, float* sums) {
+// octets are loaded at once. row_scales: of 4-bit weights, [group][8].
+template <typename Register, Weights kWeights, int kGroups>
+inline void add_tile(const uint8_t* values, const TileCodes& codes, const uint8_t* quads,
+                     const float* scales, const float* row_scales, float* sums) {
   constexpr int64_t row_bytes = Register::kLanes * 4;
   constexpr int kShift = std::countr_zero(static_cast<uint64_t>(row_bytes));
+  constexpr int kGroupQuarters = 4 / kGroups;
   typename Register::Integers dots[kTileRows];
-#pragma GCC unroll 8
-  for (int row = 0; row < kTileRows; ++row) dots[row] = Register::all(codes.starts[row]);
 
   const auto eight_octets = [&]<int kEight>() {
     uint64_t numbers[kTileRows];
@@ -224,10 +253,16 @@ inline void add_tile(const uint8_t* tile, const TileCodes& codes, const uint8_t*
     for (int row = 0; row < kTileRows; ++row)
       std::memcpy(&numbers[row], codes.quads[row] + kEight * 8, 8);
     const auto four_octets = [&]<int kFour>() {
+      constexpr int kQuarter = kEight * 2 + kFour, kGroup = kQuarter / kGroupQuarters;
+      if constexpr (kQuarter % kGroupQuarters == 0) {
+#pragma GCC unroll 8
+        for (int row = 0; row < kTileRows; ++row)
+          dots[row] = Register::all(codes.starts[kGroup][row]);
+      }
       typename Register::Integers weights[kTileRows];
 #pragma GCC unroll 8
       for (int row = 0; row < kTileRows; ++row)
-        weights[row] = Register::four_octets(tile + row * kInt8TileKept + kEight * 32 + kFour * 16);
+        weights[row] = Register::four_octets(values + row * kInt8TileKept + kQuarter * 16);
       const auto one_octet = [&]<int kOctet>() {
         constexpr int in_eight = kFour * 4 + kOctet;
 #pragma GCC unroll 8
@@ -242,47 +277,68 @@ inline void add_tile(const uint8_t* tile, const TileCodes& codes, const uint8_t*
       one_octet.template operator()<1>();
       one_octet.template operator()<2>();
       one_octet.template operator()<3>();
+      if constexpr ((kQuarter + 1) % kGroupQuarters == 0) {
+        const typename Register::Floats token_scales = Register::load(scales);
+#pragma GCC unroll 8
+        for (int row = 0; row < kTileRows; ++row)
+          Register::add_scaled(
+              sums + row * Register::kLanes, dots[row],
+              kWeights == Weights::kInt4
+                  ? Register::times(token_scales, row_scales[kGroup * kTileRows + row])
+                  : token_scales);
+      }
     };
     four_octets.template operator()<0>();
     four_octets.template operator()<1>();
   };
   eight_octets.template operator()<0>();
   eight_octets.template operator()<1>();
-
-#pragma GCC unroll 8
-  for (int row = 0; row < kTileRows; ++row)
-    Register::add_scaled(sums + row * Register::kLanes, dots[row], scales);
 }
 
 // Tile `tile` of the slab's tile rows, times one block of tokens.
-template <typename Register>
+template <typename Register, Weights kWeights, int kGroups>
 void add_tile_column(const Linear24& p, const uint32_t* fours, const float* scales, int64_t tile,
-                     int64_t slab, int64_t slab_end, bool is_first_block, Int8Scratch& scratch,
-                     float* sums) {
-  const int64_t row_bytes = p.num_int8_tile_columns() * kInt8TileBytes;
-  const uint8_t* at = p.packed + slab * row_bytes + tile * kInt8TileBytes;
+                     int64_t slab, int64_t slab_end, bool is_first_block,
+                     Int8Scratch<kWeights>& scratch, float* sums) {
+  constexpr bool kIsInt4 = kWeights == Weights::kInt4;
+  const int64_t tile_bytes = kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
+  const int64_t row_bytes = p.num_int8_tile_columns() * tile_bytes, rows = slab_end - slab;
+  const uint8_t* at = p.packed + slab * row_bytes + tile * tile_bytes;
+  const auto find = [&](const uint8_t* from, int64_t row) {
+    if constexpr (kIsInt4)
+      find_int4_codes<kGroups>(from, scratch.int4[row], scratch.codes[row]);
+    else
+      find_codes<kGroups>(from, from + kTileRows * kInt8TileKept, scratch.codes[row]);
+  };
   lay_out_quads<Register>(fours, scratch.quads);
-  const int64_t rows = slab_end - slab;
-  if (is_first_block) find_codes(at, scratch.codes[0]);
+  if (is_first_block) find(at, 0);
   for (int64_t row = 0; row < rows; ++row, at += row_bytes, sums += kTileRows * Register::kLanes) {
     if (is_first_block) {  // later blocks have the weights in the cache already
-      if (row + 1 < rows) find_codes(at + row_bytes, scratch.codes[row + 1]);
-      prefetch<kInt8TileBytes / 64, Prefetch::kT1>(at + kInt8TileBytes);
+      if (row + 1 < rows) find(at + row_bytes, row + 1);
+      prefetch<kIsInt4 ? 7 : kInt8TileBytes / 64, Prefetch::kT1>(at + tile_bytes);
     }
-    add_tile<Register>(at, scratch.codes[row], scratch.quads, scales, sums);
+    if constexpr (kIsInt4) {
+      const Int4Tile& int4 = scratch.int4[row];
+      add_tile<Register, kWeights, kGroups>(int4.values[0], scratch.codes[row], scratch.quads,
+                                            scales, int4.scales[0], sums);
+    } else {
+      add_tile<Register, kWeights, kGroups>(at, scratch.codes[row], scratch.quads, scales, nullptr,
+                                            sums);
+    }
   }
 }
 
 // The slab's sums of one block of tokens -> x's dtype, with scale and bias.
 inline void store_int8_block(const Linear24& p, int64_t slab, int64_t slab_end, int64_t first_token,
-                             const float* sums, Int8Scratch& scratch) {
+                             const float* sums, uint8_t (*lines)[kInt8LineBytes]) {
   const int64_t tokens = std::min(p.num_tokens - first_token, kInt8BlockTokens);
   const int64_t lanes = int8_lanes_of(tokens), first_n = slab * kTileRows;
   const int64_t size = element_bytes(p.dtype);
   for (int64_t row = slab; row < slab_end; ++row, sums += kTileRows * lanes) {
     const int64_t n = row * kTileRows;
     const __mmask8 inside = first_of_eight(p.out_features - n);
-    const __m256 scale = _mm256_maskz_loadu_ps(inside, p.scale + n);
+    const __m256 scale =
+        p.scale ? _mm256_maskz_loadu_ps(inside, p.scale + n) : _mm256_set1_ps(1.0f);
     const __m256 bias = p.bias ? _mm256_maskz_loadu_ps(inside, p.bias + n) : _mm256_setzero_ps();
     for (int64_t lane = 0; lane < lanes; lane += 8) {
       __m256 rows[8], out[8];
@@ -290,23 +346,24 @@ inline void store_int8_block(const Linear24& p, int64_t slab, int64_t slab_end, 
       transpose_8x8(rows, out);
       for (int i = 0; i < 8; ++i)
         store_8(p.dtype, _mm256_fmadd_ps(out[i], scale, bias),
-                scratch.out[lane + i] + (n - first_n) * size);
+                lines[lane + i] + (n - first_n) * size);
     }
   }
   // Copied in long pieces: written tile by tile, out rows 4 KiB apart would share one cache set.
   const int64_t last_n = std::min(slab_end * kTileRows, p.out_features);
   uint8_t* out = static_cast<uint8_t*>(p.out) + (first_token * p.out_features + first_n) * size;
   for (int64_t i = 0; i < tokens; ++i)
-    std::memcpy(out + i * p.out_features * size, scratch.out[i], (last_n - first_n) * size);
+    std::memcpy(out + i * p.out_features * size, lines[i], (last_n - first_n) * size);
 }
 
-inline void run_int8_many(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+template <Weights kWeights, int kGroups>
+void run_int8_many(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   const uint32_t* fours = static_cast<const uint32_t*>(workspace);
   const float* scales = int8_many_scales(p, workspace);
   const int64_t tiles = p.num_int8_tile_columns();
   constexpr int64_t tile_fours = kInt8TileColumns / 4;
   constexpr int64_t lane_sums = kInt8SlabRows * kTileRows;  // of one token
-  Int8Scratch scratch;
+  Int8Scratch<kWeights> scratch;
   for (int64_t slab = begin; slab < end; slab += kInt8SlabRows) {
     const int64_t slab_end = std::min(slab + kInt8SlabRows, end);
     for (int64_t first = 0; first < p.num_tokens; first += kInt8PassTokens) {
@@ -319,13 +376,13 @@ inline void run_int8_many(const Linear24& p, const void* workspace, int64_t begi
           const float* x_scales = scales + token * tiles + tile * lanes;
           float* sums = scratch.sums + (token - first) * lane_sums;
           const bool is_first = token == first;
-          const auto add =
-              lanes == 8 ? add_tile_column<Int8Tokens8> : add_tile_column<Int8Tokens16>;
+          const auto add = lanes == 8 ? add_tile_column<Int8Tokens8, kWeights, kGroups>
+                                      : add_tile_column<Int8Tokens16, kWeights, kGroups>;
           add(p, x, x_scales, tile, slab, slab_end, is_first, scratch, sums);
         }
       for (int64_t token = first; token < pass_end; token += kInt8BlockTokens)
         store_int8_block(p, slab, slab_end, token, scratch.sums + (token - first) * lane_sums,
-                         scratch);
+                         scratch.out);
     }
   }
 }

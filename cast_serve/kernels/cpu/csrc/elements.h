@@ -1,5 +1,5 @@
-// The elements of x: their conversions, and the quantising of a scale group. Compiled once per ISA:
-// the including file defines CAST_ISA (generic.h).
+// The elements of x: their conversions, and the quantising of a scale group; and 4-bit weights.
+// Compiled once per ISA: the including file defines CAST_ISA (generic.h).
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -66,6 +66,25 @@ float quantize_group(const T* x, int64_t columns, Integer zero, Integer* integer
     integers[i] = static_cast<Integer>(static_cast<int32_t>(value) + static_cast<int32_t>(zero));
   }
   return scale;
+}
+
+// A row of a tile of 4-bit weights -> its kept values, in order.
+inline void int4_values(const uint8_t* pairs, int8_t* values) {
+  for (int64_t a = 0; a < 4; ++a)
+    for (int64_t c = 0; c < 2; ++c)
+      for (int64_t d = 0; d < 4; ++d) {
+        const uint8_t both = pairs[16 * c + 4 * a + d];
+        int8_t* low = values + 16 * a + 4 * c + d;
+        low[0] = static_cast<int8_t>(static_cast<int8_t>(both << 4) >> 4);
+        low[8] = static_cast<int8_t>(static_cast<int8_t>(both) >> 4);
+      }
+}
+
+// A scale of a tile of 4-bit weights, which has `groups` for each row.
+inline float int4_scale(const uint8_t* tile, int64_t groups, int64_t row, int64_t group) {
+  BFloat16 scale;
+  std::memcpy(&scale, tile + kInt4ScalesAt + (row * groups + group) * 2, 2);
+  return to_float(scale);
 }
 
 }  // namespace CAST_ISA

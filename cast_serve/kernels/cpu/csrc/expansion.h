@@ -48,7 +48,26 @@ void expand_rows(const Linear24& p, int64_t begin, int64_t end, To* rows) {
     }
 }
 
+// 4-bit weights, times their scales, which fp32 holds exactly.
+inline void expand_int4_rows(const Linear24& p, int64_t begin, int64_t end, float* rows) {
+  const int64_t row_tiles = p.num_int8_tile_columns(), groups = p.num_scale_groups();
+  const int64_t columns = p.padded_in_features();
+  const uint8_t* tile = p.packed + begin * row_tiles * p.int4_tile_bytes();
+  for (; begin < end; ++begin, rows += kTileRows * columns)
+    for (int64_t first = 0; first < columns; first += kInt8TileColumns, tile += p.int4_tile_bytes())
+      for (int64_t row = 0; row < kTileRows; ++row) {
+        int8_t values[kInt8TileKept];
+        int4_values(tile + row * kInt4RowBytes, values);
+        float* to = rows + row * columns + first;
+        expand_row<kInt8TileColumns>(values, tile + kInt4PositionsAt + row * kInt8TileColumns / 8,
+                                     to);
+        for (int64_t i = 0; i < kInt8TileColumns; ++i)
+          to[i] *= int4_scale(tile, groups, row, i / p.scale_group);
+      }
+}
+
 inline void expand_to_float(const Linear24& p, int64_t begin, int64_t end, float* rows) {
+  if (p.scale_group != 0) return expand_int4_rows(p, begin, end, rows);
   if (p.scale != nullptr) return expand_rows<int8_t>(p, begin, end, rows);
   switch (p.dtype) {
     case DType::kBFloat16:

@@ -1,5 +1,5 @@
-// The linear with int8 weights, 2:4 or dense, in portable C++, compiled once per ISA with that
-// ISA's flags.
+// The linear with 2:4 weights of 8 or 4 bits or dense ones of 8, in portable C++, compiled once per
+// ISA with that ISA's flags.
 //
 // As generic.h, with x quantised: its integers, as float, are transposed to [token block][K]
 // [CAST_LANES tokens]. The sum of a scale group's products is below 2^21, so it is exact in float
@@ -63,13 +63,12 @@ void add_dense_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)
   }
 }
 
+// The groups of four columns [begin, end) of a tile.
 template <typename V>
-void add_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTileRows]) {
+void add_dots(const int8_t* values, const uint8_t* positions, const float* x, int64_t begin,
+              int64_t end, V (&dots)[kTileRows]) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
-  const int8_t* values = reinterpret_cast<const int8_t*>(tile);
-  const uint8_t* positions = tile + kTileRows * kInt8TileKept;
-  V dots[kTileRows] = {};
-  for (int64_t group = 0; group < kInt8TileColumns / 4; ++group) {
+  for (int64_t group = begin; group < end; ++group) {
     const V* columns = reinterpret_cast<const V*>(x + group * 4 * lanes);
     for (int64_t row = 0; row < kTileRows; ++row) {
       const int both = positions[row * (kInt8TileColumns / 8) + group / 2] >> (group % 2 * 4);
@@ -78,14 +77,39 @@ void add_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTile
                    columns[both >> 2 & 3] * static_cast<float>(kept[1]);
     }
   }
+}
+
+template <typename V>
+void add_int8_tile(const uint8_t* tile, const float* x, V scale, V (&sums)[kTileRows]) {
+  V dots[kTileRows] = {};
+  add_dots(reinterpret_cast<const int8_t*>(tile), tile + kTileRows * kInt8TileKept, x, 0,
+           kInt8TileColumns / 4, dots);
   for (int64_t row = 0; row < kTileRows; ++row) sums[row] += dots[row] * scale;
 }
 
-template <typename V, typename T, bool kIsDense>
+template <typename V>
+void add_int4_tile(const uint8_t* tile, int64_t groups, const float* x, V scale,
+                   V (&sums)[kTileRows]) {
+  int8_t values[kTileRows * kInt8TileKept];
+  for (int64_t row = 0; row < kTileRows; ++row)
+    int4_values(tile + row * kInt4RowBytes, values + row * kInt8TileKept);
+  const int64_t size = kInt8TileColumns / 4 / groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    V dots[kTileRows] = {};
+    add_dots(values, tile + kInt4PositionsAt, x, group * size, (group + 1) * size, dots);
+    for (int64_t row = 0; row < kTileRows; ++row)
+      sums[row] += dots[row] * (scale * int4_scale(tile, groups, row, group));
+  }
+}
+
+template <typename V, typename T, Weights kWeights>
 void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   const int64_t groups = p.num_int8_tile_columns();
   const float* scales = integers + scales_offset(p);
+  const int64_t tile_bytes = kWeights == Weights::kInt4   ? p.int4_tile_bytes()
+                             : kWeights == Weights::kInt8 ? kInt8TileBytes
+                                                          : kDenseInt8TileBytes;
   for (int64_t first = 0; first < p.num_tokens; first += lanes) {
     const V* block_scales = reinterpret_cast<const V*>(scales + first * groups);
     const float* x = integers + first * groups * kInt8TileColumns;
@@ -93,13 +117,14 @@ void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t e
     for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
       V sums[kTileRows] = {};
       for (int64_t group = 0; group < groups; ++group) {
-        constexpr int64_t tile_bytes = kIsDense ? kDenseInt8TileBytes : kInt8TileBytes;
         const uint8_t* tile = p.packed + (tile_row * groups + group) * tile_bytes;
         const float* columns = x + group * kInt8TileColumns * lanes;
-        if constexpr (kIsDense)
-          add_dense_int8_tile<V>(tile, columns, block_scales[group], sums);
-        else
-          add_int8_tile<V>(tile, columns, block_scales[group], sums);
+        const V scale = block_scales[group];
+        if constexpr (kWeights == Weights::kDenseInt8)
+          add_dense_int8_tile(tile, columns, scale, sums);
+        if constexpr (kWeights == Weights::kInt8) add_int8_tile(tile, columns, scale, sums);
+        if constexpr (kWeights == Weights::kInt4)
+          add_int4_tile(tile, p.num_scale_groups(), columns, scale, sums);
       }
       for (int64_t row = 0; row < kTileRows && tile_row * kTileRows + row < p.out_features; ++row) {
         const int64_t n = tile_row * kTileRows + row;
@@ -107,7 +132,8 @@ void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t e
         std::memcpy(lane_sums, &sums[row], sizeof(V));
         for (int64_t token = 0; token < tokens; ++token) {
           T* out = static_cast<T*>(p.out) + (first + token) * p.out_features + n;
-          from_float(lane_sums[token] * p.scale[n] + (p.bias ? p.bias[n] : 0.0f), out);
+          const float scale = kWeights == Weights::kInt4 ? 1.0f : p.scale[n];
+          from_float(lane_sums[token] * scale + (p.bias ? p.bias[n] : 0.0f), out);
         }
       }
     }
@@ -126,27 +152,30 @@ inline void prepare_int8_any(const Linear24& p, void* workspace) {
   }
 }
 
-template <typename T, bool kIsDense>
+template <typename T, Weights kWeights>
 void run_int8_any_tokens(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
-  return p.num_tokens == 1 ? run_int8<float, T, kIsDense>(p, integers, begin, end)
-                           : run_int8<Lanes, T, kIsDense>(p, integers, begin, end);
+  return p.num_tokens == 1 ? run_int8<float, T, kWeights>(p, integers, begin, end)
+                           : run_int8<Lanes, T, kWeights>(p, integers, begin, end);
 }
 
-template <bool kIsDense>
+template <Weights kWeights>
 void run_int8_any(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   const float* integers = static_cast<const float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
-      return run_int8_any_tokens<BFloat16, kIsDense>(p, integers, begin, end);
+      return run_int8_any_tokens<BFloat16, kWeights>(p, integers, begin, end);
     case DType::kFloat16:
-      return run_int8_any_tokens<_Float16, kIsDense>(p, integers, begin, end);
+      return run_int8_any_tokens<_Float16, kWeights>(p, integers, begin, end);
     case DType::kFloat32:
-      return run_int8_any_tokens<float, kIsDense>(p, integers, begin, end);
+      return run_int8_any_tokens<float, kWeights>(p, integers, begin, end);
   }
 }
 
-constexpr Product kLinear24Int8 = {workspace_bytes_int8, prepare_int8_any, run_int8_any<false>};
-constexpr Product kLinearInt8 = {workspace_bytes_int8, prepare_int8_any, run_int8_any<true>};
+template <Weights kWeights>
+constexpr Product kOf = {workspace_bytes_int8, prepare_int8_any, run_int8_any<kWeights>};
+constexpr Product kLinear24Int8 = kOf<Weights::kInt8>;
+constexpr Product kLinear24Int4 = kOf<Weights::kInt4>;
+constexpr Product kLinearInt8 = kOf<Weights::kDenseInt8>;
 
 }  // namespace CAST_ISA
 }  // namespace cast

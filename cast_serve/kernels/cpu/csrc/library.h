@@ -4,10 +4,11 @@
 //
 // bf16 weights are multiplied in bf16 with fp32 sums where the kernel's CPUs have instructions for
 // that; a bias is rounded to bf16 there. All else is multiplied in fp32, where 8-bit and 16-bit
-// weights and x are exact. For int8 weights x is quantised and multiplied with its scales first,
-// which rounds each element to fp32 once more than reference.py; a row's scale, then its bias, are
-// applied to the fp32 sums. torch.set_float32_matmul_precision, whose default is fp32, holds here
-// as for any product of torch.
+// weights and x are exact, and 4-bit weights times their scales too. For these and int8 weights x
+// is quantised and multiplied with its scales first, which rounds each element to fp32 once more
+// than reference.py; an int8 row's scale, then the bias, are applied to the fp32 sums.
+// torch.set_float32_matmul_precision, whose default is fp32, holds here as for any product of
+// torch.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -39,13 +40,13 @@ inline bool is_finite(const at::Tensor& x) {
 // fp32 [out_features], or undefined.
 inline void multiply_by_library(const Kernel& kernel, const Linear24& p, const at::Tensor& rows,
                                 const at::Tensor& bias, const at::Tensor& out) {
-  const bool is_int8 = p.scale != nullptr;
-  const bool is_bf16 = kernel.has_bf16 && !is_int8 && p.dtype == DType::kBFloat16;
+  const bool is_bf16 = kernel.has_bf16 && !p.has_integers() && p.dtype == DType::kBFloat16;
   at::Tensor x = rows, scale;
-  if (is_int8) {
+  if (p.has_integers()) {
     x = at::empty({p.num_tokens, p.padded_in_features()}, rows.options().dtype(at::kFloat));
     kernel.expansion->rounded_x(p, x.mutable_data_ptr<float>());
-    scale = at::from_blob(const_cast<float*>(p.scale), {p.out_features}, x.options());
+    if (p.scale != nullptr)
+      scale = at::from_blob(const_cast<float*>(p.scale), {p.out_features}, x.options());
   } else if (!is_bf16) {
     x = rows.to(at::kFloat);
   }

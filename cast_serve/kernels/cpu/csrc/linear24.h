@@ -15,6 +15,10 @@
 // in_features.
 //
 // A dense int8 weight (the head) has tiles of 8 x 128 too: 8 rows x 128 weights, 1024 bytes.
+//
+// A tile of 4-bit weights is 8 x 128: 8 rows x 32 bytes of two kept weights each, 8 rows x 128
+// bits, then 8 rows of bf16 scales, one for each scale group of the weight. reference_int4.py says
+// where in its row a weight lies.
 #pragma once
 #include <cstdint>
 
@@ -29,7 +33,14 @@ constexpr int64_t kInt8TileKept = kInt8TileColumns / 2;
 constexpr int64_t kInt8TileBytes = kTileRows * (kInt8TileKept + kInt8TileColumns / 8);
 constexpr int64_t kDenseInt8TileBytes = kTileRows * kInt8TileColumns;
 
+constexpr int64_t kInt4RowBytes = kInt8TileColumns / 4;  // of a tile's values
+constexpr int64_t kInt4PositionsAt = kTileRows * kInt4RowBytes;
+constexpr int64_t kInt4ScalesAt = kInt4PositionsAt + kTileRows * kInt8TileColumns / 8;
+constexpr int64_t kMostScaleGroups = 4;  // of a tile
+
 enum class DType { kBFloat16, kFloat16, kFloat32 };
+
+enum class Weights { kOfXsDType, kInt8, kInt4, kDenseInt8 };  // 2:4, but the last
 
 // What is chosen by measurement (cpu/tuning.py); defaults in ops.cpp.
 enum class Prefetch { kNone, kT0, kT1 };  // of the weights, for few tokens: into no cache, L1, L2
@@ -55,16 +66,20 @@ struct Linear24 {
   int64_t num_tokens, out_features, in_features;
   DType dtype;
   Tuning tuning;
+  int64_t scale_group = 0;  // columns that share a scale, 128, 64 or 32, of 4-bit weights; else 0
 
   int64_t num_tile_rows() const { return (out_features + kTileRows - 1) / kTileRows; }
   int64_t num_tile_columns() const { return (in_features + kTileColumns - 1) / kTileColumns; }
   int64_t num_int8_tile_columns() const {
     return (in_features + kInt8TileColumns - 1) / kInt8TileColumns;
   }
+  bool has_integers() const { return scale != nullptr || scale_group != 0; }
   int64_t padded_in_features() const {
-    return scale != nullptr ? num_int8_tile_columns() * kInt8TileColumns
-                            : num_tile_columns() * kTileColumns;
+    return has_integers() ? num_int8_tile_columns() * kInt8TileColumns
+                          : num_tile_columns() * kTileColumns;
   }
+  int64_t num_scale_groups() const { return kInt8TileColumns / scale_group; }  // of a tile
+  int64_t int4_tile_bytes() const { return kInt4ScalesAt + kTileRows * num_scale_groups() * 2; }
 };
 
 // One way to compute. `prepare` turns x into the form that `run` reads (workspace is 64-byte
@@ -77,20 +92,20 @@ struct Product {
 };
 
 // What a library's dense product takes: the tile rows [begin, end) of 2:4 weights as dense rows,
-// [8 * (end - begin)][padded_in_features()], in fp32 without their scale, or in bf16 for bf16
-// weights; and x for int8 weights, quantised and times its scales, [M][padded_in_features()].
+// [8 * (end - begin)][padded_in_features()], in fp32 without their scale (of 4-bit weights: with
+// it), or in bf16 for bf16 weights; and x for 8-bit and 4-bit weights, quantised and times its
+// scales, [M][padded_in_features()].
 struct Expansion {
   void (*floats)(const Linear24&, int64_t begin, int64_t end, float* rows);
   void (*bf16)(const Linear24&, int64_t begin, int64_t end, void* rows);
   void (*rounded_x)(const Linear24&, float* to);
 };
 
-// An ISA's kernel: the product with 2:4 weights of x's dtype, with 2:4 int8 weights, and with dense
-// int8 weights. has_bf16: whether its CPUs multiply bf16.
+// An ISA's kernel: the product with each of Weights. has_bf16: whether its CPUs multiply bf16.
 struct Kernel {
   const char* isa;
   bool (*is_supported)();
-  const Product *linear24, *linear24_int8, *linear_int8;
+  const Product *linear24, *linear24_int8, *linear24_int4, *linear_int8;
   const Expansion* expansion;
   bool has_bf16;
 };
@@ -104,7 +119,8 @@ extern const Kernel kAvx512Bf16;
 extern const Kernel kAmx;
 extern const Kernel kAmxEmulated;
 // Other kernels use these too.
-extern const Product kAvx512Linear24, kAvx512Bf16Linear24, kVnniLinear24Int8, kVnniLinearInt8;
+extern const Product kAvx512Linear24, kAvx512Bf16Linear24;
+extern const Product kVnniLinear24Int8, kVnniLinear24Int4, kVnniLinearInt8;
 extern const Expansion kAvx512Expansion;
 #endif
 

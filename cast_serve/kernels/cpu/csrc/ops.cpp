@@ -1,5 +1,5 @@
-// torch binding: cast::linear24, cast::linear24_int8 and cast::cpu_isas. It turns tensors into
-// pointers, and wrong arguments into exceptions.
+// torch binding of the ops at its end. It turns tensors into pointers, and wrong arguments into
+// exceptions.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -110,10 +110,24 @@ struct Call {
   Tensor rows, float_bias, out;
 };
 
-enum class Weights { kSameDType24, kInt8With24, kDenseInt8 };
+using cast::Weights;
 
+int64_t tile_bytes_of(const cast::Linear24& p, Weights weights) {
+  switch (weights) {
+    case Weights::kInt8:
+      return cast::kInt8TileBytes;
+    case Weights::kInt4:
+      return p.int4_tile_bytes();
+    case Weights::kDenseInt8:
+      return cast::kDenseInt8TileBytes;
+    default:
+      return cast::kTileRows * (cast::kTileKept * (p.dtype == cast::DType::kFloat32 ? 4 : 2) + 8);
+  }
+}
+
+// scale_group: of 4-bit weights, else 0.
 Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
-             const std::optional<Tensor>& bias, Weights weights) {
+             const std::optional<Tensor>& bias, Weights weights, int64_t scale_group = 0) {
   Call call;
   cast::Linear24& p = call.p;
   p.dtype = dtype_of(op, x);
@@ -122,12 +136,10 @@ Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_
   p.out_features = out_features;
   TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, op, ": in_features ",
                     p.in_features, " is no positive multiple of 4");
-  int64_t tile_columns = p.num_int8_tile_columns(), tile_bytes = cast::kInt8TileBytes;
-  if (weights == Weights::kDenseInt8) tile_bytes = cast::kDenseInt8TileBytes;
-  if (weights == Weights::kSameDType24) {
-    tile_columns = p.num_tile_columns();
-    tile_bytes = cast::kTileRows * (cast::kTileKept * x.element_size() + 8);
-  }
+  p.scale_group = scale_group;
+  const int64_t tile_columns =
+      weights == Weights::kOfXsDType ? p.num_tile_columns() : p.num_int8_tile_columns();
+  const int64_t tile_bytes = tile_bytes_of(p, weights);
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.dim() == 3 &&
                         packed.is_contiguous() && packed.size(0) == p.num_tile_rows() &&
                         packed.size(1) == tile_columns && packed.size(2) == tile_bytes,
@@ -181,7 +193,7 @@ Tensor computed_by_library(const Call& call) {
 
 Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
                 const std::optional<Tensor>& bias) {
-  const Call call = checked("linear24", x, packed, out_features, bias, Weights::kSameDType24);
+  const Call call = checked("linear24", x, packed, out_features, bias, Weights::kOfXsDType);
   if (is_for_library(call.p, call.p.tuning.library_tokens) && cast::is_finite(call.rows))
     return computed_by_library(call);
   return computed(*kernel().linear24, call);
@@ -201,9 +213,18 @@ Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const T
 Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
                      int64_t out_features, const std::optional<Tensor>& bias) {
   const Call call =
-      checked_int8("linear24_int8", x, packed, scale, out_features, bias, Weights::kInt8With24);
+      checked_int8("linear24_int8", x, packed, scale, out_features, bias, Weights::kInt8);
   if (is_for_library(call.p, call.p.tuning.library_tokens_int8)) return computed_by_library(call);
   return computed(*kernel().linear24_int8, call);
+}
+
+Tensor linear24_int4(const Tensor& x, const Tensor& packed, int64_t group, int64_t out_features,
+                     const std::optional<Tensor>& bias) {
+  TORCH_CHECK_VALUE(group == 128 || group == 64 || group == 32, "linear24_int4: a scale group of ",
+                    group, " columns is none of 128, 64 and 32");
+  const Call call = checked("linear24_int4", x, packed, out_features, bias, Weights::kInt4, group);
+  if (is_for_library(call.p, call.p.tuning.library_tokens_int8)) return computed_by_library(call);
+  return computed(*kernel().linear24_int4, call);
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t out_features,
@@ -243,5 +264,6 @@ TORCH_LIBRARY(cast, m) {
 TORCH_LIBRARY_IMPL(cast, CPU, m) {
   m.impl("linear24", &linear24);
   m.impl("linear24_int8", &linear24_int8);
+  m.impl("linear24_int4", &linear24_int4);
   m.impl("linear_int8", &linear_int8);
 }

@@ -11,6 +11,7 @@ const Kernel kPortable = {"portable",
                           is_supported,
                           &portable::kLinear24,
                           &portable::kLinear24Int8,
+                          &portable::kLinear24Int4,
                           &portable::kLinearInt8,
                           &portable::kExpansion,
                           false};

@@ -23,7 +23,7 @@ QUALITY = {
 }
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_compressed_directory_as_inspect_has_it(
     save_gated: Save, tmp_path: Path, quantize: Any
 ) -> None:

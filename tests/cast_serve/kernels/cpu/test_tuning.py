@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cast_serve import kernels
-from cast_serve.kernels import reference
 from cast_serve.kernels.cpu import build, tuning
 from cast_serve.kernels.cpu.tuning import Tuning
 from tests.cast_serve.kernels import test_linear24, test_linear24_int8
@@ -295,13 +294,13 @@ def test_the_op_refuses_what_is_out_of_range(values: tuple, message: str) -> Non
 def test_every_tuning_gives_the_same_products(
     few: int, prefetch: str, shape: tuple[int, int]
 ) -> None:
-    packed, scale = test_linear24_int8.make(shape)
+    linears = [test_linear24_int8.make(kind, shape) for kind in test_linear24_int8.KINDS]
     weight16, packed16 = test_linear24.make(shape, torch.bfloat16)
     tuning.use(Tuning(few, few, prefetch))
     for num_tokens in range(1, 10):
         x = test_linear24_int8.exact_x(num_tokens, shape[1], torch.float32)
-        out = kernels.linear24_int8(x, packed, scale, shape[0])
-        assert torch.equal(out, reference.linear24_int8(x, packed, scale, shape[0]))
+        for linear in linears:
+            assert torch.equal(linear(x), linear.expected(x))
         x16 = torch.randn(num_tokens, shape[1]).bfloat16()
         out16 = kernels.linear24(x16, packed16, shape[0])
         test_linear24.assert_is_product(out16, x16, weight16)

@@ -28,7 +28,7 @@ def test_the_ops_have_kernels_under_the_cuda_key() -> None:
     dispatch.register()
     dispatch.register()  # a second time changes nothing
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in ("linear24", "linear24_int8", "linear_int8", "linear24_many"):
+    for op in ("linear24", "linear24_int8", "linear24_int4", "linear_int8", "linear24_many"):
         assert has_kernel(f"cast::{op}", "CUDA")
     assert not has_kernel("cast::linear24_many", "CPU")
 
@@ -38,15 +38,16 @@ def test_all_ops_trace_on_a_fake_gpu() -> None:
     dispatch.register()
     with FakeTensorMode():
         x = torch.empty(3, 2, 64, dtype=torch.bfloat16, device="cuda")
-        packed, int8, dense = (
+        packed, int8, int4, dense = (
             torch.empty(5, 1, num_bytes, dtype=torch.uint8, device="cuda")
-            for num_bytes in (576, 640, 1024)
+            for num_bytes in (576, 640, 416, 1024)
         )
         scale = torch.empty(40, device="cuda")
         for out in (
             torch.ops.cast.linear24(x, packed, 40, None),
             torch.ops.cast.linear24_many(x, packed, 40, None, [packed], "dense"),
             torch.ops.cast.linear24_int8(x, int8, scale, 40, None),
+            torch.ops.cast.linear24_int4(x, int4, 64, 40, None),
             torch.ops.cast.linear_int8(x, dense, scale, 40, None),
         ):
             assert out.shape == (3, 2, 40)
