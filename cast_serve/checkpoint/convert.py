@@ -276,9 +276,9 @@ def _write(
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record(source)
     if not quantization and source.quantized and not source.is_widened:
-        quantization = {"quantize": source.quantized, "head": source.head_dtype}
-        quantization["scales"] = SCALES_TAKEN_OVER
-        if source.scale_group:
+        found = source.head_dtype
+        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
+        if source.quantized == "int4":
             quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.checkpoint.formats.integers import FOREIGN_PARTS
 from cast_serve.checkpoint.linear import PACKED
 from cast_serve.checkpoint.record import (
     CAST_JSON,
@@ -27,7 +28,6 @@ MARLIN = "marlin-24"
 PACKED_FORMATS = ("pack-quantized", MARLIN)
 FORMATS = ("dense", "int-quantized", "float-quantized", *PACKED_FORMATS)
 SPARSE_FORMATS = ("dense", "sparse-24-bitmask")
-FOREIGN_PARTS = frozenset({"weight_shape", "meta", "scale_packed"})  # of others' packed weights
 
 
 class ModelDirectory:

@@ -20,9 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cast_serve.checkpoint.directory import FOREIGN_PARTS
 from cast_serve.checkpoint.formats import marlin24, pack_quantized
-from cast_serve.checkpoint.formats.integers import Integers
+from cast_serve.checkpoint.formats.integers import FOREIGN_PARTS, Integers
 from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.float8 import widen_float8

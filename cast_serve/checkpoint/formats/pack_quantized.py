@@ -12,8 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cast_serve.checkpoint.formats.integers import REMEDY, Integers, check_scales, unpack
-from cast_serve.checkpoint.linear import FLOATS
+from cast_serve.checkpoint.formats.integers import (
+    REMEDY,
+    SCALE_DTYPES,
+    Integers,
+    check_scales,
+    unpack,
+)
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress
 
@@ -63,7 +68,7 @@ def _scale(name: str, scale: Tensor, num_rows: int, num_columns: int) -> Tensor:
     if scale.numel() == 1:
         scale = scale.reshape(1, 1).repeat(num_rows, 1)
     num_groups = scale.shape[1] if scale.dim() == 2 and scale.shape[0] == num_rows else 0
-    if num_groups == 0 or num_columns % (4 * num_groups) or scale.dtype not in FLOATS:
+    if num_groups == 0 or num_columns % (4 * num_groups) or scale.dtype not in SCALE_DTYPES:
         raise CheckpointError(
             f"{name}.weight_scale is {scale.dtype} {list(scale.shape)}, but bf16, fp16 or fp32 "
             f"[{num_rows}, scale groups of a multiple of 4 columns that divides {num_columns}] is "
