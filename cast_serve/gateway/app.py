@@ -7,6 +7,7 @@ workers.
 """
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -286,6 +287,8 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    gc.collect()
+    gc.freeze()  # what is here stays; a collection that went through it would hold up every stream
     showing = asyncio.create_task(loading.show(variants, Console(stderr=True)))
     try:
         await server.serve()
@@ -294,6 +297,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
             f"{settings.host}:{settings.port} cannot be listened on; free it or name another port"
         ) from None
     finally:
+        gc.unfreeze()
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)
     if app.state.gateway.failure is not None:

@@ -348,7 +348,12 @@ def _carried(paths: Sequence[Path]) -> list[str]:
             load["cpu_ratio"],
             1,
         )
-    add("a request: us", found["cpu_us_per_request"], found["cpu_ratio_per_request"], 0)
+    add(
+        "a request of two tokens: us",
+        found["cpu_us_per_request"],
+        found["cpu_ratio_per_request"],
+        0,
+    )
     flood = found["flood"]
     offered = f"{flood['streams']} streams, {flood['offered_tokens_per_s']:,.0f} tokens/s offered"
     add(f"{offered}: tokens/s", flood["tokens_per_s"], {}, 0)

@@ -8,7 +8,7 @@ turned order from round to round; a ratio is one of two ways of the same round.
 
 CPU time is the process's own clock (clock_getcpuclockid), from when every stream has its first
 token until one has its last but one: that of tokens, and of what the way does beside them. That of
-a request is what short answers took, less their tokens. A delay runs from the begin of the worker's
+a request is what an answer of two tokens takes in all. A delay runs from the begin of the worker's
 step until the client reads the token, and holds the wait for the other tokens of the same step.
 """
 
@@ -152,8 +152,7 @@ async def _rounds(ways: Mapping[str, Way], plan: Plan, on_step: Callable[[], Non
         for name in (name for name in order if name in WAYS):
             begun_s = ways[name].cpu_s()
             await _short_answers(pools[name], plan.requests, plan.at_once)
-            cpu_us = 1e6 * (ways[name].cpu_s() - begun_s) / plan.requests
-            request_cpu_us[name] = cpu_us - 2 * found[plan.loads[0]][name].cpu_us
+            request_cpu_us[name] = 1e6 * (ways[name].cpu_s() - begun_s) / plan.requests
             on_step()
         flood = found.pop(plan.flood)
         rounds.append(Round(found, flood, request_cpu_us))

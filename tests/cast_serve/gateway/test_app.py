@@ -1,6 +1,7 @@
 """The gateway in front of fake workers, over real sockets."""
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Iterator
@@ -163,6 +164,20 @@ def test_a_port_in_use_is_an_error_that_python_can_catch() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be listened on; free it"):
             asyncio.run(serve(variants, GatewaySettings(port=port)))
+
+
+def test_no_collection_goes_through_what_was_there_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    for name in ("collect", "freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: called.append(name))
+    variants = remote_variants({"dense": ["http://127.0.0.1:9"]})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = GatewaySettings(port=taken.getsockname()[1])
+        with pytest.raises(ValueError, match="cannot be listened on"):
+            asyncio.run(serve(variants, settings))
+    assert called == ["collect", "freeze", "unfreeze"]
 
 
 def test_the_comparison_says_what_each_directory_holds(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
         "| --- | ---: | ---: | ---: |",
         "| 1 stream, 500 tokens/s: us a token | 30.0 | 60.0 | 0.50 (0.45 to 0.60) |",
         "| 64 streams, 3,200 tokens/s: us a token | 20.0 | 40.0 | 0.50 (0.45 to 0.60) |",
-        "| a request: us | 900 | 1,800 | 0.50 (0.45 to 0.60) |",
+        "| a request of two tokens: us | 900 | 1,800 | 0.50 (0.45 to 0.60) |",
         "| 64 streams, 64,000 tokens/s offered: tokens/s | 20,000 | 10,000 |  |",
     ]
 
