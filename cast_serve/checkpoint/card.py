@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from cast_serve.checkpoint.record import CheckpointError
+
 CARD = "README.md"
 TITLE = "# A 2:4-sparse language model\n"
 DENSE_CARD = "\n## The card of the dense model\n"
@@ -36,19 +38,33 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         folder: the directory, complete but for its card.
         record: its cast.json.
         summary: what `inspect` says of it.
+
+    Raises:
+        CheckpointError: if the record or the source's card is not as they are written.
     """
     path = folder / CARD
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        text = _written(card, record, summary)
+    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"no card can be written of the source's cast.json and README.md ({error!r:.300}); "
+            "correct or remove what another program wrote there"
+        ) from error
+    path.write_text(text, encoding="utf-8")
+
+
+def _written(card: str, record: dict[str, Any], summary: dict[str, Any]) -> str:
     data, dense = _read(card)
     known = data.tags or []
-    if "/" in (dense_model := record.get("source", {}).get("model", "")):
+    if "/" in (dense_model := (record.get("source") or {}).get("model", "")):
         data.base_model = dense_model  # a hub's name
     data.tags = [*known, *(tag for tag in TAGS if tag not in known)]
     parts = [_about(summary), _figures(summary), _training(record), SERVING]
     text = "\n".join(part for part in parts if part)
     if dense:
         text += f"{DENSE_CARD}\n{dense}\n"
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
 def _read(card: str) -> tuple[Any, str]:

@@ -54,10 +54,24 @@ KEYS = (
 QUANTIZATION = ("quant_method", "format", "config_groups", "sparsity_config", "kv_cache_scheme")
 RECORD = (
     *("format_version", "kind", "n", "m", "targets", "sha256", "method", "kept_dense"),
-    *("quantization", "quality", "source"),
+    *("quantization", "quality", "source", "config"),
 )
-RAW = [b"", b"[" * 100_000, b"\xff\xfe", b"5", b'{"a": 1e999}', b"\0" * 4096, b"1" * 5000]
-NAMES = ("config.json", "cast.json", "model.safetensors.index.json", "tokenizer.json", SHARD)
+RAW = [
+    b"---\ntags: 5\n---\nx",
+    b"---\n[\n---\n",
+    b"---\ntags: {a: [b]}\n---\n",
+    b"",
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b"5",
+    b'{"a": 1e999}',
+    b"\0" * 4096,
+    b"1" * 5000,
+]
+NAMES = (
+    *("config.json", "cast.json", "model.safetensors.index.json", "tokenizer.json"),
+    *("README.md", SHARD),
+)
 
 Act = tuple[Any, ...]
 ACTS = some.one_of(

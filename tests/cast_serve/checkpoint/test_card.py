@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.record import CheckpointError
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
@@ -64,3 +65,15 @@ def test_any_source_s_card_will_do(card: str | None, save_gated: Save, tmp_path:
     assert "How it was trained" not in written.text
     assert "perplexity" not in written.text
     assert "# No front matter" in written.text or "No front" not in (card or "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("source", {"model": 5}), ("config", 5), ("quality", {"text": "x"})]
+)
+def test_a_record_of_another_program_is_refused(
+    save_gated: Save, tmp_path: Path, field: str, value: object
+) -> None:
+    source = save_gated(tiny_llama(), **{field: value})
+    with pytest.raises(CheckpointError, match="no card can be written"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
