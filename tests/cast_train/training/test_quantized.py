@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN, SCALES_TRAINED
 from cast_train.checkpoint import models
@@ -97,9 +99,9 @@ def test_a_conversion_to_something_else_is_warned_of(
 ):
     train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
     wanted = "trained to be converted with --quantize int4 --scale-group 32, from the gated"
-    for number, options in enumerate(
-        ({}, {"quantize": "int8"}, {"quantize": "int4", "scale_group": 64})
-    ):
+    asked: list[dict[str, Any]] = [{}, {"quantize": "int8"}]
+    asked.append({"quantize": "int4", "scale_group": 64})
+    for number, options in enumerate(asked):
         caplog.clear()
         convert(tmp_path / "out", tmp_path / str(number), **options)
         assert wanted in caplog.text
@@ -169,7 +171,7 @@ def test_a_gated_checkpoint_without_its_scales_is_refused(llama_dir, text_file, 
     assert record["trained_as"] is None
     trained_as = {"quantize": "int4", "scale_group": 32, "num_steps": 1}
     file.write_text(json.dumps(record | {"trained_as": trained_as}))
-    with pytest.raises(models.CheckpointError, match="has no weight_scale for model.layers.0"):
+    with pytest.raises(CheckpointError, match="has no weight_scale for model.layers.0"):
         models.load_gated(tmp_path / "out")
 
 

@@ -45,7 +45,8 @@ def test_streams_begin_together_and_every_token_is_counted_once() -> None:
     async def ask(pool: Pool) -> None:
         begun_s = time.perf_counter()
         streams = [
-            carried.Stream(lambda _, sent_s, __, sent=sent: sent.append(sent_s)) for sent in seen
+            carried.Stream(lambda _, sent_s, __, sent=sent: sent.append(sent_s))  # type: ignore[misc]
+            for sent in seen
         ]
         first = [asyncio.create_task(each.read(pool, LOAD, 5)) for each in streams[:2]]
         await asyncio.sleep(0.05)
