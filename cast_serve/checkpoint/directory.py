@@ -7,7 +7,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cast_serve.checkpoint.linear import PACKED
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -17,6 +16,7 @@ from cast_serve.checkpoint.record import (
     read_record,
     shards,
 )
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 from cast_serve.sparsity.targets import find_targets
 

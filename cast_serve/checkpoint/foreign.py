@@ -16,9 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.float8 import widen_float8
+from cast_serve.sparsity.nibbles import PACKED
 
 # Tensors beside a weight that are read with it, or left out.
 SCALE_PARTS = (
