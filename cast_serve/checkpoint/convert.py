@@ -28,7 +28,7 @@ from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
 from cast_serve.checkpoint.formats.foreign import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import PACKED, Quantized
+from cast_serve.checkpoint.linear import Quantized
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -41,6 +41,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.scheme import quantization_config
 from cast_serve.checkpoint.target import Calibrated, Int8, Plan
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from cast_serve.checkpoint.formats.integers import FOREIGN_PARTS
-from cast_serve.checkpoint.linear import PACKED
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -18,6 +17,7 @@ from cast_serve.checkpoint.record import (
     shards,
 )
 from cast_serve.checkpoint.shard import check_contained, opened
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
 from cast_serve.sparsity.targets import find_targets

@@ -12,13 +12,13 @@ from cast_serve.checkpoint.directory import (
 )
 from cast_serve.checkpoint.formats.foreign import read_linear
 from cast_serve.checkpoint.linear import (
-    PACKED,
     CompressedLinear,
     check_integers,
     check_scale,
 )
 from cast_serve.checkpoint.record import CheckpointError, read_json
 from cast_serve.checkpoint.shard import opened
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,

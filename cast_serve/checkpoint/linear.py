@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
-from cast_serve.sparsity.nibbles import pack_nibbles, unpack_nibbles
+from cast_serve.sparsity.nibbles import PACKED, pack_nibbles, unpack_nibbles
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,
@@ -30,7 +30,6 @@ from cast_serve.sparsity.quantize import (
 )
 
 PARTS = ("compressed", "bitmask", "shape")
-PACKED = "weight_packed"  # in place of the first, of 4 bits
 Quantized = Literal["int8", "int4"]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -7,6 +7,7 @@ unused bits are 0, and ignored on reading.
 import torch
 from torch import Tensor
 
+PACKED = "weight_packed"  # what a linear's words are called on disk
 NIBBLES = 8  # of a word
 OFFSET = 8
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.checkpoint.hub import PAPERS
-from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -37,6 +37,7 @@ from cast_serve.checkpoint.record import (
     verify,
     write_record,
 )
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
 from cast_train.gates import gating, quantizing, scaling

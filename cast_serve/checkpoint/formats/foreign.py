@@ -22,9 +22,10 @@ from torch import Tensor
 
 from cast_serve.checkpoint.formats import marlin24, pack_quantized
 from cast_serve.checkpoint.formats.integers import FOREIGN_PARTS, Integers
-from cast_serve.checkpoint.linear import PACKED, PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.float8 import widen_float8
+from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.quantize import SCALE_GROUP, dequantize
 
 # Tensors beside a weight that are read with it, or left out.

@@ -263,21 +263,6 @@ def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
         worker.server_close()
 
 
-def test_a_connection_that_a_worker_closes_at_once_is_a_lost_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with running() as stack:
-
-        async def lost(*_: object) -> httpx.Response:
-            raise AttributeError("'NoneType' object has no attribute 'getpeername'")  # anyio's
-
-        with monkeypatch.context() as patch:
-            patch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", lost)
-            found = stack.complete(model="dense")
-        assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
-        wait_until(lambda: stack.gateway.proxy.variants["dense"].is_up)
-
-
 def test_a_fault_of_the_gateways_own_has_the_requests_id(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

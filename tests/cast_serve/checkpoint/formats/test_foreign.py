@@ -20,7 +20,7 @@ from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 from tests.cast_serve.checkpoint.test_convert import all_tensors, edit_json
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 UP = "model.layers.0.mlp.up_proj"
 NAMES = [
     *(f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"),
