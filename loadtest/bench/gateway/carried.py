@@ -138,7 +138,7 @@ async def _rounds(ways: Mapping[str, Way], plan: Plan, on_step: Callable[[], Non
         await _short_answers(pool, 2 * plan.at_once, plan.at_once)  # warms up
     rounds: list[Round] = []
     for number in range(plan.rounds):
-        order = list(ways) if number % 2 == 0 else list(ways)[::-1]
+        order = list(ways)[:: 1 if number % 2 == 0 else -1]
         found: dict[Load, dict[str, Seen]] = {}
         for load in (*plan.loads, plan.flood):
             tokens = max(MIN_TOKENS, round(1e3 * plan.load_s / load.step_ms))

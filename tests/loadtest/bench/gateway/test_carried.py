@@ -44,11 +44,10 @@ def test_streams_begin_together_and_every_token_is_counted_once() -> None:
 
     async def ask(pool: Pool) -> None:
         begun_s = time.perf_counter()
-
-        def noting(sent: list[float]) -> carried.Stream:
-            return carried.Stream(lambda number, sent_s, now_s: sent.append(sent_s))
-
-        streams = [noting(sent) for sent in seen]
+        streams = [
+            carried.Stream(lambda _, sent_s, __, sent=sent: sent.append(sent_s))  # type: ignore[misc]
+            for sent in seen
+        ]
         first = [asyncio.create_task(each.read(pool, LOAD, 5)) for each in streams[:2]]
         await asyncio.sleep(0.05)
         assert seen == [[], [], []]  # the third is not there yet
