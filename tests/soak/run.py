@@ -16,6 +16,7 @@ from typing import Any
 from tests.soak import gateway as gateways
 from tests.soak.clients.client import Job, work
 from tests.soak.clients.connection import get, post
+from tests.soak.clients.request import CHAT
 from tests.soak.clients.tally import Tally, audit_log, audit_metrics, read_metrics
 from tests.soak.faults import Faults, SmallDisk, clock_environment
 from tests.soak.gateway import Gateway, Sample
@@ -94,8 +95,8 @@ class Soak:
 
     async def _load(self, gateway: Gateway, faults: Faults, is_real: bool) -> Tally:
         before = await gateway.sample(0)
-        has_chat = not is_real or await _answers_chats(gateway)
-        pipes, processes = self._start_clients(gateway, is_real, has_chat)
+        chat_status = await _ask_chat(gateway) if is_real else 200
+        pipes, processes = self._start_clients(gateway, is_real, chat_status == 200)
         self.counts = [(0, 0)] * len(pipes)
         beside = [
             asyncio.create_task(self._break(gateway, faults, is_real)),
@@ -117,6 +118,7 @@ class Soak:
             self.show(self.progress, self._told(faults))
             await asyncio.sleep(0.2)
         tally = await asyncio.to_thread(_end_clients, pipes, processes)
+        tally.seen[CHAT, chat_status] += is_real
         for task in beside:
             task.cancel()
         for result in await asyncio.gather(*beside, return_exceptions=True):
@@ -294,7 +296,8 @@ def _is_low(faults: Faults, at_s: float) -> bool:
     return any(begun_s - LATE_S <= at_s <= ended_s + LATE_S for begun_s, ended_s in faults.low_s)
 
 
-async def _answers_chats(gateway: Gateway) -> bool:
+async def _ask_chat(gateway: Gateway) -> int:
+    """The status of a chat: 400 of a model without a chat template."""
     body = {"model": "dense", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
-    status, _ = await post(gateway.port, "/v1/chat/completions", body)
-    return status == 200
+    status, _ = await post(gateway.port, CHAT, body)
+    return status

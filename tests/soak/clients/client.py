@@ -198,9 +198,9 @@ class Clients:
                 is_head = method == "HEAD"
                 body = b"" if is_head else b"".join([p async for p in connection.pieces()])
             is_plain = oracle.is_plain(status, headers)
+            self._note_attack(method, path, status, body, is_plain)
             if status >= 400 and not is_plain and not is_head:
                 oracle.judge_error(status, headers, body, HOSTILE_STATUSES)
-            self._note_attack(method, path, status, body, is_plain)
         except ClosedError:
             self.tally.lost.append((begun_s, path))
         except (TimeoutError, WrongError) as error:

@@ -116,7 +116,8 @@ def judge_error(
         is_shaped, code = False, None
     if not is_shaped:
         raise WrongError(f"{status} with no error object: {content[:200]!r}")
-    if status not in statuses or code not in table().get(status, ()):
+    is_vllms = code == status == 400  # its own refusals, which are passed on
+    if status not in statuses or not (is_vllms or code in table().get(status, ())):
         raise WrongError(f"{status} with code {code!r} is not in the table: {content[:300]!r}")
     if status in (429, 503) and not headers.get("retry-after", "").isdecimal():
         raise WrongError(f"{status} without Retry-After")
