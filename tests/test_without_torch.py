@@ -28,7 +28,7 @@ RUN = "sys.argv[:] = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__mai
 CLIENT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted((ROOT / "loadtest").rglob("*.py"))
-    if path.name != "__init__.py" and path.parent.name != "bench"
+    if path.name != "__init__.py" and "bench" not in path.parts
 ]
 
 
