@@ -21,7 +21,10 @@ STUB = """\
 #!/bin/bash
 echo "$(basename "$0") $*" | tee -a typed
 case "$(basename "$0") $*" in
-    *serve | *" up "*) exec python3 -m http.server {port} --bind 127.0.0.1 --directory {folder} ;;
+    *serve | *" up "*)
+        python3 -m http.server {port} --bind 127.0.0.1 --directory {folder} &
+        trap "kill $!" INT
+        wait ;;
     make* | cast-*) echo "{{}}" ;;
 esac
 """

@@ -59,12 +59,22 @@ def resident_bytes(served: Served) -> int:
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def stream(url: str, name: str, prompt: str, max_tokens: int = 24) -> tuple[str, str]:
+def key_of_worker(served: Served) -> str:
+    environment = Path(f"/proc/{worker(served, 'sparse')}/environ").read_text().split("\0")
+    return dict(line.partition("=")[::2] for line in environment)["CAST_WORKER_KEY"]
+
+
+def stream(
+    url: str, name: str, prompt: str, max_tokens: int = 24, key: str = ""
+) -> tuple[str, str]:
     """(text, how it ended): "done", or an error's code."""
     body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
     body |= {"temperature": 0, "ignore_eos": True}
     text = ""
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=300
+    ) as answer:
         if answer.status_code != 200:
             answer.read()
             return text, str(answer.json()["error"]["code"])
@@ -83,10 +93,11 @@ def stream(url: str, name: str, prompt: str, max_tokens: int = 24) -> tuple[str,
 def test_64_streams_at_once_lose_no_token(served: Served) -> None:
     words = descendants(served.process.pid)[worker(served, "sparse")].split()
     direct = f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    key = key_of_worker(served)
     prompts = [f"{number}. {prompt}" for number in range(4) for prompt in PROMPTS][:64]
     with ThreadPoolExecutor(64) as pool:
         through = list(pool.map(lambda prompt: stream(served.url, "sparse", prompt), prompts))
-        straight = list(pool.map(lambda prompt: stream(direct, "sparse", prompt), prompts))
+        straight = list(pool.map(lambda text: stream(direct, "sparse", text, key=key), prompts))
     assert {end for _, end in through + straight} == {"done"}
     assert through == straight
 
@@ -94,8 +105,7 @@ def test_64_streams_at_once_lose_no_token(served: Served) -> None:
 def test_neighbours_get_nothing_from_a_worker(served: Served) -> None:
     """Processes of other users: they see command lines and reach ports, and have no key."""
     (url,) = re.findall(r"^sparse at (\S+): loading", served.log.read_text(), re.M)
-    environment = Path(f"/proc/{worker(served, 'sparse')}/environ").read_text().split("\0")
-    key = dict(line.partition("=")[::2] for line in environment)["CAST_WORKER_KEY"]
+    key = key_of_worker(served)
     processes = descendants(served.process.pid)
     assert not [words for words in processes.values() if key in words]
     known = httpx.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {key}"})

@@ -146,18 +146,18 @@ def test_curves_by_hand(tmp_path: Path) -> None:
 
 
 def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
-    def server(title: str, weight_bytes: int, ttft_s: float, ratio: float) -> dict[str, Any]:
+    def server(title: str, weight_bytes: int, ttft_ms: float, ratio: float) -> dict[str, Any]:
         speedups = {
             "ttft_speedup": {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
             "tpot_speedup": {"ratio": ratio / 2, "low": None, "high": None},
         }
-        about = {"title": title, "weight_bytes": weight_bytes, "ttft_s": ttft_s}
-        return {**about, "tpot_s": ttft_s / 10, **speedups}
+        about = {"title": title, "weight_bytes": weight_bytes, "ttft_ms": ttft_ms}
+        return {**about, "tpot_ms": ttft_ms / 10, **speedups}
 
-    servers = {
-        "dense": server("vLLM, dense", 269_060_000, 0.09, 1.125),
-        "sparse": server("vLLM, sparse", 175_600_000, 0.08, 1.0),
-        "q4_0:native+fa": server("llama.cpp's decode, q4_0", 91_700_000, 0.1604, 2.0),
+    servers: dict[str, dict[str, Any]] = {
+        "dense": server("vLLM, dense", 269_060_000, 90.0, 1.125),
+        "sparse": server("vLLM, sparse", 175_600_000, 80.0, 1.0),
+        "q4_0:native+fa": server("llama.cpp's decode, q4_0", 91_700_000, 160.4, 2.0),
     }
     (tmp_path / "p.json").write_text(json.dumps({"compared": "sparse", "servers": servers}))
     page = "<!-- table: peers p.json -->\n<!-- end of table -->\n"
@@ -167,6 +167,19 @@ def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
         "| vLLM, dense | 269 | 90 | 9.0 | 1.12 (1.02 to 1.23) | 0.56 |",
         "| vLLM, sparse | 176 | 80 | 8.0 |  |  |",
         "| llama.cpp's decode, q4_0 | 92 | 160 | 16.0 | 2.00 (1.90 to 2.10) | 1.00 |",
+    ]
+    servers["dense"] |= {"tokens_per_s_8": 40.4, "perplexity": 21.8}
+    servers["dense"]["throughput_speedup"] = {"ratio": 1.5, "low": 1.4, "high": 1.6}
+    servers["sparse"] |= {"tokens_per_s_8": 60.6, "perplexity": 30.5}
+    (tmp_path / "p.json").write_text(json.dumps({"compared": "sparse", "servers": servers}))
+    assert rewritten(page, tmp_path).splitlines()[1:-1] == [
+        "| server | weights, MB | TTFT, ms | TPOT, ms | tokens/s, 8 at once | perplexity "
+        "| vLLM, sparse is faster: TTFT | TPOT | tokens/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| vLLM, dense | 269 | 90 | 9.0 | 40 | 21.80 | 1.12 (1.02 to 1.23) | 0.56 "
+        "| 1.50 (1.40 to 1.60) |",
+        "| vLLM, sparse | 176 | 80 | 8.0 | 61 | 30.50 |  |  |  |",
+        "| llama.cpp's decode, q4_0 | 92 | 160 | 16.0 |  |  | 2.00 (1.90 to 2.10) | 1.00 |  |",
     ]
 
 
