@@ -58,13 +58,14 @@ class Gateway:
         process = Path(f"/proc/{self.popen.pid}")
         try:
             _, body = await get(self.port, TASKS)
+            num_tasks = int(json.loads(body)["tasks"])
             pages = int((process / "statm").read_text().split()[1])
             num_descriptors = len(list((process / "fd").iterdir()))
         except Exception:  # under a fault anything may fail; the next sample comes soon
             return None
         resident = pages * os.sysconf("SC_PAGE_SIZE")
         now_s = time.monotonic()
-        return Sample(now_s, num_requests, resident, num_descriptors, json.loads(body)["tasks"])
+        return Sample(now_s, num_requests, resident, num_descriptors, num_tasks)
 
     async def is_ready(self) -> bool:
         try:

@@ -64,6 +64,7 @@ class Soak:
     show: Callable[[float, str], None]
     findings: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    unanswered: list[tuple[float, str]] = field(default_factory=list)  # of _scrape's, from when on
     progress: float = 0.0
     metrics: str = ""
     num_lost: int = 0
@@ -100,7 +101,7 @@ class Soak:
         self.counts = [(0, 0)] * len(pipes)
         beside = [
             asyncio.create_task(self._break(gateway, faults, is_real)),
-            asyncio.create_task(self._scrape(gateway, faults)),
+            asyncio.create_task(self._scrape(gateway)),
             asyncio.create_task(self._sample(gateway)),
         ]
         begun_s = time.monotonic()
@@ -172,7 +173,7 @@ class Soak:
             if not await gateway.wait_until_ready(RECOVERY_S[is_real]):
                 self.findings.append(f"{kind}: not ready {RECOVERY_S[is_real]} s later")
 
-    async def _scrape(self, gateway: Gateway, faults: Faults) -> None:
+    async def _scrape(self, gateway: Gateway) -> None:
         """Reads what monitoring reads; every answer must be whole."""
         while True:
             for path in ("/metrics", "/v1/models", "/v1/comparison", "/livez"):
@@ -190,9 +191,7 @@ class Soak:
                 except ValueError as error:
                     self.findings.append(f"GET {path}: {error!r}"[:500])
                 except Exception as error:  # no connection: only where descriptors are low
-                    await asyncio.sleep(SAMPLE_S)
-                    if not _is_low(faults, begun_s):
-                        self.findings.append(f"GET {path}: {error!r}"[:500])
+                    self.unanswered.append((begun_s, f"GET {path}: {error!r}"[:500]))
             await asyncio.sleep(0.5)
 
     async def _sample(self, gateway: Gateway) -> None:
@@ -226,6 +225,8 @@ class Soak:
                 )
 
     def _judge_lost(self, tally: Tally, faults: Faults) -> None:
+        """Once all faults are over, since each tells only then how long it lasted."""
+        self.findings += [told for at_s, told in self.unanswered if not _is_low(faults, at_s)]
         lost = Counter(route for at_s, route in tally.lost if not _is_low(faults, at_s))
         self.num_lost = lost.total()
         if lost:
