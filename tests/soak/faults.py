@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from tests.soak.clients.connection import post
+from tests.soak.clients.connection import ClosedError, post
 from tests.soak.clients.request import VARIANTS
 from tests.soak.gateway import Gateway
 
@@ -66,7 +66,8 @@ class Faults:
         variant = draw.choice(VARIANTS)
         seconds = draw.choice((0.5, 1.0, 2.0))
         if kind in SAID:
-            with suppress(OSError, TimeoutError, EOFError):
+            # The worker may just be starting again: then there is nothing to break.
+            with suppress(OSError, TimeoutError, EOFError, ClosedError):
                 await post(
                     self.gateway.ports[variant], "/fault", {"kind": kind, "seconds": seconds}
                 )
