@@ -27,9 +27,8 @@ from cast_serve.kernels.reference import (
 )
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import PatternError
-from cast_serve.sparsity.quantize import quantize_groups
+from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, quantize_groups
 
-INT4_GROUPS = (128, 64, 32)  # columns that may share a scale
 LEAST_INT4, MOST_INT4 = -8, 7
 VALUES_BYTES = TILE_ROWS * INT8_TILE_COLUMNS // 4
 POSITIONS_BYTES = TILE_ROWS * INT8_TILE_COLUMNS // 8
@@ -41,7 +40,7 @@ def int4_packed_shape(out_features: int, in_features: int, group: int) -> tuple[
     Raises:
         ValueError: if `group` is not 128, 64 or 32.
     """
-    if group not in INT4_GROUPS:
+    if group not in INT4_SCALE_GROUPS:
         raise ValueError(f"a scale group of {group} columns is none of 128, 64 and 32")
     scales_bytes = TILE_ROWS * (INT8_TILE_COLUMNS // group) * torch.bfloat16.itemsize
     tile_bytes = VALUES_BYTES + POSITIONS_BYTES + scales_bytes

@@ -11,6 +11,7 @@ from cast_serve.gateway.upstream import supervisor, variants
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import Replica
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
+from tests.cast_serve.gateway.upstream.rolled import Rolled, served
 from tests.cast_serve.gateway.upstream.scripted_worker import WORKER, Worker
 
 
@@ -70,3 +71,9 @@ def remotes(quick: Path, tmp_path: Path) -> Iterator[list[Worker]]:
     for process in processes:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rolled]:
+    with served(tmp_path, monkeypatch) as found:
+        yield found
