@@ -1,6 +1,7 @@
-"""CPU ids as people write them -> the list of them."""
+"""CPU ids as people write them -> the list of them, and each rank's share as vLLM reads it."""
 
 import os
+from collections.abc import Sequence
 
 
 def parse_cores(text: str) -> list[int]:
@@ -22,3 +23,21 @@ def parse_cores(text: str) -> list[int]:
             )
         cores += own
     return cores
+
+
+def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
+    """Distributes a node's cores to its ranks, in VLLM_CPU_OMP_THREADS_BIND's form: ``0,1|2,3``.
+
+    Raises:
+        ValueError: if there are fewer cores than ranks.
+    """
+    if len(cores) < num_ranks:
+        raise ValueError(
+            f"--cores has {len(cores)} cores for {num_ranks} ranks on this node; give at least one "
+            "each, or leave --cores out and set VLLM_CPU_OMP_THREADS_BIND=nobind"
+        )
+    ends = [len(cores) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return "|".join(
+        ",".join(str(core) for core in cores[first:last])
+        for first, last in zip(ends, ends[1:], strict=False)
+    )

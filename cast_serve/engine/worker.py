@@ -25,6 +25,7 @@ from cast_serve import worker_key
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import is_gated
+from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 
@@ -129,8 +130,10 @@ def run(
     guard(args, name)
     if has_zeros and args.quantization != METHOD:
         expected = 0  # the user's --quantization asks for one of vLLM's own methods
+    num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
+    if num_ranks == args.nnodes == args.data_parallel_size == 1:
+        compute_in_engine(args, cores)
     if cores is not None:
-        num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_ranks(cores, num_ranks))
     if args.headless:
         _run_headless(args)
@@ -228,22 +231,28 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
-    """Distributes a node's cores to its ranks, in VLLM_CPU_OMP_THREADS_BIND's form: ``0,1|2,3``.
+def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
+    """Has the engine's process compute itself, where the user chose no other way.
 
-    Raises:
-        ValueError: if there are fewer cores than ranks.
+    On CPUs vLLM 0.32 starts another process for that, since OpenMP reads its threads' cores from
+    the environment that a process begins with. The engine then waits for each step in a loop that
+    never sleeps, on a core that computes it, and sends two messages there and back
+    (docs/serving.md). Here the engine's process begins with the environment that vLLM would give
+    to the other one, or if threads are not to be bound, with the user's.
+
+    Args:
+        args: of vLLM's server, for one rank; changed.
+        cores: CPU ids of this server; None: vLLM binds threads, unless its variable says not to.
     """
-    if len(cores) < num_ranks:
-        raise ValueError(
-            f"--cores has {len(cores)} cores for {num_ranks} ranks on this node; give at least one "
-            "each, or leave --cores out and set VLLM_CPU_OMP_THREADS_BIND=nobind"
-        )
-    ends = [len(cores) * rank // num_ranks for rank in range(num_ranks + 1)]
-    return "|".join(
-        ",".join(str(core) for core in cores[first:last])
-        for first, last in zip(ends, ends[1:], strict=False)
-    )
+    if torch.cuda.is_available() or args.distributed_executor_backend is not None:
+        return
+    if cores is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
+        os.environ.setdefault("GOMP_CPU_AFFINITY", " ".join(str(core) for core in cores))
+    elif os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+        return
+    args.distributed_executor_backend = "uni"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else vLLM takes "mp" for "uni"
 
 
 def _arguments(flags: list[str]) -> argparse.Namespace:
@@ -272,7 +281,11 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
     )
     from vllm.entrypoints.launchers.launcher import setup_server
 
+    is_stopped = False
+
     def stop_loading(*_: object) -> None:  # until uvicorn installs its own handlers
+        nonlocal is_stopped
+        is_stopped = True
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop_loading)
@@ -284,6 +297,8 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
         await engine.collective_rpc("cast_make_stage_input")
         warmed_up = await warm_up(engine)
         _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
+        if is_stopped:  # where Python ignored the exception, as in a destructor
+            raise KeyboardInterrupt
         shutdown = await build_and_serve(engine, listen_address, sock, args)
     try:
         await shutdown

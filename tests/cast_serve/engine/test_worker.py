@@ -1,3 +1,5 @@
+import argparse
+import os
 from pathlib import Path
 
 import pytest
@@ -60,16 +62,37 @@ def test_a_silent_dense_fallback_is_refused_on_any_rank(dense: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(
-    ("cores", "num_ranks", "dealt"),
-    [([0], 1, "0"), ([4, 5], 1, "4,5"), ([0, 1, 2, 3], 2, "0,1|2,3"), ([0, 1, 2], 2, "0|1,2")],
+    ("cores", "given", "backend", "threads"),
+    [
+        ([2, 3], {}, "uni", "2"),
+        (None, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "4"}, "uni", "4"),
+        (None, {}, None, None),  # vLLM binds threads
+        (None, {"VLLM_CPU_OMP_THREADS_BIND": "0-3"}, None, None),
+    ],
 )
-def test_cores_are_dealt_out_to_ranks(cores: list[int], num_ranks: int, dealt: str) -> None:
-    assert worker.cores_of_ranks(cores, num_ranks) == dealt
+def test_the_engine_computes_itself_where_its_threads_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: list[int] | None,
+    given: dict[str, str],
+    backend: str | None,
+    threads: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", dict(given))
+    args = argparse.Namespace(distributed_executor_backend=None)
+    worker.compute_in_engine(args, cores)
+    assert args.distributed_executor_backend == backend
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+    assert os.environ.get("GOMP_CPU_AFFINITY") == ("2 3" if cores else None)
+    assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == ("0" if backend else None)
 
 
-def test_fewer_cores_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 cores for 2 ranks .*nobind"):
-        worker.cores_of_ranks([7], 2)
+def test_the_users_executor_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", {})
+    args = argparse.Namespace(distributed_executor_backend="mp")
+    worker.compute_in_engine(args, [0])
+    assert (args.distributed_executor_backend, os.environ) == ("mp", {})
 
 
 def test_a_flag_given_by_the_user_replaces_ours() -> None:
