@@ -363,6 +363,23 @@ def _carried(paths: Sequence[Path]) -> list[str]:
     return markdown_table(["load", *names, *over], lines)
 
 
+def _decode(paths: Sequence[Path]) -> list[str]:
+    """`scripts/profile-decode --out`: a line a part, a column a model; CPU ms a token."""
+    profiles = [profile for path in paths for profile in read(path)["profiles"]]
+    sums: dict[str, float] = {}
+    for profile in profiles:
+        for part, part_ms in profile["parts_ms"].items():
+            sums[part] = sums.get(part, 0.0) + part_ms
+    parts = sorted(sums, key=sums.__getitem__, reverse=True)
+    titles = [f"{profile['model']}, {profile['num_processes']} processes" for profile in profiles]
+    lines = [
+        [part, *(f"{profile['parts_ms'].get(part, 0.0):.1f}" for profile in profiles)]
+        for part in parts
+    ]
+    lines.append(["time per token", *(f"{profile['tpot_ms']:.1f}" for profile in profiles)])
+    return markdown_table(["part", *titles], lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -376,4 +393,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "study": _study,
     "curve": _curve,
     "carried": _carried,
+    "decode": _decode,
 }

@@ -11,7 +11,8 @@ weights (csrc/library.h) is faster than our kernel for many. ``CAST_CPU_TUNING``
                                           these, any of them; the others are the defaults
 
 `measure` times random weights that together are larger than the last-level cache, in turn, since a
-decoding model reads every weight from memory. All candidates are interleaved, and medians compared.
+decoding model reads every weight from memory. All candidates are interleaved, and each one's best
+time is compared: medians of a busy machine chose wrongly, and that was kept (docs/log.md).
 Only the AVX-512 kernels with VBMI and AMX's have a kernel for few tokens.
 """
 
@@ -19,7 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +42,7 @@ LIBRARY_TOKENS = (LEAST_LIBRARY_TOKENS, 128)  # from which on the library may be
 LIBRARY_MARGIN = 0.9  # the most of our kernel's time that it may take then
 OUT_FEATURES, IN_FEATURES = 2048, 4096
 BUDGET_S = 0.4  # for each of up to five comparisons
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 7
 CACHE_BYTES = (32 << 20, 256 << 20)  # no fewer, and no more, of weights in turn
 
 Linear = Callable[[Tensor], Tensor]
@@ -176,7 +176,7 @@ def _fastest_prefetch(layers: dict[torch.dtype, list[Linear]]) -> str:
         for num_tokens in (1, 4):
             for dtype, ops in layers.items():
                 cases[prefetch, num_tokens, dtype] = (tuning, num_tokens, ops)
-    times = _medians(cases)
+    times = _bests(cases)
     product = dict.fromkeys(PREFETCHES, 1.0)
     for (prefetch, _, _), seconds in times.items():
         product[prefetch] *= seconds * 1e3
@@ -189,7 +189,7 @@ def _crossover(ops: list[Linear], prefetch: str) -> int:
     for num_tokens in range(1, MOST_FEW_TOKENS + 1):
         for few in (0, MOST_FEW_TOKENS):
             cases[num_tokens, few] = (Tuning(few, few, prefetch), num_tokens, ops)
-    times = _medians(cases)
+    times = _bests(cases)
     few_tokens = 0
     while (
         few_tokens < MOST_FEW_TOKENS
@@ -206,7 +206,7 @@ def _library_from(ops: list[Linear], tuning: Tuning) -> int:
         for library in (0, LEAST_LIBRARY_TOKENS):
             candidate = replace(tuning, library=library, library_int8=library)
             cases[num_tokens, library] = (candidate, num_tokens, ops)
-    times = _medians(cases)
+    times = _bests(cases)
     least = 0
     for num_tokens in reversed(LIBRARY_TOKENS):
         own = times[num_tokens, 0]
@@ -216,8 +216,8 @@ def _library_from(ops: list[Linear], tuning: Tuning) -> int:
     return least
 
 
-def _medians(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, float]:
-    """Median seconds of each case: a tuning, a number of tokens, and one op on many weights."""
+def _bests(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, float]:
+    """Best seconds of each case: a tuning, a number of tokens, and one op on many weights."""
     seconds: dict[Any, list[float]] = {key: [] for key in cases}
     began = time.perf_counter()
     num_calls = 0
@@ -229,7 +229,7 @@ def _medians(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, fl
             ops[num_calls % len(ops)](x)
             seconds[key].append(time.perf_counter() - start)
             num_calls += 1
-    return {key: statistics.median(times) for key, times in seconds.items()}
+    return {key: min(times) for key, times in seconds.items()}
 
 
 def _layers(dtype: torch.dtype) -> list[Linear]:

@@ -212,7 +212,7 @@ def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
 def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """With given times: t1 is the fastest, the kernel for few wins up to 6 tokens, no library."""
 
-    def medians(cases: dict[tuple, tuple]) -> dict[tuple, float]:
+    def bests(cases: dict[tuple, tuple]) -> dict[tuple, float]:
         assert len(cases) in (12, 16, 4)
         if len(cases) == 4:
             return dict.fromkeys(cases, 1.0)
@@ -220,7 +220,7 @@ def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
             return {key: 1.0 if key[0] == "t1" else 1.1 for key in cases}
         return {(m, few): 1.0 if (few > 0) == (m <= 6) else 1.1 for m, few in cases}
 
-    monkeypatch.setattr(tuning, "_medians", medians)
+    monkeypatch.setattr(tuning, "_bests", bests)
     monkeypatch.setattr(tuning, "_layers", lambda dtype: [])
     monkeypatch.setattr(tuning, "_isa", lambda: "avx512_bf16")
     assert tuning.measure() == Tuning(6, 6, "t1")
@@ -241,7 +241,7 @@ def test_the_library_is_chosen_by_time(
     """With given times, of which our own kernel takes 1 s, on a CPU without another choice."""
     bf16_op, int8_op = [torch.relu], [torch.neg]
 
-    def medians(cases: dict[tuple[int, int], tuple]) -> dict[tuple, float]:
+    def bests(cases: dict[tuple[int, int], tuple]) -> dict[tuple, float]:
         times = {}
         for (num_tokens, library), (candidate, _, ops) in cases.items():
             assert (candidate.library, candidate.library_int8) == (library, library)
@@ -249,7 +249,7 @@ def test_the_library_is_chosen_by_time(
             times[num_tokens, library] = library_s[num_tokens] if is_timed else 1.0
         return times
 
-    monkeypatch.setattr(tuning, "_medians", medians)
+    monkeypatch.setattr(tuning, "_bests", bests)
     monkeypatch.setattr(
         tuning, "_layers", lambda dtype: int8_op if dtype == torch.int8 else bf16_op
     )

@@ -1,0 +1,170 @@
+"""A model directory -> where the time of a decode step goes, in `cast-serve worker` on some cores.
+
+Two requests are asked for, one after the other. Of the first, the time per token and the CPU time
+of each process of the server are measured. During the second py-spy looks at the stacks, 200 times
+a second; a process's CPU time is distributed by what it was then found at. The parts are told by
+vLLM's own functions (`PARTS`), so another vLLM may show a large rest.
+"""
+
+import asyncio
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from loadtest.bench.peers.server import Server, serving
+from loadtest.provenance import machine, versions
+from loadtest.send.connection import Pool
+
+PROMPT = "The capital of France is"
+RATE = 200  # looks a second
+
+# The first that fits a stack: functions of which one is in it, and the start of its innermost
+# frame ("" is any).
+PARTS: dict[str, tuple[frozenset[str], str]] = {
+    "attention and its cache": (
+        frozenset({"unified_attention_with_output", "unified_kv_cache_update"}),
+        "",
+    ),
+    "head": (frozenset({"compute_logits"}), ""),
+    "linears": (frozenset({"_model_forward"}), "OpOverload.__call__"),
+    "between the linears": (frozenset({"_model_forward"}), ""),
+    "preparing the inputs": (
+        frozenset(
+            {"_prepare_inputs", "_preprocess", "_build_attention_metadata", "_update_states"}
+        ),
+        "",
+    ),
+    "sampling": (frozenset({"sample_tokens"}), ""),
+    "scheduling": (frozenset({"schedule", "update_from_output"}), ""),
+    "waiting in a loop": (frozenset({"dequeue", "acquire_read"}), ""),
+}
+REST = "rest of the engine"
+SERVER = "HTTP server"
+
+
+def profile(
+    model: Path, cores: Sequence[int], num_tokens: int, vllm_flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Serves the model and measures.
+
+    Args:
+        model: dense or compressed directory.
+        cores: CPU ids of the server. py-spy gets the others, if there are any.
+        num_tokens: of each of the two answers.
+        vllm_flags: of the server besides.
+
+    Returns:
+        ``tpot_ms``: of the first answer. ``parts_ms``: CPU ms a token by part; the last one,
+        ``not on a core``, is what is left of tpot_ms.
+
+    Raises:
+        PeerError: if the server ends, or does not answer.
+        RuntimeError: if py-spy cannot look at a process.
+    """
+    with serving("profiled", model, cores, num_tokens + 64, vllm_flags) as server:
+        processes = psutil.Process().children(recursive=True)
+        asyncio.run(_ask(server, 16))
+        before = {process.pid: _cpu_s(process) for process in processes}
+        tpot_ms = asyncio.run(_ask(server, num_tokens))
+        used_ms = {
+            process.pid: (_cpu_s(process) - before[process.pid]) / num_tokens * 1e3
+            for process in processes
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            stacks = _look(server, list(used_ms), cores, num_tokens, tpot_ms, Path(folder))
+    parts: dict[str, float] = {}
+    for pid, total_ms in used_ms.items():
+        for part, part_ms in _distributed(stacks[pid], total_ms).items():
+            parts[part] = parts.get(part, 0.0) + part_ms
+    parts["not on a core"] = max(0.0, tpot_ms - sum(parts.values()))
+    return {
+        "model": model.name,
+        "num_cores": len(cores),
+        "num_processes": len(processes),
+        "num_tokens": num_tokens,
+        "tpot_ms": tpot_ms,
+        "parts_ms": parts,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def part_of(stack: str) -> str:
+    """The part that a stack belongs to.
+
+    Args:
+        stack: frames from the outermost on, ``function (file:line)``, separated by ``;``.
+    """
+    frames = stack.split(";")
+    functions = {frame.partition(" ")[0].rpartition(".")[2] for frame in frames}
+    if not functions & {"run_busy_loop", "worker_busy_loop"}:
+        return REST if "run_engine_core" in functions else SERVER
+    for part, (inside, innermost) in PARTS.items():
+        if functions & inside and frames[-1].startswith(innermost):
+            return part
+    return REST
+
+
+def _distributed(stacks: Mapping[str, int], total_ms: float) -> dict[str, float]:
+    counts: Counter[str] = Counter()
+    for stack, count in stacks.items():
+        counts[part_of(stack)] += count
+    return {part: total_ms * count / counts.total() for part, count in counts.items()}
+
+
+def _look(
+    server: Server,
+    pids: Sequence[int],
+    cores: Sequence[int],
+    num_tokens: int,
+    tpot_ms: float,
+    folder: Path,
+) -> dict[int, dict[str, int]]:
+    """The stacks of each process, and how often each was seen, while an answer is written."""
+    others = sorted(os.sched_getaffinity(0) - set(cores)) or sorted(cores)
+    duration_s = max(1, int(0.8 * num_tokens * tpot_ms / 1e3))
+    outs = {pid: folder / str(pid) for pid in pids}
+    watchers = [
+        subprocess.Popen(
+            [
+                *("taskset", "-c", ",".join(map(str, others)), "py-spy", "record"),
+                *("--pid", str(pid), "--rate", str(RATE), "--duration", str(duration_s)),
+                *("--nonblocking", "--format", "raw", "--output", str(out)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for pid, out in outs.items()
+    ]
+    asyncio.run(_ask(server, num_tokens))
+    found = {}
+    for (pid, out), watcher in zip(outs.items(), watchers, strict=True):
+        said, _ = watcher.communicate()
+        if watcher.returncode:
+            raise RuntimeError(f"py-spy record --pid {pid} failed; try as root: {said.strip()}")
+        lines = out.read_text(encoding="utf-8").splitlines()
+        found[pid] = {stack: int(n) for stack, _, n in (line.rpartition(" ") for line in lines)}
+    return found
+
+
+async def _ask(server: Server, num_tokens: int) -> float:
+    """Milliseconds per token of one streamed answer."""
+    pool = Pool(server.url, {})
+    try:
+        tpot_s = (await server.ask(pool, PROMPT, num_tokens)).tpot_s
+    finally:
+        pool.close()
+    assert tpot_s is not None
+    return tpot_s * 1e3
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
