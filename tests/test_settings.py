@@ -26,3 +26,19 @@ def test_the_page_has_every_setting_with_a_meaning() -> None:
     assert set(GatewaySettings.model_fields) <= names
     assert {"--url", "--api-key"} <= names
     assert all(all(cells) for cells in rows)
+
+
+def test_the_page_has_every_variable_of_a_worker() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    reads = re.compile(r"""(?:getenv\(|environ(?:\.get\(|\[))"(CAST_\w+)""")
+    files = [
+        path
+        for folder in ("kernels", "engine")
+        for path in (ROOT / "cast_serve" / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    ]
+    found = {name for path in files for name in reads.findall(path.read_text())}
+    found -= {"CAST_PARENT_PID"}  # which a gateway sets for its workers
+    assert found
+    missing = {name for name in found if f"| `{name}` |" not in page}
+    assert not missing
