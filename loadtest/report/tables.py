@@ -357,6 +357,13 @@ def _carried(paths: Sequence[Path]) -> list[str]:
     flood = found["flood"]
     offered = f"{flood['streams']} streams, {flood['offered_tokens_per_s']:,.0f} tokens/s offered"
     add(f"{offered}: tokens/s", flood["tokens_per_s"], {}, 0)
+    if limit := found.get("limit"):
+        title = (
+            f"added p99 of a token at most {limit['limit_ms']:g} ms, a step of all streams every "
+        )
+        title += f"{limit['step_ms']} ms: streams, tokens/s"
+        cells = f"{limit['streams']}, {limit['tokens_per_s']:,.0f}"
+        lines.append([title, cells, *[""] * (2 * len(ways) - 2)])
     titles = {"starlette": "Starlette + httpx"}
     names = [titles.get(way, way) for way in ways]
     over = [f"{names[0]} over {name}" for name in names[1:]]

@@ -207,6 +207,12 @@ def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
         "| a request of two tokens: us | 900 | 1,800 | 0.50 (0.45 to 0.60) |",
         "| 64 streams, 64,000 tokens/s offered: tokens/s | 20,000 | 10,000 |  |",
     ]
+    record["limit"] = {"limit_ms": 1.0, "step_ms": 20, "streams": 32, "tokens_per_s": 1600.0}
+    (tmp_path / "g.json").write_text(json.dumps(record))
+    assert rewritten(page, tmp_path).splitlines()[-2] == (
+        "| added p99 of a token at most 1 ms, a step of all streams every 20 ms: streams, tokens/s "
+        "| 32, 1,600 |  |  |"
+    )
 
 
 def test_wrong_marks_are_named(tmp_path: Path) -> None:
