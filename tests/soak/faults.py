@@ -17,15 +17,10 @@ from tests.soak.gateway import Gateway
 
 SAID = ("slow", "status", "cut", "unfinished", "bad_event", "error_event", "metrics")  # of fake.py
 DONE = ("kill", "stop", "replace", "descriptors")
-ENDED = (
-    "kill",
-    "stop",
-    "replace",
-    "engine",
-)  # a worker starts anew: a minute or more of a real one's
+ENDED = ("kill", "stop", "replace", "engine")  # a worker starts anew, a real one for a minute
 BORNE = ("pause", "descriptors", "disk", "clock")  # none does
-NUM_BORNE = 4  # of each, for one of each of ENDED
-KILLED_ON_FULL_DISK = {False: 0.5, True: 0.2}  # fake, real
+NUM_BORNE = 6  # of each, for one of each of ENDED
+KILLED_ON_FULL_DISK = {False: 0.5, True: 0.1}  # fake, real
 DISK_BYTES = 1 << 20
 LIBFAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 SPARE_DESCRIPTORS = 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,10 +70,11 @@ class Tally:
             self.tokens[seen.variant] += seen.output_tokens
 
     def note_wrong(self, what: str) -> None:
-        """Counts a wrong answer."""
+        """Counts a wrong answer; the first are told at once, a run may take hours."""
         self.num_wrong += 1
         if len(self.wrong) < MAX_TOLD:
             self.wrong.append(what[:600])
+            print(f"soak: wrong: {what[:600]}", file=sys.stderr, flush=True)
 
     def note_left(self, ask: Ask, has_begun: bool) -> None:
         """Counts a client that left after its request was sent."""
