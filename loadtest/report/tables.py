@@ -370,6 +370,19 @@ def _carried(paths: Sequence[Path]) -> list[str]:
     return markdown_table(["load", *names, *over], lines)
 
 
+def _soak(paths: Sequence[Path]) -> list[str]:
+    """`python -m tests.soak`: a line a run."""
+    lines = []
+    for found in map(read, paths):
+        growth = "resident_bytes_per_1000_requests"
+        value, error = (found[name] / 1e3 for name in (growth, f"{growth}_standard_error"))
+        counts = ("num_requests", "num_faults", "num_lost", "num_wrong", "num_hung")
+        cells = [f"{found[name]:,}" for name in counts]
+        lines.append([found["workers"], str(found["seed"]), *cells, f"{value:.1f} +- {error:.1f}"])
+    titles = ["workers", "seed", "requests", "faults", "lost", "wrong", "hung"]
+    return markdown_table([*titles, "memory, kB a 1,000 requests"], lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -383,4 +396,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "study": _study,
     "curve": _curve,
     "carried": _carried,
+    "soak": _soak,
 }
