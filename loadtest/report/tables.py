@@ -374,7 +374,7 @@ def _soak(paths: Sequence[Path]) -> list[str]:
     """`python -m tests.soak`: a line a run."""
     lines = []
     for found in map(read, paths):
-        growth = "resident_bytes_per_1000_requests"
+        growth = "anonymous_bytes_per_1000_requests"
         value, error = (found[name] / 1e3 for name in (growth, f"{growth}_standard_error"))
         counts = ("num_requests", "num_faults", "num_lost", "num_wrong", "num_hung")
         cells = [f"{found[name]:,}" for name in counts]

@@ -218,7 +218,7 @@ def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
 def test_a_soak_by_hand(tmp_path: Path) -> None:
     record = {"workers": "fake", "seed": 1, "num_requests": 100143, "num_faults": 100}
     record |= {"num_lost": 0, "num_wrong": 2, "num_hung": 3}
-    growth = "resident_bytes_per_1000_requests"
+    growth = "anonymous_bytes_per_1000_requests"
     record |= {growth: -6055.06, f"{growth}_standard_error": 2984.3}
     (tmp_path / "s.json").write_text(json.dumps(record))
     page = "<!-- table: soak s.json -->\n<!-- end of table -->\n"
