@@ -47,6 +47,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--processes {found.processes} must be from 1 to --clients {found.clients}")
     if found.keep is not None and found.keep.exists():
         parser.error(f"--keep {found.keep} is there already; name a new folder")
+    if found.keep is not None:
+        found.keep = found.keep.resolve()  # the gateway takes what its file says from there
     return found
 
 
