@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cast_serve.__main__ import app as cast_serve
 from cast_serve.checkpoint.inspect import inspect
 from cast_train.__main__ import app as cast_train
-from loadtest.report.tables import rewritten
+from loadtest.tables import rewritten
 from tests.cast_train.conftest import llama_dir, text_file
 
 __all__ = ["llama_dir", "text_file"]

@@ -373,3 +373,10 @@ def markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> li
     """Lines of Markdown; all columns but the first are aligned to the right."""
     head = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (*head, *lines)]
+
+
+def speedup(found: Mapping[str, float | None], digits: int = 2) -> str:
+    """A ratio with its interval, as everywhere in README and docs: `1.33 (1.23 to 1.41)`."""
+    if found["low"] is None or found["high"] is None:
+        return f"{found['ratio']:.{digits}f}"
+    return f"{found['ratio']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"

@@ -10,16 +10,19 @@ Exit 0: nothing was found, 1: something was, 2: wrong use.
 import argparse
 import asyncio
 import json
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from loadtest.provenance import machine, versions
 from tests.soak import drains
 from tests.soak.run import Plan, Soak
 
@@ -44,6 +47,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--processes {found.processes} must be from 1 to --clients {found.clients}")
     if found.keep is not None and found.keep.exists():
         parser.error(f"--keep {found.keep} is there already; name a new folder")
+    if found.keep is not None:
+        found.keep = found.keep.resolve()  # the gateway takes what its file says from there
     return found
 
 
@@ -76,7 +81,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: ended by SIGTERM"))  # it cleans up
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(exist_ok=True, parents=True)
+    begun_s = time.monotonic()
     figures = asyncio.run(run(asked, folder))
+    command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
+    minutes = round((time.monotonic() - begun_s) / 60, 1)
+    figures = {"command": command, "minutes": minutes, **figures}
+    figures |= {"machine": machine(), "versions": versions()}
     if figures["passed"] and asked.keep is None:
         shutil.rmtree(folder)
     else:

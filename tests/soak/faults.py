@@ -17,6 +17,10 @@ from tests.soak.gateway import Gateway
 
 SAID = ("slow", "status", "cut", "unfinished", "bad_event", "error_event", "metrics")  # of fake.py
 DONE = ("kill", "stop", "replace", "descriptors")
+ENDED = ("kill", "stop", "replace", "engine")  # a worker starts anew, a real one for a minute
+BORNE = ("pause", "descriptors", "disk", "clock")  # none does
+NUM_BORNE = 6  # of each, for one of each of ENDED
+KILLED_ON_FULL_DISK = {False: 0.5, True: 0.1}  # fake, real
 DISK_BYTES = 1 << 20
 LIBFAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 SPARE_DESCRIPTORS = 2
@@ -33,7 +37,7 @@ class Faults:
         disk: where these log.
 
     Attributes:
-        kinds: what can be brought about.
+        kinds: what can be brought about; what is named more often is more often.
         counts: by kind, how many were brought about.
         notices: what cannot, and why.
         low_s: when the gateway had too few descriptors: from, to (time.monotonic).
@@ -44,16 +48,15 @@ class Faults:
         self.counts: Counter[str] = Counter()
         self.low_s: list[tuple[float, float]] = []
         self._folder = folder
+        self._is_real = is_real
         self._disk = disk
         self.notices = _notices(disk, is_real)
-        self.kinds = [*DONE, *(("engine",) if is_real else SAID)]
-        if disk.is_mounted:
-            self.kinds.append("disk")
-        if LIBFAKETIME:
-            self.kinds.append("clock")
+        kinds = [*ENDED, *NUM_BORNE * BORNE] if is_real else [*DONE, *SAID, "disk", "clock"]
+        can_be = {"disk": disk.is_mounted, "clock": bool(LIBFAKETIME)}
+        self.kinds = [kind for kind in kinds if can_be.get(kind, True)]
 
     def plan(self, seed: int, number: int) -> list[str]:
-        """Kinds in their order, each as often as the others."""
+        """Kinds in their order, drawn round by round, each as often as `kinds` has it."""
         draw = random.Random(f"{seed} faults")
         found: list[str] = []
         while len(found) < number:
@@ -72,13 +75,15 @@ class Faults:
                     self.gateway.ports[variant], "/fault", {"kind": kind, "seconds": seconds}
                 )
             await asyncio.sleep(seconds)
-        elif kind in ("kill", "stop", "replace", "engine"):
+        elif kind in ENDED:
             self._signal(variant, kind)
+        elif kind == "pause":
+            await self._pause(variant, seconds)
         elif kind == "descriptors":
             await self._without_descriptors(seconds)
         elif kind == "disk":
             self._disk.fill()
-            if draw.random() < 0.5:
+            if draw.random() < KILLED_ON_FULL_DISK[self._is_real]:
                 self._signal(variant, "kill")
             await asyncio.sleep(seconds)
             self._disk.clear()
@@ -90,9 +95,16 @@ class Faults:
         worker, *children = self.gateway.workers(variant) or [0]
         target = children[-1] if kind == "engine" and children else worker
         number = {"stop": signal.SIGSTOP, "replace": signal.SIGTERM}.get(kind, signal.SIGKILL)
-        if target:
-            with suppress(ProcessLookupError):
-                os.kill(target, number)
+        _send([target] if target else [], number)
+
+    async def _pause(self, variant: str, seconds: float) -> None:
+        """Stops a worker and its children for less than the hang limit."""
+        stopped = self.gateway.workers(variant)
+        try:
+            _send(stopped, signal.SIGSTOP)
+            await asyncio.sleep(seconds)
+        finally:
+            _send(stopped, signal.SIGCONT)
 
     async def _without_descriptors(self, seconds: float) -> None:
         pid = self.gateway.popen.pid
@@ -139,6 +151,12 @@ class SmallDisk:
             subprocess.run(["umount", "--lazy", str(self._folder)], check=True)
             for log, content in logs.items():
                 log.write_bytes(content)
+
+
+def _send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def clock_environment(folder: Path) -> dict[str, str]:

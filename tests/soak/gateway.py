@@ -31,7 +31,7 @@ class Sample:
 
     at_s: float
     num_requests: int
-    resident_bytes: int
+    anonymous_bytes: int  # resident memory without files
     num_descriptors: int
     num_tasks: int
 
@@ -59,13 +59,13 @@ class Gateway:
         try:
             _, body = await get(self.port, TASKS)
             num_tasks = int(json.loads(body)["tasks"])
-            pages = int((process / "statm").read_text().split()[1])
+            status = (process / "status").read_text()
             num_descriptors = len(list((process / "fd").iterdir()))
         except Exception:  # under a fault anything may fail; the next sample comes soon
             return None
-        resident = pages * os.sysconf("SC_PAGE_SIZE")
+        anonymous = 1024 * int(status.split("RssAnon:")[1].split()[0])  # files come and go
         now_s = time.monotonic()
-        return Sample(now_s, num_requests, resident, num_descriptors, num_tasks)
+        return Sample(now_s, num_requests, anonymous, num_descriptors, num_tasks)
 
     async def is_ready(self) -> bool:
         try:

@@ -36,7 +36,7 @@ FAKE_SETTINGS = {"hang_timeout_s": 2, "startup_timeout_s": 20, "shadow_fraction"
 REAL_SETTINGS = {"request_timeout_s": 40}
 START_S, RECOVERY_S = {False: 60, True: 900}, {False: 45, True: 400}  # fake, real
 REST_S = 4.0  # after the last request, for what ends by itself to end
-ALLOWED = {"resident_bytes": 16 << 20, "num_descriptors": 20, "num_tasks": 20}
+ALLOWED = {"anonymous_bytes": 16 << 20, "num_descriptors": 20, "num_tasks": 20}
 NUM_SPARE = 10  # descriptors or tasks more at rest than at the beginning: idle connections
 SAMPLE_S = 1.0
 LATE_S = 2.0  # a connection may be closed so long after the descriptors were low
@@ -262,7 +262,7 @@ class Soak:
             if found.grows(allowed):
                 self.findings.append(f"{name} grows: {found}")
         if self.samples:
-            figures["resident_bytes_last"] = self.samples[-1].resident_bytes
+            figures["anonymous_bytes_last"] = self.samples[-1].anonymous_bytes
         return {
             **figures,
             "wrong": tally.wrong,

@@ -175,7 +175,12 @@ LINE = '{"method": "POST", "path": "/v1/completions", "status": %d, "request_id"
 
 @pytest.mark.parametrize(
     ("text", "num_findings"),
-    [(LINE % 200, 0), (LINE % 503, 1), (LINE % 200 * 2, 2), ("", 2)],
+    [
+        *((LINE % 200, 0), (LINE % 503, 1), (LINE % 200 * 2, 2), ("", 2)),
+        (LINE % 200 + "Future exception was never retrieved\n", 1),
+        (LINE % 200 + "x: watching it failed\nTraceback (most recent call last):\n", 1),
+        (LINE % 200 + "Task was destroyed but it is pending!\nclosed in mid answer\n", 1),
+    ],
 )
 def test_the_log_has_one_line_for_each_request(
     tmp_path: Path, text: str, num_findings: int

@@ -1,6 +1,7 @@
 """Short forms of what `make soak` runs for hours."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ def soak(*words: str) -> dict[str, Any]:
     return found
 
 
-def test_no_answer_is_lost_or_wrong_under_faults() -> None:
-    found = soak("--minutes", "1", "--requests", "1200", "--faults", "6", "--clients", "16")
+def test_no_answer_is_lost_or_wrong_under_faults(tmp_path: Path) -> None:
+    keep = os.path.relpath(tmp_path / "logs", ROOT)
+    words = ("--requests", "1200", "--faults", "6", "--clients", "16", "--keep", keep)
+    found = soak("--minutes", "1", *words)
+    assert (tmp_path / "logs/gateway.log").is_file()
     assert found["num_requests"] >= 1200
     assert found["num_faults"] == 6
     assert found["num_answers_by_code"]["200"] > 300

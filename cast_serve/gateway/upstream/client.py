@@ -110,5 +110,13 @@ def fail_if_lost(upstream: aiohttp.ClientResponse) -> Callable[[], None]:
     def end() -> None:
         closed.remove_done_callback(fail)
 
+    closed.remove_done_callback(_note)  # of the answer before this one on the connection
+    closed.add_done_callback(_note)
     closed.add_done_callback(fail)
     return end
+
+
+def _note(closed: "asyncio.Future[None]") -> None:
+    """Takes note of why a connection was lost, or the event loop logs that nobody did."""
+    if not closed.cancelled():
+        closed.exception()

@@ -239,8 +239,10 @@ class Clients:
                         await asyncio.sleep(0.005)
             seen = oracle.judge(ask, status, headers, bytes(content))
             self.tally.note(ask, seen)
-            if seen.code == 503:  # Retry-After says 1 s; a fake is back sooner
-                await asyncio.sleep(1.0 if self.job.is_real else PAUSE_S)
+            if self.job.is_real and seen.code in (429, 503):  # as Retry-After asks, at least
+                await asyncio.sleep(1.0)
+            elif seen.code == 503:  # a fake is back sooner
+                await asyncio.sleep(PAUSE_S)
         except ClosedError as error:
             if error.has_begun:
                 self.tally.note_wrong(f"{ask}: {error}")

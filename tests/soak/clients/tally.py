@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.soak.clients.request import CHAT, COMPARE, COMPLETIONS, VARIANTS, Ask
 MAX_TOLD = 20
 ROUTES = (COMPLETIONS, CHAT, COMPARE, "/tokenize", "/detokenize")
 UNCOUNTED = (401, 405, 431)  # answered before the route
+UNCAUGHT = re.compile(r"^(?:Traceback|.* was never (?:retrieved|awaited)|.* was destroyed)", re.M)
 KEY = re.compile(r"[0-9a-f]{14}")  # of request.py
 GAUGES = ("cast_requests_in_flight", "cast_requests_queued")
 
@@ -69,10 +71,11 @@ class Tally:
             self.tokens[seen.variant] += seen.output_tokens
 
     def note_wrong(self, what: str) -> None:
-        """Counts a wrong answer."""
+        """Counts a wrong answer; the first are told at once, a run may take hours."""
         self.num_wrong += 1
         if len(self.wrong) < MAX_TOLD:
             self.wrong.append(what[:600])
+            print(f"soak: wrong: {what[:600]}", file=sys.stderr, flush=True)
 
     def note_left(self, ask: Ask, has_begun: bool) -> None:
         """Counts a client that left after its request was sent."""
@@ -147,11 +150,13 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
 
 def audit_log(tally: Tally, log: Path, metrics: str) -> list[str]:
     """Where the gateway's log differs: each request has one line, with the status that was seen,
-    and on the routes that are counted as many lines as /metrics counts."""
+    and on the routes that are counted as many lines as /metrics counts. Nor may there be exceptions
+    that nothing caught."""
     lines: Counter[str] = Counter()
     logged: Counter[str] = Counter()
     wrong: list[str] = []
-    for line in log.read_text(errors="replace").splitlines():
+    text = log.read_text(errors="replace")
+    for line in text.splitlines():
         if not line.startswith('{"method"'):
             continue
         entry = json.loads(line)
@@ -166,6 +171,8 @@ def audit_log(tally: Tally, log: Path, metrics: str) -> list[str]:
     wrong += [f"{key}: {number} lines in the log" for key, number in lines.items() if number > 1]
     wrong += [f"{key}: not in the log" for key in sorted(tally.statuses.keys() - lines.keys())]
     found = [f"{len(wrong)} requests are told wrongly; {'; '.join(wrong[:5])}"] if wrong else []
+    uncaught = Counter(UNCAUGHT.findall(text))
+    found += [f"in the log {number} times: {what}" for what, number in uncaught.items()]
     counted: Counter[str] = Counter()
     for (_, route, _), value in read_metrics(metrics).get("cast_requests_total", {}).items():
         counted[route] += int(value)

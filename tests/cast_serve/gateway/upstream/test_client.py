@@ -1,17 +1,22 @@
 """A worker's bytes as they may come: in pieces, at once, broken, on a connection used before."""
 
+import asyncio
+import gc
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
 
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.client import Client, fail_if_lost
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Servers, events, running, wait_until
 
@@ -130,3 +135,53 @@ def test_a_large_body_arrives_whole() -> None:
         found = stack.client.post("/tokenize", json={"model": "dense", "prompt": prompt})
         assert found.status_code == 200
         assert found.json()["tokens"] == [ord("é") % 100] * 600_000
+
+
+def test_an_idle_connection_that_is_reset_is_no_error_of_ours() -> None:
+    """Nobody waits for it, so nothing is to be logged."""
+    told: list[dict[str, Any]] = []
+    num_connections = 0
+    cut = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        for _ in range(3):
+            await reader.readuntil(b"{}")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+            await asyncio.sleep(0.01)
+            writer.write(b"ok")
+        await cut.wait()
+        no_time = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_time)
+        writer.transport.abort()
+
+    async def answer(client: Client, url: str) -> "asyncio.Future[None] | None":
+        upstream = await client.post(url, b"{}", {}, asyncio.get_running_loop().time() + 20)
+        assert upstream.connection is not None
+        assert upstream.connection.protocol is not None
+        closed = upstream.connection.protocol.closed
+        end = fail_if_lost(upstream)
+        assert await upstream.read() == b"ok"
+        end()
+        return closed
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = Client()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        for _ in range(3):
+            closed = await answer(client, url)
+        cut.set()
+        assert closed is not None
+        await asyncio.wait({closed}, timeout=20)
+        assert "ClientConnectionError" in repr(closed)
+        del closed
+        await answer(client, url)  # on another, and the first is forgotten
+        gc.collect()
+        assert (num_connections, told) == (2, [])
+        await client.close()
+        server.close()
+
+    asyncio.run(ask())

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from loadtest.report.tables import MARKED, rewritten, speedup
+from loadtest.report.words import speedup
+from loadtest.tables import MARKED, rewritten
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -207,6 +208,24 @@ def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
         "| a request of two tokens: us | 900 | 1,800 | 0.50 (0.45 to 0.60) |",
         "| 64 streams, 64,000 tokens/s offered: tokens/s | 20,000 | 10,000 |  |",
     ]
+    record["limit"] = {"limit_ms": 1.0, "step_ms": 20, "streams": 32, "tokens_per_s": 1600.0}
+    (tmp_path / "g.json").write_text(json.dumps(record))
+    assert rewritten(page, tmp_path).splitlines()[-2] == (
+        "| added p99 of a token at most 1 ms, a step of all streams every 20 ms: streams, tokens/s "
+        "| 32, 1,600 |  |  |"
+    )
+
+
+def test_a_soak_by_hand(tmp_path: Path) -> None:
+    record = {"workers": "fake", "seed": 1, "num_requests": 100143, "num_faults": 100}
+    record |= {"num_lost": 0, "num_wrong": 2, "num_hung": 3}
+    growth = "anonymous_bytes_per_1000_requests"
+    record |= {growth: -6055.06, f"{growth}_standard_error": 2984.3}
+    (tmp_path / "s.json").write_text(json.dumps(record))
+    page = "<!-- table: soak s.json -->\n<!-- end of table -->\n"
+    assert rewritten(page, tmp_path).splitlines()[3] == (
+        "| fake | 1 | 100,143 | 100 | 0 | 2 | 3 | -6.1 +- 3.0 |"
+    )
 
 
 def test_wrong_marks_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Records of benchmarks and of soaks -> the tables of README and docs that are made of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loadtest.report.words import markdown_table, speedup
+
+Record = dict[str, Any]
+
+
+def kernels(records: Sequence[Record]) -> list[str]:
+    """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model.
+
+    Columns for vLLM's int8 op, for each op of zentorch, and for a plain read of the packed bytes
+    stand where the record has them.
+    """
+    result = records[0]
+    others = {
+        "vllm_int8": "vLLM's int8 op",
+        "zentorch": "zentorch's op",
+        "zentorch_int8": "zentorch's int8 op",
+    }
+    others = {name: title for name, title in others.items() if result.get(f"geomean_ratio_{name}")}
+    limits = {"roof_ms": "the roof", "read_ms": "a plain read"}
+    limits = {key: title for key, title in limits.items() if key in result["results"][0]}
+    lines = []
+    for tokens, mean in result["geomean_ratio_vllm"].items():
+        rows = [row for row in result["results"] if str(row["num_tokens"]) == tokens]
+        ratios = [row["ratio_vllm"] for row in rows]
+        lines.append(
+            [
+                tokens,
+                f"{mean:.2f}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{min(row['ratio_vllm_low'] for row in rows):.2f} to "
+                f"{max(row['ratio_vllm_high'] for row in rows):.2f}",
+                *(
+                    _mean_and_range(
+                        result[f"geomean_ratio_{name}"][tokens],
+                        [row[f"ratio_{name}"] for row in rows],
+                    )
+                    for name in others
+                ),
+                *(_range_of_shares(rows, key) for key in limits),
+            ]
+        )
+    columns = ["tokens", "over vLLM's oneDNN op: geometric mean", "shapes", "their intervals"]
+    columns += [f"over {title}: geometric mean (shapes)" for title in others.values()]
+    columns += [f"share of {title}" for title in limits.values()]
+    return markdown_table(columns, lines)
+
+
+def _range_of_shares(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """A limit's time over the 2:4 op's."""
+    shares = [row[key] / row["sparse_ms"] for row in rows]
+    return f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def peers(records: Sequence[Record]) -> list[str]:
+    """`scripts/compare-peers --out`: a line a server, beside the last of our models."""
+    found = records[0]
+    servers = found["servers"]
+    ours = servers[found["compared"]]["title"]
+    # Throughput and perplexity only where a run measured them.
+    throughput = next((key for s in servers.values() for key in s if key.startswith("tokens_")), "")
+    has_perplexity = any("perplexity" in server for server in servers.values())
+    columns = ["server", "weights, MB", "TTFT, ms", "TPOT, ms"]
+    columns += [f"tokens/s, {throughput.removeprefix('tokens_per_s_')} at once"] * bool(throughput)
+    columns += ["perplexity"] * has_perplexity
+    columns += [f"{ours} is faster: TTFT", "TPOT"] + ["tokens/s"] * bool(throughput)
+    lines = []
+    for name, server in servers.items():
+        line = [
+            server["title"],
+            f"{server['weight_bytes'] / 1e6:.0f}",
+            f"{server['ttft_ms']:.0f}",
+            f"{server['tpot_ms']:.1f}",
+        ]
+        line += [f"{server[throughput]:.0f}" if throughput in server else ""] * bool(throughput)
+        line += [f"{server['perplexity']:.2f}" if "perplexity" in server else ""] * has_perplexity
+        ratios = ["ttft_speedup", "tpot_speedup"] + ["throughput_speedup"] * bool(throughput)
+        for ratio in ratios:
+            is_there = ratio in server and name != found["compared"]
+            line.append(speedup(server[ratio]) if is_there else "")
+        lines.append(line)
+    return markdown_table(columns, lines)
+
+
+def carried(records: Sequence[Record]) -> list[str]:
+    """`scripts/measure-gateway-cpu --out`: a line a load, beside bare pass-throughs."""
+    found = records[0]
+    ways = list(found["cpu_us_per_request"])
+    lines = []
+
+    def add(title: str, values: Mapping[str, Any], ratios: Mapping[str, Any], digits: int) -> None:
+        cells = [f"{values[way]['median']:,.{digits}f}" for way in ways]
+        spreads = [ratios[way] for way in ways if way in ratios]
+        cells += [f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})" for s in spreads]
+        lines.append([title, *cells, *[""] * (2 * len(ways) - 1 - len(cells))])
+
+    for load in found["loads"]:
+        name = f"{load['streams']} stream{'s' if load['streams'] > 1 else ''}"
+        rate = 1e3 * load["streams"] / load["step_ms"]
+        add(
+            f"{name}, {rate:,.0f} tokens/s: us a token",
+            load["cpu_us_per_token"],
+            load["cpu_ratio"],
+            1,
+        )
+    add(
+        "a request of two tokens: us",
+        found["cpu_us_per_request"],
+        found["cpu_ratio_per_request"],
+        0,
+    )
+    flood = found["flood"]
+    offered = f"{flood['streams']} streams, {flood['offered_tokens_per_s']:,.0f} tokens/s offered"
+    add(f"{offered}: tokens/s", flood["tokens_per_s"], {}, 0)
+    if limit := found.get("limit"):
+        title = f"added p99 of a token at most {limit['limit_ms']:g} ms, "
+        title += f"a step of all streams every {limit['step_ms']} ms: streams, tokens/s"
+        cells = f"{limit['streams']}, {limit['tokens_per_s']:,.0f}"
+        lines.append([title, cells, *[""] * (2 * len(ways) - 2)])
+    titles = {"starlette": "Starlette + httpx"}
+    names = [titles.get(way, way) for way in ways]
+    over = [f"{names[0]} over {name}" for name in names[1:]]
+    return markdown_table(["load", *names, *over], lines)
+
+
+def decode(records: Sequence[Record]) -> list[str]:
+    """`scripts/profile-decode --out`: a line a part, a column a model; CPU ms a token."""
+    profiles = [profile for record in records for profile in record["profiles"]]
+    sums: dict[str, float] = {}
+    for profile in profiles:
+        for part, part_ms in profile["parts_ms"].items():
+            sums[part] = sums.get(part, 0.0) + part_ms
+    parts = sorted(sums, key=sums.__getitem__, reverse=True)
+    titles = [f"{profile['model']}, {profile['num_processes']} processes" for profile in profiles]
+    lines = [
+        [part, *(f"{profile['parts_ms'].get(part, 0.0):.1f}" for profile in profiles)]
+        for part in parts
+    ]
+    lines.append(["time per token", *(f"{profile['tpot_ms']:.1f}" for profile in profiles)])
+    return markdown_table(["part", *titles], lines)
+
+
+def soak(records: Sequence[Record]) -> list[str]:
+    """`python -m tests.soak`: a line a run."""
+    lines = []
+    for found in records:
+        growth = "anonymous_bytes_per_1000_requests"
+        value, error = (found[name] / 1e3 for name in (growth, f"{growth}_standard_error"))
+        counts = ("num_requests", "num_faults", "num_lost", "num_wrong", "num_hung")
+        cells = [f"{found[name]:,}" for name in counts]
+        lines.append([found["workers"], str(found["seed"]), *cells, f"{value:.1f} +- {error:.1f}"])
+    titles = ["workers", "seed", "requests", "faults", "lost", "wrong", "hung"]
+    return markdown_table([*titles, "memory, kB a 1,000 requests"], lines)
