@@ -2,6 +2,8 @@
 
     python -m tests.story.newcomer FOLDER     in a fresh clone, made in FOLDER
     python -m tests.story.newcomer            in this checkout
+    python -m tests.story.newcomer FOLDER "README.md#Your own model"
+                                              goes on there, in the clone that is in FOLDER already
 
 Both train, serve and compare a real model, for about an hour, and write what was typed and what was
 answered to stdout. Commands are read from their pages; each must end with 0. A server runs until
@@ -26,6 +28,8 @@ import httpx
 from tests.docs.pages import ROOT, Block, blocks
 
 SERVERS = ("make serve", "cast-serve up", ".venv/bin/cast-serve up", "cast-serve vllm serve")
+PAGES = ("README.md", "docs/index.md")
+BEGIN = PAGES[0]
 START_S = 900
 PORT = 8000
 MODEL, TEXT = "data/models/smollm2-135m-dense", "data/text/train.txt"
@@ -147,18 +151,20 @@ def check(command: str, written: str) -> None:
         assert written.strip()
 
 
-def main(folder: Path | None) -> None:
+def main(folder: Path | None, start: str = BEGIN) -> None:
     with socket.socket() as probe:  # whose server is there would answer for ours
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", PORT))
     work = ROOT
     if folder is not None:
         work = folder.absolute() / "cast-serve"
-        subprocess.run(["git", "clone", "-q", str(ROOT), str(work)], check=True)
+        if start == BEGIN:
+            subprocess.run(["git", "clone", "-q", str(ROOT), str(work)], check=True)
     (work / "runs").mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="newcomer-", dir=work / "runs"))
     newcomer = Newcomer(work, PORT, scratch)
-    for page in ("README.md", "docs/index.md"):
+    first_page, _, first_heading = start.partition("#")
+    for page in PAGES[PAGES.index(first_page) :]:
         places = {
             **{"DENSE_DIR": MODEL, "DIR": scratch / "model"},
             **{"FILE...": TEXT, "TRAIN.txt": TEXT, "HELDOUT.txt": HELDOUT},
@@ -167,10 +173,13 @@ def main(folder: Path | None) -> None:
         }
         # The tree of files is no command.
         given = [block for block in blocks(page) if block.heading != "The file tree"]
+        if page == first_page and first_heading:
+            headings = [block.heading for block in given]
+            given = given[headings.index(first_heading) :]
         for command, written in newcomer.follow(given, places):
             print(f"$ {command}\n{written}", flush=True)
             check(command, written)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None, *sys.argv[2:])
