@@ -113,11 +113,12 @@ def wait_until(holds: Callable[[], bool], what: str, containers: Sequence[str]) 
     """Seconds until it holds."""
     began = time.monotonic()
     while not holds():
-        for container in containers:
-            if (status := status_of(container)) != "running":
+        states = podman("inspect", "--format", "{{.State.Status}}", *containers).split()
+        for container, status in zip(containers, states, strict=True):
+            if status != "running":
                 raise Problem(f"{container} is {status}: {log_of(container)[-3000:]}")
         expect(time.monotonic() - began < READY_S, f"{what}: not within {READY_S} s")
-        time.sleep(1)
+        time.sleep(2)  # each of podman's commands takes time from what is waited for
     return time.monotonic() - began
 
 
