@@ -192,7 +192,7 @@ def check_pods(folder: Path) -> None:
     containers = [canary.container(name) for name in ("worker-canary", "gateway")]
     wait_until(is_ready, "the pods of overlays/canary", containers)
     canary.check_probes("worker-canary", containers[-1])
-    check_answers({"canary": "canary", "sparse": "sparse"}, headers)
+    check_answers({"dense": "dense", "sparse": "sparse", "canary": "canary"}, headers)
     check_metrics(("dense", "canary", "sparse"), headers)
     num = check_drain(containers[0], "canary", headers)
     print(f"{'canary':<12}answers; its worker stopped in mid-stream: {num} chunks after it")
