@@ -150,6 +150,13 @@ def test_pips_configuration_is_passed_to_the_build(
     assert f"TORCH_INDEX=file://{tmp_path}" in flags
 
 
+def test_a_second_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "LOCK", tmp_path / "lock")
+    with build.lock(), pytest.raises(SystemExit, match="another one runs"):
+        build.lock()
+    build.lock().close()
+
+
 def test_a_program_that_fails_is_a_problem() -> None:
     with pytest.raises(containers.Problem, match="exit 3: why"):
         containers.run(sys.executable, "-c", "import sys; print('why'); sys.exit(3)")
