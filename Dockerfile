@@ -41,7 +41,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
-# What the gateway needs, and our package as a wheel.
+# What the gateway needs, and our package as a wheel. aiohttp and others bring 13 MB of a debugger's symbols;
+# numpy's libraries have few.
 FROM compiler AS package
 COPY deploy/requirements/ /requirements/
 RUN python -m venv /opt/cast/venv \
@@ -56,7 +57,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels 
     && pip install --no-cache-dir --no-deps --no-index /wheels/*.whl \
     && pip uninstall --yes setuptools pip \
     && find /opt/cast/venv/lib -type d -name tests -prune -exec rm -r {} + \
-    && find /opt/cast/venv/lib -path '*/uvloop/*.so' -exec strip --strip-unneeded {} +
+    && find /opt/cast/venv/lib -name '*.so' -not -path '*/numpy*' -exec strip --strip-unneeded {} +
 
 FROM base AS gateway
 COPY --from=package /opt/cast /opt/cast

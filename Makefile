@@ -49,5 +49,5 @@ docs: setup  # the pages of docs/ as a site in build/site; a broken link ends it
 check-deploy: setup  # what can be checked of deploy/ without a cluster; the tests run it too
 	$(python) scripts/check-deploy
 
-check-image: setup  # as root: both images built and run by podman, compose's services and pods; some ten minutes
+check-image: setup  # as root: both images built and run by podman, compose's services and pods; ten minutes to an hour
 	$(python) scripts/check-image

@@ -163,7 +163,8 @@ def test_compose_services_are_hardened(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service["image"].endswith(":latest")
     for published in service.get("ports", []):
-        assert published.startswith("${CAST_PUBLISH:-127.0.0.1}:")
+        address = r"\$\{CAST_PUBLISH:-127\.0\.0\.1\}:\$\{CAST_[A-Z]+_PORT:-(\d+)\}:\1"
+        assert re.fullmatch(address, published), published
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if name != "gateway"])

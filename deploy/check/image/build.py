@@ -1,5 +1,6 @@
 """Sources -> podman, tiny models, a base image and both images."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -16,6 +18,7 @@ from deploy.check.image.containers import PREFIX, ROOT, WORK, Problem, podman, r
 
 IMAGES = {"cast-serve": "worker-dense", "cast-serve-gateway": "gateway"}  # by compose's services
 FREE_BYTES = 15 << 30
+LOCK = Path("/run/lock/cast-check-image")
 
 
 def prepare() -> None:
@@ -34,6 +37,19 @@ def prepare() -> None:
     storage.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(storage).free) < FREE_BYTES:
         sys.exit(f"check-image: {free >> 30} GiB free at {storage}; the images need 15")
+
+
+def lock() -> IO[str]:
+    """Held while it is open: what two runs make has the same names, and each clears them."""
+    file = LOCK.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        sys.exit(
+            "check-image: another one runs on this machine; start it again when that has ended"
+        )
+    return file
 
 
 def models() -> Path:

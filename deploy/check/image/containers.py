@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -12,13 +13,23 @@ from typing import Any
 
 import httpx
 
+
+def free_ports(num: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens."""
+    with contextlib.ExitStack() as held:
+        found = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(num)]
+        return [each.getsockname()[1] for each in found]
+
+
 ROOT = Path(__file__).resolve().parents[3]
 WORK = ROOT / "build/check-image"
 PREFIX = "cast-check"  # of everything that is made and removed
-ADDRESS = "127.0.0.7"  # of loopback, where nobody else listens on the same ports
-GATEWAY = f"http://{ADDRESS}:8000"
+GATEWAY_PORT, PROMETHEUS_PORT = free_ports(2)
+GATEWAY = f"http://127.0.0.1:{GATEWAY_PORT}"
 READY_S = 1200  # two workers that compile at once on two busy cores took 400 s
 NUM_STREAMED = 900  # tokens, of the tiny model's 1024
+NOW = ("--force", "--time", "2")
+REMOVAL = {"pod": NOW, "container": NOW, "network": (), "volume": (), "secret": ()}
 
 
 class Problem(Exception):
@@ -46,6 +57,28 @@ def podman(*words: object) -> str:
 
 def succeeds(*words: object) -> bool:
     return not subprocess.run(["podman", *map(str, words)], capture_output=True).returncode
+
+
+def clear() -> None:
+    """Removes all that this program makes but images, also what a killed run left.
+
+    Raises:
+        Problem: if something stays.
+    """
+    for kind, flags in REMOVAL.items():
+        for name in ours(kind):
+            succeeds(kind, "rm", *flags, name)
+    left = [f"{kind} {name}" for kind in REMOVAL for name in ours(kind)]
+    expect(not left, f"podman did not remove {', '.join(left)}; remove it by hand")
+
+
+def ours(kind: str) -> list[str]:
+    """Names of the pods, containers, volumes, networks or secrets that this program made."""
+    name = "{{.Names}}" if kind == "container" else "{{.Name}}"
+    everything = ["--all"] if kind == "container" else []
+    names = podman(kind, "ls", *everything, "--format", name).split()
+    # podman-compose's pod is pod_PREFIX.
+    return [each for each in names if each.removeprefix("pod_").startswith(PREFIX)]
 
 
 def expect(holds: bool, text: str) -> None:
@@ -80,11 +113,12 @@ def wait_until(holds: Callable[[], bool], what: str, containers: Sequence[str]) 
     """Seconds until it holds."""
     began = time.monotonic()
     while not holds():
-        for container in containers:
-            if (status := status_of(container)) != "running":
+        states = podman("inspect", "--format", "{{.State.Status}}", *containers).split()
+        for container, status in zip(containers, states, strict=True):
+            if status != "running":
                 raise Problem(f"{container} is {status}: {log_of(container)[-3000:]}")
         expect(time.monotonic() - began < READY_S, f"{what}: not within {READY_S} s")
-        time.sleep(1)
+        time.sleep(2)  # each of podman's commands takes time from what is waited for
     return time.monotonic() - began
 
 

@@ -1,22 +1,21 @@
 """The rendered overlays -> their Deployments run by `podman kube play`, and checked."""
 
 import base64
-import contextlib
 import copy
 import hashlib
 import os
-import secrets
 import sys
 import tempfile
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx
 import yaml
 
 from deploy.check.image.containers import (
-    ADDRESS,
     GATEWAY,
+    GATEWAY_PORT,
     PREFIX,
     ROOT,
     WORK,
@@ -38,9 +37,9 @@ from deploy.check.image.containers import (
 
 NETWORK = f"{PREFIX}-pods"
 WEIGHTS = f"{PREFIX}-weights"
-KEYS = f"{PREFIX}-keys"
 
 Resource = dict[str, Any]
+Secrets = dict[str, dict[str, str]]  # contents by the name in the manifests and the key in it
 
 
 def rendered(overlay: str) -> dict[tuple[str, str], Resource]:
@@ -66,12 +65,14 @@ def pod_of(name: str) -> str:
 
 
 def remove(name: str) -> None:
-    """A Deployment's pod, with the volumes that podman made for it."""
+    """A Deployment's pod, with the volumes and secrets that podman made for it."""
     succeeds("pod", "rm", "--force", "--time", "2", pod_of(name))
     for volume in podman("volume", "ls", "--quiet").split():
-        if volume.startswith(f"{PREFIX}-{name}-") or volume == KEYS:
+        if volume.startswith(f"{PREFIX}-{name}-"):
             succeeds("volume", "rm", volume)
-    succeeds("secret", "rm", KEYS)
+    for secret in podman("secret", "ls", "--format", "{{.Name}}").split():
+        if secret.startswith(f"{PREFIX}-{name}-"):
+            succeeds("secret", "rm", secret)
 
 
 class Pods:
@@ -87,13 +88,13 @@ class Pods:
     def container(self, name: str) -> str:
         return f"{pod_of(name)}-{self.spec(name)['name']}"
 
-    def play(self, name: str, keys: str | None = None) -> None:
+    def play(self, name: str, secrets: Secrets) -> None:
         path = WORK / f"{name}.yaml"
-        path.write_text(yaml.safe_dump_all(self.documents(name, keys)))
-        published = ["--publish", f"{ADDRESS}:8000:8000"] if name == "gateway" else []
+        path.write_text(yaml.safe_dump_all(self.documents(name, secrets)))
+        published = ["--publish", f"127.0.0.1:{GATEWAY_PORT}:8000"] if name == "gateway" else []
         podman("kube", "play", "--network", f"{NETWORK}:alias={name}", *published, path)
 
-    def documents(self, name: str, keys: str | None) -> list[Resource]:
+    def documents(self, name: str, secrets: Secrets) -> list[Resource]:
         """A Deployment and what it mounts, under names of our own, with this machine's cores.
 
         Without the probes: podman would ask by curl, which the images have not. Each worker has a
@@ -103,6 +104,7 @@ class Pods:
         deployment["metadata"]["name"] = f"{PREFIX}-{name}"
         pod = deployment["spec"]["template"]["spec"]
         (container,) = pod["containers"]
+        documents = [r for (kind, _), r in self.resources.items() if kind == "ConfigMap"]
         container["image"] = container["image"].replace("registry.example.com", "localhost")
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             del container[probe]
@@ -123,22 +125,25 @@ class Pods:
                         mount["name"] = own
                 volume["name"] = own
             if "secret" in volume:
-                volume["secret"]["secretName"] = KEYS
-        documents = [r for (kind, _), r in self.resources.items() if kind == "ConfigMap"]
-        if keys is not None:
-            data = {"keys": base64.b64encode(keys.encode()).decode()}
-            head = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": KEYS}}
-            documents.append({**head, "data": data})
+                secret = volume["secret"]["secretName"]
+                own = volume["secret"]["secretName"] = f"{PREFIX}-{name}-{secret}"
+                if secret in secrets:
+                    data = {
+                        k: base64.b64encode(v.encode()).decode() for k, v in secrets[secret].items()
+                    }
+                    head = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": own}}
+                    documents.append({**head, "data": data})
         return [*documents, deployment]
 
-    def check_needs_keys(self) -> None:
-        """The gateway's pod does not start while its Secret is missing."""
+    def check_needs(self, secret: str, secrets: Secrets) -> None:
+        """The gateway's pod does not start while one of its Secrets is missing."""
+        others = {name: content for name, content in secrets.items() if name != secret}
         try:
-            self.play("gateway")
+            self.play("gateway", others)
         except Problem as problem:
-            expect("secret" in str(problem), f"not for want of its Secret: {problem}")
+            expect(secret in str(problem), f"not for want of its Secret {secret}: {problem}")
         else:
-            raise Problem("the gateway's pod started without its Secret")
+            raise Problem(f"the gateway's pod started without its Secret {secret}")
         finally:
             remove("gateway")
 
@@ -152,45 +157,42 @@ class Pods:
 
 
 def check_pods(folder: Path) -> None:
-    key = secrets.token_hex(32)
+    key = token_hex(32)
     keys = f"sha256:{hashlib.sha256(key.encode()).hexdigest()}\n"
+    secrets = {"gateway-api-keys": {"keys": keys}, "worker-key": {"key": token_hex(32)}}
     headers = {"Authorization": f"Bearer {key}"}
     pods, canary = Pods("cpu"), Pods("canary")
     names = ["worker-dense", "worker-sparse", "gateway"]
-    with contextlib.ExitStack() as made:
-        podman("network", "create", NETWORK)
-        made.callback(succeeds, "network", "rm", "--force", NETWORK)
-        podman("volume", "create", WEIGHTS)
-        made.callback(succeeds, "volume", "rm", "--force", WEIGHTS)
-        with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
-            run("tar", "--directory", folder, "--create", "--file", archive.name, ".")
-            podman("volume", "import", WEIGHTS, archive.name)
-        for name in [*names, "worker-canary"]:
-            made.callback(remove, name)
-        pods.check_needs_keys()
-        for name in names:
-            pods.play(name, keys if name == "gateway" else None)
-        containers = [pods.container(name) for name in names]
-        wait_until(is_ready, "the pods of overlays/cpu", containers)
-        for name, container in zip(names, containers, strict=True):
-            check_hardened(container)
-            pods.check_probes(name, containers[-1])
-        check_kernels(containers[1])
-        for wrong in ({}, {"Authorization": "Bearer wrong"}):
-            code = ask("dense", wrong).status_code
-            expect(code == 401, f"without a key: {code}")
-        expect(httpx.get(f"{GATEWAY}/metrics").status_code == 401, "/metrics asks for no key")
-        check_answers({"dense": "dense", "sparse": "sparse", "default": "sparse"}, headers)
-        check_metrics(("dense", "sparse"), headers)
-        print(f"{'cpu':<12}Secret, answers, keys, probes, hardening, metrics", flush=True)
+    podman("network", "create", NETWORK)
+    podman("volume", "create", WEIGHTS)
+    with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
+        run("tar", "--directory", folder, "--create", "--file", archive.name, ".")
+        podman("volume", "import", WEIGHTS, archive.name)
+    for secret in secrets:
+        pods.check_needs(secret, secrets)
+    for name in names:
+        pods.play(name, secrets)
+    containers = [pods.container(name) for name in names]
+    wait_until(is_ready, "the pods of overlays/cpu", containers)
+    for name, container in zip(names, containers, strict=True):
+        check_hardened(container)
+        pods.check_probes(name, containers[-1])
+    check_kernels(containers[1])
+    for wrong in ({}, {"Authorization": "Bearer wrong"}):
+        code = ask("dense", wrong).status_code
+        expect(code == 401, f"without a key: {code}")
+    expect(httpx.get(f"{GATEWAY}/metrics").status_code == 401, "/metrics asks for no key")
+    check_answers({"dense": "dense", "sparse": "sparse", "default": "sparse"}, headers)
+    check_metrics(("dense", "sparse"), headers)
+    print(f"{'cpu':<12}Secret, answers, keys, probes, hardening, metrics", flush=True)
 
-        remove("gateway")
-        canary.play("worker-canary")
-        canary.play("gateway", keys)
-        containers = [canary.container(name) for name in ("worker-canary", "gateway")]
-        wait_until(is_ready, "the pods of overlays/canary", containers)
-        canary.check_probes("worker-canary", containers[-1])
-        check_answers({"canary": "canary", "sparse": "sparse"}, headers)
-        check_metrics(("dense", "canary", "sparse"), headers)
-        num = check_drain(containers[0], "canary", headers)
-        print(f"{'canary':<12}answers; its worker stopped in mid-stream: {num} chunks after it")
+    remove("gateway")
+    canary.play("worker-canary", secrets)
+    canary.play("gateway", secrets)
+    containers = [canary.container(name) for name in ("worker-canary", "gateway")]
+    wait_until(is_ready, "the pods of overlays/canary", containers)
+    canary.check_probes("worker-canary", containers[-1])
+    check_answers({"dense": "dense", "sparse": "sparse", "canary": "canary"}, headers)
+    check_metrics(("dense", "canary", "sparse"), headers)
+    num = check_drain(containers[0], "canary", headers)
+    print(f"{'canary':<12}answers; its worker stopped in mid-stream: {num} chunks after it")
