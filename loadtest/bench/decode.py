@@ -9,6 +9,7 @@ vLLM's own functions (`PARTS`), so another vLLM may show a large rest.
 import asyncio
 import os
 import subprocess
+import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -130,10 +131,11 @@ def _look(
     others = sorted(os.sched_getaffinity(0) - set(cores)) or sorted(cores)
     duration_s = max(1, int(0.8 * num_tokens * tpot_ms / 1e3))
     outs = {pid: folder / str(pid) for pid in pids}
+    program = f"{sysconfig.get_path('scripts')}/py-spy"
     watchers = [
         subprocess.Popen(
             [
-                *("taskset", "-c", ",".join(map(str, others)), "py-spy", "record"),
+                *("taskset", "-c", ",".join(map(str, others)), program, "record"),
                 *("--pid", str(pid), "--rate", str(RATE), "--duration", str(duration_s)),
                 *("--nonblocking", "--format", "raw", "--output", str(out)),
             ],
