@@ -86,8 +86,8 @@ def profile(
     parts["not on a core"] = max(0.0, tpot_ms - sum(parts.values()))
     return {
         "model": model.name,
+        "vllm_flags": " ".join(vllm_flags),
         "num_cores": len(cores),
-        "num_processes": len(processes),
         "num_tokens": num_tokens,
         "tpot_ms": tpot_ms,
         "parts_ms": parts,

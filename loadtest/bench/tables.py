@@ -139,7 +139,7 @@ def decode(records: Sequence[Record]) -> list[str]:
         for part, part_ms in profile["parts_ms"].items():
             sums[part] = sums.get(part, 0.0) + part_ms
     parts = sorted(sums, key=sums.__getitem__, reverse=True)
-    titles = [f"{profile['model']}, {profile['num_processes']} processes" for profile in profiles]
+    titles = [f"{p['model']} {p.get('vllm_flags', '')}".rstrip() for p in profiles]
     lines = [
         [part, *(f"{profile['parts_ms'].get(part, 0.0):.1f}" for profile in profiles)]
         for part in parts
