@@ -24,6 +24,7 @@ from loadtest.send.connection import Pool
 
 PROMPT = "The capital of France is"
 RATE = 200  # looks a second
+PY_SPY = Path(sysconfig.get_path("scripts")) / "py-spy"
 
 # The first that fits a stack: functions of which one is in it, and the start of its innermost
 # frame ("" is any).
@@ -66,8 +67,10 @@ def profile(
 
     Raises:
         PeerError: if the server ends, or does not answer.
-        RuntimeError: if py-spy cannot look at a process.
+        RuntimeError: if py-spy is missing, or cannot look at a process.
     """
+    if not PY_SPY.is_file():
+        raise RuntimeError(f"{PY_SPY} is missing; pip install py-spy")
     with serving("profiled", model, cores, num_tokens + 64, vllm_flags) as server:
         processes = psutil.Process().children(recursive=True)
         asyncio.run(_ask(server, 16))
@@ -131,11 +134,10 @@ def _look(
     others = sorted(os.sched_getaffinity(0) - set(cores)) or sorted(cores)
     duration_s = max(1, int(0.8 * num_tokens * tpot_ms / 1e3))
     outs = {pid: folder / str(pid) for pid in pids}
-    program = f"{sysconfig.get_path('scripts')}/py-spy"
     watchers = [
         subprocess.Popen(
             [
-                *("taskset", "-c", ",".join(map(str, others)), program, "record"),
+                *("taskset", "-c", ",".join(map(str, others)), str(PY_SPY), "record"),
                 *("--pid", str(pid), "--rate", str(RATE), "--duration", str(duration_s)),
                 *("--nonblocking", "--format", "raw", "--output", str(out)),
             ],

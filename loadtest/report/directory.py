@@ -24,6 +24,21 @@ def check_out(out: Path) -> None:
     check_matplotlib()
 
 
+def check_file(flag: str, out: Path) -> None:
+    """Finds out before the run what would stop its record, which is one file, after it.
+
+    Args:
+        flag: that names the file, for the error.
+        out: the file.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    folder = out.absolute().parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {out} cannot be written; name a file in a folder that exists")
+
+
 def check_matplotlib() -> None:
     """Finds out whether charts can be drawn.
 
