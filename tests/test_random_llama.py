@@ -29,12 +29,13 @@ def test_the_twins_hold_the_same_numbers(llama_dir: Path, tmp_path: Path) -> Non
     shutil.copytree(llama_dir, tmp_path / "random")
     script.write_twins(tmp_path)
     folders = sorted(path.name for path in tmp_path.iterdir())
-    assert folders == ["dense", "dense-int8", "int8", "sparse"]
-    dense, dense_int8, int8, sparse = (
+    assert folders == ["dense", "dense-int8", "int4", "int8", "sparse"]
+    dense, dense_int8, int4, int8, sparse = (
         load_file(tmp_path / folder / "model.safetensors") for folder in folders
     )
-    summary = inspect(tmp_path / "int8")
-    assert (summary["quantized"], summary["head"]) == ("int8", "int8")
+    for bits in ("int8", "int4"):
+        summary = inspect(tmp_path / bits)
+        assert (summary["quantized"], summary["head"]) == (bits, "int8")
     names = json.loads((tmp_path / "dense/cast.json").read_text())["targets"]
     assert len(names) == 14
     for name in names:
@@ -46,6 +47,7 @@ def test_the_twins_hold_the_same_numbers(llama_dir: Path, tmp_path: Path) -> Non
             )
             stored = dense if twin is sparse else dense_int8
             assert torch.equal(kept, stored[f"{name}.weight"])
+        assert torch.equal(int4[f"{name}.bitmask"], int8[f"{name}.bitmask"])
         scale = dense_int8[f"{name}.weight_scale"]
         assert torch.equal(scale, int8[f"{name}.weight_scale"])
         assert scale.dtype == weight.dtype

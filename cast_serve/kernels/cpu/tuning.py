@@ -7,7 +7,7 @@ weights (csrc/library.h) is faster than our kernel for many. ``CAST_CPU_TUNING``
 
     auto                                  measured; the default
     off                                   the defaults in csrc/ops.cpp
-    few=8,few_int8=4,prefetch=t1,library=32,library_int8=0
+    few=8,few_int8=4,few_int4=4,prefetch=t1,library=32,library_int8=0
                                           these, any of them; the others are the defaults
 
 `measure` times random weights that together are larger than the last-level cache, in turn, since a
@@ -31,17 +31,20 @@ from torch import Tensor
 
 from cast_serve.kernels.cpu import build
 from cast_serve.kernels.reference import pack
+from cast_serve.kernels.reference_int4 import pack_int4
 
 logger = logging.getLogger(__name__)
 
 PREFETCHES = ("none", "t0", "t1")
 MOST_FEW_TOKENS = 8
 LEAST_LIBRARY_TOKENS, MOST_LIBRARY_TOKENS = 32, 65536
+FEW_KEYS = {"bf16": "few", "int8": "few_int8", "int4": "few_int4"}  # of each kind of weight
 FEW_ISAS = ("amx", "avx512_bf16", "avx512_vnni")
 LIBRARY_TOKENS = (LEAST_LIBRARY_TOKENS, 128)  # from which on the library may be chosen
 LIBRARY_MARGIN = 0.9  # the most of our kernel's time that it may take then
 OUT_FEATURES, IN_FEATURES = 2048, 4096
-BUDGET_S = 0.4  # for each of up to five comparisons
+SCALE_GROUP = 128  # of 4-bit weights
+BUDGET_S = 0.4  # for each of up to six comparisons
 LEAST_ROUNDS = 7
 CACHE_BYTES = (32 << 20, 256 << 20)  # no fewer, and no more, of weights in turn
 
@@ -52,13 +55,15 @@ Linear = Callable[[Tensor], Tensor]
 class Tuning:
     """Which CPU kernel runs for how many tokens.
 
-    few, few_int8: up to how many tokens the kernel for few runs.
+    few, few_int8, few_int4: up to how many tokens the kernel for few runs, by kind of weight.
     prefetch: of `PREFETCHES`.
     library, library_int8: from how many tokens on, at least 32, the library multiplies; 0: never.
+        4-bit weights go by library_int8.
     """
 
     few: int
     few_int8: int
+    few_int4: int
     prefetch: str
     library: int = 0
     library_int8: int = 0
@@ -68,7 +73,7 @@ def description() -> str:
     """The CPU kernel in use and the settings that change it: ``avx2 library=32,...``."""
     settings = asdict(current())
     if _isa() not in FEW_ISAS:
-        for key in ("few", "few_int8", "prefetch"):
+        for key in (*FEW_KEYS.values(), "prefetch"):
             del settings[key]
     return f"{_isa()} " + ",".join(f"{key}={value}" for key, value in settings.items())
 
@@ -85,7 +90,12 @@ def use(tuning: Tuning) -> None:
         ValueError: if a value is out of range.
     """
     torch.ops.cast.set_cpu_tuning(
-        tuning.few, tuning.few_int8, tuning.prefetch, tuning.library, tuning.library_int8
+        tuning.few,
+        tuning.few_int8,
+        tuning.few_int4,
+        tuning.prefetch,
+        tuning.library,
+        tuning.library_int8,
     )
 
 
@@ -117,7 +127,7 @@ def parse(text: str, defaults: Tuning) -> Tuning:
     for part in text.split(","):
         key, _, value = part.partition("=")
         tokens = int(value) if value.isdecimal() else -1
-        is_few = key in ("few", "few_int8") and 0 <= tokens <= MOST_FEW_TOKENS
+        is_few = key in FEW_KEYS.values() and 0 <= tokens <= MOST_FEW_TOKENS
         is_library = key in ("library", "library_int8") and (
             tokens == 0 or LEAST_LIBRARY_TOKENS <= tokens <= MOST_LIBRARY_TOKENS
         )
@@ -128,7 +138,7 @@ def parse(text: str, defaults: Tuning) -> Tuning:
         else:
             raise ValueError(
                 f"CAST_CPU_TUNING={text}: {part!r} is not understood; auto, off, or a list of "
-                f"few=0..{MOST_FEW_TOKENS}, few_int8=0..{MOST_FEW_TOKENS}, "
+                f"few, few_int8 and few_int4, 0..{MOST_FEW_TOKENS}, "
                 f"prefetch={'|'.join(PREFETCHES)}, and library and library_int8, 0 or "
                 f"{LEAST_LIBRARY_TOKENS}..{MOST_LIBRARY_TOKENS}, is needed, such as "
                 "few=8,prefetch=t1"
@@ -143,39 +153,39 @@ def measure() -> Tuning:
     """
     before = current()
     try:
-        layers = {dtype: _layers(dtype) for dtype in (torch.int8, torch.bfloat16)}
+        layers = {kind: _layers(kind) for kind in FEW_KEYS}
         tuning = before
         if _isa() in FEW_ISAS:
-            tuning = _few(layers, before.few)
+            tuning = _few(layers, before)
         return replace(
             tuning,
-            library=_library_from(layers[torch.bfloat16], tuning),
-            library_int8=_library_from(layers[torch.int8], tuning),
+            library=_library_from(layers["bf16"], tuning),
+            library_int8=_library_from(layers["int8"], tuning),
         )
     finally:
         use(before)
 
 
-def _few(layers: dict[torch.dtype, list[Linear]], default: int) -> Tuning:
-    """The settings of the kernels for few tokens; `default`: of bf16 where there is none."""
+def _few(layers: dict[str, list[Linear]], defaults: Tuning) -> Tuning:
+    """The settings of the kernels for few tokens; `defaults`: of bf16 where there is none."""
     if _isa() == "avx512_vnni":
-        layers = {torch.int8: layers[torch.int8]}
+        layers = {kind: ops for kind, ops in layers.items() if kind != "bf16"}
     prefetch = _fastest_prefetch(layers)
-    few_int8 = _crossover(layers[torch.int8], prefetch)
-    few = default
-    if torch.bfloat16 in layers:
-        few = _crossover(layers[torch.bfloat16], prefetch)
-    return Tuning(few, few_int8, prefetch)
+    few = {FEW_KEYS[kind]: _crossover(ops, prefetch) for kind, ops in layers.items()}
+    return replace(defaults, prefetch=prefetch, **few)
 
 
-def _fastest_prefetch(layers: dict[torch.dtype, list[Linear]]) -> str:
-    """The prefetch with the least product of times over the weights' dtypes, at 1 and 4 tokens."""
-    cases: dict[tuple[str, int, torch.dtype], tuple[Tuning, int, list[Linear]]] = {}
+def _always_few(prefetch: str) -> Tuning:
+    return Tuning(MOST_FEW_TOKENS, MOST_FEW_TOKENS, MOST_FEW_TOKENS, prefetch)
+
+
+def _fastest_prefetch(layers: dict[str, list[Linear]]) -> str:
+    """The prefetch with the least product of times over the kinds of weights, 1 and 4 tokens."""
+    cases: dict[tuple[str, int, str], tuple[Tuning, int, list[Linear]]] = {}
     for prefetch in PREFETCHES:
-        tuning = Tuning(MOST_FEW_TOKENS, MOST_FEW_TOKENS, prefetch)
         for num_tokens in (1, 4):
-            for dtype, ops in layers.items():
-                cases[prefetch, num_tokens, dtype] = (tuning, num_tokens, ops)
+            for kind, ops in layers.items():
+                cases[prefetch, num_tokens, kind] = (_always_few(prefetch), num_tokens, ops)
     times = _bests(cases)
     product = dict.fromkeys(PREFETCHES, 1.0)
     for (prefetch, _, _), seconds in times.items():
@@ -187,8 +197,8 @@ def _crossover(ops: list[Linear], prefetch: str) -> int:
     """Up to how many tokens the kernel for few is the faster one, from 1 on."""
     cases = {}
     for num_tokens in range(1, MOST_FEW_TOKENS + 1):
-        for few in (0, MOST_FEW_TOKENS):
-            cases[num_tokens, few] = (Tuning(few, few, prefetch), num_tokens, ops)
+        cases[num_tokens, 0] = (Tuning(0, 0, 0, prefetch), num_tokens, ops)
+        cases[num_tokens, MOST_FEW_TOKENS] = (_always_few(prefetch), num_tokens, ops)
     times = _bests(cases)
     few_tokens = 0
     while (
@@ -232,17 +242,26 @@ def _bests(cases: dict[Any, tuple[Tuning, int, list[Linear]]]) -> dict[Any, floa
     return {key: min(times) for key, times in seconds.items()}
 
 
-def _layers(dtype: torch.dtype) -> list[Linear]:
-    """One random weight many times over in memory, behind the op for its dtype."""
+def _layers(kind: str) -> list[Linear]:
+    """One random weight of that kind many times over in memory, behind its op."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(-127, 128, (OUT_FEATURES, IN_FEATURES // 2), generator=generator)
+    largest = 7 if kind == "int4" else 127
+    size = (OUT_FEATURES, IN_FEATURES // 2)
+    values = torch.randint(-largest, largest + 1, size, generator=generator)
     nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
     pairs = nibbles[torch.randint(6, (2, OUT_FEATURES, IN_FEATURES // 8), generator=generator)]
-    packed = pack(values.to(dtype), pairs[0] | pairs[1] << 4)
+    bitmask = pairs[0] | pairs[1] << 4
     scale = torch.ones(OUT_FEATURES, dtype=torch.float32)  # vLLM loads with another default
+    if kind == "int4":
+        scales = torch.ones(OUT_FEATURES, -(-IN_FEATURES // SCALE_GROUP), dtype=torch.bfloat16)
+        packed = pack_int4(values.to(torch.int8), bitmask, scales, SCALE_GROUP)
+    else:
+        packed = pack(values.to(torch.int8 if kind == "int8" else torch.bfloat16), bitmask)
 
     def linear(copy: Tensor) -> Linear:
-        if dtype == torch.int8:
+        if kind == "int4":
+            return lambda x: torch.ops.cast.linear24_int4(x, copy, SCALE_GROUP, OUT_FEATURES)
+        if kind == "int8":
             return lambda x: torch.ops.cast.linear24_int8(x, copy, scale, OUT_FEATURES)
         return lambda x: torch.ops.cast.linear24(x, copy, OUT_FEATURES)
 
@@ -289,6 +308,7 @@ def _read(path: Path) -> Tuning:
         return Tuning(
             int(values["few"]),
             int(values["few_int8"]),
+            int(values["few_int4"]),
             str(values["prefetch"]),
             int(values["library"]),
             int(values["library_int8"]),
@@ -305,7 +325,7 @@ def _write(path: Path, tuning: Tuning) -> None:
 
 
 def _machine_hash() -> str:
-    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads(), "by best times")
+    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads(), "by best times, int4")
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ struct AmxProducts {
   // bf16. The workspace begins with a line that says which kernel x was prepared for: x that is not
   // finite is multiplied by the AVX-512 kernel, whose dropped weights are not multiplied at all.
   static bool is_few(const Linear24& p) {
-    return p.dtype != DType::kBFloat16 || p.num_tokens <= p.tuning.few_tokens;
+    return p.dtype != DType::kBFloat16 || p.is_for_few_kernel();
   }
   static int64_t bf16_bytes(const Linear24& p) {
     const int64_t other = kAvx512Bf16Linear24.workspace_bytes(p);
@@ -33,7 +33,6 @@ struct AmxProducts {
     run_amx<Tiles, Weights::kOfXsDType>(p, x, begin, end);
   }
 
-  static bool is_few_int8(const Linear24& p) { return p.num_tokens <= p.tuning.few_tokens_int8; }
   template <Weights kWeights>
   static const Product& few_int8() {
     if (kWeights == Weights::kInt8) return kVnniLinear24Int8;
@@ -41,16 +40,16 @@ struct AmxProducts {
   }
   template <Weights kWeights>
   static int64_t int8_bytes(const Linear24& p) {
-    return is_few_int8(p) ? few_int8<kWeights>().workspace_bytes(p) : amx_int8_bytes(p);
+    return p.is_for_few_kernel() ? few_int8<kWeights>().workspace_bytes(p) : amx_int8_bytes(p);
   }
   template <Weights kWeights>
   static void prepare_int8(const Linear24& p, void* workspace) {
-    if (is_few_int8(p)) return few_int8<kWeights>().prepare(p, workspace);
+    if (p.is_for_few_kernel()) return few_int8<kWeights>().prepare(p, workspace);
     prepare_amx_int8(p, workspace);
   }
   template <Weights kWeights>
   static void run_int8(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-    if (is_few_int8(p)) return few_int8<kWeights>().run(p, workspace, begin, end);
+    if (p.is_for_few_kernel()) return few_int8<kWeights>().run(p, workspace, begin, end);
     if constexpr (kWeights == Weights::kInt4) {
       if (p.scale_group == 64) return run_amx<Tiles, kWeights, 2>(p, workspace, begin, end);
       if (p.scale_group == 32) return run_amx<Tiles, kWeights, 4>(p, workspace, begin, end);

@@ -7,22 +7,20 @@
 namespace cast {
 namespace {
 
-bool is_few(const Linear24& p) { return p.num_tokens <= p.tuning.few_tokens; }
-
 int64_t workspace_bytes(const Linear24& p) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.workspace_bytes(p);
-  return is_few(p) ? p.num_tokens * few_stride(p) * 2 : many_bytes(p);
+  return p.is_for_few_kernel() ? p.num_tokens * few_stride(p) * 2 : many_bytes(p);
 }
 
 void prepare(const Linear24& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.prepare(p, workspace);
   uint16_t* x = static_cast<uint16_t*>(workspace);
-  return is_few(p) ? prepare_few(p, x) : prepare_many(p, x);
+  return p.is_for_few_kernel() ? prepare_few(p, x) : prepare_many(p, x);
 }
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.run(p, workspace, begin, end);
-  if (is_few(p)) return run_few_prefetching<FewBf16>(p, workspace, begin, end);
+  if (p.is_for_few_kernel()) return run_few_prefetching<FewBf16>(p, workspace, begin, end);
   return run_many(p, static_cast<const uint16_t*>(workspace), begin, end);
 }
 

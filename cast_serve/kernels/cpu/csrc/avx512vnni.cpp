@@ -12,23 +12,21 @@
 namespace cast {
 namespace {
 
-bool is_few(const Linear24& p) { return p.num_tokens <= p.tuning.few_tokens_int8; }
-
 int64_t workspace_bytes(const Linear24& p) {
-  return is_few(p) ? int8_few_bytes(p) : int8_many_bytes(p);
+  return p.is_for_few_kernel() ? int8_few_bytes(p) : int8_many_bytes(p);
 }
 
 void prepare(const Linear24& p, void* workspace) {
-  return is_few(p) ? prepare_int8_few(p, workspace) : prepare_int8_many(p, workspace);
+  return p.is_for_few_kernel() ? prepare_int8_few(p, workspace) : prepare_int8_many(p, workspace);
 }
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-  if (is_few(p)) return run_few_prefetching<FewInt8>(p, workspace, begin, end);
+  if (p.is_for_few_kernel()) return run_few_prefetching<FewInt8>(p, workspace, begin, end);
   return run_int8_many<Weights::kInt8, 1>(p, workspace, begin, end);
 }
 
 void run_int4(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-  if (is_few(p)) return run_few_prefetching<FewInt4>(p, workspace, begin, end);
+  if (p.is_for_few_kernel()) return run_few_prefetching<FewInt4>(p, workspace, begin, end);
   switch (p.scale_group) {
     case 128:
       return run_int8_many<Weights::kInt4, 1>(p, workspace, begin, end);

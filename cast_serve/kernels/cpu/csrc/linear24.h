@@ -51,9 +51,10 @@ constexpr int64_t kLeastLibraryTokens = 32;
 struct Tuning {
   int64_t few_tokens;       // bf16: up to how many the kernel for few runs
   int64_t few_tokens_int8;  // the same for int8 weights
+  int64_t few_tokens_int4;  // and for 4-bit weights
   Prefetch prefetch;
   int64_t library_tokens = 0;       // from how many on a library multiplies (library.h); 0: never
-  int64_t library_tokens_int8 = 0;  // the same for int8 weights
+  int64_t library_tokens_int8 = 0;  // the same for int8 and 4-bit weights
 };
 
 struct Linear24 {
@@ -74,6 +75,10 @@ struct Linear24 {
     return (in_features + kInt8TileColumns - 1) / kInt8TileColumns;
   }
   bool has_integers() const { return scale != nullptr || scale_group != 0; }
+  bool is_for_few_kernel() const {
+    if (!has_integers()) return num_tokens <= tuning.few_tokens;
+    return num_tokens <= (scale_group != 0 ? tuning.few_tokens_int4 : tuning.few_tokens_int8);
+  }
   int64_t padded_in_features() const {
     return has_integers() ? num_int8_tile_columns() * kInt8TileColumns
                           : num_tile_columns() * kTileColumns;

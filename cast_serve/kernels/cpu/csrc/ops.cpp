@@ -48,13 +48,14 @@ const cast::Kernel& kernel() {
 // AMD's vpermi2w and vpermi2b cost one micro-operation, Intel's three; AMX needs neither.
 cast::Tuning default_tuning() {
 #ifdef __x86_64__
-  if (&kernel() == &cast::kAmx) return {2, 2, cast::Prefetch::kT1};
+  if (&kernel() == &cast::kAmx) return {2, 2, 2, cast::Prefetch::kT1};
 #endif
   bool is_amd = false;
 #ifdef __x86_64__
   is_amd = __builtin_cpu_is("amd");
 #endif
-  return {is_amd ? 8 : 4, is_amd ? 8 : 4, cast::Prefetch::kT0};
+  const int64_t few_tokens = is_amd ? 8 : 4;
+  return {few_tokens, few_tokens, few_tokens, cast::Prefetch::kT0};
 }
 
 cast::Tuning& tuning() {
@@ -64,15 +65,17 @@ cast::Tuning& tuning() {
 
 constexpr const char* kPrefetchNames[] = {"none", "t0", "t1"};  // in the order of cast::Prefetch
 
-std::tuple<int64_t, int64_t, std::string, int64_t, int64_t> cpu_tuning() {
+std::tuple<int64_t, int64_t, int64_t, std::string, int64_t, int64_t> cpu_tuning() {
   const cast::Tuning& now = tuning();
-  return {now.few_tokens, now.few_tokens_int8, kPrefetchNames[static_cast<int>(now.prefetch)],
-          now.library_tokens, now.library_tokens_int8};
+  const char* prefetch = kPrefetchNames[static_cast<int>(now.prefetch)];
+  return {now.few_tokens, now.few_tokens_int8, now.few_tokens_int4,
+          prefetch,       now.library_tokens,  now.library_tokens_int8};
 }
 
-void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, const std::string& prefetch,
-                    int64_t library_tokens, int64_t library_tokens_int8) {
-  for (const int64_t tokens : {few_tokens, few_tokens_int8})
+void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, int64_t few_tokens_int4,
+                    const std::string& prefetch, int64_t library_tokens,
+                    int64_t library_tokens_int8) {
+  for (const int64_t tokens : {few_tokens, few_tokens_int8, few_tokens_int4})
     TORCH_CHECK_VALUE(0 <= tokens && tokens <= cast::kMostFewTokens,
                       "set_cpu_tuning: the kernel for few tokens takes 0 to ", cast::kMostFewTokens,
                       " of them, not ", tokens);
@@ -82,8 +85,9 @@ void set_cpu_tuning(int64_t few_tokens, int64_t few_tokens_int8, const std::stri
                       " tokens on, or never, which is 0; not from ", tokens);
   for (int i = 0; i < 3; ++i)
     if (prefetch == kPrefetchNames[i]) {
-      tuning() = {few_tokens, few_tokens_int8, static_cast<cast::Prefetch>(i), library_tokens,
-                  library_tokens_int8};
+      tuning() = {few_tokens,      few_tokens_int8,
+                  few_tokens_int4, static_cast<cast::Prefetch>(i),
+                  library_tokens,  library_tokens_int8};
       return;
     }
   TORCH_CHECK_VALUE(false, "set_cpu_tuning: prefetch is \"", prefetch,
@@ -254,10 +258,10 @@ TORCH_LIBRARY(cast, m) {
       "linear_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
-  m.def("cpu_tuning() -> (int, int, str, int, int)", &cpu_tuning);
+  m.def("cpu_tuning() -> (int, int, int, str, int, int)", &cpu_tuning);
   m.def(
-      "set_cpu_tuning(int few_tokens, int few_tokens_int8, str prefetch, int library_tokens, "
-      "int library_tokens_int8) -> ()",
+      "set_cpu_tuning(int few_tokens, int few_tokens_int8, int few_tokens_int4, str prefetch, "
+      "int library_tokens, int library_tokens_int8) -> ()",
       &set_cpu_tuning);
 }
 

@@ -15,8 +15,8 @@ from cast_serve.kernels.cpu import build, tuning
 from cast_serve.kernels.cpu.tuning import Tuning
 from tests.cast_serve.kernels import test_linear24, test_linear24_int8
 
-DEFAULTS = Tuning(8, 4, "t0")
-MEASURED = Tuning(3, 5, "none", 128, 32)
+DEFAULTS = Tuning(8, 4, 2, "t0")
+MEASURED = Tuning(3, 5, 1, "none", 128, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +50,13 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Tuning]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("few=0", Tuning(0, 4, "t0")),
-        ("few_int8=8", Tuning(8, 8, "t0")),
-        ("prefetch=none", Tuning(8, 4, "none")),
-        ("few=4,few_int8=2,prefetch=t1", Tuning(4, 2, "t1")),
-        ("library=32", Tuning(8, 4, "t0", 32, 0)),
-        ("library=0,library_int8=65536", Tuning(8, 4, "t0", 0, 65536)),
+        ("few=0", Tuning(0, 4, 2, "t0")),
+        ("few_int8=8", Tuning(8, 8, 2, "t0")),
+        ("few_int4=0", Tuning(8, 4, 0, "t0")),
+        ("prefetch=none", Tuning(8, 4, 2, "none")),
+        ("few=4,few_int8=2,prefetch=t1", Tuning(4, 2, 2, "t1")),
+        ("library=32", Tuning(8, 4, 2, "t0", 32, 0)),
+        ("library=0,library_int8=65536", Tuning(8, 4, 2, "t0", 0, 65536)),
     ],
 )
 def test_a_forced_tuning_is_used(
@@ -73,6 +74,7 @@ def test_a_forced_tuning_is_used(
         ("few=9", "few=9"),
         ("few=-1", "few=-1"),
         ("few_int8=x", "few_int8=x"),
+        ("few_int4=9", "few_int4=9"),
         ("few=4,prefetch=t2", "prefetch=t2"),
         ("few=4 prefetch=t1", "few=4 prefetch=t1"),
         ("library=31", "library=31"),
@@ -93,7 +95,7 @@ def test_a_wrong_value_is_an_error(monkeypatch: pytest.MonkeyPatch, text: str, p
 def test_a_wrong_value_names_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAST_CPU_TUNING", "library=on")
     allowed = (
-        r"few=0\.\.8, few_int8=0\.\.8, prefetch=none\|t0\|t1, and library and library_int8, "
+        r"few, few_int8 and few_int4, 0\.\.8, prefetch=none\|t0\|t1, and library and library_int8, "
         r"0 or 32\.\.65536, is needed"
     )
     with pytest.raises(ValueError, match=allowed):
@@ -123,6 +125,7 @@ def test_auto_measures_once_and_keeps_the_result(cache: Path, measurements: list
     assert record["tuning"] == {
         "few": 3,
         "few_int8": 5,
+        "few_int4": 1,
         "prefetch": "none",
         "library": 128,
         "library_int8": 32,
@@ -202,6 +205,7 @@ def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
     assert tuning.current() == DEFAULTS
     assert 0 <= measured.few <= 8
     assert 0 <= measured.few_int8 <= 8
+    assert 0 <= measured.few_int4 <= 8
     assert measured.prefetch in tuning.PREFETCHES
     assert measured.library in (0, *tuning.LIBRARY_TOKENS)
     assert measured.library_int8 in (0, *tuning.LIBRARY_TOKENS)
@@ -210,20 +214,24 @@ def test_measuring_gives_a_tuning_and_sets_the_old_one_back(
 
 
 def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With given times: t1 is the fastest, the kernel for few wins up to 6 tokens, no library."""
+    """With given times: t1 is the fastest, the kernel for few up to so many tokens, no library."""
+    up_to = {"bf16": 6, "int8": 3, "int4": 8}
 
     def bests(cases: dict[tuple, tuple]) -> dict[tuple, float]:
-        assert len(cases) in (12, 16, 4)
+        assert len(cases) in (18, 16, 4)
         if len(cases) == 4:
             return dict.fromkeys(cases, 1.0)
-        if len(cases) == 12:
+        if len(cases) == 18:
             return {key: 1.0 if key[0] == "t1" else 1.1 for key in cases}
-        return {(m, few): 1.0 if (few > 0) == (m <= 6) else 1.1 for m, few in cases}
+        times = {}
+        for (num_tokens, few), (_, _, kind) in cases.items():
+            times[num_tokens, few] = 1.0 if (few > 0) == (num_tokens <= up_to[kind]) else 1.1
+        return times
 
     monkeypatch.setattr(tuning, "_bests", bests)
-    monkeypatch.setattr(tuning, "_layers", lambda dtype: [])
+    monkeypatch.setattr(tuning, "_layers", lambda kind: kind)
     monkeypatch.setattr(tuning, "_isa", lambda: "avx512_bf16")
-    assert tuning.measure() == Tuning(6, 6, "t1")
+    assert tuning.measure() == Tuning(6, 3, 8, "t1")
 
 
 @pytest.mark.parametrize(
@@ -250,9 +258,7 @@ def test_the_library_is_chosen_by_time(
         return times
 
     monkeypatch.setattr(tuning, "_bests", bests)
-    monkeypatch.setattr(
-        tuning, "_layers", lambda dtype: int8_op if dtype == torch.int8 else bf16_op
-    )
+    monkeypatch.setattr(tuning, "_layers", lambda kind: bf16_op if kind == "bf16" else int8_op)
     monkeypatch.setattr(tuning, "_isa", lambda: "avx2")
     assert tuning.measure() == replace(DEFAULTS, library=expected)
 
@@ -261,7 +267,7 @@ def test_the_library_is_chosen_by_time(
     ("isa", "expected"),
     [
         ("avx2", "avx2 library=32,library_int8=0"),
-        ("amx", "amx few=8,few_int8=4,prefetch=t0,library=32,library_int8=0"),
+        ("amx", "amx few=8,few_int8=4,few_int4=2,prefetch=t0,library=32,library_int8=0"),
     ],
 )
 def test_the_description_names_what_was_chosen(
@@ -275,11 +281,12 @@ def test_the_description_names_what_was_chosen(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((9, 4, "t0"), "takes 0 to 8 of them, not 9"),
-        ((8, -1, "t0"), "takes 0 to 8 of them, not -1"),
-        ((8, 4, "t2"), 'prefetch is "t2"; none, t0 or t1 is needed'),
-        ((8, 4, "t0", 31, 0), "from 32 tokens on, or never, which is 0; not from 31"),
-        ((8, 4, "t0", 0, -1), "from 32 tokens on, or never, which is 0; not from -1"),
+        ((9, 4, 2, "t0"), "takes 0 to 8 of them, not 9"),
+        ((8, -1, 2, "t0"), "takes 0 to 8 of them, not -1"),
+        ((8, 4, 9, "t0"), "takes 0 to 8 of them, not 9"),
+        ((8, 4, 2, "t2"), 'prefetch is "t2"; none, t0 or t1 is needed'),
+        ((8, 4, 2, "t0", 31, 0), "from 32 tokens on, or never, which is 0; not from 31"),
+        ((8, 4, 2, "t0", 0, -1), "from 32 tokens on, or never, which is 0; not from -1"),
     ],
 )
 def test_the_op_refuses_what_is_out_of_range(values: tuple, message: str) -> None:
@@ -296,7 +303,7 @@ def test_every_tuning_gives_the_same_products(
 ) -> None:
     linears = [test_linear24_int8.make(kind, shape) for kind in test_linear24_int8.KINDS]
     weight16, packed16 = test_linear24.make(shape, torch.bfloat16)
-    tuning.use(Tuning(few, few, prefetch))
+    tuning.use(Tuning(few, few, few, prefetch))
     for num_tokens in range(1, 10):
         x = test_linear24_int8.exact_x(num_tokens, shape[1], torch.float32)
         for linear in linears:
