@@ -328,7 +328,7 @@ def _warn_of_changes(source: ModelDirectory) -> None:
 def _warn_of_training(source: ModelDirectory, plan: Plan) -> None:
     """Says where the source is not quantised as it was trained to be."""
     trained_as = source.record.get("trained_as")
-    if trained_as is None or plan.calibrated is not None or plan.is_trained(source):
+    if trained_as is None or plan.is_trained(source):
         return
     group = trained_as["scale_group"]
     flags = f"--quantize {trained_as['quantize']}" + (f" --scale-group {group}" if group else "")

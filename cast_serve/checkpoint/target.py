@@ -57,8 +57,10 @@ class Plan(NamedTuple):
         return target.quantize(self.quantize, self.scale_group)
 
     def is_trained(self, source: ModelDirectory) -> bool:
-        """Whether the source was trained for just this: then it has the scales."""
-        trained_as = source.record.get("trained_as") if source.kind == "gated" else None
+        """Whether the source was trained for just this and lends the scales."""
+        if self.calibrated is not None or source.kind != "gated":
+            return False
+        trained_as = source.record.get("trained_as")
         wanted = {"quantize": self.quantize, "scale_group": self._scale_group}
         return trained_as is not None and wanted.items() <= trained_as.items()
 

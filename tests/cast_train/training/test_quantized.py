@@ -20,6 +20,7 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate.evaluation import evaluate
 from cast_train.gates import gating
 from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.pruning.quantize import write_quantized
 from cast_train.training.run import train
 from cast_train.training.trainer import CastTrainer
 
@@ -109,6 +110,10 @@ def test_a_conversion_to_something_else_is_warned_of(
         assert wanted in caplog.text
         how = "with scales chosen anew" if options else "here it is not quantised"
         assert how in caplog.text
+    caplog.clear()
+    write_quantized(tmp_path / "out", [text_file], tmp_path / "calibrated", "int4", None, 32, 4)
+    assert wanted in caplog.text
+    assert "with scales chosen anew" in caplog.text
     cast = json.loads((tmp_path / "1/cast.json").read_text())
     assert cast["quantization"]["scales"] == SCALES_CHOSEN
 
