@@ -249,7 +249,7 @@ int main() {
 #endif
       &cast::kPortable};
   const int64_t shapes[][2] = {{1, 4}, {7, 60}, {8, 64}, {33, 260}, {129, 68}, {1049, 132}};
-  const cast::Tuning tunings[] = {{8, 8, cast::Prefetch::kT1}, {0, 0, cast::Prefetch::kNone}};
+  const cast::Tuning tunings[] = {{8, 8, 8, cast::Prefetch::kT1}, {0, 0, 0, cast::Prefetch::kNone}};
   const std::pair<Weights, int64_t> kinds[] = {{Weights::kOfXsDType, 0}, {Weights::kInt8, 0},
                                                {Weights::kInt4, 128},    {Weights::kInt4, 64},
                                                {Weights::kInt4, 32},     {Weights::kDenseInt8, 0}};

@@ -49,7 +49,7 @@ void compute(const Header& header) {
   p.scale = has_scale ? scale.data() : nullptr, p.bias = bias.data(), p.out = out.data;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
   p.scale_group = header.scale_group;
-  p.tuning = {0, 0, cast::Prefetch::kNone};
+  p.tuning = {0, 0, 0, cast::Prefetch::kNone};
 
   const cast::Product* products[] = {cast::kPortable.linear24, cast::kPortable.linear24_int8,
                                      cast::kPortable.linear24_int4, cast::kPortable.linear_int8};
