@@ -214,6 +214,8 @@ def check_directory(drawn: tuple[str, list[Act]]) -> None:
         (outside / "secret").write_bytes(SECRET)
         shutil.copy(FIXTURES / "int8-zeros" / SHARD, outside)
         for act in acts:
+            if any(path.is_fifo() for path in folder.iterdir()):
+                break  # to write to it would wait for a reader
             try:
                 write(folder, outside, act)
             except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
