@@ -57,7 +57,7 @@ class Plan(NamedTuple):
         return target.quantize(self.quantize, self.scale_group)
 
     def is_trained(self, source: ModelDirectory) -> bool:
-        """Whether the source was trained for just this and lends the scales."""
+        """Whether the targets are stored with the scales that the source was trained with."""
         if self.calibrated is not None or source.kind != "gated":
             return False
         trained_as = source.record.get("trained_as")

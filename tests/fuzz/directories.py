@@ -109,7 +109,10 @@ ACTS = some.one_of(
     some.tuples(some.just("index"), some.sampled_from(["SHARD", "../outside/model.safetensors"])),
 )
 # What an act raises where an act before it left nothing that it could change.
-UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError)
+UNFIT = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration),
+    *(RecursionError, ZeroDivisionError),
+)
 
 
 @cache
@@ -145,7 +148,7 @@ def write(folder: Path, outside: Path, act: Act) -> None:
         os.truncate(shard, int(shard.stat().st_size * details[0]))
     elif kind == "flip":
         content = bytearray(shard.read_bytes())
-        content[details[0] % max(len(content), 1)] ^= details[1]  # IndexError if empty
+        content[details[0] % len(content)] ^= details[1]
         shard.write_bytes(content)
     elif kind == "length":
         shard.write_bytes(details[0].to_bytes(8, "little") + shard.read_bytes()[8:])

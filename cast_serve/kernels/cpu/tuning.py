@@ -325,7 +325,7 @@ def _write(path: Path, tuning: Tuning) -> None:
 
 
 def _machine_hash() -> str:
-    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads(), "by best times, int4")
+    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads(), "by best times")
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
