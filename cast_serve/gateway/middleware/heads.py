@@ -14,6 +14,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cast_serve.gateway.api.errors import APIError
 
+LINGER_S = 1.0  # how long, and for how many bytes, a refused client may go on sending
+LINGER_BYTES = 1 << 20
+
 
 class HeadLimit:
     """The middleware: 431 for a head that is too large.
@@ -67,12 +70,18 @@ class BoundedHead(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._num_pending = 0  # bytes
         self._has_progressed = False
+        self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(self._timeout_s, transport.close)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            self._num_pending += len(data)
+            if self._num_pending > LINGER_BYTES:
+                self.transport.close()
+            return
         previous = self.cycle
         self._has_progressed = False
         super().data_received(data)
@@ -104,14 +113,20 @@ class BoundedHead(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _refuse(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            content = _too_large(self._max_bytes)
-            head = (
-                "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + content)
-        self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:
+            return self.transport.close()
+        content = _too_large(self._max_bytes)
+        head = (
+            "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + content)
+        # Closing while bytes of the client's are unread would reset the connection, and a reset
+        # discards the answer at the client, so what follows is read and dropped.
+        self._is_refused = True
+        self.transport.write_eof()
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -202,7 +202,7 @@ def test_a_head_may_come_in_pieces() -> None:
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def answer_to(process: Process, *pieces: bytes) -> bytes:
+def answer_to(process: Process, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     """What the gateway says to bytes until it closes the connection."""
     address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
     found = b""
@@ -212,6 +212,7 @@ def answer_to(process: Process, *pieces: bytes) -> bytes:
     ):
         for piece in pieces:
             connection.sendall(piece)
+            time.sleep(pause_s)
         while piece := connection.recv(1 << 16):
             found += piece
     return found
@@ -224,7 +225,9 @@ def test_bytes_without_an_end_are_not_collected() -> None:
         found = answer_to(process, head, b"X-A: ", *[b"a" * 1000] * 10)
         assert found.startswith(b"HTTP/1.1 431")
         assert b"larger than 4096 bytes" in found
-        assert answer_to(process, b"GET /", *[b"a" * 1000] * 10).startswith(b"HTTP/1.1 431")
+        pieces = [b"GET /", *[b"a" * 1000] * 10]  # with a pause: refused while it still sends
+        for pause_s in (0.0, 0.02):
+            assert answer_to(process, *pieces, pause_s=pause_s).startswith(b"HTTP/1.1 431")
         chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         endless = answer_to(process, chunked, b"1\r\n{\r\n0\r\nX-A: ", *[b"a" * 65536] * 100)
         assert b"200" not in endless[:12]
