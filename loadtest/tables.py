@@ -220,18 +220,23 @@ def _study(paths: Sequence[Path]) -> list[str]:
     first = next(iter(logs))
     lines = []
     for way, found in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
-        cells = [way, f"{found['perplexity']:.3f}", "", "", ""]
+        cells = [way, f"{found['perplexity']:.3f}", "", "", "", ""]
         if way in logs:
             recovered = (sparsegpt - math.log(found["perplexity"])) / (sparsegpt - dense)
             cells[1] += f" ({found['perplexity_min']:.3f} to {found['perplexity_max']:.3f})"
             cells[2:4] = f"{recovered:.0%}", f"{found['flipped_share']:.1%}"
+            cells[4] = f"{found['cpu_s']:,.0f}" if "cpu_s" in found else ""
         if way in logs and way != first:
             above = [logs[way][seed] - logs[first][seed] for seed in logs[first]]
             error = statistics.stdev(above) / math.sqrt(len(above))
-            cells[4] = f"{statistics.fmean(above):+.4f} +- {error:.4f}"
+            cells[5] = f"{statistics.fmean(above):+.4f} +- {error:.4f}"
         lines.append(cells)
     columns = ["way", "perplexity, mean (range of seeds)", "recovered", "mask flipped"]
-    return markdown_table([*columns, f"log perplexity above {first}, paired by seed"], lines)
+    columns += ["CPU s a run", f"log perplexity above {first}, paired by seed"]
+    if "cpu_s" not in summary[first]:  # as in records made before there was this figure
+        for cells in (columns, *lines):
+            del cells[4]
+    return markdown_table(columns, lines)
 
 
 def _curve(paths: Sequence[Path]) -> list[str]:

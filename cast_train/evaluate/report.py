@@ -41,6 +41,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ),
             "flipped_share": statistics.fmean(row["flipped_share"] for row in runs),
             "step_s": statistics.median(row["step_s"] for row in runs),
+            "cpu_s": statistics.fmean(row["cpu_s"] for row in runs),
             "peak_memory_mb": max(row["peak_memory_mb"] for row in runs),
             "tokens": runs[0]["tokens"],
             "num_seeds": len(runs),
@@ -70,7 +71,7 @@ def table_of(result: Mapping[str, Any]) -> str:
     summary = result["summary"]
     asked = list(dict.fromkeys(name for row in summary.values() for name in row.get("choices", {})))
     head = ["way", "tokens", "perplexity, mean (range of seeds)", "recovered of the log gap"]
-    head += ["soft to hard", "mask flipped", "s a step", "peak MB"]
+    head += ["soft to hard", "mask flipped", "s a step", "CPU s a run", "peak MB"]
     head += ["KL, nats a token", *(f"{name} acc_norm" for name in asked)] if asked else []
     table = [head, ["---"] * len(head)]
     for way, row in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
@@ -85,11 +86,12 @@ def table_of(result: Mapping[str, Any]) -> str:
                 f"{row['soft_to_hard']:+.2%}",
                 f"{row['flipped_share']:.1%}",
                 f"{row['step_s']:.2f}",
+                f"{row['cpu_s']:.0f}",
                 f"{row['peak_memory_mb']:.0f}",
             ]
         else:
             name = "dense, as given" if way == "before" else f"one-shot {way}"
-            cells = [name, "0", f"{row['perplexity']:.2f}", "", "", "", "", ""]
+            cells = [name, "0", f"{row['perplexity']:.2f}", "", "", "", "", "", ""]
         if asked:
             cells.append(f"{row['kl_nats_per_token']:.3f}" if "choices" in row else "")
             for name in asked:

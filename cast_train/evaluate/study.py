@@ -194,8 +194,12 @@ def _append(out: Path, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
-    """Runs `cast-train`: its last line, seconds, and peak memory in MB."""
+def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
+    """Runs `cast-train`: its last line, and what it took.
+
+    CPU seconds are those of all threads, also while they wait for each other: compare them where
+    OMP_WAIT_POLICY is passive. A run that went on from a checkpoint has those of its last process.
+    """
     command = [sys.executable, "-m", "cast_train", *map(str, arguments)]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -216,8 +220,12 @@ def _call(*arguments: object) -> tuple[dict[str, Any], float, float]:
         raise StudyError(
             f"{' '.join(command)} ended with {process.returncode}; run the study again to continue"
         )
-    elapsed_s = time.monotonic() - began
-    return json.loads(printed.splitlines()[-1]), elapsed_s, usage.ru_maxrss / 1024
+    took = {
+        "elapsed_s": time.monotonic() - began,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_memory_mb": usage.ru_maxrss / 1024,
+    }
+    return json.loads(printed.splitlines()[-1]), took
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ class _Measure:
             command += ["--reference", self.model]
             for path in self.choices:
                 command += ["--choices", path]
-        found, _, _ = _call(*command)
+        found, _ = _call(*command)
         figures: dict[str, Any] = {
             "perplexity": found.get("perplexity_hard", found.get("perplexity"))
         }
@@ -286,7 +294,7 @@ def _train(
     )
     command: list[object] = ["run", "--model", model, "--text", *text_files, "--heldout", heldout]
     command += ["--config", settings, "--out", folder, "--resume"]
-    figures, elapsed_s, peak_memory_mb = _call(*command)
+    figures, took = _call(*command)
     record = json.loads((folder / "cast.json").read_text(encoding="utf-8"))
     answers = measure(folder) if measure.choices else {}
     shutil.rmtree(folder)
@@ -302,7 +310,6 @@ def _train(
         "perplexity_soft": figures["perplexity_soft"],
         "flipped_share": figures["flipped_share"],
         "step_s": record["step_s"],
-        "elapsed_s": elapsed_s,
-        "peak_memory_mb": peak_memory_mb,
+        **took,
         "curve": record["curve"],
     }

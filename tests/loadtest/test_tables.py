@@ -85,6 +85,11 @@ def test_a_study_by_hand(tmp_path: Path) -> None:
         "| b | 4.250 (4.000 to 4.300) | 36% | 1.2% | +0.0359 +- 0.0118 |",
         "| sparsegpt | 4.400 |  |  |  |",
     ]
+    summary["a"]["cpu_s"], summary["b"]["cpu_s"] = 90.4, 1200.0
+    (tmp_path / "s.json").write_text(json.dumps({"runs": runs, "summary": summary}))
+    lines = rewritten(page, tmp_path).splitlines()[3:-1]
+    assert lines[0] == "| before | 4.000 |  |  |  |  |"
+    assert lines[2] == "| b | 4.250 (4.000 to 4.300) | 36% | 1.2% | 1,200 | +0.0359 +- 0.0118 |"
 
 
 def test_paired_losses_by_hand(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ROWS: list[dict[str, Any]] = [
             "perplexity_soft": perplexity / 1.01,
             "flipped_share": 0.1,
             "step_s": 0.5,
+            "cpu_s": 80.0 + 20 * seed,
             "peak_memory_mb": 100.0 + seed,
             "curve": [{"tokens": 500, "perplexity": 30.0}, {"tokens": 1000, "perplexity": 20.0}],
         }
@@ -49,7 +50,7 @@ def test_the_table_is_sorted_by_perplexity():
     lines = report.table_of(result).splitlines()[4:]
     names = [line.split("|")[1].strip() for line in lines]
     assert names == ["dense, as given", "ste", "one-shot wanda", "one-shot magnitude"]
-    assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 101" in lines[1]
+    assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 90 | 101" in lines[1]
 
 
 def test_an_unknown_way_is_named():
@@ -97,7 +98,7 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     (row,) = [row for row in result["runs"] if row["seed"] is not None]
     assert (row["way"], row["tokens"]) == ("ste", 4 * 4 * 32)
     assert [point["tokens"] for point in row["curve"]] == [256, 512]
-    assert row["step_s"] > 0
+    assert 0 < row["step_s"] < row["cpu_s"]
     assert row["peak_memory_mb"] > 50
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -137,10 +138,10 @@ def measured(monkeypatch):
     def call(command, *arguments):
         if command == "oneshot":
             Path(arguments[-1]).mkdir(parents=True)
-            return {}, 1.0, 1.0
+            return {}, {}
         found.append(arguments[0].name)
         accuracy = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5)
-        return {"perplexity": 9.0, "kl_nats_per_token": 0.0, "sums": accuracy}, 1.0, 1.0
+        return {"perplexity": 9.0, "kl_nats_per_token": 0.0, "sums": accuracy}, {}
 
     monkeypatch.setattr(study, "_call", call)
     return found
