@@ -1,5 +1,7 @@
 """Logits, labels and a teacher's logits -> the task loss and the distillation loss, in one pass.
 
+`hidden_distance` adds what lies before the logits.
+
 L = (1 - eta) * L_task + eta * T^2 * KL(teacher || student), the second softened by the temperature
 T; the teacher is the dense model as it was before training. T^2 keeps the gradient's size when T
 changes. Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
@@ -8,6 +10,7 @@ The gradient is made while the loss is, a few tokens at a time: log_softmax and 
 all logits at once cost a fifth of a training step on a CPU, most of it fresh memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +66,28 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     labels = student.new_full(student.shape[:1], UNLABELLED, dtype=torch.int64)
     total: Tensor = _Losses.apply(student, labels, teacher, 1.0, temperature)[0]
     return total
+
+
+def hidden_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
+    """How far hidden states are from the teacher's, relative to the teacher's own length.
+
+    The squared distance of each token's vector over the squared length of the teacher's, averaged
+    over tokens and layers, so that no layer and no token with large activations outweighs others.
+    Kurtic et al. (SquareHead, 2023) divide by the mean over all tokens and sum over the layers.
+
+    Args:
+        states: of each layer [num_blocks, block_size, hidden], any floating dtype.
+        teacher_states: the same number and shapes.
+
+    Returns:
+        fp32 scalar, 0 if both agree.
+    """
+    distances = []
+    for ours, theirs in zip(states, teacher_states, strict=True):
+        theirs = theirs.float()
+        length = theirs.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        distances.append(((ours.float() - theirs).square().sum(-1) / length).mean())
+    return torch.stack(distances).mean()
 
 
 class _Losses(torch.autograd.Function):

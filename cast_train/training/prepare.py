@@ -125,7 +125,7 @@ def prepare(
                 embedding.requires_grad_(False)
     teacher = None
     if config.distillation_weight:
-        teacher = _load_teacher(teacher_dir or model_dir, config, model.config.vocab_size)
+        teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
     return Prepared(model, targets, kept_dense, gate_map, start, reach, teacher)
 
 
@@ -223,12 +223,19 @@ def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) ->
         targets[name].weight.copy_(weight)
 
 
-def _load_teacher(directory: Path, config: TrainConfig, vocabulary: int) -> Any:
+def _load_teacher(directory: Path, config: TrainConfig, student: Any) -> Any:
     teacher = load_dense(directory, arithmetic(config.precision)).requires_grad_(False)
-    if teacher.config.vocab_size != vocabulary:
+    if teacher.config.vocab_size != student.vocab_size:
         raise ValueError(
             f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
-            f"the model one of {vocabulary}; only a teacher with the model's own tokenizer can be "
-            "distilled from"
+            f"the model one of {student.vocab_size}; only a teacher with the model's own tokenizer "
+            "can be distilled from"
         )
+    for name in ("num_hidden_layers", "hidden_size"):
+        found, wanted = getattr(teacher.config, name), getattr(student, name)
+        if config.hidden_states_weight and found != wanted:
+            raise ValueError(
+                f"the teacher {directory} has {name} {found} and the model {wanted}; set "
+                "hidden_states_weight to 0 for a teacher of another shape"
+            )
     return teacher.eval()

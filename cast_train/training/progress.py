@@ -64,6 +64,9 @@ def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
         if config.distillation_temperature != 1:
             teacher += f" at temperature {config.distillation_temperature:g}"
         parts.append(f"{share:.3g} x {teacher}")
+    if has_teacher and config.hidden_states_weight:
+        distance = "relative squared distance of the hidden states from the teacher's"
+        parts.append(f"{config.hidden_states_weight:g} x {distance}")
     if config.method == "gates" and config.penalty_weight and config.hard_fraction:
         ramp = "" if config.penalty_ramp == "constant" else "up to "
         penalty = "sparsity penalty until the mask is exact"

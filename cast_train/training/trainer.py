@@ -1,7 +1,8 @@
 """CastTrainer: transformers' Trainer with gates, distillation and the sparsity penalty in its loss.
 
-Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity; optimizer.py has
-the steps. Weights and gates are fp32 throughout, since bf16 would round small steps away.
+Loss of a step: (1 - eta) * L_task + eta * L_distillation + lambda * L_sparsity, and a term for the
+hidden states; optimizer.py has the steps. Weights and gates are fp32 throughout, since bf16 would
+round small steps away.
 """
 
 import contextlib
@@ -82,21 +83,29 @@ class CastTrainer(Trainer):
         step = self.state.global_step
         phase = phase_at(step, self.config)
         gating.set_phase(self.gate_map, phase)
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        hidden_weight = self.config.hidden_states_weight if self.teacher is not None else 0.0
+        asked = {"input_ids": inputs["input_ids"], "use_cache": False}
+        asked["output_hidden_states"] = hidden_weight > 0
+        outputs = model(**asked)
         wanted = None
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+                wanted = self.teacher(**asked)
         loss, task, distillation = losses.losses(
             outputs.logits,
             inputs["labels"],
-            wanted,
+            None if wanted is None else wanted.logits,
             0.0 if wanted is None else self.config.distillation_weight,
             self.config.distillation_temperature,
         )
         self.figures = {"task_loss": task.item()}
         if wanted is not None:
             self.figures["distillation_loss"] = distillation.item()
+        if wanted is not None and hidden_weight:
+            # The first are the embeddings, before any target.
+            hidden = losses.hidden_distance(outputs.hidden_states[1:], wanted.hidden_states[1:])
+            loss = loss + hidden_weight * hidden
+            self.figures["hidden_states_loss"] = hidden.item()
         if (sparsity := gating.penalty(self.gate_map)) is not None:
             loss = loss + phase.penalty_weight * sparsity
             self.figures["sparsity_loss"] = sparsity.item()

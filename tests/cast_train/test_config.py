@@ -107,6 +107,10 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
         ({"learning_rate": float("nan")}, "learning_rate is nan, but must be a finite number"),
         ({"tau_end": 0.0}, "tau_end is 0.0, but must be greater than or equal to 0.0001"),
         ({"tau_end": 0.9}, "tau must fall"),
+        (
+            {"hidden_states_weight": 3.0, "distillation_weight": 0.0},
+            "hidden_states_weight 3.0 needs a teacher; set distillation_weight above 0",
+        ),
         ({"hard_fraction": 1.0}, "the last steps must see the exact mask"),
         ({"tau_end_fraction": 0.9}, "the last steps must see the exact mask"),
         ({"include": "q_proj"}, "include is 'q_proj', but must be a valid list of strings"),

@@ -152,6 +152,46 @@ def test_the_divergence_is_zero_for_equals_and_keeps_its_gradient_with_temperatu
     torch.testing.assert_close(losses.divergence(student, teacher), expected.mean())
 
 
+def test_a_teacher_of_another_shape_has_no_hidden_states_to_learn_from(
+    llama_dir, text_file, settings_file, tmp_path
+):
+    settings = LlamaConfig.from_pretrained(llama_dir)
+    settings.num_hidden_layers = 3
+    LlamaForCausalLM(settings).save_pretrained(tmp_path / "teacher")
+    config = config_of(settings_file, steps=4, hidden_states_weight=1.0)
+    with pytest.raises(ValueError, match="has num_hidden_layers 3 and the model 2; set hidden_"):
+        train(llama_dir, [text_file], tmp_path / "out", config, teacher_dir=tmp_path / "teacher")
+
+
+def test_the_hidden_states_teach_alike_with_checkpointing(
+    model_dir, text_file, settings_file, tmp_path
+):
+    """The gradient reaches every layer also where its activations are made a second time."""
+    written = []
+    for weight, is_checkpointed in ((0.0, False), (100.0, False), (100.0, True)):
+        changes = {"hidden_states_weight": weight, "is_checkpointed": is_checkpointed}
+        config = config_of(settings_file, steps=4, method="ste", precision="fp32", **changes)
+        out = tmp_path / f"{weight}-{is_checkpointed}"
+        train(model_dir, [text_file], out, config)
+        written.append(load_file(out / "model.safetensors"))
+    without, with_them, checkpointed = written
+    moved = [name for name in without if "layers.0" in name or "h.0" in name]
+    assert moved
+    assert any(not torch.equal(without[name], with_them[name]) for name in moved)
+    for name, tensor in with_them.items():
+        torch.testing.assert_close(checkpointed[name], tensor, msg=name)
+
+
+def test_the_distance_of_hidden_states_by_hand():
+    theirs = [torch.tensor([[[3.0, 4.0], [0.0, 0.1]]]), torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])]
+    assert losses.hidden_distance(theirs, theirs).item() == 0
+    doubled, nothing = [2 * each for each in theirs], [0 * each for each in theirs]
+    assert losses.hidden_distance(doubled, theirs).item() == pytest.approx(1)
+    assert losses.hidden_distance(nothing, theirs).item() == pytest.approx(1)
+    ours = [theirs[0], torch.tensor([[[1.0, 1.0], [0.0, 2.0]]])]  # one of four tokens is 1 off
+    assert losses.hidden_distance(ours, theirs).item() == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_losses_and_their_gradient_are_those_of_the_formula(share, temperature):

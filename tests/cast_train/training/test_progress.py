@@ -25,6 +25,13 @@ from cast_train.training.run import train
         ),
         ({"method": "dense"}, False, "loss of a step: 1 x cross-entropy of the next token"),
         (
+            {"method": "ste", "hidden_states_weight": 30.0},
+            True,
+            "loss of a step: 0.1 x cross-entropy of the next token + 0.9 x KL divergence from the "
+            "teacher's prediction to the model's + 30 x relative squared distance of the hidden "
+            "states from the teacher's",
+        ),
+        (
             {"method": "ste", "distillation_temperature": 2.0},
             True,
             "loss of a step: 0.1 x cross-entropy of the next token + 0.9 x KL divergence from the "
