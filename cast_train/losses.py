@@ -71,22 +71,25 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def hidden_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
     """How far hidden states are from the teacher's, relative to the teacher's own length.
 
-    The squared distance of each token's vector over the squared length of the teacher's, averaged
-    over tokens and layers, so that no layer and no token with large activations outweighs others.
-    Kurtic et al. (SquareHead, 2023) divide by the mean over all tokens and sum over the layers.
+    With d the squared distance of a token's vector over the squared length of the teacher's, the
+    mean of d / (1 + d) over tokens and layers. So no layer and no token with large activations
+    outweighs others: where the model alone has one of the huge activations that a few tokens get,
+    d is in the tens of thousands. Kurtic et al. (SquareHead, 2023) divide by the mean length over
+    all tokens and sum over the layers.
 
     Args:
         states: of each layer [num_blocks, block_size, hidden], any floating dtype.
         teacher_states: the same number and shapes.
 
     Returns:
-        fp32 scalar, 0 if both agree.
+        fp32 scalar from 0, where both agree, to 1.
     """
     distances = []
     for ours, theirs in zip(states, teacher_states, strict=True):
         theirs = theirs.float()
+        distance = (ours.float() - theirs).square().sum(-1)
         length = theirs.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        distances.append(((ours.float() - theirs).square().sum(-1) / length).mean())
+        distances.append((distance / (length + distance)).mean())
     return torch.stack(distances).mean()
 
 

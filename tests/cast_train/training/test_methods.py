@@ -186,10 +186,10 @@ def test_the_distance_of_hidden_states_by_hand():
     theirs = [torch.tensor([[[3.0, 4.0], [0.0, 0.1]]]), torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])]
     assert losses.hidden_distance(theirs, theirs).item() == 0
     doubled, nothing = [2 * each for each in theirs], [0 * each for each in theirs]
-    assert losses.hidden_distance(doubled, theirs).item() == pytest.approx(1)
-    assert losses.hidden_distance(nothing, theirs).item() == pytest.approx(1)
-    ours = [theirs[0], torch.tensor([[[1.0, 1.0], [0.0, 2.0]]])]  # one of four tokens is 1 off
-    assert losses.hidden_distance(ours, theirs).item() == pytest.approx(0.25)
+    assert losses.hidden_distance(doubled, theirs).item() == pytest.approx(0.5)
+    assert losses.hidden_distance(nothing, theirs).item() == pytest.approx(0.5)
+    ours = [theirs[0], torch.tensor([[[1.0, 3.0], [0.0, 2.0]]])]  # of one of four tokens d is 9
+    assert losses.hidden_distance(ours, theirs).item() == pytest.approx(0.9 / 4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
