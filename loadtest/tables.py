@@ -266,4 +266,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "carried": _of_records(bench.carried),
     "decode": _of_records(bench.decode),
     "soak": _of_records(bench.soak),
+    "fuzz": _of_records(bench.fuzz),
 }

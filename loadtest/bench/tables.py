@@ -1,4 +1,4 @@
-"""Records of benchmarks and of soaks -> the tables of README and docs that are made of them."""
+"""Records of benchmarks, soaks and fuzzers -> the tables of README and docs made of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -159,3 +159,19 @@ def soak(records: Sequence[Record]) -> list[str]:
         lines.append([found["workers"], str(found["seed"]), *cells, f"{value:.1f} +- {error:.1f}"])
     titles = ["workers", "seed", "requests", "faults", "lost", "wrong", "hung"]
     return markdown_table([*titles, "memory, kB a 1,000 requests"], lines)
+
+
+def fuzz(records: Sequence[Record]) -> list[str]:
+    """`python -m tests.fuzz`: a line a target, summed over the records."""
+    sums: dict[str, list[float]] = {}
+    for target in (target for found in records for target in found["targets"]):
+        sum_of = sums.setdefault(target["target"], [0.0, 0, 0])
+        sum_of[0] += target["cpu_minutes"]
+        sum_of[1] += target["num_examples_at_most"]
+        sum_of[2] += len(target["findings"])
+    sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
+    lines = [
+        [name, f"{minutes:.0f}", f"{num_examples:,}", str(num_findings)]
+        for name, (minutes, num_examples, num_findings) in sums.items()
+    ]
+    return markdown_table(["target", "CPU minutes", "examples at most", "findings"], lines)

@@ -233,6 +233,24 @@ def test_a_soak_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_the_fuzzers_cpu_minutes_by_hand(tmp_path: Path) -> None:
+    def of(name: str, minutes: float, findings: list[str]) -> dict[str, object]:
+        found = {"target": name, "cpu_minutes": minutes, "num_examples_at_most": 1200}
+        return {**found, "findings": findings}
+
+    for name, targets in (
+        ("a", [of("sse", 2.25, []), of("bodies", 4.0, ["E at x:1", "E at y:2"])]),
+        ("b", [of("sse", 4.5, [])]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"targets": targets}))
+    page = "<!-- table: fuzz a.json b.json -->\n<!-- end of table -->\n"
+    assert rewritten(page, tmp_path).splitlines()[3:6] == [
+        "| sse | 7 | 2,400 | 0 |",
+        "| bodies | 4 | 1,200 | 2 |",
+        "| all | 11 | 3,600 | 2 |",
+    ]
+
+
 def test_wrong_marks_are_named(tmp_path: Path) -> None:
     for kind, message in (("coverages", "'coverages' is not known"), ("coverage", "c.json cannot")):
         page = f"<!-- table: {kind} c.json -->\n<!-- end of table -->\n"
