@@ -23,7 +23,7 @@ echo "$(basename "$0") $*" | tee -a typed
 case "$(basename "$0") $*" in
     *serve | *" up "*)
         python3 -m http.server {port} --bind 127.0.0.1 --directory {folder} &
-        trap "kill $!" INT
+        trap "kill $!; wait $!" INT  # else it may still answer for the next one
         wait ;;
     make* | cast-*) echo "{{}}" ;;
 esac
