@@ -41,13 +41,20 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             ),
             "flipped_share": statistics.fmean(row["flipped_share"] for row in runs),
             "step_s": statistics.median(row["step_s"] for row in runs),
-            "cpu_s": statistics.fmean(row["cpu_s"] for row in runs),
+            **_cpu_seconds(runs),
             "peak_memory_mb": max(row["peak_memory_mb"] for row in runs),
             "tokens": runs[0]["tokens"],
             "num_seeds": len(runs),
             **_answers(runs),
         }
     return summary
+
+
+def _cpu_seconds(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Their mean; of a study that an earlier version began, some runs have none."""
+    if not all("cpu_s" in row for row in runs):
+        return {}
+    return {"cpu_s": statistics.fmean(row["cpu_s"] for row in runs)}
 
 
 def _answers(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def table_of(result: Mapping[str, Any]) -> str:
                 f"{row['soft_to_hard']:+.2%}",
                 f"{row['flipped_share']:.1%}",
                 f"{row['step_s']:.2f}",
-                f"{row['cpu_s']:.0f}",
+                f"{row['cpu_s']:.0f}" if "cpu_s" in row else "",
                 f"{row['peak_memory_mb']:.0f}",
             ]
         else:

@@ -162,9 +162,10 @@ def soak(records: Sequence[Record]) -> list[str]:
 
 
 def fuzz(records: Sequence[Record]) -> list[str]:
-    """`python -m tests.fuzz`: a line a target, summed over the records."""
+    """`python -m tests.fuzz --record`: a line a target, summed over the runs."""
     sums: dict[str, list[float]] = {}
-    for target in (target for found in records for target in found["targets"]):
+    runs = [run for found in records for run in found["runs"]]
+    for target in (target for run in runs for target in run["targets"]):
         sum_of = sums.setdefault(target["target"], [0.0, 0, 0])
         sum_of[0] += target["cpu_minutes"]
         sum_of[1] += target["num_examples_at_most"]

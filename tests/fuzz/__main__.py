@@ -1,6 +1,6 @@
 """CPU minutes -> every target with ever new inputs; the findings are JSON on stdout.
 
-    python -m tests.fuzz --minutes 10 --seed 1 [--target bodies]
+    python -m tests.fuzz --minutes 10 --seed 1 [--target bodies] [--record docs/records/fuzz.json]
 
 Each target gets so many CPU minutes. Exit 0: nothing was found, 1: something was.
 """
@@ -10,11 +10,13 @@ import json
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtest.provenance import machine, versions
 from tests.fuzz import bodies, directories, streams, weights
 from tests.fuzz.target import Target
 
@@ -46,6 +48,16 @@ def fuzz(target: Target, minutes: float, number: int, show: Any) -> dict[str, An
     }
 
 
+def add_to(record: Path, found: dict[str, Any]) -> None:
+    """Adds a run to those that the record has, with the machine and the commit."""
+    runs = json.loads(record.read_text())["runs"] if record.exists() else []
+    cpu = {name: machine()[name] for name in ("cpu", "family", "model")}
+    runs.append({**found, "machine": cpu, "commit": versions().get("commit")})
+    partial = record.with_name(record.name + ".writing")
+    partial.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    partial.rename(record)
+
+
 def main() -> None:
     """All targets, or one."""
     parser = argparse.ArgumentParser(
@@ -55,6 +67,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2, help="CPU minutes a target; default 2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=names, help="only this one")
+    parser.add_argument("--record", type=Path, help="JSON file; this run is added to its runs")
     asked = parser.parse_args()
     results = []
     with Progress(console=Console(stderr=True)) as bar:
@@ -70,7 +83,10 @@ def main() -> None:
                     )
                 )
     passed = not any(result["findings"] for result in results)
-    print(json.dumps({"seed": asked.seed, "targets": results, "passed": passed}))
+    found = {"seed": asked.seed, "targets": results, "passed": passed}
+    if asked.record:
+        add_to(asked.record, found)
+    print(json.dumps(found))
     sys.exit(0 if passed else 1)
 
 

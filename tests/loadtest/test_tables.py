@@ -242,12 +242,12 @@ def test_the_fuzzers_cpu_minutes_by_hand(tmp_path: Path) -> None:
         ("a", [of("sse", 2.25, []), of("bodies", 4.0, ["E at x:1", "E at y:2"])]),
         ("b", [of("sse", 4.5, [])]),
     ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"targets": targets}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": [{"targets": targets}] * 2}))
     page = "<!-- table: fuzz a.json b.json -->\n<!-- end of table -->\n"
     assert rewritten(page, tmp_path).splitlines()[3:6] == [
-        "| sse | 7 | 2,400 | 0 |",
-        "| bodies | 4 | 1,200 | 2 |",
-        "| all | 11 | 3,600 | 2 |",
+        "| sse | 14 | 4,800 | 0 |",
+        "| bodies | 8 | 2,400 | 4 |",
+        "| all | 22 | 7,200 | 4 |",
     ]
 
 

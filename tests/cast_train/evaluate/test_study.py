@@ -53,6 +53,13 @@ def test_the_table_is_sorted_by_perplexity():
     assert "20.00 (19.00 to 21.00, n=2) | 50% | +1.00% | 10.0% | 0.50 | 90 | 101" in lines[1]
 
 
+def test_runs_of_an_earlier_version_have_no_cpu_seconds():
+    rows = [{name: row[name] for name in row if name != "cpu_s"} for row in ROWS[3:]]
+    summary = report.summarise([*ROWS[:3], *rows])
+    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": summary}
+    assert "| 10.0% | 0.50 |  | 101" in report.table_of(result)
+
+
 def test_an_unknown_way_is_named():
     with pytest.raises(ValueError, match="'magic'; choose from dense; fixed mask; ste"):
         study.ways_of("magic steps=3")
