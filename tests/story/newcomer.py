@@ -93,9 +93,11 @@ class Newcomer:
         return done.stdout + done.stderr if language == "python" else done.stdout
 
     def _start(self, code: str) -> None:
+        # In a shell's background SIGINT is ignored, and what is ignored no stub could trap.
+        words = ["env", "--default-signal=INT", "bash", "-c", f"exec {code}"]
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
-                ["bash", "-c", f"exec {code}"],
+                words,
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,
