@@ -106,6 +106,7 @@ def run(
         os.sched_setaffinity(0, cores)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    ask_for_large_pages()
     if lacks_compiler(vllm_flags):
         print(
             f"cast-serve worker {name}: no C++ compiler {compiler()!r} found, which torch.compile "
@@ -229,6 +230,18 @@ def is_loopback(host: str | None) -> bool:
 def compiler() -> str:
     """The C++ compiler that torch.compile calls."""
     return os.environ.get("CXX", "g++")
+
+
+def ask_for_large_pages() -> None:
+    """Has the engine's memory lie in pages of 2 MB, on a CPU, unless the user set glibc's tunables.
+
+    The weights are read once a token, and every page of 4 KB has its address looked up. Linux gives
+    large pages to processes that ask for them (enabled is ``madvise``) or to all (``always``):
+    /sys/kernel/mm/transparent_hugepage/enabled. glibc, from 2.35 on, asks where this variable is
+    set when a process begins, as the engine's is then; an earlier one ignores it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> None:

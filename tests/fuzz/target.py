@@ -4,6 +4,7 @@ A check raises only if what it tests is wrong: an exception that is not document
 `LIMIT_S`, or an assertion.
 """
 
+import itertools
 import resource
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 LIMIT_S = 60  # on a busy machine
+TICK_S = 5  # while this process is stopped (Ctrl-Z) it is told of one tick, not of all
 MAX_BYTES = 16 << 30  # of addresses: what would take all memory fails, and is found
 
 
@@ -56,12 +58,18 @@ class Target:
         )
         @given(self.inputs)
         def probe(drawn: Any) -> None:
-            before = signal.signal(signal.SIGALRM, _hangs)
-            signal.alarm(LIMIT_S)
+            ticks = itertools.count(1)
+
+            def tick(number: int, frame: FrameType | None) -> None:
+                if next(ticks) * TICK_S >= LIMIT_S:
+                    raise HangsError(f"no end within {LIMIT_S} s")
+
+            before = signal.signal(signal.SIGALRM, tick)
+            signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
             try:
                 self.check(drawn)
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
 
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -70,7 +78,3 @@ class Target:
             (probe if number is None else seed(number)(probe))()
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _hangs(number: int, frame: FrameType | None) -> None:
-    raise HangsError(f"no end within {LIMIT_S} s")

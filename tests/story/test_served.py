@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,6 +48,20 @@ def test_every_target_runs_the_sparse_kernel(served: Served) -> None:
         infos["sparse"]["dense_weight_bytes"]
     )
     assert infos["dense"]["num_sparse_layers"] == "0"
+
+
+def test_the_engines_weights_lie_in_large_pages(served: Served) -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine gives no process large pages")
+    tree = psutil.Process(served.process.pid).children(recursive=True)
+    num_kb = [
+        int(line.split()[1])
+        for process in tree
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        if line.startswith("AnonHugePages:")
+    ]
+    # Both engines; without asking there are none. How many there are is the kernel's affair.
+    assert len([kb for kb in num_kb if kb > 50_000]) >= 2
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])

@@ -96,6 +96,23 @@ def test_the_users_executor_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not os.environ
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "given", "expected"),
+    [
+        (False, {}, "glibc.malloc.hugetlb=1"),
+        (False, {"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1"),
+        (True, {}, None),
+    ],
+)
+def test_large_pages_are_asked_for_on_a_cpu_unless_the_user_has_tunables(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, given: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(os, "environ", dict(given))
+    worker.ask_for_large_pages()
+    assert os.environ.get("GLIBC_TUNABLES") == expected
+
+
 def test_a_flag_given_by_the_user_replaces_ours() -> None:
     given = ["--kv_cache_memory_bytes=5", "--port", "1"]
     flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
