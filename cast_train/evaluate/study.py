@@ -202,16 +202,28 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
     """
     command = [sys.executable, "-m", "cast_train", *map(str, arguments)]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process: subprocess.Popen[str] | None = None
+    is_stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal is_stopped
+        is_stopped = True
+        if process is not None:  # else below: an exception inside Popen would leave its process
+            sys.exit(128 + signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, stop)
     try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        if is_stopped:
+            sys.exit(128 + signal.SIGTERM)
+        assert process.stdout is not None
         with process.stdout as stdout:
             printed = stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        process.terminate()  # a study that is stopped leaves no run behind
-        process.wait()
+        if process is not None:
+            process.terminate()  # a study that is stopped leaves no run behind
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)
