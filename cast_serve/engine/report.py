@@ -1,5 +1,9 @@
-"""A loaded vLLM model -> which layers run sparse or dense, their bytes, and the kernel."""
+"""A loaded vLLM model -> which layers run sparse or dense, their bytes, and the kernel.
 
+`check_reports` joins the reports of all ranks and refuses a model that is not wholly sparse.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +58,48 @@ def report(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
+    """Refuses a model of which a layer fell back to dense.
+
+    A tensor-parallel rank holds a share of every layer and a pipeline rank some whole layers, so
+    the numbers of layers are added over the pipeline ranks.
+
+    Args:
+        reports: `SparseReport.cast_report` of every rank.
+        expected: linears that are compressed on disk.
+
+    Returns:
+        one report: the layers of the whole model, the bytes of all ranks.
+
+    Raises:
+        RuntimeError: if another number of layers runs the sparse kernel at any tensor-parallel
+            rank.
+    """
+    shares: dict[int, list[dict[str, Any]]] = {}
+    for report in reports:
+        shares.setdefault(report["tensor_rank"], []).append(report)
+    for tensor_rank, stages in shares.items():
+        if _sum(stages, "num_sparse_layers") != expected:
+            found = ", ".join(
+                f"{stage['num_sparse_layers']} at pipeline rank {stage['pipeline_rank']}"
+                for stage in stages
+            )
+            raise RuntimeError(
+                f"{expected} layers are 2:4 on disk, but at tensor-parallel rank {tensor_rank} the "
+                f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
+                "its plugin not switched off by VLLM_PLUGINS?"
+            )
+    return {
+        "num_sparse_layers": _sum(shares[0], "num_sparse_layers"),
+        "num_dense_layers": _sum(shares[0], "num_dense_layers"),
+        "weight_bytes": _sum(reports, "weight_bytes"),
+        "dense_weight_bytes": _sum(reports, "dense_weight_bytes"),
+        "kernel": next((report["kernel"] for report in reports if report["kernel"]), None),
+        "isa": next((report["isa"] for report in reports if report["isa"]), None),
+        "head": next((report["head"] for report in reports if report["head"]), ""),
+    }
+
+
 def kernel_of(layer: nn.Module) -> tuple[str, str]:
     """What `report` calls kernel and isa, of one layer.
 
@@ -75,3 +121,7 @@ def _dense_bytes(module: LinearBase) -> int:
     out_features = getattr(module, "output_size_per_partition", module.output_size)
     in_features = getattr(module, "input_size_per_partition", module.input_size)
     return int(out_features * in_features * module.params_dtype.itemsize)
+
+
+def _sum(reports: Sequence[dict[str, Any]], key: str) -> int:
+    return sum(report[key] for report in reports)
