@@ -195,6 +195,9 @@ def oneshot(
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
     zeros: Annotated[float, ZEROS] = 1.0,
+    allocation: Annotated[
+        str, option("NAME", "How --zeros chooses the linears that stay dense: gates or fisher.")
+    ] = "gates",
     exclude: Annotated[
         list[str] | None,
         option("REGEX", "Linears whose names match stay dense; repeat for more.", "none"),
@@ -205,7 +208,8 @@ def oneshot(
         from cast_train.pruning import oneshot as pruning
 
         record = pruning.write_pruned(
-            model, text or [], out, method, sparsity, mask, solve, zeros, exclude or []
+            *(model, text or [], out, method, sparsity, mask, solve, zeros, allocation),
+            exclude=exclude or [],
         )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
         _finish(out=str(out), method=method, num_targets=len(record["targets"]))

@@ -105,6 +105,7 @@ def write_pruned(
     mask_dir: Path | None = None,
     is_solved: bool = False,
     zeros: float = 1.0,
+    allocation: str = "gates",
     exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
@@ -118,6 +119,7 @@ def write_pruned(
         mask_dir: gated, pruned or compressed directory of the same model.
         is_solved: whether the dense model's kept weights are solved under the mask.
         zeros: share of zeros over all weights of the targets, see allocate.py.
+        allocation: ``gates`` or ``fisher``, how the linears that stay dense are chosen.
         exclude: regular expressions; linears whose names match are no targets.
 
     Returns:
@@ -146,7 +148,7 @@ def write_pruned(
     targets, _ = find_targets(model, pattern, exclude=exclude)
     kept_dense: list[str] = []
     if has_fewer:
-        kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros)
+        kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros, allocation)
         targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     scores: Mapping[str, Tensor]
     if mask_dir is not None:

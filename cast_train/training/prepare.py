@@ -111,7 +111,9 @@ def prepare(
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
     if kept_dense is None:
         calibration = blocks.train[: config.calibration_blocks]
-        kept_dense = keep_dense(model, targets, config.pattern, calibration, config.zeros)
+        kept_dense = keep_dense(
+            model, targets, config.pattern, calibration, config.zeros, config.allocation
+        )
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if config.is_sharded:
         transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}

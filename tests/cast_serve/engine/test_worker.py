@@ -9,63 +9,6 @@ from cast_serve.engine import worker
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
-WHOLE = {
-    "num_sparse_layers": 210,
-    "num_dense_layers": 0,
-    "weight_bytes": 9,
-    "dense_weight_bytes": 16,
-    "kernel": "cast::linear24",
-    "isa": "avx2",
-    "head": "",
-}
-"""What is reported of a whole model on one rank."""
-
-
-def rank(pipeline_rank: int = 0, tensor_rank: int = 0, **changes: object) -> dict[str, object]:
-    return {"pipeline_rank": pipeline_rank, "tensor_rank": tensor_rank, **WHOLE, **changes}
-
-
-def test_tensor_parallel_ranks_each_have_a_share_of_every_layer() -> None:
-    from cast_serve.engine.report import check_reports
-
-    assert check_reports([rank()], 210) == WHOLE
-    both = {**WHOLE, "weight_bytes": 18, "dense_weight_bytes": 32}
-    assert check_reports([rank(), rank(tensor_rank=1)], 210) == both
-
-
-@pytest.mark.parametrize("num_tensor_ranks", [1, 2])
-def test_pipeline_ranks_have_some_layers_each(num_tensor_ranks: int) -> None:
-    from cast_serve.engine.report import check_reports
-
-    reports = [
-        rank(stage, share, num_sparse_layers=layers, num_dense_layers=stage, isa=isa)
-        for stage, (layers, isa) in enumerate([(0, None), (112, "avx2"), (98, "avx2")])
-        for share in range(num_tensor_ranks)
-    ]
-    num_ranks = 3 * num_tensor_ranks
-    assert check_reports(reports, 210) == {
-        **WHOLE,
-        "num_dense_layers": 3,
-        "weight_bytes": 9 * num_ranks,
-        "dense_weight_bytes": 16 * num_ranks,
-    }
-
-
-@pytest.mark.parametrize("dense", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_silent_dense_fallback_is_refused_on_any_rank(dense: tuple[int, int]) -> None:
-    """Two pipeline stages of two tensor-parallel ranks; one of the four runs dense."""
-    from cast_serve.engine.report import check_reports
-
-    places = [(stage, share) for stage in range(2) for share in range(2)]
-    reports = [
-        rank(*place, num_sparse_layers=0 if place == dense else 105, num_dense_layers=0)
-        for place in places
-    ]
-    stage, share = dense
-    message = rf"210 layers are 2:4 .* rank {share} .* runs .*\b0 at pipeline rank {stage}\b"
-    with pytest.raises(RuntimeError, match=message):
-        check_reports(reports, 210)
-
 
 @pytest.mark.parametrize(
     ("cores", "given", "backend", "threads"),

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ def test_a_cost_is_fishers_along_the_change(llama_dir, blocks):
     model, targets = loaded(llama_dir)
     name = "model.layers.1.mlp.down_proj"
     change = {n: 0.01 * torch.randn(linear.weight.shape) for n, linear in targets.items()}
-    found, _ = allocate._costs(model, targets, change, blocks[:1])
+    found = allocate._costs(model, targets, change, blocks[:1])
 
     captured: dict[str, torch.Tensor] = {}
     model.requires_grad_(False)
@@ -54,7 +56,7 @@ def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, block
     weight = targets[name].weight
     change = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     many = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(2))
-    estimated, _ = allocate._costs(model, {name: targets[name]}, {name: change}, many)
+    estimated = allocate._costs(model, {name: targets[name]}, {name: change}, many)
     with torch.no_grad():
         before = model(input_ids=many, use_cache=False).logits.log_softmax(-1)
         weight += change
@@ -64,11 +66,54 @@ def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, block
     assert estimated[name] == pytest.approx(kl, rel=0.35)
 
 
+def test_a_gate_follows_the_distance_to_the_dense_model(llama_dir, blocks, monkeypatch):
+    """Its first direction, against differences of the KL of models whose weights were changed."""
+    monkeypatch.setattr(allocate, "STEPS", 1)
+    monkeypatch.setattr(allocate, "autocast", lambda *_: contextlib.nullcontext())
+    model, targets = loaded(llama_dir)
+    model.requires_grad_(False)
+    dense = {name: linear.weight.clone() for name, linear in targets.items()}
+    change = {name: 0.05 * torch.randn(weight.shape) for name, weight in dense.items()}
+    units = allocate._units(model, targets, blocks[:1])
+    sizes = [sum(dense[name].numel() for name in unit) for unit in units]
+    found = allocate._learn_gates(model, targets, units, change, blocks, 0.25 * sum(sizes))
+    wanted = model(input_ids=blocks).logits.double().log_softmax(-1)
+
+    def distance(gates):
+        for unit, gate in zip(units, gates, strict=True):
+            for name in unit:
+                targets[name].weight.copy_(dense[name] + (1 - gate) * change[name])
+        got = model(input_ids=blocks).logits.double().log_softmax(-1)
+        return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+    step = 0.05
+    for number, size in enumerate(sizes):
+        lower, upper = [0.25] * len(units), [0.25] * len(units)
+        lower[number] -= step
+        upper[number] += step
+        slope = (distance(upper) - distance(lower)) / (2 * step)
+        # The loss of a step is the sum over its blocks, each the mean over the block's tokens.
+        assert found[number][1] == pytest.approx(-slope * len(blocks) / size, rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7.5, 59, 60])
+def test_gates_meet_the_budget(budget):
+    generator = torch.Generator().manual_seed(0)
+    gates, sizes = torch.randn(6, generator=generator), torch.tensor([10, 20, 5, 5, 10, 10])
+    found = allocate._within_budget(gates, sizes, budget)
+    assert float((found * sizes).sum()) == pytest.approx(budget, abs=1e-4)
+    assert ((found >= 0) & (found <= 1)).all()
+    inside = (found > 0) & (found < 1)
+    shifts = (found - gates)[inside]
+    assert torch.allclose(shifts, shifts[:1].expand_as(shifts), atol=1e-5)
+
+
+@pytest.mark.parametrize("allocation", allocate.ALLOCATIONS)
 @pytest.mark.parametrize("zeros", [1.0, 0.5, 0.4, 0.25, 0.1])
-def test_the_share_of_zeros_is_reached_and_hardly_exceeded(model_dir, blocks, zeros):
+def test_the_share_of_zeros_is_reached_and_hardly_exceeded(model_dir, blocks, zeros, allocation):
     model, targets = loaded(model_dir)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
+    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros, allocation)
     sizes = {name: linear.weight.numel() for name, linear in targets.items()}
     pruned = sum(size for name, size in sizes.items() if name not in kept)
     reached = pruned / 2 / sum(sizes.values())
@@ -90,14 +135,15 @@ def test_linears_with_the_same_inputs_stay_together(llama_dir, blocks):
                 assert len(are_kept) == 1
 
 
-def test_what_hurts_more_stays_dense(llama_dir, blocks):
+@pytest.mark.parametrize("allocation", allocate.ALLOCATIONS)
+def test_what_hurts_more_stays_dense(llama_dir, blocks, allocation):
     """A linear whose pruned half says nothing is pruned before all others."""
     model, targets = loaded(llama_dir)
     harmless = "model.layers.0.mlp.down_proj"
     with torch.no_grad():
         weight = targets[harmless].weight
         weight *= hard_mask(weight.abs())
-    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, 0.15)
+    kept = allocate.keep_dense(model, targets, TWO_FOUR, blocks, 0.15, allocation)
     assert harmless not in kept
     assert len(kept) > len(targets) / 2
 
@@ -109,6 +155,12 @@ def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
         allocate.keep_dense(model, targets, TWO_FOUR, blocks, zeros)
     with pytest.raises(ValueError, match=f"zeros is {zeros}, but"):
         TrainConfig.from_dict({"zeros": zeros})
+
+
+def test_an_unknown_allocation_is_refused(llama_dir, blocks):
+    model, targets = loaded(llama_dir)
+    with pytest.raises(ValueError, match="'best' does not exist; choose gates or fisher"):
+        allocate.keep_dense(model, targets, TWO_FOUR, blocks, 0.4, "best")
 
 
 def test_a_run_trains_prunes_and_resumes_with_some_linears_dense(
