@@ -81,6 +81,8 @@ struct FewInt8Rows {
           _mm512_store_ps(products[token][0], _mm512_mul_ps(first, scale));
           if constexpr (kRows == 8) _mm512_store_ps(products[token][4], _mm512_mul_ps(last, scale));
         }
+        // They are broadcast from memory: GCC would keep them and use two shuffles for each.
+        asm("" : "+m"(products));
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {

@@ -34,16 +34,20 @@ inline __m512i int4_weights_in_order(const uint8_t* pairs) {
   return _mm512_permutexvar_epi32(order, int4_weights(pairs));
 }
 
-// Reads a tile's scales and divides them by 16. `numbers`, in the tile's order, are in odd words.
+// Scales, as words, divided by 16. `numbers`, their places among the words, are in odd words.
+inline __m512 int4_scales(__m512i words, __m512i numbers) {
+  // A bf16 number is the upper half of a float.
+  const __m512i floats = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, numbers, words);
+  return _mm512_mul_ps(_mm512_castsi512_ps(floats), _mm512_set1_ps(1.0f / 16));
+}
+
+// Reads a tile's scales, however many there are.
 struct Int4Scales {
   __mmask32 inside;
   explicit Int4Scales(int64_t groups)
       : inside(static_cast<__mmask32>((uint64_t{1} << kTileRows * groups) - 1)) {}
   __m512 operator()(const uint8_t* tile, __m512i numbers) const {
-    const __m512i words = _mm512_maskz_loadu_epi16(inside, tile + kInt4ScalesAt);
-    // A bf16 number is the upper half of a float.
-    const __m512i floats = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, numbers, words);
-    return _mm512_mul_ps(_mm512_castsi512_ps(floats), _mm512_set1_ps(1.0f / 16));
+    return int4_scales(_mm512_maskz_loadu_epi16(inside, tile + kInt4ScalesAt), numbers);
   }
 };
 
@@ -64,7 +68,15 @@ inline __m512 int4_group_scales(const uint8_t* tile) {
       numbers[j] = static_cast<uint16_t>(j / 2 % 8 * kGroups + kGroup + j / 16);
     return numbers;
   }();
-  return Int4Scales(kGroups)(tile, _mm512_loadu_si512(kNumbers.data()));
+  // No load with a mask: it would wait for the cache line of the next tile.
+  __m512i words;
+  if constexpr (kGroups == 1)
+    words = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(tile + kInt4ScalesAt)));
+  else if constexpr (kGroups == 2)
+    words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(tile + kInt4ScalesAt)));
+  else
+    words = _mm512_loadu_si512(tile + kInt4ScalesAt);
+  return int4_scales(words, _mm512_loadu_si512(kNumbers.data()));
 }
 
 // All of a tile's scales -> [scale group][8 rows], scale groups `stride` floats apart.

@@ -24,8 +24,9 @@ namespace {
 
 constexpr int64_t kInt8SlabRows = 128;    // tile rows whose sums stay in L2 meanwhile
 constexpr int64_t kInt8BlockTokens = 16;  // tokens that share one set of quads
-constexpr int64_t kInt8PassTokens = 4 * kInt8BlockTokens;          // tokens whose sums stay in L2
-constexpr int64_t kInt8LineBytes = kInt8SlabRows * kTileRows * 4;  // of a token's outputs
+constexpr int64_t kInt8PassTokens = 4 * kInt8BlockTokens;  // tokens whose sums stay in L2
+// Of a token's outputs, and a line more, or all tokens' would share one cache set.
+constexpr int64_t kInt8LineBytes = kInt8SlabRows * kTileRows * 4 + 64;
 constexpr int64_t kQuads = 36;
 constexpr int64_t kTileOctets = kInt8TileColumns / 8;
 
@@ -48,26 +49,68 @@ inline const float* int8_many_scales(const Linear24& p, const void* workspace) {
   return reinterpret_cast<const float*>(integers + int8_padded_tokens(p) * padded_k);
 }
 
+// rows[i][j] -> to[j][i], of 16 x 16 words; rows `stride` bytes apart.
+inline void transpose_16x16(const uint8_t* rows, int64_t stride, uint32_t* to) {
+  __m512i words[16], pairs[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(words[i], words[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(words[i], words[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // words[i + j]: column j of each quarter, of rows i to i + 3
+    words[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    words[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    words[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    words[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low = _mm512_shuffle_i32x4(words[j], words[j + 4], 0x44);
+    const __m512i high = _mm512_shuffle_i32x4(words[j], words[j + 4], 0xEE);
+    const __m512i more_low = _mm512_shuffle_i32x4(words[j + 8], words[j + 12], 0x44);
+    const __m512i more_high = _mm512_shuffle_i32x4(words[j + 8], words[j + 12], 0xEE);
+    _mm512_storeu_si512(to + j * 16, _mm512_shuffle_i32x4(low, more_low, 0x88));
+    _mm512_storeu_si512(to + (j + 4) * 16, _mm512_shuffle_i32x4(low, more_low, 0xDD));
+    _mm512_storeu_si512(to + (j + 8) * 16, _mm512_shuffle_i32x4(high, more_high, 0x88));
+    _mm512_storeu_si512(to + (j + 12) * 16, _mm512_shuffle_i32x4(high, more_high, 0xDD));
+  }
+}
+
 inline void prepare_int8_many(const Linear24& p, void* workspace) {
-  const int64_t groups = p.num_int8_tile_columns();
+  constexpr int64_t kTileFours = kInt8TileColumns / 4;
+  const int64_t groups = p.num_int8_tile_columns(), size = element_bytes(p.dtype);
   float* all_scales = const_cast<float*>(int8_many_scales(p, workspace));
+  alignas(64) uint8_t rows[kInt8BlockTokens][kInt8TileColumns];
   for (int64_t first = 0; first < p.num_tokens; first += kInt8BlockTokens) {
     const int64_t lanes = int8_lanes_of(p.num_tokens - first);
-    uint32_t* fours = static_cast<uint32_t*>(workspace) + first * groups * (kInt8TileColumns / 4);
+    const int64_t tokens = std::min(p.num_tokens - first, lanes);
+    uint32_t* fours = static_cast<uint32_t*>(workspace) + first * groups * kTileFours;
     float* scales = all_scales + first * groups;
-    for (int64_t group = 0; group < groups; ++group)
+    for (int64_t group = 0; group < groups; ++group, fours += kTileFours * lanes, scales += lanes) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        uint8_t integers[kInt8TileColumns];
-        float scale = 0;
-        if (first + lane < p.num_tokens)
-          scale = quantize(p, first + lane, group, integers);
-        else
-          std::memset(integers, kZero, sizeof(integers));
-        scales[group * lanes + lane] = scale;
-        uint32_t* to = fours + group * (kInt8TileColumns / 4) * lanes + lane;
-        for (int64_t i = 0; i < kInt8TileColumns / 4; ++i)
-          std::memcpy(to + i * lanes, integers + 4 * i, 4);
+        if (lane >= tokens) {
+          std::memset(rows[lane], kZero, kInt8TileColumns);
+          scales[lane] = 0;
+          continue;
+        }
+        // So many rows at once are more than a CPU prefetches by itself.
+        const int64_t next = (first + lane) * p.x_stride + (group + 1) * kInt8TileColumns;
+        for (int64_t byte = 0; byte < kInt8TileColumns * size; byte += 64)
+          _mm_prefetch(static_cast<const char*>(p.x) + next * size + byte, _MM_HINT_T0);
+        scales[lane] = quantize(p, first + lane, group, rows[lane]);
       }
+      if (lanes == 16) {
+        transpose_16x16(rows[0], sizeof(rows[0]), fours);
+        transpose_16x16(rows[0] + 64, sizeof(rows[0]), fours + 16 * 16);
+      } else {
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          for (int64_t i = 0; i < kTileFours; ++i)
+            std::memcpy(fours + i * lanes + lane, rows[lane] + 4 * i, 4);
+      }
+    }
   }
 }
 
@@ -301,28 +344,35 @@ void add_tile_column(const Linear24& p, const uint32_t* fours, const float* scal
                      int64_t slab, int64_t slab_end, bool is_first_block,
                      Int8Scratch<kWeights>& scratch, float* sums) {
   constexpr bool kIsInt4 = kWeights == Weights::kInt4;
+  constexpr int kLines = kIsInt4 ? 7 : kInt8TileBytes / 64;
   const int64_t tile_bytes = kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
   const int64_t row_bytes = p.num_int8_tile_columns() * tile_bytes, rows = slab_end - slab;
   const uint8_t* at = p.packed + slab * row_bytes + tile * tile_bytes;
-  const auto find = [&](const uint8_t* from, int64_t row) {
+  // Of a single block of tokens only this tile row's and the next one's codes are needed.
+  const int64_t slots = p.num_tokens <= kInt8BlockTokens ? 2 : kInt8SlabRows;  // powers of two
+  const auto find = [&](const uint8_t* from, int64_t slot) {
     if constexpr (kIsInt4)
-      find_int4_codes<kGroups>(from, scratch.int4[row], scratch.codes[row]);
+      find_int4_codes<kGroups>(from, scratch.int4[slot], scratch.codes[slot]);
     else
-      find_codes<kGroups>(from, from + kTileRows * kInt8TileKept, scratch.codes[row]);
+      find_codes<kGroups>(from, from + kTileRows * kInt8TileKept, scratch.codes[slot]);
   };
   lay_out_quads<Register>(fours, scratch.quads);
   if (is_first_block) find(at, 0);
   for (int64_t row = 0; row < rows; ++row, at += row_bytes, sums += kTileRows * Register::kLanes) {
+    const int64_t slot = row & (slots - 1);
     if (is_first_block) {  // later blocks have the weights in the cache already
-      if (row + 1 < rows) find(at + row_bytes, row + 1);
-      prefetch<kIsInt4 ? 7 : kInt8TileBytes / 64, Prefetch::kT1>(at + tile_bytes);
+      if (row + 1 < rows) find(at + row_bytes, (row + 1) & (slots - 1));
+      if (p.tuning.prefetch == Prefetch::kT0)
+        prefetch<kLines, Prefetch::kT0>(at + tile_bytes);
+      else
+        prefetch<kLines, Prefetch::kT1>(at + tile_bytes);
     }
     if constexpr (kIsInt4) {
-      const Int4Tile& int4 = scratch.int4[row];
-      add_tile<Register, kWeights, kGroups>(int4.values[0], scratch.codes[row], scratch.quads,
+      const Int4Tile& int4 = scratch.int4[slot];
+      add_tile<Register, kWeights, kGroups>(int4.values[0], scratch.codes[slot], scratch.quads,
                                             scales, int4.scales[0], sums);
     } else {
-      add_tile<Register, kWeights, kGroups>(at, scratch.codes[row], scratch.quads, scales, nullptr,
+      add_tile<Register, kWeights, kGroups>(at, scratch.codes[slot], scratch.quads, scales, nullptr,
                                             sums);
     }
   }
