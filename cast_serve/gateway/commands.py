@@ -109,7 +109,7 @@ def up(
         raise ValueError(f"ports {settings.port}, {ports}: gateway and variants need one each")
     for own in ports:
         check_port_is_free("127.0.0.1", own)
-    _serve(local_variants(workers, context.args), settings)
+    _serve(local_variants(workers, context.args, settings.port), settings)
 
 
 def gateway(

@@ -15,7 +15,7 @@ from cast_train.evaluate.perplexity import (
     perplexity,
     soft_and_hard,
 )
-from cast_train.evaluate.precision import arithmetic
+from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
 
 

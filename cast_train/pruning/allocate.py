@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
-from cast_train.evaluate.precision import autocast
 from cast_train.gates.gating import is_transposed
 from cast_train.losses import divergence
+from cast_train.precision import autocast
 from cast_train.pruning.scores import check_reached, weight_rows
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 

@@ -15,10 +15,10 @@ from cast_serve.sparsity.targets import find_targets
 from cast_train import sharding
 from cast_train.checkpoint.models import load_dense
 from cast_train.config import TrainConfig
-from cast_train.evaluate.precision import arithmetic
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
+from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores

@@ -35,9 +35,9 @@ from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import soft_and_hard
-from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.precision import autocast
 from cast_train.text import TokenBlocks
 from cast_train.training import progress
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates

@@ -24,7 +24,6 @@ from cast_train import losses
 from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import perplexity
-from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
 from cast_train.gates.schedules import (
     first_exact_step,
@@ -33,6 +32,7 @@ from cast_train.gates.schedules import (
     learning_rate_factor,
     phase_at,
 )
+from cast_train.precision import autocast
 from cast_train.pruning.solve import solve
 from cast_train.training import optimizer
 from cast_train.training.progress import Progress, loss_in_words

@@ -17,9 +17,9 @@ from cast_serve.sparsity.targets import find_targets
 from cast_train import losses
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
-from cast_train.evaluate.precision import autocast
 from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
+from cast_train.precision import autocast
 from cast_train.pruning.scores import wanda_scores
 from cast_train.text import read_texts, to_blocks, tokenize
 

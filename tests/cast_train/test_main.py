@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
+from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.evaluate import precision
 from cast_train.evaluate.perplexity import perplexity
-from cast_train.evaluate.precision import arithmetic
+from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
 from cast_train.training.stopping import StoppedError
 

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def local_variants(
-    workers: Mapping[str, WorkerConfig], vllm_flags: Sequence[str] = ()
+    workers: Mapping[str, WorkerConfig],
+    vllm_flags: Sequence[str] = (),
+    gateway_port: int | None = None,
 ) -> list[Variant]:
     """Variants for directories, each with a worker on this machine.
 
@@ -41,6 +43,7 @@ def local_variants(
             process's equally, those without a port get a free one. A `dir` that is a model's name
             on a hub is fetched.
         vllm_flags: of every worker, after its own.
+        gateway_port: which the gateway is about to take, and which no worker gets.
 
     Raises:
         ValueError: if a directory holds no model, or there are fewer cores than variants.
@@ -59,7 +62,7 @@ def local_variants(
     share = len(left) // max(1, len(sharing))
     for index, name in enumerate(sharing):
         named[name] = left[index * share : (index + 1) * share]
-    asked = {worker.port for worker in workers.values()}
+    asked = {gateway_port, *(worker.port for worker in workers.values())}
     free = [port for port in _free_ports(len(workers) + len(asked)) if port not in asked]
     variants = []
     for name, worker in workers.items():

@@ -34,6 +34,16 @@ def test_local_variants_have_cores_and_ports_of_their_own(
     assert dense.url != sparse.url
 
 
+def test_no_worker_gets_the_port_that_the_gateway_will_take(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(variants, "_free_ports", lambda _: [4001, 4003, 4002])
+    workers = {"dense": WorkerConfig(dir=model), "sparse": WorkerConfig(dir=model, port=4001)}
+    urls = [each.replicas[0].url for each in local_variants(workers, gateway_port=4002)]
+    assert urls == ["http://127.0.0.1:4003", "http://127.0.0.1:4001"]
+
+
 def test_more_variants_than_cores_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     with pytest.raises(ValueError, match="2 variants need a core each, but this process has 1"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cast_train.evaluate.precision import arithmetic, autocast
+from cast_train.precision import arithmetic, autocast
 
 
 @pytest.mark.parametrize(
