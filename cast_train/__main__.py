@@ -196,8 +196,8 @@ def oneshot(
     ] = False,
     zeros: Annotated[float, ZEROS] = 1.0,
     allocation: Annotated[
-        str, option("NAME", "How --zeros chooses the linears that stay dense: gates or fisher.")
-    ] = "gates",
+        str, option("NAME", "How --zeros chooses the linears that stay dense: fisher or gates.")
+    ] = "fisher",
     exclude: Annotated[
         list[str] | None,
         option("REGEX", "Linears whose names match stay dense; repeat for more.", "none"),

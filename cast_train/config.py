@@ -48,8 +48,8 @@ class TrainConfig:
         exclude: regular expressions; linears whose names match stay dense.
         zeros: share of zeros over all weights of the targets: if `sparsity` has more, the linears
             whose pruning would hurt most for their size stay dense (allocate.py).
-        allocation: how those are found; ``gates``: by gates of whole linears, all learnt together;
-            ``fisher``: by the second-order cost of each alone.
+        allocation: how those are found; ``fisher``: by the second-order cost of each alone;
+            ``gates``: by gates of whole linears, all learnt together.
         steps: optimiser steps.
         block_size: tokens of one training sequence.
         batch_blocks: sequences per pass and process.
@@ -114,7 +114,7 @@ class TrainConfig:
     include: Names = ()
     exclude: Names = ()
     zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
-    allocation: Literal["gates", "fisher"] = "gates"
+    allocation: Literal["fisher", "gates"] = "fisher"
     steps: PositiveInt = 32
     block_size: Annotated[int, Field(ge=2)] = 512
     batch_blocks: PositiveInt = 4

@@ -4,9 +4,6 @@ A model with fewer zeros than 2:4 has some linears left dense. Linears that read
 k and v; gate and up) are served as one and are left dense together, as one unit. Which units, is
 chosen in one of two ways; both start from the change W' - W that SparseGPT would make to each.
 
-gates   A gate g from 0 to 1 beside each unit makes its weights W + (1 - g) (W' - W). All gates
-        together learn to keep the model's predictions those of the dense one, under the constraint
-        that sum(g * size) is the number of weights that may stay dense; the highest stay.
 fisher  What pruning a linear costs is estimated to second order, with Fisher's matrix in place of
         the Hessian, one linear at a time:
 
@@ -14,6 +11,9 @@ fisher  What pruning a linear costs is estimated to second order, with Fisher's 
 
         x are the linear's inputs at a token and g the gradient of the loss by its outputs there,
         for labels drawn from the model itself. The units that cost most for their size stay.
+gates   A gate c from 0 to 1 beside each unit makes its weights W + (1 - c) (W' - W). All gates
+        together learn to keep the model's predictions those of the dense one, under the constraint
+        that sum(c * size) is the number of weights that may stay dense; the highest stay.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from cast_train.precision import autocast
 from cast_train.pruning.scores import check_reached, weight_rows
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 
-ALLOCATIONS = ("gates", "fisher")
+ALLOCATIONS = ("fisher", "gates")
 STEPS = 24
 STEP_BLOCKS = 4
 MOMENTUM = 0.8
@@ -43,7 +43,7 @@ def keep_dense(
     pattern: Pattern,
     blocks: Tensor,
     zeros: float,
-    allocation: str = "gates",
+    allocation: str = "fisher",
 ) -> list[str]:
     """Chooses the linears that stay dense.
 
@@ -54,7 +54,7 @@ def keep_dense(
         blocks: calibration tokens, int64 [num_blocks, block_size].
         zeros: share of zeros over all weights of all targets, above 0; it is reached or exceeded if
             the pattern has more, else nothing stays dense.
-        allocation: ``gates`` or ``fisher``.
+        allocation: ``fisher`` or ``gates``.
 
     Returns:
         names, in the targets' order.

@@ -105,7 +105,7 @@ def write_pruned(
     mask_dir: Path | None = None,
     is_solved: bool = False,
     zeros: float = 1.0,
-    allocation: str = "gates",
+    allocation: str = "fisher",
     exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
@@ -119,7 +119,7 @@ def write_pruned(
         mask_dir: gated, pruned or compressed directory of the same model.
         is_solved: whether the dense model's kept weights are solved under the mask.
         zeros: share of zeros over all weights of the targets, see allocate.py.
-        allocation: ``gates`` or ``fisher``, how the linears that stay dense are chosen.
+        allocation: ``fisher`` or ``gates``, how the linears that stay dense are chosen.
         exclude: regular expressions; linears whose names match are no targets.
 
     Returns:

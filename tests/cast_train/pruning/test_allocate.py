@@ -159,7 +159,7 @@ def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
 
 def test_an_unknown_allocation_is_refused(llama_dir, blocks):
     model, targets = loaded(llama_dir)
-    with pytest.raises(ValueError, match="'best' does not exist; choose gates or fisher"):
+    with pytest.raises(ValueError, match="'best' does not exist; choose fisher or gates"):
         allocate.keep_dense(model, targets, TWO_FOUR, blocks, 0.4, "best")
 
 
