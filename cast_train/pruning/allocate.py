@@ -31,8 +31,9 @@ from cast_train.pruning.scores import check_reached, weight_rows
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 
 ALLOCATIONS = ("fisher", "gates")
+# Of the gates; no others were tried.
 STEPS = 24
-STEP_BLOCKS = 4
+STEP_BLOCKS = 4  # sequences
 MOMENTUM = 0.8
 LARGEST_STEP = 0.15
 
