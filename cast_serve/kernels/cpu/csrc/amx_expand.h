@@ -147,32 +147,5 @@ inline void expand_tile(const uint8_t* tile, uint8_t* dense, int64_t step_stride
   if constexpr (kWeights == Weights::kDenseInt8) expand_dense_tile(tile, dense, step_stride);
 }
 
-// rows[i] becomes column i of the sixteen rows of 32-bit values.
-inline void transpose_16x16(__m512i rows[16]) {
-  __m512i twos[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // each quarter of a register gets one column of four rows
-    const int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
-    rows[to] = _mm512_unpacklo_epi64(twos[from], twos[from + 2]);
-    rows[to + 1] = _mm512_unpackhi_epi64(twos[from], twos[from + 2]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i even = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    const __m512i odd = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-    const __m512i more_even = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    const __m512i more_odd = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    rows[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
-    rows[i + 4] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
-    rows[i + 12] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
-  }
-}
-
 }  // namespace
 }  // namespace cast

@@ -1,4 +1,4 @@
-// What the AVX-512 kernels share: prefetching, masks, sums across lanes, a transpose.
+// What the AVX-512 kernels share: prefetching, masks, sums across lanes, transposes.
 #pragma once
 #include <immintrin.h>
 
@@ -58,6 +58,33 @@ inline void transpose_8x8(const __m256 sums[8], __m256 out[8]) {
   for (int i = 0; i < 4; ++i) {
     out[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
     out[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+// rows[i] becomes column i of the sixteen rows of 32-bit values.
+inline void transpose_16x16(__m512i rows[16]) {
+  __m512i twos[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // each quarter of a register gets one column of four rows
+    const int from = i / 2 * 4 + i % 2, to = i / 2 * 4 + i % 2 * 2;
+    rows[to] = _mm512_unpacklo_epi64(twos[from], twos[from + 2]);
+    rows[to + 1] = _mm512_unpackhi_epi64(twos[from], twos[from + 2]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    const __m512i more_even = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    const __m512i more_odd = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
+    rows[i + 4] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
+    rows[i + 12] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
   }
 }
 

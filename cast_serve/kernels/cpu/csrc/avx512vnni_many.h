@@ -50,33 +50,13 @@ inline const float* int8_many_scales(const Linear24& p, const void* workspace) {
 }
 
 // rows[i][j] -> to[j][i], of 16 x 16 words; rows `stride` bytes apart.
-inline void transpose_16x16(const uint8_t* rows, int64_t stride, uint32_t* to) {
-  __m512i words[16], pairs[16];
+inline void lay_out_fours(const uint8_t* rows, int64_t stride, uint32_t* to) {
+  __m512i words[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows + i * stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(words[i], words[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(words[i], words[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // words[i + j]: column j of each quarter, of rows i to i + 3
-    words[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    words[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    words[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    words[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low = _mm512_shuffle_i32x4(words[j], words[j + 4], 0x44);
-    const __m512i high = _mm512_shuffle_i32x4(words[j], words[j + 4], 0xEE);
-    const __m512i more_low = _mm512_shuffle_i32x4(words[j + 8], words[j + 12], 0x44);
-    const __m512i more_high = _mm512_shuffle_i32x4(words[j + 8], words[j + 12], 0xEE);
-    _mm512_storeu_si512(to + j * 16, _mm512_shuffle_i32x4(low, more_low, 0x88));
-    _mm512_storeu_si512(to + (j + 4) * 16, _mm512_shuffle_i32x4(low, more_low, 0xDD));
-    _mm512_storeu_si512(to + (j + 8) * 16, _mm512_shuffle_i32x4(high, more_high, 0x88));
-    _mm512_storeu_si512(to + (j + 12) * 16, _mm512_shuffle_i32x4(high, more_high, 0xDD));
-  }
+  transpose_16x16(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, words[i]);
 }
 
 inline void prepare_int8_many(const Linear24& p, void* workspace) {
@@ -103,8 +83,8 @@ inline void prepare_int8_many(const Linear24& p, void* workspace) {
         scales[lane] = quantize(p, first + lane, group, rows[lane]);
       }
       if (lanes == 16) {
-        transpose_16x16(rows[0], sizeof(rows[0]), fours);
-        transpose_16x16(rows[0] + 64, sizeof(rows[0]), fours + 16 * 16);
+        lay_out_fours(rows[0], sizeof(rows[0]), fours);
+        lay_out_fours(rows[0] + 64, sizeof(rows[0]), fours + 16 * 16);
       } else {
         for (int64_t lane = 0; lane < lanes; ++lane)
           for (int64_t i = 0; i < kTileFours; ++i)

@@ -43,7 +43,8 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };
 enum class Weights { kOfXsDType, kInt8, kInt4, kDenseInt8 };  // 2:4, but the last
 
 // What is chosen by measurement (cpu/tuning.py); defaults in ops.cpp.
-enum class Prefetch { kNone, kT0, kT1 };  // of the weights, for few tokens: into no cache, L1, L2
+// Of the weights, for few tokens: into no cache, L1, L2. For many, kT0 is L1 and else L2.
+enum class Prefetch { kNone, kT0, kT1 };
 
 constexpr int64_t kMostFewTokens = 8;
 constexpr int64_t kLeastLibraryTokens = 32;
