@@ -115,7 +115,7 @@ function showOutcome(runs) {
 
 async function compare(event) {
   event.preventDefault();
-  if (stopping) return;
+  if (stopping || !variants.size) return;
   stopping = new AbortController();
   $("start").disabled = true;
   $("stop").disabled = false;
@@ -187,6 +187,7 @@ async function showReadiness() {
       if (!variants.has(name)) addVariant(name);
       showState(variants.get(name), state === true ? "ready" : state || "not ready");
     }
+    $("start").disabled = Boolean(stopping) || !variants.size; // nothing to ask before
   } catch (error) {
     for (const variant of variants.values()) showState(variant, "unknown");
     throw error;

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import re
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -64,6 +65,8 @@ class FakeGateway:
     def __init__(self) -> None:
         self.key = ""
         self.ready: dict[str, bool | str] = {"dense": True, "sparse": True}
+        self.readyz_answers = threading.Event()
+        self.readyz_answers.set()
         self.has_traffic = True
         self.has_interval = True
         self.shadow_fraction = 0.1
@@ -170,6 +173,8 @@ class FakeGateway:
 
         @app.get("/readyz")
         async def readyz() -> JSONResponse:
+            while not self.readyz_answers.is_set():
+                await asyncio.sleep(0.01)
             return JSONResponse(self.ready, 200 if set(self.ready.values()) == {True} else 503)
 
         @app.get("/v1/comparison")

@@ -46,6 +46,21 @@ def test_both_variants_stream_side_by_side(
     }
 
 
+def test_nothing_to_compare_before_the_variants_are_known(
+    url: str, gateway: FakeGateway, watched: Watched
+) -> None:
+    gateway.readyz_answers.clear()
+    page = watched.page
+    page.goto(url)
+    expect(page.get_by_role("button", name="Compare")).to_be_disabled()
+    page.get_by_label("Prompt").press("Control+Enter")
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    gateway.readyz_answers.set()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#outcome")).to_contain_text("Above 1, sparse is faster.")
+    assert len(gateway.bodies) == 2
+
+
 def test_the_keyboard_is_enough_and_stop_stops(
     url: str, gateway: FakeGateway, watched: Watched
 ) -> None:
