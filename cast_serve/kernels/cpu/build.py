@@ -34,6 +34,7 @@ VNNI_FLAGS = [
     *AVX512_FLAGS,
     *(f"-mavx512{extension}" for extension in ("vnni", "vbmi", "bw", "vl", "dq")),
     "-mbmi2",
+    "-mgfni",
 ]
 BF16_FLAGS = [*VNNI_FLAGS, "-mavx512bf16"]
 ISA_FLAGS = {

@@ -13,7 +13,7 @@ weights (csrc/library.h) is faster than our kernel for many. ``CAST_CPU_TUNING``
 `measure` times random weights that together are larger than the last-level cache, in turn, since a
 decoding model reads every weight from memory. All candidates are interleaved, and each one's best
 time is compared, which other work on the machine disturbs least.
-Only the AVX-512 kernels with VBMI and AMX's have a kernel for few tokens.
+Only the AVX-512 kernels with VBMI and GFNI and AMX's have a kernel for few tokens.
 """
 
 import hashlib

@@ -3,8 +3,7 @@
 //
 // A Format says how: tile_bytes, kTileLines (as many cache lines or, as tiles of 4-bit weights do
 // not begin at one, more), kTileColumns, kElementBytes (of an element of x in the workspace) and
-// `gather`, which multiplies some rows of a segment of K by some tokens. kTilesAhead: prefetch that
-// far, where a tile row is read once and whole; 0: as far as the next tile row.
+// `gather`, which multiplies some rows of a segment of K by some tokens.
 #pragma once
 #include <algorithm>
 
@@ -17,6 +16,9 @@ namespace {
 constexpr int64_t kFewSlabRows = 64;  // tile rows that use a segment of x while it is in L1
 // x of up to kWholeBytes is used whole; a larger one in segments of K that stay in L1 for a slab.
 constexpr int64_t kWholeBytes = 40 << 10, kSegmentBytes = 16 << 10;
+// Weights that are read once, in one pass, are prefetched that far; else as far as the next tile
+// row. Less leaves memory idle, more is too much for an L1 of 32 KB.
+constexpr int64_t kBytesAhead = 12 << 10;
 
 // Some tiles of K. The sum of a product's segments is kept until the last one is added.
 struct Segment {
@@ -61,8 +63,8 @@ void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t en
         if (next_row == slab_end && !segment.is_last) next_row = slab, next_tile += tiles;
         if (next_row == slab_end && segment.is_last) next_tile = 0;
         const uint8_t* next = p.packed + (next_row * row_tiles + next_tile) * tile_bytes;
-        if (Format::kTilesAhead && kRows == kTileRows && segments == 1)
-          next = p.packed + (row * row_tiles + Format::kTilesAhead) * tile_bytes;
+        if (kRows == kTileRows && segments == 1)
+          next = p.packed + row * row_tiles * tile_bytes + kBytesAhead;
         if constexpr (kSecond == 0) {
           const int64_t share = tile_bytes * kRows / kTileRows;
           for (int64_t i = 0; i < kTileRows; i += kRows) {

@@ -25,7 +25,7 @@ inline void prepare_few(const Linear24& p, uint16_t* rows) {
 template <Prefetch kPrefetch>
 struct FewBf16 {
   static constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
-  static constexpr int64_t kTileLines = kTileBytes / 64, kTilesAhead = 0;
+  static constexpr int64_t kTileLines = kTileBytes / 64;
   static int64_t tile_bytes(const Linear24&) { return kTileBytes; }
   static constexpr int64_t kTileColumns = cast::kTileColumns, kElementBytes = 2;
 

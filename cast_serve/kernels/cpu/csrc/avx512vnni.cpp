@@ -1,7 +1,7 @@
-// The 2:4 linear for x86 with AVX-512 VNNI and VBMI: 8-bit and 4-bit weights by the kernels for few
-// and for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by avx512.cpp.
-// Dense int8 weights, the head's, are for few tokens too: of many prompt tokens it sees the last
-// alone.
+// The 2:4 linear for x86 with AVX-512 VNNI, VBMI and GFNI: 8-bit and 4-bit weights by the kernels
+// for few and for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by
+// avx512.cpp. Dense int8 weights, the head's, are for few tokens too: of many prompt tokens it sees
+// the last alone.
 #include <algorithm>
 
 #include "avx512vnni_few.h"
@@ -25,15 +25,21 @@ void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   return run_int8_many<Weights::kInt8, 1>(p, workspace, begin, end);
 }
 
+template <int kGroups>
+void run_int4_groups(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  if (p.is_for_few_kernel())
+    return run_few_prefetching<FewInt4<kGroups>::template Rows>(p, workspace, begin, end);
+  return run_int8_many<Weights::kInt4, kGroups>(p, workspace, begin, end);
+}
+
 void run_int4(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
-  if (p.is_for_few_kernel()) return run_few_prefetching<FewInt4>(p, workspace, begin, end);
   switch (p.scale_group) {
     case 128:
-      return run_int8_many<Weights::kInt4, 1>(p, workspace, begin, end);
+      return run_int4_groups<1>(p, workspace, begin, end);
     case 64:
-      return run_int8_many<Weights::kInt4, 2>(p, workspace, begin, end);
+      return run_int4_groups<2>(p, workspace, begin, end);
     default:
-      return run_int8_many<Weights::kInt4, 4>(p, workspace, begin, end);
+      return run_int4_groups<4>(p, workspace, begin, end);
   }
 }
 
@@ -80,7 +86,7 @@ bool is_supported() {
   return kAvx512.is_supported() && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("gfni");
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 // row's sums begin at -128 times its weights, lane by lane, for all tokens alike.
 //
 // 4-bit weights become 8-bit ones first (avx512vnni_int4.h). Their scales differ from tile to tile,
-// so they are multiplied with the token's before the sums are.
+// so they are multiplied with the tokens' before the sums are: a tile ahead, since a load soon
+// after the store of its bytes waits.
 //
 // Dense weights need no permuting: two vpdpbusd multiply the 128 of a row and tile.
 #pragma once
@@ -21,7 +22,16 @@
 namespace cast {
 namespace {
 
-template <Prefetch kPrefetch, Weights kWeights>
+// Number j of sixteen products of tokens and rows, [token][kRows], is of this token.
+template <int kRows>
+inline __m512i int8_token_numbers() {
+  if constexpr (kRows == 8)
+    return _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+}
+
+// kGroups: scale groups of a tile of 4-bit weights.
+template <Prefetch kPrefetch, Weights kWeights, int kGroups = 1>
 struct FewInt8Rows {
   static constexpr bool kIsDense = kWeights == Weights::kDenseInt8;
   static constexpr bool kIsInt4 = kWeights == Weights::kInt4;
@@ -29,7 +39,6 @@ struct FewInt8Rows {
                                        : kIsInt4 ? kInt4RowBytes
                                                  : kInt8TileKept;  // of a tile's values
   static constexpr int64_t kTileLines = kIsDense ? 16 : kIsInt4 ? 7 : 10;
-  static constexpr int64_t kTilesAhead = kIsInt4 ? 8 : 0;
   static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
   static int64_t tile_bytes(const Linear24& p) {
     return kIsDense ? kDenseInt8TileBytes : kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
@@ -49,16 +58,41 @@ struct FewInt8Rows {
     const int64_t stride = int8_few_stride(p), n = pass.n, row = n % kTileRows;
     const int64_t row_tiles = p.num_int8_tile_columns();
     const uint8_t* x = static_cast<const uint8_t*>(workspace) + kToken * stride;
-    const float* scales = int8_few_scales(p, workspace) + kToken * row_tiles;
+    const float* scales = int8_few_scales(p, workspace) + kToken;
     const uint8_t* ahead = pass.ahead;
     const int64_t tile_step = tile_bytes(p);
     const uint8_t* values = p.packed + (n / kTileRows * row_tiles + segment.begin) * tile_step;
     const uint8_t* positions = values + kTileRows * kRowBytes + row * (kInt8TileColumns / 8);
+    const uint8_t* scale_words = values + kInt4ScalesAt + row * kGroups * 2;
     values += row * kRowBytes;
-    const int64_t groups = kIsInt4 ? p.num_scale_groups() : 1;
-    const Int4Scales int4_scales(groups);
-    const __m512i first_rows = int4_row_scales(groups, row);
-    const __m512i last_rows = int4_row_scales(groups, row + 4);
+
+    // Of 4-bit weights, the products of both scales, [token][row] or, where a row has several,
+    // [token][row][quarter of a tile].
+    constexpr int kRowProducts = kGroups == 1 ? 1 : 4;
+    alignas(64) float both_products[2][16 * kRowProducts];  // of an even and an odd tile
+    const auto multiply_scales = [&](int64_t tile) {
+      float* products = both_products[tile % 2];
+      const float* of_tokens = scales + tile * kMostFewTokens;
+      if constexpr (kGroups == 1) {
+        const __m512i token_of_product = int8_token_numbers<kRows>();
+        const __m512 tokens = _mm512_castps128_ps512(_mm_loadu_ps(of_tokens));
+        _mm512_store_ps(products, _mm512_mul_ps(int4_row_scales<kRows>(scale_words),
+                                                _mm512_permutexvar_ps(token_of_product, tokens)));
+      } else {
+#pragma GCC unroll 2
+        for (int i = 0; i < kRows; i += 4) {
+          const __m512 rows = int4_quarter_scales<kGroups>(scale_words + i * kGroups * 2);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token)
+            _mm512_store_ps(products + (token * kRows + i) * 4,
+                            _mm512_mul_ps(rows, _mm512_set1_ps(of_tokens[token])));
+        }
+      }
+      scale_words += tile_step;
+      // They are broadcast from memory: GCC would keep them and use two shuffles for each.
+      asm("" : "+m"(both_products));
+    };
+    if constexpr (kIsInt4) multiply_scales(segment.begin);
 
     __m512 sums[16] = {};  // [token][row]; only indexed in unrolled loops, to stay in registers
     for (int64_t tile = segment.begin; tile < segment.end; ++tile) {
@@ -70,20 +104,8 @@ struct FewInt8Rows {
         asm("" : "+v"(low[token]));  // keep it in a register: GCC would load it again for each row
         high[token] = _mm512_load_si512(x + token * stride + tile * kTileColumns + 64);
       }
-      // Of 4-bit weights, the products of both scales, [token][row][quarter of a tile].
-      alignas(64) float products[kTokens][kRows][4];
-      if constexpr (kIsInt4) {
-        const uint8_t* at = values - row * kRowBytes;
-        const __m512 first = int4_scales(at, first_rows), last = int4_scales(at, last_rows);
-#pragma GCC unroll 8
-        for (int token = 0; token < kTokens; ++token) {
-          const __m512 scale = _mm512_set1_ps(scales[token * row_tiles + tile]);
-          _mm512_store_ps(products[token][0], _mm512_mul_ps(first, scale));
-          if constexpr (kRows == 8) _mm512_store_ps(products[token][4], _mm512_mul_ps(last, scale));
-        }
-        // They are broadcast from memory: GCC would keep them and use two shuffles for each.
-        asm("" : "+m"(products));
-      }
+      const float* products = both_products[tile % 2];
+      if (kIsInt4 && tile + 1 < segment.end) multiply_scales(tile + 1);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const __m512i weights = kIsInt4 ? int4_weights(values + i * kRowBytes)
@@ -98,7 +120,7 @@ struct FewInt8Rows {
             const __m512i half = _mm512_dpbusd_epi32(start, low[token], weights);
             const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(half, high[token], more));
             __m512& sum = sums[token * kRows + i];
-            sum = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[token * row_tiles + tile]), sum);
+            sum = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[tile * kMostFewTokens + token]), sum);
           }
           continue;
         }
@@ -119,8 +141,13 @@ struct FewInt8Rows {
           const __m512i gathered = _mm512_permutex2var_epi8(low[token], column, high[token]);
           const __m512 dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, gathered, weights));
           __m512& sum = sums[token * kRows + i];
-          const __m512 scale = kIsInt4 ? _mm512_broadcast_f32x4(_mm_load_ps(products[token][i]))
-                                       : _mm512_set1_ps(scales[token * row_tiles + tile]);
+          __m512 scale;
+          if constexpr (!kIsInt4)
+            scale = _mm512_set1_ps(scales[tile * kMostFewTokens + token]);
+          else if constexpr (kGroups == 1)
+            scale = _mm512_set1_ps(products[token * kRows + i]);
+          else
+            scale = _mm512_broadcast_f32x4(_mm_load_ps(products + (token * kRows + i) * 4));
           sum = _mm512_fmadd_ps(dot, scale, sum);
         }
       }
@@ -143,15 +170,25 @@ struct FewInt8Rows {
     store_8(p.dtype, _mm512_castps512_ps256(total), rounded);
     store_8(p.dtype, _mm512_extractf32x8_ps(total, 1), rounded + 8 * size);
     uint8_t* out = static_cast<uint8_t*>(p.out) + (kToken * p.out_features + n) * size;
-    for (int token = 0; token < kTokens && rows > 0; ++token)
-      std::memcpy(out + token * p.out_features * size, rounded + token * kRows * size, rows * size);
+    const auto copy_rows = [&](int64_t bytes) {
+#pragma GCC unroll 8
+      for (int token = 0; token < kTokens; ++token)
+        std::memcpy(out + token * p.out_features * size, rounded + token * kRows * size, bytes);
+    };
+    if (rows == kRows && size == 2)
+      copy_rows(kRows * 2);  // a constant, so that nothing is called
+    else if (rows > 0)
+      copy_rows(rows * size);
   }
 };
 
 template <Prefetch kPrefetch>
 using FewInt8 = FewInt8Rows<kPrefetch, Weights::kInt8>;
-template <Prefetch kPrefetch>
-using FewInt4 = FewInt8Rows<kPrefetch, Weights::kInt4>;
+template <int kGroups>
+struct FewInt4 {
+  template <Prefetch kPrefetch>
+  using Rows = FewInt8Rows<kPrefetch, Weights::kInt4, kGroups>;
+};
 template <Prefetch kPrefetch>
 using FewDenseInt8 = FewInt8Rows<kPrefetch, Weights::kDenseInt8>;
 

@@ -1,12 +1,10 @@
 // 4-bit weights -> 8-bit ones in registers, and their scales as floats.
 //
-// The 8-bit weights are 16 times the 4-bit ones: the lower four bits of a byte are shifted up, the
-// upper four stay, and neither needs its sign extended. Scales are divided by 16 instead, exactly.
-//
-// A row's 32 bytes are read twice into a register and half of it is shifted, which costs two
-// instructions. Then byte 16 i + 4 a + d is the kept weight 16 a + 4 i + d: each 16 bytes have four
-// of every scale group of 32 columns, in order. So a row's four scales, one for each quarter of a
-// tile, are broadcast and are the scales of all sixteen sums of vpdpbusd.
+// A row's 32 bytes are read twice into a register. One instruction of GFNI, which multiplies the
+// bits of each byte by a matrix, takes the lower four bits of one half's bytes and the upper four
+// of the other's, and extends their signs. Then byte 16 i + 4 a + d is the kept weight 16 a + 4 i +
+// d: each 16 bytes have four of every scale group of 32 columns, in order. So a row's four scales,
+// one for each quarter of a tile, are broadcast and are the scales of all sixteen sums of vpdpbusd.
 #pragma once
 #include <immintrin.h>
 
@@ -24,8 +22,11 @@ constexpr int int4_kept(int byte) { return byte / 4 % 4 * 16 + byte / 16 * 4 + b
 inline __m512i int4_weights(const uint8_t* pairs) {
   const __m512i twice =
       _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
-  const __m512i shifted = _mm512_sllv_epi64(twice, _mm512_set_epi64(0, 0, 0, 0, 4, 4, 4, 4));
-  return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(0xF0)));
+  // Byte 7 - i of a matrix names the bits whose sum, modulo 2, is bit i of the result.
+  const int64_t lower = 0x0102040808080808;
+  const int64_t upper = static_cast<int64_t>(0x1020408080808080);
+  const __m512i matrices = _mm512_set_epi64(upper, upper, upper, upper, lower, lower, lower, lower);
+  return _mm512_gf2p8affine_epi64_epi8(twice, matrices, 0);
 }
 
 // The same, kept weights in order: the register's 32-bit words are transposed as 4 x 4.
@@ -34,49 +35,48 @@ inline __m512i int4_weights_in_order(const uint8_t* pairs) {
   return _mm512_permutexvar_epi32(order, int4_weights(pairs));
 }
 
-// Scales, as words, divided by 16. `numbers`, their places among the words, are in odd words.
-inline __m512 int4_scales(__m512i words, __m512i numbers) {
-  // A bf16 number is the upper half of a float.
-  const __m512i floats = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, numbers, words);
-  return _mm512_mul_ps(_mm512_castsi512_ps(floats), _mm512_set1_ps(1.0f / 16));
+// kBytes of scales into a register's lowest words. No load with a mask, whatever it leaves out: it
+// would wait for the cache line of the next tile.
+template <int kBytes>
+inline __m512i int4_scale_words(const uint8_t* from) {
+  if constexpr (kBytes == 8) return _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)from));
+  if constexpr (kBytes == 16) return _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)from));
+  if constexpr (kBytes == 32)
+    return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+  if constexpr (kBytes == 64) return _mm512_loadu_si512(from);
 }
 
-// Reads a tile's scales, however many there are.
-struct Int4Scales {
-  __mmask32 inside;
-  explicit Int4Scales(int64_t groups)
-      : inside(static_cast<__mmask32>((uint64_t{1} << kTileRows * groups) - 1)) {}
-  __m512 operator()(const uint8_t* tile, __m512i numbers) const {
-    return int4_scales(_mm512_maskz_loadu_epi16(inside, tile + kInt4ScalesAt), numbers);
-  }
-};
+// Float j of the result is the scale in word kWord(j).
+template <auto kWord>
+inline __m512 int4_scales(__m512i words) {
+  static constexpr std::array<uint16_t, 32> kWords = [] {
+    std::array<uint16_t, 32> numbers = {};
+    for (int j = 0; j < 16; ++j) numbers[2 * j + 1] = static_cast<uint16_t>(kWord(j));
+    return numbers;
+  }();
+  // A bf16 number is the upper half of a float.
+  const __m512i numbers = _mm512_loadu_si512(kWords.data());
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, numbers, words));
+}
 
-// The numbers of the scales of four rows from `row` on, of each quarter of their columns.
-inline __m512i int4_row_scales(int64_t groups, int64_t row) {
-  alignas(64) uint16_t numbers[32];
-  for (int64_t j = 0; j < 32; ++j)
-    numbers[j] = static_cast<uint16_t>((row + j / 8) * groups + j / 2 % 4 * groups / 4);
-  return _mm512_load_si512(numbers);
+// The scales of kRows rows, which have one each, again and again.
+template <int kRows>
+inline __m512 int4_row_scales(const uint8_t* from) {
+  return int4_scales<[](int j) { return j % kRows; }>(int4_scale_words<kRows * 2>(from));
+}
+
+// The scales of four rows, of each quarter of their columns.
+template <int kGroups>
+inline __m512 int4_quarter_scales(const uint8_t* from) {
+  return int4_scales<[](int j) { return j / 4 * kGroups + j % 4 * kGroups / 4; }>(
+      int4_scale_words<kGroups * 8>(from));
 }
 
 // The scales of the eight rows of a tile, of scale group kGroup and, if there is one, the next.
 template <int kGroups, int kGroup>
 inline __m512 int4_group_scales(const uint8_t* tile) {
-  static constexpr std::array<uint16_t, 32> kNumbers = [] {
-    std::array<uint16_t, 32> numbers = {};
-    for (int j = 0; j < 32; ++j)
-      numbers[j] = static_cast<uint16_t>(j / 2 % 8 * kGroups + kGroup + j / 16);
-    return numbers;
-  }();
-  // No load with a mask: it would wait for the cache line of the next tile.
-  __m512i words;
-  if constexpr (kGroups == 1)
-    words = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(tile + kInt4ScalesAt)));
-  else if constexpr (kGroups == 2)
-    words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(tile + kInt4ScalesAt)));
-  else
-    words = _mm512_loadu_si512(tile + kInt4ScalesAt);
-  return int4_scales(words, _mm512_loadu_si512(kNumbers.data()));
+  return int4_scales<[](int j) { return j % 8 * kGroups + (kGroup + j / 8) % kGroups; }>(
+      int4_scale_words<kGroups * 16>(tile + kInt4ScalesAt));
 }
 
 // All of a tile's scales -> [scale group][8 rows], scale groups `stride` floats apart.

@@ -122,8 +122,8 @@ inline void store_8(DType dtype, __m256 floats, void* out) {
   _mm_storeu_si128(static_cast<__m128i*>(out), halves);
 }
 
-// Few tokens: [token][K padded to tiles and one more] integers, then [token][scale group] scales.
-// The stride is no power of two, or all tokens would share one cache set.
+// Few tokens: [token][K padded to tiles and one more] integers, then [scale group][8 tokens]
+// scales. The stride is no power of two, or all tokens would share one cache set.
 inline int64_t int8_few_stride(const Linear24& p) {
   return (p.num_int8_tile_columns() + 1) * kInt8TileColumns;
 }
@@ -134,17 +134,18 @@ inline const float* int8_few_scales(const Linear24& p, const void* workspace) {
 }
 
 inline int64_t int8_few_bytes(const Linear24& p) {
-  return p.num_tokens * (int8_few_stride(p) + p.num_int8_tile_columns() * 4);
+  return p.num_tokens * int8_few_stride(p) + p.num_int8_tile_columns() * kMostFewTokens * 4;
 }
 
 inline void prepare_int8_few(const Linear24& p, void* workspace) {
   uint8_t* integers = static_cast<uint8_t*>(workspace);
   float* scales = const_cast<float*>(int8_few_scales(p, workspace));
-  const int64_t groups = p.num_int8_tile_columns();
-  for (int64_t token = 0; token < p.num_tokens; ++token)
-    for (int64_t group = 0; group < groups; ++group)
-      scales[token * groups + group] = quantize(
-          p, token, group, integers + token * int8_few_stride(p) + group * kInt8TileColumns);
+  for (int64_t group = 0; group < p.num_int8_tile_columns(); ++group, scales += kMostFewTokens) {
+    std::fill_n(scales, kMostFewTokens, 0.0f);  // those of no token are multiplied too
+    for (int64_t token = 0; token < p.num_tokens; ++token)
+      scales[token] = quantize(p, token, group,
+                               integers + token * int8_few_stride(p) + group * kInt8TileColumns);
+  }
 }
 
 }  // namespace
