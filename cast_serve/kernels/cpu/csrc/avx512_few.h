@@ -17,7 +17,7 @@ constexpr int64_t kFewSlabRows = 64;  // tile rows that use a segment of x while
 // x of up to kWholeBytes is used whole; a larger one in segments of K that stay in L1 for a slab.
 constexpr int64_t kWholeBytes = 40 << 10, kSegmentBytes = 16 << 10;
 // Weights that are read once, in one pass, are prefetched that far; else as far as the next tile
-// row. Less leaves memory idle, more is too much for an L1 of 32 KB.
+// row. Less left memory idle on Zen 5; more must stay in L1, of 32 KB or 48, beside x.
 constexpr int64_t kBytesAhead = 12 << 10;
 
 // Some tiles of K. The sum of a product's segments is kept until the last one is added.

@@ -22,14 +22,6 @@
 namespace cast {
 namespace {
 
-// Number j of sixteen products of tokens and rows, [token][kRows], is of this token.
-template <int kRows>
-inline __m512i int8_token_numbers() {
-  if constexpr (kRows == 8)
-    return _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  return _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-}
-
 // kGroups: scale groups of a tile of 4-bit weights.
 template <Prefetch kPrefetch, Weights kWeights, int kGroups = 1>
 struct FewInt8Rows {
@@ -74,7 +66,7 @@ struct FewInt8Rows {
       float* products = both_products[tile % 2];
       const float* of_tokens = scales + tile * kMostFewTokens;
       if constexpr (kGroups == 1) {
-        const __m512i token_of_product = int8_token_numbers<kRows>();
+        const __m512i token_of_product = int4_token_numbers<kRows>();
         const __m512 tokens = _mm512_castps128_ps512(_mm_loadu_ps(of_tokens));
         _mm512_store_ps(products, _mm512_mul_ps(int4_row_scales<kRows>(scale_words),
                                                 _mm512_permutexvar_ps(token_of_product, tokens)));

@@ -65,6 +65,14 @@ inline __m512 int4_row_scales(const uint8_t* from) {
   return int4_scales<[](int j) { return j % kRows; }>(int4_scale_words<kRows * 2>(from));
 }
 
+// Number j of sixteen products of tokens and rows, [token][kRows], is of this token.
+template <int kRows>
+inline __m512i int4_token_numbers() {
+  if constexpr (kRows == 8)
+    return _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+}
+
 // The scales of four rows, of each quarter of their columns.
 template <int kGroups>
 inline __m512 int4_quarter_scales(const uint8_t* from) {
