@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets
-from cast_train import sharding
+from cast_train import attention, sharding
 from cast_train.checkpoint.models import load_dense
 from cast_train.config import TrainConfig
 from cast_train.gates import gating, quantizing, scaling
@@ -128,6 +128,8 @@ def prepare(
     teacher = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
+        attention.use_blocks(teacher)
+    attention.use_blocks(model)
     return Prepared(model, targets, kept_dense, gate_map, start, reach, teacher)
 
 

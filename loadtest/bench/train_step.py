@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.sparsity.targets import find_targets
-from cast_train import losses
+from cast_train import attention, losses
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
@@ -43,6 +43,7 @@ class Way:
     ) -> None:
         self.max_grad_norm = config.max_grad_norm
         self.model = load_dense(directory, torch.float32).train()
+        attention.use_blocks(self.model)
         for embedding in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             embedding.requires_grad_(False)
         self.gates: dict[str, gating.Gate] = {}
