@@ -19,13 +19,16 @@ namespace {
 // Which kept weight is at a byte of the register.
 constexpr int int4_kept(int byte) { return byte / 4 % 4 * 16 + byte / 16 * 4 + byte % 4; }
 
+// The matrices of GFNI that take the lower and the upper half of a byte and extend its sign. Byte 7
+// - i of a matrix names the bits whose sum, modulo 2, is bit i of the result.
+constexpr int64_t kInt4Lower = 0x0102040808080808;
+constexpr int64_t kInt4Upper = static_cast<int64_t>(0x1020408080808080);
+
 inline __m512i int4_weights(const uint8_t* pairs) {
   const __m512i twice =
       _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
-  // Byte 7 - i of a matrix names the bits whose sum, modulo 2, is bit i of the result.
-  const int64_t lower = 0x0102040808080808;
-  const int64_t upper = static_cast<int64_t>(0x1020408080808080);
-  const __m512i matrices = _mm512_set_epi64(upper, upper, upper, upper, lower, lower, lower, lower);
+  const __m512i matrices = _mm512_set_epi64(kInt4Upper, kInt4Upper, kInt4Upper, kInt4Upper,
+                                            kInt4Lower, kInt4Lower, kInt4Lower, kInt4Lower);
   return _mm512_gf2p8affine_epi64_epi8(twice, matrices, 0);
 }
 
