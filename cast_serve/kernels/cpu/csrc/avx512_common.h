@@ -1,4 +1,4 @@
-// What the AVX-512 kernels share: prefetching, masks, sums across lanes, transposes.
+// What the AVX-512 kernels share: prefetching, masks, rounding, sums across lanes, transposes.
 #pragma once
 #include <immintrin.h>
 
@@ -24,6 +24,26 @@ inline __mmask8 first_of_eight(int64_t count) {
   return static_cast<__mmask8>((1 << std::clamp<int64_t>(count, 0, 8)) - 1);
 }
 
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Eight floats -> eight elements, rounded to nearest even.
+inline void store_8(DType dtype, __m256 floats, void* out) {
+  if (dtype == DType::kFloat32) return _mm256_storeu_ps(static_cast<float*>(out), floats);
+  __m128i halves;
+  if (dtype == DType::kFloat16) {
+    halves = _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {  // bf16, without AVX-512 BF16
+    const __m256i bits = _mm256_castps_si256(floats), one = _mm256_set1_epi32(1);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i result = _mm256_mask_mov_epi32(
+        rounded, _mm256_cmp_ps_mask(floats, floats, _CMP_UNORD_Q), _mm256_set1_epi32(0x7FC00000));
+    halves = _mm256_cvtepi32_epi16(_mm256_srli_epi32(result, 16));
+  }
+  _mm_storeu_si128(static_cast<__m128i*>(out), halves);
+}
+
 // Lane i of the result is the sum of the lanes of sums[i].
 inline __m512 sums_of_lanes(__m512 sums[16]) {
 #pragma GCC unroll 8
@@ -41,24 +61,6 @@ inline __m512 sums_of_lanes(__m512 sums[16]) {
   const __m512 mixed =
       _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
   return _mm512_shuffle_f32x4(mixed, mixed, 0xd8);  // swaps the middle quarters
-}
-
-// out[token][row] = sums[row][token]
-inline void transpose_8x8(const __m256 sums[8], __m256 out[8]) {
-  __m256 twos[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    twos[i] = _mm256_unpacklo_ps(sums[i], sums[i + 1]);
-    twos[i + 1] = _mm256_unpackhi_ps(sums[i], sums[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      fours[i + 2 * j] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0x44);
-      fours[i + 2 * j + 1] = _mm256_shuffle_ps(twos[i + j], twos[i + j + 2], 0xee);
-    }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-    out[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
-  }
 }
 
 // rows[i] becomes column i of the sixteen rows of 32-bit values.

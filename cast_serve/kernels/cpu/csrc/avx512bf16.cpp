@@ -14,14 +14,14 @@ int64_t workspace_bytes(const Linear24& p) {
 
 void prepare(const Linear24& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.prepare(p, workspace);
-  uint16_t* x = static_cast<uint16_t*>(workspace);
-  return p.is_for_few_kernel() ? prepare_few(p, x) : prepare_many(p, x);
+  if (p.is_for_few_kernel()) return prepare_few(p, static_cast<uint16_t*>(workspace));
+  return prepare_many(p, workspace);
 }
 
 void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.run(p, workspace, begin, end);
   if (p.is_for_few_kernel()) return run_few_prefetching<FewBf16>(p, workspace, begin, end);
-  return run_many(p, static_cast<const uint16_t*>(workspace), begin, end);
+  return run_many<ManyBf16>(p, {static_cast<const uint8_t*>(workspace), nullptr}, begin, end);
 }
 
 bool is_supported() { return kAvx512Vnni.is_supported() && __builtin_cpu_supports("avx512bf16"); }

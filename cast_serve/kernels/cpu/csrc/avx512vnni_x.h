@@ -1,4 +1,4 @@
-// How avx512vnni.cpp reads x and writes its products, whatever their dtype.
+// How avx512vnni.cpp reads x, whatever its dtype.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -10,8 +10,6 @@ namespace cast {
 namespace {
 
 constexpr uint8_t kZero = 128;  // is added to an integer of x to make it unsigned
-
-inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Sixteen elements -> floats; those outside the mask are 0.
 template <DType kDType>
@@ -102,24 +100,6 @@ inline float quantize(const Linear24& p, int64_t token, int64_t group, uint8_t* 
     default:
       return quantize_group<DType::kFloat32>(p.x, first, columns, integers);
   }
-}
-
-// Eight floats -> eight elements, rounded to nearest even.
-inline void store_8(DType dtype, __m256 floats, void* out) {
-  if (dtype == DType::kFloat32) return _mm256_storeu_ps(static_cast<float*>(out), floats);
-  __m128i halves;
-  if (dtype == DType::kFloat16) {
-    halves = _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {  // bf16, without AVX-512 BF16
-    const __m256i bits = _mm256_castps_si256(floats), one = _mm256_set1_epi32(1);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i rounded =
-        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-    const __m256i result = _mm256_mask_mov_epi32(
-        rounded, _mm256_cmp_ps_mask(floats, floats, _CMP_UNORD_Q), _mm256_set1_epi32(0x7FC00000));
-    halves = _mm256_cvtepi32_epi16(_mm256_srli_epi32(result, 16));
-  }
-  _mm_storeu_si128(static_cast<__m128i*>(out), halves);
 }
 
 // Few tokens: [token][K padded to tiles and one more] integers, then [scale group][8 tokens]
