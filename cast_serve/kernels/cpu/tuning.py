@@ -19,6 +19,7 @@ Only the AVX-512 kernels with VBMI and GFNI and AMX's have a kernel for few toke
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -194,19 +195,20 @@ def _fastest_prefetch(layers: dict[str, list[Linear]]) -> str:
 
 
 def _crossover(ops: list[Linear], prefetch: str) -> int:
-    """Up to how many tokens the kernel for few is the faster one, from 1 on."""
+    """Up to how many tokens the kernel for few runs, so that the product of times is the least."""
     cases = {}
     for num_tokens in range(1, MOST_FEW_TOKENS + 1):
         cases[num_tokens, 0] = (Tuning(0, 0, 0, prefetch), num_tokens, ops)
         cases[num_tokens, MOST_FEW_TOKENS] = (_always_few(prefetch), num_tokens, ops)
     times = _bests(cases)
-    few_tokens = 0
-    while (
-        few_tokens < MOST_FEW_TOKENS
-        and times[few_tokens + 1, MOST_FEW_TOKENS] <= times[few_tokens + 1, 0]
-    ):
-        few_tokens += 1
-    return few_tokens
+
+    def product(few_tokens: int) -> float:
+        return math.prod(
+            times[num_tokens, MOST_FEW_TOKENS if num_tokens <= few_tokens else 0] * 1e3
+            for num_tokens in range(1, MOST_FEW_TOKENS + 1)
+        )
+
+    return min(range(MOST_FEW_TOKENS + 1), key=product)
 
 
 def _library_from(ops: list[Linear], tuning: Tuning) -> int:

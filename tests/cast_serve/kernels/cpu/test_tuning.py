@@ -235,6 +235,21 @@ def test_the_fastest_candidates_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("at_three", "expected"),
+    [(0.9, 8), (0.5, 2)],  # of the kernel for many, over the one for few, which is faster else
+)
+def test_where_neither_is_faster_throughout_the_least_product_decides(
+    at_three: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bests(cases: dict[tuple, tuple]) -> dict[tuple, float]:
+        of_many = {num_tokens: 1.1 for num_tokens in range(1, 9)} | {3: at_three}
+        return {key: 1.0 if key[1] else of_many[key[0]] for key in cases}
+
+    monkeypatch.setattr(tuning, "_bests", bests)
+    assert tuning._crossover([], "t0") == expected
+
+
+@pytest.mark.parametrize(
     ("library_s", "expected"),
     [
         ({32: 0.8, 128: 0.8}, 32),
