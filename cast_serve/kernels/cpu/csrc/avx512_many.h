@@ -35,8 +35,8 @@ constexpr int64_t kPairsAhead = 16, kPairsAheadOfMany = 2;  // pairs of tiles th
 
 using TilePair = const uint8_t* const (&)[2];
 
-// Tokens are multiplied four, eight or sixteen at a time.
-inline int64_t many_padded_tokens(const Linear24& p) { return (p.num_tokens + 3) / 4 * 4; }
+// Tokens are multiplied two, four, six, eight or sixteen at a time.
+inline int64_t many_padded_tokens(const Linear24& p) { return (p.num_tokens + 1) / 2 * 2; }
 
 // x of some tokens and tiles, [tile][padded token] of kXBytes, and of integers the scales, [tile]
 // [padded token]; else null.
@@ -216,8 +216,12 @@ void run_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end)
         }
         const ManyX x = all_x.from(at.tile * padded + first);
         float* to = sums + (at.row - slab) / 2 * tokens * kLaneRows;
-        if (tokens == 4) {
+        if (tokens == 2) {
+          multiply_at_once<Format, 2>(pair, x, to);
+        } else if (tokens == 4) {
           multiply_at_once<Format, 4>(pair, x, to);
+        } else if (tokens == 6) {
+          multiply_at_once<Format, 6>(pair, x, to);
         } else if (tokens == 8) {
           multiply_at_once<Format, 8>(pair, x, to);
         } else {
@@ -229,7 +233,8 @@ void run_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end)
           };
           while (token + 16 <= tokens) multiply.template operator()<16>();
           if (token + 8 <= tokens) multiply.template operator()<8>();
-          if (token < tokens) multiply.template operator()<4>();
+          if (token + 4 <= tokens) multiply.template operator()<4>();
+          if (token < tokens) multiply.template operator()<2>();
         }
       }
       store_slab(p, slab * kTileRows, std::min(slab_end * kTileRows, p.out_features), first, tokens,
