@@ -35,8 +35,12 @@ constexpr int64_t kPairsAhead = 16, kPairsAheadOfMany = 2;  // pairs of tiles th
 
 using TilePair = const uint8_t* const (&)[2];
 
-// Tokens are multiplied two, four, six, eight or sixteen at a time.
-inline int64_t many_padded_tokens(const Linear24& p) { return (p.num_tokens + 1) / 2 * 2; }
+// Up to eight tokens are multiplied at once, two, four, six or eight; more four, eight or sixteen
+// at a time.
+inline int64_t many_padded_tokens(const Linear24& p) {
+  const int64_t multiple = p.num_tokens <= 8 ? 2 : 4;
+  return (p.num_tokens + multiple - 1) / multiple * multiple;
+}
 
 // x of some tokens and tiles, [tile][padded token] of kXBytes, and of integers the scales, [tile]
 // [padded token]; else null.
@@ -186,8 +190,10 @@ inline void store_slab(const Linear24& p, int64_t first_n, int64_t last_n, int64
     }
 }
 
-template <typename Format>
-void run_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end) {
+// kAtOnce: all tokens, multiplied at once; 0: more than eight. A function for each, since GCC keeps
+// constants of the others in registers that then lack.
+template <typename Format, int kAtOnce>
+void run_so_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end) {
   static const uint8_t no_tile[Format::kMostTileBytes] = {};  // below a last tile row
   const int64_t row_tiles = Format::row_tiles(p), padded = many_padded_tokens(p);
   const int64_t tile_bytes = Format::tile_bytes(p), row_bytes = row_tiles * tile_bytes;
@@ -216,14 +222,8 @@ void run_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end)
         }
         const ManyX x = all_x.from(at.tile * padded + first);
         float* to = sums + (at.row - slab) / 2 * tokens * kLaneRows;
-        if (tokens == 2) {
-          multiply_at_once<Format, 2>(pair, x, to);
-        } else if (tokens == 4) {
-          multiply_at_once<Format, 4>(pair, x, to);
-        } else if (tokens == 6) {
-          multiply_at_once<Format, 6>(pair, x, to);
-        } else if (tokens == 8) {
-          multiply_at_once<Format, 8>(pair, x, to);
+        if constexpr (kAtOnce != 0) {
+          multiply_at_once<Format, kAtOnce>(pair, x, to);
         } else {
           keep<Format>(pair, kept);
           int64_t token = 0;
@@ -234,12 +234,27 @@ void run_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end)
           while (token + 16 <= tokens) multiply.template operator()<16>();
           if (token + 8 <= tokens) multiply.template operator()<8>();
           if (token + 4 <= tokens) multiply.template operator()<4>();
-          if (token < tokens) multiply.template operator()<2>();
         }
       }
       store_slab(p, slab * kTileRows, std::min(slab_end * kTileRows, p.out_features), first, tokens,
                  sums);
     }
+  }
+}
+
+template <typename Format>
+void run_many(const Linear24& p, const ManyX& x, int64_t begin, int64_t end) {
+  switch (many_padded_tokens(p)) {
+    case 2:
+      return run_so_many<Format, 2>(p, x, begin, end);
+    case 4:
+      return run_so_many<Format, 4>(p, x, begin, end);
+    case 6:
+      return run_so_many<Format, 6>(p, x, begin, end);
+    case 8:
+      return run_so_many<Format, 8>(p, x, begin, end);
+    default:
+      return run_so_many<Format, 0>(p, x, begin, end);
   }
 }
 
