@@ -21,7 +21,11 @@ MAX_LENGTH = 1024
 
 
 def use_blocks(model: Any) -> None:
-    """Has a transformers model compute its attention so where it would take PyTorch's fused one."""
+    """Has a model compute its plain causal attention by `causal_attention`, on a CPU.
+
+    Args:
+        model: of transformers; changed, unless it was told to take another attention than "sdpa".
+    """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)  # None where it is plain causal

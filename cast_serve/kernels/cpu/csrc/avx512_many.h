@@ -13,7 +13,8 @@
 // A Format says how: tile_bytes and row_tiles, kTileLines (as many cache lines or, as tiles of
 // 4-bit weights do not begin at one, more), kGroups (parts of a tile whose dots are added to the
 // sums on their own), Tiles (two tiles taken apart in registers), Dots (of a token) and how they
-// are added, Offsets (of the same for all tokens) and what else a group's dots need to become sums.
+// are added, kLatency (cycles until a sum of dots is ready), Offsets (of the same for all tokens)
+// and what else a group's dots need to become sums.
 #pragma once
 #include <algorithm>
 #include <cstring>

@@ -36,7 +36,8 @@ struct ManyBf16 {
   static constexpr int64_t kValueBytes = kTileRows * kTileKept * 2;
   static constexpr int64_t kMostTileBytes = kValueBytes + kTileRows * 8;
   static constexpr int kGroups = 1, kTileLines = kMostTileBytes / 64;
-  static constexpr int kLatency = 4;  // of vdpbf16ps, cycles
+  // Not that of vdpbf16ps: with more, eight tokens have two sums each, for which registers lack.
+  static constexpr int kLatency = 4;
   static int64_t row_tiles(const Linear24& p) { return p.num_tile_columns(); }
   static int64_t tile_bytes(const Linear24&) { return kMostTileBytes; }
 
