@@ -51,7 +51,14 @@ def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
 
 @app.command()
 def run(
-    model: Annotated[Path, MODEL],
+    model: Annotated[
+        Path,
+        option(
+            "MODEL",
+            "Dense model, or a pruned or compressed one to train further: its directory, or "
+            "ORG/NAME[@REVISION] of a hub.",
+        ),
+    ],
     text: Text,
     out: Annotated[Path, option("DIR", "Gated checkpoint to write.")],
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.hub import PAPERS
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
@@ -128,6 +129,31 @@ def check_dense(directory: Path) -> None:
     """
     if (kind := kind_of(directory)) in ("gated", "compressed"):
         raise CheckpointError(f"{directory} is {kind}; give the dense model that it was made of")
+
+
+def sparse_targets(directory: Path) -> list[str] | None:
+    """The linears of a pruned or compressed directory that have zeros, of which no weight is read.
+
+    Returns:
+        None: the directory is dense, so that all its linears may become sparse.
+
+    Raises:
+        CheckpointError: if its weights cannot be trained: it is missing, gated or quantised.
+    """
+    kind = kind_of(directory)
+    if kind == "gated":
+        raise CheckpointError(
+            f"{directory} is gated; give the dense model that it was made of or, to train it "
+            "further, what cast-serve convert makes of it"
+        )
+    if kind not in ("pruned", "compressed"):
+        return None
+    found = ModelDirectory(directory)
+    if found.quantized:
+        raise CheckpointError(
+            f"{directory} is quantised ({found.quantized}); give the directory that it was made of"
+        )
+    return found.targets
 
 
 def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention, sharding
-from cast_train.checkpoint.models import load_dense
+from cast_train.checkpoint.models import load_any, load_dense, sparse_targets
 from cast_train.config import TrainConfig
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
@@ -98,8 +98,9 @@ def prepare(
     """Loads the model and its teacher, and puts gates on the targets.
 
     Args:
-        model_dir: dense HF directory.
-        teacher_dir: another one to distil from; None: model_dir.
+        model_dir: dense HF directory; or a pruned or compressed one, whose linears without zeros
+            stay dense.
+        teacher_dir: dense one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the gates' start.
         config: all settings.
         kept_dense: targets that stay dense for `config.zeros`; None: they are chosen.
@@ -107,9 +108,11 @@ def prepare(
     Raises:
         ValueError: for every wrong input.
     """
-    model = load_dense(model_dir, torch.float32)
+    model = load_any(model_dir, torch.float32)
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
-    if kept_dense is None:
+    if kept_dense is None and (sparse := sparse_targets(model_dir)) is not None:
+        kept_dense = [name for name in targets if name not in sparse]
+    elif kept_dense is None:
         calibration = blocks.train[: config.calibration_blocks]
         kept_dense = keep_dense(
             model, targets, config.pattern, calibration, config.zeros, config.allocation

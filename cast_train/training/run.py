@@ -32,7 +32,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
-from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.checkpoint.models import load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.gates import gating, quantizing, scaling
@@ -67,7 +67,8 @@ def train(
     """Trains and writes a gated checkpoint.
 
     Args:
-        model_dir: dense HF directory, or its name on a hub.
+        model_dir: dense HF directory, or a pruned or compressed one to be trained further, or its
+            name on a hub.
         text_files: UTF-8 training text.
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
             see resume.py.
@@ -94,8 +95,7 @@ def train(
     _check_outputs(out, partial, config, is_resume, tensorboard_dir)
     model_dir = hub.fetch(model_dir)
     teacher_dir = hub.fetch(teacher_dir) if teacher_dir else None
-    for directory in filter(None, (model_dir, teacher_dir)):
-        models.check_dense(directory)
+    _check_models(model_dir, teacher_dir, config)
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     run_identity = {
@@ -142,6 +142,24 @@ def _check_outputs(
     check_new(out)
     if _rank() == 0 and partial.exists():
         resume.check(partial, settings, is_resume)
+
+
+def _check_models(model_dir: Path, teacher_dir: Path | None, config: TrainConfig) -> None:
+    """Refuses models that cannot be trained or distilled from, before a weight is read."""
+    if teacher_dir is not None:
+        models.check_dense(teacher_dir)
+    if models.sparse_targets(model_dir) is None:
+        return
+    if config.zeros < config.pattern.zeros:
+        raise ValueError(
+            f"zeros {config.zeros} chooses among the linears of a dense model, but {model_dir} has "
+            "its zeros already; leave zeros at 1, and what is dense there stays dense"
+        )
+    if config.distillation_weight and teacher_dir is None:
+        raise ValueError(
+            f"{model_dir} has its zeros already, so it is no teacher; give --teacher the dense "
+            "model, or set distillation_weight to 0"
+        )
 
 
 def _fit(
@@ -262,7 +280,7 @@ def _gathered(
 ) -> Prepared:
     """The trained model, unsharded in every process, with its targets and gates."""
     state = sharding.whole_state(sharded)
-    model = load_dense(model_dir, torch.float32)
+    model = models.load_any(model_dir, torch.float32)
     targets = {name: model.get_submodule(name) for name in prepared.targets}
     gate_map = {} if config.method == "dense" else with_gates(targets, None, config)
     model.load_state_dict(state)

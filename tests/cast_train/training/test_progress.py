@@ -91,7 +91,7 @@ def test_a_reporter_that_is_not_installed_is_named_before_the_model_loads(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    monkeypatch.setattr(prepare, "load_dense", None)
+    monkeypatch.setattr(prepare, "load_any", None)
     message = f"report_to {name} needs the package {package}, .*; run pip install {package}"
     with pytest.raises(ValueError, match=message):
         train(llama_dir, [text_file], tmp_path / "out", TrainConfig(report_to=name))

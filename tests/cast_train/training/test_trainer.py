@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         model.lm_head.weight.data.fill_(float("inf"))
         return model
 
-    monkeypatch.setattr(prepare, "load_dense", poisoned)
+    monkeypatch.setattr(prepare, "load_any", poisoned)
     config = dataclasses.replace(config, start="ones")
     with pytest.raises(DivergedError, match="at step 0; lower learning_rate"):
         train(llama_dir, [text_file], tmp_path / "out", config)

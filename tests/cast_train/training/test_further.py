@@ -1,0 +1,71 @@
+"""`cast-train run --model` of a directory that has its zeros: they and what is dense stay."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.record import CheckpointError
+from cast_train.checkpoint import models
+from cast_train.config import TrainConfig
+from cast_train.pruning.oneshot import write_pruned
+from cast_train.training.run import train
+
+DENSE = r"layers\.0\.mlp|h\.0\.mlp"  # of Llama's and of GPT-2's names
+
+
+@pytest.fixture
+def config(settings_file):
+    """Of a run whose mask is exact from the first step on, in 4 bits."""
+    return TrainConfig.from_toml(
+        settings_file,
+        steps=8,
+        quantize="int4",
+        scale_group=32,
+        hard_fraction=0.0,
+        tau_end_fraction=0.0,
+        quantized_fraction=0.0,
+    )
+
+
+@pytest.fixture(params=["pruned", "compressed"])
+def sparse_dir(request, model_dir, text_file, tmp_path):
+    pruned = tmp_path / "pruned"
+    write_pruned(model_dir, [text_file], pruned, "magnitude", exclude=[DENSE])
+    if request.param == "compressed":
+        convert(pruned, tmp_path / "compressed")
+    return tmp_path / request.param
+
+
+def test_zeros_and_dense_linears_stay(sparse_dir, model_dir, text_file, config, tmp_path):
+    record = train(sparse_dir, [text_file], tmp_path / "gated", config, teacher_dir=model_dir)
+    assert record["kept_dense"]
+    summary = convert(tmp_path / "gated", tmp_path / "int4", quantize="int4", scale_group=32)
+    assert summary["num_sparse_layers"] == len(record["targets"])
+    before = models.load_any(sparse_dir).state_dict()
+    after = models.load_any(tmp_path / "int4").state_dict()
+    for name in record["targets"]:
+        old, new = before[f"{name}.weight"], after[f"{name}.weight"]
+        assert not new[old == 0].any()
+        assert not torch.equal(old, new)
+    for name in record["kept_dense"]:
+        assert after[f"{name}.weight"].count_nonzero() > 0.9 * after[f"{name}.weight"].numel()
+
+
+def test_wrong_use_is_refused_before_anything_is_written(
+    sparse_dir, model_dir, text_file, config, tmp_path
+):
+    out = tmp_path / "gated"
+    with pytest.raises(ValueError, match="so it is no teacher; give --teacher the dense model"):
+        train(sparse_dir, [text_file], out, config)
+    fewer = dataclasses.replace(config, zeros=0.4)
+    with pytest.raises(ValueError, match="zeros 0.4 chooses among the linears of a dense model"):
+        train(sparse_dir, [text_file], out, fewer, teacher_dir=model_dir)
+    convert(tmp_path / "pruned", tmp_path / "int8", quantize="int8")
+    with pytest.raises(CheckpointError, match=r"int8 is quantised \(int8\); give the directory"):
+        train(tmp_path / "int8", [text_file], out, config, teacher_dir=model_dir)
+    assert not out.exists()
+    train(model_dir, [text_file], out, config)
+    with pytest.raises(CheckpointError, match="what cast-serve convert makes of it"):
+        train(out, [text_file], tmp_path / "again", config, teacher_dir=model_dir)
