@@ -3,7 +3,9 @@
 Two requests are asked for, one after the other. Of the first, the time per token and the CPU time
 of each process of the server are measured. During the second py-spy looks at the stacks, 200 times
 a second; a process's CPU time is distributed by what it was then found at. The parts are told by
-vLLM's own functions (`PARTS`), so another vLLM may show a large rest.
+vLLM's own functions (`PARTS`), so another vLLM may show a large rest. Before the second, the CPU
+time of a server that nobody asks is measured, and of one that is asked for a token each second, as
+the gateway does to see that an idle worker lives.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import os
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ from loadtest.send.connection import Pool
 
 PROMPT = "The capital of France is"
 RATE = 200  # looks a second
+IDLE_S = 20  # vLLM logs its statistics every 10 s
 PY_SPY = Path(sysconfig.get_path("scripts")) / "py-spy"
 
 # The first that fits a stack: functions of which one is in it, and the start of its innermost
@@ -63,7 +67,8 @@ def profile(
 
     Returns:
         ``tpot_ms``: of the first answer. ``parts_ms``: CPU ms a token by part; the last one,
-        ``not on a core``, is what is left of tpot_ms.
+        ``not on a core``, is what is left of tpot_ms. ``idle_percent`` of a core that all its
+        processes take without a request, ``canary_percent`` with one of a token each second.
 
     Raises:
         PeerError: if the server ends, or does not answer.
@@ -80,6 +85,8 @@ def profile(
             process.pid: (_cpu_s(process) - before[process.pid]) / num_tokens * 1e3
             for process in processes
         }
+        idle_percent = _idle_percent(server, processes, has_canary=False)
+        canary_percent = _idle_percent(server, processes, has_canary=True)
         with tempfile.TemporaryDirectory() as folder:
             stacks = _look(server, list(used_ms), cores, num_tokens, tpot_ms, Path(folder))
     parts: dict[str, float] = {}
@@ -94,6 +101,8 @@ def profile(
         "num_tokens": num_tokens,
         "tpot_ms": tpot_ms,
         "parts_ms": parts,
+        "idle_percent": idle_percent,
+        "canary_percent": canary_percent,
         "machine": machine(),
         "versions": versions(),
     }
@@ -167,6 +176,17 @@ async def _ask(server: Server, num_tokens: int) -> float:
         pool.close()
     assert tpot_s is not None
     return tpot_s * 1e3
+
+
+def _idle_percent(server: Server, processes: Sequence[psutil.Process], has_canary: bool) -> float:
+    """CPU time of all processes in percent of a core, over IDLE_S."""
+    began_s, before_s = time.monotonic(), sum(map(_cpu_s, processes))
+    for _ in range(IDLE_S):
+        time.sleep(1)
+        if has_canary:
+            server.prompt_tokens(PROMPT)  # asks for one token
+    used_s = sum(map(_cpu_s, processes)) - before_s
+    return 100 * used_s / (time.monotonic() - began_s)
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -132,7 +132,10 @@ def carried(records: Sequence[Record]) -> list[str]:
 
 
 def decode(records: Sequence[Record]) -> list[str]:
-    """`scripts/profile-decode --out`: a line a part, a column a model; CPU ms a token."""
+    """`scripts/profile-decode --out`: a line a part, a column a model; CPU ms a token.
+
+    Older records have no idle worker.
+    """
     profiles = [profile for record in records for profile in record["profiles"]]
     sums: dict[str, float] = {}
     for profile in profiles:
@@ -145,6 +148,10 @@ def decode(records: Sequence[Record]) -> list[str]:
         for part in parts
     ]
     lines.append(["time per token", *(f"{profile['tpot_ms']:.1f}" for profile in profiles)])
+    for key, title in (("idle_percent", "idle"), ("canary_percent", "asked once a second")):
+        if all(key in profile for profile in profiles):
+            title = f"{title}, % of a core"
+            lines.append([title, *(f"{profile[key]:.1f}" for profile in profiles)])
     return markdown_table(["part", *titles], lines)
 
 

@@ -189,6 +189,18 @@ def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
     ]
 
 
+def test_a_profile_by_hand(tmp_path: Path) -> None:
+    profile = {"model": "m", "tpot_ms": 3.04, "parts_ms": {"head": 0.5, "linears": 2.5}}
+    (tmp_path / "d.json").write_text(json.dumps({"profiles": [profile]}))
+    page = "<!-- table: decode d.json -->\n<!-- end of table -->\n"
+    lines = ["| linears | 2.5 |", "| head | 0.5 |", "| time per token | 3.0 |"]
+    assert rewritten(page, tmp_path).splitlines()[3:-1] == lines
+    profile |= {"idle_percent": 0.62, "canary_percent": 1.49}
+    (tmp_path / "d.json").write_text(json.dumps({"profiles": [profile]}))
+    lines += ["| idle, % of a core | 0.6 |", "| asked once a second, % of a core | 1.5 |"]
+    assert rewritten(page, tmp_path).splitlines()[3:-1] == lines
+
+
 def test_what_a_gateway_carries_by_hand(tmp_path: Path) -> None:
     def each(gateway: float, starlette: float) -> dict[str, dict[str, float]]:
         return {"gateway": {"median": gateway}, "starlette": {"median": starlette}}
