@@ -16,7 +16,7 @@ from cast_serve.checkpoint.linear import (
     check_integers,
     check_scale,
 )
-from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, read_json
 from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import PatternError
@@ -25,7 +25,6 @@ from cast_serve.sparsity.quantize import (
     MAX_INT4,
     MAX_INTEGER,
     SCALES_TAKEN_OVER,
-    SCALES_TRAINED,
 )
 
 logger = logging.getLogger(__name__)

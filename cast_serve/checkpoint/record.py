@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 # The quant_method in config.json of a gated directory, whose weights are not pruned yet: with it
 # vLLM refuses to load them, and transformers warns.
 GATED_METHOD = "cast_gated"
+SCALES_TRAINED = "as trained, see trained_as"  # of cast.json's quantization
 
 
 def sha256(path: Path) -> str:

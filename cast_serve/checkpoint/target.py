@@ -13,13 +13,12 @@ from torch import Tensor
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.foreign import read_linear
 from cast_serve.checkpoint.linear import FLOATS, CompressedLinear, Quantized
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
 from cast_serve.sparsity.quantize import (
     INT4_SCALES_CHOSEN,
     SCALE_GROUP,
     SCALES_CHOSEN,
-    SCALES_TRAINED,
 )
 
 Int8 = Literal["int8"]

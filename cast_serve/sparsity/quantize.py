@@ -40,7 +40,6 @@ INT4_SCALES_CHOSEN = (
     "per scale group, the least squared error among 1.00, 0.975, ... 0.50 of max|w| / 7, "
     "rounded to bf16"
 )
-SCALES_TRAINED = "as trained, see trained_as"
 SCALES_TAKEN_OVER = "as in the source"  # quantised by another program
 SLAB_ELEMENTS = 1 << 20  # weights worked on at a time: some fp32 copies of 4 MB each
 

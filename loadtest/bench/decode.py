@@ -4,8 +4,8 @@ Two requests are asked for, one after the other. Of the first, the time per toke
 of each process of the server are measured. During the second py-spy looks at the stacks, 200 times
 a second; a process's CPU time is distributed by what it was then found at. The parts are told by
 vLLM's own functions (`PARTS`), so another vLLM may show a large rest. Before the second, the CPU
-time of a server that nobody asks is measured, and of one that is asked for a token each second, as
-the gateway does to see that an idle worker lives.
+time of a server that nobody asks is measured, and of one that is asked for a token each second; the
+gateway asks an idle worker for one every 5 seconds, to see that it lives.
 """
 
 import asyncio

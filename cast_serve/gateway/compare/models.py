@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.record import CAST_JSON, CheckpointError, read_json, read_record, shards
+from cast_serve.checkpoint.record import (
+    CAST_JSON,
+    SCALES_TRAINED,
+    CheckpointError,
+    read_json,
+    read_record,
+    shards,
+)
 from cast_serve.gateway.upstream.replica import Variant
 
 logger = logging.getLogger(__name__)
@@ -66,10 +73,12 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     if not record:
         return {}
     kind = record.get("kind")
+    quantization = record.get("quantization") or {}
+    is_trained_so = quantization.get("scales") == SCALES_TRAINED and not quantization.get("head")
     found: dict[str, Any] = {
         "kind": kind,
         "pattern": None if kind == "dense" else f"{record['n']}:{record['m']}",
-        "quantized": (record.get("quantization") or {}).get("quantize"),
+        "quantized": quantization.get("quantize"),
     }
     source = (record.get("source") or {}).get("model")
     if isinstance(source, str):
@@ -80,7 +89,7 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
         found["quality"] = {
             "perplexity": perplexity if math.isfinite(perplexity) else None,
             **{key: quality.get(key) for key in ("text", "num_tokens", "context_tokens")},
-            "is_before_quantizing": found["quantized"] is not None,
+            "is_before_quantizing": found["quantized"] is not None and not is_trained_so,
         }
     return found
 

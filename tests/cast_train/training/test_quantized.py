@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import hard_mask
-from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN, SCALES_TRAINED
+from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.evaluate.evaluation import evaluate

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.sparsity.quantize import SCALES_TRAINED
+from cast_serve.checkpoint.record import SCALES_TRAINED
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from tests.fake_hub import fake_hub

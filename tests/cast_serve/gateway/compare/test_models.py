@@ -9,6 +9,7 @@ import pytest
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.record import SCALES_TRAINED
 from cast_serve.gateway.compare.models import describe, describe_directory
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from tests.cast_serve.conftest import Save
@@ -43,6 +44,11 @@ def test_a_compressed_directory_as_inspect_has_it(
         "context_tokens": 512,
         "is_before_quantizing": quantize is not None,
     }
+    record = json.loads((out / "cast.json").read_text())
+    for head, is_before in ((None, False), ("int8", quantize is not None)):
+        record["quantization"] = {"quantize": quantize, "head": head, "scales": SCALES_TRAINED}
+        (out / "cast.json").write_text(json.dumps(record))
+        assert describe_directory(out)["quality"]["is_before_quantizing"] is is_before
     (out / "cast.json").unlink()  # as another program's
     foreign = describe_directory(out)
     assert foreign["bits_per_weight"] == found["bits_per_weight"]
