@@ -220,12 +220,16 @@ class TrainConfig:
             raise ValueError("keep_best compares exact masks, but adams prunes after its last step")
         if not self.evaluate_every:
             raise ValueError("keep_best needs evaluate_every above 0: it compares what is measured")
-        for name in ("steps", "checkpoint_every"):
-            if getattr(self, name) % self.evaluate_every:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is no multiple of evaluate_every "
-                    f"{self.evaluate_every}; keep_best can only keep what is measured and saved"
-                )
+        if self.steps % self.evaluate_every:
+            raise ValueError(
+                f"steps {self.steps} is no multiple of evaluate_every {self.evaluate_every}; "
+                "keep_best can only keep what is measured"
+            )
+        if self.checkpoint_every not in (0, self.evaluate_every):
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} must be 0 or evaluate_every "
+                f"{self.evaluate_every}: keep_best saves whatever it measures"
+            )
 
     @property
     def pattern(self) -> Pattern:

@@ -13,6 +13,7 @@ text and sha256 if `cast-train quantize` chose the integers; null if not quantis
 0.1.0 wrote the hashes to ``source``.
 """
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -161,6 +162,9 @@ def check_outputs(
         )
     if len({folder.resolve() for folder in outputs}) < len(outputs):
         raise CheckpointError(f"{outputs[0]} cannot be its own dense twin; name another directory")
+    for inner, outer in itertools.permutations(outputs, 2):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            raise CheckpointError(f"{inner} lies in {outer}; name a directory beside it")
     for folder in outputs:
         check_new(folder)
 

@@ -213,6 +213,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         except ValueError as error:
             raise type(error)(f"{self.prefix}: {error}") from None
         _keep_packed(layer, packed)
+        if packed.is_cuda:  # says that there is no other form of integers
+            sizes = layer.cast_out_features, layer.cast_in_features
+            dispatch.second_form(packed, *sizes, torch.int8, dispatch.wanted_form())
         layer.cast_scale_group, layer.cast_form, layer.cast_second = scale_group, "packed", []
         self.on_packed(layer)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.hub import PAPERS
@@ -33,11 +33,13 @@ from cast_serve.checkpoint.record import (
     CheckpointError,
     check_new,
     new_directory,
+    read_json,
     read_record,
     shards,
     verify,
     write_record,
 )
+from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
@@ -233,6 +235,8 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
         )
     del settings.quantization_config
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    if (directory / "generation_config.json").is_file():  # which `from_config` knows nothing of
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors(directory):
@@ -282,8 +286,6 @@ def load_gated(
     targets = {name: model.get_submodule(name) for name in record["targets"]}
     pattern = Pattern(record["n"], record["m"])
     method, selector = record["method"], record.get("selector")
-    if method != "adams":  # the logits are stored, whatever computed them
-        method = "gates"
     if selector not in ("gumbel", "penalty"):  # the others' logits are read by soft_topk
         selector = "soft_topk"
     gate_map = gating.attach(targets, pattern, method=method, selector=selector)
@@ -295,6 +297,8 @@ def load_gated(
             gate.logits.data.copy_(stored[f"{name}.gate"])
     if method == "adams":
         gating.freeze(gate_map)
+    elif method == "ste":  # no other mask than that of the stored scores
+        gating.mark_frozen(gate_map)
     scales = {name: stored[f"{name}.scale"] for name in targets if f"{name}.scale" in stored}
     if scales:
         num_parts = next(iter(scales.values())).shape[1]
@@ -314,14 +318,30 @@ def kind_of(directory: Path) -> str:
     """``gated``, ``pruned``, ``compressed`` or ``dense``: what `cast-train eval` is given.
 
     Raises:
-        CheckpointError: if it is no model directory.
+        CheckpointError: if it is no model directory, or config.json or cast.json is damaged.
     """
     check_directory(directory)
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(directory / "config.json")
     quantization = settings.get("quantization_config") or {}
     if quantization and quantization.get("quant_method") != GATED_METHOD:
         return "compressed"
-    return read_record(directory)["kind"] if (directory / CAST_JSON).exists() else "dense"
+    record = read_record(directory) if (directory / CAST_JSON).exists() else {}
+    return str(record.get("kind", "dense"))
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Tokens that a model directory's config.json names.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}/config.json cannot be read: {error}") from error
+    return int(settings.get_text_config().vocab_size)
 
 
 def check_directory(directory: Path) -> None:
@@ -343,9 +363,13 @@ def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a directory's shards, one at a time."""
+    """All tensors of a directory's shards, one at a time.
+
+    Raises:
+        CheckpointError: if a shard is damaged.
+    """
     for path in shards(directory):
-        with safe_open(path, framework="pt") as shard:
+        with opened(path) as shard:
             for key in shard.keys():  # noqa: SIM118 - a shard is no dict
                 yield key, shard.get_tensor(key)
 

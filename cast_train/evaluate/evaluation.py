@@ -46,7 +46,8 @@ def evaluate(
 
     Raises:
         CheckpointError: if a directory cannot be read.
-        ValueError: if the reference is gated, or text or questions cannot be used.
+        ValueError: if the reference is gated or has another vocabulary, or text or questions cannot
+            be used.
     """
     folder = hub.fetch(directory)
     dense_folder = hub.fetch(reference) if reference is not None else None
@@ -55,6 +56,13 @@ def evaluate(
             f"--reference {reference} is a gated checkpoint; give the dense model, or what "
             "cast-serve convert makes of the checkpoint"
         )
+    if dense_folder is not None:
+        sizes = [models.vocabulary_size(path) for path in (folder, dense_folder)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{directory} has a vocabulary of {sizes[0]} tokens and --reference {reference} "
+                f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
+            )
     kind = models.kind_of(folder)
     tokenizer = models.load_tokenizer(folder)
     blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)

@@ -28,7 +28,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         if row["seed"] is None
     }
     for way in dict.fromkeys(row["way"] for row in rows if row["seed"] is not None):
-        runs = [row for row in rows if row["way"] == way]
+        runs = [row for row in rows if row["way"] == way and row["seed"] is not None]
+        step_s = [row["step_s"] for row in runs if row["step_s"] is not None]
         hard = [row["perplexity"] for row in runs]
         mean = statistics.fmean(hard)
         summary[way] = {
@@ -40,7 +41,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 row["perplexity"] / row["perplexity_soft"] - 1 for row in runs
             ),
             "flipped_share": statistics.fmean(row["flipped_share"] for row in runs),
-            "step_s": statistics.median(row["step_s"] for row in runs),
+            "step_s": statistics.median(step_s) if step_s else None,
             **_cpu_seconds(runs),
             "peak_memory_mb": max(row["peak_memory_mb"] for row in runs),
             "tokens": runs[0]["tokens"],
@@ -92,7 +93,7 @@ def table_of(result: Mapping[str, Any]) -> str:
                 recovered,
                 f"{row['soft_to_hard']:+.2%}",
                 f"{row['flipped_share']:.1%}",
-                f"{row['step_s']:.2f}",
+                "" if row["step_s"] is None else f"{row['step_s']:.2f}",
                 f"{row['cpu_s']:.0f}" if "cpu_s" in row else "",
                 f"{row['peak_memory_mb']:.0f}",
             ]

@@ -117,9 +117,11 @@ def run(
         for way, changes in ways.items()
         for seed in seeds
     }
-    taken = {"before", *oneshot.METHODS} & {rival.name for rival in rivals}
-    if taken:
-        raise ValueError(f"a rival cannot be called {taken.pop()}, a row of its own; rename it")
+    taken = {"before", *oneshot.METHODS, *ways}
+    for rival in rivals:
+        if rival.name in taken:
+            raise ValueError(f"a rival cannot be called {rival.name}, a row of its own; rename it")
+        taken.add(rival.name)
     report.check_matplotlib()
     model = hub.fetch(model)
     names = {
@@ -279,10 +281,13 @@ def _measure_untrained(
         return measure(next(rival for rival in rivals if rival.name == name))
     folder = out / "pruned"
     shutil.rmtree(folder, ignore_errors=True)
-    sparsity = TrainConfig.from_dict(dict(measure.settings)).sparsity
+    config = TrainConfig.from_dict(dict(measure.settings))
     command: list[object] = ["oneshot", "--model", measure.model, "--method", name]
-    command += ["--sparsity", sparsity]
-    if name != "magnitude":
+    command += ["--sparsity", config.sparsity, "--zeros", config.zeros]
+    command += ["--allocation", config.allocation]
+    for expression in config.exclude:
+        command += ["--exclude", expression]
+    if name != "magnitude" or config.zeros < config.pattern.zeros:
         command += ["--text", *text_files]
     _call(*command, "--out", folder)
     figures = measure(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention, sharding
 from cast_train.checkpoint.models import load_any, load_dense, sparse_targets
@@ -80,7 +80,8 @@ def read_blocks(
     """
     heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
-    train, validation = split_held_out(blocks, config.heldout_blocks, config.batch_blocks)
+    batch = config.batch_blocks * int(os.environ.get("WORLD_SIZE", 1))  # of all processes
+    train, validation = split_held_out(blocks, config.heldout_blocks, batch)
     if heldout_file is None:
         return Blocks(train, validation, validation, "held-out split of the training text")
     num_tokens = config.heldout_blocks * config.block_size
@@ -118,6 +119,11 @@ def prepare(
             model, targets, config.pattern, calibration, config.zeros, config.allocation
         )
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
+    if not targets:
+        raise PatternError(
+            f"{model_dir} keeps all linears dense that include and exclude leave, such as "
+            f"{min(kept_dense)}; train the others, or prune the dense model anew"
+        )
     if config.is_sharded:
         transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
         sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)

@@ -131,6 +131,12 @@ def _check_outputs(
     """Refuses what needs neither model nor text to be seen to be wrong."""
     progress.check_reporter(config.report_to, f"report_to {config.report_to}")
     if tensorboard_dir is not None:
+        for folder in (out, partial):
+            if tensorboard_dir.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"--tensorboard {tensorboard_dir} lies in {folder}, which is written whole at "
+                    "the end; choose a directory beside it"
+                )
         progress.check_reporter("tensorboard", "--tensorboard")
         check_writable(tensorboard_dir)
     settings = {"config": config.as_dict()}
@@ -345,6 +351,7 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         run_name=partial.name.removesuffix(".partial"),
         seed=config.seed,
         remove_unused_columns=False,
+        dataloader_drop_last=True,  # a step's tokens are counted as those of whole batches
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,

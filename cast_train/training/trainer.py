@@ -116,7 +116,7 @@ class CastTrainer(Trainer):
             )
         # Where transformers counts the tokens of a step, it sums the losses of its passes.
         if kwargs.get("num_items_in_batch"):
-            loss = loss / self.args.gradient_accumulation_steps
+            loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:

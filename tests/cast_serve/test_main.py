@@ -115,6 +115,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["convert", "org/nowhere", "out"], "org/nowhere is no directory here, and it is not in"),
         (["convert", ".", "out", "--private"], "--private needs --push-to-hub ORG/NAME"),
         (["convert", ".", "out", "--dense-twin", "out"], "out cannot be its own dense twin"),
+        (["convert", ".", "out", "--dense-twin", "out/twin"], "out/twin lies in out; name a"),
         (["worker", "nowhere", "--name", "x"], "nowhere is no directory"),
         (["worker", "nowhere", "--name", "x", "--cores", "a"], "'a' is no list of CPU ids"),
         (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not open"),

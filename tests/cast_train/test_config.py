@@ -85,6 +85,10 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
             "steps 32 is no multiple of evaluate_every 3",
         ),
         (
+            {"keep_best": True, "evaluate_every": 8, "checkpoint_every": 16},
+            "checkpoint_every 16 must be 0 or evaluate_every 8",
+        ),
+        (
             {"keep_best": True, "evaluate_every": 8, "method": "adams"},
             "adams prunes after its last step",
         ),

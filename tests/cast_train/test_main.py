@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,13 @@ def test_measure_beside_a_compressed_directory(
         2,
         True,
     )
+    other = tmp_path / "other"
+    shutil.copytree(llama_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    refused = cast_train("eval", llama_dir, *asked, "--reference", other)
+    assert refused.exit_code == 2
+    assert "has a vocabulary of 256 tokens and --reference" in refused.stderr
 
 
 def test_permute_then_measure(cast_train, llama_dir, text_file):

@@ -282,13 +282,16 @@ def _last_level_cache_bytes() -> int:
 def _cached_or_measured() -> Tuning:
     if _isa() == "amx_emulated":  # for tests; it takes minutes
         return current()
+    library = build.build().stem  # before the lock, which building takes
+    path = build.cache_folder() / f"tuning-{_machine_hash(library)}.json"
     try:
-        with build.locked_cache() as folder:  # one worker at a time, or they disturb each other
-            path = folder / f"tuning-{_machine_hash()}.json"
+        if path.exists():
+            return _read(path)
+        with build.locked_cache():  # one worker at a time, or they disturb each other
             if path.exists():
                 return _read(path)
             tuning = _measured()
-            _write(path, tuning)
+            _write(path, tuning, library)
     except OSError as error:  # a container's file system is often read-only
         logger.warning("measured settings of the CPU kernels cannot be kept: %s", error)
         tuning = _measured()
@@ -319,15 +322,15 @@ def _read(path: Path) -> Tuning:
         raise ValueError(f"{path} holds no settings of the CPU kernels; delete it") from error
 
 
-def _write(path: Path, tuning: Tuning) -> None:
-    record = {"cpu": _cpu(), "isa": _isa(), "library": build.build().stem, "tuning": asdict(tuning)}
+def _write(path: Path, tuning: Tuning, library: str) -> None:
+    record = {"cpu": _cpu(), "isa": _isa(), "library": library, "tuning": asdict(tuning)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
 
 
-def _machine_hash() -> str:
-    parts = (_cpu(), _isa(), build.build().stem, torch.get_num_threads(), "by best times")
+def _machine_hash(library: str) -> str:
+    parts = (_cpu(), _isa(), library, torch.get_num_threads(), "by best times")
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -208,8 +208,8 @@ def second_form(
         return []
     if dtype == torch.int8:
         _warn_once(
-            f"CAST_CUDA_MANY_TOKENS={form} is for weights of 16 bits: those of 8 bits run the "
-            "packed kernel for any number of tokens"
+            f"CAST_CUDA_MANY_TOKENS={form} is for weights of 16 bits: those of 8 and 4 bits run "
+            "the packed kernel for any number of tokens"
         )
         return []
     multiples = MULTIPLES[form]

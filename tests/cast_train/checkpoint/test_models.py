@@ -19,7 +19,10 @@ from cast_train.checkpoint.models import (
     load_tokenizer,
     load_unmasked,
 )
+from cast_train.config import TrainConfig
+from cast_train.evaluate.evaluation import evaluate
 from cast_train.gates import gating
+from cast_train.training.run import train
 
 TOKENS = torch.arange(64).view(2, 32)
 END = {"blend": 1.0, "tau": 1e-3, "penalty_weight": 0.0, "is_hard": True}
@@ -198,3 +201,37 @@ def test_what_is_no_model_is_refused(tmp_path):
         load_dense(tmp_path / "org" / "model")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_dense(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "config.json holds list, not a JSON object"),
+        ("config.json", "{", "config.json is not readable JSON"),
+        ("model.safetensors", "cut off", "cannot be read as safetensors"),
+    ],
+)
+def test_a_damaged_file_is_named(file, content, message, gated):
+    folder = convert_plain(gated[0])
+    if file == "config.json":
+        (folder / file).write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            models.kind_of(folder)
+        return
+    (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_compressed(folder)
+
+
+def test_a_record_without_a_kind_is_of_a_dense_model(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "dense")
+    (tmp_path / "dense/cast.json").write_text('{"format_version": 1, "sha256": {}}')
+    assert models.kind_of(tmp_path / "dense") == "dense"
+
+
+def test_a_straight_through_mask_is_never_soft(model_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, ["start=magnitude"], method="ste", steps=2)
+    record = train(model_dir, [text_file], tmp_path / "out", config)
+    found, _ = evaluate(tmp_path / "out", [text_file], context=32, max_tokens=128)
+    assert found["perplexity_soft"] == found["perplexity_hard"]
+    assert record["quality"]["perplexity_soft"] == record["quality"]["perplexity_hard"]

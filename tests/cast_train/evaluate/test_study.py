@@ -60,6 +60,15 @@ def test_runs_of_an_earlier_version_have_no_cpu_seconds():
     assert "| 10.0% | 0.50 |  | 101" in report.table_of(result)
 
 
+def test_a_run_that_took_no_step_after_it_went_on_has_no_time():
+    rows = [*ROWS[:3], ROWS[3] | {"step_s": None}, ROWS[4]]
+    assert report.summarise(rows)["ste"]["step_s"] == 0.5
+    summary = report.summarise(rows[:4])
+    assert summary["ste"]["step_s"] is None
+    result = {"model": "m", "text": ["t"], "heldout": "h", "summary": summary}
+    assert "| 10.0% |  | 80 |" in report.table_of(result)
+
+
 def test_an_unknown_way_is_named():
     with pytest.raises(ValueError, match="'magic'; choose from dense; fixed mask; ste"):
         study.ways_of("magic steps=3")
@@ -94,8 +103,10 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     more: dict[str, Any] = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
     more |= {"choices": [questions], "rivals": [rival]}
     arguments = (llama_dir, [text_file], text_file, out, settings)
-    with pytest.raises(ValueError, match="a rival cannot be called wanda"):
-        study.run(*arguments, **more | {"rivals": [tmp_path / "wanda"]})
+    for rivals in (["wanda"], ["ste"], ["one/twin", "two/twin"]):  # one-shot, a way, another rival
+        taken = Path(rivals[-1]).name
+        with pytest.raises(ValueError, match=f"a rival cannot be called {taken}, a row"):
+            study.run(*arguments, **more | {"rivals": [tmp_path / name for name in rivals]})
     result = study.run(*arguments, **more)
     summary = result["summary"]
     assert summary["twin"] == summary["before"]
@@ -186,6 +197,23 @@ def test_a_study_of_other_files_by_the_same_names_is_refused(change, inputs, mea
     with pytest.raises(ValueError, match=f"holds another study .*{message}.*; choose another"):
         study.run(**inputs, **common)
     assert len(measured) == 5
+
+
+@no_curves
+def test_one_shot_prunings_follow_the_common_settings(inputs, measured, tmp_path, monkeypatch):
+    asked, call = [], study._call
+
+    def listen(command, *arguments):
+        asked.append([command, *map(str, arguments)])
+        return call(command, *arguments)
+
+    monkeypatch.setattr(study, "_call", listen)
+    settings = {"zeros": 0.4, "allocation": "gates", "exclude": ["q_proj"]}
+    study.run(**inputs, out=tmp_path / "study", settings=settings, ways={}, seeds=[0])
+    oneshots = [" ".join(words) for words in asked if words[0] == "oneshot"]
+    assert len(oneshots) == 3
+    for words in oneshots:
+        assert "--zeros 0.4 --allocation gates --exclude q_proj --text" in words
 
 
 @no_curves

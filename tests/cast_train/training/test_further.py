@@ -1,6 +1,8 @@
 """`cast-train run --model` of a directory that has its zeros: they and what is dense stay."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -69,3 +71,24 @@ def test_wrong_use_is_refused_before_anything_is_written(
     train(model_dir, [text_file], out, config)
     with pytest.raises(CheckpointError, match="what cast-serve convert makes of it"):
         train(out, [text_file], tmp_path / "again", config, teacher_dir=model_dir)
+
+
+def test_a_run_without_a_linear_to_train_is_refused(llama_dir, text_file, config, tmp_path):
+    write_pruned(llama_dir, [text_file], tmp_path / "pruned", "magnitude", exclude=["mlp"])
+    config = dataclasses.replace(config, include=("mlp",))
+    message = r"keeps all linears dense that .* leave, such as model\.layers\.0\.mlp\.down_proj"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "pruned", [text_file], tmp_path / "out", config, teacher_dir=llama_dir)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_settings_are_handed_on(llama_dir, text_file, config, tmp_path):
+    dense = tmp_path / "dense"
+    shutil.copytree(llama_dir, dense)
+    (dense / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    write_pruned(dense, [text_file], tmp_path / "pruned", "magnitude")
+    convert(tmp_path / "pruned", tmp_path / "compressed")
+    config = dataclasses.replace(config, steps=1)
+    train(tmp_path / "compressed", [text_file], tmp_path / "out", config, teacher_dir=dense)
+    found = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (found["temperature"], found["do_sample"]) == (0.7, True)

@@ -115,3 +115,13 @@ def test_a_reporter_gets_every_loss_and_its_parts(
     train(llama_dir, [text_file], tmp_path / "out", config)
     losses = [(name, step) for name, step, keys in told if {"loss", "task_loss"} <= keys]
     assert losses == [("out", 1), ("out", 2)]
+
+
+@pytest.mark.parametrize("folder", ["out", "out/logs", "out.partial/logs"])
+def test_figures_inside_the_output_are_refused(folder, llama_dir, text_file, tmp_path):
+    with pytest.raises(ValueError, match="choose a directory beside it"):
+        train(
+            *(llama_dir, [text_file], tmp_path / "out", TrainConfig()),
+            tensorboard_dir=tmp_path / folder,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -178,3 +178,32 @@ def test_the_best_exact_mask_is_kept(llama_dir, text_file, config, tmp_path, mon
     written = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(written, weights[6].to(torch.bfloat16))
     assert not torch.equal(written, weights[8].to(torch.bfloat16))
+
+
+def test_a_step_of_fewer_passes_weighs_as_much(llama_dir, text_file, config, tmp_path, monkeypatch):
+    """Ten training blocks are two whole batches of 4: a step of two passes, where three are asked
+    for. The two blocks left over are no batch, or more tokens would be counted than are read."""
+    shapes, losses = [], []
+    compute = CastTrainer.compute_loss
+
+    def listen(self, model, inputs, *args, **kwargs):
+        shapes.append(inputs["input_ids"].shape[0])
+        return compute(self, model, inputs, *args, **kwargs)
+
+    log = CastTrainer.log
+
+    def remember(self, logs, *args, **kwargs):
+        losses.extend([logs["loss"]] if "loss" in logs else [])
+        log(self, logs, *args, **kwargs)
+
+    monkeypatch.setattr(CastTrainer, "compute_loss", listen)
+    monkeypatch.setattr(CastTrainer, "log", remember)
+    text = tmp_path / "short.txt"
+    text.write_text(text_file.read_text()[: 14 * 32])
+    config = dataclasses.replace(
+        config, steps=2, accumulation=3, learning_rate=0.0, distillation_weight=0.0, method="dense"
+    )
+    train(llama_dir, [text], tmp_path / "out", config)
+    assert shapes == [4] * 4
+    assert losses[0] == pytest.approx(math.log(256), rel=0.2)  # an untrained model of bytes
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -1,5 +1,6 @@
 """Which settings the CPU kernels get, and that every setting gives the same products. No times."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -135,6 +136,35 @@ def test_auto_measures_once_and_keeps_the_result(cache: Path, measurements: list
     tuning.use(DEFAULTS)
     assert tuning.tune() == MEASURED
     assert measurements == [MEASURED]
+
+
+def test_what_is_kept_needs_no_lock(
+    monkeypatch: pytest.MonkeyPatch, measurements: list[Tuning]
+) -> None:
+    """A cache may be read-only by then."""
+    tuning.tune()
+    monkeypatch.setattr(build, "locked_cache", lambda: pytest.fail("locked"))
+    assert tuning.tune() == MEASURED
+    assert measurements == [MEASURED]
+
+
+def test_nothing_is_built_under_the_lock(
+    monkeypatch: pytest.MonkeyPatch, measurements: list[Tuning]
+) -> None:
+    """Building takes the same lock, and would wait for itself."""
+    locked_cache, library, locks = build.locked_cache, build.build(), []
+
+    @contextlib.contextmanager
+    def lock() -> Iterator[Path]:
+        with locked_cache() as folder:
+            locks.append(folder)
+            monkeypatch.setattr(build, "build", lambda: pytest.fail("built under the lock"))
+            yield folder
+            monkeypatch.setattr(build, "build", lambda: library)
+
+    monkeypatch.setattr(build, "locked_cache", lock)
+    assert tuning.tune() == MEASURED
+    assert len(locks) == 1
 
 
 @pytest.mark.parametrize("changed", ["_cpu", "_isa", "library", "threads"])
