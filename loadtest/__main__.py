@@ -252,7 +252,7 @@ def run(
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except LaunchError as error:
+    except (LaunchError, ChildProcessError) as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     commands.finish({"sweep": results} if len(loads) > 1 else results[0], failures)
@@ -269,13 +269,11 @@ def _conclude(recorded: Recorded, out: Path | None) -> tuple[dict[str, Any], lis
 
 
 def _written(out: Path, write: Callable[[], None]) -> list[str]:
-    """Writes; returns what went wrong, so that what was measured is printed all the same."""
-    try:
-        write()
-    except OSError as error:
-        return [f"--out {out} could not be written: {error}; free or name another place"]
-    print(f"written: {out}/{WRITTEN}")
-    return []
+    """Writes, and says so; returns what went wrong."""
+    failures = commands.attempt(f"--out {out}", write)
+    if not failures:
+        print(f"written: {out}/{WRITTEN}")
+    return failures
 
 
 @app.command()

@@ -82,13 +82,13 @@ def measure(
             for load, launches in zip(job.loads, runs, strict=True):
                 workload = replace(job.workload, run_number=new_run_number())
                 load_average = os.getloadavg()[0]
-                if launches:  # the first launch has settled the size of a block
-                    load = replace(load, plan=replace(load.plan, **launches[0].about["plan"]))
+                if launches:
+                    load = replace(load, plan=replace(load.plan, **_settled(launches)["plan"]))
                 launches.append(asyncio.run(_run(job, url, load, workload)))
                 if number < job.num_launches - 1:
                     continue
                 about = {
-                    **launches[0].about,
+                    **_settled(launches),
                     **provenance(url, load_average),
                     "harness": worst([run.about["harness"] for run in launches]),
                     "workload": workload.about(),
@@ -98,6 +98,14 @@ def measure(
                     "choices": chosen,
                 }
                 yield load, joined(launches, about)
+
+
+def _settled(launches: Sequence[Recorded]) -> Mapping[str, Any]:
+    """`about` of the first launch that was measured, which has settled the size of a block.
+
+    If the warm-up failed in all of them, that of the first.
+    """
+    return next((run for run in launches if run.blocks), launches[0]).about
 
 
 async def _run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:

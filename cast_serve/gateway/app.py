@@ -9,6 +9,7 @@ workers.
 import asyncio
 import gc
 import logging
+import math
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -281,7 +282,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
             limit_concurrency=settings.max_connections,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),
         )
     )
     loop = asyncio.get_running_loop()

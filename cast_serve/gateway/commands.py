@@ -191,18 +191,22 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     if level != "DEBUG":
         logging.getLogger("httpx").setLevel(logging.WARNING)
-    url = f"http://{settings.host}:{settings.port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host  # IPv6
+    url = f"http://{host}:{settings.port}"
     say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")
     uvloop.run(serve(variants, settings))
     print(json.dumps({"stopped": [variant.name for variant in variants]}))
 
 
 def _parse_variants(given: list[str]) -> dict[str, list[str]]:
+    from cast_serve.gateway.upstream.config import check_name
+
     variants: dict[str, list[str]] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
+        check_name(name, f"--variant {text!r}")
         variants.setdefault(name, []).append(value)
     return variants
 
@@ -212,19 +216,22 @@ def say(text: str) -> None:
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """Refuses a port that another process has.
+    """Refuses a port that another process has, or a host that is none of this machine's.
 
     Raises:
         ValueError: if so.
     """
     import socket
 
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"{host}:{port} cannot be listened on ({error.strerror}); "
-                "free it or name another --port"
-            ) from None
+    flags = socket.AI_PASSIVE  # an empty host is every address
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+        family, _, _, _, address = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); "
+            "free it or name another --port"
+        ) from None

@@ -26,7 +26,7 @@ from cast_serve.gateway.api import limits
 from cast_serve.gateway.api.errors import APIError, unavailable
 from cast_serve.gateway.bodies import BodyReader
 from cast_serve.gateway.compare import side_by_side
-from cast_serve.gateway.compare.agreement import COMPLETIONS
+from cast_serve.gateway.compare.agreement import COMPLETIONS, max_scored_tokens
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.exchange import (
@@ -74,7 +74,11 @@ class Proxy:
         }
         self.comparison = Comparison(list(self.variants), settings.comparison_window)
         self.shadow = Shadow(
-            settings.shadow_fraction, settings.shadow_concurrency, self.comparison, self._repeat
+            settings.shadow_fraction,
+            settings.shadow_concurrency,
+            self.comparison,
+            self._repeat,
+            self._max_scored_tokens,
         )
         self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
         self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant), worker_key)
@@ -243,9 +247,13 @@ class Proxy:
         baseline = self.comparison.baseline
         names = sorted(self.variants, key=lambda name: name != baseline)
         body = checked.model_dump(exclude_none=True)
-        found = JSONResponse(await side_by_side.compare(body, names, complete))
+        max_tokens = self._max_scored_tokens()
+        found = JSONResponse(await side_by_side.compare(body, names, complete, max_tokens))
         exchange.end(200)
         return found
+
+    def _max_scored_tokens(self) -> int:
+        return max_scored_tokens(variant.max_model_len for variant in self.variants.values())
 
     async def _repeat(
         self, name: str, body: dict[str, Any], route: str = COMPLETIONS

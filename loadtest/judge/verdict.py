@@ -10,8 +10,8 @@ Guard rails come from a TOML file; every key may be left out:
     allow_void = true                                  # judge even if the harness was too slow
 
 Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
-Answers of unequal length never pass: they compare unequal work. A limit on what was not measured
-does not pass either.
+Answers of unequal length never pass: they compare unequal work. Neither does a run without one of
+its launches, whose warm-up failed, nor a limit on what was not measured.
 """
 
 import tomllib
@@ -117,13 +117,23 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         )
         checks = [Check("warmup", 0, result["num_warmup_errors"], False, why)]
     else:
-        checks = [*_validity(result, guard), *_speed(result, guard)]
+        checks = [*_warmup(result), *_validity(result, guard), *_speed(result, guard)]
         checks += [*_agreement(result, guard), *_accuracy(result, guard)]
     return {
         "passed": all(check.passed for check in checks),
         "has_guard": guard.is_set,
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _warmup(result: Mapping[str, Any]) -> Iterator[Check]:
+    """Whether a launch of the servers is missing: nothing is sent after a failed warm-up."""
+    if number := result["num_warmup_errors"]:
+        why = (
+            f"{number} warm-up requests failed, so their launches of the servers were not "
+            f"measured; all that failed: {_classes(result)}; see the server's log"
+        )
+        yield Check("warmup", 0, number, False, why)
 
 
 def _validity(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:

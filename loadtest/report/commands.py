@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,7 +16,7 @@ from loadtest.judge import coverage as simulation
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
-from loadtest.report.directory import check_matplotlib
+from loadtest.report.directory import check_directory, check_file, check_matplotlib
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of, table_of
 
@@ -95,6 +96,8 @@ def report(
             runs = pareto.runs_in(directory)
         else:
             runs = [("", Recorded.read(directory))]
+        for name in ["", *(name for name, _ in runs)]:
+            check_directory(directory / name)
         if new_guard is not None:
             runs = [
                 (name, Recorded({**run.about, "guard": new_guard}, run.requests))
@@ -102,20 +105,32 @@ def report(
             ]
     except ValueError as error:
         _refuse(error)
-    failures = []
+    failures, unwritten = [], []
     for name, run in runs:
         printed = result_of(run)
-        if new_guard is not None:
-            run.write_about(directory / name)
-        write_reports(directory / name, run, printed)
+        unwritten += _write_anew(directory / name, run, printed, new_guard is not None)
         show(printed)
         failures += [f"{name}: {text}" if name else text for text in failures_of(printed)]
     if pareto.is_sweep(directory):
-        printed = pareto.sweep_of(runs)
-        pareto.write_sweep(directory, printed)
+        printed = sweep = pareto.sweep_of(runs)
+        unwritten += attempt(f"{directory}", lambda: pareto.write_sweep(directory, sweep))
         Console().print(pareto.headline(printed))
-    print(f"written: {directory}/{WRITTEN}")
-    finish(printed, failures)
+    if not unwritten:
+        print(f"written: {directory}/{WRITTEN}")
+    finish(printed, failures + unwritten)
+
+
+def _write_anew(
+    directory: Path, run: Recorded, result: dict[str, Any], is_guard_new: bool
+) -> list[str]:
+    """Writes what follows from the record; returns as `attempt`."""
+
+    def write() -> None:
+        if is_guard_new:
+            run.write_about(directory)
+        write_reports(directory, run, result)
+
+    return attempt(f"{directory}", write)
 
 
 def compare(
@@ -153,6 +168,11 @@ def coverage(
     out: Annotated[Path | None, option("FILE", "JSON to write.", "none")] = None,
 ) -> None:
     """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
+    try:
+        if out is not None:
+            check_file("--out", out)
+    except ValueError as error:
+        _refuse(error)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("runs", total=runs * len(simulation.NOISES))
         found = simulation.coverage(runs, seed, lambda: progress.advance(task))
@@ -162,9 +182,20 @@ def coverage(
     for noise, shares in found["coverage"].items():
         table.add_row(noise, *(f"{share:.1%}" for share in shares.values()))
     Console().print(table)
+    failures = []
     if out is not None:
-        out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    finish(found, [])
+        text = json.dumps(found, indent=2) + "\n"
+        failures = attempt(f"--out {out}", lambda: out.write_text(text, encoding="utf-8"))
+    finish(found, failures)
+
+
+def attempt(place: str, write: Callable[[], object]) -> list[str]:
+    """Writes; returns what went wrong, so that what was measured is printed all the same."""
+    try:
+        write()
+    except OSError as error:
+        return [f"{place} could not be written: {error}; free or name another place"]
+    return []
 
 
 def finish(printed: dict[str, Any], failures: list[str]) -> None:

@@ -39,6 +39,16 @@ def check_file(flag: str, out: Path) -> None:
         raise ValueError(f"{flag} {out} cannot be written; name a file in a folder that exists")
 
 
+def check_directory(directory: Path) -> None:
+    """Finds out before the work whether reports can be written into a directory that exists.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not os.access(directory, os.W_OK):
+        raise ValueError(f"{directory} cannot be written; copy it, and name the copy")
+
+
 def check_matplotlib() -> None:
     """Finds out whether charts can be drawn.
 

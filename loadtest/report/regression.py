@@ -33,6 +33,7 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
     """
     sides = [(run, speedups(run)) for run in (old, new)]
     num_pairs = min(len(run.pairs) for run in (old, new))
+    num_independent = min(map(_num_independent, (old, new)))
     # Both runs' resamples come from the same seed; shuffled, they are independent of each other.
     shuffled = np.random.default_rng(SEED).permutation
     changes: dict[str, Any] = {}
@@ -42,7 +43,7 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
             change = Ratio.of(
                 np.divide(after.value or np.nan, before.value or np.nan),
                 after.resampled / shuffled(before.resampled),
-                num_pairs,
+                num_independent,
             )
         if num_pairs < MIN_BLOCK_PAIRS:
             change = replace(change, low=None, high=None)
@@ -66,6 +67,12 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
         "old": {key: results["old"][key] for key in kept},
         "new": {key: results["new"][key] for key in kept},
     }
+
+
+def _num_independent(run: Recorded) -> int:
+    """Launches of the servers, or block pairs if there was one: a launch's depend on each other."""
+    num_launches = len({block.launch for block in run.blocks})
+    return num_launches if num_launches > 1 else len(run.pairs)
 
 
 def _verdict(before: Ratio, after: Ratio) -> str | None:

@@ -116,6 +116,12 @@ def warnings(result: Result) -> list[str]:
             f"VOID. The harness did not keep up: {result['harness']['why']}. "
             "The figures are as much about it as about the server."
         )
+    if result["num_warmup_errors"]:
+        found.append(
+            f"{result['num_warmup_errors']} warm-up requests failed, so their launches of the "
+            f"servers were not measured; {result['num_launches']} were (all that failed: "
+            f"{classes}). See the server's log."
+        )
     if result["num_errors"]:
         found.append(
             f"{result['num_errors']} of {result['num_requests']} requests failed ({classes}). "

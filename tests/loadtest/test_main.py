@@ -222,6 +222,16 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
     assert app.state.requests == []
 
 
+def test_a_dead_client_process_is_one_line(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: object) -> None:
+        raise ChildProcessError("a client process died; see its message above")
+
+    monkeypatch.setattr("loadtest.__main__.measure", measure)
+    result = cast_loadtest("--url", serve(dense=QUICK, sparse=QUICK)[0])
+    assert result.exit_code == 1
+    assert result.stderr == "cast-loadtest: a client process died; see its message above\n"
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1", "http://[", "ftp://x"])
 def test_unreachable_url_exits_2(url: str) -> None:
     result = cast_loadtest("--url", url)

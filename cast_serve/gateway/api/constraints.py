@@ -21,6 +21,7 @@ MAX_SCHEMA_NODES = 10_000  # values in a JSON schema, all levels together
 MAX_REPETITIONS = 10_000  # minItems and maxItems of a schema together, one number in a grammar
 # A grammar may hold further languages, whose limits are not ours.
 _NESTED = re.compile(r"%(json|regex|lark|llguidance)\b")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # of a list, in a JSON pointer
 _REPEATED = re.compile(r"(?:[{,~]|\.\.)\s*(\d{5,})")  # a{1,10000}, and Lark's a ~ 1..10000
 
 
@@ -125,7 +126,7 @@ def _check_schema(schema: dict[str, Any], field: str, max_characters: int) -> No
             children = list(node.values())
             num_characters += sum(map(len, node))
             num_repetitions += _repetitions(node)
-            if "$ref" in node:
+            if _refers(node):
                 _follow(node, schema, sound, field)
         elif isinstance(node, list):
             children = node
@@ -158,12 +159,11 @@ def _repetitions(node: dict[str, Any]) -> float:
 def _follow(node: Any, schema: dict[str, Any], sound: set[str], field: str) -> None:
     """Adds a node's reference, and those that it leads over, to `sound`."""
     chain: set[str] = set()
-    while isinstance(node, dict) and "$ref" in node:
+    while _refers(node):
         where = node["$ref"]
-        if isinstance(where, str) and where in sound:
+        if where in sound:
             break
-        is_new = isinstance(where, str) and where not in chain
-        node = _resolve(schema, where) if is_new else None
+        node = None if where in chain else _resolve(schema, where)
         if node is None:
             raise bad_request(
                 f"{field}: $ref {shortened(where)} leads nowhere or back to itself; write it as "
@@ -174,12 +174,24 @@ def _follow(node: Any, schema: dict[str, Any], sound: set[str], field: str) -> N
     sound |= chain
 
 
+def _refers(node: Any) -> bool:
+    """Whether it is a reference; in a map of properties, $ref is a name with a schema."""
+    return isinstance(node, dict) and "$ref" in node and isinstance(node["$ref"], str)
+
+
 def _resolve(schema: dict[str, Any], where: str) -> Any:
+    """What a JSON pointer (RFC 6901) after # leads to; None if nothing."""
     if not where.startswith("#"):
         return None
     node: Any = schema
     for part in filter(None, where[1:].split("/")):
-        node = node.get(part) if isinstance(node, dict) else None
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, dict):
+            node = node.get(key)
+        elif isinstance(node, list) and _INDEX.fullmatch(key) and int(key) < len(node):
+            node = node[int(key)]
+        else:
+            return None
     return node
 
 

@@ -8,7 +8,7 @@ others. Merging tokens into a bucket can only hide differences: it is a lower bo
 """
 
 import math
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ class Agreement:
     kl_nats: float
     ttft_ratio: float | None
     e2e_ratio: float | None
+
+
+class RefusedError(Exception):
+    """A worker refused to score a text; the message says why."""
 
 
 class Complete(Protocol):
@@ -103,13 +107,46 @@ def _kl_nats(
     return max(kl_nats, 0.0)
 
 
+def max_scored_tokens(context_lengths: Iterable[int | None]) -> int:
+    """Tokens that prompt and answer may have to be scored: each variant is asked for one more.
+
+    Args:
+        context_lengths: in tokens, of the variants; None: not known.
+    """
+    return min([MAX_TOKENS, *(length - 1 for length in context_lengths if length is not None)])
+
+
 def is_scorable(body: Mapping[str, Any]) -> bool:
     prompt = body["prompt"]
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     return is_one and body.get("n") in (None, 1) and not body.get("echo")
 
 
-async def forced_text(
+async def score(
+    body: Mapping[str, Any], answer_text: str, variants: Sequence[str], complete: Complete
+) -> dict[str, Logprobs]:
+    """What each variant would have said at every token of one answer.
+
+    Args:
+        body: that was answered, see `is_scorable`.
+        answer_text: the baseline's, or that of live traffic.
+        variants: names; the first one turns the answer into token ids if the prompt has some.
+        complete: asks a variant.
+
+    Raises:
+        RefusedError: if a worker answers 400, as where the text is too long for it.
+        APIError: if one fails otherwise.
+    """
+    try:
+        forced = await _forced_text(body, answer_text, variants[0], complete)
+        return {name: await _logprobs_of(body, forced, name, complete) for name in variants}
+    except APIError as error:
+        if error.status != 400:
+            raise
+        raise RefusedError(f"a worker refused to score prompt and answer: {error}") from error
+
+
+async def _forced_text(
     body: Mapping[str, Any], answer_text: str, variant: str, complete: Complete
 ) -> str | list[int]:
     """The prompt followed by the answer, as the prompt came: text, or token ids."""
@@ -128,7 +165,7 @@ async def forced_text(
     return [*prompt, *answer["choices"][0]["prompt_token_ids"]]
 
 
-async def logprobs_of(
+async def _logprobs_of(
     body: Mapping[str, Any], forced: str | list[int], variant: str, complete: Complete
 ) -> Logprobs:
     answer, _ = await complete(

@@ -18,7 +18,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,10 @@ from cast_serve.gateway.compare.agreement import (
     MAX_TOKENS,
     Agreement,
     Complete,
+    RefusedError,
     agreement_of,
-    forced_text,
     is_scorable,
-    logprobs_of,
+    score,
 )
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.latency import RequestTiming
@@ -48,6 +48,7 @@ class Shadow:
         max_concurrent: how many may be repeated at once; more are dropped and counted.
         comparison: where the agreements go.
         complete: streams if the body says so.
+        max_tokens: of prompt and answer together, for agreement; see `max_scored_tokens`.
         seed: of the choice of requests.
 
     Attributes:
@@ -61,6 +62,7 @@ class Shadow:
         max_concurrent: int,
         comparison: Comparison,
         complete: Complete,
+        max_tokens: Callable[[], int] = lambda: MAX_TOKENS,
         seed: int = 0,
     ) -> None:
         self.outcomes = {"finished": 0, "failed": 0, "dropped": 0}
@@ -68,6 +70,7 @@ class Shadow:
         self._max_concurrent = max_concurrent
         self._comparison = comparison
         self._complete = complete
+        self._max_tokens = max_tokens
         self._random = random.Random(seed)
         self._running: set[asyncio.Task[None]] = set()
         self._logged_s = -math.inf
@@ -120,14 +123,10 @@ class Shadow:
             agreement = await self._measure(route, body, variant, text, timing)
         except Exception as error:  # whatever it is, no client may notice
             self.outcomes["failed"] += 1
-            if time.monotonic() - self._logged_s >= LOG_INTERVAL_S:
-                self._logged_s = time.monotonic()
-                logger.warning(
-                    "%d shadow requests failed so far, the last with %s: %s",
-                    self.outcomes["failed"],
-                    type(error).__name__,
-                    str(error)[:200],
-                )
+            self._warn(
+                f"{self.outcomes['failed']} shadow requests failed so far, the last with "
+                f"{type(error).__name__}: {str(error)[:200]}"
+            )
         else:
             self.outcomes["finished"] += 1
             self._comparison.observe_agreement(agreement)
@@ -144,13 +143,13 @@ class Shadow:
         agreement = None
         first_position = answer["usage"]["prompt_tokens"]
         num_tokens = first_position + (timing.output_tokens or 0)
-        if route == COMPLETIONS and text and is_scorable(body) and num_tokens <= MAX_TOKENS:
-            forced = await forced_text(body, text, baseline, self._complete)
-            agreement = agreement_of(
-                await logprobs_of(body, forced, baseline, self._complete),
-                await logprobs_of(body, forced, candidate, self._complete),
-                first_position,
-            )
+        is_short = num_tokens <= self._max_tokens()
+        if route == COMPLETIONS and text and is_scorable(body) and is_short:
+            try:
+                found = await score(body, text, (baseline, candidate), self._complete)
+                agreement = agreement_of(found[baseline], found[candidate], first_position)
+            except RefusedError as error:
+                self._warn(f"shadow requests give latency alone: {str(error)[:200]}")
         of_baseline, of_candidate = timings[baseline], timings[candidate]
         has_same_length = of_baseline.output_tokens == of_candidate.output_tokens
         return replace(
@@ -158,6 +157,12 @@ class Shadow:
             ttft_ratio=_ratio(of_baseline.ttft_s, of_candidate.ttft_s),
             e2e_ratio=_ratio(of_baseline.e2e_s, of_candidate.e2e_s) if has_same_length else None,
         )
+
+    def _warn(self, text: str) -> None:
+        """Logs a warning, unless the last one was less than `LOG_INTERVAL_S` ago."""
+        if time.monotonic() - self._logged_s >= LOG_INTERVAL_S:
+            self._logged_s = time.monotonic()
+            logger.warning("%s", text)
 
 
 def _ratio(baseline_s: float | None, candidate_s: float | None) -> float | None:

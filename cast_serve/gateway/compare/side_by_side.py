@@ -9,9 +9,9 @@ from cast_serve.gateway.compare.agreement import (
     MAX_TOKENS,
     Complete,
     Logprobs,
+    RefusedError,
     agreement_of,
-    forced_text,
-    logprobs_of,
+    score,
 )
 
 
@@ -19,6 +19,7 @@ async def compare(
     prompt_body: dict[str, Any],
     variants: Sequence[str],
     complete: Complete,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
     """One prompt on every variant, one after the other: the body of POST /v1/compare.
 
@@ -26,12 +27,13 @@ async def compare(
         prompt_body: of a completion with one text as its prompt and one choice, checked.
         variants: names; the first is the baseline, on whose text agreement is measured.
         complete: sends a body to a variant.
+        max_tokens: of prompt and answer together, for agreement; see `max_scored_tokens`.
 
     Returns:
         `variants`: each one's text and times; `order`: in which they were asked, drawn anew each
         time, because the first may find colder caches; `agreement`: of each other variant with the
         baseline, None where the tokens cannot be compared, and with a `reason` where prompt and
-        answer are longer than `MAX_TOKENS`.
+        answer are longer than `max_tokens`, or a worker refused to judge them.
     """
     order = random.sample(list(variants), len(variants))
     answers, timings = {}, {}
@@ -43,12 +45,15 @@ async def compare(
     prompt_tokens = answers[baseline]["usage"]["prompt_tokens"]
     text = choices[baseline]["text"]
     num_tokens = prompt_tokens + (timings[baseline].output_tokens or 0)
-    is_short = num_tokens <= MAX_TOKENS
     logprobs: dict[str, Logprobs] = dict.fromkeys(variants, ())
-    if is_short:
-        forced = await forced_text(prompt_body, text, baseline, complete)
-        for name in variants:
-            logprobs[name] = await logprobs_of(prompt_body, forced, name, complete)
+    reason = None
+    if num_tokens > max_tokens:
+        reason = f"prompt and answer have {num_tokens} tokens; up to {max_tokens} are compared"
+    else:
+        try:
+            logprobs = await score(prompt_body, text, variants, complete)
+        except RefusedError as error:
+            reason = str(error)
 
     agreements: dict[str, Any] = {"baseline": baseline}
     for variant in variants[1:]:
@@ -59,10 +64,8 @@ async def compare(
             "num_tokens": found.num_tokens if found else 0,
             "common_prefix_characters": len(commonprefix([text, choices[variant]["text"]])),
         }
-        if not is_short:
-            agreements[variant]["reason"] = (
-                f"prompt and answer have {num_tokens} tokens; up to {MAX_TOKENS} are compared"
-            )
+        if reason is not None:
+            agreements[variant]["reason"] = reason
     return {
         "prompt_tokens": prompt_tokens,
         "order": order,

@@ -80,6 +80,8 @@ def read_config(path: Path) -> ServeConfig:
         limit = fault["msg"].replace("Input should", "it must").replace("tuple", "list")
         raise ValueError(f"{where}: {key} is {fault['input']!r}: {limit}") from None
     _check_settings(config.gateway, f"--config {path}, [gateway]")
+    for name in config.variant:
+        check_name(name, f"--config {path}, [variant.{name}]")
     folder = path.parent
     gateway = {
         key: folder / value if key in PATHS and isinstance(value, str) else value
@@ -90,6 +92,24 @@ def read_config(path: Path) -> ServeConfig:
         for name, worker in config.variant.items()
     }
     return ServeConfig(gateway=gateway, variant=workers)
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuses a variant's name that X-Cast-Variant cannot carry.
+
+    Args:
+        name: of a variant.
+        where: it is given, for the error.
+
+    Raises:
+        ValueError: if so.
+    """
+    is_latin = name.isprintable() and all(ord(letter) < 256 for letter in name)
+    if not (name and is_latin and name == name.strip()):
+        raise ValueError(
+            f"{where}: {name!r} cannot stand in an HTTP header; name the variant in printable "
+            "Latin-1 letters without blanks around them"
+        )
 
 
 def _located(model: Path, folder: Path) -> Path:

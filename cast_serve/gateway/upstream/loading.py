@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ logger = logging.getLogger(__name__)
 
 LIVE_INTERVAL_S = 1.0
 PLAIN_INTERVAL_S = 15.0
-# What vLLM, and then `cast-serve worker`, print when a stage begins; the latest comes first.
+# What vLLM, and then `cast-serve worker`, print when a stage begins; the latest comes first. The
+# worker prints warnings too, but JSON, which describes its model, only once that is loaded.
 STAGES = (
-    ("cast-serve worker ", "answering its first requests"),
-    ("Dynamo bytecode transform", "compiling"),
-    ("Warming up model for the compilation", "compiling"),
+    (re.compile(r"cast-serve worker .*?: \{"), "answering its first requests"),
+    (re.compile("Dynamo bytecode transform"), "compiling"),
+    (re.compile("Warming up model for the compilation"), "compiling"),
 )
 
 
@@ -57,11 +59,20 @@ def _state(replica: Replica) -> str:
 
 
 def _stage(replica: Replica) -> str:
+    text = _printed(replica)
+    return next((stage for pattern, stage in STAGES if pattern.search(text)), "loading")
+
+
+def _printed(replica: Replica) -> str:
+    """What the worker has printed since its start."""
+    if replica.log is None:
+        return ""
     try:
-        text = replica.log.read_text(errors="replace") if replica.log else ""
+        with open(replica.log, "rb") as log:
+            log.seek(replica.log_start)
+            return log.read().decode(errors="replace")
     except OSError:  # to tell of it is not worth an end
-        text = ""
-    return next((stage for line, stage in STAGES if line in text), "loading")
+        return ""
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Replica:
         is_doubted: set when a request failed at the server; its watch then sends a canary at once.
         is_locked: it refused the gateway's key, and has not answered since.
         process: the local worker, leader of its process group.
-        log: what the local worker prints.
+        log: what the local worker prints, after what others have printed there.
+        log_start: bytes of the log that were there when the local worker was started.
         started_s: when the local worker was started, on the monotonic clock, as the next two.
         came_up_s: when it first answered since its start; None before.
         failed_s: when a request last could not reach it.
@@ -66,6 +67,7 @@ class Replica:
     is_locked: bool = False
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    log_start: int = 0
     started_s: float = field(default_factory=time.monotonic)
     came_up_s: float | None = None
     failed_s: float = 0.0
@@ -146,6 +148,7 @@ def start_worker(replica: Replica) -> None:
     own = {name: value for name, value in os.environ.items() if name not in NOT_FOR_WORKERS}
     own |= {"CAST_PARENT_PID": str(os.getpid()), "CAST_WORKER_KEY": replica.key}
     with open(replica.log, "ab") as log:
+        replica.log_start = log.tell()
         replica.process = subprocess.Popen(
             worker_command(replica),
             stdout=log,

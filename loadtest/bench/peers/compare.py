@@ -73,6 +73,24 @@ class Plan:
     blocks: int = 0
     block_size: int = 512
 
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("rounds", self.rounds, 1),
+            ("prompts", self.prompts, 1),
+            ("at-once", self.at_once, 0),
+            ("prompt-words", self.prompt_words, 1),
+            ("output-tokens", self.output_tokens, 2),  # TPOT is of those after the first
+            ("blocks", self.blocks, 0),
+            ("block-size", self.block_size, 2),  # a block's first token has no likelihood
+        ):
+            if value < least:
+                raise ValueError(f"--{name} {value} is too small; give at least {least}")
+        if self.blocks and self.block_size >= self.context:  # vLLM is asked for one token more
+            raise ValueError(
+                f"--block-size {self.block_size} must be less than --context {self.context}; give "
+                f"at most {self.context - 1}"
+            )
+
 
 @dataclass
 class Found:

@@ -23,7 +23,7 @@ from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
 from loadtest.bench.peers import files
 from loadtest.bench.peers.names import PeerError, title_of
-from loadtest.send.connection import Pool
+from loadtest.send.connection import Pool, TransportError
 
 ENDS = (0, 2, 4)  # SmolLM2's tokens that end a text for llama.cpp; min_tokens holds off one of them
 
@@ -59,11 +59,19 @@ class Server:
         return {**asked, **self.extra}
 
     def prompt_tokens(self, prompt: str) -> int:
-        """How many tokens it takes the prompt for."""
+        """How many tokens it takes the prompt for.
+
+        Raises:
+            PeerError: if it cannot be reached or refuses.
+        """
         return int(self._complete(self.body(prompt, 1))["usage"]["prompt_tokens"])
 
     def nats_of(self, block: Sequence[int]) -> float:
-        """The negative log likelihood of a block of tokens, without its first; by vLLM's API."""
+        """The negative log likelihood of a block of tokens, without its first; by vLLM's API.
+
+        Raises:
+            PeerError: if it cannot be reached or refuses.
+        """
         body = {"model": self.name, "prompt": list(block), "max_tokens": 1, "prompt_logprobs": 0}
         found = self._complete(body)["choices"][0]["prompt_logprobs"]
         return -sum(
@@ -73,14 +81,19 @@ class Server:
 
     def _complete(self, body: Mapping[str, Any]) -> Any:
         url = f"{self.url}/v1/completions"
-        answer = httpx.post(url, json=body, timeout=120, trust_env=False)
-        return answer.raise_for_status().json()
+        try:
+            answer = httpx.post(url, json=body, timeout=120, trust_env=False)
+        except httpx.HTTPError as error:
+            raise PeerError(f"{self.name} did not answer: {error!r}") from error
+        if answer.status_code != 200:
+            raise PeerError(f"{self.name} gave {answer.status_code}: {answer.text[:300]}")
+        return answer.json()
 
     async def ask(self, pool: Pool, prompt: str, num_tokens: int) -> RequestTiming:
         """Streams one completion. If it ends for its length, it has all its tokens.
 
         Raises:
-            PeerError: if it does not.
+            PeerError: if it does not, or cannot be reached.
         """
         watch, reader = Stopwatch(), sse.Reader()
         reasons: list[str | None] = []
@@ -90,10 +103,13 @@ class Server:
                 if data != sse.DONE:
                     chunk = json.loads(data)
                     watch.observe(chunk)
-                    reasons.extend(choice["finish_reason"] for choice in chunk["choices"])
+                    reasons.extend(c["finish_reason"] for c in chunk.get("choices") or ())
 
         body = json.dumps({**self.body(prompt, num_tokens), "stream": True}).encode()
-        response = await pool.exchange("POST", "/v1/completions", body, feed)
+        try:
+            response = await pool.exchange("POST", "/v1/completions", body, feed)
+        except TransportError as error:
+            raise PeerError(f"{self.name} did not answer: {error}") from error
         if response.status != 200 or reasons[-1:] != ["length"]:
             raise PeerError(f"{self.name} gave {response.status}, ended by {reasons[-1:]}")
         return watch.finish(num_tokens)

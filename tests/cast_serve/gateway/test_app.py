@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from cast_serve.gateway.app import create_app, serve
+from cast_serve.gateway.commands import check_port_is_free
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
@@ -164,6 +166,37 @@ def test_a_port_in_use_is_an_error_that_python_can_catch() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be listened on; free it"):
             asyncio.run(serve(variants, GatewaySettings(port=port)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_is_looked_for_in_the_hosts_own_family(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        taken = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"this machine has no {host}: {error}")
+    port = taken.getsockname()[1]
+    with taken, pytest.raises(ValueError, match=f"{host}:{port} cannot be listened on"):
+        check_port_is_free(host, port)
+    check_port_is_free(host, port)
+
+
+def test_a_host_that_there_is_not_is_one_line() -> None:
+    with pytest.raises(ValueError, match="host.invalid:8000 cannot be listened on"):
+        check_port_is_free("host.invalid", 8000)
+
+
+def test_a_grace_of_less_than_a_second_is_not_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    graces_s: list[float | None] = []
+
+    async def note(server: uvicorn.Server) -> None:
+        graces_s.append(server.config.timeout_graceful_shutdown)
+
+    monkeypatch.setattr("uvicorn.Server.serve", note)
+    for grace_s in (0.5, 30):
+        variants = remote_variants({"dense": ["http://127.0.0.1:9"]})
+        asyncio.run(serve(variants, GatewaySettings(shutdown_grace_s=grace_s)))
+    assert graces_s == [1, 30]
 
 
 def test_no_collection_goes_through_what_was_there_at_the_start(

@@ -12,6 +12,7 @@ import pytest
 
 from cast_serve.gateway.proxy import Proxy
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Stack, events, running, wait_until
 
@@ -263,6 +264,17 @@ def test_compare_asks_both_and_comparison_shows_it() -> None:
         assert shown["variants"]["dense"]["num_requests"] == 1  # compare is no traffic
         assert shown["shadow_fraction"] == 0
         assert shown["models"] == {"dense": {}, "sparse": {}}  # given as URLs
+
+
+def test_an_answer_that_fills_a_workers_context_is_compared_but_for_agreement() -> None:
+    with running() as stack:
+        (replica,) = stack.gateway.proxy.variants["sparse"].replicas
+        replica.limits = Limits(max_model_len=4)  # a token of the prompt, three of the answer
+        found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 3}).json()
+        assert found["variants"]["dense"]["text"] == "one two three"
+        reason = "prompt and answer have 4 tokens; up to 3 are compared"
+        assert found["agreement"]["sparse"]["reason"] == reason
+        assert len(stack.workers["dense"].state.bodies) == 1
 
 
 def test_shadow_traffic_is_not_seen_by_the_client_and_counted_apart() -> None:

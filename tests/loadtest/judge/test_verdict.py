@@ -90,6 +90,16 @@ def test_a_failed_warmup_is_the_only_check() -> None:
     )
 
 
+def test_a_launch_whose_warmup_failed_does_not_pass() -> None:
+    errors = {"dense": {}, "sparse": {"timeout": 1}}
+    checks = found({"num_warmup_errors": 1, "errors": errors})
+    assert list(checks) == ["warmup", "error_rate", "unequal_lengths", "void"]
+    check = checks["warmup"]
+    assert (check["limit"], check["found"], check["passed"]) == (0, 1, False)
+    assert "1 warm-up requests failed, so their launches of the servers were not" in check["why"]
+    assert "sparse timeout x1" in check["why"]
+
+
 def test_the_lower_end_must_reach_the_least_speedup() -> None:
     check = found({}, min_speedup={"tpot_p50": 1.2})["min_speedup.tpot_p50"]
     assert (check["limit"], check["found"], check["passed"]) == (1.2, 1.2, True)

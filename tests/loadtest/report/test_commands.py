@@ -1,6 +1,7 @@
 """`report` and `compare` on directories, and what `run` refuses to be judged by."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,40 @@ def test_compare_fails_on_regression_only_if_told(out: Path, tmp_path: Path) -> 
     assert done.exit_code == 1
     assert "tpot_p50" in done.stderr
     assert cast_loadtest("compare", tmp_path / "new", out, "--fail-on-regression").exit_code == 0
+
+
+def test_a_directory_that_cannot_be_written_is_refused(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda _, mode: mode != os.W_OK)  # root may write anywhere
+    done = cast_loadtest("report", out)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"cast-loadtest: {out} cannot be written; copy it, and name the copy\n"
+
+
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("loadtest.report.commands.write_reports", full)
+    done = cast_loadtest("report", out)
+    assert done.exit_code == 1
+    assert last_line(done)["candidate"] == "sparse"
+    assert "written: " not in done.stdout
+    assert done.stderr.startswith(f"cast-loadtest: {out} could not be written: disk full; free")
+    assert done.stderr.count("\n") == 1
+
+
+def test_coverage_says_before_it_simulates_where_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadtest.judge.coverage.coverage", lambda *_: pytest.fail("simulated"))
+    done = cast_loadtest("coverage", "--out", tmp_path / "none" / "x.json")
+    assert done.exit_code == 2
+    assert "x.json cannot be written; name a file in a folder that exists" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [("report",), ("compare", "."), ("compare", "--", ".")])

@@ -1,8 +1,14 @@
 """Changes between two runs."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from rich.console import Console
 
+from cast_serve.intervals import SEED, Ratio
+from loadtest.judge.statistics import speedups
+from loadtest.record import Recorded, joined
 from loadtest.report.regression import TABLE_WIDTH, compare, table_of
 from tests.loadtest.recordings import recorded, request, simulated, two_pairs
 
@@ -32,6 +38,15 @@ def test_a_run_against_itself_still_has_an_interval() -> None:
     change = compare(simulated(1), simulated(1))["changes"]["tpot_p50"]["change"]
     assert change["ratio"] == 1
     assert change["low"] < 0.999 < 1.001 < change["high"]
+
+
+def test_launches_widen_a_change_and_not_their_many_pairs() -> None:
+    two = joined([simulated(1), simulated(2)], simulated(1).about)
+    one = Recorded(two.about, tuple(replace(each, launch=0) for each in two.requests))
+    change = compare(two, one)["changes"]["ttft_p50"]["change"]  # the first to be shuffled
+    before, after = (speedups(run)["ttft_p50"].resampled for run in (two, one))
+    expected = Ratio.of(1.0, after / np.random.default_rng(SEED).permutation(before), 2)
+    assert (change["low"], change["high"]) == (expected.low, expected.high)
 
 
 def test_what_failures_hide_is_not_judged() -> None:

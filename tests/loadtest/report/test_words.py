@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.record import joined
 from loadtest.report.result import result_of
 from loadtest.report.words import (
     Row,
@@ -133,6 +134,16 @@ def test_a_failed_warmup_is_the_only_warning() -> None:
     (found,) = warnings(result)
     assert found.startswith("The warm-up failed (dense: http_503 x1).")
     assert notes(result) == []
+
+
+def test_a_launch_whose_warmup_failed_is_warned_of() -> None:
+    lost = recorded([request(None, None, "dense", None)])
+    run = joined([simulated(1, drift=0.0), lost, simulated(2, drift=0.0)], simulated(1).about)
+    result = result_of(run)
+    (found,) = warnings(result)
+    assert found.startswith("1 warm-up requests failed, so their launches of the servers were not")
+    assert "were not measured; 2 were (all that failed: dense: http_503 x1)." in found
+    assert verdict(result) == "NOT PASSED"
 
 
 def test_a_calibration_says_what_to_expect() -> None:

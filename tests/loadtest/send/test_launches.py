@@ -2,14 +2,21 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from loadtest import measure
 from loadtest.__main__ import app
 from loadtest.record import Recorded
 from loadtest.send.launches import LaunchError, parse_variants, served
+from loadtest.send.paired import Plan
+from loadtest.send.schedule import Schedule
+from loadtest.send.sweep import Load
+from loadtest.send.workload import Workload
+from tests.loadtest.recordings import recorded, request, two_pairs
 
 FAKE = f"""#!{sys.executable}
 import os, pathlib, sys
@@ -68,6 +75,43 @@ def test_launches_swap_places_and_become_one_record(asked: Path, model: Path) ->
     assert result["num_launches"] == 3
     assert list(result["models"]["dense"]) == ["config.json"]
     assert "3 launches of the servers and 6 block pairs" in (out / "report.md").read_text()
+
+
+def test_the_first_launch_that_is_measured_settles_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The warm-up of the first launch fails, so the second finds out the size of a block."""
+    lost = recorded(
+        [request(None, None, "dense", None)], plan={"num_warmup": 1, "num_prompts": None}
+    )
+    sized = two_pairs(plan={"num_warmup": 1, "num_prompts": 3})
+    runs = iter([lost, sized, sized])
+    planned: list[int | None] = []
+
+    async def run(_: object, __: object, load: Load, ___: object) -> Recorded:
+        planned.append(load.plan.num_prompts)
+        return next(runs)
+
+    monkeypatch.setattr(measure, "served", lambda *_: nullcontext("http://server"))
+    monkeypatch.setattr(measure, "_run", run)
+    job = measure.Job(
+        loads=[Load(None, Plan(), Schedule())],
+        workload=Workload(),
+        timeout_s=1.0,
+        api_key=None,
+        num_processes=1,
+        quality_workload=Workload(),
+        num_quality_prompts=0,
+        questions=[],
+        url=None,
+        models={"dense": Path(), "sparse": Path()},
+        num_launches=3,
+        vllm_flags=[],
+    )
+    ((_, found),) = measure.measure(job, lambda *_: {})
+    assert planned == [None, None, 3]
+    assert found.about["plan"]["num_prompts"] == 3
+    assert {block.launch for block in found.blocks} == {1, 2}
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_lines(asked: Path, model: Path) -> None:

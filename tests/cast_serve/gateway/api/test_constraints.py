@@ -93,6 +93,10 @@ def test_what_vllm_would_refuse_late_or_be_slow_at_is_named(
         {"items": [{"$ref": "#/$defs/a"}] * 3, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {}}},
         {"type": "array", "minItems": 5000, "maxItems": 5000},
         {"properties": {"minItems": {"type": "integer"}}},
+        {"properties": {"$ref": {"type": "string"}}},
+        {"$ref": "#/$defs/a~1b~0", "$defs": {"a/b~": {}}},
+        {"$ref": "#/$defs/~01", "$defs": {"~1": {}}},
+        {"items": {"$ref": "#/anyOf/1"}, "anyOf": [{}, {"type": "string"}]},
     ],
 )
 def test_a_schema_passes(schema: dict[str, Any]) -> None:
@@ -106,7 +110,10 @@ def test_a_schema_passes(schema: dict[str, Any]) -> None:
         ({"$ref": "#"}, "leads nowhere or back to itself"),
         ({"$ref": "#/$defs/a"}, "leads nowhere"),
         ({"$ref": "http://x/y"}, "leads nowhere"),
-        ({"$ref": ["#"]}, "leads nowhere"),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a~1b": {}}}, "leads nowhere"),
+        ({"items": {"$ref": "#/anyOf/2"}, "anyOf": [{}, {}]}, "leads nowhere"),
+        ({"items": {"$ref": "#/anyOf/01"}, "anyOf": [{}, {}]}, "leads nowhere"),
+        ({"items": {"$ref": f"#/anyOf/{'9' * 5000}"}, "anyOf": [{}]}, "leads nowhere"),
         ({"enum": [0] * 10_001}, "holds more than 10000 values"),
         ({f"{i}": {"$ref": f"#/{(i + 1) % 9}"} for i in range(9)}, "back to itself"),
         (

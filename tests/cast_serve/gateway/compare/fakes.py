@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from cast_serve.gateway.api.errors import APIError
 from cast_serve.latency import RequestTiming
 
 COMPLETIONS = "/v1/completions"
@@ -20,7 +21,8 @@ def position(**probabilities: float) -> dict[str, dict[str, Any]]:
 class FakeVariants:
     """Variants that answer " a b c" after 0.2 s to the first and 0.3 s to the last token.
 
-    A prompt of two tokens and the answer's three have the logprobs of `dense` or `sparse`.
+    A prompt of two tokens and the answer's three have the logprobs of `dense` or `sparse`, unless
+    `refusal` is what asking for them raises.
     """
 
     dense: tuple[Any, ...] | None = (None, position(x=0.9), *[position(x=0.5, y=0.3)] * 3)
@@ -28,6 +30,7 @@ class FakeVariants:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any], str]] = []
+        self.refusal: APIError | None = None
         self.texts = {"dense": " a b c", "sparse": " a b d"}
 
     async def complete(
@@ -36,6 +39,8 @@ class FakeVariants:
         self.calls.append((variant, body, route))
         choice: dict[str, Any] = {"text": self.texts[variant], "finish_reason": "length"}
         if body.get("prompt_logprobs"):
+            if self.refusal is not None:
+                raise self.refusal
             choice["prompt_logprobs"] = list(getattr(self, variant))
         if body.get("return_token_ids"):
             choice["prompt_token_ids"] = [7, 8, 9]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from cast_serve.gateway.compare.agreement import Agreement, agreement_of
+from cast_serve.gateway.compare.agreement import Agreement, agreement_of, max_scored_tokens
 from tests.cast_serve.gateway.compare.fakes import FakeVariants, position
 
 
@@ -64,6 +64,12 @@ def test_likeliest_is_by_rank_not_by_place() -> None:
     found = agreement_of([actual_token_first], [position(x=0.5)], 0)
     assert found is not None
     assert found.num_agreeing == 1
+
+
+def test_one_token_more_than_is_scored_must_fit() -> None:
+    assert max_scored_tokens([None, None]) == 1024
+    assert max_scored_tokens([None, 4096]) == 1024
+    assert max_scored_tokens([4096, 256]) == 255
 
 
 @pytest.mark.parametrize(("other_length", "first"), [(4, 2), (5, 5)])

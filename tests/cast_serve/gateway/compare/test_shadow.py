@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.latency import RequestTiming
@@ -118,6 +119,29 @@ def test_a_long_text_is_not_scored() -> None:
     long = RequestTiming(0.0, (), 9.0, 1023)  # and two of the prompt
     run_shadow(fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", "a", long))
     assert len(fake.calls) == 1
+
+
+def test_a_text_that_fills_a_workers_context_is_not_scored() -> None:
+    fake = FakeVariants()
+    found, shadow = run_shadow(
+        fake,
+        lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", " a b c", PRIMARY),
+        max_tokens=lambda: 4,
+    )
+    assert len(fake.calls) == 1
+    assert (found["token_agreement"], shadow.outcomes["finished"]) == (None, 1)
+
+
+def test_a_refusal_to_score_gives_latency_alone(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeVariants()
+    fake.refusal = APIError(400, "the context is 5 tokens", "invalid_request_error")
+    found, shadow = run_shadow(
+        fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", " a b c", PRIMARY)
+    )
+    assert found["token_agreement"] is None
+    assert found["e2e_ratio"]["ratio"] == pytest.approx(2)
+    assert shadow.outcomes == {"finished": 1, "failed": 0, "dropped": 0}
+    assert "latency alone: a worker refused to score prompt and answer: the con" in caplog.text
 
 
 def test_off_does_nothing() -> None:

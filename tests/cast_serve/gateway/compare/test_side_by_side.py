@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.compare.side_by_side import compare
 from cast_serve.latency import RequestTiming
 from tests.cast_serve.gateway.compare.fakes import BODY, COMPLETIONS, KL_OF_ANSWER, FakeVariants
@@ -57,6 +58,38 @@ def test_compare_of_an_empty_answer_has_no_agreement() -> None:
         "num_tokens": 0,
         "common_prefix_characters": 0,
     }
+
+
+def test_compare_asks_for_no_token_more_than_a_worker_holds() -> None:
+    fake = FakeVariants()
+    found = asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete, max_tokens=4))
+    assert len(fake.calls) == 2
+    assert found["variants"]["sparse"]["text"] == " a b d"
+    assert found["agreement"]["sparse"]["token_agreement"] is None
+    reason = "prompt and answer have 5 tokens; up to 4 are compared"
+    assert found["agreement"]["sparse"]["reason"] == reason
+    assert (
+        "reason"
+        not in asyncio.run(compare(BODY, ["dense", "sparse"], fake.complete, max_tokens=5))[
+            "agreement"
+        ]["sparse"]
+    )
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_a_refusal_to_score_is_a_reason_and_a_failure_is_not(status: int) -> None:
+    fake = FakeVariants()
+    fake.refusal = APIError(status, "the context is 5 tokens", "invalid_request_error")
+    work = compare(BODY, ["dense", "sparse"], fake.complete)
+    if status == 503:
+        with pytest.raises(APIError, match="the context is 5 tokens"):
+            asyncio.run(work)
+        return
+    found = asyncio.run(work)
+    assert found["variants"]["dense"]["text"] == " a b c"
+    assert found["agreement"]["sparse"]["token_agreement"] is None
+    reason = "a worker refused to score prompt and answer: the context is 5 tokens"
+    assert found["agreement"]["sparse"]["reason"] == reason
 
 
 def test_compare_passes_failures_on() -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from cast_serve.gateway.upstream.config import read_config, settings_of
+from cast_serve.gateway import commands
+from cast_serve.gateway.upstream.config import check_name, read_config, settings_of
 
 ROOT = Path(__file__).parents[4]
 
@@ -51,12 +52,28 @@ def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path)
         ("[gateway]\nzzz = 1", r"unknown key zzz; there are host, port, "),
         ("gateway = 1", "gateway is 1: it must be a valid dictionary"),
         ("[variant.a", "cannot be read"),
+        ("[variant.'稀疏']\ndir = 'x'", r"\[variant.稀疏\]: '稀疏' cannot stand in an HTTP header"),
     ],
 )
 def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path / "serve.toml")
+
+
+@pytest.mark.parametrize("name", ["稀疏", "a\r\nb", " a", "a ", "", "\x7f"])
+def test_a_name_that_no_header_can_carry_is_refused(name: str) -> None:
+    message = re.escape(f"here: {name!r} cannot stand in an HTTP header; name the variant in")
+    with pytest.raises(ValueError, match=message):
+        check_name(name, "here")
+    if name:
+        with pytest.raises(ValueError, match="--variant .*cannot stand in an HTTP header"):
+            commands._parse_variants([f"{name}=http://x"])
+
+
+def test_other_names_are_taken() -> None:
+    for name in ("dense", "a/b", "légère", "2:4 int8"):
+        check_name(name, "here")
 
 
 def test_a_wrong_value_of_the_gateway_is_named(tmp_path: Path) -> None:

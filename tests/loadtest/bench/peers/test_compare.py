@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from cast_serve.latency import RequestTiming
 from loadtest.bench.peers import compare
@@ -62,6 +62,23 @@ def test_an_answer_that_is_not_whole_is_refused(serve: Serve) -> None:
 
     with pytest.raises(PeerError, match="sparse gave 503"):
         asyncio.run(ask())
+
+
+def test_a_server_that_is_gone_or_refuses_is_named(serve_app: ServeApp) -> None:
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    def complete() -> Response:
+        return Response("too long", 400)
+
+    refusing = server_of("sparse", serve_app(app))
+    with pytest.raises(PeerError, match="sparse gave 400: too long"):
+        refusing.nats_of([7, 5])
+    gone = server_of("gone", "http://127.0.0.1:9")
+    with pytest.raises(PeerError, match=r"gone did not answer: ConnectError\("):
+        gone.prompt_tokens("Hello")
+    with pytest.raises(PeerError, match="gone did not answer: connect_error"):
+        asyncio.run(gone.ask(Pool(gone.url, {}), "Hello", 4))
 
 
 def test_ratios_favour_the_last_of_ours() -> None:
@@ -120,6 +137,26 @@ def test_vllm_tells_the_likelihood_of_a_block(serve_app: ServeApp) -> None:
     assert server_of("sparse", serve_app(app)).nats_of([7, 5, 9]) == 1.75
     body = {"model": "sparse", "prompt": [7, 5, 9], "max_tokens": 1, "prompt_logprobs": 0}
     assert asked == [body]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts": 0}, "--prompts 0 is too small; give at least 1"),
+        ({"at_once": -1}, "--at-once -1 is too small; give at least 0"),
+        ({"prompt_words": 0}, "--prompt-words 0 is too small; give at least 1"),
+        ({"output_tokens": 1}, "--output-tokens 1 is too small; give at least 2"),
+        ({"blocks": -1}, "--blocks -1 is too small; give at least 0"),
+        ({"block_size": 1}, "--block-size 1 is too small; give at least 2"),
+        (
+            {"blocks": 1, "block_size": 256, "context": 256},
+            "--block-size 256 must be less than --context 256; give at most 255",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare.Plan(**given)
 
 
 def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
@@ -186,6 +223,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
         (["--peers", "q8_0:fa"], "peer 'q8_0:fa' is not known; write TYPE"),
         (["--model", "dense=no-such-folder"], "--model dense=no-such-folder is no directory"),
         (["--blocks", "2"], "perplexity needs --text FILE, --blocks NUMBER and a --model NAME=DIR"),
+        (["--rounds", "0"], "--rounds 0 is too small; give at least 1"),
         (["--peers", "", "--cores", "99"], "cores 99 are not open to this process"),
     ],
 )
