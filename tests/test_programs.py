@@ -62,7 +62,7 @@ def install(folder: Path, user: int, *, refused: str = "") -> tuple[int, str, li
 
 
 EVERYTHING = [
-    *("g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"),
+    *("python3-venv", "python3-dev", "g++", "libnuma1", "prometheus", "nodejs", "npm", "chromium"),
     *("g++-aarch64-linux-gnu", "qemu-user"),
 ]
 

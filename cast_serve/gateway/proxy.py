@@ -40,7 +40,7 @@ from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream.client import KEEP_ALIVE_S, bearer
+from cast_serve.gateway.upstream.client import bearer
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.transport import WorkerTransport
 from cast_serve.latency import RequestTiming
@@ -85,7 +85,8 @@ class Proxy:
         self.client = httpx.AsyncClient(
             headers=bearer(worker_key),
             transport=WorkerTransport(
-                limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+                # No connection is kept: one to a pod that ends would find it well (see client.py).
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=False,  # proxies are for the outside, workers are ours
             ),
             trust_env=False,

@@ -14,6 +14,10 @@ import aiohttp
 # Servers close a connection that was idle for 5 s (uvicorn's and vLLM's own limit): before that it
 # must not be taken for another request.
 KEEP_ALIVE_S = 2.0
+# Kubernetes moves no connection away from a pod that ends, so each is used for new requests this long
+# only: less than deploy/k8s has such a pod wait before it stops.
+RENEW_S = 5.0
+CLOSE_AFTER_S = 60.0  # after the last deadline: what has come in time is still passed on
 CONNECT_S = 5.0
 LARGE_BYTES = 1 << 16  # a longer body is sent in pieces, so that others are served in between
 # RuntimeError: who begins to read when the connection is lost already, and the answer not whole.
@@ -25,8 +29,23 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+class _Connections:
+    """A session, which must be made in the event loop, and until when its answers may be read."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.made_s = asyncio.get_running_loop().time()
+        self.last_deadline_s = 0.0
+        self.connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        self.session = aiohttp.ClientSession(
+            headers=headers,
+            connector=self.connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,  # proxies are for the outside, workers are ours
+        )
+
+
 class Client:
-    """Connections to the workers, each used for one request after the other.
+    """Connections to the workers, each used for one request after the other, for RENEW_S.
 
     Args:
         worker_key: sent with every request; empty: none.
@@ -34,11 +53,14 @@ class Client:
 
     def __init__(self, worker_key: str = "") -> None:
         self._headers = bearer(worker_key)
-        self._session: aiohttp.ClientSession | None = None  # it must be made in the event loop
+        self._current: _Connections | None = None
+        self._old: list[_Connections] = []
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for found in (self._current, *self._old):
+            if found is not None:
+                found.session.detach()
+                await found.connector.close()
 
     async def post(
         self, url: str, content: bytes, headers: Mapping[str, str], deadline_s: float
@@ -56,19 +78,13 @@ class Client:
             TimeoutError: once the deadline has passed.
             aiohttp.ClientError: if the connection cannot be made or is lost, or this is no HTTP.
         """
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=False,  # proxies are for the outside, workers are ours
-            )
         for is_last in (False, True):
             left_s = deadline_s - asyncio.get_running_loop().time()
             if left_s <= 0:  # which aiohttp takes for no limit
                 raise TimeoutError
+            session = await self._session(deadline_s)
             try:
-                return await self._session.post(
+                return await session.post(
                     url,
                     data=content if len(content) <= LARGE_BYTES else io.BytesIO(content),
                     headers={"Content-Type": "application/json", **headers},
@@ -81,6 +97,23 @@ class Client:
                 if is_last or not _is_dropped(error):
                     raise
         raise AssertionError("the loop returns or raises")
+
+    async def _session(self, deadline_s: float) -> aiohttp.ClientSession:
+        """The session for a new request. What runs on older ones goes on, until its deadline."""
+        now_s = asyncio.get_running_loop().time()
+        if self._current is not None and now_s - self._current.made_s > RENEW_S:
+            self._old.append(self._current)
+            self._current = None
+        if self._current is None:
+            self._current = _Connections(self._headers)
+        current = self._current
+        current.last_deadline_s = max(current.last_deadline_s, deadline_s)
+        over = [found for found in self._old if now_s > found.last_deadline_s + CLOSE_AFTER_S]
+        self._old = [found for found in self._old if found not in over]
+        for found in over:
+            found.session.detach()
+            await found.connector.close()
+        return current.session
 
 
 def _is_dropped(error: aiohttp.ClientError) -> bool:

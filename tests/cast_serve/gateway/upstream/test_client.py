@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ import pytest
 
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream import client as client_module
 from cast_serve.gateway.upstream.client import Client, fail_if_lost
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Servers, events, running, wait_until
@@ -185,3 +186,51 @@ def test_an_idle_connection_that_is_reset_is_no_error_of_ours() -> None:
         server.close()
 
     asyncio.run(ask())
+
+
+def test_a_connection_is_not_used_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is used for goes on; a new request gets a new one, and in the end it is closed."""
+    monkeypatch.setattr(client_module, "RENEW_S", 0.05)
+    monkeypatch.setattr(client_module, "CLOSE_AFTER_S", 0.0)
+    num_connections, closed, go_on = 0, [], asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        number = num_connections
+        with suppress(asyncio.IncompleteReadError, ConnectionResetError):
+            while True:
+                await reader.readuntil(b"{}")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+                await writer.drain()
+                if number == 1:
+                    await go_on.wait()
+                writer.write(b"k")
+        writer.close()
+        await writer.wait_closed()
+        closed.append(number)
+
+    async def ask() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = Client()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+        async def post(wait_s: float) -> Any:
+            return await client.post(url, b"{}", {}, asyncio.get_running_loop().time() + wait_s)
+
+        slow = await post(20)
+        for _ in range(2):  # at once after the other: one connection
+            assert await (await post(0.5)).read() == b"ok"
+        assert num_connections == 2
+        await asyncio.sleep(0.1)
+        assert await (await post(20)).read() == b"ok"
+        assert num_connections == 3
+        go_on.set()
+        assert await slow.read() == b"ok"
+        await client.close()
+        while len(closed) < num_connections:
+            await asyncio.sleep(0.01)
+        server.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+    assert num_connections == 3
