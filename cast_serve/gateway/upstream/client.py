@@ -14,8 +14,8 @@ import aiohttp
 # Servers close a connection that was idle for 5 s (uvicorn's and vLLM's own limit): before that it
 # must not be taken for another request.
 KEEP_ALIVE_S = 2.0
-# Kubernetes moves no connection away from a pod that ends, so each is used for new requests this long
-# only: less than deploy/k8s has such a pod wait before it stops.
+# Kubernetes moves no connection away from a pod that ends, so each is used for new requests this
+# long only: less than deploy/k8s has such a pod wait before it stops.
 RENEW_S = 5.0
 CLOSE_AFTER_S = 60.0  # after the last deadline: what has come in time is still passed on
 CONNECT_S = 5.0
