@@ -35,10 +35,9 @@ class _Connections:
     def __init__(self, headers: Mapping[str, str]) -> None:
         self.made_s = asyncio.get_running_loop().time()
         self.last_deadline_s = 0.0
-        self.connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self.session = aiohttp.ClientSession(
             headers=headers,
-            connector=self.connector,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # proxies are for the outside, workers are ours
         )
@@ -59,8 +58,7 @@ class Client:
     async def close(self) -> None:
         for found in (self._current, *self._old):
             if found is not None:
-                found.session.detach()
-                await found.connector.close()
+                await found.session.close()
 
     async def post(
         self, url: str, content: bytes, headers: Mapping[str, str], deadline_s: float
@@ -111,8 +109,7 @@ class Client:
         over = [found for found in self._old if now_s > found.last_deadline_s + CLOSE_AFTER_S]
         self._old = [found for found in self._old if found not in over]
         for found in over:
-            found.session.detach()
-            await found.connector.close()
+            await found.session.close()
         return current.session
 
 
