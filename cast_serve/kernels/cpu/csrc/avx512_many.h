@@ -64,9 +64,9 @@ struct KeptTiles {
 template <typename Format>
 inline typename Format::Dots add_step(typename Format::Dots dots, const uint8_t* eight,
                                       __m512i columns, __m512i weights) {
-  double x;
+  int64_t x;  // as a double, Zen 4 would broadcast it by a unit that the shuffle needs
   std::memcpy(&x, eight, kStepBytes);
-  const __m512i of_rows = _mm512_shuffle_epi8(_mm512_castpd_si512(_mm512_set1_pd(x)), columns);
+  const __m512i of_rows = _mm512_shuffle_epi8(_mm512_set1_epi64(x), columns);
   return Format::add_dots(dots, of_rows, weights);
 }
 
