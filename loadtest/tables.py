@@ -10,6 +10,7 @@ repository's root:
 KIND is one of `KINDS`. So every figure of such a table is in a file that is committed beside it.
 """
 
+import itertools
 import json
 import math
 import re
@@ -251,6 +252,46 @@ def _curve(paths: Sequence[Path]) -> list[str]:
     return markdown_table(["training tokens", *(f"{count:,}" for count in tokens)], lines)
 
 
+def _law(paths: Sequence[Path]) -> list[str]:
+    """Runs of one recipe, shortest first: nats above a dense model by training tokens, and a law.
+
+    Paths: `cast-train eval --losses` of the dense model; then cast.json and the same of each run.
+    The law is nats = a * tokens ** -b by least squares of the logarithms. In brackets: the least
+    and the greatest that it gives with one run left out.
+    """
+    dense = read(paths[0])
+    tokens, nats = [], []
+    for run, path in zip(paths[1::2], paths[2::2], strict=True):
+        found = read(path)
+        if found["text"] != dense["text"] or found["num_tokens"] != dense["num_tokens"]:
+            raise ValueError(f"{path} and {paths[0]} are of different texts")
+        tokens.append(int(read(run)["tokens_seen"]))
+        nats.append(math.log(found["perplexity"] / dense["perplexity"]))
+    if len(tokens) < 4:
+        raise ValueError(f"a law is fitted to four runs or more, not {len(tokens)}")
+
+    def fit(left_out: int | None = None) -> statistics.LinearRegression:
+        points = [i for i in range(len(tokens)) if i != left_out]
+        logs = ([math.log(of[i]) for i in points] for of in (tokens, nats))
+        return statistics.linear_regression(*logs)
+
+    law, others = fit(), [fit(left_out) for left_out in range(len(tokens))]
+    exponents = [-other.slope for other in others]
+    lines = []
+    for count, measured in itertools.zip_longest([*tokens, 2 * tokens[-1], 4 * tokens[-1]], nats):
+        of_law, *of_others = (
+            math.exp(each.intercept + each.slope * math.log(count)) for each in (law, *others)
+        )
+        cells = ["", ""] if measured is None else [f"{measured:.3f}", f"{math.exp(measured):.2f}"]
+        fitted = f"{of_law:.3f} ({min(of_others):.3f} to {max(of_others):.3f})"
+        lines.append([f"{count:,}", *cells, fitted, f"{math.exp(of_law):.2f}"])
+    columns = ["training tokens", f"nats above {paths[0].stem}", "times its perplexity"]
+    columns.append(
+        f"by the law, tokens ** -{-law.slope:.2f} ({min(exponents):.2f} to {max(exponents):.2f})"
+    )
+    return markdown_table([*columns, "times by the law"], lines)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
@@ -263,6 +304,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "choices": _choices,
     "study": _study,
     "curve": _curve,
+    "law": _law,
     "carried": _of_records(bench.carried),
     "decode": _of_records(bench.decode),
     "soak": _of_records(bench.soak),

@@ -1,6 +1,7 @@
 """Tables in README and docs follow from their records; a wrong kind or record is named."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,38 @@ def test_curves_by_hand(tmp_path: Path) -> None:
     assert "| a | 30.50 | 28.25 |\n| b | 31.00 | 29.00 |" in found
     (tmp_path / "b.json").write_text(json.dumps({"curve": []}))
     with pytest.raises(ValueError, match="b was measured at other numbers of tokens"):
+        rewritten(page, tmp_path)
+
+
+def test_a_law_by_hand(tmp_path: Path) -> None:
+    """Runs that follow 0.4 * (tokens / 1 million) ** -0.5 exactly, then one that does not."""
+    measured = {"text": ["wiki.txt"], "num_tokens": 16352}
+    (tmp_path / "dense.json").write_text(json.dumps({"perplexity": 20.0, **measured}))
+
+    def write(run: int, tokens: int, nats: float) -> None:
+        (tmp_path / f"cast-{run}.json").write_text(json.dumps({"tokens_seen": tokens}))
+        found = {"perplexity": 20 * math.exp(nats), **measured}
+        (tmp_path / f"run-{run}.json").write_text(json.dumps(found))
+
+    for run, (tokens, nats) in enumerate([(62500, 1.6), (250000, 0.8), (1000000, 0.4)]):
+        write(run, tokens, nats)
+    names = " ".join(f"cast-{run}.json run-{run}.json" for run in range(4))
+    page = f"<!-- table: law dense.json {names} -->\n<!-- end of table -->\n"
+    write(3, 4000000, 0.2)
+    head, _, first, *_, last = rewritten(page, tmp_path).splitlines()[1:-1]
+    assert "| nats above dense | times its perplexity |" in head
+    assert "by the law, tokens ** -0.50 (0.50 to 0.50)" in head
+    assert first == "| 62,500 | 1.600 | 4.95 | 1.600 (1.600 to 1.600) | 4.95 |"
+    assert last == "| 16,000,000 |  |  | 0.100 (0.100 to 0.100) | 1.11 |"
+    write(3, 4000000, 0.3)
+    head, *_, last = rewritten(page, tmp_path).splitlines()[1:-1]
+    assert "(0.35 to 0.50)" in head
+    assert "(0.100 to 0.172)" in last
+    (tmp_path / "run-3.json").write_text(json.dumps({**measured, "text": ["c4.txt"]}))
+    with pytest.raises(ValueError, match="are of different texts"):
+        rewritten(page, tmp_path)
+    page = page.replace(" cast-3.json run-3.json", "")
+    with pytest.raises(ValueError, match="four runs or more, not 3"):
         rewritten(page, tmp_path)
 
 
