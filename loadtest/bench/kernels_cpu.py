@@ -40,7 +40,7 @@ from loadtest.bench.ops_cpu import Linear, layers_of
 from loadtest.provenance import machine, versions
 from loadtest.report.directory import new_directory
 
-CACHE_BYTES = 320 << 20  # the packed layers of one shape together; the largest L3 seen is 260 MiB
+CACHE_BYTES = 320 << 20  # an op's layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
 # Per weight of the dense shape: values, positions, and with 4 bits scales.

@@ -38,7 +38,7 @@ def layers_of(
         in_features: of the weight.
         out_features: of the weight.
         weights: of shapes.WEIGHTS.
-        cache_bytes: the packed layers together are larger than this; every op gets as many layers.
+        cache_bytes: the layers of an op together are larger than this.
 
     Returns:
         sparse, vllm_dense, plain_dense; where it is installed, zentorch; for int8 and int4 also
@@ -124,15 +124,21 @@ def layers_of(
         multiply = torch.ops.zentorch.zentorch_dynamic_qlinear
         return lambda x: multiply(x, copy, bf16_scale, None)
 
-    made = {"sparse": sparse, "vllm_dense": vllm_dense, "plain_dense": plain_dense}
+    made = {
+        "sparse": (sparse, packed),
+        "vllm_dense": (vllm_dense, dense),
+        "plain_dense": (plain_dense, dense),
+    }
     if has_zentorch:
-        made["zentorch"] = zentorch_dense
+        made["zentorch"] = (zentorch_dense, dense)
     if weights != "bf16":
-        made["vllm_int8"] = vllm_int8
+        made["vllm_int8"] = (vllm_int8, integers)
         if has_zentorch:
-            made["zentorch_int8"] = zentorch_int8
-    copies = range(max(2, math.ceil(cache_bytes / packed.nbytes)))
-    layers = {name: [make() for _ in copies] for name, make in made.items()}
+            made["zentorch_int8"] = (zentorch_int8, integers)
+    layers = {
+        name: [make() for _ in range(max(2, math.ceil(cache_bytes / weight.nbytes)))]
+        for name, (make, weight) in made.items()
+    }
     check(layers, exact)
     return layers
 
