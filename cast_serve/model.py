@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from cast_serve import kernels
 from cast_serve.checkpoint import hub
@@ -72,20 +72,26 @@ class Int8Head(nn.Module):
     Args:
         values: int8 [vocabulary, hidden_size].
         scale: [vocabulary, 1].
+        bias: [vocabulary], or None.
+        dtype: of x and the output, bf16, fp16 or fp32.
     """
 
     packed: Tensor
     scale: Tensor
+    bias: Tensor | None
 
-    def __init__(self, values: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.out_features = values.shape[0]
         self.register_buffer("packed", kernels.pack_dense(values))
         self.register_buffer("scale", _row_scales(scale))
+        self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> logits [..., vocabulary]."""
-        return kernels.linear_int8(x, self.packed, self.scale, self.out_features)
+        return kernels.linear_int8(x, self.packed, self.scale, self.out_features, self.bias)
 
 
 def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -113,8 +119,13 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     settings = AutoConfig.from_pretrained(
         source.path, local_files_only=True, trust_remote_code=False
     )
-    del settings.quantization_config
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
     model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
+    if (source.path / "generation_config.json").is_file():  # which `from_config` knows nothing of
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.path, local_files_only=True
+        )
     for name in source.targets:
         linear = CompressedLinear.from_parts(name, source.parts(name))
         bias = source.get(f"{name}.bias") if f"{name}.bias" in source.files else None
@@ -124,7 +135,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         parts = source.parts(str(source.head))
         values = parts["weight"]
         scale = check_scale(str(source.head), parts.get("weight_scale"), values.shape[0])
-        model.set_submodule(str(source.head), Int8Head(values, scale))
+        model.set_submodule(str(source.head), Int8Head(values, scale, parts.get("bias"), dtype))
         replaced.add(str(source.head))
     state = {key: source.get(key) for key in source.files if key.rpartition(".")[0] not in replaced}
     missing, unexpected = model.load_state_dict(state, strict=False)

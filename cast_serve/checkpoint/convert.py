@@ -29,7 +29,7 @@ from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
 from cast_serve.checkpoint.formats.foreign import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import Quantized
+from cast_serve.checkpoint.linear import Quantized, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -51,6 +51,7 @@ from cast_serve.sparsity.quantize import (
     dequantize,
     quantize_rows,
 )
+from cast_serve.sparsity.targets import NOT_BY_VLLM, partly_sparse
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +265,15 @@ def _write(
                     tensors[f"{source.head}.weight"] = values
                     tensors[f"{source.head}.weight_scale"] = scale
                     dense_tensors[f"{source.head}.weight"] = dequantize(values, scale)
+            elif source.head_dtype and name == f"{source.head}.weight":
+                tensors[name] = weight = source.get(name)
+                scale = source.parts(linear).get("weight_scale")
+                scale = check_scale(linear, scale, weight.shape[0])
+                dense_tensors[name] = dequantize(weight, scale, source.model_dtype)
             elif not (linear in targets and part in TARGET_PARTS):
-                tensors[name] = dense_tensors[name] = source.get(name)
+                tensors[name] = source.get(name)
+                if name != f"{source.head}.weight_scale":
+                    dense_tensors[name] = tensors[name]
             progress(done := done + 1, len(source.files))
         if tensors:
             save_file(tensors, compressed / file.name, metadata={"format": "pt"})
@@ -303,7 +311,9 @@ def _write(
 
 
 def _warn_of_changes(source: ModelDirectory) -> None:
-    """Says what of the source is not served as it was: see foreign.py."""
+    """Says what of the source is not served as it was, see foreign.py, or not by vLLM."""
+    if split := partly_sparse(source.targets, source.linears.keys() - set(source.targets)):
+        logger.warning("%s: %s", source.path, NOT_BY_VLLM.format(len(split), min(split)))
     is_integer = source.quantized is not None and not source.is_widened
     num_static = sum(name.endswith(".input_scale") for name in source.files)
     if num_static:
@@ -377,5 +387,5 @@ def _finish(
     for file in source.iterdir():
         is_ours = file.name in ("config.json", CAST_JSON) or ".safetensors" in file.name
         if file.is_file() and not is_ours and file.suffix not in OTHER_WEIGHTS:
-            shutil.copy2(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # without its mode: a card is written anew
     write_record(folder, record, config=config, weight_map=written)

@@ -77,6 +77,7 @@ class ModelDirectory:
         self.head = _name_of(model, model.get_output_embeddings())
         is_tied = model.config.get_text_config().tie_word_embeddings
         self.tied_embedding = _name_of(model, model.get_input_embeddings()) if is_tied else None
+        self._check_complete(model)
         self.quantization = quantization_of(path, self.config)
         if self.quantization.get("quant_method") == GATED_METHOD:
             self.quantization = {}
@@ -124,6 +125,32 @@ class ModelDirectory:
             or self._shape(f"{name}.weight_scale")[1:] != [1]
             for name in in_8_bits
         )
+
+    def _check_complete(self, model: torch.nn.Module) -> None:
+        """Refuses a directory that lacks what the model needs, as one without its last shard does.
+
+        A directory that also holds what the model does not know names its tensors otherwise, and
+        is not judged here.
+
+        Raises:
+            CheckpointError: naming a tensor that is missing.
+        """
+        modules = {name for name, _ in model.named_modules()}
+        stored = {name.rpartition(".")[0] for name in self.files}
+        if stored - modules:
+            return
+        missing = [
+            name
+            for name, _ in model.named_parameters()
+            if name not in self.files
+            and not (name.endswith(".weight") and name.removesuffix(".weight") in stored)
+            and not (self.tied_embedding and name == f"{self.head}.weight")
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.path} has no tensor {missing[0]}, and lacks {len(missing)} in all, which "
+                "its config.json asks for; copy the whole directory again"
+            )
 
     def _stored_weights(self) -> dict[str, str]:
         """The dtype of each linear's weight but the output layer's, as safetensors names it.

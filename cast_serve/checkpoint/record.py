@@ -92,13 +92,17 @@ def read_record(directory: Path) -> dict[str, Any]:
 def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
     """Refuses fields of another kind than they must be, where they are there."""
     kinds = {"kind": str, "n": int, "m": int, "targets": list, "kept_dense": list, "sha256": dict}
-    kinds |= {"quality": dict, "quantization": dict, "source": dict}
+    kinds |= {"quality": dict, "quantization": dict, "source": dict, "trained_as": dict}
+    kinds["converted_from"] = dict
     for name, kind in kinds.items():
         value = record.get(name)
         if value is not None and type(value) is not kind:
             raise CheckpointError(
                 f"{path}: {name} is {value!r:.100}, but must be a {kind.__name__}"
             )
+    trained_as = record.get("trained_as")
+    if trained_as is not None and not {"quantize", "scale_group"} <= trained_as.keys():
+        raise CheckpointError(f"{path}: trained_as lacks quantize or scale_group: {trained_as}")
     names = [*(record.get("targets") or ()), *(record.get("kept_dense") or ())]
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: targets and kept_dense must be names of linears")
@@ -162,7 +166,7 @@ def check_new(out: Path) -> None:
     Raises:
         CheckpointError: if out exists, or the directory that it would lie in cannot be written.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():  # also a link to what is not there
         raise CheckpointError(f"{out} exists already; remove it or choose another output directory")
     check_writable(out)
 
@@ -206,11 +210,12 @@ def _existing(directory: Path) -> Path:
 def new_directory(out: Path) -> Iterator[Path]:
     """A temporary directory beside `out` to fill: renamed to `out` on success, removed on failure.
 
-    So a directory called `out` is always complete. A process that is killed leaves ``.OUT-*``
-    behind; no other process removes it, since its owner could still be writing.
+    So a directory called `out` is always complete, and on the disk. A process that is killed leaves
+    ``.OUT-*`` behind; no other process removes it, since its owner could still be writing.
 
     Raises:
-        CheckpointError: as `check_new`, or if the disk is full.
+        CheckpointError: as `check_new`; if the disk is full; or if `out` came to be meanwhile, and
+            then the temporary directory stays.
     """
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +227,8 @@ def new_directory(out: Path) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
         directory.chmod(0o755)
-        directory.rename(out)
+        for path in (*directory.rglob("*"), directory):
+            fsync(path)
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if DISK_FULL in str(error):  # an OSError, or safetensors' own error
@@ -231,6 +237,23 @@ def new_directory(out: Path) -> Iterator[Path]:
                 f"in {out.parent}; free some, or choose another output directory"
             ) from error
         raise
+    try:
+        directory.rename(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be made any more ({error.strerror}); all of it is in {directory}: move "
+            "it to where it shall be"
+        ) from error
+    fsync(out.parent)
+
+
+def fsync(path: Path) -> None:
+    """Writes a file's content, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_record(

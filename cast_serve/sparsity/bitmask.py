@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError, check_weight, groups, hard_mask
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 
 
 def compress(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:

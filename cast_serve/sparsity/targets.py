@@ -7,6 +7,12 @@ from torch import nn
 
 from cast_serve.sparsity.pattern import Pattern, PatternError
 
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one linear
+NOT_BY_VLLM = (
+    "vLLM will not load what is made of this: it merges q, k and v, and gate and up, and "
+    "here {} of them stay dense beside 2:4 ones, such as {}; include or exclude them together"
+)
+
 # Attention and MLP projections are targets; embeddings, heads and routers stay dense.
 DENSE_MODULES = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|router|gate)$")
 
@@ -56,6 +62,23 @@ def find_targets(
             f"no linear of the model can be {pattern}: {dense or 'it has no linears'}"
         )
     return targets, dense
+
+
+def partly_sparse(targets: Iterable[str], dense: Iterable[str]) -> list[str]:
+    """The linears that stay dense although vLLM merges them with a target, and cannot then.
+
+    Args:
+        targets: module names.
+        dense: those of the other linears.
+    """
+    found = []
+    sparse = set(targets)
+    for name in dense:
+        parent, dot, last = name.rpartition(".")
+        for merged in MERGED:
+            if last in merged and any(f"{parent}{dot}{other}" in sparse for other in merged):
+                found.append(name)
+    return found
 
 
 def check_expressions(expressions: Iterable[str]) -> None:

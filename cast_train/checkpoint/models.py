@@ -87,7 +87,7 @@ def write(
         tokenizer.save_pretrained(partial)
         for pattern in PAPERS:
             for file in source.glob(pattern):
-                shutil.copy2(file, partial / file.name)
+                shutil.copyfile(file, partial / file.name)
         return write_record(partial, {**record, "versions": _versions()})
 
 
@@ -192,7 +192,23 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
             len(unknown),
             min(unknown),
         )
+    _check_generation(directory, model)
     return model
+
+
+def _check_generation(directory: Path, model: Any) -> None:
+    """Refuses settings of generation_config.json with which transformers saves no model.
+
+    Raises:
+        CheckpointError: naming them, before any work is done that could then not be saved.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{directory}/generation_config.json contradicts itself, so that nothing made of this "
+            f"model could be saved; where it samples, set do_sample to true there: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

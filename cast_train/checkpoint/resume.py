@@ -12,7 +12,6 @@ with the file ``complete`` are resumed from, and the one before is removed only 
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,24 +104,15 @@ def mark_complete(folder: Path, best: str | None) -> None:
         best: the checkpoint that `keep_best` would load at the end; it is kept.
     """
     for path in (*folder.rglob("*"), folder):
-        _fsync(path)
+        record.fsync(path)
     (folder / COMPLETE).touch()
-    _fsync(folder)
-    _fsync(folder.parent)
+    record.fsync(folder)
+    record.fsync(folder.parent)
     kept = {folder.name, Path(best).name if best else None}
     for other in _checkpoints(folder.parent):
         if other.name not in kept:
             (other / COMPLETE).unlink(missing_ok=True)  # first, in case rmtree is interrupted
             shutil.rmtree(other)
-
-
-def _fsync(path: Path) -> None:
-    """Writes a file's content, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(partial: Path) -> list[Path]:

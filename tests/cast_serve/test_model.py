@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.record import CheckpointError
@@ -43,6 +43,28 @@ def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
 
 
+def test_an_int8_head_keeps_its_bias(save_gated: Save, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96},
+        num_attention_heads=2,
+    )
+    phi = PhiForCausalLM(config).bfloat16()
+    phi.lm_head.bias.data = torch.randn(96).bfloat16()
+    convert(save_gated(phi), tmp_path / "out", quantize="int8", head="int8")
+    head = load(tmp_path / "out").get_output_embeddings()
+    assert isinstance(head, Int8Head)
+    x = torch.zeros(1, 32).bfloat16()
+    assert torch.equal(head(x), phi.lm_head.bias.unsqueeze(0))
+
+
+def test_generation_settings_are_those_of_the_directory(save_gated: Save, tmp_path: Path) -> None:
+    source = save_gated(tiny_llama())
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    convert(source, tmp_path / "out")
+    assert load(tmp_path / "out").generation_config.eos_token_id == [5, 7]
+
+
 @MODELS
 @pytest.mark.parametrize("scale_group", [128, 32])
 def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) -> None:
@@ -70,7 +92,7 @@ def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path
     tensors = load_file(file)
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks \['model.norm.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight"):
         load(tmp_path / "out")
 
 

@@ -69,7 +69,8 @@ def build() -> Path:
     """Returns the library's path, compiling it if neither the wheel nor the cache has it.
 
     Raises:
-        KernelBuildError: if there is no compiler or the compiler fails.
+        KernelBuildError: if there is no compiler, the compiler fails or the cache cannot be
+            written.
     """
     if (prebuilt := PREBUILT / prebuilt_name()).exists():
         return prebuilt
@@ -77,10 +78,19 @@ def build() -> Path:
     library = cache_folder() / f"cast_kernels-{_compiled_hash(compiler)}.so"
     if library.exists():
         return library
-    with locked_cache():
-        if not library.exists():
-            logger.warning("building the 2:4 CPU kernels once, about half a minute: %s", library)
-            _compile(compiler, library)
+    try:
+        with locked_cache():
+            if not library.exists():
+                logger.warning(
+                    "building the 2:4 CPU kernels once, about half a minute: %s", library
+                )
+                _compile(compiler, library)
+    except OSError as error:
+        raise KernelBuildError(
+            f"the 2:4 CPU kernels cannot be compiled into {library.parent} ({error}); name a "
+            "folder that can be written in CAST_KERNEL_CACHE, or install a wheel that brings them "
+            "(made by `make wheel`)"
+        ) from error
     return library
 
 

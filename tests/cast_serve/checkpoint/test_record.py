@@ -156,3 +156,35 @@ def test_a_place_that_cannot_be_written_is_refused(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(CheckpointError, match=f"cannot be made: {tmp_path} cannot be written"):
         check_new(tmp_path / "a" / "out")
+
+
+def test_a_link_to_nothing_is_taken_too(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="out exists already"):
+        check_new(tmp_path / "out")
+
+
+def test_work_is_kept_if_the_name_was_taken_meanwhile(tmp_path: Path) -> None:
+    taken = pytest.raises(CheckpointError, match="cannot be made any more")
+    with taken as raised, new_directory(tmp_path / "out") as folder:
+        (folder / "model").write_text("hours of work")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/other").touch()
+    assert f"all of it is in {folder}: move it" in str(raised.value)
+    assert (folder / "model").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trained_as": "int4"}, "trained_as is 'int4', but must be a dict"),
+        ({"trained_as": {"quantize": "int4"}}, "trained_as lacks quantize or scale_group"),
+        ({"converted_from": []}, r"converted_from is \[\], but must be a dict"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(
+    changes: dict[str, object], message: str, written: Path
+) -> None:
+    edit(written, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_record(written)

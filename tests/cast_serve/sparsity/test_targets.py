@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
-from cast_serve.sparsity.targets import find_targets
+from cast_serve.sparsity.targets import find_targets, partly_sparse
 
 
 def model() -> nn.Module:
@@ -35,3 +35,9 @@ def test_targets_can_be_named() -> None:
         find_targets(model(), TWO_FOUR, include=["odd"])
     with pytest.raises(PatternError, match="no linear of the model can be 2:4"):
         find_targets(nn.Embedding(4, 4), TWO_FOUR)
+
+
+def test_linears_that_vllm_merges_with_targets_are_found() -> None:
+    dense = ["l.1.q_proj", "l.1.o_proj", "l.2.k_proj", "l.3.up_proj", "up_proj", "lm_head"]
+    targets = ["l.1.v_proj", "l.2.o_proj", "l.2.gate_proj", "l.3.gate_proj", "gate_proj"]
+    assert partly_sparse(targets, dense) == ["l.1.q_proj", "l.3.up_proj", "up_proj"]

@@ -82,6 +82,15 @@ def test_a_run_without_a_linear_to_train_is_refused(llama_dir, text_file, config
     assert not (tmp_path / "out").exists()
 
 
+def test_generation_settings_that_cannot_be_saved_are_refused(llama_dir, text_file, tmp_path):
+    dense = tmp_path / "dense"
+    shutil.copytree(llama_dir, dense)
+    (dense / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": false}')
+    with pytest.raises(ValueError, match=r"generation_config.json contradicts itself"):
+        write_pruned(dense, [text_file], tmp_path / "pruned", "magnitude")
+    assert not (tmp_path / "pruned").exists()
+
+
 def test_generation_settings_are_handed_on(llama_dir, text_file, config, tmp_path):
     dense = tmp_path / "dense"
     shutil.copytree(llama_dir, dense)

@@ -341,3 +341,22 @@ def test_tensors_that_are_not_read_are_named(changes: dict[str, Tensor], message
         read_linear("q", {}, torch.bfloat16)
     with pytest.raises(CheckpointError, match="q is in 8 bits, but has no q.weight_scale"):
         read_linear("q", {"weight": int8_parts()["weight"]}, torch.bfloat16)
+
+
+def test_the_twin_of_an_int8_head_is_dequantised(copy: Copy, tmp_path: Path) -> None:
+    source = copy("int8-zeros")
+    edit_json(source / "config.json", tie_word_embeddings=False)
+    values = torch.randint(-127, 128, (32, 16), dtype=torch.int8)
+    scale = torch.rand(32, 1).bfloat16() + 0.5
+    head = {"lm_head.weight": values, "lm_head.weight_scale": scale}
+    save_file(
+        {**all_tensors(source), **head}, source / "model.safetensors", metadata={"format": "pt"}
+    )
+    convert(source, tmp_path / "out", tmp_path / "twin")
+    sparse, twin = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "twin")
+    assert torch.equal(sparse["lm_head.weight"], values)
+    assert torch.equal(sparse["lm_head.weight_scale"], scale)
+    assert torch.equal(twin["lm_head.weight"], (values.float() * scale.float()).bfloat16())
+    assert not [
+        name for name, tensor in twin.items() if "scale" in name or not tensor.is_floating_point()
+    ]

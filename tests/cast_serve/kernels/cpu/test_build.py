@@ -28,6 +28,15 @@ def test_a_failing_compiler_leaves_no_library(
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+def test_a_cache_that_cannot_be_written_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.KernelBuildError, match="can be written in CAST_KERNEL_CACHE"):
+        build.build()
+
+
 def test_the_library_is_found_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = build.build()
     monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path))
