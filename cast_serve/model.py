@@ -109,12 +109,14 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         CheckpointError: if it is not compressed, damaged, or of another program and not converted;
             or if it cannot be fetched.
         PatternError: if a bitmask is not 2:4.
+        ValueError: if ``CAST_CPU_TUNING`` has no such value.
     """
     source = ModelDirectory(hub.fetch(directory))
     if source.kind != "compressed" or source.is_foreign:
         raise CheckpointError(
             f"{directory} is {source.kind}; convert it first (cast-serve convert SRC OUT)"
         )
+    kernels.load(tune=True)
     dtype = dtype or source.model_dtype
     settings = AutoConfig.from_pretrained(
         source.path, local_files_only=True, trust_remote_code=False

@@ -24,6 +24,7 @@ NOT_PYTHON = (
     *("libnuma.so.1: cannot open shared object file", "No space left on device", "Killed"),
     *("libc10_cuda.so: cannot open shared object file", "Cannot allocate memory"),
     "is longer than 107 characters (sizeof(sockaddr_un.sun_path))",
+    "No matching distribution found for torch==2.13.0+cpu",
 )
 # Made of parts.
 SPELLED = {
