@@ -1,4 +1,4 @@
-"""How pytest-xdist deals the tests out (`make test`), and a hub for those that need one.
+"""How pytest-xdist deals the tests out (`make test`), their environment, and a hub.
 
 The stories go to one process, first, in turn: they start vLLM servers, which take gigabytes, and
 they take about as long as all other tests together. Of those a file stays whole, since it shares
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cast_serve.gateway.settings import GatewaySettings
 from tests.fake_hub import FakeHub, fake_hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
@@ -32,6 +33,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return STORIES if nodeid.startswith(STORIES) else nodeid.partition("::")[0]
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_caller() -> Iterator[None]:
+    """A gateway's settings in the shell that runs the tests are not those of the tests."""
+    known = {f"CAST_{field}".upper() for field in GatewaySettings.model_fields}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.upper() in known]:  # either case counts
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,47 @@
+import os
+import re
+
 import pytest
 
-from cast_serve.cores import cores_of_ranks
+from cast_serve.cores import cores_of_ranks, parse_cores
+
+
+@pytest.fixture
+def open_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3, 4, 7})
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        ("0", [0]),
+        ("0,2-3", [0, 2, 3]),
+        ("2-4", [2, 3, 4]),
+        ("3-3", [3]),
+        (" 7 , 2-3", [7, 2, 3]),  # in the order given: the first are the first rank's
+    ],
+)
+@pytest.mark.usefixtures("open_cores")
+def test_cores_as_people_write_them(text: str, cores: list[int]) -> None:
+    assert parse_cores(text) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "0,,2", "0,", "-2", "2-x", "2:4", "0 2", "2-3-4", "1.5"])
+@pytest.mark.usefixtures("open_cores")
+def test_what_is_no_list_of_cpu_ids_is_refused(text: str) -> None:
+    wanted = f"cores {text!r} is no list of CPU ids; write for instance 0,2-3"
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        parse_cores(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("1", "1"), ("0,2-5", "2-5"), ("0, 8", "8"), ("6-7", "6-7"), ("4-2", "4-2")]
+)
+@pytest.mark.usefixtures("open_cores")
+def test_cores_that_this_process_does_not_have_are_refused(text: str, part: str) -> None:
+    wanted = f"cores {part} are not open to this process, which has [0, 2, 3, 4, 7]"
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        parse_cores(text)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.model import Int8Head, Linear24, load
+from cast_serve.sparsity.quantize import dequantize, rounded
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
 from tests.fake_hub import FakeHub
@@ -18,6 +24,43 @@ from tests.fake_hub import FakeHub
 Make = Callable[[], PreTrainedModel]
 MODELS = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 TOKENS = torch.arange(24).view(2, 12)
+
+
+def with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """The same, its biases no longer 0."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def assert_products_are_those_of_the_twin(folder: Path, twin: PreTrainedModel) -> None:
+    """Layer by layer, where a wrong scale shows; x is rounded as the kernels round it."""
+    model, source = load(folder, torch.float32), ModelDirectory(folder)
+    products: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            products[name] = inputs[0].clone(), output.clone()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear24 | Int8Head):
+            module.register_forward_hook(remember(name))
+    model(TOKENS)
+    assert products.keys() == {*source.targets, *([source.head] if source.head_dtype else [])}
+    for name, (x, y) in products.items():
+        parts = source.parts(name)
+        if name in source.targets:
+            weight = CompressedLinear.from_parts(name, parts).dense(torch.float32)
+        else:
+            weight = dequantize(parts["weight"], parts["weight_scale"], torch.float32)
+        layer = twin.get_submodule(name)
+        of_twin = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        assert torch.equal(of_twin, weight.bfloat16().float()), name
+        expected = nn.functional.linear(rounded(x), weight, layer.bias)
+        assert (y - expected).norm() / expected.norm() < 1e-5, name
 
 
 @MODELS
@@ -35,12 +78,17 @@ def test_logits_are_those_of_the_dense_twin(make: Make, save_gated: Save, tmp_pa
 @MODELS
 def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None:
     """The twin's activations are not rounded, so the two are close and not equal."""
-    convert(save_gated(make()), tmp_path / "out", tmp_path / "twin", quantize="int8", head="int8")
+    convert(
+        *(save_gated(with_biases(make())), tmp_path / "out", tmp_path / "twin"),
+        quantize="int8",
+        head="int8",
+    )
     model = load(tmp_path / "out")
     assert isinstance(model.get_output_embeddings(), Int8Head)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
+    assert_products_are_those_of_the_twin(tmp_path / "out", twin)
 
 
 def test_an_int8_head_keeps_its_bias(save_gated: Save, tmp_path: Path) -> None:
@@ -69,7 +117,7 @@ def test_generation_settings_are_those_of_the_directory(save_gated: Save, tmp_pa
 @pytest.mark.parametrize("scale_group", [128, 32])
 def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) -> None:
     convert(
-        *(save_gated(make()), tmp_path / "out", tmp_path / "twin"),
+        *(save_gated(with_biases(make())), tmp_path / "out", tmp_path / "twin"),
         quantize="int4",
         scale_group=scale_group,
     )
@@ -80,6 +128,7 @@ def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) ->
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
+    assert_products_are_those_of_the_twin(tmp_path / "out", twin)
 
 
 def test_what_is_not_compressed_or_damaged_is_refused(save_gated: Save, tmp_path: Path) -> None:

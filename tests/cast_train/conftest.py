@@ -1,5 +1,6 @@
 """Tiny random models with a byte tokenizer, and text for them, made once per session."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=None,
     )
     return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="session")
+def large_weights_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama_dir` with weights so large that a wrong one shows in the logits, exact in bf16."""
+    model = LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data.copy_(drawn.bfloat16())
+    folder = tmp_path_factory.mktemp("large_weights") / "dense"
+    shutil.copytree(llama_dir, folder)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

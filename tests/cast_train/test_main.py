@@ -1,11 +1,14 @@
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
@@ -102,18 +105,105 @@ def test_measure_beside_a_compressed_directory(
     assert "has a vocabulary of 256 tokens and --reference" in refused.stderr
 
 
-def test_permute_then_measure(cast_train, llama_dir, text_file):
-    found = last_json(
-        cast_train("permute", "--model", llama_dir, "--text", text_file, "--out", "permuted")
-    )
+def test_permute_then_measure(cast_train, large_weights_dir, text_file, monkeypatch):
+    # In bf16, the order of the channels shows in the sums.
+    monkeypatch.setattr(precision, "_cpu_prefers_bf16", lambda capabilities: False)
+    asked = ("permute", "--model", large_weights_dir, "--text", text_file, "--out", "permuted")
+    found = last_json(cast_train(*asked))
+    assert found["kept_share"].keys() == {"residual", "inner", "values"}
     assert all(after >= before for before, after in found["kept_share"].values())
+    given, written = (
+        load_file(folder / "model.safetensors") for folder in (large_weights_dir, Path("permuted"))
+    )
+    for name, weight in written.items():
+        assert not torch.equal(weight.float(), given[name]), name
+        assert torch.equal(*(w.float().flatten().sort().values for w in (weight, given[name])))
     before, after = (
         last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))["perplexity"]
-        for folder in (llama_dir, "permuted")
+        for folder in (large_weights_dir, "permuted")
     )
-    assert after == pytest.approx(before, rel=0.01)
-    again = cast_train("permute", "--model", llama_dir, "--text", text_file, "--out", "permuted")
+    assert after == pytest.approx(before, rel=1e-4)
+    again = cast_train(*asked)
     assert (again.exit_code, "permuted exists already; remove it" in again.stderr) == (2, True)
+
+
+def test_the_losses_that_are_written_give_the_perplexity(cast_train, llama_dir, text_file):
+    asked = ("eval", llama_dir, "--text", text_file, "--context", 32, "--tokens", 128)
+    found = last_json(cast_train(*asked, "--losses", "losses.json"))
+    written = json.loads(Path("losses.json").read_text())
+    losses = written.pop("losses")
+    assert written == {**found, "text": [str(text_file)]}
+    assert len(losses) == 4
+    assert math.exp(statistics.fmean(losses)) == pytest.approx(found["perplexity"])
+    assert statistics.stdev(losses) / 2 == pytest.approx(found["stderr_nats"])
+
+
+def test_prune_and_solve(cast_train, llama_dir, text_file):
+    asked = ("oneshot", "--model", llama_dir, "--method", "magnitude", "--text", text_file)
+    last_json(cast_train(*asked, "--out", "pruned"))
+    last_json(cast_train(*asked, "--out", "solved", "--solve"))
+    records = [json.loads(Path(d, "cast.json").read_text()) for d in ("pruned", "solved")]
+    assert [record["solved"] for record in records] == [False, True]
+    pruned, solved = (load_file(f"{folder}/model.safetensors") for folder in ("pruned", "solved"))
+    for name in records[0]["targets"]:
+        weights = pruned[f"{name}.weight"], solved[f"{name}.weight"]
+        assert torch.equal(*(weight != 0 for weight in weights)), name
+        assert not torch.equal(*weights), name
+
+
+def test_prune_by_the_mask_of_another_directory(
+    cast_train, llama_dir, large_weights_dir, text_file, tmp_path
+):
+    asked = ("oneshot", "--model", large_weights_dir, "--method", "mask", "--out", "out")
+    refused = cast_train(*asked)
+    assert refused.exit_code == 2
+    assert "a directory to take the mask of belong together" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    last_json(cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "of"))
+    assert last_json(cast_train(*asked, "--mask", "of"))["method"] == "mask"
+    given, mask_of, written = (
+        load_file(folder / "model.safetensors")
+        for folder in (large_weights_dir, Path("of"), Path("out"))
+    )
+    for name in json.loads(Path("of/cast.json").read_text())["targets"]:
+        kept = given[f"{name}.weight"] * (mask_of[f"{name}.weight"] != 0)
+        assert torch.equal(written[f"{name}.weight"].float(), kept), name
+
+
+def test_quantize_to_the_bits_that_are_asked_for(cast_train, llama_dir, text_file):
+    last_json(
+        cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
+    )
+    asked = ("quantize", "--model", "pruned", "--text", text_file, "--blocks", 1)
+    refused = cast_train(*asked, "--out", "out", "--bits", 5)
+    assert refused.exit_code == 2
+    assert "--bits 5 --head int8: bits are 4 or 8" in refused.stderr
+    assert not Path("out").exists()
+    for flags, kind in ((("--bits", 8), "int8"), (("--bits", 4), "int4"), ((), "int4")):
+        found = last_json(cast_train(*asked, "--out", f"{kind}-{len(flags)}", *flags))
+        assert found["quantized"] == kind
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeds"),
+    [
+        ((), [0, 1, 2]),
+        (("--seeds", 2), [0, 1]),
+        (("--first-seed", 3), [3, 4, 5]),
+        (("--first-seed", 3, "--seeds", 1), [3]),
+    ],
+)
+def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
+    asked = []
+
+    def run(*_, **settings):
+        asked.append(settings["seeds"])
+        return {"model": "m", "text": ["t"], "heldout": "h", "summary": {}}
+
+    monkeypatch.setattr("cast_train.evaluate.study.run", run)
+    words = ("study", "--model", tmp_path, "--text", "t", "--heldout", "h", "--out", "out")
+    assert last_json(cast_train(*words, *flags)) == {"out": "out", "summary": {}}
+    assert [list(each) for each in asked] == [seeds]
 
 
 @pytest.mark.parametrize(

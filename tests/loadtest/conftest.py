@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -15,6 +16,14 @@ ServeApp = Callable[[FastAPI], str]
 
 
 @pytest.fixture
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Guard rails that pass a void run: a busy machine stalls for the 10 ms that make one."""
+    path = tmp_path_factory.mktemp("guard") / "guard.toml"
+    path.write_text("allow_void = true")
+    return path
+
+
+@pytest.fixture
 def serve_app() -> Iterator[ServeApp]:
     """`url = serve_app(app)`, for as long as the test runs."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
@@ -23,7 +32,7 @@ def serve_app() -> Iterator[ServeApp]:
         # asyncio's timers are never early; uvloop's are, by half a millisecond.
         config = uvicorn.Config(app, port=0, log_level="warning", ws="none", loop="asyncio")
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         running.append((server, thread))
         while not server.started:

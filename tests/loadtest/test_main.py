@@ -32,9 +32,10 @@ def last_line(result: Any) -> dict[str, Any]:
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_a_four_times_slower_baseline(serve: Serve, tmp_path: Path) -> None:
+def test_a_four_times_slower_baseline(serve: Serve, guard: Path, tmp_path: Path) -> None:
     url, _ = serve(dense=MockVariant(0.12, 0.04), sparse=MockVariant(0.03, 0.01))
-    result = cast_loadtest("--url", url, *SMALL, "--out", str(tmp_path / "out"))
+    flags = ("--guard", str(guard), "--out", str(tmp_path / "out"))
+    result = cast_loadtest("--url", url, *SMALL, *flags)
     assert result.exit_code == 0, result.output
     figures = last_line(result)
     assert figures == json.loads((tmp_path / "out" / "result.json").read_text())
@@ -51,7 +52,7 @@ def test_a_four_times_slower_baseline(serve: Serve, tmp_path: Path) -> None:
         assert 1 < ratio["min"] <= ratio["median"] <= ratio["max"], metric
 
 
-def test_through_the_gateway(serve: Serve, serve_app: ServeApp) -> None:
+def test_through_the_gateway(serve: Serve, serve_app: ServeApp, guard: Path) -> None:
     workers = {
         "dense": serve(dense=MockVariant(0.08, 0.02))[0],
         "sparse": serve(sparse=MockVariant(0.02, 0.005))[0],
@@ -61,7 +62,7 @@ def test_through_the_gateway(serve: Serve, serve_app: ServeApp) -> None:
     url = serve_app(gateway)
     while not gateway.state.gateway.is_ready:
         time.sleep(0.01)
-    result = cast_loadtest("--url", url, *SMALL)
+    result = cast_loadtest("--url", url, *SMALL, "--guard", str(guard))
     assert result.exit_code == 0, result.output
     figures = last_line(result)
     assert figures["num_requests"] == 12
@@ -89,9 +90,10 @@ def test_dense_against_dense_is_noticed_behind_a_key(serve: Serve, is_flag: bool
     assert any("dense was measured against dense" in text for text in figures["warnings"])
 
 
-def test_the_slower_candidate_has_ratios_below_one(serve: Serve) -> None:
+def test_the_slower_candidate_has_ratios_below_one(serve: Serve, guard: Path) -> None:
     url, _ = serve(a=MockVariant(0.02, 0.01), b=MockVariant(0.08, 0.04))
-    result = cast_loadtest("--url", url, *SMALL, "--baseline", "a", "--candidate", "b")
+    flags = ("--baseline", "a", "--candidate", "b", "--guard", str(guard))
+    result = cast_loadtest("--url", url, *SMALL, *flags)
     assert result.exit_code == 0, result.output
     assert last_line(result)["ratio"]["e2e"]["max"] < 1
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import httpx
 import uvicorn
@@ -40,10 +41,20 @@ class Stack:
 
 
 class Servers:
-    """Applications, each on a free port in a thread of its own."""
+    """Applications, each on a free port in a thread of its own; at the end of `with` they stop.
+
+    The threads are daemons, so that one that does not stop cannot keep pytest from ending.
+    """
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[uvicorn.Server, threading.Thread]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for url in reversed(self.running.copy()):  # a gateway before its workers
+            self.stop(url, is_lost=False)
 
     def start(self, app: FastAPI) -> str:
         server = uvicorn.Server(
@@ -56,11 +67,10 @@ class Servers:
                 timeout_graceful_shutdown=1,
             )
         )
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        wait_until(lambda: server.started or not thread.is_alive(), 60)
+        assert server.started
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         self.running[url] = (server, thread)
         return url
@@ -75,29 +85,25 @@ class Servers:
         server, thread = self.running.pop(url)
         server.force_exit = is_lost
         server.should_exit = True
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive(), f"{url} does not stop"
 
 
 @contextmanager
 def running(num_replicas: int = 1, **settings: object) -> Iterator[Stack]:
     """A gateway before fake workers dense and sparse, ready."""
-    servers = Servers()
     rows = [
         {name: fake_worker.create_app(name) for name in ("dense", "sparse")}
         for _ in range(num_replicas)
     ]
-    urls = {name: [servers.start(row[name]) for row in rows] for name in ("dense", "sparse")}
     defaults = {"max_body_bytes": 10_000, "health_interval_s": 0.05, "shutdown_grace_s": 1}
-    app = create_app(remote_variants(urls), GatewaySettings(**(defaults | settings)))
-    url = servers.start(app)
-    try:
-        with httpx.Client(base_url=url, timeout=20) as client:
+    with Servers() as servers:
+        urls = {name: [servers.start(row[name]) for row in rows] for name in ("dense", "sparse")}
+        app = create_app(remote_variants(urls), GatewaySettings(**(defaults | settings)))
+        with httpx.Client(base_url=servers.start(app), timeout=20) as client:
             gateway = app.state.gateway
             wait_until(lambda: all(r.is_up for v in gateway.variants for r in v.replicas))
             yield Stack(client, rows[0], gateway, servers, rows[-1] if num_replicas > 1 else {})
-    finally:
-        for running_url in reversed(servers.running.copy()):
-            servers.stop(running_url, is_lost=False)
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 10) -> None:

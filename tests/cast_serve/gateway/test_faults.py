@@ -248,17 +248,16 @@ def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
     DroppingWorker.has_dropped = False
     worker = ThreadingHTTPServer(("127.0.0.1", 0), DroppingWorker)
     threading.Thread(target=worker.serve_forever, daemon=True).start()
-    servers = Servers()
     variants = remote_variants({"dense": [f"http://127.0.0.1:{worker.server_port}"]})
-    url = servers.start(create_app(variants, GatewaySettings(health_interval_s=30)))
     try:
-        wait_until(lambda: variants[0].is_up)
-        found = httpx.post(f"{url}/v1/completions", json={"model": "dense", "prompt": "x"})
-        assert DroppingWorker.has_dropped
-        assert found.status_code == 200
-        assert variants[0].is_up
+        with Servers() as servers:
+            url = servers.start(create_app(variants, GatewaySettings(health_interval_s=30)))
+            wait_until(lambda: variants[0].is_up)
+            found = httpx.post(f"{url}/v1/completions", json={"model": "dense", "prompt": "x"})
+            assert DroppingWorker.has_dropped
+            assert found.status_code == 200
+            assert variants[0].is_up
     finally:
-        servers.stop(url, is_lost=False)
         worker.shutdown()
         worker.server_close()
 

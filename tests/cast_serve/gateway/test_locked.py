@@ -40,11 +40,9 @@ class Locked:
 
 @contextmanager
 def locked(keys: dict[str, str], **settings: object) -> Iterator[Locked]:
-    servers = Servers()
     found = Locked(httpx.Client(timeout=20), keys)
-    urls = {}
-    for name in keys:
-        app = fake_worker.create_app(name)
+    apps = {name: fake_worker.create_app(name) for name in keys}
+    for name, app in apps.items():
 
         @app.middleware("http")
         async def check(request: Request, call_next: Any, name: str = name) -> Any:
@@ -54,16 +52,12 @@ def locked(keys: dict[str, str], **settings: object) -> Iterator[Locked]:
                 return JSONResponse({"error": "Unauthorized"}, 401)
             return await call_next(request)
 
-        urls[name] = [servers.start(app)]
     defaults = {"health_interval_s": 0.05, "shutdown_grace_s": 1}
-    gateway = create_app(remote_variants(urls), GatewaySettings(**(defaults | settings)))
-    found.client.base_url = servers.start(gateway)
-    try:
-        with found.client:
-            yield found
-    finally:
-        for url in reversed(servers.running.copy()):
-            servers.stop(url, is_lost=False)
+    with found.client, Servers() as servers:
+        urls = {name: [servers.start(app)] for name, app in apps.items()}
+        gateway = create_app(remote_variants(urls), GatewaySettings(**(defaults | settings)))
+        found.client.base_url = servers.start(gateway)
+        yield found
 
 
 def is_up(stack: Locked) -> bool:

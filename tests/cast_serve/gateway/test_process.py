@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,22 +41,22 @@ def gateway(log: int = subprocess.DEVNULL, **environment: str) -> Iterator[Proce
     """Started without --port and --host: they come from the environment."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    servers = Servers()
     command = [sys.executable, "-m", "cast_serve", "gateway"]
-    for name in ("dense", "sparse"):
-        command += ["--variant", f"{name}={servers.start(fake_worker.create_app(name))}"]
     settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
-    popen = subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, text=True)
-    process = Process(f"http://127.0.0.1:{port}", popen)
-    try:
+    with ExitStack() as stack:
+        servers = stack.enter_context(Servers())
+        for name in ("dense", "sparse"):
+            command += ["--variant", f"{name}={servers.start(fake_worker.create_app(name))}"]
+        popen = stack.enter_context(
+            subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, text=True)
+        )
+        stack.callback(popen.kill)  # nothing, once it has ended
+        process = Process(f"http://127.0.0.1:{port}", popen)
         wait_until(lambda: popen.poll() is not None or is_ready(process.url), 60)
         assert popen.poll() is None
         yield process
-    finally:
         popen.send_signal(signal.SIGTERM)
         assert popen.wait(30) == 0
-        for url in list(servers.running):
-            servers.stop(url)
 
 
 def is_ready(url: str) -> bool:
@@ -73,7 +73,7 @@ class Pulse:
         self.slowest_s = 0.0
         self._url = url
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._ask)
+        self._thread = threading.Thread(target=self._ask, daemon=True)
 
     def __enter__(self) -> "Pulse":
         self._thread.start()

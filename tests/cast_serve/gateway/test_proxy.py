@@ -320,7 +320,7 @@ def test_the_official_clients_exceptions() -> None:
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             ask(model="none")
         stack.workers["dense"].state.gate.clear()
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         wait_until(lambda: bool(stack.workers["dense"].state.bodies))
         with pytest.raises(openai.RateLimitError):

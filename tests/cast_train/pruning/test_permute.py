@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cast_serve.checkpoint.record import CheckpointError, verify
@@ -97,17 +98,28 @@ def test_a_model_that_computes_something_else_is_refused(llama_dir, monkeypatch)
         permute.permute(model, TOKENS, TWO_FOUR)
 
 
-def test_a_directory_is_written_whole(llama_dir, text_file, tmp_path, monkeypatch):
+def test_a_directory_is_written_whole(large_weights_dir, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         oneshot, "TrainConfig", lambda: TrainConfig(block_size=32, calibration_blocks=4)
     )
-    record = permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
+    record = permute.write_permuted(large_weights_dir, [text_file], tmp_path / "out")
     assert verify(tmp_path / "out") == record
+    assert record["kept_share"].keys() == {"residual", "inner", "values"}
     assert kind_of(tmp_path / "out") == "dense"
-    tokens = torch.randint(0, 256, (2, 32))
-    before, after = (
-        load_dense(d, torch.float32)(tokens).logits for d in (llama_dir, tmp_path / "out")
+    given, written = (
+        load_file(folder / "model.safetensors") for folder in (large_weights_dir, tmp_path / "out")
     )
-    torch.testing.assert_close(before, after, rtol=0, atol=0.05)  # stored as bf16
+    assert written.keys() == given.keys()
+    for name, weight in written.items():
+        assert not torch.equal(weight.float(), given[name]), name
+        assert torch.equal(*(w.float().flatten().sort().values for w in (weight, given[name])))
+        for dim in range(weight.ndim):  # whole rows and whole columns were moved
+            sums = (w.double().sum(dim).sort().values for w in (weight, given[name]))
+            torch.testing.assert_close(*sums)
+    before, after = (
+        load_dense(folder, torch.float32)(TOKENS).logits
+        for folder in (large_weights_dir, tmp_path / "out")
+    )
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="out exists"):
-        permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
+        permute.write_permuted(large_weights_dir, [text_file], tmp_path / "out")

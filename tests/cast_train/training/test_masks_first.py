@@ -82,13 +82,16 @@ def test_solved_weights_are_trained_on(
 
 @pytest.mark.parametrize("stop_at", [3, 5, 7], ids=["gates", "border", "weights"])
 def test_a_stopped_run_goes_on_to_the_same_weights(
-    stop_at, llama_dir, text_file, config, tmp_path, train_until
+    stop_at, llama_dir, text_file, config, tmp_path, train_until, begun_at
 ):
     config = dataclasses.replace(config, checkpoint_every=1)
     train(llama_dir, [text_file], tmp_path / "whole", config)
     train_until(stop_at, llama_dir, [text_file], tmp_path / "out", config)
     train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+    # From the start it would end the same.
+    assert begun_at == [None, None, f"checkpoint-{stop_at}"]
     whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

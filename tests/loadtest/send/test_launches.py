@@ -51,13 +51,13 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_launches_swap_places_and_become_one_record(asked: Path, model: Path) -> None:
+def test_launches_swap_places_and_become_one_record(asked: Path, model: Path, guard: Path) -> None:
     out = asked.with_name("out")
     arguments = ["run", "--launches", "3", "--blocks", "2", "--num-prompts", "2", "--same-model"]
     arguments += ["--output-tokens", "3", "--prompt-tokens", "4", "--vllm-flags", "--enforce-eager"]
     for name in ("dense", "sparse"):
         arguments += ["--variant", f"{name}={model}"]
-    done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    done = CliRunner().invoke(app, [*arguments, "--guard", str(guard), "--out", str(out)])
     assert done.exit_code == 0, done.output
     lines = asked.read_text().splitlines()
     orders = [

@@ -23,7 +23,7 @@ def server(gateway: FakeGateway) -> Iterator[uvicorn.Server]:
     config = uvicorn.Config(gateway.app(), port=0, log_level="warning", ws="none")
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()

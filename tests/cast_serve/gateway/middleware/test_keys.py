@@ -53,3 +53,21 @@ def test_every_route_but_probes_and_the_page_wants_a_key() -> None:
             headers = {"Authorization": f"bearer {key}"}
             assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
         assert not [b for b in stack.workers["dense"].state.bodies if "authorization" in str(b)]
+
+
+def test_every_route_that_is_described_and_near_misses_of_the_open_ones_want_a_key() -> None:
+    with running(api_keys="one") as stack:
+        client, key = stack.client, {"Authorization": "Bearer one"}
+        described = client.get("/openapi.json", headers=key).json()["paths"]
+        open_paths = {"/livez", "/readyz", "/startupz", "/health"}
+        assert described.keys() > {*open_paths, "/v1/completions", "/v1/models", "/metrics"}
+        for path in described.keys() - open_paths:
+            for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE"):
+                assert client.request(method, path).status_code == 401, (method, path)
+        near_misses = "/livez/ /livezx /LIVEZ /health/x /readyz%2F /docs/ /docsx /dashboard"
+        for path in (*near_misses.split(), "/dashboardx", "/v1/nothing"):
+            assert client.get(path).status_code == 401, path
+            assert client.get(path, headers=key).status_code == 404, path
+        # Below the page's folder everything is open, but nothing else is found there.
+        for path in ("/dashboard/nothing", "/dashboard/%2e%2e/v1/models"):
+            assert client.get(path).status_code == 404, path

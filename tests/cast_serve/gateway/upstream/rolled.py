@@ -149,13 +149,9 @@ def served(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) ->
     workers = {name: WorkerConfig(dir=new_model(folder, name)) for name in ("dense", "sparse")}
     defaults = {"control_socket": folder / "s", "health_interval_s": 0.05, "shutdown_grace_s": 1}
     app = create_app(local_variants(workers), GatewaySettings(**(defaults | settings)))
-    servers = Servers()
-    url = servers.start(app)
     gateway = app.state.gateway
-    try:
+    with Servers() as servers:
+        url = servers.start(app)
         wait_until(lambda: gateway.is_ready, 30)
         yield Rolled(url, gateway, folder, gateway.control.path)
-    finally:
-        for running in list(servers.running):
-            servers.stop(running, is_lost=False)
-        assert not processes(*folder.iterdir())
+    assert not processes(*folder.iterdir())

@@ -64,17 +64,16 @@ def raw_worker(pieces: list[bytes]) -> Iterator[str]:
                     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n"
                     connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + content)
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    servers = Servers()
     variants = remote_variants({"dense": [f"http://127.0.0.1:{serving.getsockname()[1]}"]})
     settings = GatewaySettings(health_interval_s=30, request_timeout_s=10)
-    url = servers.start(create_app(variants, settings))
     try:
-        wait_until(lambda: variants[0].is_up)
-        yield url
+        with Servers() as servers:
+            url = servers.start(create_app(variants, settings))
+            wait_until(lambda: variants[0].is_up)
+            yield url
     finally:
-        servers.stop(url, is_lost=False)
         serving.shutdown(socket.SHUT_RDWR)
         serving.close()
         thread.join(10)
@@ -92,10 +91,13 @@ def test_events_are_the_same_in_whatever_pieces_they_come() -> None:
         assert done == "[DONE]"
 
 
+NO_LENGTH = b"zz\r\nnot a length\r\n"
+
+
 @pytest.mark.parametrize(
     "broken",
     [
-        b"zz\r\nnot a length\r\n",
+        NO_LENGTH,
         chunked(b"data: {\n\n"),
         b"",  # closed without an end
         chunked(
@@ -108,9 +110,11 @@ def test_what_came_before_a_break_is_passed_on(broken: bytes, is_at_once: bool) 
     pieces = [HEAD, chunked(event("a")), broken]
     with raw_worker([b"".join(pieces)] if is_at_once else pieces) as url:
         found = events(httpx.post(f"{url}/v1/completions", json=ASKED, timeout=20))
-    if len(found) == 2 or not is_at_once:  # a broken length may hide what came with it
-        assert json.loads(found[0])["choices"][0]["text"] == "a"
-    assert json.loads(found[-1])["error"]["code"] == "variant_unavailable"
+    *before, failure = (json.loads(each) for each in found)
+    assert failure["error"]["code"] == "variant_unavailable"
+    texts = [each["choices"][0]["text"] for each in before]
+    # aiohttp may drop what came in one piece with a length that is none.
+    assert texts == ["a"] or (texts == [] and is_at_once and broken == NO_LENGTH)
 
 
 def test_a_redirect_is_not_followed() -> None:

@@ -121,10 +121,8 @@ async def test_a_socket_that_another_gateway_has_is_left_to_it(tmp_path: Path) -
 
 
 def test_servers_that_run_elsewhere_are_not_ours_to_roll(tmp_path: Path) -> None:
-    servers = Servers()
-    urls = {"dense": [servers.start(fake_worker.create_app("dense"))]}
-    app = create_app(remote_variants(urls), GatewaySettings(control_socket=tmp_path / "s"))
-    url = servers.start(app)
-    assert not (tmp_path / "s").exists()
-    for running in (url, *urls["dense"]):
-        servers.stop(running, is_lost=False)
+    with Servers() as servers:
+        urls = {"dense": [servers.start(fake_worker.create_app("dense"))]}
+        settings = GatewaySettings(control_socket=tmp_path / "s")
+        servers.start(create_app(remote_variants(urls), settings))
+        assert not (tmp_path / "s").exists()

@@ -20,6 +20,11 @@ def token(sent_s: float) -> bytes:
     return b'data: {"choices":[{"text":" %017.6f"}]}\n\n' % sent_s
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def against_worker(ask: Callable[[Pool], Awaitable[None]]) -> None:
     """Runs `ask` with a pool of connections to a fake worker."""
 
@@ -27,10 +32,12 @@ def against_worker(ask: Callable[[Pool], Awaitable[None]]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         serving = asyncio.create_task(fake_worker.serve(port))
-        await asyncio.sleep(0.05)
         pool = Pool(f"http://127.0.0.1:{port}", {})
         try:
             async with asyncio.timeout(20):
+                while not is_listening(port):
+                    assert not serving.done(), serving.exception()
+                    await asyncio.sleep(0.01)
                 await ask(pool)
         finally:
             pool.close()
