@@ -26,7 +26,9 @@ def test_cores_as_people_write_them(text: str, cores: list[int]) -> None:
     assert parse_cores(text) == cores
 
 
-@pytest.mark.parametrize("text", ["", "a", "0,,2", "0,", "-2", "2-x", "2:4", "0 2", "2-3-4", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "0,,2", "0,", "-2", "2-x", "2-", "2:4", "0 2", "2-3-4", "1.5"]
+)
 @pytest.mark.usefixtures("open_cores")
 def test_what_is_no_list_of_cpu_ids_is_refused(text: str) -> None:
     wanted = f"cores {text!r} is no list of CPU ids; write for instance 0,2-3"
@@ -42,6 +44,12 @@ def test_cores_that_this_process_does_not_have_are_refused(text: str, part: str)
     wanted = f"cores {part} are not open to this process, which has [0, 2, 3, 4, 7]"
     with pytest.raises(ValueError, match=re.escape(wanted)):
         parse_cores(text)
+
+
+@pytest.mark.usefixtures("open_cores")
+def test_a_core_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="cores '3,2-3' have 3 twice; name each once"):
+        parse_cores("3,2-3")
 
 
 @pytest.mark.parametrize(

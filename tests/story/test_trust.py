@@ -248,7 +248,8 @@ def test_a_killed_worker_is_seen_and_comes_back(served: Served) -> None:
             ends.append((name, stream(served.url, name, "The sun", max_tokens=16)[1]))
 
     threads = [
-        threading.Thread(target=keep_asking, args=(name,)) for name in ("dense", "sparse") * 2
+        threading.Thread(target=keep_asking, args=(name,), daemon=True)
+        for name in ("dense", "sparse") * 2
     ]
     for thread in threads:
         thread.start()

@@ -66,7 +66,8 @@ async def measure(
         "added_ttft_ms": statistics.median(added_ms),
         "added_ttft_ms_quartiles": statistics.quantiles(added_ms, n=4),
         "ttft_ms_p95": {
-            way: 1e3 * statistics.quantiles(times, n=20)[-1] for way, times in ttft_s.items()
+            way: 1e3 * statistics.quantiles(times, n=20, method="inclusive")[-1]
+            for way, times in ttft_s.items()
         },
         "tpot_ratio": statistics.median(ratios),
         "tpot_ratio_quartiles": statistics.quantiles(ratios, n=4),
