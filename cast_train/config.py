@@ -79,7 +79,8 @@ class TrainConfig:
         distillation_weight: eta, the share of the distillation loss against the dense model.
         distillation_temperature: T of both logits in it.
         hidden_states_weight: factor of the distance between the model's hidden states and the
-            teacher's, added to the loss; needs a distillation_weight.
+            teacher's, added to the loss; without a distillation_weight there is no teacher, and
+            this has no effect.
         hard_fraction: from then on the mask is exact, the gates are frozen and only weights learn.
         quantize: what the weights are trained for: in the last steps the targets compute with
             weights of so many bits and 8-bit activations, as they do where the model is served that
@@ -115,9 +116,9 @@ class TrainConfig:
     exclude: Names = ()
     zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
     allocation: Literal["fisher", "gates"] = "fisher"
-    steps: PositiveInt = 32
+    steps: PositiveInt = 64
     block_size: Annotated[int, Field(ge=2)] = 512
-    batch_blocks: PositiveInt = 4
+    batch_blocks: PositiveInt = 2
     accumulation: PositiveInt = 1
     is_checkpointed: bool = False
     learning_rate: NonNegativeFloat = 5e-4
@@ -138,7 +139,7 @@ class TrainConfig:
     scale_parts: NonNegativeInt = 0
     distillation_weight: Fraction = 0.9
     distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    hidden_states_weight: NonNegativeFloat = 0.0
+    hidden_states_weight: NonNegativeFloat = 10.0
     hard_fraction: Fraction = 0.05
     quantize: Literal["none", "int8", "int4"] = "none"
     scale_group: Literal[128, 64, 32] = 128
@@ -173,11 +174,6 @@ class TrainConfig:
             raise ValueError(
                 "masks_first cannot go with is_sharded, since solving needs whole weights; "
                 "set one of them to false"
-            )
-        if self.hidden_states_weight and not self.distillation_weight:
-            raise ValueError(
-                f"hidden_states_weight {self.hidden_states_weight} needs a teacher; set "
-                "distillation_weight above 0"
             )
         if self.keep_best:
             self._check_keep_best()

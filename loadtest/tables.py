@@ -104,6 +104,7 @@ def _demo_quality(paths: Sequence[Path]) -> list[str]:
         "cast": "the same, hardened",
         "cast_int8": "the same in 8 bits, head too",
         "cast_fewer_zeros": "trained alike with fewer zeros",
+        "cast_fixed_mask": "trained alike under Wanda's mask, fixed, its weights solved",
     }
     dense = found["perplexity"]["dense"]
     flipped = dict.fromkeys(("cast_soft", "cast", "cast_int8"), found["flipped_share"])

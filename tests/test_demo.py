@@ -185,7 +185,7 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
 
     assert list(result["perplexity"]) == [
         *("dense", "magnitude", "wanda", "sparsegpt"),
-        *("cast_soft", "cast", "cast_int8", "cast_fewer_zeros"),
+        *("cast_soft", "cast", "cast_int8", "cast_fewer_zeros", "cast_fixed_mask"),
     ]
     steps = demo.Steps(is_verbose=False)
     bf16, eight = (
@@ -202,6 +202,12 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     assert result["perplexity"]["cast_fewer_zeros"] == pytest.approx(
         demo.evaluate(steps, demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
     )
+    fixed = json.loads((demo.OUT / "fixed-mask-gated/cast.json").read_text())
+    assert fixed["config"]["masks_first"]
+    assert fixed["gates"]["flipped_share"] == 0
+    assert result["perplexity"]["cast_fixed_mask"] == pytest.approx(
+        demo.evaluate(steps, demo.OUT / "fixed-mask-gated")["perplexity_hard"], rel=1e-6
+    )
     assert result["weight_bytes"]["sparse"] == about["linear_weight_bytes"]
 
     for text in ("cast int8", "sparse (int8)", "bits a weight"):
@@ -214,6 +220,7 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     tables = rewritten(page, tmp_path)
     assert "\n| the same in 8 bits, head too | " in tables
     assert "\n| trained alike with fewer zeros | " in tables
+    assert "\n| trained alike under Wanda's mask, fixed, its weights solved | " in tables
     assert "| dense | sparse, 8 bits | gain |" in tables
 
 
@@ -236,7 +243,7 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert len(lines) <= MAX_LINES
     assert "noise" not in shown.err
     assert [text[:5] for text in lines if text[2:3] == "/"] == [
-        f"{number:2}/11" for number in range(1, 12)
+        f"{number:2}/12" for number in range(1, 13)
     ]
     assert not (script.OUT / "of-last-time").exists()
     log = (script.OUT / "demo.log").read_text()
@@ -289,18 +296,15 @@ def test_what_the_figures_mean_follows_them(
         script.print_meaning(result)
         return " ".join(capfd.readouterr().err.split())
 
-    said = meaning(0.0, cast=50.1, cast_int8=50.8, cast_fewer_zeros=40.2)
+    said = meaning(0.0, cast=50.1, cast_int8=50.8, cast_fewer_zeros=40.2, cast_fixed_mask=49.9)
     assert "more than twice (2.3 times) the dense model's perplexity, 50.8 against 21.8." in said
     assert "The mask hardly moved (flipped), so the gain is fine-tuning under it." in said
-    assert (
-        "45% zeros (perplexity 40.2, 9.7 bits a weight) is better than "
-        "plain 2:4 (perplexity 50.1, 9.0 bits a weight)." in said
-    )
-    said = meaning(0.02, cast=90.0, cast_int8=43.6, cast_fewer_zeros=95.0)
+    assert "best perplexity first: 45% zeros (40.2), fixed mask (49.9), learnt mask (50.1)." in said
+    said = meaning(0.02, cast=90.0, cast_int8=43.6, cast_fewer_zeros=95.0, cast_fixed_mask=91.0)
     assert "has twice the dense model's perplexity" in said
     assert "at 90.0, SparseGPT alone at 85.3: it made the model worse." in said
     assert "fine-tuning" not in said
-    assert "plain 2:4 (perplexity 90.0, 9.0 bits a weight) is better than 45% zeros" in said
+    assert "best perplexity first: learnt mask (90.0), fixed mask (91.0), 45% zeros (95.0)." in said
     assert "report.html" not in said  # there is none
 
 
@@ -380,7 +384,7 @@ def test_on_a_terminal_a_step_shows_its_seconds_while_it_runs(
     with script.Steps(is_verbose=False).step("One.") as told:
         told("all well")
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
-    assert lines[0] == " 1/11 One."
+    assert lines[0] == " 1/12 One."
     assert "working 0:00:00" in lines[1]
     assert lines[-2].endswith("      -> all well (0 s)")
 

@@ -22,6 +22,7 @@ batch_blocks = 4
 heldout_blocks = 4
 calibration_blocks = 4
 learning_rate = 3e-3
+hidden_states_weight = 0.0
 checkpoint_every = 4
 """
 

@@ -20,8 +20,8 @@ from cast_train.training.run import train
             {},
             True,
             "loss of a step: 0.1 x cross-entropy of the next token + 0.9 x KL divergence from the "
-            "teacher's prediction to the model's + up to 0.1 x sparsity penalty until the mask is "
-            "exact",
+            "teacher's prediction to the model's + 10 x relative squared distance of the hidden "
+            "states from the teacher's + up to 0.1 x sparsity penalty until the mask is exact",
         ),
         ({"method": "dense"}, False, "loss of a step: 1 x cross-entropy of the next token"),
         (
@@ -32,7 +32,7 @@ from cast_train.training.run import train
             "states from the teacher's",
         ),
         (
-            {"method": "ste", "distillation_temperature": 2.0},
+            {"method": "ste", "distillation_temperature": 2.0, "hidden_states_weight": 0.0},
             True,
             "loss of a step: 0.1 x cross-entropy of the next token + 0.9 x KL divergence from the "
             "teacher's prediction to the model's at temperature 2",
