@@ -84,7 +84,7 @@ def run(
         str | None,
         option("NAME", "Gates' first order: auto, ones, magnitude, wanda, sparsegpt.", "auto"),
     ] = None,
-    steps: Annotated[int | None, option("N", "Optimiser steps.", "32")] = None,
+    steps: Annotated[int | None, option("N", "Optimiser steps.", "64")] = None,
     quantize: Annotated[
         str | None,
         option("NAME", "Train the last steps as they are served in int8 or int4.", "none"),

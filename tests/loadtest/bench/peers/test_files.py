@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loadtest.bench.peers import files
 from loadtest.bench.peers.names import PeerError
@@ -48,6 +48,9 @@ def test_only_llamas_become_files(llama_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(llama_dir, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PeerError, match="is no model of type llama with tied embeddings"):
         files.file_of("f16", other)
     with pytest.raises(PeerError, match="q4_1 is made by llama.cpp of no other type"):
