@@ -259,6 +259,9 @@ def _law(paths: Sequence[Path]) -> list[str]:
     Paths: `cast-train eval --losses` of the dense model; then cast.json and the same of each run.
     The law is nats = a * tokens ** -b by least squares of the logarithms. In brackets: the least
     and the greatest that it gives with one run left out.
+
+    Raises:
+        ValueError: if the texts differ, or there are fewer than four runs.
     """
     dense = read(paths[0])
     tokens, nats = [], []

@@ -51,7 +51,7 @@ from cast_serve.sparsity.quantize import (
     dequantize,
     quantize_rows,
 )
-from cast_serve.sparsity.targets import NOT_BY_VLLM, partly_sparse
+from cast_serve.sparsity.targets import not_by_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -312,8 +312,8 @@ def _write(
 
 def _warn_of_changes(source: ModelDirectory) -> None:
     """Says what of the source is not served as it was, see foreign.py, or not by vLLM."""
-    if split := partly_sparse(source.targets, source.linears.keys() - set(source.targets)):
-        logger.warning("%s: %s", source.path, NOT_BY_VLLM.format(len(split), min(split)))
+    if reason := not_by_vllm(source.targets, source.linears.keys() - set(source.targets)):
+        logger.warning("%s: %s", source.path, reason)
     is_integer = source.quantized is not None and not source.is_widened
     num_static = sum(name.endswith(".input_scale") for name in source.files)
     if num_static:

@@ -92,8 +92,8 @@ def read_record(directory: Path) -> dict[str, Any]:
 def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
     """Refuses fields of another kind than they must be, where they are there."""
     kinds = {"kind": str, "n": int, "m": int, "targets": list, "kept_dense": list, "sha256": dict}
-    kinds |= {"quality": dict, "quantization": dict, "source": dict, "trained_as": dict}
-    kinds["converted_from"] = dict
+    objects = ("quality", "quantization", "source", "trained_as", "converted_from")
+    kinds |= dict.fromkeys(objects, dict)
     for name, kind in kinds.items():
         value = record.get(name)
         if value is not None and type(value) is not kind:
@@ -227,8 +227,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
         directory.chmod(0o755)
-        for path in (*directory.rglob("*"), directory):
-            fsync(path)
+        to_disk(directory)
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if DISK_FULL in str(error):  # an OSError, or safetensors' own error
@@ -245,6 +244,12 @@ def new_directory(out: Path) -> Iterator[Path]:
             "it to where it shall be"
         ) from error
     fsync(out.parent)
+
+
+def to_disk(directory: Path) -> None:
+    """Writes all that a directory holds, and its own list of names, to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        fsync(path)
 
 
 def fsync(path: Path) -> None:

@@ -8,10 +8,6 @@ from torch import nn
 from cast_serve.sparsity.pattern import Pattern, PatternError
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one linear
-NOT_BY_VLLM = (
-    "vLLM will not load what is made of this: it merges q, k and v, and gate and up, and "
-    "here {} of them stay dense beside 2:4 ones, such as {}; include or exclude them together"
-)
 
 # Attention and MLP projections are targets; embeddings, heads and routers stay dense.
 DENSE_MODULES = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|router|gate)$")
@@ -64,12 +60,15 @@ def find_targets(
     return targets, dense
 
 
-def partly_sparse(targets: Iterable[str], dense: Iterable[str]) -> list[str]:
-    """The linears that stay dense although vLLM merges them with a target, and cannot then.
+def not_by_vllm(targets: Iterable[str], dense: Iterable[str]) -> str | None:
+    """Why vLLM cannot load the model: linears that it merges with a target stay dense.
 
     Args:
         targets: module names.
         dense: those of the other linears.
+
+    Returns:
+        a warning that names one; None if there is none.
     """
     found = []
     sparse = set(targets)
@@ -78,7 +77,13 @@ def partly_sparse(targets: Iterable[str], dense: Iterable[str]) -> list[str]:
         for merged in MERGED:
             if last in merged and any(f"{parent}{dot}{other}" in sparse for other in merged):
                 found.append(name)
-    return found
+    if not found:
+        return None
+    return (
+        "vLLM will not load what is made of this: it merges q, k and v, and gate and up, and here "
+        f"{len(found)} of them stay dense beside 2:4 ones, such as {min(found)}; include or "
+        "exclude them together"
+    )
 
 
 def check_expressions(expressions: Iterable[str]) -> None:

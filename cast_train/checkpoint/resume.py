@@ -103,8 +103,7 @@ def mark_complete(folder: Path, best: str | None) -> None:
         folder: OUT.partial/checkpoint-N.
         best: the checkpoint that `keep_best` would load at the end; it is kept.
     """
-    for path in (*folder.rglob("*"), folder):
-        record.fsync(path)
+    record.to_disk(folder)
     (folder / COMPLETE).touch()
     record.fsync(folder)
     record.fsync(folder.parent)

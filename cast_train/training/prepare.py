@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
-from cast_serve.sparsity.targets import NOT_BY_VLLM, find_targets, partly_sparse
+from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint.models import load_any, load_dense, sparse_targets
 from cast_train.config import TrainConfig
@@ -110,7 +110,7 @@ def prepare(
         ValueError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
-    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
     if kept_dense is None and (sparse := sparse_targets(model_dir)) is not None:
         kept_dense = [name for name in targets if name not in sparse]
     elif kept_dense is None:
@@ -124,9 +124,8 @@ def prepare(
             f"{model_dir} keeps all linears dense that include and exclude leave, such as "
             f"{min(kept_dense)}; train the others, or prune the dense model anew"
         )
-    linears = [name for name, kind in model.named_modules() if isinstance(kind, nn.Linear)]
-    if split := partly_sparse(targets, [name for name in linears if name not in targets]):
-        logger.warning(NOT_BY_VLLM.format(len(split), min(split)))
+    if reason := not_by_vllm(targets, [*dense, *kept_dense]):
+        logger.warning("%s: %s", model_dir, reason)
     if config.is_sharded:
         transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
         sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)

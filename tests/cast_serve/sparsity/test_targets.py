@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
-from cast_serve.sparsity.targets import find_targets, partly_sparse
+from cast_serve.sparsity.targets import find_targets, not_by_vllm
 
 
 def model() -> nn.Module:
@@ -40,4 +40,9 @@ def test_targets_can_be_named() -> None:
 def test_linears_that_vllm_merges_with_targets_are_found() -> None:
     dense = ["l.1.q_proj", "l.1.o_proj", "l.2.k_proj", "l.3.up_proj", "up_proj", "lm_head"]
     targets = ["l.1.v_proj", "l.2.o_proj", "l.2.gate_proj", "l.3.gate_proj", "gate_proj"]
-    assert partly_sparse(targets, dense) == ["l.1.q_proj", "l.3.up_proj", "up_proj"]
+    reason = not_by_vllm(targets, dense)
+    assert reason is not None
+    assert "here 3 of them stay dense beside 2:4 ones, such as l.1.q_proj;" in reason
+    for name in ("l.1.q_proj", "l.3.up_proj", "up_proj"):
+        assert name in (not_by_vllm(targets, [name]) or "")
+    assert not_by_vllm(targets, ["l.1.o_proj", "l.2.k_proj", "lm_head"]) is None
