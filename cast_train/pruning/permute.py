@@ -11,7 +11,7 @@ computed, if the linears that write them and those that read them use the same o
 Another order puts other weights into a group. The search looks for one whose groups keep most of
 the squared Wanda scores (|W_ij| ||x_j||)^2, since the sum of those that are dropped estimates the
 output's error. Groups are paired at random, and each pair exchanges the two channels that gain
-most, until a sweep gains little.
+most; in as many rounds as there are groups each meets about every other one.
 Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al., "Plug-and-play:
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
@@ -43,8 +43,7 @@ LINEARS = (
     "mlp.down_proj",
 )
 MAX_ROWS = 8192  # of all readers together; with few rows the order fits those only (docs/log.md)
-MAX_SWEEPS = 8  # in each a group is paired about as often as there are groups
-LEAST_GAIN = 1e-4  # of a sweep, relative
+MIN_ROUNDS = 64  # of pairs, or as many as there are groups: more gain little (docs/log.md)
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
 
@@ -147,16 +146,11 @@ def search(
     first = kept(columns.view(-1, m, len(scores)))
     order = max(given, spread, key=lambda one: kept(columns[one].view(-1, m, len(scores))))
     members, order = columns[order].view(-1, m, len(scores)), order.view(-1, m)
-    share = kept(members)
-    for _ in range(MAX_SWEEPS if len(members) > 1 else 0):
-        for _ in range(len(members)):
-            pairs = torch.randperm(len(members), generator=generator).to(scores.device)
-            half = len(members) // 2
-            _exchange(members, order, pairs[:half], pairs[half : 2 * half], n)
-        previous, share = share, kept(members)
-        if share < previous * (1 + LEAST_GAIN):
-            break
-    return order.flatten(), first, share
+    half = len(members) // 2
+    for _ in range(max(len(members), MIN_ROUNDS) if half else 0):
+        pairs = torch.randperm(len(members), generator=generator).to(scores.device)
+        _exchange(members, order, pairs[:half], pairs[half : 2 * half], n)
+    return order.flatten(), first, kept(members)
 
 
 def _exchange(members: Tensor, order: Tensor, left: Tensor, right: Tensor, n: int) -> None:
