@@ -72,7 +72,7 @@ def run(
     ] = None,
     method: Annotated[
         str | None,
-        option("NAME", "How the pattern is learnt: gates, ste, adams; or dense.", "gates"),
+        option("NAME", "Whose mask: fixed; learnt by gates, ste, adams; or dense.", "fixed"),
     ] = None,
     selector: Annotated[
         str | None,
@@ -102,7 +102,7 @@ def run(
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
     ] = False,
 ) -> None:
-    """Trains a dense model with gates into a gated checkpoint."""
+    """Trains a dense model under a fixed or a learnt mask into a gated checkpoint."""
     with _working():
         from cast_train.config import TrainConfig
 

@@ -26,6 +26,11 @@ from cast_serve.sparsity.targets import check_expressions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=1e-4)]  # of a selection, in logits
+GATES_ONLY = (
+    *("selector", "gate_learning_rate", "penalty_weight", "penalty_ramp", "tau_start", "tau_end"),
+    *("tau_end_fraction", "blend_end_fraction", "blend_ramp", "gumbel_noise", "hard_fraction"),
+    "masks_first",
+)  # settings that a mask which is never learnt has no use for
 Names = Annotated[tuple[str, ...], Strict(False)]  # a list, as TOML and JSON have it, will do
 
 
@@ -34,16 +39,19 @@ class TrainConfig:
     """One run of `cast-train run`. Fractions are of `steps`, so the whole plan scales with it.
 
     Attributes:
-        method: how the pattern is learnt; ``gates``: a gate beside every weight; ``ste``: by the
-            weights' sizes, straight through, with SR-STE decay; ``adams``: dense forward, decay in
-            the optimiser, pruned at the end; ``dense``: not at all, plain fine-tuning to compare.
+        method: where the pattern comes from; ``fixed``: it is that of `start`, kept from the first
+            step to the last, its weights solved for it by least squares (solve.py) and trained;
+            ``gates``: a gate beside every weight learns it; ``ste``: by the weights' sizes,
+            straight through, with SR-STE decay; ``adams``: dense forward, decay in the optimiser,
+            pruned at the end; ``dense``: there is none, plain fine-tuning to compare.
         selector: how gates become a soft mask; see selection.py.
         sparsity: N:M.
         start: where the gates' order comes from: ``ones`` (none), ``magnitude``, ``wanda`` or
             ``sparsegpt``, which moves the weights too and wants its mask from the start (see
             docs/method.md). For ``ste``, what ranks the weights; from ``sparsegpt`` it ranks by
             magnitude, the dropped weights starting at 0. ``adams`` ranks by magnitude always.
-            ``auto``: ``wanda`` for ``ste``, ``penalty`` and `masks_first`, else ``sparsegpt``.
+            ``auto``: ``sparsegpt`` for ``gates`` without `masks_first`, but for ``penalty``; else
+            ``wanda``.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         zeros: share of zeros over all weights of the targets: if `sparsity` has more, the linears
@@ -90,8 +98,8 @@ class TrainConfig:
         masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
             the kept ones are solved for it by least squares (solve.py), and only then are they
             trained; the learning rate's warm-up begins there.
-        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, `masks_first` and `zeros`
-            measure activations on.
+        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, ``fixed``, `masks_first` and
+            `zeros` measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
             moment, with the gates' statistics; 0: only at the end.
@@ -108,7 +116,7 @@ class TrainConfig:
         seed: of the order of the sequences.
     """
 
-    method: Literal["gates", "ste", "adams", "dense"] = "gates"
+    method: Literal["fixed", "gates", "ste", "adams", "dense"] = "fixed"
     selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
     sparsity: str = "2:4"
     start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
@@ -162,6 +170,8 @@ class TrainConfig:
         """What one field's own limits cannot say."""
         Pattern.parse(self.sparsity)
         check_expressions((*self.include, *self.exclude))
+        if self.method == "fixed":
+            self._check_fixed()
         if self.selector == "gumbel" and self.method == "gates":
             patterns_of(self.pattern.n, self.pattern.m)
         if self.tau_end > self.tau_start:
@@ -170,10 +180,11 @@ class TrainConfig:
             )
         if self.masks_first and self.method != "gates":
             raise ValueError(f"masks_first goes with method gates alone, not with {self.method}")
-        if self.masks_first and self.is_sharded:
+        if self.is_solved and self.is_sharded:
+            asked = "masks_first" if self.masks_first else "method fixed"
             raise ValueError(
-                "masks_first cannot go with is_sharded, since solving needs whole weights; "
-                "set one of them to false"
+                f"{asked} cannot go with is_sharded, since solving needs whole weights; set "
+                "is_sharded to false, or choose method gates without masks_first"
             )
         if self.keep_best:
             self._check_keep_best()
@@ -188,11 +199,25 @@ class TrainConfig:
             )
         return self
 
+    def _check_fixed(self) -> None:
+        if self.start == "ones":
+            raise ValueError(
+                "start ones has no order to keep a mask of; choose magnitude, wanda or sparsegpt, "
+                "or method gates"
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in GATES_ONLY:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(
+                    f"{name} {value} goes with method gates, which learns the mask; method fixed, "
+                    f"the default, keeps that of `start`: set method to gates, or leave {name} out"
+                )
+
     def _check_quantize(self) -> None:
         if self.method in ("adams", "dense"):
             raise ValueError(
                 f"quantize {self.quantize} trains under the exact mask, which method {self.method} "
-                "has in no step; choose method gates or ste, or quantize none"
+                "has in no step; choose method fixed, gates or ste, or quantize none"
             )
         if self.sparsity != "2:4":
             raise ValueError(
@@ -205,10 +230,11 @@ class TrainConfig:
                     f"quantize {self.quantize} cannot go with {name} {getattr(self, name)}; "
                     "set one of them to its default"
                 )
-        if not self.hard_fraction <= self.quantized_fraction < 1:
+        first = 0.0 if self.method == "fixed" else self.hard_fraction
+        if not first <= self.quantized_fraction < 1:
             raise ValueError(
                 f"quantized_fraction {self.quantized_fraction} must be below 1 and not below "
-                f"hard_fraction {self.hard_fraction}: scales are chosen under the exact mask"
+                f"hard_fraction {first}: scales are chosen under the exact mask"
             )
 
     def _check_keep_best(self) -> None:
@@ -230,6 +256,11 @@ class TrainConfig:
     @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity)
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether the kept weights are solved for the mask before they are trained."""
+        return self.method == "fixed" or self.masks_first
 
     @property
     def first_order(self) -> str:

@@ -100,14 +100,14 @@ def _demo_quality(paths: Sequence[Path]) -> list[str]:
     """The last line of `make demo`: a line for each model."""
     found = read(paths[0])
     names = {
-        "cast_soft": "fine-tuned under SparseGPT's mask, soft",
+        "fixed": "Wanda's mask, fixed, its weights solved and trained",
+        "fixed_int8": "the same in 8 bits, head too",
+        "fixed_fewer_zeros": "trained alike with fewer zeros",
+        "cast_soft": "CAST, mask and weights learn together, soft",
         "cast": "the same, hardened",
-        "cast_int8": "the same in 8 bits, head too",
-        "cast_fewer_zeros": "trained alike with fewer zeros",
-        "cast_fixed_mask": "trained alike under Wanda's mask, fixed, its weights solved",
     }
     dense = found["perplexity"]["dense"]
-    flipped = dict.fromkeys(("cast_soft", "cast", "cast_int8"), found["flipped_share"])
+    flipped = dict.fromkeys(("cast_soft", "cast"), found["flipped_share"])
     lines = []
     for name, value in found["perplexity"].items():
         cells = [names.get(name, name), f"{value:.1f}", f"{value / dense:.2f}"]
@@ -135,7 +135,7 @@ def _demo_speed(paths: Sequence[Path]) -> list[str]:
         dense, sparse = (scale * found[key][side] for side in ("dense", "sparse"))
         gain = speedup(found["speedups"][name]) if name else f"{dense / sparse:.2f}"
         lines.append([title, f"{dense:.1f}", f"{sparse:.1f}", gain])
-    sparse_name = "sparse, 8 bits" if found.get("served_as_sparse") == "cast_int8" else "sparse"
+    sparse_name = "sparse, 8 bits" if found.get("served_as_sparse") == "fixed_int8" else "sparse"
     return markdown_table(
         ["served by vLLM, one request at a time", "dense", sparse_name, "gain"], lines
     )

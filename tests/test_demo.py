@@ -96,6 +96,7 @@ SAID: dict[str, Any] = {
         "num_tokens": 16352,
     },
     "oneshot": {},
+    "permute": {"kept_share": {"residual": [0.925, 0.932], "inner": [0.915, 0.928]}},
     "run": {"tokens_seen": 40960, "flipped_share": 0.0},
     "convert": CONVERTED,
     "inspect": CONVERTED,
@@ -185,32 +186,35 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
 
     assert list(result["perplexity"]) == [
         *("dense", "magnitude", "wanda", "sparsegpt"),
-        *("cast_soft", "cast", "cast_int8", "cast_fewer_zeros", "cast_fixed_mask"),
+        *("fixed", "fixed_int8", "fixed_fewer_zeros", "cast_soft", "cast"),
     ]
     steps = demo.Steps(is_verbose=False)
     bf16, eight = (
         demo.evaluate(steps, folder)["perplexity"] for folder in (demo.OUT / "sparse", int8)
     )
-    assert result["perplexity"]["cast"] == pytest.approx(bf16, rel=1e-4)
-    assert result["perplexity"]["cast_int8"] == pytest.approx(eight, rel=1e-6)
+    assert result["perplexity"]["fixed"] == pytest.approx(bf16, rel=1e-4)
+    assert result["perplexity"]["fixed_int8"] == pytest.approx(eight, rel=1e-6)
     assert bf16 != eight
-    assert result["bits_per_weight"]["cast_int8"] == about["bits_per_weight"]
-    assert result["bits_per_weight"]["cast"] == in_bf16["bits_per_weight"]
+    assert result["bits_per_weight"]["fixed_int8"] == about["bits_per_weight"]
+    assert result["bits_per_weight"]["fixed"] == in_bf16["bits_per_weight"]
     fewer = inspect(demo.OUT / "fewer-zeros")
-    assert (in_bf16["zeros"], fewer["zeros"]) == (0.5, result["zeros"]["cast_fewer_zeros"])
-    assert fewer["bits_per_weight"] == result["bits_per_weight"]["cast_fewer_zeros"]
-    assert result["perplexity"]["cast_fewer_zeros"] == pytest.approx(
+    assert (in_bf16["zeros"], fewer["zeros"]) == (0.5, result["zeros"]["fixed_fewer_zeros"])
+    assert fewer["bits_per_weight"] == result["bits_per_weight"]["fixed_fewer_zeros"]
+    assert result["perplexity"]["fixed_fewer_zeros"] == pytest.approx(
         demo.evaluate(steps, demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
     )
-    fixed = json.loads((demo.OUT / "fixed-mask-gated/cast.json").read_text())
-    assert fixed["config"]["masks_first"]
-    assert fixed["gates"]["flipped_share"] == 0
-    assert result["perplexity"]["cast_fixed_mask"] == pytest.approx(
-        demo.evaluate(steps, demo.OUT / "fixed-mask-gated")["perplexity_hard"], rel=1e-6
-    )
+    records = [
+        json.loads((demo.OUT / name / "cast.json").read_text())
+        for name in ("gated", "fewer-zeros-gated", "cast-gated")
+    ]
+    assert [record["method"] for record in records] == ["fixed", "fixed", "gates"]
+    assert {record["source"]["model"] for record in records} == {"ordered"}
+    learnt = demo.evaluate(steps, demo.OUT / "cast-gated")
+    assert result["perplexity"]["cast"] == pytest.approx(learnt["perplexity_hard"], rel=1e-6)
+    assert result["perplexity"]["cast_soft"] == pytest.approx(learnt["perplexity_soft"], rel=1e-6)
     assert result["weight_bytes"]["sparse"] == about["linear_weight_bytes"]
 
-    for text in ("cast int8", "sparse (int8)", "bits a weight"):
+    for text in ("fixed int8", "sparse (int8)", "bits a weight"):
         assert text in " ".join(shown.err.split())
     (tmp_path / "demo.json").write_text(shown.out.splitlines()[-1])
     page = "".join(
@@ -220,7 +224,7 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
     tables = rewritten(page, tmp_path)
     assert "\n| the same in 8 bits, head too | " in tables
     assert "\n| trained alike with fewer zeros | " in tables
-    assert "\n| trained alike under Wanda's mask, fixed, its weights solved | " in tables
+    assert "\n| Wanda's mask, fixed, its weights solved and trained | " in tables
     assert "| dense | sparse, 8 bits | gain |" in tables
 
 
@@ -243,7 +247,7 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert len(lines) <= MAX_LINES
     assert "noise" not in shown.err
     assert [text[:5] for text in lines if text[2:3] == "/"] == [
-        f"{number:2}/12" for number in range(1, 13)
+        f"{number:2}/13" for number in range(1, 14)
     ]
     assert not (script.OUT / "of-last-time").exists()
     log = (script.OUT / "demo.log").read_text()
@@ -254,6 +258,8 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     for text in (
         "What the commands print: runs/demo/demo.log",
         "-> perplexity 21.8 (",
+        "-> 2:4 keeps 92.0% of the squared scores, now 93.0% (",
+        "-> 40,960 tokens, perplexity 50.1 (",
         "-> perplexity 50.0 soft, 50.1 hardened (",
         "sparse: Paris. The capital of Spain is [Madrid],",
         "has 1.00 times the dense model's perplexity, 21.8 against 21.8.",
@@ -262,8 +268,12 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     ):
         assert text in prose
     assert "each token after it (TPOT), ms 30.0 15.0 2.00 1.90 to 2.10" in prose
-    row = next(text for text in lines if text.strip().startswith("cast hardened"))
-    assert row.split() == ["cast", "hardened", "50.1", "2.30", "50%", "9.0", "0.0%"]
+    for start, cells in (
+        ("fixed mask", ["50.1", "2.30", "50%", "9.0"]),
+        ("cast hardened", ["50.1", "2.30", "0.0%"]),
+    ):
+        row = next(text for text in lines if text.strip().startswith(start))
+        assert row.split() == [*start.split(), *cells]
 
 
 def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleType) -> None:
@@ -289,22 +299,24 @@ def test_what_the_figures_mean_follows_them(
     def meaning(flipped_share: float, **perplexities: float) -> str:
         result = {
             "perplexity": {"dense": 21.8, "sparsegpt": 85.3, **perplexities},
-            "bits_per_weight": {"cast": 9.0, "cast_fewer_zeros": 9.7},
+            "bits_per_weight": {"fixed": 9.0, "fixed_fewer_zeros": 9.7},
             "flipped_share": flipped_share,
             "num_train_tokens": 40960,
         }
         script.print_meaning(result)
         return " ".join(capfd.readouterr().err.split())
 
-    said = meaning(0.0, cast=50.1, cast_int8=50.8, cast_fewer_zeros=40.2, cast_fixed_mask=49.9)
+    said = meaning(0.0, cast=50.1, fixed_int8=50.8, fixed_fewer_zeros=40.2, fixed=49.9)
     assert "more than twice (2.3 times) the dense model's perplexity, 50.8 against 21.8." in said
-    assert "The mask hardly moved (flipped), so the gain is fine-tuning under it." in said
-    assert "best perplexity first: 45% zeros (40.2), fixed mask (49.9), learnt mask (50.1)." in said
-    said = meaning(0.02, cast=90.0, cast_int8=43.6, cast_fewer_zeros=95.0, cast_fixed_mask=91.0)
+    assert "Training: the fixed mask is at 49.9, SparseGPT alone at 85.3." in said
+    order = "fewer zeros (40.2), fixed mask (49.9), learnt mask (50.1)."
+    assert f"best perplexity first: {order} So short a training hardly moves a learnt" in said
+    said = meaning(0.02, cast=90.0, fixed_int8=43.6, fixed_fewer_zeros=95.0, fixed=91.0)
     assert "has twice the dense model's perplexity" in said
-    assert "at 90.0, SparseGPT alone at 85.3: it made the model worse." in said
-    assert "fine-tuning" not in said
-    assert "best perplexity first: learnt mask (90.0), fixed mask (91.0), 45% zeros (95.0)." in said
+    assert "at 91.0, SparseGPT alone at 85.3: it made the model worse." in said
+    assert "hardly moves" not in said
+    order = "learnt mask (90.0), fixed mask (91.0), fewer zeros (95.0)."
+    assert f"best perplexity first: {order}" in said
     assert "report.html" not in said  # there is none
 
 
@@ -384,7 +396,7 @@ def test_on_a_terminal_a_step_shows_its_seconds_while_it_runs(
     with script.Steps(is_verbose=False).step("One.") as told:
         told("all well")
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
-    assert lines[0] == " 1/12 One."
+    assert lines[0] == " 1/13 One."
     assert "working 0:00:00" in lines[1]
     assert lines[-2].endswith("      -> all well (0 s)")
 

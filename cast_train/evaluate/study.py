@@ -36,6 +36,7 @@ from cast_train.pruning import oneshot
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "distillation_weight": 0.0},
     "fixed mask": {
+        "method": "gates",
         "start": "wanda",
         "hard_fraction": 0.0,
         "tau_end_fraction": 0.0,
@@ -43,15 +44,16 @@ WAYS: dict[str, dict[str, Any]] = {
         "distillation_weight": 0.0,
     },
     "ste": {"method": "ste", "distillation_weight": 0.0},
-    "soft_topk": {},
-    "gumbel": {"selector": "gumbel"},
+    "soft_topk": {"method": "gates"},
+    "gumbel": {"method": "gates", "selector": "gumbel"},
     "penalty": {
+        "method": "gates",
         "selector": "penalty",
         "gate_learning_rate": 0.1,
         "hard_fraction": 0.5,
         "tau_end_fraction": 0.45,
     },
-    "generator": {"selector": "generator"},
+    "generator": {"method": "gates", "selector": "generator"},
     "adams": {"method": "adams", "scale_parts": 2, "distillation_weight": 0.33},
 }
 
@@ -112,6 +114,7 @@ def run(
         CheckpointError: if out holds another study; it names what differs.
         StudyError: if a run fails; the finished ones are kept.
     """
+    settings = {"method": "gates", **settings}  # which its own are mostly of; ways name theirs
     configs = {
         (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
         for way, changes in ways.items()

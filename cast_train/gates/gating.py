@@ -269,7 +269,7 @@ def attach(
         scores: importance of each weight, not negative, [out_features, in_features] by name: within
             a group the logits start in their order, spaced by score over the group's mean score.
             None: all logits start equal. For ``ste`` a score is |W| times a factor of its column.
-        method: ``gates``, ``ste`` or ``adams``.
+        method: ``fixed``, ``gates``, ``ste`` or ``adams``.
         selector: of ``gates``.
         decay: of ``ste``.
 
@@ -280,7 +280,7 @@ def attach(
     generator = MaskGenerator(pattern.m) if selector == "generator" else None
     for name, linear in targets.items():
         transposed = is_transposed(linear)
-        if method == "gates":
+        if method in ("fixed", "gates"):
             logits = torch.full_like(linear.weight, START_LOGIT, dtype=torch.float32)
             if scores is not None:
                 offsets = _start_offsets(scores[name], pattern.m)

@@ -85,6 +85,8 @@ def first_exact_step(config: TrainConfig) -> int:
     """The first step that computes with the exact mask; `steps` if none does."""
     if config.method in ("adams", "dense"):
         return config.steps
+    if config.method == "fixed":
+        return 0
     return min(math.ceil(config.hard_fraction * config.steps), config.steps - 1)
 
 

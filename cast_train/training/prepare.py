@@ -213,12 +213,12 @@ def _attach(
         scores = wanda_scores(model, targets, blocks[: config.calibration_blocks])
     elif config.first_order == "sparsegpt":
         dense = {}
-        if config.masks_first:
+        if config.is_solved:
             dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
         scores = sparsegpt_scores(
             model, targets, blocks[: config.calibration_blocks], config.pattern
         )
-        _restore(targets, dense)  # masks_first takes the order alone
+        _restore(targets, dense)  # what is solved takes the order alone
         if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
             _drop(targets, scores, config.pattern)
             scores = None

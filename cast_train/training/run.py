@@ -191,7 +191,7 @@ def _fit(
         prepared.teacher.to(trainer.args.device)
     trainer.watch = Watch(trainer, blocks.heldout, prepared.start)
     trainer.add_callback(trainer.watch)
-    if config.masks_first:
+    if config.is_solved:
         trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
     if config.quantize != "none":
         trainer.add_callback(QuantizedStart(trainer, blocks.train[: config.calibration_blocks]))

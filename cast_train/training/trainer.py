@@ -214,10 +214,10 @@ class Watch(TrainerCallback):
 
 
 class MasksFirst(TrainerCallback):
-    """`masks_first`: weights stay as they are until the mask is exact, and are then solved for it.
+    """`fixed`, `masks_first`: weights stay as they are until the mask is exact, then are solved.
 
-    They are solved before the first step under the exact mask. A run that is resumed at that step
-    has the checkpoint's unmoved weights and solves them again.
+    They are solved before the first step under the exact mask, with ``fixed`` the first of all. A
+    run that is resumed at that step has the checkpoint's unmoved weights and solves them again.
 
     Args:
         trainer: whose weights and gates these are.

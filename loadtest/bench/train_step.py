@@ -23,7 +23,7 @@ from cast_train.precision import autocast
 from cast_train.pruning.scores import wanda_scores
 from cast_train.text import read_texts, to_blocks, tokenize
 
-CONFIG = TrainConfig(steps=1000)
+CONFIG = TrainConfig(method="gates", steps=1000)
 # The step of CONFIG's plan whose phase is measured.
 WAYS = {"plain": None, "soft": 30, "exact": 500}
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 SETTINGS = """
+method = "gates"
 block_size = 32
 batch_blocks = 4
 heldout_blocks = 4

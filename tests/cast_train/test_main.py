@@ -213,7 +213,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
         (
             {"--method": "magic"},
-            "method is 'magic', but must be 'gates', 'ste', 'adams' or 'dense'",
+            "method is 'magic', but must be 'fixed', 'gates', 'ste', 'adams' or 'dense'",
         ),
         ({"--selector": "sort"}, "selector is 'sort', but must be 'soft_topk', 'gumbel'"),
         ({"--sparsity": "4:2"}, "is not N:M"),

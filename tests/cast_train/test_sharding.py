@@ -10,7 +10,7 @@ from cast_train import sharding
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 
-SHARDED = TrainConfig(is_sharded=True)
+SHARDED = TrainConfig(method="gates", is_sharded=True)
 
 
 def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_file, tmp_path):

@@ -107,15 +107,15 @@ def test_paired_losses_by_hand(tmp_path: Path) -> None:
 
 def test_the_demos_models_have_a_line_each(tmp_path: Path) -> None:
     demo: dict[str, Any] = {"num_eval_tokens": 16352, "flipped_share": 0.001}
-    demo["perplexity"] = {"dense": 20.0, "wanda": 100.0, "cast": 50.0, "cast_fewer_zeros": 40.0}
-    demo["bits_per_weight"] = {"dense": 16.0, "cast": 9.0, "cast_fewer_zeros": 9.7}
-    (tmp_path / "d.json").write_text(json.dumps(demo | {"zeros": {"cast": 0.5}}))
+    demo["perplexity"] = {"dense": 20.0, "wanda": 100.0, "fixed": 50.0, "cast": 60.0}
+    demo["bits_per_weight"] = {"dense": 16.0, "fixed": 9.0}
+    (tmp_path / "d.json").write_text(json.dumps(demo | {"zeros": {"fixed": 0.5, "cast": 0.5}}))
     page = "<!-- table: demo_quality d.json -->\n<!-- end of table -->\n"
     assert rewritten(page, tmp_path).splitlines()[3:-1] == [
         "| dense | 20.0 | 1.00 |  | 16.0 |  |",
         "| wanda | 100.0 | 5.00 |  |  |  |",
-        "| the same, hardened | 50.0 | 2.50 | 50% | 9.0 | 0.1% |",
-        "| trained alike with fewer zeros | 40.0 | 2.00 |  | 9.7 |  |",
+        "| Wanda's mask, fixed, its weights solved and trained | 50.0 | 2.50 | 50% | 9.0 |  |",
+        "| the same, hardened | 60.0 | 3.00 | 50% |  | 0.1% |",
     ]
 
 

@@ -19,7 +19,9 @@ def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
 
 
 def test_by_hand():
-    config = TrainConfig(steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0)
+    config = TrainConfig(
+        method="gates", steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0
+    )
     gates = gates_of([4.0, 3.0, 2.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 1.0, 8.0])
     found = measure_reach(gates, config)
     assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)

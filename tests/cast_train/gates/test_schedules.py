@@ -22,7 +22,7 @@ def test_an_unknown_ramp_is_refused():
 
 @given(st.integers(2, 500))
 def test_a_run_starts_dense_cools_and_ends_hard(steps):
-    config = TrainConfig(steps=steps, blend_end_fraction=0.05)
+    config = TrainConfig(method="gates", steps=steps, blend_end_fraction=0.05)
     phases = [phase_at(step, config) for step in range(steps)]
     assert phases[0].blend == 0
     assert not phases[0].is_hard
@@ -36,7 +36,12 @@ def test_a_run_starts_dense_cools_and_ends_hard(steps):
 
 def test_tau_falls_geometrically_and_lambda_rises():
     config = TrainConfig(
-        steps=100, tau_start=1.0, tau_end=0.01, tau_end_fraction=0.4, hard_fraction=0.5
+        method="gates",
+        steps=100,
+        tau_start=1.0,
+        tau_end=0.01,
+        tau_end_fraction=0.4,
+        hard_fraction=0.5,
     )
     assert phase_at(20, config).tau == pytest.approx(0.1)
     assert phase_at(25, config).penalty_weight == pytest.approx(config.penalty_weight / 2)

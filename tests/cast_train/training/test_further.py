@@ -22,11 +22,10 @@ def config(settings_file):
     """Of a run whose mask is exact from the first step on, in 4 bits."""
     return TrainConfig.from_toml(
         settings_file,
+        method="fixed",
         steps=8,
         quantize="int4",
         scale_group=32,
-        hard_fraction=0.0,
-        tau_end_fraction=0.0,
         quantized_fraction=0.0,
     )
 
@@ -53,6 +52,20 @@ def test_zeros_and_dense_linears_stay(sparse_dir, model_dir, text_file, config, 
         assert not torch.equal(old, new)
     for name in record["kept_dense"]:
         assert after[f"{name}.weight"].count_nonzero() > 0.9 * after[f"{name}.weight"].numel()
+
+
+def test_solving_leaves_the_weights_of_a_pruned_model_as_they_are(
+    sparse_dir, text_file, settings_file, tmp_path
+):
+    config = TrainConfig.from_toml(
+        settings_file, method="fixed", steps=1, learning_rate=0.0, distillation_weight=0.0
+    )
+    record = train(sparse_dir, [text_file], tmp_path / "gated", config)
+    before = models.load_any(sparse_dir).state_dict()
+    convert(tmp_path / "gated", tmp_path / "out")
+    after = models.load_any(tmp_path / "out").state_dict()
+    for name in record["targets"]:
+        assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
 
 
 def test_wrong_use_is_refused_before_anything_is_written(

@@ -1,6 +1,7 @@
 """`masks_first`: gates learn on unmoved weights, which are then solved for the mask and trained."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -108,8 +109,27 @@ def test_the_order_of_sparsegpt_leaves_the_weights(llama_dir, text_file, config,
     assert any((found["sparsegpt"][name] != found["wanda"][name]).any() for name in found["wanda"])
 
 
+def test_method_fixed_is_masks_first_without_a_first_step(
+    llama_dir, text_file, settings_file, tmp_path
+):
+    ways: dict[str, dict[str, Any]] = {
+        "fixed": {"method": "fixed"},
+        "gates": {"masks_first": True, "hard_fraction": 0.0, "tau_end_fraction": 0.0},
+    }
+    for name, way in ways.items():
+        config = TrainConfig.from_toml(settings_file, steps=5, **way)
+        record = train(llama_dir, [text_file], tmp_path / name, config)
+        assert (record["method"], record["gates"]["flipped_share"]) == (name, 0)
+        assert "reach" not in record["gates"]
+    fixed, gates = (load_file(tmp_path / name / "model.safetensors") for name in ways)
+    assert fixed.keys() == gates.keys()
+    assert all(torch.equal(value, gates[key]) for key, value in fixed.items())
+
+
 def test_the_schedules_by_hand():
-    config = TrainConfig(steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25)
+    config = TrainConfig(
+        method="gates", steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25
+    )
     gates = [gate_rate_factor(step, config) for step in range(12)]
     weights = [learning_rate_factor(step, config) for step in range(12)]
     assert gates == [1.0] * 4 + [0.0] * 8
@@ -128,4 +148,4 @@ def test_it_is_refused_where_no_gates_learn(method):
 
 def test_it_is_refused_where_weights_are_in_pieces():
     with pytest.raises(ValueError, match="masks_first cannot go with is_sharded"):
-        TrainConfig(masks_first=True, is_sharded=True)
+        TrainConfig(method="gates", masks_first=True, is_sharded=True)

@@ -19,6 +19,8 @@ from cast_train.training.run import train
 LEARNS = {"tau_start": 0.5, "tau_end_fraction": 0.3, "hard_fraction": 0.4}
 LEARNS |= {"gate_learning_rate": 0.1}
 WAYS = [
+    {"method": "fixed"},
+    {"method": "fixed", "start": "sparsegpt", "scale_parts": 2},
     {"selector": "soft_topk", "start": "ones", "blend_end_fraction": 0.05, "hard_fraction": 0.4},
     {"start": "wanda", **LEARNS},
     {"selector": "gumbel", **LEARNS},

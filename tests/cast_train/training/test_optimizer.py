@@ -19,7 +19,8 @@ def linear():
 def made(linear, **settings):
     model = nn.Sequential(linear)
     gates = gating.attach({"0": linear}, TWO_FOUR, selector=settings.get("selector", "soft_topk"))
-    return gates, optimizer.make(model, gates, {"0": linear}, TrainConfig(**settings))
+    config = TrainConfig(method="gates", **settings)
+    return gates, optimizer.make(model, gates, {"0": linear}, config)
 
 
 def test_a_logit_moves_in_proportion_to_its_gradient(linear):

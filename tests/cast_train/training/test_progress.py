@@ -17,7 +17,7 @@ from cast_train.training.run import train
     ("settings", "has_teacher", "words"),
     [
         (
-            {},
+            {"method": "gates"},
             True,
             "loss of a step: 0.1 x cross-entropy of the next token + 0.9 x KL divergence from the "
             "teacher's prediction to the model's + 10 x relative squared distance of the hidden "

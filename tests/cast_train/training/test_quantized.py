@@ -188,8 +188,8 @@ def test_a_gated_checkpoint_without_its_scales_is_refused(llama_dir, text_file, 
         ({"quantize": "none"}, None),
         ({"quantized_fraction": 0.75}, 9),
         ({"quantized_fraction": 0.99}, 11),  # the last step
-        ({"hard_fraction": 0.5, "quantized_fraction": 0.5}, 6),
-        ({"hard_fraction": 0.0, "tau_end_fraction": 0.0, "quantized_fraction": 0.0}, 0),
+        ({"method": "gates", "hard_fraction": 0.5, "quantized_fraction": 0.5}, 6),
+        ({"method": "fixed", "quantized_fraction": 0.0}, 0),
     ],
 )
 def test_the_first_quantised_step_by_hand(settings, first):
@@ -206,8 +206,14 @@ def test_the_first_quantised_step_by_hand(settings, first):
         ({"method": "dense"}, "trains under the exact mask, which method dense has in no step"),
         ({"sparsity": "4:8"}, "needs sparsity 2:4, not 4:8"),
         ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
-        ({"is_sharded": True}, "cannot go with is_sharded True; set one of them"),
-        ({"quantized_fraction": 0.02}, "0.02 must be below 1 and not below hard_fraction 0.05"),
+        (
+            {"method": "gates", "is_sharded": True},
+            "cannot go with is_sharded True; set one of them",
+        ),
+        (
+            {"method": "gates", "quantized_fraction": 0.02},
+            "0.02 must be below 1 and not below hard_fraction 0.05",
+        ),
         ({"quantized_fraction": 1.0}, "1.0 must be below 1 and not below hard_fraction"),
         ({"scale_group": 48}, "scale_group is 48, but must be 128, 64 or 32"),
         ({"quantize": "int2"}, "quantize is 'int2', but must be 'none', 'int8' or 'int4'"),

@@ -5,7 +5,7 @@ import pytest
 from cast_train.config import TrainConfig
 from loadtest.bench import train_step
 
-CONFIG = TrainConfig(steps=1000, block_size=32)
+CONFIG = TrainConfig(method="gates", steps=1000, block_size=32)
 
 
 def test_three_ways_over_the_same_rounds(llama_dir: Path, text_file: Path) -> None:

@@ -14,7 +14,7 @@ def test_a_whole_measurement() -> None:
     plan = carried.Plan(
         rounds=2,
         loads=(LOAD,),
-        load_s=0.1,
+        load_s=0.4,  # a busy machine sends few tokens in less
         flood=Load(2, 1),
         flood_tokens=10,
         requests=4,
