@@ -114,7 +114,7 @@ def run(
         CheckpointError: if out holds another study; it names what differs.
         StudyError: if a run fails; the finished ones are kept.
     """
-    settings = {"method": "gates", **settings}  # which its own are mostly of; ways name theirs
+    settings = {"method": "gates", **settings}  # a way may name another
     configs = {
         (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
         for way, changes in ways.items()
