@@ -45,7 +45,7 @@ def solve_kept(
     """One weight, solved: fp32 [out_features, in_features], zero where it is dropped.
 
     Conjugate gradients for all rows at once, from the kept weights as they are, on columns of which
-    each has the same length (H's diagonal as preconditioner). An iteration is one product of [out_features, in_features] and H; a
+    each has the same length. An iteration is one product of [out_features, in_features] and H; a
     Cholesky factor of H_KK for every row would take several times as long (docs/log.md).
 
     Args:
