@@ -52,6 +52,10 @@ class TrainConfig:
             magnitude, the dropped weights starting at 0. ``adams`` ranks by magnitude always.
             ``auto``: ``sparsegpt`` for ``gates`` without `masks_first`, but for ``penalty``; else
             ``wanda``.
+        channel_order: of a dense model's channels, which decides what shares a group; ``auto``: the
+            order in which pruning costs least is searched for (permute.py), and the model computes
+            the same in it; ``given``: as they are. ``auto`` is ``given`` for ``dense``, and where
+            `cast-train permute` has been before or the model's layout does not allow it.
         include: regular expressions; if given, only linears whose names match are targets.
         exclude: regular expressions; linears whose names match stay dense.
         zeros: share of zeros over all weights of the targets: if `sparsity` has more, the linears
@@ -98,8 +102,8 @@ class TrainConfig:
         masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
             the kept ones are solved for it by least squares (solve.py), and only then are they
             trained; the learning rate's warm-up begins there.
-        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, ``fixed``, `masks_first` and
-            `zeros` measure activations on.
+        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, ``fixed``, `masks_first`,
+            `zeros` and the order of channels measure activations on.
         heldout_blocks: sequences taken out of the training text to measure quality on.
         evaluate_every: steps between two measurements on the held-out text, in the phase of the
             moment, with the gates' statistics; 0: only at the end.
@@ -120,6 +124,7 @@ class TrainConfig:
     selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
     sparsity: str = "2:4"
     start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
+    channel_order: Literal["auto", "given"] = "auto"
     include: Names = ()
     exclude: Names = ()
     zeros: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -73,7 +73,6 @@ SAID: dict[str, Any] = {
         "num_tokens": 16352,
     },
     "oneshot": {},
-    "permute": {"kept_share": {"residual": [0.925, 0.932], "inner": [0.915, 0.928]}},
     "run": {"tokens_seen": 40960, "flipped_share": 0.0},
     "convert": CONVERTED,
     "inspect": CONVERTED,

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cast_serve.__main__ import app as cast_serve
 from cast_serve.checkpoint.inspect import inspect
 from cast_train.__main__ import app as cast_train
+from cast_train.checkpoint.channel_order import ORDER_FILE
 from loadtest.tables import rewritten
 from tests.cast_train.conftest import llama_dir, text_file
 from tests.demo_commands import COMMAND, LOAD, SAID
@@ -132,7 +133,8 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
         for name in ("gated", "fewer-zeros-gated", "cast-gated")
     ]
     assert [record["method"] for record in records] == ["fixed", "fixed", "gates"]
-    assert {record["source"]["model"] for record in records} == {"ordered"}
+    assert {record["config"]["channel_order"] for record in records} == {"auto"}
+    assert (int8 / ORDER_FILE).is_file()
     learnt = demo.evaluate(steps, demo.OUT / "cast-gated")
     assert result["perplexity"]["cast"] == pytest.approx(learnt["perplexity_hard"], rel=1e-6)
     assert result["perplexity"]["cast_soft"] == pytest.approx(learnt["perplexity_soft"], rel=1e-6)
@@ -171,7 +173,7 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert len(lines) <= MAX_LINES
     assert "noise" not in shown.err
     assert [text[:5] for text in lines if text[2:3] == "/"] == [
-        f"{number:2}/13" for number in range(1, 14)
+        f"{number:2}/12" for number in range(1, 13)
     ]
     assert not (script.OUT / "of-last-time").exists()
     log = (script.OUT / "demo.log").read_text()
@@ -182,7 +184,6 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     for text in (
         "What the commands print: runs/demo/demo.log",
         "-> perplexity 21.8 (",
-        "-> 2:4 keeps 92.0% of the squared scores, now 93.0% (",
         "-> 40,960 tokens, perplexity 50.1 (",
         "-> perplexity 50.0 soft, 50.1 hardened (",
         "sparse: Paris. The capital of Spain is [Madrid],",
@@ -320,7 +321,7 @@ def test_on_a_terminal_a_step_shows_its_seconds_while_it_runs(
     with script.Steps(is_verbose=False).step("One.") as told:
         told("all well")
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\n")
-    assert lines[0] == " 1/13 One."
+    assert lines[0] == " 1/12 One."
     assert "working 0:00:00" in lines[1]
     assert lines[-2].endswith("      -> all well (0 s)")
 

@@ -43,6 +43,8 @@ from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
+from cast_train.checkpoint import channel_order
+from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import Phase
 
@@ -60,6 +62,7 @@ def write(
     gate_tensors: Mapping[str, Tensor] | None = None,
     *,
     source: Path,
+    order: ChannelOrder | None = None,
 ) -> dict[str, Any]:
     """Writes a whole checkpoint directory or none.
 
@@ -70,6 +73,7 @@ def write(
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
         gate_tensors: as `gating.detach` gives them; None if not gated.
         source: the model directory that it came from; its card and licence are copied.
+        order: of its channels, seen from the dense model; None: the same.
 
     Returns:
         cast.json's content.
@@ -85,6 +89,7 @@ def write(
         if record.get("kind") == "gated":
             _mark_gated(partial / "config.json")
         tokenizer.save_pretrained(partial)
+        channel_order.write(partial, order)
         for pattern in PAPERS:
             for file in source.glob(pattern):
                 shutil.copyfile(file, partial / file.name)

@@ -2,6 +2,7 @@
 
     run.json                the run's identity
     kept_dense.json         the linears that stay dense for `zeros`, chosen at the start
+    channel_order.json      the order of the channels, found at the start, if they were reordered
     checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
                             random states of all processes
     checkpoint-N/complete   empty; written last, when all of the above is on the disk
@@ -14,6 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import nn
 
 from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
-from cast_train.checkpoint import identity
+from cast_train.checkpoint import channel_order, identity
+from cast_train.checkpoint.channel_order import ChannelOrder
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
@@ -41,16 +44,32 @@ def check_room(partial: Path, model: nn.Module) -> None:
     record.check_room(partial, num_new * num_bytes, f"{num_new} checkpoints of this model")
 
 
-def begin(partial: Path, wanted: Mapping[str, Any], kept_dense: Sequence[str]) -> None:
-    """Makes the directory of a run, if it is not there, and writes its identity and its choice."""
+@dataclass(frozen=True)
+class Choices:
+    """What a run chooses at its start; on another machine it could choose otherwise.
+
+    Attributes:
+        kept_dense: linears that would be targets and stay dense for `zeros`.
+        order: of the channels, seen from the dense model; None: as they were.
+    """
+
+    kept_dense: Sequence[str]
+    order: ChannelOrder | None
+
+
+def begin(partial: Path, wanted: Mapping[str, Any], choices: Choices) -> None:
+    """Makes the directory of a run, if it is not there; writes its choices, then its identity."""
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / DENSE_FILE).write_text(json.dumps(list(kept_dense)) + "\n", encoding="utf-8")
+    kept_dense = json.dumps(list(choices.kept_dense))
+    (partial / DENSE_FILE).write_text(kept_dense + "\n", encoding="utf-8")
+    channel_order.write(partial, choices.order)
     (partial / RUN_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def read_kept_dense(partial: Path) -> list[str]:
-    """What `begin` was given: chosen anew, on another machine, it could be another choice."""
-    return list(json.loads((partial / DENSE_FILE).read_text(encoding="utf-8")))
+def read_choices(partial: Path) -> Choices:
+    """What `begin` was given."""
+    kept_dense = json.loads((partial / DENSE_FILE).read_text(encoding="utf-8"))
+    return Choices(list(kept_dense), channel_order.read(partial))
 
 
 def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bool) -> Path | None:

@@ -114,7 +114,8 @@ def run(
         CheckpointError: if out holds another study; it names what differs.
         StudyError: if a run fails; the finished ones are kept.
     """
-    settings = {"method": "gates", **settings}  # a way may name another
+    # A way may name another method; one-shot pruning, measured beside, reorders nothing.
+    settings = {"method": "gates", "channel_order": "given", **settings}
     configs = {
         (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
         for way, changes in ways.items()

@@ -17,10 +17,11 @@ from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
-from cast_train.checkpoint import identity, models
+from cast_train.checkpoint import channel_order, identity, models
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed
 from cast_train.pruning.allocate import keep_dense
+from cast_train.pruning.reorder import reorder
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
@@ -116,7 +117,8 @@ def write_pruned(
             `TrainConfig.calibration_blocks` are used.
         out: must not exist.
         method: ``magnitude``, ``wanda``, ``sparsegpt``, or ``mask``: that of mask_dir.
-        mask_dir: gated, pruned or compressed directory of the same model.
+        mask_dir: gated, pruned or compressed directory of the same model; if its channels were
+            reordered, so are the model's.
         is_solved: whether the dense model's kept weights are solved under the mask.
         zeros: share of zeros over all weights of the targets, see allocate.py.
         allocation: ``fisher`` or ``gates``, how the linears that stay dense are chosen.
@@ -145,6 +147,9 @@ def write_pruned(
     if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir)
+    order = channel_order.read(mask_dir) if mask_dir else None
+    if order is not None:  # the mask is of channels in that order
+        reorder(model, order)
     targets, _ = find_targets(model, pattern, exclude=exclude)
     kept_dense: list[str] = []
     if has_fewer:
@@ -179,4 +184,6 @@ def write_pruned(
     }
     if mask_dir is not None:
         record["mask_of"] = identity.of_directory(mask_dir)
-    return models.write(out, model.to(torch.bfloat16), tokenizer, record, source=model_dir)
+    return models.write(
+        *(out, model.to(torch.bfloat16), tokenizer, record), source=model_dir, order=order
+    )

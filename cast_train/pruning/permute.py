@@ -1,17 +1,9 @@
 """A dense model + calibration blocks -> the same function, its channels in an order that suits N:M.
 
-In a decoder of Llama's layout three sets of channels can be reordered without changing what is
-computed, if the linears that write them and those that read them use the same order:
-
-    residual   hidden_size channels, one order for the whole model
-    inner      intermediate_size channels of an MLP: rows of gate_proj and up_proj, columns of
-               down_proj
-    values     head_dim channels of a key-value head: v_proj's rows, o_proj's columns
-
-Another order puts other weights into a group. The search looks for one whose groups keep most of
-the squared Wanda scores (|W_ij| ||x_j||)^2, since the sum of those that are dropped estimates the
-output's error. Groups are paired at random, and each pair exchanges the two channels that gain
-most; in as many rounds as there are groups each meets about every other one.
+Another order puts other weights into a group; reorder.py says which channels can be reordered. The
+search looks for an order whose groups keep most of the squared Wanda scores (|W_ij| ||x_j||)^2,
+since the sum of those that are dropped estimates the output's error. In each round groups are
+paired at random, and each pair exchanges the two channels that gain most.
 Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al., "Plug-and-play:
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
@@ -26,30 +18,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import check_new
+from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
+from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.pruning import oneshot
+from cast_train.pruning.reorder import layers_of, num_key_heads, reorder, residual_readers
 from cast_train.pruning.scores import wanda_scores
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 MAX_ROWS = 8192  # of all readers together; with few rows the order fits those only (docs/log.md)
-MIN_ROUNDS = 64  # of pairs, or as many as there are groups: more gain little (docs/log.md)
+ROUNDS = 128  # more gain little, also where there are more groups (docs/log.md)
+METHOD = "permute"  # in cast.json of what `write_permuted` wrote
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
 
 @torch.no_grad()
-def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict[str, list[float]]:
-    """Reorders the channels of a model in place.
+def permute(
+    model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0
+) -> tuple[ChannelOrder, dict[str, list[float]]]:
+    """Finds an order of a model's channels and reorders them in place.
 
     Args:
         model: a transformers causal language model of Llama's layout, fp32.
@@ -58,56 +46,58 @@ def permute(model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0) -> dict
         seed: of the pairs of groups.
 
     Returns:
-        [before, after] by set of channels: the share of the squared scores that the pattern keeps,
-        over the rows that were searched; the mean over layers.
+        The order; and by set of channels [before, after]: the share of the squared scores that the
+        pattern keeps, over the rows that were searched, the mean over layers.
 
     Raises:
         ValueError: if the model has another layout (it is unchanged then), or if it computes
             something else afterwards (it is not usable then).
         PatternError: if its channels make no whole groups.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     _check_sizes(layers[0], pattern)
     targets, _ = find_targets(model, pattern)
     before = model(input_ids=blocks[:1], use_cache=False).logits
     scores = wanda_scores(model, targets, blocks)
     of_linear = {linear: scores[name] for name, linear in targets.items()}
-    num_orders = 1 + sum(1 + _num_key_heads(layer.self_attn) for layer in layers)
+    num_orders = 1 + sum(1 + num_key_heads(layer.self_attn) for layer in layers)
     with tqdm(total=num_orders, desc="order", unit="set") as progress:
-        orders = _Orders(pattern, torch.Generator().manual_seed(seed), progress)
-        readers = [of_linear[linear] for layer in layers for linear in _residual_readers(layer)]
-        residual = orders.find("residual", *readers)
+        search_for = _Searches(pattern, torch.Generator().manual_seed(seed), progress)
+        readers = [of_linear[linear] for layer in layers for linear in residual_readers(layer)]
+        order = ChannelOrder(search_for.order("residual", *readers), [], [])
         for layer in layers:
-            _reorder_inner(layer.mlp, of_linear, orders)
-            _reorder_values(layer.self_attn, of_linear, orders)
-    _reorder_residual(model, layers, residual)
+            order.inner.append(search_for.order("inner", of_linear[layer.mlp.down_proj]))
+            reads = _by_key_head(layer.self_attn, of_linear)
+            order.values.append([search_for.order("values", head) for head in reads])
+    reorder(model, order)
     after = model(input_ids=blocks[:1], use_cache=False).logits
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference <= MAX_DIFFERENCE:
         raise ValueError(
             f"{type(model).__name__} computes something else with its channels reordered (logits "
-            f"off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE}); train it as it is"
+            f"off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE})"
         )
-    return {
+    shares = {
         kind: [sum(share) / len(found) for share in zip(*found, strict=True)]
-        for kind, found in orders.shares.items()
+        for kind, found in search_for.shares.items()
     }
+    return order, shares
 
 
 @dataclass
-class _Orders:
-    """Finds the orders, and collects the kept shares before and after by set of channels."""
+class _Searches:
+    """Searches for one set of channels after the other, and collects the shares that are kept."""
 
     pattern: Pattern
     generator: torch.Generator
     progress: Any
     shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
-    def find(self, kind: str, *readers: Tensor) -> Tensor:
-        """One order for the columns of all readers, int64 [num_channels].
+    def order(self, kind: str, *readers: Tensor) -> list[int]:
+        """One order for the columns of all readers, [num_channels].
 
         Args:
-            kind: the set of channels, as `permute` names it.
+            kind: the set of channels, as reorder.py names it.
             readers: Wanda scores of the linears that read them, fp32 [num_rows, num_channels] each.
         """
         per_reader = max(MAX_ROWS // len(readers), 1)
@@ -116,7 +106,7 @@ class _Orders:
         found, before, after = search(rows, self.pattern, self.generator)
         self.shares.setdefault(kind, []).append((before, after))
         self.progress.update()
-        return found
+        return found.tolist()
 
 
 def search(
@@ -147,7 +137,7 @@ def search(
     order = max(given, spread, key=lambda one: kept(columns[one].view(-1, m, len(scores))))
     members, order = columns[order].view(-1, m, len(scores)), order.view(-1, m)
     half = len(members) // 2
-    for _ in range(max(len(members), MIN_ROUNDS) if half else 0):
+    for _ in range(ROUNDS if half else 0):
         pairs = torch.randperm(len(members), generator=generator).to(scores.device)
         _exchange(members, order, pairs[:half], pairs[half : 2 * half], n)
     return order.flatten(), first, kept(members)
@@ -203,19 +193,6 @@ def _without_each(members: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.stack(sums, 1), torch.stack(least, 1)
 
 
-def _layers(model: Any) -> list[Any]:
-    layers = list(getattr(getattr(model, "model", None), "layers", []))
-    if not layers or not all(
-        {name for name, _ in layer.named_modules()} >= set(LINEARS) for layer in layers
-    ):
-        raise ValueError(
-            f"{type(model).__name__} is no decoder of Llama's layout (model.layers, each with "
-            f"{', '.join(LINEARS)}), and which of its channels can be reordered is not known; "
-            "train it as it is"
-        )
-    return layers
-
-
 def _check_sizes(layer: Any, pattern: Pattern) -> None:
     sizes = {
         "hidden_size": layer.self_attn.q_proj.in_features,
@@ -226,68 +203,15 @@ def _check_sizes(layer: Any, pattern: Pattern) -> None:
         if size % pattern.m:
             raise PatternError(
                 f"{name} {size} is no multiple of {pattern.m}, so its channels make no whole "
-                f"groups of {pattern}; train it as it is"
+                f"groups of {pattern}"
             )
 
 
-def _num_key_heads(attention: Any) -> int:
-    return int(attention.v_proj.weight.shape[0]) // int(attention.head_dim)
-
-
-def _residual_readers(layer: Any) -> list[nn.Linear]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
-
-
-def _reorder_inner(mlp: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
-    index = orders.find("inner", of_linear[mlp.down_proj])
-    _reorder_rows(mlp.gate_proj, index)
-    _reorder_rows(mlp.up_proj, index)
-    _reorder_columns(mlp.down_proj, index)
-
-
-def _reorder_values(attention: Any, of_linear: Mapping[nn.Module, Tensor], orders: _Orders) -> None:
+def _by_key_head(attention: Any, of_linear: Mapping[nn.Module, Tensor]) -> list[Tensor]:
+    """o_proj's scores of each key-value head's channels, [num_readers * num_rows, head_dim]."""
     reads = of_linear[attention.o_proj].unflatten(1, (-1, attention.head_dim))
-    per_key_head = reads.shape[1] // _num_key_heads(attention)  # query heads that read it
-    found = [orders.find("values", part.flatten(0, 1)) for part in reads.split(per_key_head, dim=1)]
-    _reorder_rows(attention.v_proj, _over_heads(found, 1))
-    _reorder_columns(attention.o_proj, _over_heads(found, per_key_head))
-
-
-def _reorder_residual(model: Any, layers: Sequence[Any], index: Tensor) -> None:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _reorder_columns(embedding, index)
-    if head.weight is not embedding.weight:
-        _reorder_columns(head, index)
-    for layer in layers:
-        for reader in _residual_readers(layer):
-            _reorder_columns(reader, index)
-        _reorder_rows(layer.self_attn.o_proj, index)
-        _reorder_rows(layer.mlp.down_proj, index)
-    norms = [child for layer in layers for child in layer.children() if _is_norm(child)]
-    for norm in [model.model.norm, *norms]:
-        _reorder_rows(norm, index)
-
-
-def _is_norm(child: nn.Module) -> bool:
-    """Of a layer's children only norms have a weight; attention and MLP are modules of linears."""
-    return getattr(child, "weight", None) is not None
-
-
-def _reorder_rows(module: Any, index: Tensor) -> None:
-    module.weight.copy_(module.weight[index])
-    if getattr(module, "bias", None) is not None:
-        module.bias.copy_(module.bias[index])
-
-
-def _reorder_columns(module: Any, index: Tensor) -> None:
-    module.weight.copy_(module.weight[:, index])
-
-
-def _over_heads(orders: Sequence[Tensor], repeats: int) -> Tensor:
-    """Orders within each head -> one over all heads, each repeated for the heads that share it."""
-    of_heads = [order for order in orders for _ in range(repeats)]
-    return torch.cat([order + number * len(order) for number, order in enumerate(of_heads)])
+    per_key_head = reads.shape[1] // num_key_heads(attention)  # query heads that read it
+    return [part.flatten(0, 1) for part in reads.split(per_key_head, dim=1)]
 
 
 def write_permuted(
@@ -313,12 +237,26 @@ def write_permuted(
     tokenizer = models.load_tokenizer(model_dir)
     blocks = oneshot.read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir, torch.float32)
-    shares = permute(model, blocks, pattern)
+    try:
+        _, shares = permute(model, blocks, pattern)
+    except ValueError as error:
+        raise type(error)(f"{error}; train it as it is") from error
     record = {
         "kind": "dense",
-        "method": "permute",
+        "method": METHOD,
         "n": pattern.n,
         "m": pattern.m,
         "kept_share": shares,
     }
     return models.write(out, model.to(torch.bfloat16), tokenizer, record, source=model_dir)
+
+
+def is_permuted(directory: Path, pattern: Pattern) -> bool:
+    """Whether `write_permuted` wrote a model directory, for this pattern.
+
+    Raises:
+        CheckpointError: if its cast.json is damaged.
+    """
+    record = read_record(directory) if (directory / CAST_JSON).is_file() else {}
+    found = [record.get(key) for key in ("method", "n", "m")]
+    return found == [METHOD, pattern.n, pattern.m]

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
+from cast_train.checkpoint import channel_order
+from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.models import load_any, load_dense, sparse_targets
+from cast_train.checkpoint.resume import Choices
 from cast_train.config import TrainConfig
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
 from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
+from cast_train.pruning.permute import is_permuted, permute
+from cast_train.pruning.reorder import reorder, reorder_residual
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
@@ -54,7 +59,7 @@ class Prepared:
     Attributes:
         model: fp32, its targets with gates.
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
-        kept_dense: linears that would be targets and stay dense for `zeros`.
+        choices: what was chosen for it: the order of its channels, the linears that stay dense.
         gate_map: the targets' gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool, in the weight's layout.
         reach: how far the gates can move from there; None where no logits are to be learnt.
@@ -63,7 +68,7 @@ class Prepared:
 
     model: Any
     targets: Mapping[str, nn.Module]
-    kept_dense: Sequence[str]
+    choices: Choices
     gate_map: Mapping[str, gating.Gate]
     start: Mapping[str, Tensor]
     reach: Reach | None
@@ -94,27 +99,38 @@ def prepare(
     teacher_dir: Path | None,
     blocks: Blocks,
     config: TrainConfig,
-    kept_dense: Sequence[str] | None = None,
+    choices: Choices | None = None,
 ) -> Prepared:
-    """Loads the model and its teacher, and puts gates on the targets.
+    """Loads the model and its teacher, reorders their channels, and puts gates on the targets.
 
     Args:
         model_dir: dense HF directory; or a pruned or compressed one, whose linears without zeros
             stay dense.
         teacher_dir: dense one to distil from; None: model_dir.
-        blocks: the text; the first training blocks calibrate the gates' start.
+        blocks: the text; the first training blocks calibrate the order and the gates' start.
         config: all settings.
-        kept_dense: targets that stay dense for `config.zeros`; None: they are chosen.
+        choices: of the run that is gone on with; None: they are made.
 
     Raises:
         ValueError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
+    calibration = blocks.train[: config.calibration_blocks]
+    sparse = sparse_targets(model_dir)
+    if sparse is not None:  # whose channels lie in that order already
+        order = channel_order.read(model_dir)
+    elif choices is not None:
+        order = choices.order
+        if order is not None:
+            reorder(model, order)
+    else:
+        model, order = _reordered(model, model_dir, calibration, config)
     targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
-    if kept_dense is None and (sparse := sparse_targets(model_dir)) is not None:
+    if choices is not None:
+        kept_dense = choices.kept_dense
+    elif sparse is not None:
         kept_dense = [name for name in targets if name not in sparse]
-    elif kept_dense is None:
-        calibration = blocks.train[: config.calibration_blocks]
+    else:
         kept_dense = keep_dense(
             model, targets, config.pattern, calibration, config.zeros, config.allocation
         )
@@ -139,9 +155,32 @@ def prepare(
     teacher = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
+        if order is not None and config.hidden_states_weight:
+            _reorder_teacher(teacher, order)
         attention.use_blocks(teacher)
     attention.use_blocks(model)
-    return Prepared(model, targets, kept_dense, gate_map, start, reach, teacher)
+    return Prepared(model, targets, Choices(kept_dense, order), gate_map, start, reach, teacher)
+
+
+def _reordered(
+    model: Any, model_dir: Path, calibration: Tensor, config: TrainConfig
+) -> tuple[Any, ChannelOrder | None]:
+    """A dense model in the order that `config.channel_order` asks for, and what that is.
+
+    None: its channels are as they were, maybe since another order could not be found.
+    """
+    if (
+        config.channel_order == "given"
+        or config.method == "dense"
+        or is_permuted(model_dir, config.pattern)
+    ):
+        return model, None
+    try:
+        order, _ = permute(model, calibration, config.pattern)
+    except ValueError as reason:
+        logger.warning("channel_order auto: the channels keep the given order: %s", reason)
+        return load_any(model_dir, torch.float32), None  # it may have been changed
+    return model, order
 
 
 def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
@@ -254,3 +293,14 @@ def _load_teacher(directory: Path, config: TrainConfig, student: Any) -> Any:
                 "hidden_states_weight to 0 for a teacher of another shape"
             )
     return teacher.eval()
+
+
+def _reorder_teacher(teacher: Any, order: ChannelOrder) -> None:
+    """Reorders its hidden states as the model's are, so that they can be compared."""
+    try:
+        reorder_residual(teacher, order)
+    except ValueError as error:
+        raise ValueError(
+            f"the teacher cannot be reordered as the model was: {error}; set channel_order to "
+            "given, or hidden_states_weight to 0"
+        ) from error

@@ -107,11 +107,11 @@ def train(
     resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
-    kept_dense = resume.read_kept_dense(partial) if resume_from else None
-    prepared = prepare(model_dir, teacher_dir, blocks, config, kept_dense)
+    choices = resume.read_choices(partial) if resume_from else None
+    prepared = prepare(model_dir, teacher_dir, blocks, config, choices)
     if _rank() == 0:
         resume.check_room(partial, prepared.model)
-        resume.begin(partial, run_identity, prepared.kept_dense)
+        resume.begin(partial, run_identity, prepared.choices)
     trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
     trained = _as_stored(trainer, prepared, model_dir, config)
     record = _measure(trained, trainer, blocks, config)
@@ -119,7 +119,9 @@ def train(
     if trainer.is_world_process_zero():
         trained.model.to(torch.bfloat16)
         record = models.write(
-            out, trained.model, tokenizer, {**record, **run_identity}, tensors, source=model_dir
+            *(out, trained.model, tokenizer, {**record, **run_identity}, tensors),
+            source=model_dir,
+            order=trained.choices.order,
         )
         shutil.rmtree(partial)
     return record
@@ -237,7 +239,7 @@ def _measure(
         "n": config.pattern.n,
         "m": config.pattern.m,
         "targets": list(trained.targets),
-        "kept_dense": list(trained.kept_dense),
+        "kept_dense": list(trained.choices.kept_dense),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
         "trained_as": _trained_as(config),

@@ -18,6 +18,7 @@ from transformers import (
 
 SETTINGS = """
 method = "gates"
+channel_order = "given"
 block_size = 32
 batch_blocks = 4
 heldout_blocks = 4

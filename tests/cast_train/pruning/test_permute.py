@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +11,7 @@ from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
 from cast_train.checkpoint.models import kind_of, load_dense
 from cast_train.config import TrainConfig
-from cast_train.pruning import oneshot, permute
+from cast_train.pruning import oneshot, permute, reorder
 from tests.cast_train.training.test_architectures import COMMON, FAMILIES
 
 OTHER_LAYOUTS = ("gpt2", "opt")
@@ -64,10 +66,13 @@ def test_a_model_computes_the_same_and_pruning_keeps_more(config):
         parameter.data.normal_(std=0.3)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     before = model(TOKENS).logits
-    shares = permute.permute(model, TOKENS, TWO_FOUR)
+    given = copy.deepcopy(model)
+    order, shares = permute.permute(model, TOKENS, TWO_FOUR)
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-3, atol=1e-4)
     assert set(shares) == {"residual", "inner", "values"}
     assert all(after > first for first, after in shares.values())
+    reorder.reorder(given, order)
+    assert all(map(torch.equal, given.parameters(), model.parameters()))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
     still = {name for name in weights if name not in moved}
     assert all(
@@ -90,12 +95,27 @@ def test_channels_without_whole_groups_are_refused(llama_dir):
         permute.permute(load_dense(llama_dir, torch.float32), TOKENS, Pattern(2, 5))
 
 
-def test_a_model_that_computes_something_else_is_refused(llama_dir, monkeypatch):
+def test_a_model_that_computes_something_else_is_refused(
+    llama_dir, text_file, tmp_path, monkeypatch
+):
     """As one would whose channels are read somewhere that we do not know of."""
+    monkeypatch.setattr(reorder, "residual_readers", lambda layer: [layer.self_attn.q_proj])
+    with pytest.raises(ValueError, match="computes something else .*; train it as it is"):
+        permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_order_of_another_shape_is_refused(llama_dir):
     model = load_dense(llama_dir, torch.float32)
-    monkeypatch.setattr(permute, "_residual_readers", lambda layer: [layer.self_attn.q_proj])
-    with pytest.raises(ValueError, match="computes something else .* train it as it is"):
-        permute.permute(model, TOKENS, TWO_FOUR)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    order, _ = permute.permute(copy.deepcopy(model), TOKENS, TWO_FOUR)
+    narrow = dataclasses.replace(order, residual=list(range(16)))
+    with pytest.raises(ValueError, match="of 16 places were ordered, but .* has hidden_size 32"):
+        reorder.reorder(model, narrow)
+    shallow = dataclasses.replace(order, inner=order.inner[:1], values=order.values[:1])
+    with pytest.raises(ValueError, match="has 2 layers with 64 inner .* but 1 with 64 and 1 were"):
+        reorder.reorder(model, shallow)
+    assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_a_directory_is_written_whole(large_weights_dir, text_file, tmp_path, monkeypatch):
