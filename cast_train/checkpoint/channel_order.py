@@ -50,7 +50,7 @@ def read(directory: Path) -> ChannelOrder | None:
     try:
         found = ChannelOrder(content["residual"], content["inner"], content["values"])
         heads = [head for layer in found.values for head in layer]
-        is_order = all(
+        is_order = len(found.inner) == len(found.values) > 0 and all(
             sorted(order) == list(range(len(order)))
             for order in (found.residual, *found.inner, *heads)
         )

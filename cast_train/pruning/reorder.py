@@ -109,16 +109,22 @@ def reorder_residual(model: Any, order: ChannelOrder) -> None:
 
 def _check_shape(model: Any, layers: Sequence[Any], order: ChannelOrder) -> None:
     found = [
-        (layer.mlp.down_proj.weight.shape[1], num_key_heads(layer.self_attn)) for layer in layers
+        (
+            layer.mlp.down_proj.weight.shape[1],
+            num_key_heads(layer.self_attn) * [layer.self_attn.head_dim],
+        )
+        for layer in layers
     ]
     wanted = [
-        (len(inner), len(values)) for inner, values in zip(order.inner, order.values, strict=True)
+        (len(inner), [len(head) for head in values])
+        for inner, values in zip(order.inner, order.values, strict=True)
     ]
     if found != wanted:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} layers with {found[0][0]} inner channels and "
-            f"{found[0][1]} key-value heads, but {len(wanted)} with {wanted[0][0]} and "
-            f"{wanted[0][1]} were ordered; give the model that was reordered"
+            f"{type(model).__name__} has {len(found)} layers, the first with {found[0][0]} inner "
+            f"channels and key-value heads of {found[0][1]}, but those that were ordered are "
+            f"{len(wanted)} with {wanted[0][0]} and {wanted[0][1]}; give the model that was "
+            "reordered"
         )
 
 

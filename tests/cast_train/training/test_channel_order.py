@@ -139,8 +139,9 @@ def test_a_teacher_of_another_layout_is_refused(llama_dir, gpt2_dir, text_file, 
     ("content", "message"),
     [
         ({"residual": [0, 1]}, "holds no order of channels: KeyError"),
-        ({"residual": [0, 0], "inner": [], "values": []}, "does not name every channel once"),
-        ({"residual": [0, 1], "inner": [3], "values": []}, "holds no order of channels"),
+        ({"residual": [0, 0], "inner": [[0]], "values": [[[0]]]}, "not name every channel once"),
+        ({"residual": [0, 1], "inner": [[0]], "values": []}, "not name every channel once"),
+        ({"residual": [0, 1], "inner": [3], "values": [[[0]]]}, "holds no order of channels"),
         ([0, 1], "holds list, not a JSON object"),
     ],
 )
