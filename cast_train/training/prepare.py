@@ -176,10 +176,14 @@ def _reordered(
     ):
         return model, None
     try:
-        order, _ = permute(model, calibration, config.pattern)
+        order, shares = permute(model, calibration, config.pattern)
     except ValueError as reason:
         logger.warning("channel_order auto: the channels keep the given order: %s", reason)
         return load_any(model_dir, torch.float32), None  # it may have been changed
+    kept = ", ".join(f"{kind} {old:.3f}, now {new:.3f}" for kind, (old, new) in shares.items())
+    logger.info(
+        "channels reordered; share of the squared scores that %s keeps: %s", config.pattern, kept
+    )
     return model, order
 
 
