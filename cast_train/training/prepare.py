@@ -115,6 +115,7 @@ def prepare(
         ValueError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
+    find_targets(model, config.pattern, config.include, config.exclude)  # refuses before the search
     calibration = blocks.train[: config.calibration_blocks]
     sparse = sparse_targets(model_dir)
     if sparse is not None:  # whose channels lie in that order already
