@@ -100,6 +100,7 @@ def test_readme_s_commands_are_typed_in_order(tmp_path: Path) -> None:
     assert typed.index(metrics) < typed.index("make serve")  # which ends after it
     (trained,) = (command for command in typed if "train-and-convert" in command)
     assert trained.split()[1:] == ["--model", "dense", "--text", "a.txt", "b.txt", "--out", "out"]
-    assert ".venv/bin/cast-serve up --variant dense=dense --variant sparse=out" in typed
+    served = ".venv/bin/cast-serve up --variant dense=dense --variant sparse=out"
+    assert f"{served} -- --max-model-len 2048" in typed
     with pytest.raises(httpx.ConnectError):
         httpx.get(newcomer.url)
