@@ -8,6 +8,7 @@ vLLM's processes load it.
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import re
@@ -25,6 +26,16 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine's processes reach what listens there; None is everywhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "::").is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def read_key(key: str, file: Path | None) -> str:

@@ -3,9 +3,10 @@
 Between two forwards each process holds rows of every parameter; during a layer's forward it holds
 that layer whole. The mask of a group is thus always chosen from all of its M weights. Optimisers
 work on the rows alone, which is the same for all that treats weights one by one; AdamS ranks
-groups, which rows keep whole unless the weight is stored transposed (`check`).
+groups, which rows keep whole unless the weight is stored transposed (`check_groups`).
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,19 +18,25 @@ from cast_serve.sparsity.pattern import PatternError
 from cast_train.config import TrainConfig
 
 
-def check(config: TrainConfig, num_processes: int, transposed: Mapping[str, Tensor]) -> None:
-    """Refuses what cannot be sharded.
+def rank() -> int:
+    """This process's rank under torchrun, also before torch.distributed is initialised."""
+    return int(os.environ.get("RANK", 0))
 
-    Args:
-        config: of a run with ``is_sharded``.
-        num_processes: that share the parameters.
-        transposed: weights [in_features, out_features] by name of the targets stored so.
+
+def num_processes() -> int:
+    """The processes of this run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses settings that cannot go with ``is_sharded``, before anything is read.
 
     Raises:
         ValueError: for one process, or a setting that needs whole parameters.
-        PatternError: if AdamS would rank groups that the shards cut.
     """
-    if num_processes < 2:
+    if not config.is_sharded:
+        return
+    if num_processes() < 2:
         raise ValueError(
             "is_sharded needs two processes or more, but this is the only one; start the run with "
             "torchrun --nproc-per-node 2 -m cast_train run ..., or set is_sharded = false"
@@ -41,11 +48,25 @@ def check(config: TrainConfig, num_processes: int, transposed: Mapping[str, Tens
         )
     if config.keep_best:
         raise ValueError("is_sharded cannot go with keep_best; set one of them to false")
-    for name, weight in transposed.items() if config.method == "adams" else ():
-        rows_each = -(-weight.shape[0] // num_processes)
+
+
+def check_groups(config: TrainConfig, transposed: Mapping[str, Tensor]) -> None:
+    """Refuses weights whose groups the shards would cut, where AdamS ranks them.
+
+    Args:
+        config: all settings.
+        transposed: weights [in_features, out_features] by name of the targets stored so.
+
+    Raises:
+        PatternError: naming the first of them.
+    """
+    if not config.is_sharded or config.method != "adams":
+        return
+    for name, weight in transposed.items():
+        rows_each = -(-weight.shape[0] // num_processes())
         if rows_each % config.pattern.m:
             raise PatternError(
-                f"{name} is stored transposed, and {num_processes} processes would cut its "
+                f"{name} is stored transposed, and {num_processes()} processes would cut its "
                 f"{weight.shape[0]} columns into pieces of {rows_each}, no multiple of "
                 f"{config.pattern.m}; take another number of processes, or set is_sharded = false"
             )

@@ -16,7 +16,7 @@ from cast_serve.checkpoint.record import (
     read_record,
     shards,
 )
-from cast_serve.checkpoint.shard import check_contained, opened
+from cast_serve.checkpoint.shard import check_contained, each_tensor, opened
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
@@ -271,12 +271,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     """Shard by tensor name; reads only file headers.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is none, or a tensor stands in two.
     """
-    files: dict[str, Path] = {}
-    for shard in shards(directory):
-        with opened(shard) as tensors:
-            files |= dict.fromkeys(tensors.keys(), shard)
+    files = {name: path for name, path, _ in each_tensor(shards(directory))}
     if not files:
         raise CheckpointError(
             f"{directory} has no *.safetensors; save the model with safetensors first"

@@ -5,7 +5,7 @@ copied into what is published; a pipe or a device would be read without end.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,3 +87,23 @@ def opened(path: Path) -> Iterator["safe_open"]:
             f"{path} cannot be read as safetensors ({error}); it is damaged or was not copied "
             "whole: copy the directory again"
         ) from None
+
+
+def each_tensor(paths: Iterable[Path]) -> Iterator[tuple[str, Path, "safe_open"]]:
+    """Name, path and opened shard of every tensor of some shards.
+
+    Raises:
+        CheckpointError: if a shard is damaged, or two have a tensor of one name.
+    """
+    files: dict[str, Path] = {}
+    for path in paths:
+        with opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 - a shard is no dict
+                if name in files:
+                    raise CheckpointError(
+                        f"{path.parent} has {name} in {files[name].name} and in {path.name}, so "
+                        "shards of two versions of the model lie there; remove those that its "
+                        "index does not name"
+                    )
+                files[name] = path
+                yield name, path, shard

@@ -9,7 +9,6 @@ listens only once the engine has answered (see warmup.py).
 import argparse
 import asyncio
 import ctypes
-import ipaddress
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from cast_serve import worker_key
 from cast_serve.checkpoint import hub
@@ -152,6 +152,9 @@ def all_flags(
 ) -> list[str]:
     """Our flags for vLLM, except those that the user gave, and then the user's.
 
+    The user gives them among the flags or in the YAML file of --config. To vLLM a command line is
+    worth more than that file, so a flag of ours must not stand there beside the file's.
+
     Args:
         quantization: the method for weights that are stored with their zeros, of which config.json
             does not say that they are 2:4; None: config.json decides.
@@ -173,9 +176,23 @@ def all_flags(
         ours["--quantization"] = quantization
     if not torch.cuda.is_available():
         ours["--max-num-batched-tokens"] = str(CPU_STEP_TOKENS)
-    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
+    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags} | _in_file(vllm_flags)
+    if "--gpu-memory-utilization" in given:  # which bytes of the KV cache would override
+        del ours["--kv-cache-memory-bytes"]
     defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
     return [*defaults, *vllm_flags]
+
+
+def _in_file(vllm_flags: Sequence[str]) -> set[str]:
+    """The flags that the file of --config gives; what is wrong with the file, vLLM says."""
+    words = [part for flag in vllm_flags for part in flag.split("=", 1)]
+    if "--config" not in words[:-1]:
+        return set()
+    try:
+        content = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return {f"--{key}".replace("_", "-") for key in content} if isinstance(content, dict) else set()
 
 
 def lacks_compiler(vllm_flags: Sequence[str]) -> bool:
@@ -209,22 +226,12 @@ def guard(args: argparse.Namespace, name: str) -> None:
         os.environ[worker_key.VLLM_VARIABLE] = key
         # Here and not in `all_flags`, where the user's would replace it; the last is the outermost.
         args.middleware = [*args.middleware, f"{worker_key.__name__}.KeyCheck"]
-    elif not (args.headless or is_loopback(args.host)):
+    elif not (args.headless or worker_key.is_loopback(args.host)):
         print(
             f"cast-serve worker {name}: listens on {args.host} and asks for no key, so whoever "
             f"reaches it may use it; set {worker_key.VARIABLE} ({worker_key.HOW_TO_MAKE})",
             file=sys.stderr,
         )
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether only this machine's processes reach what listens there; None is everywhere."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "::").is_loopback
-    except ValueError:  # another name
-        return False
 
 
 def compiler() -> str:

@@ -39,9 +39,11 @@ from cast_serve.gateway.upstream.control import Control
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.roll import Roller
 from cast_serve.gateway.upstream.supervisor import Supervisor, VariantError, WatchSettings
-from cast_serve.worker_key import read_key
+from cast_serve.worker_key import is_loopback, read_key
 
 logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75  # of a connection without a request
 
 
 class Gateway:
@@ -179,13 +181,14 @@ def create_app(
     for path in (*PROXIED, COMPARE):
         app.add_api_route(path, proxy.answer, methods=["POST"])
     app.add_api_route("/v1/models", proxy.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", proxy.model, methods=["GET"])
 
     @app.get("/v1/comparison")
     async def comparison() -> dict[str, Any]:
         own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.models}
         return {**proxy.comparison.snapshot(), **own}
 
-    @app.get("/livez")
+    @app.get(paths.LIVENESS)
     async def livez() -> Response:
         return Response(status_code=200)
 
@@ -267,6 +270,13 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
         logger.info("gateway: stopping once the running requests are answered")
         loop.call_later(settings.drain_delay_s, close)
 
+    has_keys = settings.api_keys or settings.api_keys_file is not None
+    if not (has_keys or is_loopback(settings.host)):
+        logger.warning(
+            "gateway: listens on %s and asks for no key, so whoever reaches it may use it; set "
+            "CAST_API_KEYS or CAST_API_KEYS_FILE",
+            settings.host,
+        )
     app = create_app(variants, settings, on_failure=close)
     server = Server(
         uvicorn.Config(
@@ -280,6 +290,8 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
             ),
             ws="none",
             limit_concurrency=settings.max_connections,
+            # Longer than nginx keeps one (60 s): a request must not meet a connection that closes.
+            timeout_keep_alive=KEEP_ALIVE_S,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s),

@@ -33,6 +33,7 @@ class Exchange:
         body: as it came, without the fields that have no effect.
         deadline_s: on the event loop's clock.
         variant: who was asked for; empty until that is known.
+        epoch: of the comparison when it arrived (compare/live.py).
         sent_s: when a worker got it, on the stopwatch's clock.
         answered_by: the variant that answered in full; as the next three, set by `finish`.
         timing: None unless text was generated.
@@ -49,6 +50,7 @@ class Exchange:
     body: dict[str, Any] = field(default_factory=dict)
     deadline_s: float = 0.0
     variant: str = ""
+    epoch: int = 0
     sent_s: float = 0.0
     answered_by: str = ""
     timing: RequestTiming | None = None

@@ -25,7 +25,13 @@ from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
 from cast_serve.gateway.upstream.client import LOST, Client, fail_if_lost
-from cast_serve.gateway.upstream.replica import Replica, note_doubt, note_failure, note_locked
+from cast_serve.gateway.upstream.replica import (
+    LOCKED,
+    Replica,
+    note_doubt,
+    note_failure,
+    note_refusal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +143,7 @@ class Forwarder:
         stack.callback(upstream.close)  # nothing, if it was read to its end
         stack.callback(fail_if_lost(upstream))
         if upstream.status == 401:  # of the gateway's key: no fault of the client's
-            note_locked(replica)
+            note_refusal(replica, LOCKED)
             self._on_lost(replica)
             raise BrokenError
         return upstream

@@ -96,9 +96,8 @@ class Metrics:
         registry.register(_Queues(admissions))
         registry.register(_Shadows(comparison, shadow_outcomes))
 
-    def observe(self, variant: str, timing: RequestTiming, prompt_tokens: int) -> None:
-        """Adds one successfully finished request."""
-        self.comparison.observe(variant, timing)
+    def observe(self, variant: str, timing: RequestTiming) -> None:
+        """Adds the times of one successfully finished request."""
         self.e2e.labels(variant).observe(timing.e2e_s)
         for gap_s in timing.itl_s:
             self.itl.labels(variant).observe(gap_s)
@@ -106,6 +105,9 @@ class Metrics:
             self.ttft.labels(variant).observe(timing.ttft_s)
         if timing.tpot_s is not None:
             self.tpot.labels(variant).observe(timing.tpot_s)
+
+    def count_tokens(self, variant: str, prompt_tokens: int, timing: RequestTiming) -> None:
+        """Adds the tokens of one successfully finished request."""
         self.prompt_tokens.labels(variant).inc(prompt_tokens)
         self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
 

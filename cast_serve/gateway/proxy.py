@@ -119,11 +119,10 @@ class Proxy:
         exchange = Exchange(
             request.url.path, self.shadow.is_on, self._account, facts_of(request.scope)
         )
+        exchange.epoch = self.comparison.epoch
         try:
             exchange.body, checked, ignored = await self.bodies.read(request)
             variants = self._route(exchange, checked, request.headers.get(STICKY_HEADER))
-            for variant in variants:
-                limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
             exchange.deadline_s = deadline_s(request, self.settings.request_timeout_s)
             if exchange.route == COMPARE:
                 work = self._compare(exchange, checked)
@@ -146,13 +145,30 @@ class Proxy:
     def _route(
         self, exchange: Exchange, checked: BaseModel, sticky_key: str | None
     ) -> list[Variant]:
-        """Who may answer: the variant asked for and then its fallback; all, for a comparison."""
+        """Who may answer: the variant asked for and then its fallback; all, for a comparison.
+
+        Raises:
+            APIError: 404, or 400 if the request is beyond the limits of the variant asked for. A
+                fallback beyond whose limits it is answers for none.
+        """
         if exchange.route == COMPARE:
-            return list(self.variants.values())
+            variants = list(self.variants.values())
+            for variant in variants:
+                self._check_limits(checked, variant)
+            return variants
         key = sticky_key or getattr(checked, "user", None)
         variant = self.router.choose(exchange.body["model"], key)
         exchange.variant = exchange.facts["variant"] = variant.name
-        return self.router.candidates(variant)
+        self._check_limits(checked, variant)
+        candidates = [variant]
+        for fallback in self.router.candidates(variant)[1:]:
+            with suppress(APIError):
+                self._check_limits(checked, fallback)
+                candidates.append(fallback)
+        return candidates
+
+    def _check_limits(self, checked: BaseModel, variant: Variant) -> None:
+        limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
 
     async def _answer_by(self, candidates: Sequence[Variant], exchange: Exchange) -> Response:
         """Asks each candidate's replicas, each once, until one answers."""
@@ -215,11 +231,18 @@ class Proxy:
 
     def _account(self, exchange: Exchange) -> None:
         """Counts a request that has ended; what it generated is timed, and may be repeated."""
+        exchange.facts["outcome"] = exchange.status
         self.metrics.requests.labels(exchange.variant, exchange.route, str(exchange.status)).inc()
         timing = exchange.timing
         if timing is None:
             return
-        self.metrics.observe(exchange.answered_by, timing, exchange.prompt_tokens)
+        self.metrics.count_tokens(exchange.answered_by, exchange.prompt_tokens, timing)
+        # The time of an answer by the fallback holds what the request waited for the variant that
+        # failed, which would count as slowness of the one that answered.
+        if exchange.answered_by == exchange.variant:
+            self.metrics.observe(exchange.answered_by, timing)
+            if exchange.epoch == self.comparison.epoch:
+                self.comparison.observe(exchange.answered_by, timing)
         exchange.facts |= {
             "prompt_tokens": exchange.prompt_tokens,
             "output_tokens": timing.output_tokens,
@@ -296,12 +319,27 @@ class Proxy:
                 continue
             with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
                 response = await self.client.get(f"{replica.url}/v1/models", timeout=5)
-                cards += [{**card, "owned_by": "cast-serve"} for card in response.json()["data"]]
+                cards += [
+                    {**card, "owned_by": "cast-serve"}
+                    for card in response.json()["data"]
+                    if card["id"] == variant.name  # others, as of adapters, are not passed on
+                ]
         cards += [
             {"id": name, "object": "model", "owned_by": "cast-serve", "split": shares}
             for name, shares in self.router.split.items()
         ]
         return {"object": "list", "data": cards}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One card of `models`.
+
+        Raises:
+            APIError: 404 if there is no such model.
+        """
+        if name not in self.router.split:
+            self.router.choose(name, None)
+        found = (await self.models())["data"]
+        return next(card for card in found if card["id"] == name)
 
     async def exposition(self) -> bytes:
         """Prometheus text of the gateway and of every worker that answers."""

@@ -108,29 +108,17 @@ def patterns_of(n: int, m: int) -> Tensor:
     return table
 
 
-def check_mask(mask: Tensor, pattern: Pattern, name: str) -> None:
-    """Checks that every group of a mask keeps exactly N.
-
-    Raises:
-        PatternError: naming the tensor, the first bad row and group, and how many are bad.
-    """
-    _refuse_groups(groups(mask, pattern.m).sum(-1) != pattern.n, name, f"keep exactly {pattern.n}")
-
-
 def check_weight(weight: Tensor, pattern: Pattern, name: str) -> None:
     """Checks that every group of a weight [out_features, in_features] has at most N non-zeros.
 
     Raises:
         PatternError: naming the tensor, the first bad row and group, and how many are bad.
     """
-    num_nonzeros = (groups(weight, pattern.m) != 0).sum(-1)
-    _refuse_groups(num_nonzeros > pattern.n, name, f"have at most {pattern.n} non-zeros")
-
-
-def _refuse_groups(bad: Tensor, name: str, rule: str) -> None:
+    bad = (groups(weight, pattern.m) != 0).sum(-1) > pattern.n
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise PatternError(
-            f"{name}: {int(bad.sum())} of {bad.numel()} groups do not {rule}; the first is "
-            f"row {row}, group {group}; prune or train the model to the pattern first"
+            f"{name}: {int(bad.sum())} of {bad.numel()} groups do not have at most {pattern.n} "
+            f"non-zeros; the first is row {row}, group {group}; prune or train the model to the "
+            "pattern first"
         )

@@ -31,8 +31,10 @@ class ChannelOrder:
 
 
 def write(directory: Path, order: ChannelOrder | None) -> None:
-    """Writes the file into a directory; none for channels that lie as they did."""
-    if order is not None:
+    """Writes the file into a directory; removes it for channels that lie as they did."""
+    if order is None:
+        (directory / ORDER_FILE).unlink(missing_ok=True)
+    else:
         content = json.dumps(dataclasses.asdict(order), separators=(",", ":"))
         (directory / ORDER_FILE).write_text(content + "\n", encoding="utf-8")
 

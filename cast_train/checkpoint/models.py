@@ -39,7 +39,7 @@ from cast_serve.checkpoint.record import (
     verify,
     write_record,
 )
-from cast_serve.checkpoint.shard import opened
+from cast_serve.checkpoint.shard import each_tensor
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import dequantize, rounded
@@ -387,12 +387,10 @@ def tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a directory's shards, one at a time.
 
     Raises:
-        CheckpointError: if a shard is damaged.
+        CheckpointError: if a shard is damaged, or a tensor stands in two.
     """
-    for path in shards(directory):
-        with opened(path) as shard:
-            for key in shard.keys():  # noqa: SIM118 - a shard is no dict
-                yield key, shard.get_tensor(key)
+    for key, _, shard in each_tensor(shards(directory)):
+        yield key, shard.get_tensor(key)
 
 
 def _versions() -> dict[str, str]:

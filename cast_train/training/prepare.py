@@ -1,7 +1,6 @@
 """Dense model + text + TrainConfig -> a run's token blocks, model with gates, and teacher."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def read_blocks(
     """
     heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
-    batch = config.batch_blocks * int(os.environ.get("WORLD_SIZE", 1))  # of all processes
+    batch = config.batch_blocks * sharding.num_processes()
     train, validation = split_held_out(blocks, config.heldout_blocks, batch)
     if heldout_file is None:
         return Blocks(train, validation, validation, "held-out split of the training text")
@@ -115,7 +114,11 @@ def prepare(
         ValueError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
-    find_targets(model, config.pattern, config.include, config.exclude)  # refuses before the search
+    # What is wrong is refused before the search, which takes a minute and more.
+    find_targets(model, config.pattern, config.include, config.exclude)
+    teacher = None
+    if config.distillation_weight:
+        teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
     calibration = blocks.train[: config.calibration_blocks]
     sparse = sparse_targets(model_dir)
     if sparse is not None:  # whose channels lie in that order already
@@ -143,9 +146,8 @@ def prepare(
         )
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
-    if config.is_sharded:
-        transposed = {n: t.weight for n, t in targets.items() if gating.is_transposed(t)}
-        sharding.check(config, int(os.environ.get("WORLD_SIZE", 1)), transposed)
+    transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
+    sharding.check_groups(config, transposed)
     gate_map = _attach(model, targets, blocks.train, config)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
@@ -153,9 +155,7 @@ def prepare(
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             if embedding is not None:
                 embedding.requires_grad_(False)
-    teacher = None
-    if config.distillation_weight:
-        teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
+    if teacher is not None:
         if order is not None and config.hidden_states_weight:
             _reorder_teacher(teacher, order)
         attention.use_blocks(teacher)

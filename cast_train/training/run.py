@@ -10,7 +10,6 @@ write    gates removed -> OUT, complete or not at all
 
 import dataclasses
 import logging
-import os
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -104,12 +103,12 @@ def train(
     }
     if out.exists():
         return _finished(out, run_identity)
-    resume_from = resume.find(partial, run_identity, is_resume, is_first=_rank() == 0)
+    resume_from = resume.find(partial, run_identity, is_resume, is_first=sharding.rank() == 0)
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
     choices = resume.read_choices(partial) if resume_from else None
     prepared = prepare(model_dir, teacher_dir, blocks, config, choices)
-    if _rank() == 0:
+    if sharding.rank() == 0:
         resume.check_room(partial, prepared.model)
         resume.begin(partial, run_identity, prepared.choices)
     trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
@@ -147,8 +146,9 @@ def _check_outputs(
             raise CheckpointError(f"{out} exists and is no run's result; {ANOTHER_OUT}")
         identity.check(read_record(out), settings, f"{out} exists and is another run", ANOTHER_OUT)
         return
+    sharding.check(config)
     check_new(out)
-    if _rank() == 0 and partial.exists():
+    if sharding.rank() == 0 and partial.exists():
         resume.check(partial, settings, is_resume)
 
 
@@ -270,11 +270,6 @@ def _trained_as(config: TrainConfig) -> dict[str, Any] | None:
     return {"quantize": config.quantize, "scale_group": scale_group, "num_steps": num_steps}
 
 
-def _rank() -> int:
-    """This process's rank under torchrun, also before torch.distributed is initialised."""
-    return int(os.environ.get("RANK", 0))
-
-
 def _finished(out: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a finished run, verified."""
     record = verify(out)
@@ -329,7 +324,7 @@ def _steps_between_saves(config: TrainConfig) -> int:
 
 
 def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
-    is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    is_distributed = sharding.num_processes() > 1
     return TrainingArguments(
         output_dir=str(partial),
         max_steps=config.steps,

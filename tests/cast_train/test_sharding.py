@@ -27,17 +27,20 @@ def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_fil
         ({"keep_best": True, "evaluate_every": 1, "steps": 20}, "keep_best; set one of them"),
     ],
 )
-def test_what_needs_whole_parameters_is_refused(changes, message):
+def test_what_needs_whole_parameters_is_refused(changes, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sharding.check(SHARDED)
     with pytest.raises(ValueError, match=message):
-        sharding.check(dataclasses.replace(SHARDED, **changes), 2, {})
+        sharding.check(dataclasses.replace(SHARDED, **changes))
 
 
-def test_adams_refuses_shards_that_cut_groups():
+def test_adams_refuses_shards_that_cut_groups(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     config = dataclasses.replace(SHARDED, method="adams")
-    sharding.check(config, 2, {"c_fc": torch.empty(32, 8)})
+    sharding.check_groups(config, {"c_fc": torch.empty(32, 8)})
     with pytest.raises(PatternError, match="c_fc .* cut its 36 columns into pieces of 18"):
-        sharding.check(config, 2, {"c_fc": torch.empty(36, 8)})
-    sharding.check(dataclasses.replace(config, method="ste"), 2, {"c_fc": torch.empty(36, 8)})
+        sharding.check_groups(config, {"c_fc": torch.empty(36, 8)})
+    sharding.check_groups(dataclasses.replace(config, method="ste"), {"c_fc": torch.empty(36, 8)})
 
 
 def test_a_whole_tensor_is_its_own_share():

@@ -62,10 +62,12 @@ def test_settings_exist_and_agree(cpu: Named) -> None:
     in_compose = SERVICES["gateway"]["environment"]
     (source,) = kubernetes_container(cpu, "gateway")["envFrom"]
     in_kubernetes = cpu["ConfigMap", source["configMapRef"]["name"]]["data"]
-    # Compose publishes on this machine alone, and asks clients for no key.
+    # Compose publishes on this machine alone, and asks clients for no key unless it is given.
+    assert in_compose["CAST_API_KEYS"] == "${CAST_API_KEYS:-}"
     files = {"CAST_API_KEYS_FILE": "/etc/cast-serve/keys"}
     files["CAST_WORKER_KEY_FILE"] = "/etc/cast-worker/key"
-    shared = {key: value for key, value in in_compose.items() if key != "CAST_WORKER_KEY"}
+    keys = ("CAST_WORKER_KEY", "CAST_API_KEYS")
+    shared = {name: value for name, value in in_compose.items() if name not in keys}
     assert {**shared, **files} == in_kubernetes
     known = {f"CAST_{field.upper()}" for field in GatewaySettings.model_fields}
     assert set(in_compose) <= known

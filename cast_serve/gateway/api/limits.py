@@ -63,6 +63,11 @@ def check(
         raise _above("min_tokens", body.min_tokens, asked, "it cannot exceed max_tokens")
     _check_asked(asked, max_model_len)
     if isinstance(body, CompletionBody):
+        if body.max_tokens == 0 and not body.echo:
+            raise bad_request(
+                "max_tokens is 0, which answers nothing unless echo is true; ask for 1 or more",
+                "max_tokens",
+            )
         _check_prompts(body, asked, max_model_len, vocabulary_size)
 
 

@@ -1,6 +1,7 @@
 """Paths that stand in more than one place, and what is served in place of OpenAI's other paths."""
 
-PROBES = ("/livez", "/readyz", "/startupz", "/health")
+LIVENESS = "/livez"
+PROBES = (LIVENESS, "/readyz", "/startupz", "/health")
 DASHBOARD = "/dashboard/"  # its files hold nothing, and ask for the key themselves
 DOCS = "/docs"
 

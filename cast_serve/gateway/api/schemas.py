@@ -188,6 +188,7 @@ class CompletionBody(Generating):
         | Annotated[list[Text], Field(fail_fast=True)]
         | Annotated[list[Tokens], Field(fail_fast=True)]
     )
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None  # 0: to score a prompt
     echo: StrictBool | None = None
     logprobs: Logprobs | None = None
     best_of: Literal[1] | None = Field(None, description="vLLM has no best_of; ask for n")

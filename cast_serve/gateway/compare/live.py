@@ -43,7 +43,11 @@ class Comparison:
     Args:
         variants: names; the one called dense, else the first, is the baseline, and the first of
             the others the candidate.
-        window: how many values of each metric are kept per variant, and how many agreements.
+        window: how many requests' values of each metric are kept per variant, and how many
+            agreements.
+
+    Attributes:
+        epoch: how often `forget` was called; what began in an earlier one is not to be observed.
     """
 
     def __init__(self, variants: Sequence[str], window: int) -> None:
@@ -51,8 +55,12 @@ class Comparison:
         others = [name for name in variants if name != self.baseline]
         self.candidate = others[0] if others else None
         self.window = window
+        self.epoch = 0
+        # A request each; of itl all of its gaps.
         self._samples = {
-            name: {metric: deque[float](maxlen=window) for metric in (*METRICS, THROUGHPUT)}
+            name: {
+                metric: deque[tuple[float, ...]](maxlen=window) for metric in (*METRICS, THROUGHPUT)
+            }
             for name in variants
         }
         self._num_requests = dict.fromkeys(variants, 0)
@@ -62,19 +70,22 @@ class Comparison:
         """Adds one finished request."""
         samples = self._samples[variant]
         self._num_requests[variant] += 1
-        samples["e2e"].append(timing.e2e_s)
-        samples["itl"].extend(timing.itl_s)
+        samples["e2e"].append((timing.e2e_s,))
+        if timing.itl_s:
+            samples["itl"].append(tuple(timing.itl_s))
         if timing.ttft_s is not None:
-            samples["ttft"].append(timing.ttft_s)
+            samples["ttft"].append((timing.ttft_s,))
         if timing.tpot_s is not None:
-            samples["tpot"].append(timing.tpot_s)
+            samples["tpot"].append((timing.tpot_s,))
         if timing.output_tokens is not None and timing.e2e_s > 0:
-            samples[THROUGHPUT].append(timing.output_tokens / timing.e2e_s)
+            samples[THROUGHPUT].append((timing.output_tokens / timing.e2e_s,))
 
     def forget(self, variant: str) -> None:
         """Begins anew with a variant that another model is served under from now on."""
+        self.epoch += 1
         for values in self._samples[variant].values():
             values.clear()
+        self._num_requests[variant] = 0
         self._agreements.clear()
 
     def observe_agreement(self, agreement: Agreement) -> None:
@@ -82,10 +93,10 @@ class Comparison:
         self._agreements.append(agreement)
 
     def speedups(self) -> Iterator[tuple[str, float, float]]:
-        """(metric, quantile, baseline over candidate) where both have at least 5 samples."""
+        """(metric, quantile, baseline over candidate) where both have at least 5 requests."""
         for metric in METRICS:
-            baseline, candidate = self._sides(metric)
-            if min(len(baseline), len(candidate)) < MIN_SAMPLES:
+            baseline, candidate, num_requests = self._sides(metric)
+            if num_requests < MIN_SAMPLES:
                 continue
             for quantile in QUANTILES:
                 divisor = np.quantile(candidate, quantile)
@@ -97,9 +108,10 @@ class Comparison:
 
         Ratios are baseline over candidate, above 1 = the candidate is faster: those in `speedups`
         of live traffic, those in `agreement` paired, as geometric means. Below `min_requests.ratio`
-        samples a side a speed-up is absent, and below `min_requests.interval` its `low` and `high`
+        requests a side a speed-up is absent, and below `min_requests.interval` its `low` and `high`
         are, as are an agreement's. `agreement` is None without shadow traffic, and a part of it
-        where no request gave one. `num_requests` counts from the start, `n` in the window.
+        where no request gave one. `num_requests` counts from the start of the model, `n` in the
+        window. TTFT, ITL and TPOT are of streamed answers.
         """
         return {
             "baseline": self.baseline,
@@ -121,26 +133,30 @@ class Comparison:
             "agreement": _summary(self._agreements) if self._agreements else None,
         }
 
-    def _sides(self, metric: str) -> tuple[Array, Array]:
-        """Ascending samples of the baseline and of the candidate."""
+    def _sides(self, metric: str) -> tuple[Array, Array, int]:
+        """Ascending values of baseline and candidate; the requests of the side with fewer."""
         baseline = self._samples[self.baseline][metric]
         candidate = self._samples[self.candidate][metric] if self.candidate is not None else ()
-        return np.sort(np.array(baseline, float)), np.sort(np.array(candidate, float))
+        num_requests = min(len(baseline), len(candidate))
+        return _ascending(baseline), _ascending(candidate), num_requests
 
 
-def _distribution(samples: Sequence[float]) -> dict[str, Any]:
-    if not samples:
+def _ascending(requests: Iterable[tuple[float, ...]]) -> Array:
+    return np.sort(np.array([value for values in requests for value in values], float))
+
+
+def _distribution(requests: Sequence[tuple[float, ...]]) -> dict[str, Any]:
+    if not requests:
         return {"p50": None, "p95": None, "p99": None, "n": 0}
-    p50, p95, p99 = np.quantile(np.array(samples), (0.5, 0.95, 0.99)).tolist()
-    return {"p50": p50, "p95": p95, "p99": p99, "n": len(samples)}
+    p50, p95, p99 = np.quantile(_ascending(requests), (0.5, 0.95, 0.99)).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "n": len(requests)}
 
 
 def _speedups(
-    baseline: Array, candidate: Array, has_interval: bool
+    baseline: Array, candidate: Array, num_units: int, has_interval: bool
 ) -> dict[str, dict[str, float | None]]:
-    """By quantile, baseline over candidate; of ascending samples, a request each."""
+    """By quantile, baseline over candidate; of ascending values of so many requests a side."""
     found: dict[str, dict[str, float | None]] = {}
-    num_units = min(len(baseline), len(candidate))
     if num_units < MIN_SAMPLES:
         return found
     rng = np.random.default_rng(SEED)

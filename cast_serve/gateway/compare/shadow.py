@@ -119,6 +119,7 @@ class Shadow:
     async def _run(
         self, route: str, body: dict[str, Any], variant: str, text: str, timing: RequestTiming
     ) -> None:
+        epoch = self._comparison.epoch
         try:
             agreement = await self._measure(route, body, variant, text, timing)
         except Exception as error:  # whatever it is, no client may notice
@@ -129,7 +130,8 @@ class Shadow:
             )
         else:
             self.outcomes["finished"] += 1
-            self._comparison.observe_agreement(agreement)
+            if epoch == self._comparison.epoch:
+                self._comparison.observe_agreement(agreement)
 
     async def _measure(
         self, route: str, body: dict[str, Any], variant: str, text: str, timing: RequestTiming

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.paths import LIVENESS
 
 LINGER_S = 1.0  # how long, and for how many bytes, a refused client may go on sending
 LINGER_BYTES = 1 << 20
@@ -68,6 +69,7 @@ class BoundedHead(HttpToolsProtocol):
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_in_head = False
         self._num_pending = 0  # bytes
         self._has_progressed = False
         self._is_refused = False
@@ -93,12 +95,29 @@ class BoundedHead(HttpToolsProtocol):
         if self._num_pending > self._max_bytes and not self.transport.is_closing():
             self._refuse()
 
+    def on_message_begin(self) -> None:
+        self._is_in_head = True
+        super().on_message_begin()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        is_last = self.cycle is not None and self.cycle.response_complete
+        if is_last and self._is_in_head and self._head_timer is None:  # it came behind the last one
+            self._head_timer = self.loop.call_later(self._timeout_s, self.transport.close)
+
     def on_headers_complete(self) -> None:
         self._has_progressed = True
+        self._is_in_head = False
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) != 1 and self.parser.get_http_version() == "1.1":
             raise ValueError(f"{len(hosts)} Host fields")  # 400, as RFC 9112 has it
-        super().on_headers_complete()
+        limit = self.limit_concurrency
+        if self.url.partition(b"?")[0] == LIVENESS.encode():
+            self.limit_concurrency = None  # or a gateway that has much to do would be restarted
+        try:
+            super().on_headers_complete()
+        finally:
+            self.limit_concurrency = limit
 
     def on_body(self, body: bytes) -> None:
         self._has_progressed = True

@@ -29,15 +29,20 @@ PROGRESS = (
 class Canary(enum.Enum):
     """What became of a request for one token.
 
-    ANSWERED also means a refusal by status 4xx: the server is at work. REFUSED is a status 5xx or a
-    failed connection, SILENT is no answer in time: the engine hangs, or is busy. LOCKED is 401: the
-    server asks for another key than the gateway's.
+    ANSWERED also means a refusal by another status 4xx than these two: the server is at work.
+    REFUSED is a status 5xx or a failed connection, SILENT is no answer in time: the engine hangs,
+    or is busy. LOCKED is 401: the server asks for another key than the gateway's. UNKNOWN is 404:
+    it serves no model of the variant's name.
     """
 
     ANSWERED = enum.auto()
     REFUSED = enum.auto()
     SILENT = enum.auto()
     LOCKED = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+NOT_FOR_US = (Canary.LOCKED, Canary.UNKNOWN)  # the server is at work, but not for this gateway
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ async def look_for_progress(
     before, canary = await asyncio.gather(
         _progress(client, url), send_canary(client, url, model, timeout_s)
     )
-    if canary in (Canary.ANSWERED, Canary.LOCKED):
+    if canary in (Canary.ANSWERED, *NOT_FOR_US):
         return canary
     await asyncio.sleep(begun_s + timeout_s - time.monotonic())  # a refusal comes at once
     after = await _progress(client, url)
@@ -115,6 +120,8 @@ async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s
         return Canary.REFUSED
     if response.status_code == 401:
         return Canary.LOCKED
+    if response.status_code == 404:
+        return Canary.UNKNOWN
     return Canary.REFUSED if response.status_code >= 500 else Canary.ANSWERED
 
 

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
 LOCKED = "locked: its worker refuses the gateway's key (401); give both one CAST_WORKER_KEY"
+UNKNOWN = (
+    "unknown to its server, which serves no model of that name (404); start the server with "
+    "--served-model-name {}"
+)
 # Of the gateway alone; a worker's key is given to it anew.
 NOT_FOR_WORKERS = ("CAST_API_KEYS", "CAST_API_KEYS_FILE", "CAST_WORKER_KEY_FILE", "VLLM_API_KEY")
 
@@ -43,7 +47,7 @@ class Replica:
         num_restarts: of the local worker.
         limits: what the server says of itself.
         is_doubted: set when a request failed at the server; its watch then sends a canary at once.
-        is_locked: it refused the gateway's key, and has not answered since.
+        refusal: why the server is at work, but not for this gateway; empty once it has answered.
         process: the local worker, leader of its process group.
         log: what the local worker prints, after what others have printed there.
         log_start: bytes of the log that were there when the local worker was started.
@@ -64,7 +68,7 @@ class Replica:
     num_restarts: int = 0
     limits: Limits = Limits()
     is_doubted: asyncio.Event = field(default_factory=asyncio.Event)
-    is_locked: bool = False
+    refusal: str = ""
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
     log_start: int = 0
@@ -106,8 +110,8 @@ class Variant:
         """
         if self.is_up:
             return None
-        if any(replica.is_locked for replica in self.replicas):
-            return LOCKED
+        if refusals := [replica.refusal for replica in self.replicas if replica.refusal]:
+            return refusals[0]
         seconds = [s for replica in self.replicas if (s := replica.loading_s) is not None]
         return f"loading, {max(seconds):.0f} s so far" if seconds else None
 
@@ -170,12 +174,12 @@ def note_failure(replica: Replica) -> None:
     replica.failed_s = time.monotonic()
 
 
-def note_locked(replica: Replica) -> None:
-    """Marks a replica down that refuses the gateway's key, until it answers a canary."""
-    if not replica.is_locked:
-        logger.warning("%s: %s", replica, LOCKED)
+def note_refusal(replica: Replica, refusal: str) -> None:
+    """Marks a replica down that is not there for this gateway, until it answers a canary."""
+    if replica.refusal != refusal:
+        logger.warning("%s: %s", replica, refusal)
     replica.is_up = False
-    replica.is_locked = True
+    replica.refusal = refusal
     replica.failed_s = time.monotonic()
     replica.is_doubted.set()
 

@@ -25,10 +25,11 @@ from cast_serve.gateway.upstream import probes
 from cast_serve.gateway.upstream.probes import Canary, Limits
 from cast_serve.gateway.upstream.replica import (
     LOCKED,
+    UNKNOWN,
     Replica,
     kill_worker,
     log_tail,
-    note_locked,
+    note_refusal,
     start_worker,
 )
 
@@ -244,11 +245,12 @@ async def _follow_health(
             replica.limits = limits or Limits()
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
-            if canary is Canary.LOCKED:
-                note_locked(replica)
+            if canary in probes.NOT_FOR_US:
+                unknown = UNKNOWN.format(replica.variant)
+                note_refusal(replica, LOCKED if canary is Canary.LOCKED else unknown)
                 replica.is_doubted.clear()  # the next look will do
             elif canary is Canary.ANSWERED:
-                replica.is_locked = False
+                replica.refusal = ""
             # Busy, or it hangs, which `_follow_progress` finds out.
             is_busy = canary is Canary.SILENT and replica.is_up
             must_answer = not (canary is Canary.ANSWERED or is_busy)
@@ -269,7 +271,7 @@ async def _follow_health(
             and replica.came_up_s is None
             and now_s - replica.started_s > settings.startup_timeout_s
         ):
-            reason = f", {LOCKED}" if replica.is_locked else ""
+            reason = f", {replica.refusal}" if replica.refusal else ""
             return (
                 f"did not answer within {settings.startup_timeout_s:.0f} s "
                 f"(CAST_STARTUP_TIMEOUT_S){reason}"
@@ -332,7 +334,7 @@ async def _makes_progress(
     canary = await probes.look_for_progress(
         client, replica.url, replica.variant, settings.hang_limit_s(replica)
     )
-    if canary is Canary.LOCKED:  # no matter of the engine's
+    if canary in probes.NOT_FOR_US:  # no matter of the engine's
         replica.is_doubted.set()
         return True
     return canary is Canary.ANSWERED or replica.num_received != num_received

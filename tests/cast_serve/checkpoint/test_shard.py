@@ -92,6 +92,11 @@ def test_an_index_that_leads_elsewhere(folder: Path, name: object) -> None:
     refused(folder, f"names {name!r}, which is not a file beside it")
 
 
+def test_shards_of_two_versions(folder: Path) -> None:
+    shutil.copy(folder / SHARD, folder / "model-00001-of-00002.safetensors")
+    refused(folder, "has .* in model-00001-of-00002.safetensors and in model.safetensors, so shard")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_shard_that_was_not_copied_whole(folder: Path, share: float) -> None:
     os.truncate(folder / SHARD, int((folder / SHARD).stat().st_size * share))

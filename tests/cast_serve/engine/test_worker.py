@@ -71,6 +71,23 @@ def test_a_flag_given_by_the_user_replaces_ours() -> None:
     assert flags[flags.index("--served-model-name") + 1] == "sparse"
 
 
+def test_flags_of_a_file_replace_ours(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("kv-cache-memory-bytes: 8G\nmax_num_batched_tokens: 4096\n")
+    for given in (["--config", str(file)], [f"--config={file}"]):
+        flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
+        assert not {"--kv-cache-memory-bytes", "--max-num-batched-tokens"} & set(flags)
+        assert "--served-model-name" in flags
+    missing = ["--config", str(tmp_path / "missing.yaml")]
+    assert "--port" in worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, missing)
+
+
+def test_a_share_of_the_gpus_memory_is_not_overridden() -> None:
+    given = ["--gpu-memory-utilization", "0.9"]
+    flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
+    assert "--kv-cache-memory-bytes" not in flags
+
+
 @pytest.mark.parametrize("given", [[], ["--quantization", "compressed-tensors"]])
 def test_stored_zeros_are_asked_for_unless_the_user_asks_otherwise(given: list[str]) -> None:
     flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given, "cast_sparse24")

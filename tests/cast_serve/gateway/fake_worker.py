@@ -88,6 +88,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
             if app.state.canary_status != 200:
                 return JSONResponse({"error": ENGINE_DIED}, app.state.canary_status)
             return JSONResponse({"choices": [], "usage": usage_of(body)})
+        if body["model"] != name:
+            return JSONResponse({"error": {"message": "no such model", "code": 404}}, 404)
         app.state.bodies.append(body)
         app.state.traces += request.headers.getlist("traceparent")
         if body.get("user") == "unwelcome":

@@ -60,6 +60,19 @@ def locked(keys: dict[str, str], **settings: object) -> Iterator[Locked]:
         yield found
 
 
+def test_a_server_without_the_variants_model_is_named() -> None:
+    unknown = "unknown to its server, which serves no model of that name (404); start the server"
+    with Servers() as servers:
+        url = servers.start(fake_worker.create_app("other"))
+        settings = GatewaySettings(health_interval_s=0.05, shutdown_grace_s=1)
+        gateway = create_app(remote_variants({"sparse": [url]}), settings)
+        with httpx.Client(base_url=servers.start(gateway), timeout=20) as client:
+            wait_until(lambda: str(client.get("/readyz").json()["sparse"]).startswith(unknown))
+            (card,) = client.get("/v1/models").json()["data"]
+            assert card["id"] == "sparse"
+            assert card["status"].endswith("--served-model-name sparse")
+
+
 def is_up(stack: Locked) -> bool:
     return stack.client.get("/readyz").status_code == 200
 

@@ -111,6 +111,15 @@ def test_no_body_holds_up_others_or_takes_much_memory() -> None:
     assert wrong == []
 
 
+def test_a_gateway_with_too_many_connections_is_alive() -> None:
+    with gateway(CAST_MAX_CONNECTIONS="2") as process, ExitStack() as stack:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(address))
+        wait_until(lambda: httpx.get(f"{process.url}/readyz").status_code == 503)
+        assert httpx.get(f"{process.url}/livez").status_code == 200
+
+
 def test_thousands_that_leave_around_their_turn_take_no_place_along() -> None:
     """2,000 clients before one place, in groups of 50 behind each other.
 

@@ -57,11 +57,45 @@ def test_the_fallback_answers_and_says_so(is_stream: bool) -> None:
         assert found.headers["X-Cast-Fallback"] == "sparse"
         assert stack.workers["dense"].state.bodies[0]["model"] == "dense"
         labels = (("from_variant", "sparse"), ("reason", "broken"), ("to_variant", "dense"))
-        assert stack.metrics()["cast_fallbacks_total", labels] == 1
+        metrics = stack.metrics()
+        assert metrics["cast_fallbacks_total", labels] == 1
+        # Its time holds the wait for the variant that failed, and is that of neither.
+        of_dense = (("variant", "dense"),)
+        assert metrics["cast_output_tokens_total", of_dense] == 3
+        assert metrics.get(("cast_e2e_request_latency_seconds_count", of_dense), 0) == 0
+        assert stack.client.get("/v1/comparison").json()["variants"]["dense"]["num_requests"] == 0
         again = stack.complete(model="sparse")
         assert again.headers["X-Cast-Fallback"] == "sparse"
         assert stack.client.get("/readyz").status_code == 200  # every model is answered
         assert stack.client.get("/readyz").json() == {"dense": True, "sparse": False}
+
+
+def test_a_request_beyond_the_fallbacks_context_is_the_variants_own() -> None:
+    with running(fallback="sparse=dense", health_interval_s=30) as stack:
+        stack.gateway.proxy.variants["dense"].replicas[0].limits = Limits(16, 100)
+        assert stack.complete(model="sparse", max_tokens=40).status_code == 200
+        stack.servers.stop(url_of(stack, "sparse"))
+        assert stack.complete(model="sparse", max_tokens=4).headers["X-Cast-Variant"] == "dense"
+        found = stack.complete(model="sparse", max_tokens=40)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
+
+
+def test_models_are_those_that_may_be_asked_for() -> None:
+    with running(split="default=sparse:1") as stack:
+        stack.workers["sparse"].state.cards.append({"id": "adapter", "object": "model"})
+        listed = stack.client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in listed] == ["dense", "sparse", "default"]
+        for card in listed:
+            assert stack.client.get(f"/v1/models/{card['id']}").json() == card
+        found = stack.client.get("/v1/models/adapter")
+        assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_prompt_is_scored_without_an_answer() -> None:
+    with running() as stack:
+        assert stack.complete(model="dense", max_tokens=0, echo=True, logprobs=1).status_code == 200
+        found = stack.complete(model="dense", max_tokens=0)
+        assert (found.status_code, found.json()["error"]["param"]) == (400, "max_tokens")
 
 
 def test_a_variant_lost_with_its_answer_outstanding_is_an_error_and_then_unready() -> None:

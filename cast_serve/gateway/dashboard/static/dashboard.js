@@ -215,7 +215,8 @@ function stateOf(speedup) {
   return speedup.low > 1 ? "is-better" : speedup.high < 1 ? "is-worse" : "is-even";
 }
 
-const tooFew = () => `no interval below ${live.min_requests?.interval ?? "–"} requests of each`;
+const tooFew = (kind) => `no interval below ${live.min_requests?.interval ?? "–"} ${kind}`;
+const kindOf = (metric) => (metric === "e2e" ? "requests of each" : "streamed requests of each");
 
 function speedupCard([metric, title, meaning]) {
   const { baseline, candidate } = pair();
@@ -226,7 +227,7 @@ function speedupCard([metric, title, meaning]) {
   const tail = p95 && `p95 ${[times(p95.ratio), span(p95)].filter(Boolean).join(", ")}`;
   const state = stateOf(p50);
   if (state === "is-open") {
-    return html("article", { class: "card" }, head, big, small(tooFew(), tail));
+    return html("article", { class: "card" }, head, big, small(tooFew(kindOf(metric)), tail));
   }
   const words = { "is-better": `${candidate} is faster`, "is-worse": `${candidate} is slower`, "is-even": "no clear difference" };
   return html("article", { class: `card ${state}` }, head, big, html("p", {}, words[state]),
@@ -241,7 +242,7 @@ function showVerdict() {
   const state = stateOf(p50);
   const ratio = p50 && `${times(p50.ratio)} (${span(p50)})`;
   const words = {
-    "is-open": `No verdict yet: ${tooFew()}.`,
+    "is-open": `No verdict yet: ${tooFew(kindOf(CLAIM))}.`,
     "is-better": `${candidate} is faster per token: ${ratio}.`,
     "is-worse": `${candidate} is slower per token: ${ratio}.`,
     "is-even": `No clear difference per token: ${ratio} holds 1.`,
@@ -260,7 +261,7 @@ function agreementCard() {
   return html("article", { class: "card" }, head,
     html("p", { class: "big" }, `${percent(tokens.mean)} %`),
     small(
-      tokens.low == null ? tooFew().replace(" of each", "")
+      tokens.low == null ? tooFew("requests")
         : `interval ${percent(tokens.low)} to ${percent(tokens.high)} %`,
       `${tokens.n_tokens} tokens of ${tokens.n_requests} requests`,
       kl && `KL ${number(kl.mean)} nats per token`));
