@@ -117,6 +117,7 @@ def run(
             steps=steps,
             quantize=quantize,
         )
+        from cast_train import sharding
         from cast_train.training.run import train
 
         began = time.monotonic()
@@ -127,6 +128,8 @@ def run(
             tensorboard_dir=tensorboard,
             teacher_dir=teacher,
         )
+        if sharding.rank() != 0:  # the first process tells
+            return
         found = record["quality"]
         print(
             f"{out}: {record['n']}:{record['m']} over {len(record['targets'])} linears after "

@@ -97,7 +97,7 @@ def to_blocks(tokens: Tensor, block_size: int, min_blocks: int = 1) -> Tensor:
     if num_blocks < min_blocks:
         raise ValueError(
             f"the text has {len(tokens)} tokens, but {min_blocks * block_size} are needed "
-            f"({min_blocks} blocks of {block_size}); give more text or ask for fewer tokens"
+            f"({min_blocks} blocks of {block_size}); give more text, or fewer or shorter blocks"
         )
     return tokens[: num_blocks * block_size].view(num_blocks, block_size)
 

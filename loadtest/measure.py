@@ -19,7 +19,7 @@ from cast_serve.questions import Question
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded, joined
 from loadtest.send.client import Client
-from loadtest.send.launches import served
+from loadtest.send.launches import LaunchError, served
 from loadtest.send.paired import run_paired, worst
 from loadtest.send.processes import Processes
 from loadtest.send.sweep import Load
@@ -62,7 +62,7 @@ class Job:
 def measure(
     job: Job, provenance: Callable[[str, float], Mapping[str, Any]]
 ) -> Iterator[tuple[Load, Recorded]]:
-    """Measures each load; it comes as soon as its last launch is done.
+    """Measures each load; it comes as soon as its last launch is done, or a later one fails.
 
     Args:
         job: what and where.
@@ -73,31 +73,37 @@ def measure(
         LaunchError: if servers do not start.
     """
     runs: list[list[Recorded]] = [[] for _ in job.loads]
-    for number in range(job.num_launches):
-        server = served(job.models, number, job.vllm_flags)
-        with server if job.url is None else nullcontext(job.url) as url:
-            if number == 0:
-                agreements = asyncio.run(_agreements(job, url))
-                chosen = asyncio.run(_choices(job, url))
-            for load, launches in zip(job.loads, runs, strict=True):
-                workload = replace(job.workload, run_number=new_run_number())
-                load_average = os.getloadavg()[0]
-                if launches:
-                    load = replace(load, plan=replace(load.plan, **_settled(launches)["plan"]))
-                launches.append(asyncio.run(_run(job, url, load, workload)))
-                if number < job.num_launches - 1:
-                    continue
-                about = {
-                    **_settled(launches),
-                    **provenance(url, load_average),
-                    "harness": worst([run.about["harness"] for run in launches]),
-                    "workload": workload.about(),
-                    "timeout_s": job.timeout_s,
-                    "quality": agreements,
-                    "quality_source": job.quality_workload.source if agreements else None,
-                    "choices": chosen,
-                }
+    abouts: list[dict[str, Any]] = [{} for _ in job.loads]
+    try:
+        for number in range(job.num_launches):
+            server = served(job.models, number, job.vllm_flags)
+            with server if job.url is None else nullcontext(job.url) as url:
+                if number == 0:
+                    agreements = asyncio.run(_agreements(job, url))
+                    chosen = asyncio.run(_choices(job, url))
+                for place, (load, launches) in enumerate(zip(job.loads, runs, strict=True)):
+                    workload = replace(job.workload, run_number=new_run_number())
+                    load_average = os.getloadavg()[0]
+                    if launches:
+                        load = replace(load, plan=replace(load.plan, **_settled(launches)["plan"]))
+                    launches.append(asyncio.run(_run(job, url, load, workload)))
+                    abouts[place] = {
+                        **_settled(launches),
+                        **provenance(url, load_average),
+                        "harness": worst([run.about["harness"] for run in launches]),
+                        "workload": workload.about(),
+                        "timeout_s": job.timeout_s,
+                        "quality": agreements,
+                        "quality_source": job.quality_workload.source if agreements else None,
+                        "choices": chosen,
+                    }
+                    if number == job.num_launches - 1:
+                        yield load, joined(launches, abouts[place])
+    except LaunchError:
+        for load, launches, about in zip(job.loads, runs, abouts, strict=True):
+            if launches:  # what the launches before it measured is not lost
                 yield load, joined(launches, about)
+        raise
 
 
 def _settled(launches: Sequence[Recorded]) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
 """channel_order.json <-> how the channels of a checkpoint lie, seen from the dense model it is of.
 
-``cast-train run`` and ``oneshot --mask`` write it beside a model whose channels they reordered, and
-conversion copies it. Who compares such a model with the dense one weight by weight, or by hidden
-states, reorders the dense one alike first; logits are the same in any order.
+``cast-train run``, ``permute`` and ``oneshot --mask`` write it beside a model whose channels they
+reordered, and whatever is made of such a model has it too. Who compares the model with the dense
+one weight by weight, or by hidden states, reorders the dense one alike first; logits are the same
+in any order.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ class ChoiceAccuracy:
         found = dataclasses.asdict(self)
         del found["is_right_norm"]
         return found
+
+
+def check_names(files: Sequence[Path]) -> None:
+    """Refuses files of questions whose results would have one name.
+
+    Raises:
+        ValueError: naming both.
+    """
+    named: dict[str, Path] = {}
+    for path in files:
+        if (other := named.setdefault(path.stem, path)) is not path:
+            raise ValueError(
+                f"the questions {other} and {path} would both be reported as {path.stem}; give "
+                "each file once, and files another name"
+            )
 
 
 def paired_difference(ours: ChoiceAccuracy, theirs: ChoiceAccuracy) -> tuple[float, float]:

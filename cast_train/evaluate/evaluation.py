@@ -63,6 +63,12 @@ def evaluate(
                 f"{directory} has a vocabulary of {sizes[0]} tokens and --reference {reference} "
                 f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
             )
+    if max_tokens < context:
+        raise ValueError(
+            f"--tokens {max_tokens} makes no whole sequence of --context {context} tokens; ask for "
+            "more tokens, or a shorter context"
+        )
+    answered.check_names(choices)
     kind = models.kind_of(folder)
     tokenizer = models.load_tokenizer(folder)
     blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)

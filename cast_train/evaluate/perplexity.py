@@ -16,6 +16,10 @@ from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
 
 
+class NotFiniteError(ValueError):
+    """What a model computes is Inf or NaN."""
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Exp of the mean negative log likelihood per predicted token.
@@ -70,7 +74,7 @@ def perplexity(
         name: shown beside the progress bar.
 
     Raises:
-        ValueError: if the model's output is not finite.
+        NotFiniteError: if the model's output is not.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -87,7 +91,7 @@ def perplexity(
     num_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
     mean = statistics.fmean(block_losses)
     if not math.isfinite(mean):
-        raise ValueError(
+        raise NotFiniteError(
             f"the model's log likelihood on this text is {mean}; its weights are damaged"
         )
     value = math.exp(mean) if mean < 700 else math.inf
@@ -134,7 +138,7 @@ def soft_and_hard(
         blocks: int64 [num_blocks, block_size].
 
     Raises:
-        ValueError: if the model's output is not finite.
+        NotFiniteError: if the model's output is not.
     """
     gating.set_phase(gate_map, dataclasses.replace(last, is_hard=False))
     soft = perplexity(model, blocks, name="soft")

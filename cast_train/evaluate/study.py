@@ -28,6 +28,7 @@ from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig, parse_assignments
 from cast_train.evaluate import report
+from cast_train.evaluate.choices import check_names
 from cast_train.pruning import oneshot
 
 # Name -> what it changes in the study's common settings.
@@ -110,7 +111,7 @@ def run(
         rivals: directories that other tools pruned, measured beside ours under their names.
 
     Raises:
-        ValueError: for a wrong setting or rival's name.
+        ValueError: for a wrong setting or name.
         CheckpointError: if out holds another study; it names what differs.
         StudyError: if a run fails; the finished ones are kept.
     """
@@ -121,6 +122,12 @@ def run(
         for way, changes in ways.items()
         for seed in seeds
     }
+    if any(config.include for config in configs.values()):
+        raise ValueError(
+            "a study takes no include, since the one-shot prunings that it compares with would not "
+            "follow it; exclude the other linears"
+        )
+    check_names(choices)
     taken = {"before", *oneshot.METHODS, *ways}
     for rival in rivals:
         if rival.name in taken:
@@ -219,7 +226,9 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
 
     handler = signal.signal(signal.SIGTERM, stop)
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # In a group of its own, so that Ctrl-C reaches it once, by `terminate` below: a run takes
+        # the second signal for leave to end unsaved.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
         if is_stopped:
             sys.exit(128 + signal.SIGTERM)
         assert process.stdout is not None

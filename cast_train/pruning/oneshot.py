@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import check_new
+from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
@@ -147,13 +147,25 @@ def write_pruned(
     if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir)
-    order = channel_order.read(mask_dir) if mask_dir else None
-    if order is not None:  # the mask is of channels in that order
+    order = channel_order.read(model_dir)
+    mask_order = channel_order.read(mask_dir) if mask_dir else order
+    if mask_order != order:
+        if order is not None or mask_order is None:
+            raise ValueError(
+                f"the channels of {model_dir} lie otherwise than those of {mask_dir}; give the "
+                "dense model that both were made of"
+            )
+        order = mask_order
         reorder(model, order)
     targets, _ = find_targets(model, pattern, exclude=exclude)
     kept_dense: list[str] = []
+    if mask_dir is not None and (mask_dir / CAST_JSON).is_file():
+        kept_dense = [
+            name for name in read_record(mask_dir).get("kept_dense", ()) if name in targets
+        ]
+        targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if has_fewer:
-        kept_dense = keep_dense(model.float(), targets, pattern, blocks, zeros, allocation)
+        kept_dense += keep_dense(model.float(), targets, pattern, blocks, zeros, allocation)
         targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     scores: Mapping[str, Tensor]
     if mask_dir is not None:

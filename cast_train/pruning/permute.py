@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
+from cast_serve.checkpoint.record import check_new
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
-from cast_train.checkpoint import models
+from cast_train.checkpoint import channel_order, models
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.pruning import oneshot
 from cast_train.pruning.reorder import layers_of, num_key_heads, reorder, residual_readers
@@ -29,7 +29,6 @@ from cast_train.pruning.scores import wanda_scores
 
 MAX_ROWS = 8192  # of all readers together; with few rows the order fits those only (docs/log.md)
 ROUNDS = 128  # more gain little, also where there are more groups (docs/log.md)
-METHOD = "permute"  # in cast.json of what `write_permuted` wrote
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
 
@@ -234,29 +233,24 @@ def write_permuted(
     check_new(out)
     model_dir = hub.fetch(model_dir)
     models.check_dense(model_dir)
+    if channel_order.read(model_dir) is not None:
+        raise ValueError(
+            f"the channels of {model_dir} were reordered before; give the dense model that it was "
+            "made of"
+        )
     tokenizer = models.load_tokenizer(model_dir)
     blocks = oneshot.read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir, torch.float32)
     try:
-        _, shares = permute(model, blocks, pattern)
+        order, shares = permute(model, blocks, pattern)
     except ValueError as error:
         raise type(error)(f"{error}; train it as it is") from error
     record = {
         "kind": "dense",
-        "method": METHOD,
+        "method": "permute",
         "n": pattern.n,
         "m": pattern.m,
         "kept_share": shares,
     }
-    return models.write(out, model.to(torch.bfloat16), tokenizer, record, source=model_dir)
-
-
-def is_permuted(directory: Path, pattern: Pattern) -> bool:
-    """Whether `write_permuted` wrote a model directory, for this pattern.
-
-    Raises:
-        CheckpointError: if its cast.json is damaged.
-    """
-    record = read_record(directory) if (directory / CAST_JSON).is_file() else {}
-    found = [record.get(key) for key in ("method", "n", "m")]
-    return found == [METHOD, pattern.n, pattern.m]
+    model = model.to(torch.bfloat16)
+    return models.write(out, model, tokenizer, record, source=model_dir, order=order)

@@ -22,7 +22,7 @@ from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
 from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
-from cast_train.pruning.permute import is_permuted, permute
+from cast_train.pruning.permute import permute
 from cast_train.pruning.reorder import reorder, reorder_residual
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
@@ -85,7 +85,9 @@ def read_blocks(
     heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
     batch = config.batch_blocks * sharding.num_processes()
-    train, validation = split_held_out(blocks, config.heldout_blocks, batch)
+    train, validation = split_held_out(blocks, config.heldout_blocks, batch * config.accumulation)
+    if config.accumulation > 1:  # else the last step of an epoch would be one of fewer batches
+        train = train[: len(train) // (batch * config.accumulation) * batch * config.accumulation]
     if heldout_file is None:
         return Blocks(train, validation, validation, "held-out split of the training text")
     num_tokens = config.heldout_blocks * config.block_size
@@ -116,19 +118,25 @@ def prepare(
     model = load_any(model_dir, torch.float32)
     # What is wrong is refused before the search, which takes a minute and more.
     find_targets(model, config.pattern, config.include, config.exclude)
-    teacher = None
+    order = channel_order.read(model_dir)
+    teacher = teacher_order = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
+        teacher_order = channel_order.read(teacher_dir or model_dir)
+        if config.hidden_states_weight and teacher_order not in (None, order):
+            raise ValueError(
+                f"the channels of the teacher {teacher_dir} lie otherwise than those of "
+                f"{model_dir}, so hidden states cannot be compared; give the dense model that both "
+                "were made of, or set hidden_states_weight to 0"
+            )
     calibration = blocks.train[: config.calibration_blocks]
     sparse = sparse_targets(model_dir)
-    if sparse is not None:  # whose channels lie in that order already
-        order = channel_order.read(model_dir)
-    elif choices is not None:
-        order = choices.order
-        if order is not None:
+    if order is None and sparse is None:  # else its channels stay where they are
+        if choices is None:
+            model, order = _reordered(model, model_dir, calibration, config)
+        elif choices.order is not None:
+            order = choices.order
             reorder(model, order)
-    else:
-        model, order = _reordered(model, model_dir, calibration, config)
     targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
     if choices is not None:
         kept_dense = choices.kept_dense
@@ -156,7 +164,7 @@ def prepare(
             if embedding is not None:
                 embedding.requires_grad_(False)
     if teacher is not None:
-        if order is not None and config.hidden_states_weight:
+        if order is not None and teacher_order is None and config.hidden_states_weight:
             _reorder_teacher(teacher, order)
         attention.use_blocks(teacher)
     attention.use_blocks(model)
@@ -170,11 +178,7 @@ def _reordered(
 
     None: its channels are as they were, maybe since another order could not be found.
     """
-    if (
-        config.channel_order == "given"
-        or config.method == "dense"
-        or is_permuted(model_dir, config.pattern)
-    ):
+    if config.channel_order == "given" or config.method == "dense":
         return model, None
     try:
         order, shares = permute(model, calibration, config.pattern)

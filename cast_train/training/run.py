@@ -33,7 +33,7 @@ from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_tokenizer
 from cast_train.config import TrainConfig
-from cast_train.evaluate.perplexity import soft_and_hard
+from cast_train.evaluate.perplexity import NotFiniteError, soft_and_hard
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import first_quantized_step, phase_at
 from cast_train.precision import autocast
@@ -43,6 +43,7 @@ from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, 
 from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import (
     CastTrainer,
+    DivergedError,
     MasksFirst,
     QuantizedStart,
     Watch,
@@ -85,7 +86,7 @@ def train(
     Raises:
         ValueError: for every wrong input; nothing is written then.
         CheckpointError: if out or OUT.partial is another run's; it names what differs.
-        DivergedError: if the loss is not finite.
+        DivergedError: if the loss, or the trained model's output, is not finite.
         StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
     """
     if config.report_to == "tensorboard" and tensorboard_dir is None:
@@ -99,6 +100,7 @@ def train(
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
     run_identity = {
         "config": config.as_dict(),
+        "num_processes": sharding.num_processes(),
         "source": identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir),
     }
     if out.exists():
@@ -111,9 +113,14 @@ def train(
     if sharding.rank() == 0:
         resume.check_room(partial, prepared.model)
         resume.begin(partial, run_identity, prepared.choices)
-    trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
-    trained = _as_stored(trainer, prepared, model_dir, config)
-    record = _measure(trained, trainer, blocks, config)
+    try:
+        trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
+        trained = _as_stored(trainer, prepared, model_dir, config)
+        record = _measure(trained, trainer, blocks, config)
+    except NotFiniteError as error:
+        raise DivergedError(
+            f"{error}; lower learning_rate (now {config.learning_rate}) and start again"
+        ) from error
     tensors = gating.detach(trained.targets) if trained.gate_map else {}
     if trainer.is_world_process_zero():
         trained.model.to(torch.bfloat16)
@@ -140,7 +147,7 @@ def _check_outputs(
                 )
         progress.check_reporter("tensorboard", "--tensorboard")
         check_writable(tensorboard_dir)
-    settings = {"config": config.as_dict()}
+    settings = {"config": config.as_dict(), "num_processes": sharding.num_processes()}
     if out.exists():
         if not (out / CAST_JSON).is_file():
             raise CheckpointError(f"{out} exists and is no run's result; {ANOTHER_OUT}")

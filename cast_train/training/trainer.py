@@ -140,6 +140,14 @@ class CastTrainer(Trainer):
             metrics["eval_loss"] = math.inf
         return metrics
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """All of the evaluation set: only training leaves out what makes no whole batch."""
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = True
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs | self.figures if "loss" in logs else logs, *args, **kwargs)
 

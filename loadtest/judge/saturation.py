@@ -15,6 +15,7 @@ from loadtest.record import Recorded
 
 NUM_PARTS = 10
 FACTOR = 1.5
+OFFSET_DIGITS = 6  # of seconds; the times of equal places differ by rounding alone
 
 
 def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
     while num_kept_up > 1 and is_slow[num_kept_up - 1]:
         num_kept_up -= 1
     part = parts[num_kept_up - 1]
-    num_gaps = len(part) / len(blocks) - 1  # between a block's requests of the part
+    # Between the places of the part, which all blocks have alike; a part may cut through one.
+    num_gaps = len(np.unique(part[:, 0].round(OFFSET_DIGITS))) - 1
     width_s = float(part[-1, 0] - part[0, 0])
     return {
         "rate_per_s": num_gaps / width_s if num_gaps > 0 and width_s > 0 else None,

@@ -13,7 +13,8 @@ alone. *drift* compares the blocks of each variant alone, one after the other wi
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the
-tokens that came while requests arrived are divided by how long they arrived.
+tokens that came while requests arrived are divided by how long they arrived. *Goodput*, requests a
+second within the limits, likewise.
 """
 
 from collections import Counter
@@ -132,10 +133,15 @@ def throughput_of(recorded: Recorded, block: Block) -> tuple[float, float]:
 def _goodput_of(
     recorded: Recorded, block: Block, slo: dict[str, float | None]
 ) -> tuple[float, float]:
-    """A block's requests that met every limit, and the seconds in which they were sent."""
-    is_closed = recorded.about["schedule"] == "closed" or not block.arrival_s
-    num_good = sum(meets(request, slo) for request in block.requests)
-    return num_good, block.wall_s if is_closed else block.arrival_s
+    """A block's requests that met every limit, and the seconds in which they were sent.
+
+    Of an open loop without those sent last: N arrivals have N - 1 gaps between them.
+    """
+    if recorded.about["schedule"] == "closed" or not block.arrival_s:
+        return sum(meets(request, slo) for request in block.requests), block.wall_s
+    last_s = block.started_s + block.arrival_s
+    earlier = [request for request in block.requests if request.intended_send_s < last_s]
+    return sum(meets(request, slo) for request in earlier), block.arrival_s
 
 
 def ratios(recorded: Recorded, metric: str) -> list[float]:

@@ -45,7 +45,9 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
                 after.resampled / shuffled(before.resampled),
                 num_independent,
             )
-        if num_pairs < MIN_BLOCK_PAIRS:
+        # Percentiles of too few values have no interval, nor has a change of one.
+        has_intervals = None not in (before.low, after.low)
+        if num_pairs < MIN_BLOCK_PAIRS or not has_intervals:
             change = replace(change, low=None, high=None)
         changes[name] = {
             "old": before.about(),

@@ -3,7 +3,12 @@ import torch
 
 from cast_serve.questions import Question
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.evaluate.choices import ChoiceAccuracy, choice_accuracy, paired_difference
+from cast_train.evaluate.choices import (
+    ChoiceAccuracy,
+    check_names,
+    choice_accuracy,
+    paired_difference,
+)
 
 
 def test_choices_are_scored_by_their_continuation(llama_dir):
@@ -38,3 +43,9 @@ def test_paired_differences_by_hand():
     assert difference == 0.5
     assert stderr == pytest.approx(0.57735 / 2, rel=1e-4)
     assert "is_right_norm" not in of(True).about()
+
+
+def test_files_of_one_name_are_refused(tmp_path):
+    check_names([tmp_path / "a/test.jsonl", tmp_path / "a/other.jsonl"])
+    with pytest.raises(ValueError, match="a/test.jsonl and .*b/test.jsonl would both be"):
+        check_names([tmp_path / "a/test.jsonl", tmp_path / "b/test.jsonl"])

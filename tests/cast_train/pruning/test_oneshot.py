@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -45,6 +47,19 @@ def test_the_record_says_whose_mask_was_taken(llama_dir, tmp_path):
     )
     wanted = sha256(tmp_path / "pruned/model.safetensors")
     assert record["mask_of"]["model.safetensors"] == wanted
+
+
+def test_what_is_dense_in_the_mask_stays_dense(llama_dir, tmp_path):
+    oneshot.write_pruned(llama_dir, [], tmp_path / "pruned", "magnitude")
+    cast = tmp_path / "pruned/cast.json"
+    record = json.loads(cast.read_text())
+    record["kept_dense"] = [record["targets"].pop(), "no.linear"]
+    cast.write_text(json.dumps(record))
+    found = oneshot.write_pruned(
+        llama_dir, [], tmp_path / "out", "mask", mask_dir=tmp_path / "pruned"
+    )
+    assert found["targets"] == record["targets"]
+    assert found["kept_dense"] == record["kept_dense"][:1]
 
 
 def oneshot_settings(**settings):

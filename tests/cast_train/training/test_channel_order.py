@@ -103,9 +103,30 @@ def test_a_run_that_is_gone_on_with_keeps_its_order(
 def test_what_permute_wrote_is_not_reordered_again(
     llama_dir, text_file, config, tmp_path, no_search
 ):
-    permute.write_permuted(llama_dir, [text_file], tmp_path / "permuted")
+    permuted = tmp_path / "permuted"
+    permute.write_permuted(llama_dir, [text_file], permuted)
+    order = channel_order.read(permuted)
+    with pytest.raises(ValueError, match="were reordered before; give the dense model"):
+        permute.write_permuted(permuted, [text_file], tmp_path / "again")
     no_search()
-    assert prepared(tmp_path / "permuted", text_file, config).choices.order is None
+    assert prepared(permuted, text_file, config).choices.order == order
+    # Its teacher has the same order, whichever of the two it is read from.
+    for teacher_dir in (None, permuted, llama_dir):
+        found = prepared(permuted, text_file, config, teacher_dir)
+        ours, theirs = hidden_states(models.load_dense(permuted)), hidden_states(found.teacher)
+        torch.testing.assert_close(theirs[1].float(), ours[1].float(), rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="the teacher .*permuted lie otherwise .* that both were"):
+        prepared(llama_dir, text_file, config, permuted)
+
+    write_pruned(permuted, [], tmp_path / "pruned", "magnitude")
+    assert channel_order.read(tmp_path / "pruned") == order
+    for model_dir, mask_dir in ((permuted, "pruned"), (llama_dir, "pruned")):
+        out = tmp_path / f"by-{model_dir.name}"
+        write_pruned(model_dir, [], out, "mask", mask_dir=tmp_path / mask_dir)
+        assert channel_order.read(out) == order
+    write_pruned(llama_dir, [], tmp_path / "given", "magnitude")
+    with pytest.raises(ValueError, match="lie otherwise than those of .*given"):
+        write_pruned(permuted, [], tmp_path / "no", "mask", mask_dir=tmp_path / "given")
 
 
 def test_another_layout_keeps_its_order(gpt2_dir, text_file, config, tmp_path, caplog):

@@ -36,6 +36,11 @@ def test_a_flag_without_its_value_is_named(flag, words):
     assert f"train-and-convert: {flag} needs a value; see --help" in done.stderr
 
 
+def test_a_value_may_stand_behind_an_equals_sign(tmp_path):
+    done = call("--model=dense", "--text=a.txt", "--quantize=int2", f"--out={tmp_path / 'out'}")
+    assert "'int2' is not one of" in " ".join(done.stderr.split())
+
+
 def test_what_conversion_would_refuse_is_refused_before_training(
     llama_dir, text_file, tmp_path, monkeypatch
 ):

@@ -11,7 +11,7 @@ from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
-from cast_train.training import prepare
+from cast_train.training import prepare, run
 from cast_train.training.run import train
 from cast_train.training.trainer import CastTrainer, DivergedError
 
@@ -138,6 +138,48 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_is_damaged_by_the_last_step_has_diverged(
+    llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    def destroy(trainer, *arguments):
+        next(iter(trainer.targets.values())).bias = torch.nn.Parameter(torch.tensor(torch.nan))
+        return as_stored(trainer, *arguments)
+
+    as_stored = run._as_stored
+    monkeypatch.setattr(run, "_as_stored", destroy)
+    with pytest.raises(DivergedError, match=r"likelihood .* is nan.*; lower learning_rate"):
+        train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_belongs_to_its_number_of_processes(
+    llama_dir, text_file, config, tmp_path, monkeypatch, train_until
+):
+    train_until(6, llama_dir, [text_file], tmp_path / "out", config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CheckpointError, match="another run .num_processes is 1, not 2"):
+        train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
+
+
+def test_steps_that_accumulate_are_whole_in_every_epoch(llama_dir, text_file, config):
+    tokenizer = models.load_tokenizer(llama_dir)
+    whole = prepare.read_blocks([text_file], None, tokenizer, config).train
+    settings = dataclasses.replace(config, batch_blocks=3, accumulation=4)
+    cut = prepare.read_blocks([text_file], None, tokenizer, settings).train
+    assert len(cut) == len(whole) // 12 * 12 < len(whole)
+    too_many = dataclasses.replace(config, accumulation=len(whole))
+    with pytest.raises(ValueError, match="are needed"):
+        prepare.read_blocks([text_file], None, tokenizer, too_many)
+
+
+def test_keep_best_measures_all_that_is_held_out(llama_dir, text_file, config, tmp_path):
+    settings = dataclasses.replace(
+        config, batch_blocks=6, steps=12, evaluate_every=4, keep_best=True, hard_fraction=0.5
+    )
+    record = train(llama_dir, [text_file], tmp_path / "out", settings)  # 4 blocks are held out
+    assert record["best_step"] in (8, 12)
+
+
 def test_embeddings_stay_as_they_were_unless_asked(llama_dir, text_file, config, tmp_path):
     before = models.load_dense(llama_dir).get_input_embeddings().weight
     for name, is_trained in (("frozen", False), ("trained", True)):
@@ -180,9 +222,9 @@ def test_the_best_exact_mask_is_kept(llama_dir, text_file, config, tmp_path, mon
     assert not torch.equal(written, weights[8].to(torch.bfloat16))
 
 
-def test_a_step_of_fewer_passes_weighs_as_much(llama_dir, text_file, config, tmp_path, monkeypatch):
-    """Ten training blocks are two whole batches of 4: a step of two passes, where three are asked
-    for. The two blocks left over are no batch, or more tokens would be counted than are read."""
+def test_every_step_is_of_whole_batches(llama_dir, text_file, config, tmp_path, monkeypatch):
+    """Of fifteen training blocks twelve are the three batches of 4 of a step; the other three are
+    left out in every epoch, or more tokens would be counted than are read."""
     shapes, losses = [], []
     compute = CastTrainer.compute_loss
 
@@ -199,11 +241,12 @@ def test_a_step_of_fewer_passes_weighs_as_much(llama_dir, text_file, config, tmp
     monkeypatch.setattr(CastTrainer, "compute_loss", listen)
     monkeypatch.setattr(CastTrainer, "log", remember)
     text = tmp_path / "short.txt"
-    text.write_text(text_file.read_text()[: 14 * 32])
+    text.write_text(text_file.read_text()[: 19 * 32])
     config = dataclasses.replace(
         config, steps=2, accumulation=3, learning_rate=0.0, distillation_weight=0.0, method="dense"
     )
-    train(llama_dir, [text], tmp_path / "out", config)
-    assert shapes == [4] * 4
+    record = train(llama_dir, [text], tmp_path / "out", config)
+    assert shapes == [4] * 6
+    assert record["tokens_seen"] == sum(shapes) * config.block_size
     assert losses[0] == pytest.approx(math.log(256), rel=0.2)  # an untrained model of bytes
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

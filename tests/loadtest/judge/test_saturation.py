@@ -39,6 +39,17 @@ def test_the_rate_before_queues_begin(error: bool) -> None:
     assert sparse == {"rate_per_s": pytest.approx(10.0), "is_reached": False}
 
 
+@pytest.mark.parametrize("num_prompts", [25, 35, 50])
+def test_parts_that_cut_through_places(num_prompts: int) -> None:
+    flat = [
+        request(block, block // 2, variant, 0.1, sent_s=1000.1 * block + 0.5 * place)
+        for block, variant in enumerate(("dense", "sparse", "sparse", "dense") * 3)
+        for place in range(num_prompts)
+    ]
+    found = saturation(recorded(flat, schedule="ramp", rate_per_s=2.0), "dense")
+    assert found == {"rate_per_s": pytest.approx(2.0), "is_reached": False}
+
+
 def test_a_slow_spell_that_ends_is_no_saturation() -> None:
     slow = ramp(0, "dense", 3)[:40] + ramp(0, "dense", 10)[40:]
     assert not saturation(run(slow, ramp(1, "sparse", 10)), "dense")["is_reached"]

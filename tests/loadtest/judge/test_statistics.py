@@ -155,6 +155,21 @@ def test_goodput_by_hand() -> None:
     assert summary["speedups"]["goodput"]["ratio"] == pytest.approx((5 / 9) / (1 / 19))
 
 
+@pytest.mark.parametrize("sends_s", [(0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 0.0, 1.0, 1.0, 2.0, 2.0)])
+def test_goodput_of_an_open_loop_is_the_rate_that_was_offered(sends_s: tuple[float, ...]) -> None:
+    run = recorded(
+        [
+            request(block, 0, variant, 0.1, sent_s=sent_s)
+            for block, variant in enumerate(("dense", "sparse"))
+            for sent_s in sends_s
+        ],
+        schedule="constant",
+        rate_per_s=2.0,
+        slo={"ttft_s": 1.0, "tpot_s": None},
+    )
+    assert summary_of(run)["goodput"]["dense"]["requests_per_s"] == pytest.approx(2.0)
+
+
 JUDGED = ("ttft_p50", "tpot_p50", "tpot_p95", "tpot_p99", "throughput")
 
 

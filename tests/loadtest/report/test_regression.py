@@ -49,6 +49,13 @@ def test_launches_widen_a_change_and_not_their_many_pairs() -> None:
     assert (change["low"], change["high"]) == (expected.low, expected.high)
 
 
+def test_a_percentile_of_too_few_values_has_no_interval() -> None:
+    found = compare(simulated(1, num_block_pairs=4), simulated(2, num_block_pairs=4))
+    assert found["changes"]["ttft_p50"]["change"]["low"] is not None
+    p99 = found["changes"]["ttft_p99"]
+    assert p99["old"]["low"] is p99["change"]["low"] is p99["change"]["high"] is None
+
+
 def test_what_failures_hide_is_not_judged() -> None:
     lost = [
         request(n, 0, v, 0.1 if v == "sparse" else None) for n, v in enumerate(("dense", "sparse"))
