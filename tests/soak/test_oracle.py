@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,16 @@ def tally() -> Tally:
 
 def test_metrics_that_add_up_are_no_finding() -> None:
     assert audit_metrics(tally(), METRICS) == []
+
+
+def test_an_answer_of_the_fallback_has_no_latency() -> None:
+    found = tally()
+    fallback = Seen(200, 200, "sparse", is_fallback=True, output_tokens=3)
+    found.note(replace(ASK, key="0000000002ab12"), fallback)
+    counted = 'cast_requests_total{code="200",route="/v1/completions",variant="dense"}'
+    metrics = METRICS.replace(f"{counted} 1.0", f"{counted} 2.0")
+    metrics += 'cast_output_tokens_total{variant="sparse"} 3.0\ncast_fallbacks_total 1.0\n'
+    assert audit_metrics(found, metrics) == []
 
 
 @pytest.mark.parametrize(
