@@ -23,6 +23,7 @@ from typing import Any
 from loadtest.judge.statistics import QUANTILES, TIMES
 
 SPEEDUPS = [f"{time}_{name}" for time in TIMES for name in QUANTILES] + ["throughput", "goodput"]
+MIN_ANSWERS = 2  # prompts or questions: one has no interval
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,10 @@ def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
         why = "quality was not measured; give --quality-prompts"
         yield Check("min_token_agreement", limit, None, False, why)
         return
+    if quality["num_scored"] < MIN_ANSWERS:
+        why = "one prompt has no interval; give more --quality-prompts"
+        yield Check("min_token_agreement", limit, None, False, why)
+        return
     why = (
         f"{agreement['mean']:.3f} ({agreement['low']:.3f} to {agreement['high']:.3f}) over "
         f"{quality['num_scored']} prompts: its lower end must reach {limit:g}"
@@ -210,6 +215,10 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
         yield Check("max_accuracy_loss", limit, None, False, why)
         return
     difference = choices["acc_norm_difference"]
+    if difference["num_questions"] < MIN_ANSWERS:
+        why = "one question has no interval; raise --choices-limit"
+        yield Check("max_accuracy_loss", limit, None, False, why)
+        return
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     why = (
         f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "

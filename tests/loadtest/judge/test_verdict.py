@@ -142,6 +142,8 @@ def test_token_agreement() -> None:
     assert (check["found"], check["passed"]) == (0.6, True)
     assert "over 9 prompts" in check["why"]
     assert not found(measured, min_token_agreement=0.61)["min_token_agreement"]["passed"]
+    one = {"quality": {**measured["quality"], "num_scored": 1}}
+    assert not found(one, min_token_agreement=0.0)["min_token_agreement"]["passed"]
     unmeasured = found({}, min_token_agreement=0.6)["min_token_agreement"]
     assert (unmeasured["found"], unmeasured["passed"]) == (None, False)
     assert "give --quality-prompts" in unmeasured["why"]
