@@ -93,13 +93,43 @@ def test_setup_says_one_line_where_nothing_is_to_do(tmp_path: Path) -> None:
     python = tmp_path / ".venv/bin/python"
     python.write_text("#!/bin/sh\necho Python 3.11.7\n")
     python.chmod(0o755)
-    known = "cpu\nPython 3.11.7\n" + project.read_text() + script.read_text()
+    known = f"cpu\n{tmp_path.resolve()}\nPython 3.11.7\n" + project.read_text() + script.read_text()
     stamp = tmp_path / ".venv/.setup-stamp"
     stamp.write_text(hashlib.sha256(known.encode()).hexdigest() + "\n")
     environment = {**os.environ, "PYTHON": str(python)}
     done = subprocess.run([script, "cpu"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "setup: .venv and the CPU kernels are ready\n"
+
+
+def test_setup_keeps_what_was_chosen_and_begins_anew_for_the_other_kind(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/setup", tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    calls, stamp = tmp_path / "calls", tmp_path / ".venv/.setup-stamp"
+    for name, says in (("python", "Python 3.11.7"), ("pip", f"pip 26 from {tmp_path}/.venv/lib")):
+        program = tmp_path / ".venv/bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>{calls}\necho {says}\n')
+        program.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(tmp_path / ".venv/bin/python"), "CXX": "true"}
+
+    def setup(*extras: str) -> str:
+        calls.write_text("")
+        script = tmp_path / "scripts/setup"
+        subprocess.run([script, *extras], env=environment, capture_output=True, check=True)
+        assert stamp.read_text().splitlines()[1] == "gpu,train"
+        return calls.read_text()
+
+    stamp.write_text("of an earlier tree\ncpu,train,loadtest,dev\n")
+    said = setup("gpu,train")
+    assert "python -m venv --clear .venv" in said
+    assert "install -q -e .[gpu,train]" in said
+    assert "install" not in setup()  # as `make serve` calls it
+    stamp.write_text("of an earlier tree\ngpu,train\n")
+    said = setup()
+    assert "venv --clear" not in said
+    assert "install -q -e .[gpu,train]" in said
 
 
 def test_make_test_installs_before_it_sets_up_and_tests() -> None:

@@ -159,7 +159,12 @@ def test_a_skip_without_a_reason_is_caught(check: Any, rendered: Rendered) -> No
         ("prometheus.yml", "scrape_interval: 5s", "scrape_interval: 5", "scrape_interval|duration"),
         ("rules.yaml", "sum by (variant) (", "sum by (variant (", "could not parse expression"),
         ("rules.yaml", "summary: Variant", "sumary: Variant", "CastVariantDown"),
-        ("rules.yaml", "cast_variant_up) == 0", "cast_variant_up) == 1", "CastVariantDown"),
+        (
+            "rules.yaml",
+            "offset 15m)\n          ) == 0",
+            "offset 15m)\n          ) == 1",
+            "CastVariantDown",
+        ),
         ("rules.yaml", "deploy.md#castvariantdown", "deploy.md#down", "CastVariantDown"),
         (
             "rules.yaml",

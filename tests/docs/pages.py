@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 # A fenced block, or a heading that lies in none.
 PART = re.compile(
-    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$|^###? (?P<heading>[^\n]+)$", re.M | re.S
+    r"^ *```(?P<language>\w*)\n(?P<code>.*?)^ *```$|^###? (?P<heading>[^\n]+)$", re.M | re.S
 )
 WORDS = re.compile(r"\b(DENSE_DIR|DIR|TRAIN\.txt|HELDOUT\.txt|FILE)\b")
 
@@ -45,4 +46,4 @@ def blocks(page: str) -> Iterator[Block]:
         if part["heading"]:
             heading = part["heading"]
         else:
-            yield Block(heading, part["language"], part["code"])
+            yield Block(heading, part["language"], dedent(part["code"]))

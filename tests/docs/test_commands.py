@@ -27,7 +27,9 @@ COMMANDS = [
 
 def test_they_are_found() -> None:
     assert len(COMMANDS) > 10
-    assert {"README.md", "docs/index.md", "docs/serving.md"} <= {page for page, _ in COMMANDS}
+    assert {"README.md", "docs/index.md", "docs/serving.md", "docs/deploy.md"} <= {
+        page for page, _ in COMMANDS
+    }
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)

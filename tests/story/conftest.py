@@ -97,7 +97,11 @@ def serving(models: Mapping[str, Path], flags: Sequence[str], log: Path) -> Iter
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -104,7 +104,9 @@ def into_package() -> Path:
     library, prebuilt = build(), PREBUILT / prebuilt_name()
     if library != prebuilt:
         PREBUILT.mkdir(exist_ok=True)
-        shutil.copy(library, prebuilt)
+        partial = prebuilt.with_suffix(".partial")
+        shutil.copy(library, partial)
+        os.replace(partial, prebuilt)  # what is there is taken to be whole
     return prebuilt
 
 

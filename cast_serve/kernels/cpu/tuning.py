@@ -336,7 +336,8 @@ def _machine_hash(library: str) -> str:
 
 def _cpu() -> str:
     """Vendor, name and numbers of the CPU, as far as the system says."""
-    keys = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    keys: tuple[str, ...] = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    keys += ("CPU implementer", "CPU variant", "CPU part", "CPU revision")  # of ARM
     found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")

@@ -10,6 +10,7 @@ llama.cpp is built from source into build/llama-cpp on the first run (20 minutes
 OpenVINO GenAI is installed into build/openvino.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cast_serve.checkpoint.record import sha256
 from loadtest.bench.peers.names import FTYPES, SOURCE, PeerError, parse
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +69,7 @@ def file_of(kind: str, model: Path | None = None) -> Path:
     parse(kind)
     source, prefix = SOURCE, ""
     if model is not None:
-        source, prefix = "f16", "-".join(model.resolve().parts[-2:]) + "-"
+        source, prefix = "f16", f"{model.name}-{_digest(model)}-"
     path = WORK / f"{prefix}{kind}.gguf"
     if path.exists():
         return path
@@ -82,6 +84,12 @@ def file_of(kind: str, model: Path | None = None) -> Path:
         _call(sys.executable, ROOT / "scripts/data", "--gguf", new)
     new.rename(path)
     return path
+
+
+def _digest(model: Path) -> str:
+    """Of the files that a model's file is made of: a model trained again has another."""
+    files = [*sorted(model.glob("*.safetensors")), model / "config.json"]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12]
 
 
 def _write_gguf(model: Path, out: Path) -> None:

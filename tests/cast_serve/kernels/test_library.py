@@ -83,6 +83,14 @@ def test_integers_with_any_activations(
         test_linear24_int8.assert_same_to_rounding(linear(x, bias), linear.expected(x, bias))
 
 
+def test_autocast_does_not_round_the_products() -> None:
+    linear = test_linear24_int8.make("int8", (40, 128), is_exact=False)
+    x = torch.randn(40, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear(x, None)
+    assert torch.equal(found, linear(x, None))
+
+
 def test_the_library_runs_from_the_forced_number_of_tokens_on() -> None:
     _, packed = test_linear24.make((40, 64), torch.bfloat16)
     linears = [test_linear24_int8.make(kind, (40, 128)) for kind in ("int8", "int4-64")]

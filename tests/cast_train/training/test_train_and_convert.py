@@ -41,6 +41,13 @@ def test_a_value_may_stand_behind_an_equals_sign(tmp_path):
     assert "'int2' is not one of" in " ".join(done.stderr.split())
 
 
+@pytest.mark.parametrize("flag", ["--sparsity 4:8", "--set sparsity=1:4", "--method dense"])
+def test_what_has_no_compressed_weights_is_not_trained(flag, llama_dir, text_file, tmp_path):
+    done = call("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out", *flag.split())
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert f"{flag} trains what has no compressed weights" in done.stderr
+
+
 def test_what_conversion_would_refuse_is_refused_before_training(
     llama_dir, text_file, tmp_path, monkeypatch
 ):

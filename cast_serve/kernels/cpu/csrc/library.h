@@ -17,6 +17,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -54,6 +55,8 @@ inline void multiply_by_library(const Kernel& kernel, const Linear24& p, const a
 
   at::parallel_for(0, p.num_tile_rows(), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;  // these threads are not in x's inference mode
+    // Nor in the caller's autocast, which would multiply the caller's own share in 16 bits.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const int64_t num_blocks = std::max<int64_t>((end - begin) / kLibraryBlockTileRows, 1);
     const int64_t block = (end - begin + num_blocks - 1) / num_blocks;
     const at::Tensor dense = at::empty({block * kTileRows, p.padded_in_features()}, x.options());

@@ -29,7 +29,7 @@ def test_a_directory_becomes_a_file_with_its_weights(llama_dir: Path) -> None:
     """Read back, and q_proj's rows are in llama.cpp's order: halves of a head interleaved."""
     config = json.loads((llama_dir / "config.json").read_text())
     path = files.file_of("f16", llama_dir)
-    assert path == files.WORK / f"{llama_dir.parent.name}-{llama_dir.name}-f16.gguf"
+    assert path.parent == files.WORK
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     weights = load_file(llama_dir / "model.safetensors")
     assert len(tensors) == len(weights)
@@ -41,6 +41,11 @@ def test_a_directory_becomes_a_file_with_its_weights(llama_dir: Path) -> None:
     assert (tensors["blk.0.attn_q.weight"][0] == q_proj[0]).all()
     assert (tensors["blk.0.attn_q.weight"][1] == q_proj[half]).all()
     assert files.file_of("f16", llama_dir) == path  # made once
+    again = Path(shutil.copytree(llama_dir, files.WORK / llama_dir.name))
+    assert files.file_of("f16", again) == path  # of the same weights
+    weights[name][0, 0] += 1
+    save_file(weights, again / "model.safetensors", metadata={"format": "pt"})
+    assert files.file_of("f16", again) != path  # it was trained again
 
 
 def test_only_llamas_become_files(llama_dir: Path, tmp_path: Path) -> None:
