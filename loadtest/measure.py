@@ -18,7 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from cast_serve.questions import Question
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded, joined
-from loadtest.send.client import Client
+from loadtest.send.client import Client, UnreachableError
 from loadtest.send.launches import LaunchError, served
 from loadtest.send.paired import run_paired, worst
 from loadtest.send.processes import Processes
@@ -73,6 +73,7 @@ def measure(
         LaunchError: if servers do not start.
     """
     runs: list[list[Recorded]] = [[] for _ in job.loads]
+    said: list[Mapping[str, Any]] = [{} for _ in job.loads]
     abouts: list[dict[str, Any]] = [{} for _ in job.loads]
     try:
         for number in range(job.num_launches):
@@ -87,9 +88,10 @@ def measure(
                     if launches:
                         load = replace(load, plan=replace(load.plan, **_settled(launches)["plan"]))
                     launches.append(asyncio.run(_run(job, url, load, workload)))
+                    said[place] = said[place] or provenance(url, load_average)
                     abouts[place] = {
                         **_settled(launches),
-                        **provenance(url, load_average),
+                        **said[place],
                         "harness": worst([run.about["harness"] for run in launches]),
                         "workload": workload.about(),
                         "timeout_s": job.timeout_s,
@@ -99,9 +101,9 @@ def measure(
                     }
                     if number == job.num_launches - 1:
                         yield load, joined(launches, abouts[place])
-    except LaunchError:
+    except (LaunchError, ChildProcessError, UnreachableError):
         for load, launches, about in zip(job.loads, runs, abouts, strict=True):
-            if launches:  # what the launches before it measured is not lost
+            if job.num_launches > 1 and launches:  # what was measured before is not lost
                 yield load, joined(launches, about)
         raise
 

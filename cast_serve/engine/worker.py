@@ -153,18 +153,21 @@ def all_flags(
     """Our flags for vLLM, except those that the user gave, and then the user's.
 
     The user gives them among the flags or in the YAML file of --config. To vLLM a command line is
-    worth more than that file, so a flag of ours must not stand there beside the file's.
+    worth more than that file, so a default of ours must not stand there beside the file's. Model,
+    name and address are the worker's own: they win over the file.
 
     Args:
         quantization: the method for weights that are stored with their zeros, of which config.json
             does not say that they are 2:4; None: config.json decides.
     """
     families = ("request_latency", "time_to_first_token", "inter_token_latency")
-    ours = {
+    own = {
         "--model": str(model),
         "--served-model-name": name,
         "--host": host,
         "--port": str(port),
+    }
+    ours = {
         "--custom-histogram-buckets": json.dumps(dict.fromkeys(families, BUCKETS_S)),
         "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
@@ -176,20 +179,29 @@ def all_flags(
         ours["--quantization"] = quantization
     if not torch.cuda.is_available():
         ours["--max-num-batched-tokens"] = str(CPU_STEP_TOKENS)
-    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags} | _in_file(vllm_flags)
-    if "--gpu-memory-utilization" in given:  # which bytes of the KV cache would override
+    # vLLM reads the file only where its name is a word of its own.
+    vllm_flags = [
+        word
+        for flag in vllm_flags
+        for word in (flag.split("=", 1) if flag.startswith("--config=") else [flag])
+    ]
+    given = {flag.split("=")[0].replace("_", "-") for flag in vllm_flags}
+    in_file = _in_file(vllm_flags)
+    if "--gpu-memory-utilization" in given | in_file:  # which bytes of the KV cache would override
         del ours["--kv-cache-memory-bytes"]
-    defaults = [part for flag, value in ours.items() if flag not in given for part in (flag, value)]
+    wanted = own | {flag: value for flag, value in ours.items() if flag not in in_file}
+    missing = {flag: value for flag, value in wanted.items() if flag not in given}
+    defaults = [part for default in missing.items() for part in default]
     return [*defaults, *vllm_flags]
 
 
 def _in_file(vllm_flags: Sequence[str]) -> set[str]:
     """The flags that the file of --config gives; what is wrong with the file, vLLM says."""
-    words = [part for flag in vllm_flags for part in flag.split("=", 1)]
-    if "--config" not in words[:-1]:
+    if "--config" not in vllm_flags[:-1]:
         return set()
     try:
-        content = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text("utf-8"))
+        file = Path(vllm_flags[vllm_flags.index("--config") + 1])
+        content = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return set()
     return {f"--{key}".replace("_", "-") for key in content} if isinstance(content, dict) else set()

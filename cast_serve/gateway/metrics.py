@@ -174,7 +174,7 @@ class _Shadows(Collector):
         for outcome, number in self._num_outcomes.items():
             outcomes.add_metric([outcome], number)
         yield outcomes
-        found = self._comparison.snapshot()["agreement"]
+        found = self._comparison.agreement()
         if found is not None and found["token_agreement"] is not None:
             yield GaugeMetricFamily(
                 "cast_shadow_token_agreement_ratio",

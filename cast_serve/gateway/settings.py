@@ -49,7 +49,9 @@ class GatewaySettings(BaseSettings):
 
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger bodies get 413")
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
-    max_connections: int = Field(default=2048, gt=0, description="open at once; then 503")
+    max_connections: int = Field(
+        default=2048, gt=0, description="open at once, also idle ones; then 503"
+    )
     body_timeout_s: float = Field(
         default=30, gt=0, description="for a head, and then for a body, to arrive"
     )

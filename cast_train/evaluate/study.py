@@ -224,10 +224,10 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
         if process is not None:  # else below: an exception inside Popen would leave its process
             sys.exit(128 + signal.SIGTERM)
 
-    handler = signal.signal(signal.SIGTERM, stop)
+    handlers = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        # In a group of its own, so that Ctrl-C reaches it once, by `terminate` below: a run takes
-        # the second signal for leave to end unsaved.
+        # In a group of its own, so that Ctrl-C, or the end of the terminal, reaches it once, by
+        # `terminate` below: a run takes the second signal for leave to end unsaved.
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
         if is_stopped:
             sys.exit(128 + signal.SIGTERM)
@@ -241,7 +241,8 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
             process.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise StudyError(

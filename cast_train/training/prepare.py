@@ -119,6 +119,8 @@ def prepare(
     # What is wrong is refused before the search, which takes a minute and more.
     find_targets(model, config.pattern, config.include, config.exclude)
     order = channel_order.read(model_dir)
+    if order is not None and config.channel_order == "auto":
+        logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
     teacher = teacher_order = None
     if config.distillation_weight:
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)

@@ -11,7 +11,7 @@ Guard rails come from a TOML file; every key may be left out:
 
 Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
 Answers of unequal length never pass: they compare unequal work. Neither does a run without one of
-its launches, whose warm-up failed, nor a limit on what was not measured.
+its launches, whose warm-up failed, nor a limit on what was not measured, or on one answer only.
 """
 
 import tomllib
@@ -216,7 +216,7 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
         return
     difference = choices["acc_norm_difference"]
     if difference["num_questions"] < MIN_ANSWERS:
-        why = "one question has no interval; raise --choices-limit"
+        why = "one question has no interval; give a file of more, or raise --choices-limit"
         yield Check("max_accuracy_loss", limit, None, False, why)
         return
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))

@@ -34,6 +34,7 @@ QUANTILES = (0.5, 0.95)
 MIN_SAMPLES = 5  # a side; fewer have no ratio
 # A side; of fewer not even one request is expected beyond p95.
 MIN_FOR_INTERVAL = 20
+MAX_GAPS = 64  # of a request, evenly spaced: they are sorted while requests are served
 NUM_RESAMPLES = 200  # a tenth of a load test's: this runs while requests are served
 
 
@@ -56,7 +57,7 @@ class Comparison:
         self.candidate = others[0] if others else None
         self.window = window
         self.epoch = 0
-        # A request each; of itl all of its gaps.
+        # A request each; of itl its gaps.
         self._samples = {
             name: {
                 metric: deque[tuple[float, ...]](maxlen=window) for metric in (*METRICS, THROUGHPUT)
@@ -72,7 +73,8 @@ class Comparison:
         self._num_requests[variant] += 1
         samples["e2e"].append((timing.e2e_s,))
         if timing.itl_s:
-            samples["itl"].append(tuple(timing.itl_s))
+            every = -(-len(timing.itl_s) // MAX_GAPS)
+            samples["itl"].append(tuple(timing.itl_s[::every]))
         if timing.ttft_s is not None:
             samples["ttft"].append((timing.ttft_s,))
         if timing.tpot_s is not None:
@@ -130,8 +132,12 @@ class Comparison:
                 metric: _speedups(*self._sides(metric), has_interval=metric != "itl")
                 for metric in METRICS
             },
-            "agreement": _summary(self._agreements) if self._agreements else None,
+            "agreement": self.agreement(),
         }
+
+    def agreement(self) -> dict[str, Any] | None:
+        """That part of `snapshot`."""
+        return _summary(self._agreements) if self._agreements else None
 
     def _sides(self, metric: str) -> tuple[Array, Array, int]:
         """Ascending values of baseline and candidate; the requests of the side with fewer."""

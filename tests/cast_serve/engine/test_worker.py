@@ -73,11 +73,12 @@ def test_a_flag_given_by_the_user_replaces_ours() -> None:
 
 def test_flags_of_a_file_replace_ours(tmp_path: Path) -> None:
     file = tmp_path / "vllm.yaml"
-    file.write_text("kv-cache-memory-bytes: 8G\nmax_num_batched_tokens: 4096\n")
+    file.write_text("kv-cache-memory-bytes: 8G\nmax_num_batched_tokens: 4096\nport: 1\n")
     for given in (["--config", str(file)], [f"--config={file}"]):
         flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
         assert not {"--kv-cache-memory-bytes", "--max-num-batched-tokens"} & set(flags)
-        assert "--served-model-name" in flags
+        assert flags[flags.index("--port") + 1] == "8001"  # which the gateway asks
+        assert flags[-2:] == ["--config", str(file)]
     missing = ["--config", str(tmp_path / "missing.yaml")]
     assert "--port" in worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, missing)
 

@@ -89,6 +89,10 @@ def test_models_are_those_that_may_be_asked_for() -> None:
             assert stack.client.get(f"/v1/models/{card['id']}").json() == card
         found = stack.client.get("/v1/models/adapter")
         assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
+        stack.servers.stop(url_of(stack, "dense"))
+        wait_until(lambda: not stack.gateway.proxy.variants["dense"].is_up)
+        found = stack.client.get("/v1/models/dense")
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
 
 
 def test_a_prompt_is_scored_without_an_answer() -> None:
