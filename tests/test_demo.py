@@ -201,6 +201,17 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
         assert row.split() == [*start.split(), *cells]
 
 
+def test_a_load_test_that_was_too_slow_loses_nothing_and_is_told(
+    script: ModuleType, say: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    say(load={**LOAD, "harness": {"is_void": True, "why": "it was late"}})
+    script.main([])
+    shown = capfd.readouterr()
+    assert "not to be relied on: it was late (" in " ".join(shown.err.split())
+    assert json.loads(shown.out)["speedups"] == LOAD["speedups"]
+    assert (script.OUT / "guard.toml").read_text() == "allow_void = true\n"
+
+
 def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleType) -> None:
     page = (ROOT / "docs/demo.md").read_text()
     lines = page.partition("```text\n")[2].partition("\n```")[0].splitlines()
