@@ -38,7 +38,6 @@ class Metrics:
         shadow_outcomes: Mapping[str, int],
         admissions: Mapping[str, Admission],
     ) -> None:
-        self.comparison = comparison
         registry = self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str) -> Histogram:

@@ -237,19 +237,19 @@ class Proxy:
         if timing is None:
             return
         self.metrics.count_tokens(exchange.answered_by, exchange.prompt_tokens, timing)
-        is_of_today = exchange.epoch == self.comparison.epoch  # else maybe of the model before
+        is_current = exchange.epoch == self.comparison.epoch  # else maybe of the model before
         # The time of an answer by the fallback holds what the request waited for the variant that
         # failed, which would count as slowness of the one that answered.
         if exchange.answered_by == exchange.variant:
             self.metrics.observe(exchange.answered_by, timing)
-            if is_of_today:
+            if is_current:
                 self.comparison.observe(exchange.answered_by, timing)
         exchange.facts |= {
             "prompt_tokens": exchange.prompt_tokens,
             "output_tokens": timing.output_tokens,
             "ttft_s": None if timing.ttft_s is None else round(timing.ttft_s, 6),
         }
-        if not is_of_today:
+        if not is_current:
             return
         # The repetition does not queue, so what it is held against has no waiting in it either.
         without_queue = dataclasses.replace(timing, intended_send_s=exchange.sent_s)
@@ -339,8 +339,7 @@ class Proxy:
         Raises:
             APIError: 404 if there is no such model, 503 if its worker does not answer.
         """
-        if name not in self.router.split:
-            self.router.choose(name, None)
+        self.router.choose(name, None)
         for card in (await self.models())["data"]:
             if card["id"] == name:
                 return dict(card)

@@ -84,10 +84,10 @@ def read_blocks(
     """
     heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
-    batch = config.batch_blocks * sharding.num_processes()
-    train, validation = split_held_out(blocks, config.heldout_blocks, batch * config.accumulation)
+    step = config.batch_blocks * config.accumulation * sharding.num_processes()
+    train, validation = split_held_out(blocks, config.heldout_blocks, step)
     if config.accumulation > 1:  # else the last step of an epoch would be one of fewer batches
-        train = train[: len(train) // (batch * config.accumulation) * batch * config.accumulation]
+        train = train[: len(train) // step * step]
     if heldout_file is None:
         return Blocks(train, validation, validation, "held-out split of the training text")
     num_tokens = config.heldout_blocks * config.block_size
