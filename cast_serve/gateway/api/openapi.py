@@ -101,20 +101,23 @@ are set, it needs one: <code>curl -H "Authorization: Bearer KEY" .../openapi.jso
 def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # never sent: a wrong body is a 400
-    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    statuses: list[str] = []
     if path in BODIES:
         model = BODIES[path].model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= model.pop("$defs", {})
         schemas[BODIES[path].__name__] = model
         content = {"schema": {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-        responses |= {
-            status: {"description": text, "content": failure} for status, text in FAILURES.items()
-        }
+        statuses = list(FAILURES)
         if path.endswith("completions"):
             responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    elif path == "/v1/models/{name}":
+        statuses = ["404", "503"]
     elif path in PROBES and path != "/livez":  # which is never 503
         responses["503"] = {"description": "not yet, or no longer"}
     if not is_open(path):
         operation["security"] = [{"key": []}, {}]
-        responses["401"] = {"description": FAILURES["401"], "content": failure}
+        statuses.append("401")
+    failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for status in statuses:
+        responses[status] = {"description": FAILURES[status], "content": failure}

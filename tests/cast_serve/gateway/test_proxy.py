@@ -335,6 +335,8 @@ def test_the_description_knows_every_route_and_no_422() -> None:
         assert set(completions["responses"]) == {
             *("200", "400", "401", "404", "408", "413", "429", "431", "500", "503", "504")
         }
+        model = schema["paths"]["/v1/models/{name}"]["get"]
+        assert set(model["responses"]) == {"200", "401", "404", "503"}
         reference = completions["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         assert reference == "#/components/schemas/CompletionBody"
         fields = schema["components"]["schemas"]["CompletionBody"]["properties"]
