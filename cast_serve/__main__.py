@@ -6,7 +6,6 @@ Each command talks to people on stderr and prints one line of JSON last on stdou
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,18 +14,9 @@ import typer
 from cast_serve.gateway import commands
 from cast_serve.gateway.commands import check_port_is_free
 from cast_serve.gateway.commands import say as _say
-from cast_serve.options import option
+from cast_serve.options import VERSION, option
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        print(version("cast-serve"))
-        raise typer.Exit
-
-
-VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
 
 
 @app.callback()

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from cast_serve import kernels
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.directory import ModelDirectory, empty_model
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 
@@ -118,16 +117,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         )
     kernels.load(tune=True)
     dtype = dtype or source.model_dtype
-    settings = AutoConfig.from_pretrained(
-        source.path, local_files_only=True, trust_remote_code=False
-    )
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval().requires_grad_(False)
-    if (source.path / "generation_config.json").is_file():  # which `from_config` knows nothing of
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.path, local_files_only=True
-        )
+    model = empty_model(source.path, dtype).eval().requires_grad_(False)
     for name in source.targets:
         linear = CompressedLinear.from_parts(name, source.parts(name))
         bias = source.get(f"{name}.bias") if f"{name}.bias" in source.files else None

@@ -1,5 +1,6 @@
 """What an option takes and its default, in words -> the option of a command line, in one style."""
 
+from importlib.metadata import version
 from typing import Any
 
 import typer
@@ -28,3 +29,12 @@ def option(
     names = () if name is None else (name,)
     shown = True if default is None else default
     return typer.Option(*names, metavar=metavar, help=text, show_default=shown, **more)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version("cast-serve"))
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")

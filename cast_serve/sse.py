@@ -3,8 +3,6 @@
 Of the format only what OpenAI's servers send is read: one line ``data: ...`` an event.
 """
 
-from collections.abc import AsyncIterator
-
 DONE = b"[DONE]"  # the last event's data
 MAX_EVENT_BYTES = 16 << 20  # of one that has not ended; a token with 20 logprobs has some thousand
 
@@ -31,14 +29,6 @@ class Reader:
         *lines, rest = b"".join(self._rest).split(b"\n")
         self._rest, self._num_bytes = [rest], len(rest)
         return [line[len(b"data:") :].strip() for line in lines if line.startswith(b"data:")]
-
-
-async def data_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of each event of a stream."""
-    reader = Reader()
-    async for piece in pieces:
-        for data in reader.feed(piece):
-            yield data
 
 
 def event(data: bytes) -> bytes:

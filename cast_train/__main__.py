@@ -13,13 +13,12 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cast_serve.options import option
+from cast_serve.options import VERSION, option
 from cast_train import memory
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,15 +32,6 @@ ZEROS = option(
     "hurt most for their size stay dense.",
     "1.0",
 )
-
-
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        print(version("cast-serve"))
-        raise typer.Exit
-
-
-VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
 
 
 @app.callback()

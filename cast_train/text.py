@@ -81,7 +81,7 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def to_blocks(tokens: Tensor, block_size: int, min_blocks: int = 1) -> Tensor:
+def to_blocks(tokens: Tensor, block_size: int) -> Tensor:
     """Cuts tokens into whole blocks; what is left at the end is dropped.
 
     Args:
@@ -91,13 +91,13 @@ def to_blocks(tokens: Tensor, block_size: int, min_blocks: int = 1) -> Tensor:
         int64 [num_blocks, block_size].
 
     Raises:
-        ValueError: if there are fewer than min_blocks.
+        ValueError: if there is none.
     """
     num_blocks = len(tokens) // block_size
-    if num_blocks < min_blocks:
+    if num_blocks == 0:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, but {min_blocks * block_size} are needed "
-            f"({min_blocks} blocks of {block_size}); give more text, or fewer or shorter blocks"
+            f"the text has {len(tokens)} tokens, but {block_size} are needed for one block; give "
+            "more text, or shorter blocks"
         )
     return tokens[: num_blocks * block_size].view(num_blocks, block_size)
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cast_serve.options import option
+from cast_serve.options import VERSION, option
 from cast_serve.questions import read_questions
 from loadtest.measure import Job, measure
 from loadtest.provenance import provenance
@@ -36,15 +35,6 @@ app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
 app.command()(commands.coverage)
-
-
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        print(version("cast-serve"))
-        raise typer.Exit
-
-
-VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
 
 
 @app.callback()

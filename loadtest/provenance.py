@@ -118,12 +118,7 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
     notice that dense was measured against dense.
     """
     try:
-        response = httpx.get(
-            f"{url.rstrip('/')}/metrics",
-            headers=authorization(api_key),
-            timeout=5,
-            trust_env=False,
-        )
+        response = _get(url, "/metrics", api_key)
     except (httpx.HTTPError, httpx.InvalidURL):
         return {}
     if response.status_code in (401, 403):
@@ -149,15 +144,15 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
 def directories_at(url: str, api_key: str | None = None) -> dict[str, dict[str, Any]]:
     """By variant: what our gateway says of the directory it serves; empty of another server."""
     try:
-        response = httpx.get(
-            f"{url.rstrip('/')}/v1/comparison",
-            headers=authorization(api_key),
-            timeout=5,
-            trust_env=False,
-        )
+        response = _get(url, "/v1/comparison", api_key)
         found = response.json()["models"] if response.is_success else {}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}
     if not isinstance(found, dict):
         return {}
     return {name: about for name, about in found.items() if isinstance(about, dict)}
+
+
+def _get(url: str, path: str, api_key: str | None) -> httpx.Response:
+    headers = authorization(api_key)
+    return httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=5, trust_env=False)

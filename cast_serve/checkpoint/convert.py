@@ -251,29 +251,13 @@ def _write(
                 dense_bytes += target.dense_nbytes
                 sparse_bytes += target.nbytes
                 if dense:
-                    weight = target.dense()
-                    is_transposed = source.linears[linear]
-                    dense_tensors[f"{linear}.weight"] = (
-                        weight.T.contiguous() if is_transposed else weight
-                    )
-            elif head and name in (head_weight, f"{source.head}.weight"):
-                weight = source.get(name)
-                if name != f"{source.head}.weight":
-                    tensors[name] = dense_tensors[name] = weight  # the embedding, for looking up
-                if name == head_weight:
-                    values, scale = _quantized_head(weight, name)
-                    tensors[f"{source.head}.weight"] = values
-                    tensors[f"{source.head}.weight_scale"] = scale
-                    dense_tensors[f"{source.head}.weight"] = dequantize(values, scale)
-            elif source.head_dtype and name == f"{source.head}.weight":
-                tensors[name] = weight = source.get(name)
-                scale = source.parts(linear).get("weight_scale")
-                scale = check_scale(linear, scale, weight.shape[0])
-                dense_tensors[name] = dequantize(weight, scale, source.model_dtype)
+                    weight = target.dense()  # is stored transposed in GPT-2
+                    weight = weight.T.contiguous() if source.linears[linear] else weight
+                    dense_tensors[f"{linear}.weight"] = weight
             elif not (linear in targets and part in TARGET_PARTS):
-                tensors[name] = source.get(name)
-                if name != f"{source.head}.weight_scale":
-                    dense_tensors[name] = tensors[name]
+                kept, twin = _other_tensors(source, name, head_weight, has_twin=dense is not None)
+                tensors |= kept
+                dense_tensors |= twin
             progress(done := done + 1, len(source.files))
         if tensors:
             save_file(tensors, compressed / file.name, metadata={"format": "pt"})
@@ -288,11 +272,6 @@ def _write(
     if head:
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record(source)
-    if not quantization and source.quantized and not source.is_widened:
-        found = source.head_dtype
-        quantization = {"quantize": source.quantized, "head": found, "scales": SCALES_TAKEN_OVER}
-        if source.quantized == "int4":
-            quantization["scale_group"] = source.scale_group
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
         "method": None,
@@ -308,6 +287,35 @@ def _write(
     _finish(source.path, compressed, written, config, {**record, "kind": "compressed"})
     if dense:
         _finish(source.path, dense, dense_written, dense_config, {**record, "kind": "pruned"})
+
+
+def _other_tensors(
+    source: ModelDirectory, name: str, head_weight: str | None, has_twin: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What becomes of a tensor that belongs to no target.
+
+    Args:
+        head_weight: of `_head_weight` if the output layer is quantised now, else None.
+        has_twin: whether the dense twin is written.
+
+    Returns:
+        tensors by name of the compressed directory, and of its dense twin.
+    """
+    tensor = source.get(name)
+    head = f"{source.head}.weight"
+    if name == head_weight:  # the output layer's, or the embedding that it shares
+        values, scale = _quantized_head(tensor, name)
+        kept = {} if name == head else {name: tensor}
+        twin = {**kept, head: dequantize(values, scale)} if has_twin else {}
+        return {**kept, head: values, f"{source.head}.weight_scale": scale}, twin
+    if head_weight and name == head:  # a copy of the embedding
+        return {}, {}
+    if source.head_dtype and name == head:
+        stored = source.parts(str(source.head)).get("weight_scale")
+        scale = check_scale(str(source.head), stored, tensor.shape[0])
+        twin = {name: dequantize(tensor, scale, source.model_dtype)} if has_twin else {}
+        return {name: tensor}, twin
+    return {name: tensor}, {} if name == f"{source.head}.weight_scale" else {name: tensor}
 
 
 def _warn_of_changes(source: ModelDirectory) -> None:

@@ -1,5 +1,6 @@
 """A model directory on disk -> its tensors by name, its record, and which linears are targets."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.shard import check_contained, each_tensor, opened
 from cast_serve.sparsity.nibbles import PACKED
-from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
+from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
 from cast_serve.sparsity.targets import find_targets
 
@@ -69,11 +70,7 @@ class ModelDirectory:
         check_listed(path, self.record)
         model = _meta_model(path, len(self.files))
         self.linears = _linears(model)
-        self.pattern = (
-            Pattern(self.record.get("n") or 2, self.record.get("m") or 4)
-            if self.record
-            else TWO_FOUR
-        )
+        self.pattern = Pattern(self.record.get("n") or 2, self.record.get("m") or 4)
         self.head = _name_of(model, model.get_output_embeddings())
         is_tied = model.config.get_text_config().tie_word_embeddings
         self.tied_embedding = _name_of(model, model.get_input_embeddings()) if is_tied else None
@@ -122,7 +119,7 @@ class ModelDirectory:
             f"{name}.weight" in self.files
             or f"{name}.input_scale" in self.files
             or weights[name].startswith("F8")
-            or self._shape(f"{name}.weight_scale")[1:] != [1]
+            or shape_of(self.files, f"{name}.weight_scale")[1:] != [1]
             for name in in_8_bits
         )
 
@@ -180,13 +177,6 @@ class ModelDirectory:
                     "and the output layer in I8; leave it out of the quantisation"
                 )
         return weights
-
-    def _shape(self, name: str) -> list[int]:
-        """Of a tensor, from the file's header; empty if there is none."""
-        if name not in self.files:
-            return []
-        with opened(self.files[name]) as tensors:
-            return list(tensors.get_slice(name).get_shape())
 
     def get(self, name: str) -> Tensor:
         """A tensor as it is stored.
@@ -281,6 +271,14 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return files
 
 
+def shape_of(files: Mapping[str, Path], name: str) -> list[int]:
+    """Of a tensor of `tensor_files`, from the file's header; empty if there is none."""
+    if name not in files:
+        return []
+    with opened(files[name]) as tensors:
+        return list(tensors.get_slice(name).get_shape())
+
+
 def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of compression and quantisation; empty if nothing.
 
@@ -291,6 +289,19 @@ def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}/config.json: quantization_config is {found!r:.100}")
     return found
+
+
+def empty_model(directory: Path, dtype: torch.dtype) -> Any:
+    """The model of config.json, with weights by chance, and with the generation settings."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    if (directory / "generation_config.json").is_file():  # which `from_config` knows nothing of
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model
 
 
 def _meta_model(directory: Path, num_tensors: int) -> Any:

@@ -8,6 +8,7 @@ from cast_serve.checkpoint.directory import (
     MARLIN,
     ModelDirectory,
     quantization_of,
+    shape_of,
     tensor_files,
 )
 from cast_serve.checkpoint.formats.foreign import read_linear
@@ -17,7 +18,6 @@ from cast_serve.checkpoint.linear import (
     check_scale,
 )
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, read_json
-from cast_serve.checkpoint.shard import opened
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
@@ -161,7 +161,7 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
     for name in linears:
         if f"{name}.weight_scale" not in files:
             continue  # of a weight that is not quantised, or refused when it is loaded
-        scale, weight = (_shape(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
+        scale, weight = (shape_of(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
         wanted = [[*weight[:1], 1], [1]]
         if part == PACKED and len(weight) == 2:  # words of the kept values of 16 columns
             wanted = [[weight[0], -(-weight[1] * 16 // group)] for group in INT4_SCALE_GROUPS]
@@ -171,8 +171,3 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
                 f"to {name}.{part}, which is {weight}; copy the directory again, or start from the "
                 "checkpoint that it was made of"
             )
-
-
-def _shape(files: dict[str, Path], name: str) -> list[int]:
-    with opened(files[name]) as tensors:
-        return list(tensors.get_slice(name).get_shape())

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cast_serve.checkpoint.formats.integers import SCALE_DTYPES, check_scales
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
 from cast_serve.sparsity.nibbles import PACKED, pack_nibbles, unpack_nibbles
@@ -31,7 +32,6 @@ from cast_serve.sparsity.quantize import (
 
 PARTS = ("compressed", "bitmask", "shape")
 Quantized = Literal["int8", "int4"]
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class CompressedLinear:
             return cls(name, unpack_nibbles(values, kept), bitmask, in_features, scale, group)
         if values.dtype == torch.int8:
             scale = check_scale(name, scale, out_features)
-        elif values.dtype not in FLOATS or scale is not None:
+        elif values.dtype not in SCALE_DTYPES or scale is not None:
             raise CheckpointError(
                 f"{name}.compressed is {values.dtype}{' with a scale' if scale is not None else ''}"
                 ", but int8 with a scale, or bf16, fp16 or fp32 without one is needed; "
@@ -244,21 +244,13 @@ def check_scale(name: str, scale: Tensor | None, out_features: int, num_groups: 
             f"{name} is in 8 bits, but has no {name}.weight_scale; it is incomplete: "
             "copy the directory again"
         )
-    if list(scale.shape) != [out_features, num_groups] or scale.dtype not in FLOATS:
+    if list(scale.shape) != [out_features, num_groups] or scale.dtype not in SCALE_DTYPES:
         raise CheckpointError(
             f"{name}.weight_scale is {scale.dtype} {list(scale.shape)}, but "
             f"[{out_features}, {num_groups}] of bf16, fp16 or fp32 is needed; "
             "convert the directory first (cast-serve convert SRC OUT)"
         )
-    is_bad = ~(torch.isfinite(scale) & (scale > 0))
-    if is_bad.any():
-        row, group = is_bad.nonzero()[0].tolist()
-        where = f"row {row}" if num_groups == 1 else f"row {row}, scale group {group},"
-        raise CheckpointError(
-            f"{name}.weight_scale: {where} is {float(scale[row, group])}, but a scale is finite "
-            f"and above 0; {int(is_bad.any(1).sum())} rows are wrong and the file is damaged: "
-            "copy the directory again"
-        )
+    check_scales(f"{name}.weight_scale", scale)
     return scale
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.foreign import read_linear
-from cast_serve.checkpoint.linear import FLOATS, CompressedLinear, Quantized
+from cast_serve.checkpoint.formats.integers import SCALE_DTYPES
+from cast_serve.checkpoint.linear import CompressedLinear, Quantized
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
 from cast_serve.sparsity.quantize import (
     INT4_SCALES_CHOSEN,
     SCALE_GROUP,
     SCALES_CHOSEN,
+    SCALES_TAKEN_OVER,
 )
 
 Int8 = Literal["int8"]
@@ -68,9 +70,9 @@ class Plan(NamedTuple):
         return self.scale_group if self.quantize == "int4" else None
 
     def record(self, source: ModelDirectory) -> dict[str, Any] | None:
-        """What cast.json says under quantization; None if nothing was asked for."""
+        """What cast.json says under quantization; None if no weight is quantised."""
         if self.quantize is None:
-            return None
+            return _taken_over(source)
         found: dict[str, Any] = {"quantize": self.quantize, "head": self.head}
         found["scales"] = SCALES_CHOSEN
         if self.quantize == "int4":
@@ -80,6 +82,14 @@ class Plan(NamedTuple):
         elif self.is_trained(source):
             found["scales"] = SCALES_TRAINED
         return found
+
+
+def _taken_over(source: ModelDirectory) -> dict[str, Any] | None:
+    """Of integers and scales that another program chose, which stay as they are."""
+    if not source.quantized or source.is_widened:
+        return None
+    found = {"quantize": source.quantized, "head": source.head_dtype, "scales": SCALES_TAKEN_OVER}
+    return found | ({"scale_group": source.scale_group} if source.quantized == "int4" else {})
 
 
 def read_target(source: ModelDirectory, name: str) -> CompressedLinear:
@@ -118,7 +128,7 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     else:
         gate = source.get(f"{name}.gate")
         gate = gate.T if is_transposed else gate
-        if gate.shape != weight.shape or gate.dtype not in FLOATS:
+        if gate.shape != weight.shape or gate.dtype not in SCALE_DTYPES:
             raise CheckpointError(
                 f"{name}.gate is {gate.dtype} {list(gate.shape)}, but a logit for each weight of "
                 f"{list(weight.shape)} in bf16, fp16 or fp32 is needed; the checkpoint is damaged"

@@ -106,21 +106,17 @@ class Forwarder:
                 content = await self._read(upstream, replica)
                 _check_status(replica, upstream.status, content)
                 return self._finish_whole(replica, exchange, content)
-            choice: dict[str, Any] = {"index": 0, "finish_reason": None}
-            usage = None
             async with aclosing(self._chunks(upstream, replica, exchange)) as pieces:
-                async for chunks in pieces:
-                    for _, chunk in chunks:
-                        usage = chunk.get("usage") or usage
-                        for part in chunk.get("choices") or ():
-                            choice["finish_reason"] = (
-                                part.get("finish_reason") or choice["finish_reason"]
-                            )
-            if not usage:
+                chunks = [chunk async for several in pieces for _, chunk in several]
+            usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+            if not usages:
                 logger.warning("%s: sent a stream without usage", replica)
                 raise BrokenError
-            choice["text"] = exchange.text
-            return {"choices": [choice], "usage": usage}
+            parts = [part for chunk in chunks for part in chunk.get("choices") or ()]
+            reasons = [part["finish_reason"] for part in parts if part.get("finish_reason")]
+            reason = reasons[-1] if reasons else None
+            choice = {"index": 0, "finish_reason": reason, "text": exchange.text}
+            return {"choices": [choice], "usage": usages[-1]}
 
     async def _send(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack

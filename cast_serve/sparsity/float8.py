@@ -6,7 +6,7 @@ from torch import Tensor
 from cast_serve.sparsity.quantize import dequantize
 
 
-def widen_float8(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str = "weight") -> Tensor:
+def widen_float8(values: Tensor, scale: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """values * scale: multiplied in fp32, then rounded once to `dtype`; a stored -0.0 becomes 0.0.
 
     Args:

@@ -48,8 +48,8 @@ def of_directory(directory: Path) -> dict[str, str]:
 def of_inputs(
     model_dir: Path,
     text_files: Sequence[Path],
-    heldout_file: Path | None = None,
-    teacher_dir: Path | None = None,
+    heldout_file: Path | None,
+    teacher_dir: Path | None,
 ) -> dict[str, Any]:
     """``source`` of a training run's record.
 

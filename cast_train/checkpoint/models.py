@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.directory import ModelDirectory, empty_model, quantization_of
 from cast_serve.checkpoint.hub import PAPERS
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
@@ -246,18 +246,14 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             damaged.
         PatternError: if a bitmask is not 2:4.
     """
-    settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    found = settings.quantization_config
+    found = quantization_of(directory, read_json(directory / "config.json"))
     method = found.get("sparsity_config", found).get("format")
     if method != "sparse-24-bitmask":
         raise CheckpointError(
             f"{directory} is compressed as {method!r}, not as sparse-24-bitmask; "
             "convert it first (cast-serve convert SRC OUT)"
         )
-    del settings.quantization_config
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    if (directory / "generation_config.json").is_file():  # which `from_config` knows nothing of
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    model = empty_model(directory, dtype)
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors(directory):

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from cast_serve.questions import Question
+from cast_train.passes import evaluating
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,8 @@ def choice_accuracy(
             rows.append([*prompt, *answer])
             spans.append(len(answer))
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     scores: list[float] = []
-    try:
+    with evaluating(model):
         for first in tqdm(range(0, len(rows), batch_rows), desc="choices", leave=False):
             batch = rows[first : first + batch_rows]
             longest = max(map(len, batch))
@@ -106,8 +105,6 @@ def choice_accuracy(
                 answer = predicted[len(row) - span - 1 : len(row) - 1].float()
                 wanted = torch.tensor(row[-span:], device=device)
                 scores.append(-float(cross_entropy(answer, wanted, reduction="sum")))
-    finally:
-        model.train(was_training)
     right = at = 0
     is_right_norm = []
     for question in questions:

@@ -1,7 +1,7 @@
 """A model directory, text and questions -> its figures, alone or paired with a reference's."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ def evaluate(
     reference: Path | None = None,
     choices: Sequence[Path] = (),
     limit: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], list[float]]:
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard).
 
@@ -39,7 +38,6 @@ def evaluate(
         reference: what KL, perplexity and accuracy are measured against, paired.
         choices: files of questions, JSONL.
         limit: questions from each file's beginning; None: all.
-        say: is given each finding in words.
 
     Returns:
         the figures, as `cast-train eval` prints them; the loss of every block, nats a token.
@@ -77,30 +75,30 @@ def evaluate(
     if kind == "gated":
         model, gate_map, last = models.load_gated(folder, arithmetic())
         soft, hard = soft_and_hard(model, gate_map, last, blocks)
-        say(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
+        print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
         figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
     else:
         model = models.load_any(folder, arithmetic())
         hard = perplexity(model, blocks)
-        say(f"{directory}: perplexity {hard.perplexity:.2f}")
+        print(f"{directory}: perplexity {hard.perplexity:.2f}")
         figures = {"perplexity": hard.perplexity}
     figures["stderr_nats"] = hard.stderr_nats
     if dense_folder is not None:
         dense = models.load_any(dense_folder, arithmetic())
         figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
-        say(f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token")
+        print(f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token")
         difference, stderr = paired_difference(hard, perplexity(dense, blocks))
         figures["nats_above_reference"] = difference
         figures["nats_above_reference_stderr"] = stderr
         error = "" if stderr is None else f" +- {stderr:.4f}"
-        say(
+        print(
             f"log perplexity above {reference}'s: {difference:.4f}{error} nats a token, that "
             f"is {math.exp(difference):.3f} times its perplexity"
         )
     for name, asked in questions.items():
         accuracy = answered.choice_accuracy(model, tokenizer, asked)
         figures[name] = accuracy.about()
-        say(
+        print(
             f"{name}: acc {accuracy.acc:.3f} +- {accuracy.acc_stderr:.3f}, acc_norm "
             f"{accuracy.acc_norm:.3f} +- {accuracy.acc_norm_stderr:.3f}, chance "
             f"{accuracy.chance:.3f}, n={accuracy.num_questions}"
@@ -113,7 +111,7 @@ def evaluate(
                 "acc_norm_above_reference": difference,
                 "acc_norm_above_reference_stderr": error_of_it,
             }
-            say(
+            print(
                 f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
                 f"{difference:+.3f} +- {error_of_it:.3f}"
             )

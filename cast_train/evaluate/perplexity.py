@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from cast_train import losses
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
+from cast_train.passes import evaluating
 
 
 class NotFiniteError(ValueError):
@@ -77,17 +78,13 @@ def perplexity(
         NotFiniteError: if the model's output is not.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     block_losses: list[float] = []
-    try:
+    with evaluating(model):
         for batch in tqdm(blocks.split(batch_blocks), desc=name, unit="batch", leave=False):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             for sequence, row in zip(batch, logits, strict=True):
                 block_losses.append(float(cross_entropy(row[:-1].float(), sequence[1:])))
-    finally:
-        model.train(was_training)
     num_tokens = blocks.shape[0] * (blocks.shape[1] - 1)
     mean = statistics.fmean(block_losses)
     if not math.isfinite(mean):
@@ -109,21 +106,15 @@ def mean_divergence(
         blocks: int64 [num_blocks, block_size].
         batch_blocks: blocks per pass.
     """
-    modes = [(module, module.training) for module in (model, reference)]
     total = 0.0
-    try:
-        for module, _ in modes:
-            module.eval()
+    with evaluating(model, reference):
         for batch in tqdm(blocks.split(batch_blocks), desc="divergence", leave=False):
             pair = []
-            for module, _ in modes:
+            for module in (model, reference):
                 on_device = batch.to(next(module.parameters()).device)
                 pair.append(module(input_ids=on_device, use_cache=False).logits)
             for ours, theirs in zip(*pair, strict=True):
                 total += float(losses.divergence(ours, theirs.to(ours.device)))
-    finally:
-        for module, was_training in modes:
-            module.train(was_training)
     return total / blocks.shape[0]
 
 

@@ -32,8 +32,8 @@ from cast_train.evaluate.choices import check_names
 from cast_train.pruning import oneshot
 
 # Name -> what it changes in the study's common settings.
-# The baselines are undistilled, as published; to compare ste with the default method at equal
-# distillation, use "ste distillation_weight=0.9".
+# The baselines are undistilled, as published; to compare ste with soft_topk at equal distillation,
+# use "ste distillation_weight=0.9". "fixed mask" solves no weights, other than the method `fixed`.
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "distillation_weight": 0.0},
     "fixed mask": {

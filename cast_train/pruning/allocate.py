@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train.gates.gating import is_transposed
 from cast_train.losses import divergence
+from cast_train.passes import evaluating, hooked
 from cast_train.precision import autocast
 from cast_train.pruning.scores import check_reached, weight_rows
 from cast_train.pruning.sparsegpt import sparsegpt_scores
@@ -72,21 +73,20 @@ def keep_dense(
     if zeros >= pattern.zeros:
         return []
     changes = _changes(model, targets, pattern, blocks)
-    was_training = model.training
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        units = _units(model, targets, blocks[:1])
-        sizes = [sum(changes[name].numel() for name in unit) for unit in units]
-        budget = (1 - zeros / pattern.zeros) * sum(sizes)
-        if allocation == "gates":
-            worth = _learn_gates(model, targets, units, changes, blocks, budget)
-        else:
-            costs = _costs(model, targets, changes, blocks)
-            unit_costs = [sum(costs[name] for name in unit) for unit in units]
-            worth = [cost / size for cost, size in zip(unit_costs, sizes, strict=True)]
+        with evaluating(model):
+            units = _units(model, targets, blocks[:1])
+            sizes = [sum(changes[name].numel() for name in unit) for unit in units]
+            budget = (1 - zeros / pattern.zeros) * sum(sizes)
+            if allocation == "gates":
+                worth = _learn_gates(model, targets, units, changes, blocks, budget)
+            else:
+                costs = _costs(model, targets, changes, blocks)
+                unit_costs = [sum(costs[name] for name in unit) for unit in units]
+                worth = [cost / size for cost, size in zip(unit_costs, sizes, strict=True)]
     finally:
-        model.train(was_training)
         for parameter, is_required in required.items():
             parameter.requires_grad_(is_required)
     kept: set[str] = set()
@@ -125,11 +125,8 @@ def _units(model: Any, targets: Mapping[str, nn.Module], blocks: Tensor) -> list
         return hook
 
     hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in targets.items()]
-    try:
+    with hooked(hooks):
         model(input_ids=blocks.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     units = list(readers.values())
     check_reached(targets, {name: True for unit in units for name in unit})
     return units
@@ -167,7 +164,7 @@ def _learn_gates(
         for number, unit in enumerate(units)
         for name in unit
     ]
-    try:
+    with hooked(hooks):
         for step in tqdm(range(STEPS), desc="gates of linears", unit="step"):
             learnt = gates.clone().to(device).requires_grad_()
             for i in range(step * STEP_BLOCKS, (step + 1) * STEP_BLOCKS):
@@ -183,9 +180,6 @@ def _learn_gates(
             direction = MOMENTUM * direction - learnt.grad.cpu() / sizes
             step_length = LARGEST_STEP / direction.abs().max().clamp(min=1e-30)
             gates = _within_budget(gates + step_length * direction, sizes, budget)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return list(zip(gates.tolist(), direction.tolist(), strict=True))
 
 
@@ -231,7 +225,7 @@ def _costs(
     hooks = [linear.register_forward_hook(watch(name)) for name, linear in targets.items()]
     embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    try:
+    with hooked(hooks):
         for block in tqdm(blocks, desc="cost of pruning", unit="block"):
             inputs = block[None].to(embeddings.weight.device)
             embedded = embeddings(inputs).requires_grad_()  # gradients by outputs need a beginning
@@ -242,7 +236,4 @@ def _costs(
                 logits.float(), labels[:, 0].to(logits.device), reduction="sum"
             )
             loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return costs

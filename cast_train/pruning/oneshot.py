@@ -18,6 +18,7 @@ from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
+from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import TrainConfig
 from cast_train.gates.gating import is_transposed
 from cast_train.pruning.allocate import keep_dense
@@ -147,16 +148,7 @@ def write_pruned(
     if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir)
-    order = channel_order.read(model_dir)
-    mask_order = channel_order.read(mask_dir) if mask_dir else order
-    if mask_order != order:
-        if order is not None or mask_order is None:
-            raise ValueError(
-                f"the channels of {model_dir} lie otherwise than those of {mask_dir}; give the "
-                "dense model that both were made of"
-            )
-        order = mask_order
-        reorder(model, order)
+    order = _order_of(model, model_dir, mask_dir)
     targets, _ = find_targets(model, pattern, exclude=exclude)
     kept_dense: list[str] = []
     if mask_dir is not None and (mask_dir / CAST_JSON).is_file():
@@ -199,3 +191,22 @@ def write_pruned(
     return models.write(
         *(out, model.to(torch.bfloat16), tokenizer, record), source=model_dir, order=order
     )
+
+
+def _order_of(model: Any, model_dir: Path, mask_dir: Path | None) -> ChannelOrder | None:
+    """The order of the channels, which is the mask's; the model is reordered if it has none.
+
+    Raises:
+        ValueError: if it has another.
+    """
+    order = channel_order.read(model_dir)
+    mask_order = channel_order.read(mask_dir) if mask_dir else order
+    if mask_order == order:
+        return order
+    if order is not None or mask_order is None:
+        raise ValueError(
+            f"the channels of {model_dir} lie otherwise than those of {mask_dir}; give the dense "
+            "model that both were made of"
+        )
+    reorder(model, mask_order)
+    return mask_order

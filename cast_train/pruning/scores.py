@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_train.gates.gating import is_transposed, stored_weight
+from cast_train.passes import evaluating, hooked
 
 
 def magnitude_scores(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -46,17 +47,10 @@ def wanda_scores(
     hooks = [
         linear.register_forward_pre_hook(add_squares(name)) for name, linear in targets.items()
     ]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            for batch in tqdm(blocks.split(batch_blocks), desc="calibration", unit="batch"):
-                model(input_ids=batch.to(device), use_cache=False)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        device = next(model.parameters()).device
+        for batch in tqdm(blocks.split(batch_blocks), desc="calibration", unit="batch"):
+            model(input_ids=batch.to(device), use_cache=False)
     check_reached(targets, squares)
     return {
         name: weight_rows(linear).abs() * squares[name].sqrt() for name, linear in targets.items()

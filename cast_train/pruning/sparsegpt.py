@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train.gates.gating import is_transposed, stored_weight
+from cast_train.passes import evaluating, hooked
 from cast_train.pruning.scores import check_reached, weight_rows
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
@@ -77,7 +78,6 @@ def replace_weights(
     """
     last: list[Tensor] = [torch.empty(0)] * 2  # inputs and their H, which q, k and v share
     replaced: dict[str, bool] = {}
-    progress = tqdm(total=len(targets), desc="calibration", unit="linear")
 
     def replace_on_input(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(linear: Any, inputs: Any) -> None:
@@ -94,17 +94,11 @@ def replace_weights(
     hooks = [
         linear.register_forward_pre_hook(replace_on_input(name)) for name, linear in targets.items()
     ]
-    was_training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        base: Any = model.base_model
-        base(input_ids=blocks.to(device), use_cache=False)  # needs no logits
-    finally:
-        model.train(was_training)
-        progress.close()
-        for hook in hooks:
-            hook.remove()
+    device = next(model.parameters()).device
+    base: Any = model.base_model  # which computes no logits
+    progress = tqdm(total=len(targets), desc="calibration", unit="linear")
+    with progress, hooked(hooks), evaluating(model):
+        base(input_ids=blocks.to(device), use_cache=False)
     check_reached(targets, replaced)
 
 

@@ -124,11 +124,12 @@ def check_reach(config: TrainConfig, weights: Mapping[str, Tensor]) -> tuple[flo
         total += float((weight.abs() * dropped).sum())
         num_weights += float(dropped.sum())
     mean = total / max(num_weights, 1)
-    if reach(config) < mean:
+    moved = reach(config)
+    if moved < mean:
         raise ValueError(
             f"with learning_rate {config.learning_rate} and {config.steps} steps AdamS can move a "
-            f"dropped weight by {reach(config):.2g}, but they are {mean:.2g} on average, so the "
+            f"dropped weight by {moved:.2g}, but they are {mean:.2g} on average, so the "
             f"final pruning would cut them off; raise steps or learning_rate at least "
-            f"{math.ceil(mean / max(reach(config), 1e-12) * 3)}-fold, or choose method gates"
+            f"{math.ceil(mean / max(moved, 1e-12) * 3)}-fold, or choose method gates"
         )
-    return reach(config), mean
+    return moved, mean

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
+from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
@@ -22,6 +22,7 @@ from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
 from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
+from cast_train.pruning.oneshot import prune
 from cast_train.pruning.permute import permute
 from cast_train.pruning.reorder import reorder, reorder_residual
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
@@ -270,16 +271,9 @@ def _attach(
         )
         _restore(targets, dense)  # what is solved takes the order alone
         if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
-            _drop(targets, scores, config.pattern)
+            prune(targets, scores, config.pattern)
             scores = None
     return with_gates(targets, scores, config)
-
-
-@torch.no_grad()
-def _drop(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], pattern: Pattern) -> None:
-    for name, linear in targets.items():
-        mask = hard_mask(scores[name], pattern)
-        linear.weight.mul_(mask.t() if gating.is_transposed(linear) else mask)
 
 
 @torch.no_grad()

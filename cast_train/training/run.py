@@ -44,8 +44,8 @@ from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import (
     CastTrainer,
     DivergedError,
-    MasksFirst,
     QuantizedStart,
+    SolveWeights,
     Watch,
     tokens_per_step,
 )
@@ -201,7 +201,7 @@ def _fit(
     trainer.watch = Watch(trainer, blocks.heldout, prepared.start)
     trainer.add_callback(trainer.watch)
     if config.is_solved:
-        trainer.add_callback(MasksFirst(trainer, blocks.train[: config.calibration_blocks]))
+        trainer.add_callback(SolveWeights(trainer, blocks.train[: config.calibration_blocks]))
     if config.quantize != "none":
         trainer.add_callback(QuantizedStart(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:

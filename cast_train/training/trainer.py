@@ -221,7 +221,7 @@ class Watch(TrainerCallback):
             )
 
 
-class MasksFirst(TrainerCallback):
+class SolveWeights(TrainerCallback):
     """`fixed`, `masks_first`: weights stay as they are until the mask is exact, then are solved.
 
     They are solved before the first step under the exact mask, with ``fixed`` the first of all. A
@@ -298,6 +298,6 @@ class FrozenGates(TrainerCallback):
             gating.mark_frozen(self.trainer.gate_map)
 
 
-def tokens_per_step(config: TrainConfig, num_processes: int = 1) -> int:
+def tokens_per_step(config: TrainConfig, num_processes: int) -> int:
     """Tokens of one optimiser step, over all processes."""
     return config.batch_blocks * config.accumulation * config.block_size * num_processes

@@ -270,12 +270,7 @@ def _reader(num_bytes: int) -> Linear:
 def read_bandwidth_gb_s() -> float:
     """Best of five streaming reads of 512 MiB with the current number of threads."""
     data = torch.ones(64 << 20, dtype=torch.int64)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - began)
-    return data.nbytes / best / 1e9
+    return data.nbytes / _best_s(data.sum) / 1e9
 
 
 def peak_gflop_s(weights: str = "bf16") -> float:
@@ -290,12 +285,17 @@ def peak_gflop_s(weights: str = "bf16") -> float:
     else:
         x, weight = torch.randn(512, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
         multiply = torch.mm
+    return 2 * 512 * 2048 * 2048 / _best_s(lambda: multiply(x, weight.t())) / 1e9
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    """The shortest of five."""
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()
-        multiply(x, weight.t())
+        work()
         best = min(best, time.perf_counter() - began)
-    return 2 * 512 * 2048 * 2048 / best / 1e9
+    return best
 
 
 def write_out(out: Path, result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A dense model + text -> seconds and bytes of a training step: plain, soft gates, exact mask.
 
 The three ways take turns in one process, each on a model of its own, without distillation and with
-the defaults of `cast-train run`. Ratios are taken round by round.
+the defaults of ``--method gates``, from Wanda's scores. Ratios are taken round by round.
 """
 
 import statistics

@@ -31,14 +31,16 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
         pairs hide it; `differences`: settings that are not the same; `warnings`: of both runs;
         `num_worse`: number of speed-ups that became worse; `old` and `new`: their times and rates.
     """
-    sides = [(run, speedups(run)) for run in (old, new)]
+    earlier, later = speedups(old), speedups(new)
     num_pairs = min(len(run.pairs) for run in (old, new))
     num_independent = min(map(_num_independent, (old, new)))
     # Both runs' resamples come from the same seed; shuffled, they are independent of each other.
     shuffled = np.random.default_rng(SEED).permutation
     changes: dict[str, Any] = {}
-    for name in (name for name in sides[0][1] if name in sides[1][1]):
-        before, after = sides[0][1][name], sides[1][1][name]
+    for name, before in earlier.items():
+        if name not in later:
+            continue
+        after = later[name]
         with np.errstate(divide="ignore", invalid="ignore"):
             change = Ratio.of(
                 np.divide(after.value or np.nan, before.value or np.nan),

@@ -381,8 +381,8 @@ def markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> li
     return [f"| {' | '.join(cells)} |" for cells in (*head, *lines)]
 
 
-def speedup(found: Mapping[str, float | None], digits: int = 2) -> str:
+def speedup(found: Mapping[str, float | None]) -> str:
     """A ratio with its interval, as everywhere in README and docs: `1.33 (1.23 to 1.41)`."""
     if found["low"] is None or found["high"] is None:
-        return f"{found['ratio']:.{digits}f}"
-    return f"{found['ratio']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+        return f"{found['ratio']:.2f}"
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"

@@ -33,15 +33,13 @@ class Batch:
         return [
             replace(
                 self,
-                prompts=self._every(self.prompts, period, num, share),
+                prompts=tuple(
+                    prompt
+                    for place, prompt in enumerate(self.prompts)
+                    if place % period % num == share
+                ),
                 concurrency=len(range(share, self.concurrency, num)),
                 due_s=None if self.due_s is None else self.due_s[share::num],
             )
             for share in range(num)
         ]
-
-    @staticmethod
-    def _every(
-        prompts: tuple[tuple[int, Prompt], ...], period: int, num: int, share: int
-    ) -> tuple[tuple[int, Prompt], ...]:
-        return tuple(p for place, p in enumerate(prompts) if place % period % num == share)

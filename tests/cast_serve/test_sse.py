@@ -1,6 +1,3 @@
-import asyncio
-from collections.abc import AsyncIterator
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -17,15 +14,6 @@ def test_events_are_the_same_however_the_bytes_arrive(cuts: set[int]) -> None:
     pieces = [STREAM[a:b] for a, b in zip([0, *ends], ends, strict=False)]
     reader = sse.Reader()
     assert [data for piece in pieces for data in reader.feed(piece)] == EVENTS
-
-    async def arriving() -> AsyncIterator[bytes]:
-        for piece in pieces:
-            yield piece
-
-    async def read() -> list[bytes]:
-        return [data async for data in sse.data_of(arriving())]
-
-    assert asyncio.run(read()) == EVENTS
 
 
 def test_what_is_written_is_read() -> None:

@@ -1,6 +1,9 @@
 """What went wrong -> OpenAI's error object with its HTTP status."""
 
+import json
 from collections.abc import Mapping
+
+from starlette.types import Send
 
 
 class APIError(Exception):
@@ -30,6 +33,13 @@ class APIError(Exception):
         self.body = {
             "error": {"message": message[:1000], "type": type, "param": param, "code": code}
         }
+
+
+async def send_error(send: Send, error: APIError, *headers: tuple[bytes, bytes]) -> None:
+    """Answers a request from a middleware, where no handler turns the error into a response."""
+    start = {"type": "http.response.start", "status": error.status}
+    await send({**start, "headers": [(b"content-type", b"application/json"), *headers]})
+    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:

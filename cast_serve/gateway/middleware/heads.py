@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import LIVENESS
 
 LINGER_S = 1.0  # how long, and for how many bytes, a refused client may go on sending
@@ -33,20 +33,17 @@ class HeadLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _head_bytes(scope) <= self.max_bytes:
             return await self.app(scope, receive, send)
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 431, "headers": headers})
-        await send({"type": "http.response.body", "body": _too_large(self.max_bytes)})
+        await send_error(send, _too_large(self.max_bytes), (b"connection", b"close"))
 
 
-def _too_large(max_bytes: int) -> bytes:
-    error = APIError(
+def _too_large(max_bytes: int) -> APIError:
+    return APIError(
         431,
         f"the head of the request is larger than {max_bytes} bytes; send less, or raise "
         "CAST_MAX_HEADER_BYTES",
         "invalid_request_error",
         "head_too_large",
     )
-    return json.dumps(error.body).encode()
 
 
 def _head_bytes(scope: Scope) -> int:
@@ -134,7 +131,7 @@ class BoundedHead(HttpToolsProtocol):
     def _refuse(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             return self.transport.close()
-        content = _too_large(self._max_bytes)
+        content = json.dumps(_too_large(self._max_bytes).body).encode()
         head = (
             "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
             f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"

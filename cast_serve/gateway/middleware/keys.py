@@ -7,13 +7,12 @@ the ASGI scope and never from the Host header.
 
 import hashlib
 import hmac
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import is_open
 
 
@@ -77,9 +76,7 @@ class KeyCheck:
             "authentication_error",
             "invalid_api_key",
         )
-        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+        await send_error(send, error, (b"www-authenticate", b"Bearer"))
 
     def _is_known(self, authorization: bytes) -> bool:
         scheme, _, key = authorization.partition(b" ")

@@ -12,13 +12,16 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import PROBES
 
 logger = logging.getLogger(__name__)
 
 QUIET_PATHS = (*PROBES, "/metrics", "/v1/comparison")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
+OWN_ERROR = APIError(
+    500, "the gateway failed at this request; its log has the cause", "server_error"
+)
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 
 
@@ -26,15 +29,6 @@ def facts_of(scope: Scope) -> dict[str, Any]:
     """What the log line of this request will say besides; handlers add to it."""
     facts: dict[str, Any] = scope.setdefault("state", {}).setdefault("cast_facts", {})
     return facts
-
-
-async def _send_own_error(send: Send) -> None:
-    error = APIError(
-        500, "the gateway failed at this request; its log has the cause", "server_error"
-    )
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
 
 
 class RequestLog:
@@ -64,7 +58,7 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         except Exception:
             if status == CLIENT_LEFT:  # no answer has begun
-                await _send_own_error(send_with_id)
+                await send_error(send_with_id, OWN_ERROR, (b"connection", b"close"))
             raise  # uvicorn logs the cause
         finally:
             if scope["path"] not in QUIET_PATHS:

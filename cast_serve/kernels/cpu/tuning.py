@@ -23,7 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,7 @@ def use(tuning: Tuning) -> None:
     Raises:
         ValueError: if a value is out of range.
     """
-    torch.ops.cast.set_cpu_tuning(
-        tuning.few,
-        tuning.few_int8,
-        tuning.few_int4,
-        tuning.prefetch,
-        tuning.library,
-        tuning.library_int8,
-    )
+    torch.ops.cast.set_cpu_tuning(*astuple(tuning))
 
 
 def tune() -> Tuning:

@@ -15,7 +15,6 @@ vLLM's by its API, llama.cpp's by its logits. OpenVINO GenAI tells none.
 """
 
 import asyncio
-import hashlib
 import math
 import os
 import random
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from cast_serve.checkpoint.record import sha256
 from cast_serve.cores import parse_cores
 from cast_serve.intervals import draws, ratio_of_quantiles
 from cast_serve.latency import RequestTiming
@@ -282,9 +282,8 @@ def files_of(models: Sequence[tuple[str, Path]]) -> dict[str, Any]:
         if path.is_dir():
             found[name] = hashes_of(path)
         elif path.name not in found:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.name] = {"sha256": sha256, "weights_by_type": files.weights_by_type(path)}
+            by_type = files.weights_by_type(path)
+            found[path.name] = {"sha256": sha256(path), "weights_by_type": by_type}
     return found
 
 

@@ -116,8 +116,13 @@ def test_what_is_asked_for_wrongly_is_refused(save_gated: Save, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("key", "place", "value", "message"),
     [
-        (f"{DOWN}.weight_scale", (5, 1), torch.nan, f"{DOWN}.weight_scale: row 5, scale group 1,"),
-        (f"{DOWN}.weight_scale", (5, 0), -1, "row 5, scale group 0, is -1.0, but .*copy"),
+        (
+            f"{DOWN}.weight_scale",
+            (5, 1),
+            torch.nan,
+            f"{DOWN}.weight_scale: scale 1 of row 5 is nan",
+        ),
+        (f"{DOWN}.weight_scale", (5, 0), -1, "scale 0 of row 5 is -1.0, but .*copy"),
         (f"{UP}.weight_packed", (3, 0), 0, f"{UP}.weight_packed: row 3 holds -8, .* within .*-7"),
         (f"{UP}.bitmask", (3, 0), 0xF5, "row 3, group 1"),
         (f"{UP}.weight_scale", None, None, f"{UP}.weight_scale: none, but a 4-bit row of 32"),

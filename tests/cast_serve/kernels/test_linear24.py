@@ -60,8 +60,9 @@ def test_so_many_tokens_that_they_take_several_passes() -> None:
     assert_is_product(kernels.linear24(x, packed, 1049), x, weight)
 
 
+@pytest.mark.skipif("CAST_TEST_EXPECTED_ISA" not in os.environ, reason="none is forced")
 def test_the_forced_isa_runs() -> None:
-    assert kernels.isa() == os.environ.get("CAST_TEST_EXPECTED_ISA", kernels.supported_isas()[0])
+    assert kernels.isa() == os.environ["CAST_TEST_EXPECTED_ISA"]
 
 
 def test_an_absent_isa_raises() -> None:
