@@ -168,12 +168,12 @@ class TrainConfig:
     checkpoint_every: NonNegativeInt = 0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio"] = "none"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
     def _check_together(self) -> "TrainConfig":
         """What one field's own limits cannot say."""
-        Pattern.parse(self.sparsity)
+        self.pattern.check_zeros(self.zeros)
         check_expressions((*self.include, *self.exclude))
         if self.method == "fixed":
             self._check_fixed()

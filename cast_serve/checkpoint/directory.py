@@ -103,11 +103,9 @@ class ModelDirectory:
         self.is_widened = self.quantized == "float8"
         if foreign:
             self.quantized, self.is_widened = self._foreign_integers()
+        self.kind = "quantised" if in_8_bits or foreign else self.record.get("kind", "dense")
         if compressed:
             self.kind = "compressed"
-        else:
-            is_quantised = in_8_bits or foreign
-            self.kind = "quantised" if is_quantised else self.record.get("kind", "dense")
         found = sorted({*compressed, *in_8_bits, *foreign})
         self.targets: list[str] = self.record.get("targets") or (
             found or list(find_targets(model, self.pattern)[0])
@@ -296,12 +294,22 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     settings = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    settings.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(
+        settings, dtype=dtype, attn_implementation=attention_of(settings)
+    )
     if (directory / "generation_config.json").is_file():  # which `from_config` knows nothing of
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model
+
+
+def attention_of(settings: Any) -> str | None:
+    """The attention that transformers must compute a model with; None: any.
+
+    PyTorch's fused attention leaves out Gemma2's cap of the scores, without a word.
+    """
+    is_capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if is_capped else None
 
 
 def _meta_model(directory: Path, num_tensors: int) -> Any:
@@ -316,8 +324,7 @@ def _meta_model(directory: Path, num_tensors: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         for key in ("quantization_config", OLD_KEY):
-            if hasattr(config, key):
-                delattr(config, key)
+            config.__dict__.pop(key, None)
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if num_layers > num_tensors:
             raise CheckpointError(f"it has {num_layers} layers, but {num_tensors} tensors")

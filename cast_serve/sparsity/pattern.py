@@ -29,13 +29,15 @@ class Pattern:
         """Parses ``"2:4"``.
 
         Raises:
-            PatternError: if the text is not ``N:M`` with 0 < N < M.
+            PatternError: if the text is not ``N:M`` with 0 < N < M <= 256.
         """
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if match is None or not 0 < int(match[1]) < int(match[2]):
             raise PatternError(
                 f"sparsity {text!r} is not N:M with 0 < N < M; write for instance 2:4"
             )
+        if int(match[2]) > MAX_M:
+            raise PatternError(f"sparsity {text!r} has groups of more than {MAX_M} weights")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -46,8 +48,21 @@ class Pattern:
         """The share of weights that are not kept."""
         return 1 - self.n / self.m
 
+    def check_zeros(self, share: float) -> None:
+        """Refuses a share of zeros over all targets that no choice of dense linears gives.
+
+        Raises:
+            ValueError: if it is neither 1, for the pattern everywhere, nor in (0, `zeros`].
+        """
+        if not (share == 1 or 0 < share <= self.zeros):
+            raise ValueError(
+                f"zeros {share} is no share above 0 and up to {self.zeros:g}, all that {self} has; "
+                "write for instance 0.45, or leave it at 1 for the pattern in every linear"
+            )
+
 
 TWO_FOUR = Pattern(2, 4)
+MAX_M = 256  # `hard_mask` counts ranks in 8 bits
 MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
 
 

@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cast_serve.checkpoint.directory import ModelDirectory, empty_model, quantization_of
+from cast_serve.checkpoint.directory import (
+    ModelDirectory,
+    attention_of,
+)
 from cast_serve.checkpoint.hub import PAPERS
-from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
@@ -40,11 +42,10 @@ from cast_serve.checkpoint.record import (
     write_record,
 )
 from cast_serve.checkpoint.shard import each_tensor
-from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
-from cast_serve.sparsity.quantize import dequantize, rounded
 from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
+from cast_train.checkpoint.compressed import load_compressed
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import Phase
 
@@ -138,14 +139,15 @@ def check_dense(directory: Path) -> None:
         raise CheckpointError(f"{directory} is {kind}; give the dense model that it was made of")
 
 
-def sparse_targets(directory: Path) -> list[str] | None:
+def sparse_targets(directory: Path, pattern: Pattern) -> list[str] | None:
     """The linears of a pruned or compressed directory that have zeros, of which no weight is read.
 
     Returns:
         None: the directory is dense, so that all its linears may become sparse.
 
     Raises:
-        CheckpointError: if its weights cannot be trained: it is missing, gated or quantised.
+        CheckpointError: if its weights cannot be trained: it is missing, gated or quantised, or
+            its zeros are of another pattern.
     """
     kind = kind_of(directory)
     if kind == "gated":
@@ -160,6 +162,11 @@ def sparse_targets(directory: Path) -> list[str] | None:
         raise CheckpointError(
             f"{directory} is quantised ({found.quantized}); give the directory that it was made of"
         )
+    if found.pattern != pattern:
+        raise CheckpointError(
+            f"{directory} is {found.pattern}, and its zeros are the mask; set sparsity to that in "
+            f"place of {pattern}"
+        )
     return found.targets
 
 
@@ -170,13 +177,14 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         settings = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-        if hasattr(settings, "quantization_config"):
-            del settings.quantization_config
+        settings.__dict__.pop("quantization_config", None)
         with _no_report_of_keys():
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=settings,
                 dtype=dtype,
+                attn_implementation=attention_of(settings),
+                ignore_mismatched_sizes=True,  # refused below, by name
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -186,6 +194,12 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         raise CheckpointError(
             f"{directory} is no language model that can be read: {error}"
         ) from error
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{directory}: {name} is {list(found)}, but its config.json asks for {list(wanted)}; "
+            "copy the whole directory again"
+        )
     if report["missing_keys"]:
         raise CheckpointError(f"{directory} lacks the weights {sorted(report['missing_keys'])}")
     known = tuple(f".{part}" for part in GATE_PARTS)
@@ -232,59 +246,6 @@ def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A compressed or an ordinary directory, as `load_compressed` and `load_unmasked` read them."""
     load = load_compressed if kind_of(directory) == "compressed" else load_unmasked
     return load(directory, dtype)
-
-
-def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A sparse-24-bitmask directory, decompressed into the dense model.
-
-    int8 and int4 weights are dequantised, and the activations that they multiply are rounded as
-    they are where the model is served (sparsity/quantize.py): the quality found here is that of
-    serving.
-
-    Raises:
-        CheckpointError: if it is missing, of another format, or lacks tensors, or a scale is
-            damaged.
-        PatternError: if a bitmask is not 2:4.
-    """
-    found = quantization_of(directory, read_json(directory / "config.json"))
-    method = found.get("sparsity_config", found).get("format")
-    if method != "sparse-24-bitmask":
-        raise CheckpointError(
-            f"{directory} is compressed as {method!r}, not as sparse-24-bitmask; "
-            "convert it first (cast-serve convert SRC OUT)"
-        )
-    model = empty_model(directory, dtype)
-    state: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors(directory):
-        name, _, part = key.rpartition(".")
-        if part in (*PARTS, PACKED, "weight_scale"):
-            parts.setdefault(name, {})[part] = tensor
-        else:
-            state[key] = tensor
-    for name, found_parts in parts.items():
-        key = f"{name}.weight"
-        if "weight_scale" in found_parts:
-            model.get_submodule(name).register_forward_pre_hook(_round_activations)
-        if key in state:  # a dense int8 output layer: a weight and its scale
-            scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
-            state[key] = dequantize(state[key], scale, dtype)
-            continue
-        weight = CompressedLinear.from_parts(name, found_parts).dense(dtype)
-        transposed = gating.is_transposed(model.get_submodule(name))
-        state[key] = weight.t() if transposed else weight
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise CheckpointError(
-            f"{directory} lacks {sorted(set(missing) - tied)} or holds unknown {sorted(unexpected)}"
-        )
-    model.tie_weights()
-    return model
-
-
-def _round_activations(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (rounded(inputs[0]),)
 
 
 def load_gated(

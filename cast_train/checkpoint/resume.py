@@ -25,6 +25,8 @@ from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import channel_order, identity
 from cast_train.checkpoint.channel_order import ChannelOrder
+from cast_train.config import TrainConfig
+from cast_train.gates.gating import Gate
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
@@ -33,14 +35,23 @@ COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
 
 
-def check_room(partial: Path, model: nn.Module) -> None:
-    """Refuses a run whose checkpoints the disk cannot hold: two at a time, besides what is there.
+def check_room(
+    partial: Path, model: nn.Module, gates: Mapping[str, Gate], config: TrainConfig
+) -> None:
+    """Refuses a run whose checkpoints the disk cannot hold, besides what is there.
+
+    While one is written there are the last one and, with `keep_best`, the best. A weight is stored
+    with the optimiser's two moments, a logit with one, or none where the mask is fixed.
 
     Raises:
         CheckpointError: naming what is needed and what is free.
     """
-    num_bytes = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
-    num_new = 1 if _checkpoints(partial) else 2
+    num_moments = {id(gate.logits): int(config.method == "gates") for gate in gates.values()}
+    num_bytes = sum(
+        p.nbytes * (1 + (num_moments.get(id(p), 2) if p.requires_grad else 0))
+        for p in model.parameters()
+    )
+    num_new = max(2 + config.keep_best - len(_checkpoints(partial)), 1)
     record.check_room(partial, num_new * num_bytes, f"{num_new} checkpoints of this model")
 
 
@@ -58,12 +69,19 @@ class Choices:
 
 
 def begin(partial: Path, wanted: Mapping[str, Any], choices: Choices) -> None:
-    """Makes the directory of a run, if it is not there; writes its choices, then its identity."""
+    """Makes the directory of a run, if it is not there; writes its choices, then its identity.
+
+    To be called where there is no checkpoint; a kill meanwhile leaves an identity whole or none.
+    """
     partial.mkdir(parents=True, exist_ok=True)
     kept_dense = json.dumps(list(choices.kept_dense))
     (partial / DENSE_FILE).write_text(kept_dense + "\n", encoding="utf-8")
     channel_order.write(partial, choices.order)
-    (partial / RUN_FILE).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    unnamed = partial / f"{RUN_FILE}.new"
+    unnamed.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    record.to_disk(partial)
+    unnamed.rename(partial / RUN_FILE)
+    record.fsync(partial)
 
 
 def read_choices(partial: Path) -> Choices:

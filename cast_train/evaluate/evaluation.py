@@ -15,6 +15,7 @@ from cast_train.evaluate.perplexity import (
     perplexity,
     soft_and_hard,
 )
+from cast_train.passes import check_length
 from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
 
@@ -74,11 +75,13 @@ def evaluate(
     figures: dict[str, Any] = {}
     if kind == "gated":
         model, gate_map, last = models.load_gated(folder, arithmetic())
+        check_length(model, context, "--context")
         soft, hard = soft_and_hard(model, gate_map, last, blocks)
         print(f"{directory}: perplexity {soft.perplexity:.2f} soft, {hard.perplexity:.2f} hard")
         figures = {"perplexity_soft": soft.perplexity, "perplexity_hard": hard.perplexity}
     else:
         model = models.load_any(folder, arithmetic())
+        check_length(model, context, "--context")
         hard = perplexity(model, blocks)
         print(f"{directory}: perplexity {hard.perplexity:.2f}")
         figures = {"perplexity": hard.perplexity}

@@ -11,6 +11,7 @@ report.png     perplexity against tokens; for every way the last perplexities, t
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -127,6 +128,8 @@ def run(
             "a study takes no include, since the one-shot prunings that it compares with would not "
             "follow it; exclude the other linears"
         )
+    if any(config.is_sharded for config in configs.values()):
+        raise ValueError("a study's runs are of one process each; set is_sharded to false")
     check_names(choices)
     taken = {"before", *oneshot.METHODS, *ways}
     for rival in rivals:
@@ -320,9 +323,8 @@ def _train(
 ) -> dict[str, Any]:
     folder = out / f"{re.sub('[^a-z0-9_.]+', '-', way)}-{config.seed}"
     settings = folder.with_name(folder.name + ".toml")
-    settings.write_text(
-        "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.as_dict().items())
-    )
+    lines = [f"{key} = {_in_toml(value)}\n" for key, value in config.as_dict().items()]
+    settings.write_text("".join(lines), encoding="utf-8")
     command: list[object] = ["run", "--model", model, "--text", *text_files, "--heldout", heldout]
     command += ["--config", settings, "--out", folder, "--resume"]
     figures, took = _call(*command)
@@ -344,3 +346,8 @@ def _train(
         **took,
         "curve": record["curve"],
     }
+
+
+def _in_toml(value: Any) -> str:
+    """A setting; TOML writes texts, numbers and lists as JSON does, but infinity otherwise."""
+    return "inf" if value == math.inf else json.dumps(value, ensure_ascii=False)

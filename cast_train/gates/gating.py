@@ -16,7 +16,7 @@ gate logits transposed too; groups always run along in_features.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -381,7 +381,7 @@ def statistics(
     num_weights = num_undecided = num_flipped = num_kept = 0
     dropped = kept = 0.0
     for name, gate in gates.items():
-        soft = gate.soft_mask(phase)
+        soft = gate.soft_mask(replace(phase, noise=0.0))  # a mask is not drawn to be looked at
         num_weights += soft.numel()
         num_undecided += int(((soft > 0.05) & (soft < 0.95)).sum())
         mask = hard(gate.rows(), gate.pattern.n, gate.pattern.m)

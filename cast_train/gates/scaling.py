@@ -53,15 +53,27 @@ def attach(
     """Puts a scale on every target, after its gate.
 
     Raises:
-        PatternError: if a target's columns cannot be cut into num_parts parts of whole groups.
+        PatternError: as `check_parts` does.
     """
+    weights = {name: linear.weight.detach() for name, linear in targets.items()}
+    rows = {name: w.t() if transposed[name] else w for name, w in weights.items()}
+    check_parts(rows, num_parts, m)
     for name, linear in targets.items():
-        weight = linear.weight.detach()
-        out_features, in_features = (weight.t() if transposed[name] else weight).shape
+        out_features, device = rows[name].shape[0], rows[name].device
+        scale = ColumnScale(out_features, num_parts, transposed[name]).to(device)
+        parametrize.register_parametrization(linear, "weight", scale)
+
+
+def check_parts(weights: Mapping[str, Tensor], num_parts: int, m: int) -> None:
+    """Refuses weights [out_features, in_features] that are no num_parts parts of whole groups.
+
+    Raises:
+        PatternError: naming the first.
+    """
+    for name, weight in weights.items():
+        in_features = weight.shape[1]
         if in_features % (num_parts * m):
             raise PatternError(
                 f"{name} has {in_features} columns, not {num_parts} parts of whole groups "
                 f"of {m}; set scale_parts to a divisor of {in_features // m}, or to 0"
             )
-        scale = ColumnScale(out_features, num_parts, transposed[name]).to(weight.device)
-        parametrize.register_parametrization(linear, "weight", scale)

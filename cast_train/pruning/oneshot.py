@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
+from cast_serve.checkpoint.target import read_target
+from cast_serve.sparsity.bitmask import unpack_mask
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
@@ -56,11 +59,16 @@ def read_masks(
     Raises:
         ValueError: if a target is missing there, has another shape or is not N:M.
     """
-    if models.kind_of(directory) == "gated":
+    kind = models.kind_of(directory)
+    if kind == "gated":
         _, gates, _ = models.load_gated(directory, torch.float32)
         found = {name: hard_mask(gate.rows(), gate.pattern) for name, gate in gates.items()}
+    elif kind == "compressed":  # whose bitmask says more than its values, some of which may be 0
+        source = ModelDirectory(directory)
+        linears = {name: read_target(source, name) for name in source.targets}
+        found = {k: unpack_mask(w.bitmask, w.in_features, k) for k, w in linears.items()}
     else:
-        model = models.load_any(directory, torch.float32)
+        model = models.load_unmasked(directory, torch.float32)
         known = dict(model.named_modules())
         found = {name: weight_rows(known[name]) != 0 for name in targets if name in known}
     for name, linear in targets.items():
@@ -137,6 +145,7 @@ def write_pruned(
     if (method == MASK_OF_ANOTHER) != (mask_dir is not None):
         raise ValueError("method 'mask' and a directory to take the mask of belong together")
     pattern = Pattern.parse(sparsity)
+    pattern.check_zeros(zeros)
     check_expressions(exclude)
     check_new(out)
     model_dir = hub.fetch(model_dir)

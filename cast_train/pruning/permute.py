@@ -8,7 +8,7 @@ Sources: Pool and Yu, "Channel permutations for N:M sparsity", 2021; Zhang et al
 an efficient post-training pruning method for large language models", 2024, for the first order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,12 @@ MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; f
 
 @torch.no_grad()
 def permute(
-    model: Any, blocks: Tensor, pattern: Pattern, seed: int = 0
+    model: Any,
+    blocks: Tensor,
+    pattern: Pattern,
+    seed: int = 0,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
 ) -> tuple[ChannelOrder, dict[str, list[float]]]:
     """Finds an order of a model's channels and reorders them in place.
 
@@ -43,6 +48,8 @@ def permute(
         blocks: calibration tokens, int64 [num_blocks, block_size].
         pattern: N:M.
         seed: of the pairs of groups.
+        include: regular expressions, as for `find_targets`; the groups of its targets count.
+        exclude: as include.
 
     Returns:
         The order; and by set of channels [before, after]: the share of the squared scores that the
@@ -55,19 +62,28 @@ def permute(
     """
     layers = layers_of(model)
     _check_sizes(layers[0], pattern)
-    targets, _ = find_targets(model, pattern)
+    targets, _ = find_targets(model, pattern, include, exclude)
     before = model(input_ids=blocks[:1], use_cache=False).logits
     scores = wanda_scores(model, targets, blocks)
     of_linear = {linear: scores[name] for name, linear in targets.items()}
     num_orders = 1 + sum(1 + num_key_heads(layer.self_attn) for layer in layers)
     with tqdm(total=num_orders, desc="order", unit="set") as progress:
         search_for = _Searches(pattern, torch.Generator().manual_seed(seed), progress)
-        readers = [of_linear[linear] for layer in layers for linear in residual_readers(layer)]
-        order = ChannelOrder(search_for.order("residual", *readers), [], [])
+        readers = [linear for layer in layers for linear in residual_readers(layer)]
+        found = [of_linear[linear] for linear in readers if linear in of_linear]
+        num_channels = readers[0].weight.shape[1]
+        order = ChannelOrder(search_for.order("residual", num_channels, *found), [], [])
         for layer in layers:
-            order.inner.append(search_for.order("inner", of_linear[layer.mlp.down_proj]))
-            reads = _by_key_head(layer.self_attn, of_linear)
-            order.values.append([search_for.order("values", head) for head in reads])
+            down = layer.mlp.down_proj
+            found = [of_linear[down]] if down in of_linear else []
+            order.inner.append(search_for.order("inner", down.weight.shape[1], *found))
+            attention = layer.self_attn
+            reads: list[list[Tensor]] = [[] for _ in range(num_key_heads(attention))]
+            if attention.o_proj in of_linear:
+                reads = [[head] for head in _by_key_head(attention, of_linear)]
+            order.values.append(
+                [search_for.order("values", attention.head_dim, *head) for head in reads]
+            )
     reorder(model, order)
     after = model(input_ids=blocks[:1], use_cache=False).logits
     difference = float((after - before).abs().max() / before.abs().max())
@@ -92,19 +108,22 @@ class _Searches:
     progress: Any
     shares: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
-    def order(self, kind: str, *readers: Tensor) -> list[int]:
-        """One order for the columns of all readers, [num_channels].
+    def order(self, kind: str, num_channels: int, *readers: Tensor) -> list[int]:
+        """One order for the columns of all readers; the given one if there are none.
 
         Args:
             kind: the set of channels, as reorder.py names it.
+            num_channels: of the set.
             readers: Wanda scores of the linears that read them, fp32 [num_rows, num_channels] each.
         """
+        self.progress.update()
+        if not readers:
+            return list(range(num_channels))
         per_reader = max(MAX_ROWS // len(readers), 1)
         squared = [reader[:: -(-len(reader) // per_reader)].square() for reader in readers]
         rows = torch.cat([scores / scores.mean() for scores in squared])
         found, before, after = search(rows, self.pattern, self.generator)
         self.shares.setdefault(kind, []).append((before, after))
-        self.progress.update()
         return found.tolist()
 
 

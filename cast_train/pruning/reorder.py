@@ -102,8 +102,8 @@ def reorder_residual(model: Any, order: ChannelOrder) -> None:
             _reorder_columns(reader, index)
         _reorder_rows(layer.self_attn.o_proj, index)
         _reorder_rows(layer.mlp.down_proj, index)
-    norms = [child for layer in layers for child in layer.children() if _is_norm(child)]
-    for norm in [model.model.norm, *norms]:
+    children = [child for layer in layers for child in layer.children()]
+    for norm in filter(_is_norm, [model.model.norm, *children]):
         _reorder_rows(norm, index)
 
 
@@ -142,7 +142,7 @@ def _reorder_values(attention: Any, of_heads: Sequence[Tensor]) -> None:
 
 
 def _is_norm(child: nn.Module) -> bool:
-    """Of a layer's children only norms have a weight; attention and MLP are modules of linears."""
+    """Of a layer's children only norms have a weight, though not all; OLMo's have none."""
     return getattr(child, "weight", None) is not None
 
 

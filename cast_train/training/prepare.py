@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
@@ -20,12 +19,13 @@ from cast_train.config import TrainConfig
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.gates.schedules import phase_at
+from cast_train.passes import check_length
 from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
 from cast_train.pruning.oneshot import prune
 from cast_train.pruning.permute import permute
 from cast_train.pruning.reorder import reorder, reorder_residual
-from cast_train.pruning.scores import magnitude_scores, wanda_scores
+from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
 from cast_train.training import adams
@@ -118,7 +118,9 @@ def prepare(
     """
     model = load_any(model_dir, torch.float32)
     # What is wrong is refused before the search, which takes a minute and more.
-    find_targets(model, config.pattern, config.include, config.exclude)
+    check_length(model, config.block_size, "block_size")
+    sparse = sparse_targets(model_dir, config.pattern)
+    _check_targets(model, sparse, config)
     order = channel_order.read(model_dir)
     if order is not None and config.channel_order == "auto":
         logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
@@ -133,7 +135,6 @@ def prepare(
                 "were made of, or set hidden_states_weight to 0"
             )
     calibration = blocks.train[: config.calibration_blocks]
-    sparse = sparse_targets(model_dir)
     if order is None and sparse is None:  # else its channels stay where they are
         if choices is None:
             model, order = _reordered(model, model_dir, calibration, config)
@@ -143,6 +144,8 @@ def prepare(
     targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
     if choices is not None:
         kept_dense = choices.kept_dense
+    elif config.method == "dense":
+        kept_dense = []
     elif sparse is not None:
         kept_dense = [name for name in targets if name not in sparse]
     else:
@@ -150,28 +153,52 @@ def prepare(
             model, targets, config.pattern, calibration, config.zeros, config.allocation
         )
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
-    if not targets:
-        raise PatternError(
-            f"{model_dir} keeps all linears dense that include and exclude leave, such as "
-            f"{min(kept_dense)}; train the others, or prune the dense model anew"
-        )
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
     transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
     sharding.check_groups(config, transposed)
+    torch.manual_seed(config.seed)  # of the first weights of `generator`
     gate_map = _attach(model, targets, blocks.train, config)
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
     if not config.train_embeddings:
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if embedding is not None:
-                embedding.requires_grad_(False)
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) or module is head:
+                module.requires_grad_(False)
     if teacher is not None:
         if order is not None and teacher_order is None and config.hidden_states_weight:
             _reorder_teacher(teacher, order)
         attention.use_blocks(teacher)
     attention.use_blocks(model)
     return Prepared(model, targets, Choices(kept_dense, order), gate_map, start, reach, teacher)
+
+
+def _check_targets(model: Any, sparse: list[str] | None, config: TrainConfig) -> None:
+    """Refuses targets that cannot be trained as the settings say.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
+    head = model.get_output_embeddings()
+    if heads := [name for name, linear in targets.items() if linear is head]:
+        raise ValueError(
+            f"include names {heads[0]}, the output layer, which cannot be trained to a pattern "
+            "here; leave it out"
+        )
+    if left_out := sorted(set(sparse or ()) - set(targets)):
+        raise ValueError(
+            f"include and exclude leave out {left_out[0]}, which has zeros already that training "
+            "would fill; let them take all linears that have zeros"
+        )
+    if config.scale_parts:
+        rows_of = {name: weight_rows(linear) for name, linear in targets.items()}
+        scaling.check_parts(rows_of, config.scale_parts, config.pattern.m)
+    if config.method == "adams":
+        adams.check_reach(
+            config, {name: weight_rows(linear).detach() for name, linear in targets.items()}
+        )
 
 
 def _reordered(
@@ -184,7 +211,11 @@ def _reordered(
     if config.channel_order == "given" or config.method == "dense":
         return model, None
     try:
-        order, shares = permute(model, calibration, config.pattern)
+        order, shares = permute(
+            *(model, calibration, config.pattern),
+            include=config.include,
+            exclude=config.exclude,
+        )
     except ValueError as reason:
         logger.warning("channel_order auto: the channels keep the given order: %s", reason)
         return load_any(model_dir, torch.float32), None  # it may have been changed
@@ -224,7 +255,7 @@ def with_gates(
         scores,
         method=config.method,
         selector=config.selector,
-        decay=config.decay,
+        decay=config.decay / config.accumulation,  # the gradients of a step's passes are summed
     )
     if config.scale_parts:
         transposed = {name: gate.is_transposed for name, gate in gate_map.items()}

@@ -29,6 +29,7 @@ from cast_serve.checkpoint.record import (
     read_record,
     verify,
 )
+from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_tokenizer
@@ -111,13 +112,14 @@ def train(
     choices = resume.read_choices(partial) if resume_from else None
     prepared = prepare(model_dir, teacher_dir, blocks, config, choices)
     if sharding.rank() == 0:
-        resume.check_room(partial, prepared.model)
-        resume.begin(partial, run_identity, prepared.choices)
+        resume.check_room(partial, prepared.model, prepared.gate_map, config)
+        if resume_from is None:
+            resume.begin(partial, run_identity, prepared.choices)
     try:
         trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
         trained = _as_stored(trainer, prepared, model_dir, config)
         record = _measure(trained, trainer, blocks, config)
-    except NotFiniteError as error:
+    except (NotFiniteError, PatternError) as error:  # of the second kind here: scores hold NaN
         raise DivergedError(
             f"{error}; lower learning_rate (now {config.learning_rate}) and start again"
         ) from error
@@ -163,7 +165,7 @@ def _check_models(model_dir: Path, teacher_dir: Path | None, config: TrainConfig
     """Refuses models that cannot be trained or distilled from, before a weight is read."""
     if teacher_dir is not None:
         models.check_dense(teacher_dir)
-    if models.sparse_targets(model_dir) is None:
+    if models.sparse_targets(model_dir, config.pattern) is None:
         return
     if config.zeros < config.pattern.zeros:
         raise ValueError(
@@ -206,7 +208,7 @@ def _fit(
         trainer.add_callback(QuantizedStart(trainer, blocks.train[: config.calibration_blocks]))
     if tensorboard_dir is not None:
         trainer.add_callback(progress.tensorboard(tensorboard_dir))
-    checkpoints = Checkpoints(None if _steps_between_saves(config) else config.checkpoint_minutes)
+    checkpoints = Checkpoints(None if config.checkpoint_every else config.checkpoint_minutes)
     trainer.add_callback(checkpoints)
     with checkpoints.listening():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -332,7 +334,7 @@ def _steps_between_saves(config: TrainConfig) -> int:
 
 def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
     is_distributed = sharding.num_processes() > 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(partial),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_blocks,
@@ -361,3 +363,6 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=True,  # frozen gates get no gradient
     )
+    if arguments.n_gpu > 1:  # Trainer would cut every batch in parts, one for each GPU
+        arguments._n_gpu = 1
+    return arguments

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from cast_serve.checkpoint.record import CheckpointError
 from cast_train import losses
 from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
@@ -73,7 +74,7 @@ class CastTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         loss = loss_in_words(config, has_teacher=teacher is not None)
         self.add_callback(Progress(config, tokens_per_step(config, self.args.world_size), loss))
-        self.add_callback(FrozenGates(self))
+        self.add_callback(Resumed(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -284,16 +285,23 @@ class QuantizedStart(TrainerCallback):
         )
 
 
-class FrozenGates(TrainerCallback):
-    """On resuming, gates that were frozen at the checkpoint keep the checkpoint's logits.
+class Resumed(TrainerCallback):
+    """What Trainer does not restore of a run that goes on.
 
-    Otherwise a gate that computes its logits would do so again, from weights that have changed.
+    Gates that were frozen at the checkpoint keep the checkpoint's logits; a gate that computes its
+    logits would do so again, from weights that have changed. And of `keep_best` Trainer remembers
+    the best checkpoint by its whole path, but OUT.partial may have been moved.
     """
 
     def __init__(self, trainer: CastTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.config.keep_best and state.best_global_step:
+            best = Path(args.output_dir) / f"{resume.PREFIX}{state.best_global_step}"
+            if not best.is_dir():
+                raise CheckpointError(f"{best}, the run's best, is missing; start the run again")
+            state.best_model_checkpoint = str(best)
         if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
             gating.mark_frozen(self.trainer.gate_map)
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from cast_train.checkpoint.models import load_compressed
+from cast_train.checkpoint.compressed import load_compressed
 from tests.story.conftest import FLAGS, PROMPTS, Served, command, serving
 
 pytestmark = [pytest.mark.model, pytest.mark.server]

@@ -31,7 +31,7 @@ from cast_serve.checkpoint.inspect import count_sparse, inspect  # noqa: E402
 from cast_serve.checkpoint.record import CheckpointError  # noqa: E402
 from cast_serve.engine import plugin  # noqa: E402
 from cast_serve.sparsity.quantize import rounded  # noqa: E402
-from cast_train.checkpoint.models import load_compressed  # noqa: E402
+from cast_train.checkpoint.compressed import load_compressed  # noqa: E402
 
 # What vLLM's own imports warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
 from cast_serve.checkpoint.convert import convert  # noqa: E402
 from cast_serve.sparsity.quantize import rounded  # noqa: E402
-from cast_train.checkpoint.models import load_compressed  # noqa: E402
+from cast_train.checkpoint.compressed import load_compressed  # noqa: E402
 from tests.cast_serve.conftest import Save  # noqa: E402
 from tests.cast_serve.engine.test_fixtures import (  # noqa: E402, F401
     EXACT,

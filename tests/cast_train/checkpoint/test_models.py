@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.record import CheckpointError, read_record, sha256, verify
@@ -12,8 +12,8 @@ from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.quantize import rounded
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
+from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import (
-    load_compressed,
     load_dense,
     load_gated,
     load_tokenizer,
@@ -22,7 +22,9 @@ from cast_train.checkpoint.models import (
 from cast_train.config import TrainConfig
 from cast_train.evaluate.evaluation import evaluate
 from cast_train.gates import gating
+from cast_train.pruning.oneshot import write_pruned
 from cast_train.training.run import train
+from tests.cast_train.training.test_architectures import FAMILIES
 
 TOKENS = torch.arange(64).view(2, 32)
 END = {"blend": 1.0, "tau": 1e-3, "penalty_weight": 0.0, "is_hard": True}
@@ -235,3 +237,52 @@ def test_a_straight_through_mask_is_never_soft(model_dir, text_file, settings_fi
     found, _ = evaluate(tmp_path / "out", [text_file], context=32, max_tokens=128)
     assert found["perplexity_soft"] == found["perplexity_hard"]
     assert record["quality"]["perplexity_soft"] == record["quality"]["perplexity_hard"]
+
+
+def test_an_output_layer_that_is_missing_is_named(llama_dir, tmp_path):
+    """Where it is not tied to the embedding, its weights would be by chance."""
+    config = AutoConfig.from_pretrained(llama_dir, tie_word_embeddings=False)
+    dense = tmp_path / "dense"
+    shutil.copytree(llama_dir, dense)
+    LlamaForCausalLM(config).save_pretrained(dense)
+    write_pruned(dense, [], tmp_path / "pruned", "magnitude")
+    out = tmp_path / "out"
+    convert(tmp_path / "pruned", out)
+    tensors = load_file(out / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks \['lm_head.weight'\]"):
+        load_compressed(out)
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_a_weight_of_another_shape_is_named(is_compressed, llama_dir, tmp_path):
+    folder = tmp_path / "pruned"
+    write_pruned(llama_dir, [], folder, "magnitude")
+    if is_compressed:
+        folder = tmp_path / "compressed"
+        convert(tmp_path / "pruned", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    load = load_compressed if is_compressed else load_dense
+    with pytest.raises(CheckpointError, match=r"embed_tokens.*copy the whole directory again"):
+        load(folder)
+    if is_compressed:
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        with pytest.raises(CheckpointError, match=r"layers\.1\..*its config.json does not know"):
+            load(folder)
+
+
+def test_gemma2s_scores_are_capped_as_they_are_served(tmp_path):
+    config, _ = FAMILIES["gemma2"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data.mul_(1000)
+    model.save_pretrained(tmp_path / "dense")
+    found = load_unmasked(tmp_path / "dense", torch.float32)
+    wanted = model.eval()(TOKENS).logits
+    torch.testing.assert_close(found(TOKENS).logits, wanted)
+    found.set_attn_implementation("sdpa")
+    assert not torch.allclose(found(TOKENS).logits, wanted, rtol=1e-2)

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 
+from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.record import CheckpointError, sha256, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
+from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import load_dense
 from cast_train.pruning import oneshot
 
@@ -79,3 +81,21 @@ def test_wrong_use_is_refused_and_leaves_nothing(llama_dir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="out exists"):
         oneshot.write_pruned(llama_dir, [], tmp_path / "out", "magnitude")
+
+
+def test_the_mask_of_quantised_weights_is_their_bitmask(large_weights_dir, tmp_path):
+    """Of which some kept ones are 0 in 4 bits."""
+    oneshot.write_pruned(large_weights_dir, [], tmp_path / "pruned", "magnitude")
+    convert(tmp_path / "pruned", tmp_path / "int4", quantize="int4")
+    targets, _ = find_targets(load_dense(large_weights_dir, torch.float32), TWO_FOUR)
+    wanted = oneshot.read_masks(tmp_path / "pruned", targets, TWO_FOUR)
+    found = oneshot.read_masks(tmp_path / "int4", targets, TWO_FOUR)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    values = load_compressed(tmp_path / "int4", torch.float32).state_dict()
+    assert any(not values[f"{name}.weight"][mask].all() for name, mask in wanted.items())
+
+
+@pytest.mark.parametrize("zeros", [45.0, float("nan"), 0.6, 0.0])
+def test_a_share_of_zeros_that_there_is_not_is_refused(zeros, llama_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"is no share above 0 and up to 0\.5, all that 2:4 has"):
+        oneshot.write_pruned(llama_dir, [], tmp_path / "out", "magnitude", zeros=zeros)

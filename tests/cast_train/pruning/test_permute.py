@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 
 from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
@@ -145,3 +145,26 @@ def test_a_directory_is_written_whole(large_weights_dir, text_file, tmp_path, mo
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="out exists"):
         permute.write_permuted(large_weights_dir, [text_file], tmp_path / "out")
+
+
+def test_only_the_groups_of_targets_count(llama_dir):
+    """Queries, keys and values that stay dense would want another order."""
+    model = load_dense(llama_dir, torch.float32)
+    model.model.layers[0].self_attn.q_proj.weight.data[:, :16] *= 100
+    orders = []
+    for exclude in ([], ["self_attn"]):
+        given = copy.deepcopy(model)
+        order, shares = permute.permute(given, TOKENS, TWO_FOUR, exclude=exclude)
+        torch.testing.assert_close(given(TOKENS).logits, model(TOKENS).logits, rtol=1e-3, atol=1e-4)
+        orders.append(order)
+    assert orders[0].residual != orders[1].residual
+    assert orders[1].values == [[list(range(16))]] * 2
+    assert shares.keys() == {"residual", "inner"}
+
+
+def test_norms_without_weights_have_no_order():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OlmoConfig(**COMMON)).float().eval()
+    before = model(TOKENS).logits
+    permute.permute(model, TOKENS, TWO_FOUR)
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-3, atol=1e-4)

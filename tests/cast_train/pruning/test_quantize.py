@@ -7,7 +7,8 @@ from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
-from cast_train.checkpoint.models import load_any, load_compressed, load_tokenizer
+from cast_train.checkpoint.compressed import load_compressed
+from cast_train.checkpoint.models import load_any, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.pruning import oneshot, quantize
 from cast_train.pruning.quantize import DAMPING, quantize_linear, write_quantized

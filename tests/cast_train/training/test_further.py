@@ -86,15 +86,6 @@ def test_wrong_use_is_refused_before_anything_is_written(
         train(out, [text_file], tmp_path / "again", config, teacher_dir=model_dir)
 
 
-def test_a_run_without_a_linear_to_train_is_refused(llama_dir, text_file, config, tmp_path):
-    write_pruned(llama_dir, [text_file], tmp_path / "pruned", "magnitude", exclude=["mlp"])
-    config = dataclasses.replace(config, include=("mlp",))
-    message = r"keeps all linears dense that .* leave, such as model\.layers\.0\.mlp\.down_proj"
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "pruned", [text_file], tmp_path / "out", config, teacher_dir=llama_dir)
-    assert not (tmp_path / "out").exists()
-
-
 def test_generation_settings_that_cannot_be_saved_are_refused(llama_dir, text_file, tmp_path):
     dense = tmp_path / "dense"
     shutil.copytree(llama_dir, dense)
@@ -114,3 +105,16 @@ def test_generation_settings_are_handed_on(llama_dir, text_file, config, tmp_pat
     train(tmp_path / "compressed", [text_file], tmp_path / "out", config, teacher_dir=dense)
     found = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (found["temperature"], found["do_sample"]) == (0.7, True)
+
+
+def test_zeros_that_training_would_fill_or_move_are_refused(
+    sparse_dir, text_file, config, tmp_path
+):
+    config = dataclasses.replace(config, distillation_weight=0.0)
+    left_out = dataclasses.replace(config, exclude=("attn",))
+    with pytest.raises(ValueError, match=r"exclude leave out .*attn.* has zeros already that"):
+        train(sparse_dir, [text_file], tmp_path / "out", left_out)
+    other = dataclasses.replace(config, sparsity="4:8", quantize="none")
+    with pytest.raises(CheckpointError, match="is 2:4, and its zeros are the mask; set sparsity"):
+        train(sparse_dir, [text_file], tmp_path / "out", other)
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from cast_serve.checkpoint.convert import convert
 from cast_serve.sparsity.pattern import Pattern
 from cast_train import losses
 from cast_train.checkpoint import models
+from cast_train.checkpoint.compressed import load_compressed
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.gates import gating
@@ -58,7 +59,7 @@ def test_from_dense_to_compressed(
     model, gate_map, last = models.load_gated(tmp_path / "gated", torch.float32)
     gating.set_phase(gate_map, last)
     tokens = torch.arange(64).view(2, 32)
-    compressed = models.load_compressed(tmp_path / "compressed", torch.float32)
+    compressed = load_compressed(tmp_path / "compressed", torch.float32)
     assert ("scale_parts" in way) == any(
         key.endswith(".scale") for key in load_file(tmp_path / "gated" / "model.safetensors")
     )

@@ -11,7 +11,7 @@ from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
-from cast_train.training import prepare, run
+from cast_train.training import optimizer, prepare, run
 from cast_train.training.run import train
 from cast_train.training.trainer import CastTrainer, DivergedError
 
@@ -250,3 +250,112 @@ def test_every_step_is_of_whole_batches(llama_dir, text_file, config, tmp_path, 
     assert record["tokens_seen"] == sum(shapes) * config.block_size
     assert losses[0] == pytest.approx(math.log(256), rel=0.2)  # an untrained model of bytes
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_accumulation_changes_nothing_of_a_step(
+    llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    """Nor how hard dropped weights are pulled. The plain steps taken here show gradients' sizes."""
+
+    def plain(self, model=None):
+        weights = {"params": list(self.model.parameters()), "role": optimizer.WEIGHTS}
+        self.optimizer = torch.optim.SGD([weights], lr=1e-3)
+        return self.optimizer
+
+    monkeypatch.setattr(CastTrainer, "create_optimizer", plain)
+    config = dataclasses.replace(
+        *(config,),
+        steps=1,
+        method="ste",
+        decay=50.0,
+        warmup_fraction=0.0,
+        distillation_weight=0.0,
+        max_grad_norm=math.inf,
+    )
+    weights = []
+    for accumulation in (1, 4):
+        out = tmp_path / str(accumulation)
+        changed = dataclasses.replace(
+            config, accumulation=accumulation, batch_blocks=4 // accumulation
+        )
+        train(llama_dir, [text_file], out, changed)
+        weights.append(load_file(out / "model.safetensors"))
+    first, second = weights
+    dense = load_file(llama_dir / "model.safetensors")
+    for name in dense:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-2, atol=1e-5)
+    assert any(not torch.equal(first[name], dense[name].bfloat16()) for name in dense)
+
+
+def test_a_best_checkpoint_is_found_where_the_run_was_moved(
+    llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(
+        config, method="fixed", steps=4, evaluate_every=2, checkpoint_every=0, keep_best=True
+    )
+    evaluate = CastTrainer.evaluate
+
+    def pretend(self, *args, **kwargs):
+        return evaluate(self, *args, **kwargs) | {"eval_loss": float(self.state.global_step)}
+
+    def fill_the_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(CastTrainer, "evaluate", pretend)
+    train(llama_dir, [text_file], tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "write", fill_the_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(llama_dir, [text_file], tmp_path / "full", config)
+    (tmp_path / "full.partial").rename(tmp_path / "moved.partial")
+    record = train(llama_dir, [text_file], tmp_path / "moved", config, is_resume=True)
+    assert record["best_step"] == 2
+    whole, moved = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "moved"))
+    assert all(torch.equal(whole[name], moved[name]) for name in whole)
+
+
+def test_scores_that_hold_nan_have_diverged(llama_dir, text_file, config, tmp_path, monkeypatch):
+    def poison(self, *args, **kwargs):
+        found = compute(self, *args, **kwargs)
+        next(iter(self.gate_map.values())).weight().data.fill_(math.nan)
+        return found
+
+    compute = CastTrainer.compute_loss
+    monkeypatch.setattr(CastTrainer, "compute_loss", poison)
+    config = dataclasses.replace(config, method="ste", start="magnitude", evaluate_every=1)
+    with pytest.raises(DivergedError, match=r"hold NaN.*; lower learning_rate"):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"include": (".*",)}, "include names lm_head, the output layer"),
+        ({"scale_parts": 3}, "has 32 columns, not 3 parts of whole groups of 4"),
+        ({"method": "adams", "learning_rate": 1e-6}, "AdamS can move a dropped weight by"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_search(
+    changes, message, llama_dir, text_file, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare, "permute", None)
+    config = dataclasses.replace(config, channel_order="auto", **changes)
+    with pytest.raises(ValueError, match=message):
+        train(llama_dir, [text_file], tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_learnt_its_positions_takes_no_longer_blocks(
+    gpt2_dir, text_file, config, tmp_path
+):
+    config = dataclasses.replace(config, block_size=129)
+    with pytest.raises(ValueError, match="block_size 129 is more than the 128 places that GPT2LM"):
+        train(gpt2_dir, [text_file], tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_embeddings_of_positions_stay_too(gpt2_dir, text_file, config, tmp_path):
+    train(gpt2_dir, [text_file], tmp_path / "out", config)
+    before, after = models.load_dense(gpt2_dir), models.load_unmasked(tmp_path / "out")
+    assert torch.equal(before.transformer.wpe.weight, after.transformer.wpe.weight)
+    assert torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
