@@ -175,6 +175,8 @@ def all_flags(
         # the engine for a regex of 70 characters (docs/log.md).
         "--structured-outputs-config": '{"backend": "guidance"}',
     }
+    # The gateway logs requests; a line for every look at /health would fill the worker's log.
+    ours["--uvicorn-log-level"] = "warning"
     if quantization:
         ours["--quantization"] = quantization
     if not torch.cuda.is_available():

@@ -43,6 +43,7 @@ class Admission:
         self._max_queued = max_queued
         self._clock = clock
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._again: deque[asyncio.Future[None]] = deque()  # whose turn comes before
         self._finished_busy_s: deque[float] = deque(maxlen=RATE_WINDOW)
         self._busy_s = 0.0  # with a request running, up to `_busy_since_s`
         self._busy_since_s: float | None = None
@@ -50,17 +51,22 @@ class Admission:
 
     @property
     def num_queued(self) -> int:
-        return len(self._waiting)
+        return len(self._again) + len(self._waiting)
 
     @asynccontextmanager
-    async def place(self, timeout_s: float) -> AsyncIterator[None]:
+    async def place(self, timeout_s: float, is_again: bool = False) -> AsyncIterator[None]:
         """Waits for a place, and gives it back at the end.
+
+        Args:
+            timeout_s: how long to wait.
+            is_again: for a request that has had a place, whose replica failed: its turn comes
+                before those that have not, however many they are.
 
         Raises:
             APIError: 429 if the queue is full, 504 if no place was free in time.
             NoPlacesError: if the variant went down meanwhile, see `turn_away`.
         """
-        await self._enter(timeout_s)
+        await self._enter(timeout_s, is_again)
         try:
             yield
         finally:
@@ -82,24 +88,24 @@ class Admission:
 
     def admit(self) -> None:
         """Lets as many in as there are places; to be called when a replica comes up."""
-        while self._waiting and self.num_running < self._num_places():
-            turn = self._waiting.popleft()
+        while self.num_queued and self.num_running < self._num_places():
+            turn = (self._again or self._waiting).popleft()
             if not turn.done():  # else its client has left, and is about to leave the queue
                 self._take()
                 turn.set_result(None)
 
     def turn_away(self) -> None:
         """Ends the wait of all that queue; to be called when the variant's last replica is down."""
-        while self._waiting:
-            turn = self._waiting.popleft()
+        while self.num_queued:
+            turn = (self._again or self._waiting).popleft()
             if not turn.done():
                 turn.set_exception(NoPlacesError())
 
-    async def _enter(self, timeout_s: float) -> None:
-        if self.num_running < self._num_places() and not self._waiting:
+    async def _enter(self, timeout_s: float, is_again: bool) -> None:
+        if self.num_running < self._num_places() and not self.num_queued:
             self._take()
             return
-        if len(self._waiting) >= self._max_queued:
+        if len(self._waiting) >= self._max_queued and not is_again:
             raise APIError(
                 429,
                 f"{len(self._waiting)} requests wait already, the limit of this variant; try again "
@@ -109,13 +115,14 @@ class Admission:
                 headers={"Retry-After": str(self.retry_after_s())},
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        queue = self._again if is_again else self._waiting
+        queue.append(turn)
         try:
             async with asyncio.timeout(timeout_s):
                 await turn
         except BaseException as error:  # also when the client left
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            if turn in queue:
+                queue.remove(turn)
             elif turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._give_back()  # its turn came at the same moment
             self.admit()

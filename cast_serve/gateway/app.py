@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from rich.console import Console
 from starlette.exceptions import HTTPException
 
@@ -188,11 +188,11 @@ def create_app(
         own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.models}
         return {**proxy.comparison.snapshot(), **own}
 
-    @app.get(paths.LIVENESS)
+    @app.get(paths.LIVENESS, response_class=Response)
     async def livez() -> Response:
         return Response(status_code=200)
 
-    @app.get("/startupz")
+    @app.get("/startupz", response_class=Response)
     async def startupz() -> Response:
         return Response(status_code=200 if gateway.has_started else 503)
 
@@ -201,7 +201,7 @@ def create_app(
         states = {v.name: v.status or v.is_up for v in gateway.variants}
         return JSONResponse(states, 200 if gateway.is_ready else 503)
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         return Response(status_code=200 if gateway.is_ready else 503)
 
@@ -211,7 +211,7 @@ def create_app(
 
         return {"version": version_of("cast-serve")}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(await proxy.exposition(), media_type=CONTENT_TYPE)
 

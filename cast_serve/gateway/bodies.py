@@ -1,4 +1,8 @@
-"""A request as it arrives -> its body, bounded in bytes and time, parsed and checked."""
+"""A request as it arrives -> its body, bounded in bytes and time, parsed and checked.
+
+Bodies are bounded in sum too, since each is held until its request has been answered: as text of
+Python's it may take four times its bytes, and once more those that are sent on.
+"""
 
 import asyncio
 import logging
@@ -10,6 +14,7 @@ from pydantic import BaseModel
 
 from cast_serve.gateway.api import schemas
 from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.exchange import Exchange
 from cast_serve.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -21,23 +26,38 @@ class BodyReader:
     """Reads bodies; large ones are checked in a thread.
 
     Args:
-        settings: `max_body_bytes`, `body_timeout_s`, `max_prompts` and `strict_fields`.
+        settings: `max_body_bytes`, `max_held_body_bytes`, `body_timeout_s`, `max_prompts` and
+            `strict_fields`.
+
+    Attributes:
+        num_held_bytes: of the bodies of all requests that have not ended.
     """
 
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         # One at a time: memory and the interpreter's lock are not for large bodies alone.
+        self.num_held_bytes = 0
         self._checker = ThreadPoolExecutor(1, "check-body")
         self._logged: set[str] = set()  # fields without effect
 
     def close(self) -> None:
         self._checker.shutdown()
 
-    async def read(self, request: Request) -> tuple[dict[str, Any], BaseModel, list[str]]:
+    def release(self, exchange: Exchange) -> None:
+        """To be called once a request has ended."""
+        self.num_held_bytes -= exchange.num_body_bytes
+        exchange.num_body_bytes = 0
+
+    async def read(
+        self, request: Request, exchange: Exchange
+    ) -> tuple[dict[str, Any], BaseModel, list[str]]:
         """The body, as it came but for the fields without effect, and checked; their names.
 
+        Args:
+            exchange: whose body it is; the bytes that came are counted there, until `release`.
+
         Raises:
-            APIError: 400, 408 or 413.
+            APIError: 400, 408, 413 or 429.
             ClientDisconnect: if the client leaves before the body is whole.
         """
         limit = self.settings.max_body_bytes
@@ -54,6 +74,10 @@ class BodyReader:
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
                 async for chunk in request.stream():
+                    exchange.num_body_bytes += len(chunk)
+                    self.num_held_bytes += len(chunk)
+                    if self.num_held_bytes > self.settings.max_held_body_bytes:
+                        raise self._too_many_bytes()
                     content += chunk
                     if len(content) > limit:
                         raise too_large
@@ -83,3 +107,14 @@ class BodyReader:
                 "the field %s has no effect here: it is accepted and not passed on", name
             )
         return body, checked, without_effect
+
+    def _too_many_bytes(self) -> APIError:
+        return APIError(
+            429,
+            f"the requests that wait or run have bodies of {self.settings.max_held_body_bytes} "
+            "bytes together, the limit; try again after Retry-After seconds, or raise "
+            "CAST_MAX_HELD_BODY_BYTES",
+            "rate_limit_error",
+            "too_many_bytes",
+            headers={"Retry-After": "1"},
+        )

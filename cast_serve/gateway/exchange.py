@@ -31,6 +31,7 @@ class Exchange:
         facts: what its log line says besides.
         stopwatch: runs from its arrival.
         body: as it came, without the fields that have no effect.
+        num_body_bytes: of it that came, see `BodyReader`.
         deadline_s: on the event loop's clock.
         variant: who was asked for; empty until that is known.
         epoch: of the comparison when it arrived (compare/live.py).
@@ -48,6 +49,7 @@ class Exchange:
     facts: dict[str, Any] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     body: dict[str, Any] = field(default_factory=dict)
+    num_body_bytes: int = 0
     deadline_s: float = 0.0
     variant: str = ""
     epoch: int = 0

@@ -16,11 +16,11 @@ from typing import Any
 
 import aiohttp
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cast_serve import sse
 from cast_serve.gateway.api import answers
-from cast_serve.gateway.api.errors import APIError, unavailable
+from cast_serve.gateway.api.errors import CUT_OFF, APIError, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
@@ -214,6 +214,7 @@ class Forwarder:
             answer = answers.parsed(content)
             if not answer.get("usage"):
                 raise ValueError("it has no usage")
+            _check_not_aborted(replica, answer)
         except ValueError as error:
             logger.warning("%s: sent an invalid answer: %s", replica.variant, error)
             raise BrokenError from None
@@ -251,6 +252,7 @@ class _StreamedAnswer:
                 chunk = answers.parsed(data)
                 if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
                     _check_status(self._replica, answers.status_of(chunk), data)
+                _check_not_aborted(self._replica, chunk)
             except (BrokenError, APIError, ValueError) as error:
                 self.failure = error
                 break
@@ -291,6 +293,13 @@ def _check_status(replica: Replica, status: int, content: bytes) -> None:
         raise BrokenError
 
 
+def _check_not_aborted(replica: Replica, answer: dict[str, Any]) -> None:
+    if answers.is_aborted(answer):
+        logger.warning("%s: its engine gave a request up", replica)
+        note_doubt(replica)
+        raise BrokenError
+
+
 @contextmanager
 def _counted_as_outstanding(replica: Replica) -> Iterator[None]:
     replica.num_outstanding += 1
@@ -318,8 +327,23 @@ class _ProxiedStream(StreamingResponse):
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            self._exchange.end(CUT_OFF.status)
+            if has_begun:
+                event = sse.event(json.dumps(CUT_OFF.body).encode())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(END_S):
+                        await send({"type": "http.response.body", "body": event})
+            raise
         finally:
             self._exchange.end(CLIENT_LEFT)  # unless it has ended otherwise
             await asyncio.shield(self._on_close())

@@ -4,6 +4,7 @@ Ours are named cast_*; the workers' keep their names and get the labels ``varian
 (its place in the variant's list, from 0), so that one scrape of the gateway sees everything.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from cast_serve.gateway.admission import Admission
 from cast_serve.gateway.compare.live import Comparison
+from cast_serve.gateway.exchange import GENERATING
 from cast_serve.latency import BUCKETS_S, RequestTiming
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class Metrics:
         comparison: read at every scrape, as the next two.
         shadow_outcomes: how many shadow requests had each outcome.
         admissions: each variant's queue.
+        fallbacks: who answers in place of whom.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Metrics:
         comparison: Comparison,
         shadow_outcomes: Mapping[str, int],
         admissions: Mapping[str, Admission],
+        fallbacks: Mapping[str, str],
     ) -> None:
         registry = self.registry = CollectorRegistry()
 
@@ -60,6 +64,9 @@ class Metrics:
         )
         self.variant_up = Gauge(
             "cast_variant_up", "1 if a replica answers", ["variant"], registry=registry
+        )
+        self.replica_up = Gauge(
+            "cast_replica_up", "1 if it answers", ["variant", "replica"], registry=registry
         )
         self.restarts = Counter(
             "cast_variant_restarts_total",
@@ -86,11 +93,18 @@ class Metrics:
         self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
         self.tpot = histogram("cast_time_per_output_token_seconds", "Per token after the first")
         self.e2e = histogram("cast_e2e_request_latency_seconds", "Arrival to last token")
-        for name in admissions:  # a counter must exist at 0, or rate() misses its first event
+        # A counter must exist at 0, or rate() misses its first event.
+        for name in admissions:
             self.variant_up.labels(name).set(0)
             self.restarts.labels(name)
             for outcome in ("done", "failed"):
                 self.rolls.labels(name, outcome)
+            for route, code in itertools.product(GENERATING, (200, 429, 500, 503, 504)):
+                self.requests.labels(name, route, str(code))
+        for reason in ("queue_full", "timeout"):
+            self.shed.labels(reason)
+        for (name, other), reason in itertools.product(fallbacks.items(), ("down", "broken")):
+            self.fallbacks.labels(name, other, reason)
         registry.register(_Speedups(comparison))
         registry.register(_Queues(admissions))
         registry.register(_Shadows(comparison, shadow_outcomes))

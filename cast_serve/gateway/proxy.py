@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from cast_serve.gateway.admission import Admission, NoPlacesError
 from cast_serve.gateway.api import limits
-from cast_serve.gateway.api.errors import APIError, unavailable
+from cast_serve.gateway.api.errors import CUT_OFF, APIError, unavailable
 from cast_serve.gateway.bodies import BodyReader
 from cast_serve.gateway.compare import side_by_side
 from cast_serve.gateway.compare.agreement import COMPLETIONS, max_scored_tokens
@@ -48,6 +48,10 @@ from cast_serve.latency import RequestTiming
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
 COMPARE = "/v1/compare"
 STICKY_HEADER = "x-cast-sticky"
+
+
+class DownError(BrokenError):
+    """The variant went down while the request waited for a place."""
 
 
 class Proxy:
@@ -80,7 +84,9 @@ class Proxy:
             self._repeat,
             self._max_scored_tokens,
         )
-        self.metrics = Metrics(self.comparison, self.shadow.outcomes, self.admissions)
+        self.metrics = Metrics(
+            self.comparison, self.shadow.outcomes, self.admissions, self.router.fallbacks
+        )
         self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant), worker_key)
         self.client = httpx.AsyncClient(
             headers=bearer(worker_key),
@@ -109,6 +115,8 @@ class Proxy:
         """Brings gauge and queue in line with a variant that may have come up or gone down."""
         is_up = self.variants[name].is_up
         self.metrics.variant_up.labels(name).set(is_up)
+        for place, replica in enumerate(self.variants[name].replicas):
+            self.metrics.replica_up.labels(name, str(place)).set(replica.is_up)
         if is_up:
             self.admissions[name].admit()
         else:
@@ -121,7 +129,7 @@ class Proxy:
         )
         exchange.epoch = self.comparison.epoch
         try:
-            exchange.body, checked, ignored = await self.bodies.read(request)
+            exchange.body, checked, ignored = await self.bodies.read(request, exchange)
             variants = self._route(exchange, checked, request.headers.get(STICKY_HEADER))
             exchange.deadline_s = deadline_s(request, self.settings.request_timeout_s)
             if exchange.route == COMPARE:
@@ -137,6 +145,9 @@ class Proxy:
             return Response(status_code=CLIENT_LEFT)
         except APIError as error:
             exchange.end(error.status)
+            raise
+        except asyncio.CancelledError:  # the grace of a shutdown is over
+            exchange.end(CUT_OFF.status)
             raise
         except BaseException:
             exchange.end(500)
@@ -178,6 +189,8 @@ class Proxy:
             while candidate.pick(tried) is not None:
                 try:
                     response = await self._ask(candidate, tried, exchange)
+                except DownError:  # which no worker has seen
+                    continue
                 except BrokenError:
                     reason = "broken"
                     continue
@@ -201,29 +214,33 @@ class Proxy:
             BrokenError: if the replica was lost before a byte was passed on.
         """
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._place(variant, exchange.deadline_s))
+            place = self._place(variant, exchange.deadline_s, is_again=bool(tried))
+            await stack.enter_async_context(place)
             replica = variant.pick(tried)
             if replica is None:
-                raise BrokenError
+                raise DownError
             tried.add(replica)
             in_flight = self.metrics.in_flight.labels(variant.name)
             stack.enter_context(in_flight.track_inprogress())
             return await self.forwarder.forward(replica, exchange, stack)
 
     @asynccontextmanager
-    async def _place(self, variant: Variant, until_s: float) -> AsyncIterator[None]:
+    async def _place(
+        self, variant: Variant, until_s: float, is_again: bool = False
+    ) -> AsyncIterator[None]:
         """A place at a variant's workers.
 
         Raises:
             APIError: 429 or 504, counted as shed.
-            BrokenError: if the variant goes down while the request waits.
+            DownError: if the variant goes down while the request waits.
         """
         async with AsyncExitStack() as stack:
             left_s = until_s - asyncio.get_running_loop().time()
             try:
-                await stack.enter_async_context(self.admissions[variant.name].place(left_s))
+                place = self.admissions[variant.name].place(left_s, is_again)
+                await stack.enter_async_context(place)
             except NoPlacesError:
-                raise BrokenError from None
+                raise DownError from None
             except APIError as error:
                 self.metrics.shed.labels(str(error.body["error"]["code"])).inc()
                 raise
@@ -231,6 +248,7 @@ class Proxy:
 
     def _account(self, exchange: Exchange) -> None:
         """Counts a request that has ended; what it generated is timed, and may be repeated."""
+        self.bodies.release(exchange)
         exchange.facts["outcome"] = exchange.status
         self.metrics.requests.labels(exchange.variant, exchange.route, str(exchange.status)).inc()
         timing = exchange.timing
@@ -310,40 +328,36 @@ class Proxy:
     async def models(self) -> dict[str, Any]:
         """OpenAI's model list: each variant as its worker describes it, and the splits.
 
-        A variant that does not answer has a card of its name and ``status``, see `Variant.status`.
+        A variant that does not answer has a card of its name and ``status``: `Variant.status`, or
+        ``down``.
         """
         cards: list[dict[str, Any]] = []
         for variant in self.variants.values():
-            replica = variant.pick()
-            if status := variant.status:
-                card = {"id": variant.name, "object": "model", "owned_by": "cast-serve"}
-                cards.append({**card, "status": status})
-            if replica is None:
-                continue
-            with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-                response = await self.client.get(f"{replica.url}/v1/models", timeout=5)
-                cards += [
-                    {**card, "owned_by": "cast-serve"}
-                    for card in response.json()["data"]
-                    if card["id"] == variant.name  # others, as of adapters, are not passed on
-                ]
+            card = await self._card_of(variant)
+            cards.append({"id": variant.name, "object": "model", **card, "owned_by": "cast-serve"})
         cards += [
             {"id": name, "object": "model", "owned_by": "cast-serve", "split": shares}
             for name, shares in self.router.split.items()
         ]
         return {"object": "list", "data": cards}
 
+    async def _card_of(self, variant: Variant) -> dict[str, Any]:
+        """What a worker says of the variant's model; ``status`` where none is up."""
+        if (replica := variant.pick()) is not None:
+            with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+                response = await self.client.get(f"{replica.url}/v1/models", timeout=5)
+                cards = {card["id"]: card for card in response.json()["data"]}
+                return dict(cards[variant.name])  # others, as of adapters, are not passed on
+        return {} if variant.is_up else {"status": variant.status or "down"}
+
     async def model(self, name: str) -> dict[str, Any]:
         """One card of `models`.
 
         Raises:
-            APIError: 404 if there is no such model, 503 if its worker does not answer.
+            APIError: 404 if there is no such model.
         """
         self.router.choose(name, None)
-        for card in (await self.models())["data"]:
-            if card["id"] == name:
-                return dict(card)
-        raise self._unavailable(name)
+        return next(dict(card) for card in (await self.models())["data"] if card["id"] == name)
 
     async def exposition(self) -> bytes:
         """Prometheus text of the gateway and of every worker that answers."""

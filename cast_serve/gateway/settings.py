@@ -48,6 +48,12 @@ class GatewaySettings(BaseSettings):
     )
 
     max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger bodies get 413")
+    max_held_body_bytes: int = Field(
+        default=64 << 20,
+        gt=0,
+        description="in the bodies of all requests that wait or run; then 429. They take up to "
+        "five times as much memory",
+    )
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
     max_connections: int = Field(
         default=2048, gt=0, description="open at once, also idle ones; then 503"

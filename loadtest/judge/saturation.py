@@ -40,6 +40,8 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
     )
     parts = np.array_split(np.array(found), min(NUM_PARTS, len(found)))
     medians_s = [float(np.median(part[:, 1])) for part in parts]
+    if np.isinf(medians_s[0]):  # nothing was kept up with, not even at the lowest rate
+        return {"rate_per_s": None, "is_reached": True}
     is_slow = [median_s > FACTOR * medians_s[0] for median_s in medians_s]
     num_kept_up = len(parts)
     while num_kept_up > 1 and is_slow[num_kept_up - 1]:

@@ -96,10 +96,13 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
         baseline = _in_blocks(recorded, baseline_blocks, metric)
         candidate = _in_blocks(recorded, candidate_blocks, metric)
         if any(map(len, baseline)) and any(map(len, candidate)):
-            num_values = min(sum(map(len, baseline)), sum(map(len, candidate)))
+            num_requests = min(
+                sum(len(block.requests) for block in blocks)
+                for blocks in (baseline_blocks, candidate_blocks)
+            )
             for name, share in QUANTILES.items():
                 ratio = ratio_of_quantiles(baseline, candidate, resamples, share)
-                if num_values < num_needed(share):
+                if num_requests < num_needed(share):
                     ratio = replace(ratio, low=None, high=None)
                 found[f"{metric}_{name}"] = ratio
     found["throughput"] = ratio_of_rates(
@@ -119,7 +122,7 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
 
 
 def num_needed(share: float) -> int:
-    """How many values a quantile's interval needs: one is expected beyond it."""
+    """How many requests a quantile's interval needs: one is expected beyond it."""
     return round(1 / (1 - share))
 
 

@@ -78,3 +78,8 @@ def text_of(answer: Mapping[str, Any]) -> str:
             part = choice.get("delta") or choice.get("message") or choice
             return part.get("text") or part.get("content") or ""
     return ""
+
+
+def is_aborted(answer: Mapping[str, Any]) -> bool:
+    """Whether the engine gave a request up, as vLLM's does that is told to end."""
+    return any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())

@@ -35,10 +35,21 @@ class APIError(Exception):
         }
 
 
+CUT_OFF = APIError(
+    503,
+    "the gateway is stopping, and the time that it gives to running requests is over; try again "
+    "shortly",
+    "server_error",
+    "shutting_down",
+    headers={"Retry-After": "1"},
+)
+
+
 async def send_error(send: Send, error: APIError, *headers: tuple[bytes, bytes]) -> None:
     """Answers a request from a middleware, where no handler turns the error into a response."""
+    own = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     start = {"type": "http.response.start", "status": error.status}
-    await send({**start, "headers": [(b"content-type", b"application/json"), *headers]})
+    await send({**start, "headers": [(b"content-type", b"application/json"), *own, *headers]})
     await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
 
 

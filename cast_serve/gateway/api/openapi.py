@@ -101,7 +101,7 @@ are set, it needs one: <code>curl -H "Authorization: Bearer KEY" .../openapi.jso
 def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # never sent: a wrong body is a 400
-    statuses: list[str] = []
+    statuses = ["431", "500"]
     if path in BODIES:
         model = BODIES[path].model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= model.pop("$defs", {})
@@ -112,9 +112,9 @@ def _complete(operation: dict[str, Any], path: str, schemas: dict[str, Any]) -> 
         if path.endswith("completions"):
             responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     elif path == "/v1/models/{name}":
-        statuses = ["404", "503"]
+        statuses.append("404")
     elif path in PROBES and path != "/livez":  # which is never 503
-        responses["503"] = {"description": "not yet, or no longer"}
+        responses["503"] = {**responses["200"], "description": "not yet, or no longer"}
     if not is_open(path):
         operation["security"] = [{"key": []}, {}]
         statuses.append("401")

@@ -1,8 +1,9 @@
-"""Heads of requests, bounded in time and in bytes.
+"""Heads of requests, bounded in time and in bytes; and clients that stop reading their answers.
 
 uvicorn limits the time between requests, but waits without limit for the rest of a head. Since the
 number of connections is limited, a few thousand unfinished heads would keep all other clients out.
-And with httptools, whose responses cost less CPU time than h11's, it does not limit the bytes.
+And with httptools, whose responses cost less CPU time than h11's, it does not limit the bytes. Nor
+does it limit how long an answer waits for a client that takes no more of it, in a place of a queue.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import LIVENESS
 
+STALL_S = 60.0  # nginx's send_timeout: a client that takes no byte for so long has left
 LINGER_S = 1.0  # how long, and for how many bytes, a refused client may go on sending
 LINGER_BYTES = 1 << 20
 
@@ -52,7 +54,7 @@ def _head_bytes(scope: Scope) -> int:
 
 
 class BoundedHead(HttpToolsProtocol):
-    """uvicorn's protocol with limits for heads that are not whole yet.
+    """uvicorn's protocol with limits for heads that are not whole yet, and for stalled answers.
 
     Args:
         timeout_s: from a connection's begin, or from the first byte of a later request, to the end
@@ -66,6 +68,7 @@ class BoundedHead(HttpToolsProtocol):
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._is_in_head = False
         self._num_pending = 0  # bytes
         self._has_progressed = False
@@ -124,8 +127,17 @@ class BoundedHead(HttpToolsProtocol):
         self._has_progressed = True
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def _refuse(self) -> None:
@@ -143,6 +155,11 @@ class BoundedHead(HttpToolsProtocol):
         self.transport.write_eof()
         self._stop_timer()
         self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -3,6 +3,7 @@
 The line has the variant, the status and the time taken; it never has anything of a body.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cast_serve.gateway.api.errors import APIError, send_error
+from cast_serve.gateway.api.errors import CUT_OFF, APIError, send_error
 from cast_serve.gateway.api.paths import PROBES
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # by uvicorn, once the grace of a shutdown is over
+            if status == CLIENT_LEFT:  # no answer has begun
+                await send_error(send_with_id, CUT_OFF, (b"connection", b"close"))
+            raise
         except Exception:
             if status == CLIENT_LEFT:  # no answer has begun
                 await send_error(send_with_id, OWN_ERROR, (b"connection", b"close"))

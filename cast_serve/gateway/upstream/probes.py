@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.gateway.api.answers import is_aborted, parsed
+
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
 
@@ -122,7 +124,16 @@ async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s
         return Canary.LOCKED
     if response.status_code == 404:
         return Canary.UNKNOWN
-    return Canary.REFUSED if response.status_code >= 500 else Canary.ANSWERED
+    if response.status_code >= 500 or _is_aborted(response):
+        return Canary.REFUSED
+    return Canary.ANSWERED
+
+
+def _is_aborted(response: httpx.Response) -> bool:
+    try:
+        return response.status_code == 200 and is_aborted(parsed(response.content))
+    except ValueError:  # which is for the clients' requests to find out
+        return False
 
 
 async def _progress(client: httpx.AsyncClient, url: str) -> dict[str, float]:

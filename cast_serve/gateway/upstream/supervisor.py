@@ -36,6 +36,7 @@ from cast_serve.gateway.upstream.replica import (
 logger = logging.getLogger(__name__)
 
 CANARY_INTERVAL_S = 5.0  # between the starts of two
+LIMITS_INTERVAL_S = 30.0  # between two looks at what a remote server says of itself
 EXIT_POLL_S = 0.2
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
@@ -233,6 +234,7 @@ async def _follow_health(
 ) -> str:
     """Marks the replica up and down by its /health and, where that is not enough, a canary."""
     must_answer = True
+    read_s = 0.0
     while True:
         tell()  # what `note_failure` changed
         must_answer = must_answer or replica.is_doubted.is_set()
@@ -243,6 +245,7 @@ async def _follow_health(
             limits = await probes.read_limits(client, replica.url, replica.variant)
             is_healthy = limits is not None
             replica.limits = limits or Limits()
+            read_s = looked_s
         if is_healthy and must_answer:
             canary = await _first_canary(replica, client, settings)
             if canary in probes.NOT_FOR_US:
@@ -266,6 +269,10 @@ async def _follow_health(
                 logger.info("%s: ready after %.0f s", replica, now_s - replica.started_s)
             else:
                 logger.info("%s: answers again", replica)
+        elif replica.model is None and replica.is_up and now_s - read_s > LIMITS_INTERVAL_S:
+            read_s = now_s  # another server may stand behind the URL by now
+            limits = await probes.read_limits(client, replica.url, replica.variant)
+            replica.limits = limits or replica.limits
         elif (
             replica.process is not None
             and replica.came_up_s is None

@@ -45,7 +45,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     canary's; a stream ends after ``app.state.error_at`` words with ``app.state.error``, or
     ``app.state.raw_event``, and [DONE], as vLLM's does when its engine dies;
     ``app.state.metrics`` is what /metrics says, ``app.state.cards`` the models of /v1/models if not
-    its own, and without ``app.state.has_usage`` streams have no usage.
+    its own, ``app.state.reason`` an answer's finish_reason, and without ``app.state.has_usage``
+    streams have no usage.
     """
     app = FastAPI()
     app.state.status = app.state.canary_status = 200
@@ -55,6 +56,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
     app.state.metrics = METRICS
     app.state.cards = [{"id": name, "object": "model", "max_model_len": 64}]
     app.state.has_usage = True
+    app.state.reason = "length"
     app.state.num_at_once = app.state.most_at_once = 0
     app.state.bodies = []
     app.state.traces = []
@@ -87,7 +89,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
         if body == {"model": name, "prompt": "a", "max_tokens": 1}:
             if app.state.canary_status != 200:
                 return JSONResponse({"error": ENGINE_DIED}, app.state.canary_status)
-            return JSONResponse({"choices": [], "usage": usage_of(body)})
+            choice = {"index": 0, "text": words[0], "finish_reason": app.state.reason}
+            return JSONResponse({"choices": [choice], "usage": usage_of(body)})
         if body["model"] != name:
             return JSONResponse({"error": {"message": "no such model", "code": 404}}, 404)
         app.state.bodies.append(body)
@@ -100,7 +103,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
             return StreamingResponse(stream(body), media_type="text/event-stream")
         with counted():
             await opened(request)
-        choice: dict[str, Any] = {"index": 0, "text": "".join(words), "finish_reason": "length"}
+        choice: dict[str, Any] = {"index": 0, "text": "".join(words)}
+        choice["finish_reason"] = app.state.reason
         usage = usage_of(body)
         if body.get("prompt_logprobs"):
             token = {"1": {"logprob": -0.1, "rank": 1, "decoded_token": "x"}}
@@ -163,7 +167,7 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
                 event = app.state.raw_event or json.dumps({"error": app.state.error})
                 yield f"data: {event}\n\ndata: [DONE]\n\n"
                 return
-            reason = "length" if number == len(words) - 1 else None
+            reason = app.state.reason if number == len(words) - 1 else None
             choice = {"index": 0, "text": word, "finish_reason": reason}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             if app.state.is_cut_off:

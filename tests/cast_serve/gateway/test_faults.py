@@ -14,7 +14,7 @@ import pytest
 
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream import client
+from cast_serve.gateway.upstream import client, supervisor
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.stack import Servers, Stack, events, running, wait_until
 
@@ -300,7 +300,9 @@ def test_a_model_list_that_is_none_spoils_no_other(cards: object) -> None:
         stack.workers["sparse"].state.cards = cards
         found = stack.client.get("/v1/models")
         assert found.status_code == 200
-        assert [card["id"] for card in found.json()["data"]] == ["dense"]
+        dense, sparse = found.json()["data"]
+        assert (dense["id"], dense["max_model_len"]) == ("dense", 64)
+        assert sparse == {"id": "sparse", "object": "model", "owned_by": "cast-serve"}
 
 
 def test_a_comparison_with_a_worker_that_counts_nothing_is_503() -> None:
@@ -308,3 +310,102 @@ def test_a_comparison_with_a_worker_that_counts_nothing_is_503() -> None:
         stack.workers["sparse"].state.has_usage = False
         found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 3})
         assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
+
+
+def test_an_answer_that_a_worker_gave_up_is_none() -> None:
+    """vLLM's, told to end, answers 200 with no token and the reason abort."""
+    with running(fallback="sparse=dense") as stack:
+        stack.workers["sparse"].state.reason = "abort"
+        found = stack.complete(model="sparse")
+        assert found.headers["X-Cast-Fallback"] == "sparse"
+        assert found.json()["choices"][0]["finish_reason"] == "length"
+        variant = stack.gateway.proxy.variants["sparse"]
+        wait_until(lambda: not variant.is_up)  # its canary is given up as well
+        assert stack.client.get("/v1/models/sparse").json()["status"] == "down"
+
+
+def test_a_stream_that_a_worker_gave_up_ends_with_an_error() -> None:
+    with running() as stack:
+        stack.workers["sparse"].state.reason = "abort"
+        *words, last = events(stack.complete(model="sparse", stream=True))
+        assert len(words) == 2
+        assert json.loads(last)["error"]["code"] == "variant_unavailable"
+
+
+def test_who_was_at_a_replica_that_failed_is_asked_next_at_the_other_one() -> None:
+    """However many wait, and it had a place already."""
+    with (
+        running(num_replicas=2, max_running=1, max_queued=2, health_interval_s=30) as stack,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        workers = (stack.workers["sparse"], stack.others["sparse"])
+        for worker in workers:
+            worker.state.gate.clear()
+        admission = stack.gateway.proxy.admissions["sparse"]
+        running_now = [pool.submit(stack.complete, model="sparse", user="first") for _ in range(2)]
+        wait_until(lambda: all(worker.state.bodies for worker in workers))
+        waiting = [pool.submit(stack.complete, model="sparse", user="later") for _ in range(2)]
+        wait_until(lambda: admission.num_queued == 2)
+        stack.servers.stop(url_of(stack, "sparse"))
+        wait_until(lambda: admission.num_queued == 3)
+        workers[1].state.gate.set()
+        assert [each.result(timeout=15).status_code for each in running_now + waiting] == [200] * 4
+        users = [body["user"] for body in workers[1].state.bodies]
+        assert users == ["first", "first", "later", "later"]
+        metrics = stack.metrics()
+        up = [metrics["cast_replica_up", (("replica", r), ("variant", "sparse"))] for r in "01"]
+        assert up == [0, 1]
+
+
+def test_requests_that_only_queued_are_no_failures_of_a_worker() -> None:
+    with (
+        running(max_running=1, fallback="sparse=dense", health_interval_s=30) as stack,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        stack.workers["sparse"].state.gate.clear()
+        asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
+        wait_until(lambda: stack.gateway.proxy.admissions["sparse"].num_queued == 2)
+        stack.servers.stop(url_of(stack, "sparse"))
+        assert [each.result(timeout=15).status_code for each in asked] == [200] * 3
+        labels = {"from_variant": "sparse", "to_variant": "dense"}
+        found = {
+            reason: stack.metrics()[
+                "cast_fallbacks_total", tuple(sorted({**labels, "reason": reason}.items()))
+            ]
+            for reason in ("broken", "down")
+        }
+        assert sum(found.values()) == 3
+        assert found["down"] > 0  # of two, one may have had a place just before the last was down
+
+
+def test_bodies_are_bounded_in_sum() -> None:
+    with running(max_held_body_bytes=3000) as stack, ThreadPoolExecutor(1) as pool:
+        stack.workers["dense"].state.gate.clear()
+        held = pool.submit(stack.complete, model="dense", prompt="x" * 2000)
+        wait_until(lambda: bool(stack.workers["dense"].state.bodies))
+        refused = stack.complete(model="sparse", prompt="x" * 2000)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bytes")
+        assert refused.headers["Retry-After"] == "1"
+        stack.workers["dense"].state.gate.set()
+        assert held.result(timeout=15).status_code == 200
+        assert stack.complete(model="sparse", prompt="x" * 2000).status_code == 200
+        assert stack.gateway.proxy.bodies.num_held_bytes == 0
+
+
+def test_what_a_server_says_of_itself_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may stand behind its URL, as a Service's, without ever having been down."""
+    monkeypatch.setattr(supervisor, "LIMITS_INTERVAL_S", 0.1)
+    with running() as stack:
+        assert stack.complete(model="sparse", max_tokens=100).status_code == 400
+        state = stack.workers["sparse"].state
+        state.cards = [{**state.cards[0], "max_model_len": 200}]
+        wait_until(lambda: stack.complete(model="sparse", max_tokens=100).status_code == 200)
+
+
+def test_a_variant_that_is_down_stays_in_the_list_of_models() -> None:
+    with running(fallback="sparse=dense") as stack:
+        stack.workers["sparse"].state.is_healthy = False
+        wait_until(lambda: not stack.gateway.proxy.variants["sparse"].is_up)
+        cards = {card["id"]: card for card in stack.client.get("/v1/models").json()["data"]}
+        assert cards["sparse"]["status"] == "down"
+        assert "status" not in cards["dense"]

@@ -1,7 +1,9 @@
 """The gateway as a process of its own, as its operator starts it and an attacker meets it."""
 
 import asyncio
+import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -11,15 +13,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
+from fastapi import FastAPI
 
 from tests import hostile
 from tests.cast_serve.gateway import fake_worker
-from tests.cast_serve.gateway.stack import Servers, wait_until
+from tests.cast_serve.gateway.stack import Servers, events, wait_until
 
 MAX_GROWTH_BYTES = 150 << 20
 
@@ -30,6 +35,7 @@ class Process:
 
     url: str
     popen: subprocess.Popen[str]
+    workers: dict[str, FastAPI]
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1])
@@ -37,7 +43,9 @@ class Process:
 
 
 @contextmanager
-def gateway(log: int = subprocess.DEVNULL, **environment: str) -> Iterator[Process]:
+def gateway(
+    log: int = subprocess.DEVNULL, words: tuple[str, ...] = ("one", " two"), **environment: str
+) -> Iterator[Process]:
     """Started without --port and --host: they come from the environment."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -45,13 +53,14 @@ def gateway(log: int = subprocess.DEVNULL, **environment: str) -> Iterator[Proce
     settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
     with ExitStack() as stack:
         servers = stack.enter_context(Servers())
-        for name in ("dense", "sparse"):
-            command += ["--variant", f"{name}={servers.start(fake_worker.create_app(name))}"]
+        apps = {name: fake_worker.create_app(name, words) for name in ("dense", "sparse")}
+        for name, app in apps.items():
+            command += ["--variant", f"{name}={servers.start(app)}"]
         popen = stack.enter_context(
             subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, text=True)
         )
         stack.callback(popen.kill)  # nothing, once it has ended
-        process = Process(f"http://127.0.0.1:{port}", popen)
+        process = Process(f"http://127.0.0.1:{port}", popen, apps)
         wait_until(lambda: popen.poll() is not None or is_ready(process.url), 60)
         assert popen.poll() is None
         yield process
@@ -164,7 +173,7 @@ def test_thousands_that_leave_around_their_turn_take_no_place_along() -> None:
         metrics = client.get("/metrics").text
         assert 'cast_requests_in_flight{variant="dense"} 0.0' in metrics
         assert 'cast_requests_queued{variant="dense"} 0.0' in metrics
-        assert 'code="5' not in metrics
+        assert not re.search(r'cast_requests_total{code="5.*} [^0]', metrics)
 
 
 def test_a_log_that_cannot_be_written_keeps_no_answer_back(tmp_path: Path) -> None:
@@ -260,3 +269,46 @@ def test_what_another_server_could_read_otherwise_is_refused() -> None:
             found = answer_to(process, line + fields + b"\r\n\r\n{}")
             assert found.startswith(b"HTTP/1.1 400"), fields
             assert found.count(b"HTTP/1.1") == 1, fields
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_still_runs_when_the_grace_is_over_is_told(is_stream: bool) -> None:
+    with gateway(CAST_SHUTDOWN_GRACE_S="1") as process, ThreadPoolExecutor(1) as pool:
+        process.workers["dense"].state.gate.clear()
+        body = {"model": "dense", "prompt": "a", "stream": is_stream}
+        asked = pool.submit(httpx.post, f"{process.url}/v1/completions", json=body, timeout=30)
+        wait_until(lambda: bool(process.workers["dense"].state.bodies))
+        time.sleep(0.2)  # the first word of a stream
+        process.popen.send_signal(signal.SIGTERM)
+        found = asked.result(timeout=30)
+        process.workers["dense"].state.gate.set()
+    if is_stream:
+        *_, last = events(found)
+        assert json.loads(last)["error"]["code"] == "shutting_down"
+    else:
+        assert (found.status_code, found.headers["Retry-After"]) == (503, "1")
+        assert found.json()["error"]["code"] == "shutting_down"
+        assert "X-Request-Id" in found.headers
+
+
+def test_a_client_that_takes_no_more_of_its_answer_gives_its_place_back(tmp_path: Path) -> None:
+    """Of a stream larger than all buffers between the two; STALL_S is shortened for the test."""
+    start = tmp_path / "sitecustomize.py"
+    start.write_text(
+        "from cast_serve.gateway.middleware import heads\nheads.STALL_S = 0.5\n", encoding="utf-8"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.getcwd()])
+    words = ("x" * 100_000,) * 200
+    with gateway(words=words, CAST_MAX_RUNNING="1", PYTHONPATH=paths) as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        body = b'{"model": "dense", "prompt": "a", "stream": true}'
+        with socket.create_connection(address) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            wait_until(lambda: bool(process.workers["dense"].state.bodies))
+            found = httpx.post(
+                f"{process.url}/v1/completions", json={"model": "dense", "prompt": "a"}, timeout=30
+            )
+        assert found.status_code == 200

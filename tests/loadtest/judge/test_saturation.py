@@ -67,3 +67,8 @@ def test_it_is_told() -> None:
 
 def test_only_ramps_have_one() -> None:
     assert result_of(recorded(ramp(0, "dense", 9) + ramp(1, "sparse", 9)))["saturation"] is None
+
+
+def test_a_ramp_in_which_all_fails_keeps_up_with_nothing() -> None:
+    found = saturation(run(ramp(0, "dense", 0, error=True), ramp(1, "sparse", 10)), "dense")
+    assert found == {"rate_per_s": None, "is_reached": True}

@@ -64,6 +64,7 @@ def test_intervals_of_four_pairs_by_hand() -> None:
     assert (found["ttft_p50"].low, found["ttft_p50"].high) == (2.0, 3.0)
     assert found["tpot_p50"].about() == {"ratio": 2.0, "low": 2.0, "high": 2.0}
     assert found["tpot_p99"].about() == {"ratio": 2.0, "low": None, "high": None}  # 12 requests
+    assert (found["itl_p99"].low, found["itl_p95"].low) == (None, None)  # of 24 gaps, as they are
     for few in speedups(two_pairs()).values():
         assert (few.low, few.high) == (None, None)
         assert few.value is not None

@@ -69,7 +69,8 @@ async def test_answers_say_since_when_a_variant_loads(local: Worker) -> None:
         while local.replica.is_up:
             await asyncio.sleep(0.01)
         assert (await client.get("/readyz")).json() == {"sparse": False}
-        assert (await client.get("/v1/models")).json()["data"] == []
+        (card,) = (await client.get("/v1/models")).json()["data"]
+        assert card["status"] == "down"
         message = (await client.post("/v1/completions", json=BODY)).json()["error"]["message"]
         assert "does not answer at present" in message
 
