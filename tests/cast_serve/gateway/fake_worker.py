@@ -89,8 +89,8 @@ def create_app(name: str, words: tuple[str, ...] = ("one", " two", " three")) ->
         if body == {"model": name, "prompt": "a", "max_tokens": 1}:
             if app.state.canary_status != 200:
                 return JSONResponse({"error": ENGINE_DIED}, app.state.canary_status)
-            choice = {"index": 0, "text": words[0], "finish_reason": app.state.reason}
-            return JSONResponse({"choices": [choice], "usage": usage_of(body)})
+            first = {"index": 0, "text": words[0], "finish_reason": app.state.reason}
+            return JSONResponse({"choices": [first], "usage": usage_of(body)})
         if body["model"] != name:
             return JSONResponse({"error": {"message": "no such model", "code": 404}}, 404)
         app.state.bodies.append(body)
