@@ -117,7 +117,8 @@ class TrainConfig:
         checkpoint_minutes: minutes between two of them, where `checkpoint_every` is 0.
         report_to: where the figures of every step go besides, through transformers' reporter of
             that name, whose package must be installed.
-        seed: of the order of the sequences.
+        seed: of the order of the sequences, and of what ``generator`` begins with and ``gumbel``
+            draws.
     """
 
     method: Literal["fixed", "gates", "ste", "adams", "dense"] = "fixed"

@@ -8,7 +8,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as it documents them.
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.shard import CheckpointError
 
 PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *PAPERS)

@@ -175,7 +175,7 @@ def all_flags(
         # the engine for a regex of 70 characters (docs/log.md).
         "--structured-outputs-config": '{"backend": "guidance"}',
     }
-    # The gateway logs requests; a line for every look at /health would fill the worker's log.
+    # The gateway logs requests, and a line for each of its looks at /health would fill the log.
     ours["--uvicorn-log-level"] = "warning"
     if quantization:
         ours["--quantization"] = quantization

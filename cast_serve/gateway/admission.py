@@ -72,7 +72,8 @@ class Admission:
         finally:
             self._give_back()
             self._finished_busy_s.append(self._busy_now_s())
-            self.admit()
+            # Not at once: whoever goes on to another replica with `is_again` joins the queue first.
+            asyncio.get_running_loop().call_soon(self.admit)
 
     def retry_after_s(self) -> int:
         """Whole seconds until a request sent then should find a place: backlog over service rate.
@@ -102,7 +103,8 @@ class Admission:
                 turn.set_exception(NoPlacesError())
 
     async def _enter(self, timeout_s: float, is_again: bool) -> None:
-        if self.num_running < self._num_places() and not self.num_queued:
+        num_before = len(self._again) if is_again else self.num_queued
+        if self.num_running < self._num_places() and not num_before:
             self._take()
             return
         if len(self._waiting) >= self._max_queued and not is_again:

@@ -6,6 +6,7 @@ Python's it may take four times its bytes, and once more those that are sent on.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,15 +29,17 @@ class BodyReader:
     Args:
         settings: `max_body_bytes`, `max_held_body_bytes`, `body_timeout_s`, `max_prompts` and
             `strict_fields`.
+        on_shed: called with the error's code where the bodies in sum are too large.
 
     Attributes:
         num_held_bytes: of the bodies of all requests that have not ended.
     """
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, on_shed: Callable[[str], None]) -> None:
         self.settings = settings
-        # One at a time: memory and the interpreter's lock are not for large bodies alone.
+        self._on_shed = on_shed
         self.num_held_bytes = 0
+        # One at a time: memory and the interpreter's lock are not for large bodies alone.
         self._checker = ThreadPoolExecutor(1, "check-body")
         self._logged: set[str] = set()  # fields without effect
 
@@ -77,6 +80,7 @@ class BodyReader:
                     exchange.num_body_bytes += len(chunk)
                     self.num_held_bytes += len(chunk)
                     if self.num_held_bytes > self.settings.max_held_body_bytes:
+                        self._on_shed("too_many_bytes")
                         raise self._too_many_bytes()
                     content += chunk
                     if len(content) > limit:

@@ -101,7 +101,7 @@ class Metrics:
                 self.rolls.labels(name, outcome)
             for route, code in itertools.product(GENERATING, (200, 429, 500, 503, 504)):
                 self.requests.labels(name, route, str(code))
-        for reason in ("queue_full", "timeout"):
+        for reason in ("queue_full", "too_many_bytes", "timeout"):
             self.shed.labels(reason)
         for (name, other), reason in itertools.product(fallbacks.items(), ("down", "broken")):
             self.fallbacks.labels(name, other, reason)

@@ -72,7 +72,7 @@ class Proxy:
         self.variants = {variant.name: variant for variant in variants}
         self.settings = settings
         self.router = Router(self.variants, settings.split_weights, settings.fallbacks)
-        self.bodies = BodyReader(settings)
+        self.bodies = BodyReader(settings, lambda code: self.metrics.shed.labels(code).inc())
         self.admissions = {
             name: self._admission(variant) for name, variant in self.variants.items()
         }

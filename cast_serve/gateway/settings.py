@@ -118,6 +118,11 @@ class GatewaySettings(BaseSettings):
     @model_validator(mode="after")
     def _parses(self) -> "GatewaySettings":
         _ = self.split_weights, self.fallbacks
+        if self.max_held_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_body_bytes {self.max_held_body_bytes} is below max_body_bytes "
+                f"{self.max_body_bytes}, so that a body of that size would never be taken; raise it"
+            )
         return self
 
     @property

@@ -120,7 +120,7 @@ def prepare(
     # What is wrong is refused before the search, which takes a minute and more.
     check_length(model, config.block_size, "block_size")
     sparse = sparse_targets(model_dir, config.pattern)
-    _check_targets(model, sparse, config)
+    _check_targets(model, sparse, config, choices)
     order = channel_order.read(model_dir)
     if order is not None and config.channel_order == "auto":
         logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
@@ -174,8 +174,12 @@ def prepare(
     return Prepared(model, targets, Choices(kept_dense, order), gate_map, start, reach, teacher)
 
 
-def _check_targets(model: Any, sparse: list[str] | None, config: TrainConfig) -> None:
+def _check_targets(
+    model: Any, sparse: list[str] | None, config: TrainConfig, choices: Choices | None
+) -> None:
     """Refuses targets that cannot be trained as the settings say.
+
+    Those that are yet to be chosen to stay dense, for `zeros`, are looked at too.
 
     Raises:
         ValueError: naming the first.
@@ -192,13 +196,16 @@ def _check_targets(model: Any, sparse: list[str] | None, config: TrainConfig) ->
             f"include and exclude leave out {left_out[0]}, which has zeros already that training "
             "would fill; let them take all linears that have zeros"
         )
+    kept_dense = choices.kept_dense if choices is not None else ()
+    rows_of = {
+        name: weight_rows(linear).detach()
+        for name, linear in targets.items()
+        if name not in kept_dense and (sparse is None or name in sparse)
+    }
     if config.scale_parts:
-        rows_of = {name: weight_rows(linear) for name, linear in targets.items()}
         scaling.check_parts(rows_of, config.scale_parts, config.pattern.m)
     if config.method == "adams":
-        adams.check_reach(
-            config, {name: weight_rows(linear).detach() for name, linear in targets.items()}
-        )
+        adams.check_reach(config, rows_of)
 
 
 def _reordered(

@@ -96,13 +96,14 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
         baseline = _in_blocks(recorded, baseline_blocks, metric)
         candidate = _in_blocks(recorded, candidate_blocks, metric)
         if any(map(len, baseline)) and any(map(len, candidate)):
-            num_requests = min(
+            num_values = min(sum(map(len, baseline)), sum(map(len, candidate)))
+            num_requests = min(  # gaps between tokens are more
                 sum(len(block.requests) for block in blocks)
                 for blocks in (baseline_blocks, candidate_blocks)
             )
             for name, share in QUANTILES.items():
                 ratio = ratio_of_quantiles(baseline, candidate, resamples, share)
-                if num_requests < num_needed(share):
+                if min(num_values, num_requests) < num_needed(share):
                     ratio = replace(ratio, low=None, high=None)
                 found[f"{metric}_{name}"] = ratio
     found["throughput"] = ratio_of_rates(

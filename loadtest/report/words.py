@@ -207,7 +207,9 @@ def notes(result: Result) -> list[str]:
         )
     if result["saturation"]:
         limits = [
-            f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
+            f"{variant} answers at no rate of the ramp"
+            if limit["is_reached"] and limit["rate_per_s"] is None
+            else f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
             + ("" if limit["is_reached"] else ", where the ramp ends")
             for variant, limit in result["saturation"].items()
         ]

@@ -127,7 +127,9 @@ class Client:
         await asyncio.sleep(0)  # lets the transports close
 
     async def variants(self) -> list[str]:
-        """The names in `GET /v1/models`.
+        """The names in `GET /v1/models`, but for those that the server says are down.
+
+        Their fallback would be measured in their place.
 
         Raises:
             UnreachableError: if the server does not answer it as an OpenAI server does, or a model
@@ -142,7 +144,7 @@ class Client:
                 states = ((model["id"], model.get("status")) for model in models)
                 loading = [f"{m} is {s}" for m, s in states if str(s).startswith("loading")]
                 if not loading:
-                    return [str(model["id"]) for model in models]
+                    return [str(model["id"]) for model in models if "status" not in model]
                 raise UnreachableError(
                     f"{self.url} does not answer for all its models yet: {', '.join(loading)}; "
                     "start again once it is ready"

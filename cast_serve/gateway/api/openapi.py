@@ -33,7 +33,7 @@ FAILURES = {
     "408": "the body did not arrive in time",
     "413": "the body is too large",
     "431": "the head is too large",
-    "429": "the queue is full; try again after Retry-After seconds",
+    "429": "too many requests wait, or bytes in their bodies; try again after Retry-After seconds",
     "500": "the gateway failed; its log has the cause",
     "503": "the variant does not answer; try again after Retry-After seconds",
     "504": "the deadline has passed",

@@ -129,7 +129,7 @@ class BoundedHead(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
+        self._await_progress()
 
     def resume_writing(self) -> None:
         self._stop_stall_timer()
@@ -155,6 +155,17 @@ class BoundedHead(HttpToolsProtocol):
         self.transport.write_eof()
         self._stop_timer()
         self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _await_progress(self) -> None:
+        """Looks again in a while; until `resume_writing` nothing is added to what is to be sent."""
+        left = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALL_S, self._end_if_stalled, left)
+
+    def _end_if_stalled(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() < left:
+            self._await_progress()
+        else:
+            self.transport.abort()
 
     def _stop_stall_timer(self) -> None:
         if self._stall_timer is not None:

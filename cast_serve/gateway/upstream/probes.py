@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from cast_serve.gateway.api.answers import is_aborted, parsed
-
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
 
@@ -32,9 +30,9 @@ class Canary(enum.Enum):
     """What became of a request for one token.
 
     ANSWERED also means a refusal by another status 4xx than these two: the server is at work.
-    REFUSED is a status 5xx or a failed connection, SILENT is no answer in time: the engine hangs,
-    or is busy. LOCKED is 401: the server asks for another key than the gateway's. UNKNOWN is 404:
-    it serves no model of the variant's name.
+    REFUSED is a status 5xx, a failed connection or an answer that the engine gave up, SILENT is no
+    answer in time: the engine hangs, or is busy. LOCKED is 401: the server asks for another key
+    than the gateway's. UNKNOWN is 404: it serves no model of the variant's name.
     """
 
     ANSWERED = enum.auto()
@@ -130,9 +128,10 @@ async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s
 
 
 def _is_aborted(response: httpx.Response) -> bool:
+    """Whether the engine gave it up, as vLLM's does that is told to end; see api/answers.py."""
     try:
-        return response.status_code == 200 and is_aborted(parsed(response.content))
-    except ValueError:  # which is for the clients' requests to find out
+        return any(choice["finish_reason"] == "abort" for choice in response.json()["choices"])
+    except (ValueError, KeyError, TypeError):  # a refusal, or no server of OpenAI's kind
         return False
 
 

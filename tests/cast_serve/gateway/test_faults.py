@@ -347,7 +347,7 @@ def test_who_was_at_a_replica_that_failed_is_asked_next_at_the_other_one() -> No
         waiting = [pool.submit(stack.complete, model="sparse", user="later") for _ in range(2)]
         wait_until(lambda: admission.num_queued == 2)
         stack.servers.stop(url_of(stack, "sparse"))
-        wait_until(lambda: admission.num_queued == 3)
+        wait_until(lambda: len(workers[1].state.bodies) > 1 or admission.num_queued == 3)
         workers[1].state.gate.set()
         assert [each.result(timeout=15).status_code for each in running_now + waiting] == [200] * 4
         users = [body["user"] for body in workers[1].state.bodies]
@@ -378,14 +378,40 @@ def test_requests_that_only_queued_are_no_failures_of_a_worker() -> None:
         assert found["down"] > 0  # of two, one may have had a place just before the last was down
 
 
+def test_who_was_given_up_by_a_replica_keeps_its_turn() -> None:
+    """Where the replica stays up, its place is free at once, and others wait for it."""
+    with (
+        running(num_replicas=2, max_running=1, health_interval_s=30) as stack,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        workers = (stack.workers["sparse"], stack.others["sparse"])
+        for worker in workers:
+            worker.state.gate.clear()
+        workers[0].state.reason = "abort"
+        admission = stack.gateway.proxy.admissions["sparse"]
+        asked = [pool.submit(stack.complete, model="sparse", user="first") for _ in range(2)]
+        wait_until(lambda: all(worker.state.bodies for worker in workers))
+        asked += [pool.submit(stack.complete, model="sparse", user="later") for _ in range(2)]
+        wait_until(lambda: admission.num_queued == 2)
+        workers[0].state.gate.set()
+        wait_until(lambda: len(workers[1].state.bodies) > 1 or admission.num_queued == 3)
+        workers[1].state.gate.set()
+        assert [each.result(timeout=15).status_code for each in asked] == [200] * 4
+        assert [body["user"] for body in workers[1].state.bodies][:2] == ["first", "first"]
+
+
 def test_bodies_are_bounded_in_sum() -> None:
-    with running(max_held_body_bytes=3000) as stack, ThreadPoolExecutor(1) as pool:
+    with (
+        running(max_body_bytes=3000, max_held_body_bytes=3000) as stack,
+        ThreadPoolExecutor(1) as pool,
+    ):
         stack.workers["dense"].state.gate.clear()
         held = pool.submit(stack.complete, model="dense", prompt="x" * 2000)
         wait_until(lambda: bool(stack.workers["dense"].state.bodies))
         refused = stack.complete(model="sparse", prompt="x" * 2000)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bytes")
         assert refused.headers["Retry-After"] == "1"
+        assert stack.metrics()["cast_requests_shed_total", (("reason", "too_many_bytes"),)] == 1
         stack.workers["dense"].state.gate.set()
         assert held.result(timeout=15).status_code == 200
         assert stack.complete(model="sparse", prompt="x" * 2000).status_code == 200

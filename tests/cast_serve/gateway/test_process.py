@@ -291,24 +291,47 @@ def test_what_still_runs_when_the_grace_is_over_is_told(is_stream: bool) -> None
         assert "X-Request-Id" in found.headers
 
 
-def test_a_client_that_takes_no_more_of_its_answer_gives_its_place_back(tmp_path: Path) -> None:
-    """Of a stream larger than all buffers between the two; STALL_S is shortened for the test."""
-    start = tmp_path / "sitecustomize.py"
-    start.write_text(
+def short_stalls(tmp_path: Path) -> dict[str, str]:
+    """The environment of a gateway whose clients may stop reading for half a second."""
+    (tmp_path / "sitecustomize.py").write_text(
         "from cast_serve.gateway.middleware import heads\nheads.STALL_S = 0.5\n", encoding="utf-8"
     )
-    paths = os.pathsep.join([str(tmp_path), os.getcwd()])
-    words = ("x" * 100_000,) * 200
-    with gateway(words=words, CAST_MAX_RUNNING="1", PYTHONPATH=paths) as process:
-        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
-        body = b'{"model": "dense", "prompt": "a", "stream": true}'
-        with socket.create_connection(address) as client:
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+
+
+@contextmanager
+def asking(url: str) -> Iterator[socket.socket]:
+    """A connection on which a stream was asked for."""
+    body = b'{"model": "dense", "prompt": "a", "stream": true}'
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        yield client
+
+
+LONG = ("x" * 100_000,) * 200  # a stream larger than all buffers between the two
+
+
+def test_a_client_that_takes_no_more_of_its_answer_gives_its_place_back(tmp_path: Path) -> None:
+    with gateway(words=LONG, CAST_MAX_RUNNING="1", **short_stalls(tmp_path)) as process:
+        with asking(process.url):
             wait_until(lambda: bool(process.workers["dense"].state.bodies))
-            found = httpx.post(
-                f"{process.url}/v1/completions", json={"model": "dense", "prompt": "a"}, timeout=30
-            )
+            body = {"model": "dense", "prompt": "a"}
+            found = httpx.post(f"{process.url}/tokenize", json=body, timeout=30)
         assert found.status_code == 200
+
+
+def test_a_client_that_reads_slowly_gets_all(tmp_path: Path) -> None:
+    with gateway(words=LONG, **short_stalls(tmp_path)) as process, asking(process.url) as client:
+        content = b""
+        end_s = time.monotonic() + 2
+        while time.monotonic() < end_s:  # with full buffers all the time
+            content += client.recv(1 << 19)
+            time.sleep(0.1)
+        while b"data: [DONE]" not in content[-100:]:
+            piece = client.recv(1 << 20)
+            assert piece
+            content += piece
+        assert content.count(b"data: ") == len(LONG) + 1

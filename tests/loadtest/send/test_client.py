@@ -206,7 +206,11 @@ def test_variants_are_listed_once_all_answer(serve: Serve, serve_app: ServeApp) 
 
     @app.get("/v1/models")
     async def models() -> dict[str, object]:
-        return {"data": [{"id": "dense"}, {"id": "sparse", "status": "loading, 9 s so far"}]}
+        return {"data": [{"id": "dense"}, {"id": "sparse", "status": status}]}
 
+    url = serve_app(app)
+    status = "loading, 9 s so far"
     with pytest.raises(UnreachableError, match="yet: sparse is loading, 9 s so far; start again"):
-        asyncio.run(ask(serve_app(app)))
+        asyncio.run(ask(url))
+    status = "down"
+    assert asyncio.run(ask(url)) == ["dense"]

@@ -49,11 +49,12 @@ def table() -> dict[int, set[str | None]]:
     """The codes of each status, of docs/serving.md; None: no code."""
     text = SERVING.read_text(encoding="utf-8").split("\n## Statuses\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", text, re.M)
-    codes = {
-        int(status): {*re.findall(r"`(\w+)`", cell), *([] if "`" in cell else [None])}
-        | ({None} if "or none" in cell else set())
-        for status, cell in rows
-    }
+    codes: dict[int, set[str | None]] = {}
+    for status, cell in rows:
+        found = codes.setdefault(int(status), set())
+        found.update(re.findall(r"`(\w+)`", cell))
+        if "`" not in cell or "or none" in cell:
+            found.add(None)
     assert {400, 429, 503, 504} <= codes.keys()
     return {status: found for status, found in codes.items() if status != 500}
 

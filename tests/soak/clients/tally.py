@@ -145,7 +145,8 @@ def audit_metrics(tally: Tally, text: str) -> list[str]:
     compare("fallbacks", fallbacks, tally.fallbacks, tally.fallbacks + left)
     shed = metrics.get("cast_requests_shed_total", {})
     full = sum(number for (_, code), number in tally.seen.items() if code == 429)
-    compare("shed, queue_full", shed.get(("queue_full",), 0), full, full + left)
+    counted_full = shed.get(("queue_full",), 0) + shed.get(("too_many_bytes",), 0)
+    compare("shed, 429", counted_full, full, full + left)
     for name in GAUGES:
         if rest := {labels: value for labels, value in metrics.get(name, {}).items() if value}:
             found.append(f"{name} is not 0 at rest: {rest}")
