@@ -1,4 +1,4 @@
-"""Models and hooks -> passes that leave them as they were: evaluated, with the hooks removed."""
+"""A model and hooks -> passes that leave it as it was; too long sequences are refused."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

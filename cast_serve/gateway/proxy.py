@@ -230,6 +230,11 @@ class Proxy:
     ) -> AsyncIterator[None]:
         """A place at a variant's workers.
 
+        Args:
+            variant: whose.
+            until_s: how long to wait, on the event loop's clock.
+            is_again: see `Admission.place`.
+
         Raises:
             APIError: 429 or 504, counted as shed.
             DownError: if the variant goes down while the request waits.

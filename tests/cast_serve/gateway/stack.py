@@ -115,3 +115,12 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = 10) -> None:
 
 def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+
+
+def url_of(stack: Stack, variant: str, replica: int = 0) -> str:
+    return stack.gateway.proxy.variants[variant].replicas[replica].url
+
+
+def num_requests(stack: Stack, variant: str, code: int, route: str = "/v1/completions") -> float:
+    labels = (("code", str(code)), ("route", route), ("variant", variant))
+    return stack.metrics().get(("cast_requests_total", labels), 0)

@@ -14,11 +14,7 @@ from cast_serve.gateway.proxy import Proxy
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.variants import remote_variants
-from tests.cast_serve.gateway.stack import Stack, events, running, wait_until
-
-
-def url_of(stack: Stack, variant: str, replica: int = 0) -> str:
-    return stack.gateway.proxy.variants[variant].replicas[replica].url
+from tests.cast_serve.gateway.stack import events, running, url_of, wait_until
 
 
 def test_another_replica_answers_for_one_that_was_lost() -> None:
