@@ -55,7 +55,7 @@ def convert(
         option(
             "int8|none",
             "Form of the output layer; int8 makes a copy if it is tied.",
-            "int8 with --quantize, else none",
+            "int8 with --quantize where vLLM has one, else none",
         ),
     ] = None,
     resume: Annotated[
@@ -80,12 +80,12 @@ def convert(
     from rich.progress import Progress
 
     from cast_serve.checkpoint import convert as converter
-    from cast_serve.checkpoint import hub
+    from cast_serve.checkpoint import hub, scheme
     from cast_serve.checkpoint import inspect as inspection
 
-    is_int8_head = head == "int8" or (head is None and quantize is not None)
-    int8_head: Literal["int8"] | None = "int8" if is_int8_head else None
-    asked: Any = {"quantize": quantize, "head": int8_head, "scale_group": scale_group}
+    asked: Any = {"quantize": quantize, "head": None, "scale_group": scale_group}
+    if head == "int8":
+        asked["head"] = "int8"
     outputs = [out] if dense_twin is None else [out, dense_twin]
     is_there = resume and all(folder.exists() for folder in outputs)
     if not is_there:
@@ -98,12 +98,14 @@ def convert(
         _say(f"{out}: the options, outputs and the hub are in order")
         print(json.dumps({"path": str(out), "dry_run": True}))
         return
+    source = hub.fetch(source)  # which shows its own progress
+    if head is None and quantize is not None:
+        asked["head"] = scheme.head_by_default(source)
     if is_there:
         for folder in outputs:
             converter.check_converted(source, folder, **asked)
         summary = inspection.inspect(out)
     else:
-        source = hub.fetch(source)  # which shows its own progress
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("converting", total=None)
             summary = converter.convert(

@@ -9,8 +9,9 @@ launch moves all its pairs together (memory layout, cores): then the launch is w
 
 *Quantiles*: the interval is the middle of the resamples, widened as a t interval is, to the shares
 that Student's t puts at 95 % (the expanded percentile interval of Hesterberg, The American
-Statistician 69, 2015). *Sums and rates*: Student's t times the resamples' standard deviation, on
-the logarithm of the ratio; the middle of the resamples is too narrow for them with few units.
+Statistician 69, 2015). *Sums and rates*, and quantiles of fewer than six units: Student's t times
+the resamples' standard deviation, on the logarithm of the ratio; the middle of the resamples is too
+narrow there, since it cannot be wider than the resamples' range.
 `cast-loadtest coverage` simulates how often these hold the truth; docs/loadtest.md has its table.
 
 Quantiles interpolate linearly. inf stands for the time of a request that was never answered.
@@ -28,6 +29,8 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
 SEED = 0
+
+MIN_UNITS = 6  # for a quantile's interval to be the middle of the resamples
 
 # The 97.5th percentile of Student's t where the series in `student` is not yet exact.
 STUDENT_FEW = {1: 12.706, 2: 4.303}
@@ -203,6 +206,12 @@ class Ratio:
         return cls(finite(value), finite(low), finite(high), resampled)
 
     @classmethod
+    def of_quantiles(cls, value: float, resampled: Array, num_independent: int) -> "Ratio":
+        """As `of`, and of few units as `of_sums`."""
+        interval = cls.of if num_independent >= MIN_UNITS else cls.of_sums
+        return interval(value, resampled, num_independent)
+
+    @classmethod
     def of_sums(cls, value: float, resampled: Array, num_independent: int) -> "Ratio":
         """The interval is symmetric on the logarithm; unknown if a resample is 0 or not known."""
         low = high = np.nan
@@ -248,7 +257,7 @@ def ratio_of_quantiles(
     below_quantiles = resampled_quantile(below, counts, share)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = above_quantiles / below_quantiles
-    return Ratio.of(ratios[0], ratios[1:], resamples.num_independent)
+    return Ratio.of_quantiles(ratios[0], ratios[1:], resamples.num_independent)
 
 
 def ratio_of_rates(

@@ -32,12 +32,12 @@ class Linear24(nn.Module):
     """
 
     packed: Tensor
-    scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.values.shape[0]
+        self.dtype = dtype
         self.scale_group = linear.scale_group
         scale = linear.scale
         if scale is not None and self.scale_group is not None:
@@ -47,15 +47,25 @@ class Linear24(nn.Module):
             values = linear.values if scale is not None else linear.values.to(dtype)
             packed = kernels.pack(values, linear.bitmask)
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", None if scale is None else _row_scales(scale))
+        # No buffer: `model.to(dtype)` would round it, and the kernel takes fp32.
+        self.scale = None if scale is None else _row_scales(scale)
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """x [..., in_features] -> [..., out_features].
+
+        Raises:
+            ValueError: if the weights are not integers and x has another dtype than they.
+        """
         if self.scale_group is not None:
             group, rows = self.scale_group, self.out_features
             return kernels.linear24_int4(x, self.packed, group, rows, self.bias)
         if self.scale is None:
+            if x.dtype != self.dtype:  # the packed bytes hold that dtype's bits
+                raise ValueError(
+                    f"2:4 weights packed in {self.dtype} cannot multiply {x.dtype}: give "
+                    f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
+                )
             return kernels.linear24(x, self.packed, self.out_features, self.bias)
         return kernels.linear24_int8(x, self.packed, self.scale, self.out_features, self.bias)
 
@@ -76,7 +86,6 @@ class Int8Head(nn.Module):
     """
 
     packed: Tensor
-    scale: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -85,7 +94,7 @@ class Int8Head(nn.Module):
         super().__init__()
         self.out_features = values.shape[0]
         self.register_buffer("packed", kernels.pack_dense(values))
-        self.register_buffer("scale", _row_scales(scale))
+        self.scale = _row_scales(scale)  # no buffer, as in `Linear24`
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +142,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     missing, unexpected = model.load_state_dict(state, strict=False)
     if not source.head_dtype:
         model.tie_weights()
-    known = {f"{name}.{part}" for name in replaced for part in ("packed", "scale", "bias")}
+    known = {f"{name}.{part}" for name in replaced for part in ("packed", "bias")}
     if source.tied_embedding and not source.head_dtype:
         known.add(f"{source.head}.weight")
     lacking = set(missing) - known

@@ -91,6 +91,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
     ] = False,
+    to_convert: Annotated[
+        bool,
+        typer.Option("--to-convert", help="Refuse settings whose result cannot be compressed."),
+    ] = False,
 ) -> None:
     """Trains a dense model under a fixed or a learnt mask into a gated checkpoint."""
     with _working():
@@ -107,6 +111,8 @@ def run(
             steps=steps,
             quantize=quantize,
         )
+        if to_convert:
+            settings.check_convertible()
         from cast_train import sharding
         from cast_train.training.run import train
 
@@ -230,8 +236,13 @@ def quantize(
         int, option("128|64|32", "Columns that share a scale, of 4 bits; 8 bits have one a row.")
     ] = 128,
     head: Annotated[
-        str, option("int8|none", "Form of the output layer; int8 makes a copy if it is tied.")
-    ] = "int8",
+        str | None,
+        option(
+            "int8|none",
+            "Form of the output layer; int8 makes a copy if it is tied.",
+            "int8 where vLLM has one",
+        ),
+    ] = None,
     blocks: Annotated[
         int, option("N", "Sequences of 512 tokens, from the text's beginning.", min=1)
     ] = 16,
@@ -240,11 +251,11 @@ def quantize(
     with _working():
         from cast_train.pruning.quantize import write_quantized
 
-        if bits not in (4, 8) or head not in ("int8", "none"):
+        if bits not in (4, 8) or head not in (None, "int8", "none"):
             raise ValueError(f"--bits {bits} --head {head}: bits are 4 or 8, head is int8 or none")
         summary = write_quantized(
             *(model, text, out, "int4" if bits == 4 else "int8"),
-            head="int8" if head == "int8" else None,
+            head="auto" if head is None else "int8" if head == "int8" else None,
             scale_group=scale_group,
             num_blocks=blocks,
         )

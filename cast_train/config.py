@@ -259,6 +259,19 @@ class TrainConfig:
                 f"{self.evaluate_every}: keep_best saves whatever it measures"
             )
 
+    def check_convertible(self) -> None:
+        """Refuses what `cast-serve convert` makes nothing of.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.sparsity != "2:4" or self.method == "dense":
+            name = "method" if self.method == "dense" else "sparsity"
+            raise ValueError(
+                f"{name} {getattr(self, name)} has no compressed weights, only 2:4 has; train it "
+                "with cast-train run alone"
+            )
+
     @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity)

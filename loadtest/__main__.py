@@ -1,9 +1,10 @@
 """Command line -> a paired load test (`run`), what became of it, or kernel timings (`kernels`).
 
-Exit 0: done. 1: what was measured does not pass. 2: wrong use.
+Exit 0: done. 1: what was measured does not pass. 2: wrong use. 130: stopped by Ctrl-C or SIGTERM.
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from loadtest.send.schedule import KINDS, Schedule, read_trace
 from loadtest.send.sweep import parse_concurrency, parse_rate, sweep
 from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
 
+STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
@@ -187,6 +189,16 @@ def run(
             prompts=read_prompts(prompts) if prompts else (),
             source=str(prompts or text or Workload.source),
         )
+        if prompts and prompt_tokens != Workload.prompt_words:
+            raise ValueError(
+                f"--prompt-tokens {prompt_tokens} has no effect on the prompts of --prompts; leave "
+                "one of them out"
+            )
+        if (num_prompts or trace) and block_s != Plan.block_s:
+            raise ValueError(
+                f"--block-s {block_s:g} has no effect where --num-prompts or --trace say how many "
+                "prompts a block has; leave one of them out"
+            )
         # Made-up words say nothing about quality: a model that reads them repeats itself.
         quality_workload = workload
         if quality_prompts > 0 and not (prompts or text):
@@ -203,6 +215,7 @@ def run(
             quality_prompts,
             is_aa=same_model,
             has_choices=choices_file is not None,
+            num_pairs=blocks * launches,
         )
         if choices_file is None and choices_limit is not None:
             raise ValueError(f"--choices-limit {choices_limit} limits nothing; give --choices too")
@@ -245,6 +258,12 @@ def run(
     except (LaunchError, ChildProcessError) as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print(
+            "cast-loadtest: stopped; of several launches, what was measured is kept",
+            file=sys.stderr,
+        )
+        raise typer.Exit(STOPPED) from None
     commands.finish({"sweep": results} if len(loads) > 1 else results[0], failures)
 
 
@@ -327,6 +346,7 @@ def kernels(
 
 def main() -> None:
     """Entry point of `cast-loadtest`; a missing optional package is one line and exit 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends its servers
     try:
         app()
     except ModuleNotFoundError as error:

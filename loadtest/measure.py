@@ -62,14 +62,15 @@ class Job:
 def measure(
     job: Job, provenance: Callable[[str, float], Mapping[str, Any]]
 ) -> Iterator[tuple[Load, Recorded]]:
-    """Measures each load; it comes as soon as its last launch is done, or a later one fails.
+    """Measures each load; it comes as soon as its last launch is done, or a later one fails or
+    Ctrl-C ends it.
 
     Args:
         job: what and where.
         provenance: URL and the machine's load average before -> what run.json says about both.
 
     Raises:
-        ValueError: if the server does not have both variants.
+        UnreachableError: if the server does not have both variants.
         LaunchError: if servers do not start.
     """
     runs: list[list[Recorded]] = [[] for _ in job.loads]
@@ -101,7 +102,7 @@ def measure(
                     }
                     if number == job.num_launches - 1:
                         yield load, joined(launches, abouts[place])
-    except (LaunchError, ChildProcessError, UnreachableError):
+    except (LaunchError, ChildProcessError, UnreachableError, KeyboardInterrupt):
         for load, launches, about in zip(job.loads, runs, abouts, strict=True):
             if job.num_launches > 1 and launches:  # what was measured before is not lost
                 yield load, joined(launches, about)
@@ -122,7 +123,7 @@ async def _run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:
         known = await client.variants()
     for variant in (plan.baseline, plan.candidate):
         if variant not in known:
-            raise ValueError(
+            raise UnreachableError(
                 f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
             )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())

@@ -71,7 +71,7 @@ def demo(
         monkeypatch.setattr(script, name, value)
     for name in ("TRAIN_TEXT", "HELDOUT_TEXT"):
         longer = tmp_path / name
-        longer.write_text(text_file.read_text() * 20, encoding="utf-8")
+        longer.write_text(text_file.read_text() * 20 + name, encoding="utf-8")
         monkeypatch.setattr(script, name, longer)
     return script
 

@@ -40,7 +40,7 @@ from cast_serve.checkpoint.record import (
     shards,
     write_record,
 )
-from cast_serve.checkpoint.scheme import quantization_config
+from cast_serve.checkpoint.scheme import check_head, quantization_config
 from cast_serve.checkpoint.target import Calibrated, Int8, Plan
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 # The tensor that stands for a target in its shard.
 WEIGHTS = (".weight", ".compressed", f".{PACKED}")
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # not copied
 TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
 
 
@@ -101,7 +100,7 @@ def convert(
     check_outputs([folder for folder in (out, dense_twin) if folder], quantize, head, scale_group)
     source = hub.fetch(source)
     directory = ModelDirectory(source)
-    check_source(directory, quantize)
+    check_source(directory, quantize, head)
     new_twin: AbstractContextManager[Path | None] = (
         new_directory(dense_twin) if dense_twin else nullcontext()
     )
@@ -121,13 +120,14 @@ def convert(
     return summary
 
 
-def check_source(directory: ModelDirectory, quantize: Quantized | None) -> None:
+def check_source(directory: ModelDirectory, quantize: Quantized | None, head: Int8 | None) -> None:
     """Refuses a source that `convert` cannot make anything of.
 
     Raises:
         CheckpointError, PatternError: as `convert` does.
     """
     source = directory.path
+    check_head(directory.config, head)
     if directory.quantized and quantize:
         raise CheckpointError(
             f"{source} is quantised already ({directory.quantized}); "
@@ -391,9 +391,9 @@ def _finish(
     config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
-    """Copies the tokenizer and other small files; writes index, config and cast.json last."""
+    """Copies the small files that a hub would give; writes index, config and cast.json last."""
     for file in source.iterdir():
         is_ours = file.name in ("config.json", CAST_JSON) or ".safetensors" in file.name
-        if file.is_file() and not is_ours and file.suffix not in OTHER_WEIGHTS:
+        if file.is_file() and not is_ours and any(map(file.match, hub.WANTED)):
             shutil.copyfile(file, folder / file.name)  # without its mode: a card is written anew
     write_record(folder, record, config=config, weight_map=written)

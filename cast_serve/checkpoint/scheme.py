@@ -5,11 +5,52 @@ sparsity format ``sparse-24-bitmask``: compressed-tensors packs integers so, but
 zeros, which takes 4.125 bits a weight in place of 3.125.
 """
 
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.checkpoint.target import Int8
 
+logger = logging.getLogger(__name__)
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+# vLLM 0.32 makes their output layer without asking the quantisation for it, or has none.
+NO_INT8_HEAD = ("OPTForCausalLM", "BloomForCausalLM", "Gemma2ForCausalLM")
+
+
+def head_by_default(source: Path) -> Int8 | None:
+    """The output layer's form where values are quantised and nothing else is asked for.
+
+    Args:
+        source: a model directory.
+
+    Raises:
+        CheckpointError: if it has no config.json that can be read.
+    """
+    if name := _without_int8_head(read_json(source / "config.json")):
+        logger.warning("%s: vLLM has no int8 output layer for %s; it stays as it is", source, name)
+        return None
+    return "int8"
+
+
+def check_head(config: Mapping[str, Any], head: Int8 | None) -> None:
+    """Refuses a form of the output layer that vLLM cannot load.
+
+    Args:
+        config: config.json.
+        head: as `convert` takes it.
+
+    Raises:
+        CheckpointError: naming the model.
+    """
+    if head and (name := _without_int8_head(config)):
+        raise CheckpointError(f"vLLM has no int8 output layer for {name}; give --head none")
+
+
+def _without_int8_head(config: Mapping[str, Any]) -> str | None:
+    return next((n for n in config.get("architectures") or () if n in NO_INT8_HEAD), None)
 
 
 def quantization_config(

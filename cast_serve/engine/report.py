@@ -18,7 +18,8 @@ def report(model: nn.Module) -> dict[str, Any]:
     """Counts the layers of a loaded vLLM model by what they run.
 
     Returns:
-        num_sparse_layers and num_dense_layers (linears as on disk, so a merged qkv counts three),
+        num_sparse_layers (linears as on disk, so a qkv that vLLM merged counts three) and
+        num_dense_layers (a merged qkv counts three, however it is stored),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
         in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
         settings, or the GPU's architecture and second form) and head (``int8``, else ""); kernel

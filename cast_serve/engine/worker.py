@@ -24,7 +24,7 @@ import yaml
 from cast_serve import worker_key
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
-from cast_serve.checkpoint.record import is_gated
+from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
@@ -101,6 +101,17 @@ def run(
     if is_gated(model):
         raise ValueError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
     expected, has_zeros = count_sparse(model)
+    has_record = (model / CAST_JSON).is_file()
+    if has_record and not expected and read_record(model).get("kind") == "pruned":
+        print(
+            f"cast-serve worker {name}: {model} stores its zeros, so it is served dense; convert "
+            f"it (cast-serve convert {model} OUT) and serve OUT",
+            file=sys.stderr,
+        )
+    if expected and "--enable-lora" in vllm_flags:
+        raise ValueError(
+            f"--enable-lora: vLLM puts no LoRA on the 2:4 linears of {model}; serve it dense"
+        )
     _end_with_parent()
     if cores is not None:
         os.sched_setaffinity(0, cores)

@@ -3,8 +3,11 @@
 `up`, `gateway` and `roll` of `cast-serve`. What they need is imported when they run.
 """
 
+import difflib
 import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -179,6 +182,7 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
 
     from cast_serve.gateway.app import serve
 
+    _tell_of_misspelt(f"CAST_{name.upper()}" for name in type(settings).model_fields)
     check_port_is_free(settings.host, settings.port)
     if settings.log_dir is not None:
         try:
@@ -196,6 +200,14 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
     say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")
     uvloop.run(serve(variants, settings))
     print(json.dumps({"stopped": [variant.name for variant in variants]}))
+
+
+def _tell_of_misspelt(settings: Iterable[str]) -> None:
+    """Names variables of the environment that are almost a setting; others may be anybody's."""
+    known = set(settings)
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith("CAST_") and (near := difflib.get_close_matches(name, known, 1, 0.9)):
+            say(f"cast-serve: {name} in the environment is no setting; the nearest is {near[0]}")
 
 
 def _parse_variants(given: list[str]) -> dict[str, list[str]]:

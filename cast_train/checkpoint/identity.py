@@ -71,6 +71,30 @@ def of_inputs(
     return found
 
 
+def check_texts(source: Mapping[str, Any]) -> None:
+    """Refuses a text that would be measured on though it was trained on.
+
+    Args:
+        source: of `of_inputs`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    names: dict[str, str] = {}
+    for text in source["text"]:
+        if text["sha256"] in names:
+            raise ValueError(
+                f"--text has {text['name']} twice (also as {names[text['sha256']]}); what is held "
+                "out of one would be trained on in the other; name it once"
+            )
+        names[text["sha256"]] = text["name"]
+    if (heldout := source.get("heldout")) and heldout["sha256"] in names:
+        raise ValueError(
+            f"--heldout {heldout['name']} is among the training texts, as "
+            f"{names[heldout['sha256']]}; measure on another text"
+        )
+
+
 def check(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str) -> None:
     """Refuses a record of other inputs or settings.
 

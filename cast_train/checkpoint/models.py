@@ -52,6 +52,7 @@ from cast_train.gates.schedules import Phase
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "4GB"
+MAX_RENAMED = 0.05  # share of tokens
 GATE_PARTS = ("gate", "scale", "weight_scale")  # what is stored beside a target's weight
 
 
@@ -305,6 +306,30 @@ def kind_of(directory: Path) -> str:
         return "compressed"
     record = read_record(directory) if (directory / CAST_JSON).exists() else {}
     return str(record.get("kind", "dense"))
+
+
+def check_same_tokens(directory: Path, other: Path) -> None:
+    """Refuses two models whose tokens are other texts, though they may be as many.
+
+    Some may differ: chat models rename reserved tokens. A directory without a tokenizer passes.
+
+    Raises:
+        CheckpointError: if more than MAX_RENAMED of the tokens that both have differ.
+    """
+    try:
+        vocabularies = [load_tokenizer(folder).get_vocab() for folder in (directory, other)]
+    except CheckpointError:
+        return
+    ours, theirs = ({number: token for token, number in v.items()} for v in vocabularies)
+    both = ours.keys() & theirs.keys()
+    differ = sorted(number for number in both if ours[number] != theirs[number])
+    if len(differ) > MAX_RENAMED * len(both):
+        first = differ[0]
+        raise CheckpointError(
+            f"{directory} and {other} have tokenizers of their own: {len(differ)} of {len(both)} "
+            f"tokens differ, such as {first}, {ours[first]!r} and {theirs[first]!r}; only models "
+            "of one tokenizer can be compared or distilled from"
+        )
 
 
 def vocabulary_size(directory: Path) -> int:

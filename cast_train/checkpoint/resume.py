@@ -11,10 +11,13 @@ Trainer writes checkpoint-N file by file, so a kill may leave an incomplete one.
 with the file ``complete`` are resumed from, and the one before is removed only once it is written.
 """
 
+import fcntl
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,39 @@ def begin(partial: Path, wanted: Mapping[str, Any], choices: Choices) -> None:
     record.fsync(partial)
 
 
+@contextmanager
+def held(partial: Path, is_first: bool) -> Iterator[None]:
+    """Keeps other runs out of the directory while it lasts; makes it, and removes it if empty.
+
+    Args:
+        partial: OUT.partial.
+        is_first: whether this is the first of several processes, which holds it for all.
+
+    Raises:
+        CheckpointError: if another run is at work there.
+    """
+    if not is_first:
+        yield
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"another process trains in {partial} now; wait for it, or choose another --out"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked: %s; start no second run there", partial, error)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds a run, or is gone
+            partial.rmdir()
+        os.close(descriptor)
+
+
 def read_choices(partial: Path) -> Choices:
     """What `begin` was given."""
     kept_dense = json.loads((partial / DENSE_FILE).read_text(encoding="utf-8"))
@@ -121,6 +157,8 @@ def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
     Raises:
         CheckpointError: as `find` does.
     """
+    if not any(partial.iterdir()):  # a run that was killed before it began
+        return
     if not is_resume:
         raise CheckpointError(
             f"{partial} holds an unfinished run; go on with --resume, or remove it"

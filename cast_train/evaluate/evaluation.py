@@ -1,11 +1,13 @@
 """A model directory, text and questions -> its figures, alone or paired with a reference's."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.record import CAST_JSON, read_record, sha256
 from cast_serve.questions import read_questions
 from cast_train.checkpoint import models
 from cast_train.evaluate import choices as answered
@@ -18,6 +20,8 @@ from cast_train.evaluate.perplexity import (
 from cast_train.passes import check_length
 from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -62,6 +66,7 @@ def evaluate(
                 f"{directory} has a vocabulary of {sizes[0]} tokens and --reference {reference} "
                 f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
             )
+        models.check_same_tokens(dense_folder, folder)
     if max_tokens < context:
         raise ValueError(
             f"--tokens {max_tokens} makes no whole sequence of --context {context} tokens; ask for "
@@ -69,6 +74,11 @@ def evaluate(
         )
     answered.check_names(choices)
     kind = models.kind_of(folder)
+    record = read_record(folder) if (folder / CAST_JSON).is_file() else {}
+    trained_on = {each["sha256"] for each in (record.get("source") or {}).get("text", ())}
+    for path in text:
+        if path.is_file() and sha256(path) in trained_on:
+            logger.warning("%s was trained on %s: what is measured there is no test", folder, path)
     tokenizer = models.load_tokenizer(folder)
     blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)
     questions = {path.stem: read_questions(path, limit) for path in choices}

@@ -37,6 +37,7 @@ from cast_train.pruning import oneshot
 # use "ste distillation_weight=0.9". "fixed mask" solves no weights, other than the method `fixed`.
 WAYS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "distillation_weight": 0.0},
+    "fixed": {"method": "fixed"},
     "fixed mask": {
         "method": "gates",
         "start": "wanda",
@@ -60,8 +61,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+STOPPED = 130  # exit of a run that saved itself, see __main__.py
+
+
 class StudyError(RuntimeError):
     """A run of the study failed."""
+
+
+class StoppedError(RuntimeError):
+    """A run of the study was stopped."""
 
 
 def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
@@ -114,7 +122,8 @@ def run(
     Raises:
         ValueError: for a wrong setting or name.
         CheckpointError: if out holds another study; it names what differs.
-        StudyError: if a run fails; the finished ones are kept.
+        StudyError: if runs fail, once the others are done and the report is written over them.
+        StoppedError: if a run was stopped; the finished ones are kept.
     """
     # A way may name another method; one-shot pruning, measured beside, reorders nothing.
     settings = {"method": "gates", "channel_order": "given", **settings}
@@ -150,9 +159,16 @@ def run(
         "heldout": sha256(heldout),
         "choices": [identity.of_file(path) for path in choices],
     }
+    identity.check_texts(
+        {
+            "text": [identity.of_file(path) for path in text_files],
+            "heldout": identity.of_file(heldout),
+        }
+    )
     _check_identity(out, {**names, "sha256": hashes}, rivals)
     done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
     measure = _Measure(model, heldout, choices, settings)
+    failed: list[str] = []
     for name in ("before", *oneshot.METHODS, *(rival.name for rival in rivals)):
         if (name, None) not in done:
             figures = _measure_untrained(name, text_files, out, measure, rivals)
@@ -160,7 +176,12 @@ def run(
     for number, ((way, seed), config) in enumerate(configs.items(), 1):
         if (way, seed) not in done:
             print(f"study: run {number} of {len(configs)}: {way}, seed {seed}", flush=True)
-            row = _train(model, text_files, heldout, out, way, config, measure)
+            try:
+                row = _train(model, text_files, heldout, out, way, config, measure)
+            except StudyError as error:
+                print(f"study: {error}", file=sys.stderr, flush=True)
+                failed.append(f"{way}, seed {seed}")
+                continue
             done[way, seed] = _append(out, row)
     result = {
         **names,
@@ -170,6 +191,11 @@ def run(
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (out / "report.md").write_text(report.table_of(result), encoding="utf-8")
     report.draw(out / "report.png", result)
+    if failed:
+        raise StudyError(
+            f"{'; '.join(failed)} failed, as told above; {out}/report.md has the others. The same "
+            "study again repeats what failed"
+        )
     return result
 
 
@@ -200,8 +226,18 @@ def _check_identity(out: Path, wanted: Mapping[str, Any], rivals: Sequence[Path]
 
 
 def _read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows that are whole: a full disk or a kill may have left part of the last, which goes."""
     path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; remove the line") from error
 
 
 def _append(out: Path, row: dict[str, Any]) -> dict[str, Any]:
@@ -247,10 +283,12 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise StudyError(
-            f"{' '.join(command)} ended with {process.returncode}; run the study again to continue"
+    if process.returncode == STOPPED or process.returncode < 0:  # by a signal
+        raise StoppedError(
+            f"{' '.join(command)} was stopped ({process.returncode}); run the study again to go on"
         )
+    if process.returncode:
+        raise StudyError(f"{' '.join(command)} ended with {process.returncode}")
     took = {
         "elapsed_s": time.monotonic() - began,
         "cpu_s": usage.ru_utime + usage.ru_stime,

@@ -17,7 +17,7 @@ weight. Later linears see the outputs of quantised ones. Source of the descent: 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.convert import check_outputs, check_source, convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, Quantized
+from cast_serve.checkpoint.scheme import head_by_default
 from cast_serve.checkpoint.target import Calibrated, Int8, read_target
 from cast_serve.sparsity.bitmask import unpack_mask
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, SCALE_GROUP, one_thread
@@ -44,7 +45,7 @@ def write_quantized(
     text_files: Sequence[Path],
     out: Path,
     quantize: Quantized,
-    head: Int8 | None,
+    head: Int8 | None | Literal["auto"] = "auto",
     scale_group: int = SCALE_GROUP,
     num_blocks: int | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def write_quantized(
         text_files: calibration text, of which the beginning is used.
         out: must not exist.
         quantize: of the targets' values.
-        head: of the output layer, rounded to the nearest.
+        head: of the output layer, rounded to the nearest; ``auto``: int8 where vLLM has one.
         scale_group: of int4, the columns that share a scale.
         num_blocks: calibration sequences; None: `TrainConfig.calibration_blocks`.
 
@@ -65,10 +66,11 @@ def write_quantized(
     Raises:
         ValueError: for every wrong input; nothing is written then.
     """
-    check_outputs([out], quantize, head, scale_group)
+    check_outputs([out], quantize, None, scale_group)
     folder = hub.fetch(source)
     directory = ModelDirectory(folder)
-    check_source(directory, quantize)
+    head = head_by_default(folder) if head == "auto" else head
+    check_source(directory, quantize, head)
     blocks = read_calibration(text_files, models.load_tokenizer(folder), num_blocks)
     model = models.load_any(folder, torch.float32)
     linears = {name: model.get_submodule(name) for name in directory.targets}

@@ -13,7 +13,12 @@ from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
-from cast_train.checkpoint.models import load_any, load_dense, sparse_targets
+from cast_train.checkpoint.models import (
+    check_same_tokens,
+    load_any,
+    load_dense,
+    sparse_targets,
+)
 from cast_train.checkpoint.resume import Choices
 from cast_train.config import TrainConfig
 from cast_train.gates import gating, quantizing, scaling
@@ -126,6 +131,8 @@ def prepare(
         logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
     teacher = teacher_order = None
     if config.distillation_weight:
+        if teacher_dir is not None:
+            check_same_tokens(teacher_dir, model_dir)
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
         teacher_order = channel_order.read(teacher_dir or model_dir)
         if config.hidden_states_weight and teacher_order not in (None, order):

@@ -1,5 +1,6 @@
 """A run's steps -> the progress bar, and the reporters that its figures go to besides."""
 
+import dataclasses
 import logging
 from importlib import metadata
 from pathlib import Path
@@ -9,10 +10,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from cast_train.config import TrainConfig
+from cast_train.config import GATES_ONLY, TrainConfig
 from cast_train.gates.schedules import first_quantized_step, phase_at
 
 logger = logging.getLogger(__name__)
+LEARNT_BY_GATES = set(GATES_ONLY) - {"hard_fraction"}  # which `ste` has too
+PRUNING = {"sparsity", "start", "zeros", "allocation", "channel_order", "scale_parts"}
 
 
 class Progress(ProgressCallback):
@@ -53,6 +56,36 @@ class Progress(ProgressCallback):
             if phase_at(state.global_step - 1, self.config).is_quantized:
                 figures["weights"] = self.config.quantize
             self.training_bar.set_postfix(figures)
+
+
+def warn_of_unused(config: TrainConfig) -> None:
+    """Names settings that are not at their default and have no effect on this run."""
+    unused = {} if config.method == "gates" else dict.fromkeys(LEARNT_BY_GATES, "method gates")
+    if config.method not in ("ste", "adams"):
+        unused["decay"] = "method ste or adams"
+    if config.method in ("adams", "dense"):
+        unused["hard_fraction"] = "method gates or ste"
+    if config.method != "adams":
+        unused["mask_every"] = "method adams"
+    if config.method == "adams":
+        unused["start"] = "another method"
+    if config.method == "dense":
+        unused |= dict.fromkeys(PRUNING, "another method")
+    if config.zeros >= config.pattern.zeros:
+        unused["allocation"] = "zeros"
+    if config.quantize == "none":
+        unused["quantized_fraction"] = "quantize"
+    if config.quantize != "int4":
+        unused["scale_group"] = "quantize int4"
+    if not config.distillation_weight:
+        of_teacher = ("distillation_temperature", "hidden_states_weight")
+        unused |= dict.fromkeys(of_teacher, "a distillation_weight above 0")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in unused and value != field.default:
+            logger.warning(
+                "%s %s has no effect: it goes with %s", field.name, value, unused[field.name]
+            )
 
 
 def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:

@@ -13,6 +13,7 @@ import logging
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def train(
         ValueError: for every wrong input; nothing is written then.
         CheckpointError: if out or OUT.partial is another run's; it names what differs.
         DivergedError: if the loss, or the trained model's output, is not finite.
-        StoppedError: if the run was asked to stop, by Ctrl-C or SIGTERM, and is saved.
+        StoppedError: if the run was asked to stop, by a signal (stopping.py), and is saved.
     """
     if config.report_to == "tensorboard" and tensorboard_dir is None:
         tensorboard_dir = out.with_name(out.name + ".tensorboard")
@@ -99,13 +100,38 @@ def train(
     _check_models(model_dir, teacher_dir, config)
     tokenizer = load_tokenizer(model_dir)
     blocks = read_blocks(text_files, heldout_file, tokenizer, config)
+    source = identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir)
+    identity.check_texts(source)
     run_identity = {
         "config": config.as_dict(),
         "num_processes": sharding.num_processes(),
-        "source": identity.of_inputs(model_dir, text_files, heldout_file, teacher_dir),
+        "source": source,
     }
     if out.exists():
-        return _finished(out, run_identity)
+        return _finished(out, partial, run_identity)
+    with resume.held(partial, is_first=sharding.rank() == 0):
+        return _train(
+            *(model_dir, teacher_dir, blocks, tokenizer, out, partial, config),
+            run_identity=run_identity,
+            is_resume=is_resume,
+            tensorboard_dir=tensorboard_dir,
+        )
+
+
+def _train(
+    model_dir: Path,
+    teacher_dir: Path | None,
+    blocks: Blocks,
+    tokenizer: Any,
+    out: Path,
+    partial: Path,
+    config: TrainConfig,
+    *,
+    run_identity: Mapping[str, Any],
+    is_resume: bool,
+    tensorboard_dir: Path | None,
+) -> dict[str, Any]:
+    """As `train`, once the inputs are read and OUT.partial is held."""
     resume_from = resume.find(partial, run_identity, is_resume, is_first=sharding.rank() == 0)
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
@@ -139,6 +165,7 @@ def _check_outputs(
     out: Path, partial: Path, config: TrainConfig, is_resume: bool, tensorboard_dir: Path | None
 ) -> None:
     """Refuses what needs neither model nor text to be seen to be wrong."""
+    progress.warn_of_unused(config)
     progress.check_reporter(config.report_to, f"report_to {config.report_to}")
     if tensorboard_dir is not None:
         for folder in (out, partial):
@@ -279,11 +306,15 @@ def _trained_as(config: TrainConfig) -> dict[str, Any] | None:
     return {"quantize": config.quantize, "scale_group": scale_group, "num_steps": num_steps}
 
 
-def _finished(out: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
+def _finished(out: Path, partial: Path, run_identity: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a finished run, verified."""
     record = verify(out)
     identity.check(record, run_identity, f"{out} exists and is another run", ANOTHER_OUT)
     logger.info("%s is the finished result of this run; nothing to do", out)
+    if sharding.rank() == 0 and partial.is_dir():
+        with suppress(CheckpointError):  # of this run, which was killed as it removed them
+            resume.check(partial, run_identity, is_resume=True)
+            shutil.rmtree(partial)
     return record
 
 

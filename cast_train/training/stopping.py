@@ -1,6 +1,7 @@
 """Time and signals -> when a run saves a checkpoint, and when it stops: callback of the Trainer.
 
-Ctrl-C or SIGTERM ends the run after the step it is in, saved; a second one ends the process.
+Ctrl-C, SIGTERM or the end of its terminal ends the run after the step it is in, saved; a second
+one ends the process.
 """
 
 import logging
@@ -16,7 +17,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(RuntimeError):
@@ -42,6 +43,8 @@ class Checkpoints(TrainerCallback):
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: it outlives its terminal
+            del before[signal.SIGHUP]
 
         def ask(number: int, frame: Any) -> None:
             self.is_asked_to_stop = True
@@ -49,7 +52,7 @@ class Checkpoints(TrainerCallback):
                 signal.signal(known, handler)
             logger.info("stopping after this step; once more to stop at once, unsaved")
 
-        for number in SIGNALS:
+        for number in before:
             signal.signal(number, ask)
         try:
             yield

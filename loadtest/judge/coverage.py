@@ -11,6 +11,7 @@ are made of them as judge/statistics.py makes them. A 95 % interval should hold 
     disturbed     5 % a request, and one block in six is 1.5 times as slow
     launches      5 % a request, 2 % a block, and 4 % by which each variant differs from launch to
                   launch of the servers: with one launch no interval can know it
+    few blocks    as blocks, with four block pairs, the fewest that have an interval
 """
 
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
-from loadtest.judge.statistics import QUANTILES
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES
 
 TRUTH = 1.3
 NUM_PAIRS = 6
 NUM_PROMPTS = 20  # a block; 120 a variant, enough for a p99
-LAUNCHES = {"launches, 1 launch": 1, "launches, 6 launches": 6}
-NOISES = ("independent", "blocks", "correlated", "heavy tails", "disturbed", *LAUNCHES)
+LAUNCHES = {f"launches, {n} launch{'es' * (n > 1)}": n for n in (1, 2, 3, 6)}
+NOISES = (
+    *("independent", "blocks", "correlated", "heavy tails", "disturbed", "few blocks"),
+    *LAUNCHES,
+)
 
 
 def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, Any]:
@@ -63,9 +67,9 @@ def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, 
 def _simulated(noise: str, rng: np.random.Generator) -> Array:
     """Times of baseline and candidate, [2, num_pairs, num_prompts]."""
     num_launches = LAUNCHES.get(noise, 1)
-    num_pairs = NUM_PAIRS * num_launches
+    num_pairs = MIN_BLOCK_PAIRS if noise == "few blocks" else NUM_PAIRS * num_launches
     logs = rng.normal(0, 0.05, (2, num_pairs, NUM_PROMPTS))
-    if noise == "blocks":
+    if noise in ("blocks", "few blocks"):
         logs += rng.normal(0, 0.05, (2, num_pairs, 1))
     elif noise == "correlated":
         shared = np.empty(2 * num_pairs)  # in the order in which blocks run

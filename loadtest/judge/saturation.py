@@ -4,7 +4,7 @@ While a server keeps up, TTFT does not depend on the rate. Once it does not, req
 grows until the ramp ends. So the requests of all blocks, in the order of their place in
 the block, are cut into ten parts; a variant is *saturated* from the part on from which every median
 TTFT is above one and a half times that of the first part. A failed request counts as longer than
-any answered one.
+any answered one. Where all parts but the first are slow, the first may be too, and tells nothing.
 """
 
 from typing import Any
@@ -26,8 +26,9 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
         variant: one of its two.
 
     Returns:
-        `rate_per_s`: requests a second in the part before; `is_reached`: False if the variant kept
-        up to the end, and then the rate is that of the last part.
+        `rate_per_s`: requests a second in the part before, None if no part is known to be kept up
+        with; `is_reached`: False if the variant kept up to the end, and then the rate is that of
+        the last part.
     """
     blocks = recorded.blocks_of(variant)
     found = sorted(
@@ -46,6 +47,8 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
     num_kept_up = len(parts)
     while num_kept_up > 1 and is_slow[num_kept_up - 1]:
         num_kept_up -= 1
+    if num_kept_up == 1 < len(parts):
+        return {"rate_per_s": None, "is_reached": True}
     part = parts[num_kept_up - 1]
     # Between the places of the part, which all blocks have alike; a part may cut through one.
     num_gaps = len(np.unique(part[:, 0].round(OFFSET_DIGITS))) - 1

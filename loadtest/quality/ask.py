@@ -31,7 +31,9 @@ async def asking(
             try:
                 response = await client.post(url, json=body)
                 reason = f"{response.status_code} {response.text[:200]}"
-                if response.status_code == 200:
+                if fallback := response.headers.get("X-Cast-Fallback"):
+                    reason = f"the answer of another variant, since {fallback} is down"
+                elif response.status_code == 200:
                     answer: dict[str, Any] = response.json()
                     return answer
             except (httpx.HTTPError, ValueError) as error:

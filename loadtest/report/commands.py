@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cast_serve.options import option
 from loadtest.judge import coverage as simulation
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
@@ -28,12 +29,14 @@ def terms_of(
     num_quality_prompts: int,
     is_aa: bool,
     has_choices: bool = False,
+    num_pairs: int = MIN_BLOCK_PAIRS,
 ) -> dict[str, Any]:
     """The limits that a run is judged by, for run.json.
 
     Raises:
         ValueError: if the guard file is wrong, a limit is not above 0, or the guard asks for
-            agreement or accuracy that nothing measures.
+            goodput, agreement or accuracy that nothing measures, or for speed of too few block
+            pairs (`num_pairs`, of all launches) to tell.
     """
     slo_ms = {"ttft_s": slo_ttft_ms, "tpot_s": slo_tpot_ms}
     for name, limit_ms in slo_ms.items():
@@ -53,6 +56,17 @@ def terms_of(
         raise ValueError(
             f"guard {guard} sets max_accuracy_loss, but nothing measures it; give --choices, or "
             "drop it"
+        )
+    speed = {**limits.min_speedup, **limits.max_slowdown}
+    if "goodput" in speed and slo_ttft_ms is None and slo_tpot_ms is None:
+        raise ValueError(
+            f"guard {guard} limits goodput, but nothing says which requests are good; give "
+            "--slo-ttft-ms or --slo-tpot-ms, or drop it"
+        )
+    if speed and num_pairs < MIN_BLOCK_PAIRS:
+        raise ValueError(
+            f"guard {guard} limits {next(iter(speed))}, but {num_pairs} block pairs give no "
+            f"interval; give --blocks {MIN_BLOCK_PAIRS} or more"
         )
     return {
         "guard": limits.about(),

@@ -29,10 +29,13 @@ WRITTEN = "result.json, report.html, report.md and report.png, from run.json and
 
 
 def write_out(out: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    """Makes the directory with everything in it, or nothing."""
+    """Makes the directory with record and result, or nothing; then the reports in it.
+
+    If those fail, `cast-loadtest report` makes them anew of the record.
+    """
     with new_directory(out, result) as partial:
         recorded.write(partial)
-        write_reports(partial, recorded, result)
+    write_reports(out, recorded, result)
 
 
 def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -> None:

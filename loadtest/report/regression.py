@@ -20,6 +20,8 @@ from loadtest.report.words import rows, times
 TABLE_WIDTH = 110
 LOAD = ("plan", "workload", "schedule", "rate_per_s", "timeout_s")
 NOT_LOAD = {"run_number"}  # every run has another
+CPU = ("cpu", "family", "model")
+SERVED = ("kernel", "isa", "head", "dtype", "weight_bytes")  # of a variant, as our gateway says
 
 
 def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
             continue
         after = later[name]
         with np.errstate(divide="ignore", invalid="ignore"):
-            change = Ratio.of(
+            change = Ratio.of_quantiles(
                 np.divide(after.value or np.nan, before.value or np.nan),
                 after.resampled / shuffled(before.resampled),
                 num_independent,
@@ -97,11 +99,23 @@ def _differences(old: Recorded, new: Recorded) -> list[str]:
             found |= value if isinstance(value, dict) else {key: value}
         return {key: value for key, value in found.items() if key not in NOT_LOAD}
 
+    def place(run: Recorded) -> dict[str, Any]:
+        """The machine, vLLM and what was served, as far as the record has it."""
+        machine, versions = run.about.get("machine") or {}, run.about["versions"]
+        found = {key: machine[key] for key in CPU if key in machine}
+        found |= {name: versions[name] for name in versions if name.startswith("vllm")}
+        for variant, served in run.about["served"].items():
+            found |= {f"{variant} {key}": served[key] for key in SERVED if key in served}
+        return found
+
     before, after = flat(old), flat(new)
+    differences = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    earlier, later = place(old), place(new)  # of older records, or other servers, not all is known
+    places = [key for key in earlier.keys() & later.keys() if earlier[key] != later[key]]
+    before, after = before | earlier, after | later
     return [
         f"{key}: {before.get(key)}, then {after.get(key)}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
+        for key in (*differences, *sorted(places))
     ]
 
 

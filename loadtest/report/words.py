@@ -12,6 +12,7 @@ from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES, THROUGHPUT, TI
 
 MAX_DRIFT = 0.10
 MIN_BUSY_S = 10.0  # of a block in a closed loop
+MIN_TPOT_S = 1e-4  # no server writes 10,000 tokens a second to one client
 SOUNDNESS = ("error_rate", "unequal_lengths", "void")  # checked in any run
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E"}
 
@@ -133,6 +134,16 @@ def warnings(result: Result) -> list[str]:
             f"{result['output_tokens_per_request']} tokens asked for: the variants did unequal "
             "work. The server must honour ignore_eos."
         )
+    at_once = [
+        variant
+        for variant, tpot in result["tpot_s"].items()
+        if tpot["median"] is not None and tpot["median"] < MIN_TPOT_S
+    ]
+    if at_once:
+        found.append(
+            f"The tokens of {' and '.join(at_once)} arrive in one piece, so TPOT and TTFT say "
+            "nothing of the server: something between it and here holds the stream back."
+        )
     served = result["served"].get(result["candidate"], {})
     if not result["is_aa"] and served.get("num_sparse_layers") == "0":
         found.append(
@@ -207,7 +218,7 @@ def notes(result: Result) -> list[str]:
         )
     if result["saturation"]:
         limits = [
-            f"{variant} answers at no rate of the ramp"
+            f"{variant} keeps up with no rate that the ramp can tell; begin it lower"
             if limit["is_reached"] and limit["rate_per_s"] is None
             else f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
             + ("" if limit["is_reached"] else ", where the ramp ends")

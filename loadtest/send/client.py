@@ -3,8 +3,8 @@
 Nothing is retried and nothing is dropped: each prompt becomes one record.Request. Error classes are
 `http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
 connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
-stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event) and
-`no_usage`.
+stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event),
+`no_usage` and `answered_by_fallback` (our gateway let another variant answer).
 """
 
 import asyncio
@@ -248,6 +248,8 @@ class Client:
                 response = await self._pool.exchange("POST", path, data, completion.feed)
             ended_s = response.ended_s
             timing = completion.timing(response.status)
+            if response.is_fallback:
+                timing, error = None, "answered_by_fallback"
         except TimeoutError:
             ended_s, error = time.perf_counter(), "timeout"
         except (TransportError, _Completion.Error) as exception:

@@ -32,10 +32,17 @@ class TransportError(Exception):
 
 @dataclass(frozen=True)
 class Response:
-    """A complete response: its status, and when its last byte arrived (perf_counter)."""
+    """A complete response.
+
+    Attributes:
+        status: of HTTP.
+        ended_s: when its last byte arrived (perf_counter).
+        is_fallback: whether our gateway says that another variant answered.
+    """
 
     status: int
     ended_s: float
+    is_fallback: bool
 
 
 class Connection(asyncio.Protocol):
@@ -70,7 +77,7 @@ class Connection(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self.on_body = on_body
         self._status = 0  # until the head has arrived
-        self._has_length = False
+        self._has_length = self._is_fallback = False
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(request)
         return self._done
@@ -111,6 +118,8 @@ class Connection(asyncio.Protocol):
         is_chunked = name == b"transfer-encoding" and value.lower() == b"chunked"
         if is_chunked or name == b"content-length":
             self._has_length = True
+        elif name == b"x-cast-fallback":
+            self._is_fallback = True
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -124,7 +133,7 @@ class Connection(asyncio.Protocol):
         self.idle_since_s = time.perf_counter()
         if not self._parser.should_keep_alive():
             self.close()
-        self._done.set_result(Response(self._status, self.idle_since_s))
+        self._done.set_result(Response(self._status, self.idle_since_s, self._is_fallback))
 
     def _fail(self, error: BaseException) -> None:
         self.close()

@@ -116,8 +116,16 @@ def test_two_units_by_hand() -> None:
     # Drawn: both (ratio 2.5) in half the cases, one alone (2 or 3) in a quarter each.
     sides = ([np.array([4.0]), np.array([6.0])], [np.array([2.0]), np.array([2.0])])
     ratio = ratio_of_quantiles(*sides, draws(2), 0.5)
-    assert ratio.about() == {"ratio": 2.5, "low": 2.0, "high": 3.0}
-    assert set(ratio.resampled) == {2.0, 2.5, 3.0}
+    assert (ratio.value, set(ratio.resampled)) == (2.5, {2.0, 2.5, 3.0})
+    assert ratio == Ratio.of_sums(2.5, ratio.resampled, 2)  # their middle is too narrow
+    assert ratio.low is not None
+    assert ratio.low < 1
+
+
+def test_of_six_units_and_more_the_middle_of_the_resamples_is_taken() -> None:
+    above, below = [np.array([2.0 + unit]) for unit in range(6)], [np.array([2.0])] * 6
+    ratio = ratio_of_quantiles(above, below, draws(6), 0.5)
+    assert ratio == Ratio.of(2.25, ratio.resampled, 6)
 
 
 def test_rates_by_hand() -> None:
@@ -133,9 +141,7 @@ def test_rates_by_hand() -> None:
 def test_what_failures_leave_unknown_is_none() -> None:
     failed, answered = [np.array([INF])], [np.array([2.0])]
     counts = draws(1)
-    assert ratio_of_quantiles(answered, failed, counts, 0.5).about() == dict.fromkeys(
-        ("ratio", "low", "high"), 0.0
-    )
+    assert ratio_of_quantiles(answered, failed, counts, 0.5).value == 0.0
     none = {"ratio": None, "low": None, "high": None}
     assert ratio_of_quantiles(failed, answered, counts, 0.5).about() == none
     assert ratio_of_quantiles(failed, failed, counts, 0.5).about() == none

@@ -296,6 +296,20 @@ def test_up_serves_what_a_file_says_and_flags_win(
     assert (code, "gateway and variants need one each" in err) == (2, True)
 
 
+def test_a_variable_that_is_almost_a_setting_is_named(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(_: object) -> None:
+        """In place of a server that would run until it is stopped."""
+
+    monkeypatch.setattr("uvicorn.Server.serve", serve)
+    for name, value in (("CAST_FALBACK", "a=b"), ("CAST_PORT", free_port()), ("CAST_OWN", "1")):
+        monkeypatch.setenv(name, value)
+    _, _, err = cast_serve("gateway", "--variant", "a=http://x")
+    assert "CAST_FALBACK in the environment is no setting; the nearest is CAST_FALLBACK" in err
+    assert "CAST_OWN" not in err
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

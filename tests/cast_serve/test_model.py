@@ -63,6 +63,19 @@ def assert_products_are_those_of_the_twin(folder: Path, twin: PreTrainedModel) -
         assert (y - expected).norm() / expected.norm() < 1e-5, name
 
 
+def test_weights_of_one_dtype_multiply_no_other(save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"packed in torch.bfloat16 .*load\(DIR, dtype=torch.fl"):
+        load(tmp_path / "out").half()(TOKENS)
+
+
+def test_integers_multiply_any_dtype(save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int8", head="int8")
+    logits = load(tmp_path / "out", torch.float32).to(torch.bfloat16)(TOKENS).logits
+    expected = load(tmp_path / "out", torch.bfloat16)(TOKENS).logits
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
 @MODELS
 def test_logits_are_those_of_the_dense_twin(make: Make, save_gated: Save, tmp_path: Path) -> None:
     convert(save_gated(make()), tmp_path / "out", tmp_path / "twin")

@@ -102,6 +102,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def heldout_file(text_file: Path) -> Path:
+    """A file that begins as the training text does, so that what is learnt shows in it."""
+    path = text_file.with_name("heldout.txt")
+    path.write_text(text_file.read_text(encoding="utf-8") + "The end.\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "train.toml"
     path.write_text(SETTINGS, encoding="utf-8")

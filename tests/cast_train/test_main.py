@@ -36,13 +36,15 @@ def last_json(result):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_train_then_measure(cast_train, llama_dir, text_file, settings_file, monkeypatch):
+def test_train_then_measure(
+    cast_train, llama_dir, text_file, heldout_file, settings_file, monkeypatch
+):
     # In bf16, with AMX, the two batch shapes round 1.04e-4 apart.
     monkeypatch.setattr(precision, "_cpu_prefers_bf16", lambda capabilities: False)
     trained = last_json(
         cast_train(
             *("run", "--model", llama_dir, "--text", text_file, "--out", "gated"),
-            *("--config", settings_file, "--steps", 5, "--heldout", text_file),
+            *("--config", settings_file, "--steps", 5, "--heldout", heldout_file),
         )
     )
     assert (trained["steps"], trained["tokens_seen"], trained["num_targets"]) == (5, 640, 14)

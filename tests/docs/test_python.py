@@ -46,7 +46,9 @@ def test_train_convert_load_evaluate(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 3000)
-    places = {"DENSE_DIR": llama_dir, "TRAIN.txt": text, "HELDOUT.txt": text}
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text(text.read_text() + "The end.\n")
+    places = {"DENSE_DIR": llama_dir, "TRAIN.txt": text, "HELDOUT.txt": heldout}
     code = [block.filled(places).code for block in blocks(PAGE) if block.heading != LAST]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}

@@ -149,7 +149,7 @@ def test_chats_from_a_file(serve: Serve, tmp_path: Path) -> None:
     url, app = serve(dense=QUICK, sparse=QUICK)
     chat = {"messages": [{"role": "user", "content": "what is this?"}]}
     (tmp_path / "own.jsonl").write_text(json.dumps(chat) + "\n")
-    result = cast_loadtest("--url", url, *SMALL, "--prompts", str(tmp_path / "own.jsonl"))
+    result = cast_loadtest("--url", url, *SMALL[:-2], "--prompts", str(tmp_path / "own.jsonl"))
     assert last_line(result)["num_errors"] == 0
     assert len(app.state.requests) == 16
     assert all(prompt.endswith("\nwhat is this?") for _, prompt in app.state.requests)
@@ -209,12 +209,32 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
         (["--variant", "dense=/absent"], "give either --url, or --variant NAME=DIR"),
         (["--launches", "2"], "--launches and --vllm-flags start servers"),
         (["--processes", "2"], "--processes 2 is more than --concurrency 1"),
+        (
+            ["--prompts", "PROMPTS", "--prompt-tokens", "64"],
+            "--prompt-tokens 64 has no effect on the prompts of --prompts",
+        ),
+        (["--num-prompts", "8", "--block-s", "5"], "--block-s 5 has no effect"),
+        (["--guard", "GOODPUT"], "limits goodput, but nothing says which requests are good"),
+        (["--guard", "SPEED", "--blocks", "2"], "but 2 block pairs give no interval"),
     ],
 )
 def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
-    serve: Serve, tmp_path: Path, arguments: list[str], message: str
+    serve: Serve,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    arguments: list[str],
+    message: str,
 ) -> None:
     url, app = serve(dense=QUICK, sparse=QUICK)
+    files = tmp_path_factory.mktemp("files")
+    texts = {
+        "PROMPTS": '{"prompt": "a prompt"}\n',
+        "GOODPUT": "min_speedup = {goodput = 1.1}\n",
+        "SPEED": "max_slowdown = {ttft_p50 = 1.1}\n",
+    }
+    for name, content in texts.items():
+        (files / f"{name}.jsonl").write_text(content)
+    arguments = [str(files / f"{word}.jsonl") if word in texts else word for word in arguments]
     result = cast_loadtest("--url", url, "--out", str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2
     assert message.replace("URL", url) in result.stderr

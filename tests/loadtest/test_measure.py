@@ -17,12 +17,15 @@ from loadtest.send.workload import Workload
 from tests.loadtest.recordings import simulated
 
 
+@pytest.mark.parametrize(
+    "error", [LaunchError("launch 3: the port is taken"), KeyboardInterrupt("launch 3")]
+)
 def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def served(models: object, number: int, flags: object) -> AbstractContextManager[str]:
         if number == 2:
-            raise LaunchError("launch 3: the port is taken")
+            raise error
         return nullcontext("http://server")
 
     async def run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:
@@ -37,7 +40,7 @@ def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
     workload = Workload(16)
     job = Job(loads, workload, 1.0, None, 1, workload, 0, [], None, {}, 3, [])
     found: dict[str, Recorded] = {}
-    with pytest.raises(LaunchError, match="launch 3"):
+    with pytest.raises(type(error), match="launch 3"):
         found.update(
             (str(load.name), recorded) for load, recorded in measure.measure(job, provenance)
         )

@@ -170,7 +170,7 @@ def test_all_that_belongs_to_the_model_is_carried_over(save_pruned: Save, tmp_pa
         (source / name).write_text(text)
     (source / "README.md").write_text("A card.")
     (source / "README.md").chmod(0o444)  # which a card that is written anew must not keep
-    for name in ("model.gguf", "model.onnx", "pytorch_model.bin"):
+    for name in ("model.gguf", "model.onnx", "pytorch_model.bin", ".env", "train.log"):
         (source / name).write_bytes(b"other weights")
     convert(source, tmp_path / "out", tmp_path / "twin")
     for folder in (tmp_path / "out", tmp_path / "twin"):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.scheme import head_by_default
 from cast_serve.sparsity.bitmask import compress, decompress
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.quantize import SCALES_CHOSEN, dequantize, quantize_rows
@@ -182,6 +183,19 @@ def test_refuses_what_is_quantised_or_compressed_already(save_gated: Save, tmp_p
     with pytest.raises(CheckpointError, match="is compressed already"):
         convert(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_head_that_vllm_has_not_in_8_bits_stays_as_it_is(
+    save_pruned: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=1)
+    config.num_attention_heads, config.word_embed_proj_dim = 4, 32
+    source = save_pruned(OPTForCausalLM(config).bfloat16())
+    with pytest.raises(CheckpointError, match="no int8 output layer for OPTForCausalLM; .*none"):
+        convert(source, tmp_path / "out", quantize="int8", head="int8")
+    assert head_by_default(source) is None
+    assert "vLLM has no int8 output layer for OPTForCausalLM; it stays" in caplog.text
+    assert convert(source, tmp_path / "out", quantize="int8")["head"] is None
 
 
 def test_refuses_a_head_alone(save_gated: Save, tmp_path: Path) -> None:

@@ -138,6 +138,20 @@ def test_what_int8_is_asked_for(
     assert "convert" in str(error.value)
 
 
+def test_a_head_with_a_dot_before_it_is_known(config_class: Any) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    head = ParallelLMHead.__new__(ParallelLMHead)
+    config = config_class.from_config({**INT8, "ignore": ["lm_head"]})
+    assert config.get_quant_method(head, ".lm_head") is None  # as vLLM names GPT-2's
+
+
+def test_nothing_to_ignore_may_be_null(config_class: Any) -> None:
+    sparsity = {**INT8["sparsity_config"], "ignore": None}
+    config = config_class.from_config({**INT8, "ignore": None, "sparsity_config": sparsity})
+    assert (config.ignore, config.unquantized) == ([], [])
+
+
 HEAD = {**INT8["config_groups"]["group_0"], "targets": ["lm_head"]}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cast_serve.checkpoint.convert import convert
 from cast_serve.engine import worker
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
@@ -101,6 +102,28 @@ def test_a_gated_directory_is_to_be_converted(save_gated: Save) -> None:
     folder = save_gated(tiny_llama())
     with pytest.raises(ValueError, match="is gated: convert it first .*cast-serve convert .*OUT"):
         worker.run(folder, "sparse")
+
+
+def test_no_lora_is_put_on_sparse_linears(save_gated: Save, tmp_path: Path) -> None:
+    convert(save_gated(tiny_llama()), tmp_path / "out")
+    with pytest.raises(ValueError, match="--enable-lora: vLLM puts no LoRA on the 2:4 linears of"):
+        worker.run(tmp_path / "out", "sparse", vllm_flags=["--enable-lora"])
+
+
+def test_stored_zeros_are_said_to_be_served_dense(
+    save_gated: Save,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop() -> None:
+        raise InterruptedError("before it serves")
+
+    convert(save_gated(tiny_llama()), tmp_path / "out", tmp_path / "twin")
+    monkeypatch.setattr(worker, "_end_with_parent", stop)
+    with pytest.raises(InterruptedError):
+        worker.run(tmp_path / "twin", "sparse")
+    assert "twin stores its zeros, so it is served dense; convert" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def inputs(llama_dir, text_file, tmp_path):
     for name in ("model", "teacher"):
         shutil.copytree(llama_dir, folder / name)
     for name in ("a.txt", "b.txt", "heldout.txt"):
-        shutil.copy(text_file, folder / name)
+        (folder / name).write_text(f"{text_file.read_text()}{name}\n")
     return {
         "model_dir": folder / "model",
         "text_files": [folder / "a.txt", folder / "b.txt"],
@@ -121,6 +121,30 @@ def test_a_directory_is_known_by_all_that_is_read(llama_dir, tmp_path):
     assert "pytorch_model.bin" in identity.of_directory(folder)
     with pytest.raises(CheckpointError, match="is no directory"):
         identity.of_directory(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("text", "heldout", "message"),
+    [
+        (["a.txt", "a.txt"], None, "--text has a.txt twice"),
+        (
+            ["a.txt", "b.txt"],
+            "copy.txt",
+            "--heldout copy.txt is among the training texts, as b.txt",
+        ),
+    ],
+)
+def test_what_is_measured_on_is_not_trained_on(
+    text, heldout, message, inputs, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare, "load_any", lambda *_: pytest.fail("was loaded"))
+    folder = inputs["model_dir"].parent
+    shutil.copy(folder / "b.txt", folder / "copy.txt")
+    inputs["text_files"] = [folder / name for name in text]
+    inputs["heldout_file"] = folder / heldout if heldout else None
+    with pytest.raises(ValueError, match=message):
+        train(**inputs, out=tmp_path / "out", config=config)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
 
 
 def test_a_long_list_of_differences_is_cut():

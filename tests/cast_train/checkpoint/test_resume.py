@@ -1,6 +1,7 @@
 """A run that was killed goes on as if it had not been, wherever the kill fell."""
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from cast_serve.checkpoint.record import CheckpointError, verify
-from cast_train.checkpoint import models
+from cast_train.checkpoint import models, resume
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from cast_train.training.stopping import Checkpoints, StoppedError
@@ -67,6 +68,33 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     assert begun_at == [None, "checkpoint-4", None]
     assert_same_result(tmp_path / "out", tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_second_run_is_kept_out_of_the_first_ones_directory(
+    llama_dir, text_file, config, tmp_path
+):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    refused = pytest.raises(CheckpointError, match="another process trains in .*out.partial now")
+    with resume.held(tmp_path / "out.partial", is_first=True), refused:
+        train(*arguments, is_resume=True)
+    assert list(tmp_path.iterdir()) == []  # it held nothing
+    (tmp_path / "out.partial").mkdir()  # of one that was killed before it began
+    assert train(*arguments)["steps"] == 10
+
+
+def test_what_a_finished_run_could_not_remove_is_removed(llama_dir, text_file, config, tmp_path):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    train(*arguments)
+    record = verify(tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    (partial / "checkpoint-8").mkdir(parents=True)
+    identity = {key: record[key] for key in ("config", "num_processes", "source")}
+    (partial / "run.json").write_text(json.dumps(identity | {"num_processes": 7}))
+    train(*arguments)
+    assert partial.is_dir()  # of another run
+    (partial / "run.json").write_text(json.dumps(identity))
+    train(*arguments)
+    assert not partial.exists()
 
 
 def test_if_no_checkpoint_is_complete_the_run_starts(
@@ -195,7 +223,7 @@ def signalled(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_step_it_falls_in(
     number, llama_dir, text_file, config, tmp_path, signalled, begun_at, caplog
 ):
@@ -213,6 +241,17 @@ def test_a_signal_saves_the_step_it_falls_in(
     assert begun_at == [None, "checkpoint-3", None]
     assert "going on after step 3 of 10" in caplog.text
     assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def test_under_nohup_the_end_of_the_terminal_stops_nothing(
+    llama_dir, text_file, config, tmp_path, signalled
+):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        record = signalled(2, [signal.SIGHUP], llama_dir, [text_file], tmp_path / "out", config)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert record["steps"] == 10
 
 
 def test_a_second_signal_ends_at_once(llama_dir, text_file, config, tmp_path, signalled, begun_at):

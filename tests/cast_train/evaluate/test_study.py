@@ -70,7 +70,7 @@ def test_a_run_that_took_no_step_after_it_went_on_has_no_time():
 
 
 def test_an_unknown_way_is_named():
-    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed mask; ste"):
+    with pytest.raises(ValueError, match="'magic'; choose from dense; fixed; fixed mask; ste"):
         study.ways_of("magic steps=3")
 
 
@@ -89,7 +89,7 @@ def test_a_way_may_change_any_setting():
     assert list(study.ways_of(None)) == list(study.WAYS)
 
 
-def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypatch):
+def test_a_study_runs_once_and_goes_on(llama_dir, text_file, heldout_file, tmp_path, monkeypatch):
     settings: dict[str, Any] = {"steps": 4, "batch_blocks": 4, "block_size": 32}
     settings |= {"heldout_blocks": 4, "calibration_blocks": 4, "learning_rate": 3e-3}
     settings |= {"evaluate_every": 2, "max_grad_norm": float("inf")}
@@ -103,7 +103,7 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, tmp_path, monkeypat
     )
     more: dict[str, Any] = {"ways": {"ste": study.WAYS["ste"]}, "seeds": [0]}
     more |= {"choices": [questions], "rivals": [rival]}
-    arguments = (llama_dir, [text_file], text_file, out, settings)
+    arguments = (llama_dir, [text_file], heldout_file, out, settings)
     for rivals in (["wanda"], ["ste"], ["one/twin", "two/twin"]):  # one-shot, a way, another rival
         taken = Path(rivals[-1]).name
         with pytest.raises(ValueError, match=f"a rival cannot be called {taken}, a row"):
@@ -137,7 +137,7 @@ def inputs(llama_dir, text_file, tmp_path):
     for name in ("model", "rival"):
         shutil.copytree(llama_dir, folder / name)
     for name in ("train.txt", "heldout.txt"):
-        shutil.copy(text_file, folder / name)
+        (folder / name).write_text(f"{text_file.read_text()}{name}\n")
     questions = folder / "sums.jsonl"
     questions.write_text('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
     return {
@@ -239,6 +239,52 @@ def test_a_study_of_an_earlier_release_says_what_it_lacks(inputs, measured, tmp_
     path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match="holds another study .sha256 is missing.*; choose"):
         study.run(**inputs, **common)
+
+
+@no_curves
+def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(
+    inputs, measured, tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def fail_ste(model, text_files, heldout, out, way, config, measure):
+        trained.append(way)
+        if way == "ste":
+            raise study.StudyError("cast-train run ended with 2")
+        return ROWS[3] | {"way": way, "seed": config.seed}
+
+    monkeypatch.setattr(study, "_train", fail_ste)
+    common = {"out": tmp_path / "study", "settings": {}, "seeds": [0]}
+    ways = {name: study.WAYS[name] for name in ("ste", "fixed")}
+    for _ in range(2):
+        with pytest.raises(study.StudyError, match="ste, seed 0 failed, as told above; .*report"):
+            study.run(**inputs, **common, ways=ways)
+    assert trained == ["ste", "fixed", "ste"]
+    assert "study: cast-train run ended with 2" in capsys.readouterr().err
+    assert "| fixed |" in (tmp_path / "study/report.md").read_text()
+
+
+@no_curves
+def test_a_row_that_was_cut_off_is_measured_again(inputs, measured, tmp_path):
+    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    first = study.run(**inputs, **common)
+    rows = tmp_path / "study/results.jsonl"
+    rows.write_text(rows.read_text()[:-9])
+    assert study.run(**inputs, **common) == first
+    assert len(measured) == 6
+    rows.write_text("no row\n" + rows.read_text())
+    with pytest.raises(ValueError, match="results.jsonl is damaged"):
+        study.run(**inputs, **common)
+
+
+def test_a_run_that_was_stopped_stops_the_study(tmp_path):
+    script = tmp_path / "run"
+    script.write_text("#!/bin/sh\nexit 130\n")
+    script.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(script))
+        with pytest.raises(study.StoppedError, match="run the study again to go on"):
+            study._call("run")
 
 
 def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):

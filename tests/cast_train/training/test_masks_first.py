@@ -74,10 +74,10 @@ def test_weights_that_do_not_learn_are_the_dense_ones_solved_for_the_mask(
 
 
 def test_solved_weights_are_trained_on(
-    model_dir, text_file, config, tmp_path, untrained_perplexity
+    model_dir, text_file, heldout_file, config, tmp_path, untrained_perplexity
 ):
     config = dataclasses.replace(config, steps=30)
-    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     assert record["quality"]["perplexity_hard"] < 0.88 * untrained_perplexity
 
 

@@ -44,10 +44,10 @@ def config_of(settings_file, **settings):
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(str(v) for v in way.values()))
 def test_from_dense_to_compressed(
-    way, model_dir, text_file, settings_file, tmp_path, untrained_perplexity
+    way, model_dir, text_file, heldout_file, settings_file, tmp_path, untrained_perplexity
 ):
     config = config_of(settings_file, **way)
-    record = train(model_dir, [text_file], tmp_path / "gated", config, heldout_file=text_file)
+    record = train(model_dir, [text_file], tmp_path / "gated", config, heldout_file=heldout_file)
     found = record["quality"]
     assert found["perplexity_hard"] < LEARNT * untrained_perplexity
     if config.method != "adams" and config.selector != "penalty":  # both prune at the border
@@ -72,10 +72,16 @@ def test_from_dense_to_compressed(
 
 @pytest.mark.parametrize("sparsity", ["1:4", "4:8", "8:16"])
 def test_other_patterns_train_and_evaluate(
-    sparsity, llama_dir, text_file, settings_file, tmp_path, untrained_llama_perplexity
+    sparsity,
+    llama_dir,
+    text_file,
+    heldout_file,
+    settings_file,
+    tmp_path,
+    untrained_llama_perplexity,
 ):
     config = config_of(settings_file, sparsity=sparsity, start="magnitude")
-    record = train(llama_dir, [text_file], tmp_path / "gated", config, heldout_file=text_file)
+    record = train(llama_dir, [text_file], tmp_path / "gated", config, heldout_file=heldout_file)
     pattern = Pattern.parse(sparsity)
     assert (record["n"], record["m"]) == (pattern.n, pattern.m)
     model, gate_map, last = models.load_gated(tmp_path / "gated", torch.float32)
@@ -89,10 +95,10 @@ def test_other_patterns_train_and_evaluate(
 
 
 def test_the_dense_method_is_plain_fine_tuning(
-    llama_dir, text_file, settings_file, tmp_path, untrained_llama_perplexity
+    llama_dir, text_file, heldout_file, settings_file, tmp_path, untrained_llama_perplexity
 ):
     config = config_of(settings_file, method="dense")
-    record = train(llama_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    record = train(llama_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     assert record["kind"] == models.kind_of(tmp_path / "out") == "dense"
     found = record["quality"]
     assert found["perplexity_soft"] == found["perplexity_hard"]

@@ -58,6 +58,29 @@ def test_the_quantised_steps_in_words(settings, words):
     assert quantized_in_words(TrainConfig(steps=10, **settings)) == words
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, []),
+        ({"decay": 1e-3}, ["decay 0.001 has no effect: it goes with method ste or adams"]),
+        (
+            {"method": "ste", "selector": "gumbel", "decay": 1e-3, "hard_fraction": 0.2},
+            ["selector"],
+        ),
+        ({"method": "dense", "zeros": 0.45, "start": "wanda"}, ["start wanda", "zeros 0.45"]),
+        ({"method": "adams", "start": "wanda", "mask_every": 5}, ["start wanda"]),
+        ({"allocation": "gates", "scale_group": 64}, ["allocation gates", "scale_group 64"]),
+        ({"quantize": "int4", "scale_group": 64, "quantized_fraction": 0.2}, []),
+        ({"distillation_weight": 0.0, "hidden_states_weight": 3.0}, ["hidden_states_weight 3.0"]),
+    ],
+)
+def test_settings_without_effect_are_named(settings, told, caplog):
+    progress.warn_of_unused(TrainConfig(**settings))
+    assert len(caplog.messages) == len(told)
+    for message, words in zip(caplog.messages, told, strict=True):
+        assert message.startswith(words)
+
+
 def test_the_bar_goes_on_where_the_run_does_and_says_tokens_and_loss(capsys, caplog):
     config = TrainConfig(steps=9, quantize="int4", quantized_fraction=0.5)
     bar = Progress(config, tokens=1000, loss="what it is")

@@ -48,10 +48,10 @@ def integers_of(written, name, is_transposed):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_a_run_learns_as_it_is_served(
-    quantize, model_dir, text_file, config, tmp_path, untrained_perplexity
+    quantize, model_dir, text_file, heldout_file, config, tmp_path, untrained_perplexity
 ):
     config = dataclasses.replace(config, quantize=quantize, steps=40, checkpoint_every=40)
-    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     scale_group = 32 if quantize == "int4" else None
     expected = {"quantize": quantize, "scale_group": scale_group, "num_steps": 20}
     assert record["trained_as"] == expected
@@ -72,9 +72,11 @@ def test_a_run_learns_as_it_is_served(
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_what_is_converted_is_what_was_trained(quantize, model_dir, text_file, config, tmp_path):
+def test_what_is_converted_is_what_was_trained(
+    quantize, model_dir, text_file, heldout_file, config, tmp_path
+):
     config = dataclasses.replace(config, quantize=quantize, steps=6)
-    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     summary = convert(
         tmp_path / "out",
         tmp_path / "sparse",

@@ -41,11 +41,24 @@ def test_a_value_may_stand_behind_an_equals_sign(tmp_path):
     assert "'int2' is not one of" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("flag", ["--sparsity 4:8", "--set sparsity=1:4", "--method dense"])
-def test_what_has_no_compressed_weights_is_not_trained(flag, llama_dir, text_file, tmp_path):
-    done = call("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out", *flag.split())
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--sparsity 4:8", "sparsity 4:8 has no"),
+        ("--config CONFIG", "sparsity 1:4 has no"),
+        ("--set method=dense", "method dense has no"),
+        ("--set quantize=int8", "for --set quantize=int8 give --quantize"),
+    ],
+)
+def test_what_has_no_compressed_weights_is_not_trained(
+    flag, named, llama_dir, text_file, tmp_path, tmp_path_factory
+):
+    config = tmp_path_factory.mktemp("config") / "other.toml"
+    config.write_text('sparsity = "1:4"\n')
+    flags = flag.replace("CONFIG", str(config)).split()
+    done = call("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out", *flags)
     assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert f"{flag} trains what has no compressed weights" in done.stderr
+    assert named in done.stderr
 
 
 def test_what_conversion_would_refuse_is_refused_before_training(
@@ -85,7 +98,8 @@ def test_trains_a_hubs_model_and_pushes_the_result(
 
 def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):
     out = tmp_path / "sparse"
-    words = ["--model", llama_dir, "--text", text_file, text_file, "--out", out]
+    (tmp_path / "more.txt").write_text("Another text.\n")
+    words = ["--model", llama_dir, "--text", text_file, tmp_path / "more.txt", "--out", out]
     words += ["--config", settings_file, "--steps", 3]
     done = call(*words)
     assert done.returncode == 0, done.stderr

@@ -22,10 +22,10 @@ def config(settings_file):
 
 
 def test_a_run_learns_and_writes_a_gated_checkpoint(
-    model_dir, text_file, config, tmp_path, untrained_perplexity
+    model_dir, text_file, heldout_file, config, tmp_path, untrained_perplexity
 ):
     config = dataclasses.replace(config, steps=40, checkpoint_every=40)
-    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=text_file)
+    record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     assert verify(tmp_path / "out") == record
     assert (record["kind"], record["n"], record["m"]) == ("gated", TWO_FOUR.n, TWO_FOUR.m)
     assert TrainConfig.from_dict(record["config"]) == config

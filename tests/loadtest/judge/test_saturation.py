@@ -55,6 +55,12 @@ def test_a_slow_spell_that_ends_is_no_saturation() -> None:
     assert not saturation(run(slow, ramp(1, "sparse", 10)), "dense")["is_reached"]
 
 
+def test_a_ramp_that_begins_beyond_the_limit_tells_no_rate() -> None:
+    found = run(ramp(0, "dense", 1), ramp(1, "sparse", 10))
+    assert saturation(found, "dense") == {"rate_per_s": None, "is_reached": True}
+    assert any("dense keeps up with no rate that" in text for text in notes(result_of(found)))
+
+
 def test_it_is_told() -> None:
     found = result_of(run(ramp(0, "dense", 6), ramp(1, "sparse", 10)))
     assert found["saturation"]["dense"]["is_reached"]

@@ -45,7 +45,7 @@ def test_launches_widen_a_change_and_not_their_many_pairs() -> None:
     one = Recorded(two.about, tuple(replace(each, launch=0) for each in two.requests))
     change = compare(two, one)["changes"]["ttft_p50"]["change"]  # the first to be shuffled
     before, after = (speedups(run)["ttft_p50"].resampled for run in (two, one))
-    expected = Ratio.of(1.0, after / np.random.default_rng(SEED).permutation(before), 2)
+    expected = Ratio.of_quantiles(1.0, after / np.random.default_rng(SEED).permutation(before), 2)
     assert (change["low"], change["high"]) == (expected.low, expected.high)
 
 
@@ -75,6 +75,19 @@ def test_other_settings_are_named_but_for_what_is_drawn_anew() -> None:
         "concurrency: 1, then 8",
         "schedule: closed, then poisson",
     ]
+
+
+def test_another_machine_and_other_kernels_are_named() -> None:
+    of_int8 = {"sparse": {"kernel": "cast::linear24_int8", "isa": "amx", "replica": "0"}}
+    of_int4 = {"sparse": {"kernel": "cast::linear24_int4", "isa": "amx", "replica": "1"}}
+    old = two_pairs(machine={"cpu": "Intel", "family": "6"}, served=of_int8)
+    new = two_pairs(machine={"cpu": "AMD EPYC", "family": "25"}, served=of_int4)
+    assert compare(old, new)["differences"] == [
+        "cpu: Intel, then AMD EPYC",
+        "family: 6, then 25",
+        "sparse kernel: cast::linear24_int8, then cast::linear24_int4",
+    ]
+    assert compare(two_pairs(), new)["differences"] == []  # an older record does not say
 
 
 def test_table_and_warnings() -> None:

@@ -92,6 +92,19 @@ def test_broken_streams_are_classed(serve_app: ServeApp, stream: str, error: str
     assert complete(serve_app(app), "dense").error == error
 
 
+def test_an_answer_of_another_variant_is_an_error(serve_app: ServeApp) -> None:
+    stream = TOKEN + 'data: {"usage": {"completion_tokens": 1}}\n\ndata: [DONE]\n\n'
+    app = FastAPI()
+    app.add_api_route(
+        "/v1/completions",
+        lambda: PlainTextResponse(stream, headers={"X-Cast-Fallback": "sparse"}),
+        methods=["POST"],
+    )
+    request = complete(serve_app(app), "sparse")
+    assert request.error == "answered_by_fallback"
+    assert request.timing is None
+
+
 def test_unknown_variant_is_an_http_error(serve: Serve) -> None:
     url, _ = serve(dense=QUICK)
     assert complete(url, "absent").error == "http_404"

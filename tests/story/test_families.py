@@ -1,0 +1,129 @@
+"""Models that vLLM builds otherwise than Llama, in 8 bits by `convert`: the logits of `load`.
+
+GPT-2 has q, k and v in one tensor, stored transposed; OPT and Gemma2 have no output layer that vLLM
+takes in 8 bits. They are small and random.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    OPTConfig,
+    PretrainedConfig,
+)
+
+from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.scheme import head_by_default
+from cast_serve.model import load
+from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
+from cast_serve.sparsity.targets import find_targets
+
+# A fixture that is imported keeps its name in every test module that asks for it.
+from tests.cast_train.conftest import llama_dir  # noqa: F401
+from tests.story.conftest import FLAGS, Served, serving
+
+pytestmark = pytest.mark.server
+
+NUM_TOKENS = 64
+TOLERANCE = 1e-2
+CONFIGS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2),
+    "opt": OPTConfig(
+        vocab_size=256,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=64,
+        init_std=0.2,
+    ),
+    "gemma2": Gemma2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.2,
+    ),
+}
+HEADS = {"gpt2": "int8", "opt": "float32", "gemma2": "float32"}
+LINEARS = {"gpt2": "8", "opt": "12", "gemma2": "14"}
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory,
+    llama_dir: Path,  # noqa: F811
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for module in find_targets(model, TWO_FOUR)[0].values():
+            weight = module.weight.data
+            rows = weight.T.contiguous() if name == "gpt2" else weight  # as [out, in]
+            rows = rows * hard_mask(rows.abs())
+            module.weight.data = rows.T.contiguous() if name == "gpt2" else rows
+        model.save_pretrained(root / f"{name}-pruned")
+        AutoTokenizer.from_pretrained(llama_dir).save_pretrained(root / f"{name}-pruned")
+        head = head_by_default(root / f"{name}-pruned")
+        convert(root / f"{name}-pruned", root / name, quantize="int8", head=head)
+    return {name: root / name for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    flags = [*FLAGS, "--dtype", "float32", "--logprobs-mode", "raw_logits"]
+    with serving(folders, flags, tmp_path_factory.mktemp("logs") / "up.log") as served:
+        yield served
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers(
+    served: Served, folders: dict[str, Path], name: str
+) -> None:
+    tokens = [37 * place % 256 for place in range(NUM_TOKENS)]
+    with torch.no_grad():
+        expected: Tensor = load(folders[name], torch.float32)(torch.tensor([tokens])).logits[0]
+    body = {"model": name, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 20}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    pairs = [
+        (found["logprob"], float(expected[place, int(token)]))
+        for place, likeliest in enumerate(response.json()["choices"][0]["prompt_logprobs"][1:])
+        for token, found in likeliest.items()
+    ]
+    assert len(pairs) >= 20 * (NUM_TOKENS - 1)
+    found, wanted = torch.tensor(pairs).T
+    assert (found - wanted).norm() / wanted.norm() < TOLERANCE
+
+
+def test_every_linear_runs_sparse_and_heads_as_vllm_takes_them(
+    served: Served, folders: dict[str, Path]
+) -> None:
+    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
+    infos = {
+        sample.labels["variant"]: sample.labels
+        for family in families
+        if family.name == "cast_variant_info"
+        for sample in family.samples
+    }
+    assert {name: info["num_sparse_layers"] for name, info in infos.items()} == LINEARS
+    assert {info["kernel"] for info in infos.values()} == {"cast::linear24_int8"}
+    assert {name: info["head"] for name, info in infos.items()} == HEADS
+    for name, folder in folders.items():
+        quantization = json.loads((folder / "cast.json").read_text())["quantization"]
+        assert (quantization["head"] == "int8") == (HEADS[name] == "int8")
