@@ -76,10 +76,13 @@ def served(
 
 
 @contextmanager
-def serving(models: Mapping[str, Path], flags: Sequence[str], log: Path) -> Iterator[Served]:
-    """Model directories by variant's name behind `cast-serve up`, once they answer."""
+def serving(
+    models: Mapping[str, Path], flags: Sequence[str], log: Path, config: Path | None = None
+) -> Iterator[Served]:
+    """Model directories by variant's name, or a file of them, behind `cast-serve up`, ready."""
     port = free_port()
     variants = [part for name, path in models.items() for part in ("--variant", f"{name}={path}")]
+    variants += [] if config is None else ["--config", str(config)]
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             command("cast_serve", "up", *variants, "--port", port, "--", *flags),

@@ -5,6 +5,7 @@ takes in 8 bits. They are small and random.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,14 @@ def folders(
 @pytest.fixture(scope="module")
 def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     flags = [*FLAGS, "--dtype", "float32", "--logprobs-mode", "raw_logits"]
-    with serving(folders, flags, tmp_path_factory.mktemp("logs") / "up.log") as served:
+    logs = tmp_path_factory.mktemp("logs")
+    cores = sorted(os.sched_getaffinity(0))  # of which there may be fewer than variants
+    variants = [
+        f'[variant.{name}]\ndir = "{folder}"\ncores = "{cores[place % len(cores)]}"\n'
+        for place, (name, folder) in enumerate(folders.items())
+    ]
+    (logs / "up.toml").write_text("".join(variants))
+    with serving({}, flags, logs / "up.log", logs / "up.toml") as served:
         yield served
 
 
