@@ -278,11 +278,11 @@ def _cached_or_measured() -> Tuning:
     library = build.build().stem  # before the lock, which building takes
     path = build.cache_folder() / f"tuning-{_machine_hash(library)}.json"
     try:
-        if path.exists():
-            return _read(path)
+        if kept := _kept(path):
+            return kept
         with build.locked_cache():  # one worker at a time, or they disturb each other
-            if path.exists():
-                return _read(path)
+            if kept := _kept(path):
+                return kept
             tuning = _measured()
             _write(path, tuning, library)
     except OSError as error:  # a container's file system is often read-only
@@ -299,8 +299,10 @@ def _measured() -> Tuning:
     return tuning
 
 
-def _read(path: Path) -> Tuning:
-    """Raises ValueError if the file is no such record."""
+def _kept(path: Path) -> Tuning | None:
+    """What was measured before; None if nothing was, or a power cut left the file damaged."""
+    if not path.exists():
+        return None
     try:
         values = json.loads(path.read_text())["tuning"]
         return Tuning(
@@ -311,8 +313,9 @@ def _read(path: Path) -> Tuning:
             int(values["library"]),
             int(values["library_int8"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no settings of the CPU kernels; delete it") from error
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s holds no settings of the CPU kernels: they are measured again", path)
+        return None
 
 
 def _write(path: Path, tuning: Tuning, library: str) -> None:
