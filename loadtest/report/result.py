@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loadtest.judge.saturation import saturation
+from loadtest.judge.saturation import growth, saturation
 from loadtest.judge.statistics import speedups, summarise
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import agreement, choices
@@ -38,6 +38,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
     about, plan = recorded.about, recorded.about["plan"]
     chosen = about.get("choices")  # older records do not have it
     is_ramp = about["schedule"] == "ramp" and recorded.pairs
+    has_one_rate = about["schedule"] not in ("closed", "ramp") and recorded.pairs
     result = {
         "url": about["url"],
         "baseline": recorded.baseline,
@@ -50,6 +51,9 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         **{key: about.get(key) for key in LATER},
         **summarise(recorded, speedups(recorded)),
         "saturation": {v: saturation(recorded, v) for v in recorded.variants} if is_ramp else None,
+        "ttft_growth": {v: growth(recorded, v) for v in recorded.variants}
+        if has_one_rate
+        else None,
         "quality": agreement.summarise(about["quality"]) if about["quality"] else None,
         "choices": choices.summarise(chosen, *recorded.variants) if chosen else None,
     }

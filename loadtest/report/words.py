@@ -11,6 +11,7 @@ from typing import Any
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES, THROUGHPUT, TIMES, num_needed
 
 MAX_DRIFT = 0.10
+MAX_GROWTH = 2.0
 MIN_BUSY_S = 10.0  # of a block in a closed loop
 MIN_TPOT_S = 1e-4  # no server writes 10,000 tokens a second to one client
 SOUNDNESS = ("error_rate", "unequal_lengths", "void")  # checked in any run
@@ -133,6 +134,17 @@ def warnings(result: Result) -> list[str]:
             f"{result['num_unequal_lengths']} of {result['num_requests']} answers do not have the "
             f"{result['output_tokens_per_request']} tokens asked for: the variants did unequal "
             "work. The server must honour ignore_eos."
+        )
+    behind = [
+        f"{variant} {growth:.1f}x"
+        for variant, growth in (result["ttft_growth"] or {}).items()
+        if growth is not None and growth > MAX_GROWTH
+    ]
+    if behind:
+        found.append(
+            "More was offered than is carried, TTFT in the last quarter of the blocks over the "
+            f"first: {', '.join(behind)}. Such times are those of a queue that grows until the "
+            "block ends; lower --rate."
         )
     at_once = [
         variant

@@ -61,6 +61,17 @@ def test_a_ramp_that_begins_beyond_the_limit_tells_no_rate() -> None:
     assert any("dense keeps up with no rate that" in text for text in notes(result_of(found)))
 
 
+def test_a_rate_beyond_the_limit_is_warned_of() -> None:
+    slow = recorded([*ramp(0, "dense", 4), *ramp(1, "sparse", 10)], schedule="constant")
+    found = result_of(slow)
+    assert found["ttft_growth"] == {"dense": pytest.approx(3.0), "sparse": pytest.approx(1.0)}
+    (warning,) = (text for text in found["warnings"] if "offered" in text)
+    assert "first: dense 3.0x. Such" in warning
+    failed = recorded([*ramp(0, "dense", 0, error=True), *ramp(1, "sparse", 10)], schedule="burst")
+    assert result_of(failed)["ttft_growth"]["dense"] is None
+    assert result_of(run(ramp(0, "dense", 4), ramp(1, "sparse", 10)))["ttft_growth"] is None
+
+
 def test_it_is_told() -> None:
     found = result_of(run(ramp(0, "dense", 6), ramp(1, "sparse", 10)))
     assert found["saturation"]["dense"]["is_reached"]
