@@ -8,11 +8,10 @@ zeros, which takes 4.125 bits a weight in place of 3.125.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.record import CheckpointError, read_json
-from cast_serve.checkpoint.target import Int8
 
 logger = logging.getLogger(__name__)
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -20,7 +19,7 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 NO_INT8_HEAD = ("OPTForCausalLM", "BloomForCausalLM", "Gemma2ForCausalLM")
 
 
-def head_by_default(source: Path) -> Int8 | None:
+def head_by_default(source: Path) -> Literal["int8"] | None:
     """The output layer's form where values are quantised and nothing else is asked for.
 
     Args:
@@ -35,7 +34,7 @@ def head_by_default(source: Path) -> Int8 | None:
     return "int8"
 
 
-def check_head(config: Mapping[str, Any], head: Int8 | None) -> None:
+def check_head(config: Mapping[str, Any], head: Literal["int8"] | None) -> None:
     """Refuses a form of the output layer that vLLM cannot load.
 
     Args:

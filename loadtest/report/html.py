@@ -15,6 +15,7 @@ from loadtest.judge.statistics import THROUGHPUT
 from loadtest.quality import models
 from loadtest.record import Recorded
 from loadtest.report import figures
+from loadtest.report.warnings import warnings
 from loadtest.report.words import (
     facts,
     guard_rails,
@@ -25,7 +26,6 @@ from loadtest.report.words import (
     rows,
     title,
     verdict,
-    warnings,
 )
 
 SPEEDUPS_INCHES = (5.6, 4.2)

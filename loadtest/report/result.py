@@ -9,7 +9,8 @@ from loadtest.judge.statistics import speedups, summarise
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded
-from loadtest.report.words import headline, rows, warnings
+from loadtest.report.warnings import warnings
+from loadtest.report.words import headline, rows
 
 # What result.json takes from run.json as it is.
 KEPT = (

@@ -6,6 +6,7 @@ import pytest
 
 from loadtest.record import joined
 from loadtest.report.result import result_of
+from loadtest.report.warnings import warnings
 from loadtest.report.words import (
     Row,
     facts,
@@ -17,7 +18,6 @@ from loadtest.report.words import (
     rows,
     times,
     verdict,
-    warnings,
 )
 from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
 

@@ -1,0 +1,89 @@
+"""A result -> what a reader must know before any figure, since figures can mislead.
+
+A void run, failed requests, unequal lengths, more requests than are carried, too few block pairs,
+drift.
+"""
+
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS
+from loadtest.report.words import NAMES, Result
+
+MAX_DRIFT = 0.10
+MAX_GROWTH = 2.0
+MIN_TPOT_S = 1e-4  # no server writes 10,000 tokens a second to one client
+
+
+def warnings(result: Result) -> list[str]:
+    """The warnings of a result, the most serious first."""
+    found = []
+    classes = "; ".join(
+        f"{variant}: {', '.join(f'{error} x{number}' for error, number in errors.items())}"
+        for variant, errors in result["errors"].items()
+        if errors
+    )
+    if not result["num_requests"]:
+        return [f"The warm-up failed ({classes}). Nothing was measured; see the server's log."]
+    if result["harness"]["is_void"]:
+        found.append(
+            f"VOID. The harness did not keep up: {result['harness']['why']}. "
+            "The figures are as much about it as about the server."
+        )
+    if result["num_warmup_errors"]:
+        found.append(
+            f"{result['num_warmup_errors']} warm-up requests failed, so their launches of the "
+            f"servers were not measured; {result['num_launches']} were (all that failed: "
+            f"{classes}). See the server's log."
+        )
+    if result["num_errors"]:
+        found.append(
+            f"{result['num_errors']} of {result['num_requests']} requests failed ({classes}). "
+            "They count as longer than any answered one; a percentile among them reads “failed”."
+        )
+    if result["num_unequal_lengths"]:
+        found.append(
+            f"{result['num_unequal_lengths']} of {result['num_requests']} answers do not have the "
+            f"{result['output_tokens_per_request']} tokens asked for: the variants did unequal "
+            "work. The server must honour ignore_eos."
+        )
+    behind = [
+        f"{variant} {growth:.1f}x"
+        for variant, growth in (result["ttft_growth"] or {}).items()
+        if growth is not None and growth > MAX_GROWTH
+    ]
+    if behind:
+        found.append(
+            "More was offered than is carried, TTFT in the last quarter of the blocks over the "
+            f"first: {', '.join(behind)}. Such times are those of a queue that grows until the "
+            "block ends; lower --rate."
+        )
+    at_once = [
+        variant
+        for variant, tpot in result["tpot_s"].items()
+        if tpot["median"] is not None and tpot["median"] < MIN_TPOT_S
+    ]
+    if at_once:
+        found.append(
+            f"The tokens of {' and '.join(at_once)} arrive in one piece, so TPOT and TTFT say "
+            "nothing of the server: something between it and here holds the stream back."
+        )
+    served = result["served"].get(result["candidate"], {})
+    if not result["is_aa"] and served.get("num_sparse_layers") == "0":
+        found.append(
+            f"{result['candidate']} has no sparse layer: dense was measured against dense."
+        )
+    if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
+        found.append(
+            f"{result['num_block_pairs']} block pairs are too few for an interval; give --blocks "
+            f"{MIN_BLOCK_PAIRS} at the least, and 8 or more for one to rely on."
+        )
+    drifts = [
+        f"{variant} {NAMES[metric]} {drift['second_half_over_first']:.2f}x"
+        for metric, variants in result["drift"].items()
+        for variant, drift in variants.items()
+        if abs((drift["second_half_over_first"] or 1) - 1) > MAX_DRIFT
+    ]
+    if drifts:
+        found.append(
+            f"The run drifted, later half of the blocks over the earlier: {', '.join(drifts)}. "
+            "Pairing cancels this in the ratios, not in the milliseconds."
+        )
+    return found
