@@ -251,8 +251,10 @@ def quantize(
     with _working():
         from cast_train.pruning.quantize import write_quantized
 
-        if bits not in (4, 8) or head not in (None, "int8", "none"):
-            raise ValueError(f"--bits {bits} --head {head}: bits are 4 or 8, head is int8 or none")
+        if bits not in (4, 8):
+            raise ValueError(f"--bits {bits} is not served; give 4 or 8")
+        if head not in (None, "int8", "none"):
+            raise ValueError(f"--head {head} is not known; give int8 or none")
         summary = write_quantized(
             *(model, text, out, "int4" if bits == 4 else "int8"),
             head="auto" if head is None else "int8" if head == "int8" else None,

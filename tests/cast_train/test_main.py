@@ -179,7 +179,7 @@ def test_quantize_to_the_bits_that_are_asked_for(cast_train, llama_dir, text_fil
     asked = ("quantize", "--model", "pruned", "--text", text_file, "--blocks", 1)
     refused = cast_train(*asked, "--out", "out", "--bits", 5)
     assert refused.exit_code == 2
-    assert "--bits 5 --head int8: bits are 4 or 8" in refused.stderr
+    assert "--bits 5 is not served; give 4 or 8" in refused.stderr
     assert not Path("out").exists()
     for flags, kind in ((("--bits", 8), "int8"), (("--bits", 4), "int4"), ((), "int4")):
         found = last_json(cast_train(*asked, "--out", f"{kind}-{len(flags)}", *flags))
