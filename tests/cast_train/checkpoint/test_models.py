@@ -286,3 +286,40 @@ def test_gemma2s_scores_are_capped_as_they_are_served(tmp_path):
     torch.testing.assert_close(found(TOKENS).logits, wanted)
     found.set_attn_implementation("sdpa")
     assert not torch.allclose(found(TOKENS).logits, wanted, rtol=1e-2)
+
+
+def with_other_tokens(llama_dir, folder, num):
+    """The model with as many tokens, of which the first `num` are turned round."""
+    shutil.copytree(llama_dir, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    tokens[:num] = tokens[:num][::-1]
+    content["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_models_whose_tokens_are_other_texts_are_not_compared(
+    llama_dir, text_file, settings_file, tmp_path
+):
+    other = with_other_tokens(llama_dir, tmp_path / "other", 250)
+    with pytest.raises(CheckpointError, match="have tokenizers of their own: 250 of 256 tokens"):
+        evaluate(llama_dir, [text_file], 32, 128, reference=other)
+    config = TrainConfig.from_toml(settings_file, steps=1)
+    with pytest.raises(CheckpointError, match="have tokenizers of their own"):
+        train(llama_dir, [text_file], tmp_path / "out", config, teacher_dir=other)
+    renamed = with_other_tokens(llama_dir, tmp_path / "renamed", 10)
+    figures, _ = evaluate(llama_dir, [text_file], 32, 128, reference=renamed)
+    assert figures["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_text_that_was_trained_on_is_no_test(
+    llama_dir, text_file, heldout_file, settings_file, tmp_path, caplog
+):
+    config = TrainConfig.from_toml(settings_file, steps=1)
+    train(llama_dir, [text_file], tmp_path / "out", config)
+    evaluate(tmp_path / "out", [heldout_file], 32, 128)
+    assert "no test" not in caplog.text
+    evaluate(tmp_path / "out", [text_file], 32, 128)
+    assert f"was trained on {text_file}: what is measured there is no test" in caplog.text

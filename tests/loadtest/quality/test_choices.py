@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 from cast_serve.questions import Question
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import choices
-from loadtest.quality.ask import Ask
+from loadtest.quality.ask import Ask, asking
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
 from loadtest.report.files import markdown_of, write_out
 from loadtest.report.result import result_of
 from loadtest.report.words import accuracy_text
+from tests.loadtest.conftest import ServeApp
 from tests.loadtest.quality.answers import GOOD, each, echoed
 from tests.loadtest.recordings import two_pairs
 
@@ -277,3 +280,16 @@ def test_a_guard_needs_choices(tmp_path: Path) -> None:
         ValueError, match="sets max_accuracy_loss, but nothing .*give --choices, or"
     ):
         terms_of(guard, None, None, 0, is_aa=False)
+
+
+def test_the_answer_of_another_variant_is_none(serve_app: ServeApp) -> None:
+    app = FastAPI()
+    headers = {"X-Cast-Fallback": "sparse"}
+    app.add_api_route("/ask", lambda: JSONResponse({}, headers=headers), methods=["POST"])
+
+    async def ask() -> None:
+        async with asking(f"{serve_app(app)}/ask", None, 10.0, "start it again") as one:
+            await one({})
+
+    with pytest.raises(ValueError, match="answer of another variant, since sparse is down; start"):
+        asyncio.run(ask())

@@ -103,6 +103,15 @@ def test_a_sound_run_has_no_warnings() -> None:
     assert warnings(result_of(simulated(1, drift=0.0))) == []
 
 
+def test_tokens_that_arrive_in_one_piece_are_warned_of() -> None:
+    requests = [
+        request(block, 0, variant, 1.0, itl_s, sent_s=100.0 * block)
+        for block, (variant, itl_s) in enumerate((("dense", 1e-5), ("sparse", 0.02)))
+    ]
+    found = warnings(result_of(recorded(requests)))
+    assert found[0].startswith("The tokens of dense arrive in one piece, so TPOT and TTFT say")
+
+
 def test_whatever_misleads_is_warned_of_gravest_first() -> None:
     run = two_pairs()
     failed = request(0, 0, "dense", None, error="timeout")
