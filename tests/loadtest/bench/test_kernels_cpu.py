@@ -22,7 +22,8 @@ def test_a_row_is_medians_and_their_ratios() -> None:
     )
     assert (row["sparse_ms"], row["vllm_dense_ms"], row["plain_dense_ms"]) == (2.0, 3.0, 4.0)
     assert row["ratio_vllm"] == 1.5
-    assert (row["ratio_vllm_low"], row["ratio_vllm_high"]) == (1.0, 3.0)  # one repetition thrice
+    assert row["ratio_vllm_low"] < 1.0  # as one repetition thrice would have; three tell little
+    assert row["ratio_vllm_high"] > 3.0
     assert row["ratio_plain"] == 2.0
     assert "ratio_zentorch" not in row
     assert row["gb_s"] == pytest.approx(64 * 32 * 1.125 / 2e-3 / 1e9)
@@ -37,7 +38,7 @@ def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     timing = kernels_cpu.Timing(64, 32, 1, [2.0], *dense, vllm_int8_ms=[1.0], weights="int8")
     row = timing.row(read_bandwidth_gb_s=1e-3, peak_gflop_s=1.0)
     assert (row["vllm_int8_ms"], row["ratio_vllm_int8"]) == (1.0, 0.5)
-    assert (row["ratio_vllm_int8_low"], row["ratio_vllm_int8_high"]) == (0.5, 0.5)
+    assert (row["ratio_vllm_int8_low"], row["ratio_vllm_int8_high"]) == (None, None)  # of one
     assert "ratio_zentorch_int8" not in row
     assert row["gb_s"] == pytest.approx(64 * 32 * 0.625 / 2e-3 / 1e9)
     assert row["roof_ms"] == pytest.approx(1e3 * 64 * 32 * 0.625 / 1e6)
