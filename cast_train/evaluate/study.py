@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import CheckpointError, sha256
+from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig, parse_assignments
 from cast_train.evaluate import report
@@ -147,24 +147,23 @@ def run(
         taken.add(rival.name)
     report.check_matplotlib()
     model = hub.fetch(model)
+    source: dict[str, Any] = {
+        "text": [identity.of_file(path) for path in text_files],
+        "heldout": identity.of_file(heldout),
+    }
+    identity.check_texts(source)
     names = {
         "model": hub.name_of(model),
-        "text": [path.name for path in text_files],
-        "heldout": heldout.name,
+        "text": [text["name"] for text in source["text"]],
+        "heldout": source["heldout"]["name"],
         "settings": dict(settings),
     }
     hashes = {
         "model": identity.of_directory(model),
-        "text": [sha256(path) for path in text_files],
-        "heldout": sha256(heldout),
+        "text": [text["sha256"] for text in source["text"]],
+        "heldout": source["heldout"]["sha256"],
         "choices": [identity.of_file(path) for path in choices],
     }
-    identity.check_texts(
-        {
-            "text": [identity.of_file(path) for path in text_files],
-            "heldout": identity.of_file(heldout),
-        }
-    )
     _check_identity(out, {**names, "sha256": hashes}, rivals)
     done = {(row["way"], row["seed"]): row for row in _read_rows(out)}
     measure = _Measure(model, heldout, choices, settings)

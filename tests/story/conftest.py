@@ -14,6 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "data/models/smollm2-135m-dense"
@@ -141,6 +144,38 @@ def complete(served: Served, name: str, prompt: str, **more: Any) -> dict[str, A
     response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
     assert response.status_code == 200, response.text
     return dict(response.json()["choices"][0])
+
+
+def variant_infos(served: Served) -> dict[str, dict[str, str]]:
+    """What the gateway's metrics say that each variant runs: the labels of cast_variant_info."""
+    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
+    return {
+        sample.labels["variant"]: sample.labels
+        for family in families
+        if family.name == "cast_variant_info"
+        for sample in family.samples
+    }
+
+
+def distance_to(served: Served, name: str, model: Any, num_tokens: int = 64) -> float:
+    """A variant's relative error against a model in memory, whose vocabulary has 256 tokens.
+
+    Of each of `num_tokens` positions vLLM's 20 highest raw logits are compared.
+    """
+    tokens = [37 * place % 256 for place in range(num_tokens)]
+    with torch.no_grad():
+        expected: Tensor = model(torch.tensor([tokens])).logits[0]
+    body = {"model": name, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 20}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    pairs = [
+        (found["logprob"], float(expected[place, int(token)]))
+        for place, likeliest in enumerate(response.json()["choices"][0]["prompt_logprobs"][1:])
+        for token, found in likeliest.items()
+    ]
+    assert len(pairs) >= 20 * (num_tokens - 1)
+    found, wanted = torch.tensor(pairs).T
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def logits_error(served: Served) -> float:

@@ -9,11 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,11 +28,10 @@ from cast_serve.sparsity.targets import find_targets
 
 # A fixture that is imported keeps its name in every test module that asks for it.
 from tests.cast_train.conftest import llama_dir  # noqa: F401
-from tests.story.conftest import FLAGS, Served, serving
+from tests.story.conftest import FLAGS, Served, distance_to, serving, variant_infos
 
 pytestmark = pytest.mark.server
 
-NUM_TOKENS = 64
 TOLERANCE = 1e-2
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2),
@@ -103,32 +99,13 @@ def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_logits_are_those_of_transformers(
     served: Served, folders: dict[str, Path], name: str
 ) -> None:
-    tokens = [37 * place % 256 for place in range(NUM_TOKENS)]
-    with torch.no_grad():
-        expected: Tensor = load(folders[name], torch.float32)(torch.tensor([tokens])).logits[0]
-    body = {"model": name, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 20}
-    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
-    assert response.status_code == 200, response.text
-    pairs = [
-        (found["logprob"], float(expected[place, int(token)]))
-        for place, likeliest in enumerate(response.json()["choices"][0]["prompt_logprobs"][1:])
-        for token, found in likeliest.items()
-    ]
-    assert len(pairs) >= 20 * (NUM_TOKENS - 1)
-    found, wanted = torch.tensor(pairs).T
-    assert (found - wanted).norm() / wanted.norm() < TOLERANCE
+    assert distance_to(served, name, load(folders[name], torch.float32)) < TOLERANCE
 
 
 def test_every_linear_runs_sparse_and_heads_as_vllm_takes_them(
     served: Served, folders: dict[str, Path]
 ) -> None:
-    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
-    infos = {
-        sample.labels["variant"]: sample.labels
-        for family in families
-        if family.name == "cast_variant_info"
-        for sample in family.samples
-    }
+    infos = variant_infos(served)
     assert {name: info["num_sparse_layers"] for name, info in infos.items()} == LINEARS
     assert {info["kernel"] for info in infos.values()} == {"cast::linear24_int8"}
     assert {name: info["head"] for name, info in infos.items()} == HEADS

@@ -8,10 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -22,13 +20,12 @@ from cast_serve.sparsity.targets import find_targets
 
 # A fixture that is imported keeps its name in every test module that asks for it.
 from tests.cast_train.conftest import llama_dir  # noqa: F401
-from tests.story.conftest import FLAGS, Served, serving
+from tests.story.conftest import FLAGS, Served, distance_to, serving, variant_infos
 
 pytestmark = pytest.mark.server
 
 FIXTURES = Path(__file__).parents[1] / "cast_serve/checkpoint/fixtures"
 KERNELS = {"float8-bitmask": "cast::linear24", "float8-zeros": "cast::linear24"}
-NUM_TOKENS = 64
 TOLERANCE = 1e-2
 LARGEST_FLOAT8 = 448
 
@@ -110,29 +107,10 @@ def served(
 def test_logits_are_the_dequantised_twins(
     served: Served, twins_of_forms: dict[str, tuple[Path, PreTrainedModel]], form: str
 ) -> None:
-    tokens = [37 * place % 256 for place in range(NUM_TOKENS)]
-    with torch.no_grad():
-        expected: Tensor = twins_of_forms[form][1](torch.tensor([tokens])).logits[0]
-    body = {"model": form, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 20}
-    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
-    assert response.status_code == 200, response.text
-    pairs = [
-        (found["logprob"], float(expected[place, int(token)]))
-        for place, likeliest in enumerate(response.json()["choices"][0]["prompt_logprobs"][1:])
-        for token, found in likeliest.items()
-    ]
-    assert len(pairs) >= 20 * (NUM_TOKENS - 1)
-    found, wanted = torch.tensor(pairs).T
-    assert (found - wanted).norm() / wanted.norm() < TOLERANCE
+    assert distance_to(served, form, twins_of_forms[form][1]) < TOLERANCE
 
 
 def test_every_linear_runs_sparse(served: Served) -> None:
-    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
-    infos = [
-        sample.labels
-        for family in families
-        if family.name == "cast_variant_info"
-        for sample in family.samples
-    ]
-    assert {info["variant"]: info["kernel"] for info in infos} == KERNELS
-    assert {info["num_sparse_layers"] for info in infos} == {"14"}
+    infos = variant_infos(served)
+    assert {form: info["kernel"] for form, info in infos.items()} == KERNELS
+    assert {info["num_sparse_layers"] for info in infos.values()} == {"14"}

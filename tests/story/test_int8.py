@@ -8,12 +8,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from cast_train.checkpoint.compressed import load_compressed
-from tests.story.conftest import FLAGS, PROMPTS, Served, command, serving
+from tests.story.conftest import FLAGS, PROMPTS, Served, command, serving, variant_infos
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
@@ -68,13 +67,7 @@ def _prompt_logits(served: Served, tokens: list[int]) -> list[dict[str, Any]]:
 
 
 def test_what_runs_is_told(served: Served) -> None:
-    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
-    (info,) = (
-        sample.labels
-        for family in families
-        if family.name == "cast_variant_info"
-        for sample in family.samples
-    )
+    (info,) = variant_infos(served).values()
     assert (info["kernel"], info["head"]) == ("cast::linear24_int8", "int8")
     assert (info["num_sparse_layers"], info["num_dense_layers"]) == ("210", "0")
     # 5 bits a weight, tiles of 128 columns, and a scale a row: of 32 bits of fp32.

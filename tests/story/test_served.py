@@ -12,10 +12,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
-from tests.story.conftest import Served, command, free_port, logits_error
+from tests.story.conftest import Served, command, free_port, logits_error, variant_infos
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
@@ -34,13 +33,7 @@ def test_logits_equal_the_dense_twins(served: Served) -> None:
 
 
 def test_every_target_runs_the_sparse_kernel(served: Served) -> None:
-    families = text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
-    infos = {
-        sample.labels["variant"]: sample.labels
-        for family in families
-        if family.name == "cast_variant_info"
-        for sample in family.samples
-    }
+    infos = variant_infos(served)
     assert infos["sparse"]["num_sparse_layers"] == "210"
     assert infos["sparse"]["num_dense_layers"] == "0"
     assert infos["sparse"]["kernel"] == "cast::linear24"

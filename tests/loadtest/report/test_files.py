@@ -33,12 +33,13 @@ def test_everything_is_computed_from_the_record(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def full(*_: object) -> None:
+    raise OSError("disk full")
+
+
 def test_the_record_is_left_when_a_report_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
     monkeypatch.setattr(figures, "write_png", full)
     with pytest.raises(OSError, match="disk full"):
         write_out(tmp_path / "out", RUN, RESULT)
@@ -48,9 +49,6 @@ def test_the_record_is_left_when_a_report_fails(
 def test_nothing_is_left_when_the_record_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
     monkeypatch.setattr(Recorded, "write", full)
     with pytest.raises(OSError, match="disk full"):
         write_out(tmp_path / "out", RUN, RESULT)
