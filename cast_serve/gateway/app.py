@@ -311,6 +311,8 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
         ) from None
     finally:
         gc.unfreeze()
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvloop leaves its own where it has closed
+            loop.remove_signal_handler(number)
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)
     if app.state.gateway.failure is not None:

@@ -262,7 +262,11 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
         if process is not None:  # else below: an exception inside Popen would leave its process
             sys.exit(128 + signal.SIGTERM)
 
-    handlers = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup: it outlives its terminal
+    }
     try:
         # In a group of its own, so that Ctrl-C, or the end of the terminal, reaches it once, by
         # `terminate` below: a run takes the second signal for leave to end unsaved.

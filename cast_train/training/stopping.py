@@ -42,9 +42,9 @@ class Checkpoints(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        if before[signal.SIGHUP] == signal.SIG_IGN:  # nohup: it outlives its terminal
-            del before[signal.SIGHUP]
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        # Those that nohup, or a script's `&`, had this process ignore stay ignored.
+        before = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
 
         def ask(number: int, frame: Any) -> None:
             self.is_asked_to_stop = True

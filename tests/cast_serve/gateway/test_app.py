@@ -3,12 +3,14 @@
 import asyncio
 import gc
 import json
+import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
+import uvloop
 from fastapi.testclient import TestClient
 
 from cast_serve.gateway.app import create_app, serve
@@ -160,12 +162,15 @@ def test_the_workers_metrics_get_a_variant_label(stack: Stack) -> None:
     assert not [name for name, _ in metrics if name.startswith("python_")]
 
 
-def test_a_port_in_use_is_an_error_that_python_can_catch() -> None:
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_port_in_use_is_an_error_that_python_can_catch(run: Callable[..., None]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     variants = remote_variants({"dense": ["http://127.0.0.1:9"]})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be listened on; free it"):
-            asyncio.run(serve(variants, GatewaySettings(port=port)))
+            run(serve(variants, GatewaySettings(port=port)))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -204,7 +204,16 @@ class Clock:
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """`train`, with signals that arrive while it computes the loss of a step, the first being 0."""
+    """`train`, with signals that arrive while it computes the loss of a step, the first being 0.
+
+    Whatever the tests were started by, or ran before, no signal is ignored: they have Python's own
+    handlers.
+    """
+    own = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
 
     def run(step, signals, *arguments):
         compute_loss = CastTrainer.compute_loss
@@ -220,7 +229,10 @@ def signalled(monkeypatch):
             patch.setattr(CastTrainer, "compute_loss", send)
             return train(*arguments)
 
-    return run
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -243,14 +255,12 @@ def test_a_signal_saves_the_step_it_falls_in(
     assert_same_result(tmp_path / "out", tmp_path / "whole")
 
 
-def test_under_nohup_the_end_of_the_terminal_stops_nothing(
-    llama_dir, text_file, config, tmp_path, signalled
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing(
+    number, llama_dir, text_file, config, tmp_path, signalled
 ):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        record = signalled(2, [signal.SIGHUP], llama_dir, [text_file], tmp_path / "out", config)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(number, signal.SIG_IGN)
+    record = signalled(2, [number], llama_dir, [text_file], tmp_path / "out", config)
     assert record["steps"] == 10
 
 

@@ -287,6 +287,23 @@ def test_a_run_that_was_stopped_stops_the_study(tmp_path):
             study._call("run")
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(handler, tmp_path, monkeypatch):
+    script = tmp_path / "run"
+    script.write_text("#!/bin/sh\nkill -HUP $PPID\nsleep 1\necho '{}'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        if handler == signal.SIG_IGN:
+            assert study._call()[0] == {}
+        else:
+            with pytest.raises(SystemExit):
+                study._call()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):
     run = tmp_path / "run"
     run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
