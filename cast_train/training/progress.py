@@ -58,8 +58,8 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(figures)
 
 
-def warn_of_unused(config: TrainConfig) -> None:
-    """Names settings that are not at their default and have no effect on this run."""
+def warn_of_unused(config: TrainConfig, teacher_dir: Path | str | None) -> None:
+    """Names settings that are not at their default, and a teacher, without effect on this run."""
     unused = {} if config.method == "gates" else dict.fromkeys(LEARNT_BY_GATES, "method gates")
     if config.method not in ("ste", "adams"):
         unused["decay"] = "method ste or adams"
@@ -80,6 +80,10 @@ def warn_of_unused(config: TrainConfig) -> None:
     if not config.distillation_weight:
         of_teacher = ("distillation_temperature", "hidden_states_weight")
         unused |= dict.fromkeys(of_teacher, "a distillation_weight above 0")
+        if teacher_dir is not None:
+            logger.warning(
+                "teacher %s has no effect: it goes with a distillation_weight above 0", teacher_dir
+            )
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in unused and value != field.default:

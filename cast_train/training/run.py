@@ -94,6 +94,7 @@ def train(
     if config.report_to == "tensorboard" and tensorboard_dir is None:
         tensorboard_dir = out.with_name(out.name + ".tensorboard")
     partial = out.with_name(out.name + ".partial")
+    progress.warn_of_unused(config, teacher_dir)
     _check_outputs(out, partial, config, is_resume, tensorboard_dir)
     model_dir = hub.fetch(model_dir)
     teacher_dir = hub.fetch(teacher_dir) if teacher_dir else None
@@ -165,7 +166,6 @@ def _check_outputs(
     out: Path, partial: Path, config: TrainConfig, is_resume: bool, tensorboard_dir: Path | None
 ) -> None:
     """Refuses what needs neither model nor text to be seen to be wrong."""
-    progress.warn_of_unused(config)
     progress.check_reporter(config.report_to, f"report_to {config.report_to}")
     if tensorboard_dir is not None:
         for folder in (out, partial):

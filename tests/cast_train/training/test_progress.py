@@ -71,11 +71,14 @@ def test_the_quantised_steps_in_words(settings, words):
         ({"method": "adams", "start": "wanda", "mask_every": 5}, ["start wanda"]),
         ({"allocation": "gates", "scale_group": 64}, ["allocation gates", "scale_group 64"]),
         ({"quantize": "int4", "scale_group": 64, "quantized_fraction": 0.2}, []),
-        ({"distillation_weight": 0.0, "hidden_states_weight": 3.0}, ["hidden_states_weight 3.0"]),
+        (
+            {"distillation_weight": 0.0, "hidden_states_weight": 3.0},
+            ["teacher of/one has", "hidden_states_weight 3.0"],
+        ),
     ],
 )
 def test_settings_without_effect_are_named(settings, told, caplog):
-    progress.warn_of_unused(TrainConfig(**settings))
+    progress.warn_of_unused(TrainConfig(**settings), "of/one")
     assert len(caplog.messages) == len(told)
     for message, words in zip(caplog.messages, told, strict=True):
         assert message.startswith(words)
