@@ -209,11 +209,6 @@ def signalled(monkeypatch):
     Whatever the tests were started by, or ran before, no signal is ignored: they have Python's own
     handlers.
     """
-    own = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
 
     def run(step, signals, *arguments):
         compute_loss = CastTrainer.compute_loss
@@ -229,7 +224,9 @@ def signalled(monkeypatch):
             patch.setattr(CastTrainer, "compute_loss", send)
             return train(*arguments)
 
-    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
