@@ -289,7 +289,7 @@ def test_a_run_that_was_stopped_stops_the_study(tmp_path):
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(handler, tmp_path, monkeypatch):
-    script = tmp_path / "run"
+    script = tmp_path / "run"  # it still runs as the study takes the signal
     script.write_text("#!/bin/sh\nkill -HUP $PPID\nsleep 1\necho '{}'\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
