@@ -131,18 +131,3 @@ def test_vllms_processes_load_no_metrics_library() -> None:
         assert "prometheus_client" not in tops(name), name
     for name in reached({"cast_serve.engine.worker"}, at_top=True):
         assert "prometheus_client" not in tops(name, at_top=True), name
-
-
-@pytest.mark.parametrize(("package", "longest"), [("loadtest", 8), ("cast_serve", 8)])
-def test_a_chain_of_imports_inside_a_package_is_short(package: str, longest: int) -> None:
-    """Modules from the first to the last one; a package's own __init__ leads on to others."""
-    inside = {
-        name: {each for each in ours(name) if each.startswith(f"{package}.")}
-        for name, path in MODULES.items()
-        if name.startswith(f"{package}.") and path.name != "__init__.py"
-    }
-    length: dict[str, int] = {}
-    for name in TopologicalSorter(inside).static_order():
-        if name in inside:
-            length[name] = 1 + max((length.get(each, 0) for each in inside[name]), default=0)
-    assert max(length.values()) <= longest
