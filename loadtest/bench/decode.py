@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
+from cast_serve.provenance import machine, versions
 from loadtest.bench.peers.server import Server, serving
-from loadtest.provenance import machine, versions
 from loadtest.send.connection import Pool
 
 PROMPT = "The capital of France is"

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest.provenance import machine, versions
+from cast_serve.provenance import machine, versions
 from tests.fuzz import bodies, directories, streams, weights
 from tests.fuzz.target import Target
 

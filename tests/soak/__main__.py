@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest.provenance import machine, versions
+from cast_serve.provenance import machine, versions
 from tests.soak import drains
 from tests.soak.run import Plan, Soak
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from cast_serve.provenance import machine, versions
 from loadtest.bench.gateway import limit
 from loadtest.bench.gateway.fake_worker import Load
 from loadtest.bench.gateway.limit import Search
 from loadtest.bench.gateway.reading import Reading, Seen, Stream, added_ms, spread
 from loadtest.bench.gateway.ways import DIRECT, WAYS, Way, started
-from loadtest.provenance import machine, versions
 from loadtest.send.connection import Pool
 
 SHORT = Load(1, 1)  # two tokens of it are a short answer

@@ -32,11 +32,12 @@ from cast_serve.checkpoint.record import sha256
 from cast_serve.cores import parse_cores
 from cast_serve.intervals import draws, ratio_of_quantiles
 from cast_serve.latency import RequestTiming
+from cast_serve.provenance import machine, versions
 from loadtest.bench.peers import files, process
 from loadtest.bench.peers.names import PeerError, parse
 from loadtest.bench.peers.process import Process
 from loadtest.bench.peers.server import Server, serving
-from loadtest.provenance import hashes_of, machine, served_at, versions
+from loadtest.provenance import hashes_of, served_at
 from loadtest.send.connection import Pool
 from loadtest.send.workload import Workload
 
