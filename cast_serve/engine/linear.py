@@ -32,8 +32,6 @@ from cast_serve.sparsity.bitmask import compress
 from cast_serve.sparsity.float8 import widen_float8
 from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
 
-METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
-
 
 @dataclass(frozen=True)
 class Stored:

