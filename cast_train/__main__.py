@@ -153,7 +153,9 @@ def evaluate(
     ],
     text: Text,
     context: Annotated[int, option("N", "Tokens of one sequence.", min=2)] = 512,
-    tokens: Annotated[int, option("N", "Tokens to read from the text.", min=2)] = 16384,
+    tokens: Annotated[
+        int | None, option("N", "Tokens to read from the text's beginning.", "all", min=2)
+    ] = None,
     reference: Annotated[
         Path | None,
         option("DIR", "What KL and perplexity are measured against, paired.", "none"),

@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cast_serve.intervals import series_stderr
 from loadtest.bench import tables as bench
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from loadtest.report.words import markdown_table, speedup
 
+ROUNDING_NATS = 2e-3  # between two machines' mean losses of one model
 MARKED = re.compile(r"(<!-- table: (\w+) (.+?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -146,21 +148,42 @@ def _perplexities(paths: Sequence[Path]) -> list[str]:
     lines = []
     for path in paths:
         found = read(path)
+        cells = [
+            path.stem,
+            f"{found['num_tokens']:,}",
+            f"{found.get('perplexity', found.get('perplexity_hard')):.2f}",
+        ]
         above = found.get("nats_above_reference")
-        lines.append(
-            [
-                path.stem,
-                f"{found.get('perplexity', found.get('perplexity_hard')):.2f}",
-                "" if above is None else f"{math.exp(above):.2f}",
-                ""
-                if above is None
-                else f"{above:.4f} +- {found['nats_above_reference_stderr']:.4f}",
-                "" if above is None else f"{found['kl_nats_per_token']:.3f}",
-            ]
-        )
-    columns = ["model and text", "perplexity", "times dense"]
+        if above is None:
+            cells += ["", "", ""]
+        else:
+            error = series_stderr(_above_dense(path, found))
+            cells += [f"{math.exp(above):.2f}", f"{above:.4f} +- {error:.4f}"]
+            cells.append(f"{found['kl_nats_per_token']:.3f}")
+        lines.append(cells)
+    columns = ["model and text", "tokens", "perplexity", "times dense"]
     columns += ["log perplexity above dense, paired", "KL to dense"]
     return markdown_table(columns, lines)
+
+
+def _above_dense(path: Path, found: dict[str, Any]) -> list[float]:
+    """Each block's loss above the dense model's on the same block.
+
+    The dense model's losses are those of dense-TEXT*.json beside the record, whose text begins
+    with the same blocks. Another machine may have measured them, which moves a loss by rounding.
+
+    Raises:
+        ValueError: if there is no such record.
+    """
+    losses = found["losses"]
+    text = Path(found["text"][0]).stem.removeprefix("heldout-")
+    for dense_path in sorted(path.parent.glob(f"dense-{text}*.json")):
+        dense = read(dense_path)["losses"][: len(losses)]
+        above = [ours - theirs for ours, theirs in zip(losses, dense, strict=False)]
+        mean = statistics.fmean(above)
+        if len(above) == len(losses) and abs(mean - found["nats_above_reference"]) < ROUNDING_NATS:
+            return above
+    raise ValueError(f"{path} has no dense-{text}.json of the same blocks beside it")
 
 
 def _paired(paths: Sequence[Path]) -> list[str]:
@@ -172,16 +195,17 @@ def _paired(paths: Sequence[Path]) -> list[str]:
             raise ValueError(f"{path} and {other} are of different texts")
         pairs = zip(ours["losses"], theirs["losses"], strict=True)
         above = [own - of_other for own, of_other in pairs]
-        error = statistics.stdev(above) / math.sqrt(len(above))
+        error = series_stderr(above)
         lines.append(
             [
                 f"{path.stem} against {other.stem}",
+                f"{ours['num_tokens']:,}",
                 *(f"{found['perplexity']:.2f}" for found in (ours, theirs)),
                 f"{math.exp(statistics.fmean(above)):.3f}",
                 f"{statistics.fmean(above):+.4f} +- {error:.4f}",
             ]
         )
-    columns = ["models and text", "perplexity", "of the other", "ratio"]
+    columns = ["models and text", "tokens", "perplexity", "of the other", "ratio"]
     return markdown_table([*columns, "log perplexity above the other's, paired"], lines)
 
 
@@ -250,7 +274,9 @@ def _curve(paths: Sequence[Path]) -> list[str]:
         if [point["tokens"] for point in curve] != tokens:
             raise ValueError(f"{name} was measured at other numbers of tokens than the first run")
         lines.append([name, *(f"{point['perplexity']:.2f}" for point in curve)])
-    return markdown_table(["training tokens", *(f"{count:,}" for count in tokens)], lines)
+    (num_tokens,) = {read(path)["quality"]["num_tokens"] for path in paths}
+    columns = [f"training tokens: perplexity on {num_tokens:,} tokens"]
+    return markdown_table([*columns, *(f"{count:,}" for count in tokens)], lines)
 
 
 def _law(paths: Sequence[Path]) -> list[str]:
@@ -289,7 +315,8 @@ def _law(paths: Sequence[Path]) -> list[str]:
         cells = ["", ""] if measured is None else [f"{measured:.3f}", f"{math.exp(measured):.2f}"]
         fitted = f"{of_law:.3f} ({min(of_others):.3f} to {max(of_others):.3f})"
         lines.append([f"{count:,}", *cells, fitted, f"{math.exp(of_law):.2f}"])
-    columns = ["training tokens", f"nats above {paths[0].stem}", "times its perplexity"]
+    above = f"nats above {paths[0].stem}, {dense['num_tokens']:,} tokens"
+    columns = ["training tokens", above, "times its perplexity"]
     columns.append(
         f"by the law, tokens ** -{-law.slope:.2f} ({min(exponents):.2f} to {max(exponents):.2f})"
     )

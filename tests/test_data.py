@@ -32,6 +32,24 @@ def test_options_in_one_text_become_choices(script, tmp_path):
     assert written == [{"question": "What?", "choices": ["this", "that"], "answer": 0}]
 
 
+def test_the_tuning_text_shares_nothing_with_training_and_held_out_text(script, tmp_path):
+    def words(name):
+        return " ".join(f"{name}{number}" for number in range(20))
+
+    reviews, articles = tmp_path / script.TUNING_REVIEWS, tmp_path / script.TUNING_ARTICLES
+    for path in (reviews, articles):
+        path.parent.mkdir(parents=True)
+    review = f'{words("liked")}<br /><br />And then, ""{words("trained").upper()}"".'
+    reviews.write_text(f'text,label\n"{review}",1\n{words("liked")},0\n')
+    articles.write_text(f"short\n{words('read')}\nBut {words('wiki')}\n{words('web')}\n")
+    for name in ("train.txt", "heldout-wiki.txt", "heldout-c4.txt"):
+        word = {"train.txt": "trained", "heldout-wiki.txt": "wiki", "heldout-c4.txt": "web"}[name]
+        (tmp_path / name).write_text(f"Before it, {words(word)} and after it.\n")
+    script.write_tuning(tmp_path, tmp_path)
+    kept = (tmp_path / "tuning.txt").read_text().split("\n\n")
+    assert kept == [words("liked"), words("read") + "\n"]
+
+
 def conversation(sender, *words):
     return {"id": "a", "conversations": [{"from": sender, "value": " ".join(words)}]}
 

@@ -33,7 +33,7 @@ ROOTS_WITHOUT_HTTP = {
 HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
 # What another package may use of cast_serve; loadtest's benchmarks may use all that they time.
 ALLOWED = {
-    "cast_train": {"sparsity", "checkpoint", "questions", "options", "provenance"},
+    "cast_train": {"sparsity", "checkpoint", "intervals", "questions", "options", "provenance"},
     "loadtest": {"latency", "sse", "intervals", "questions", "options", "provenance"},
 }
 BENCH = "loadtest.bench."

@@ -28,7 +28,7 @@ def evaluate(
     directory: Path,
     text: Sequence[Path],
     context: int = 512,
-    max_tokens: int = 16384,
+    max_tokens: int | None = None,
     reference: Path | None = None,
     choices: Sequence[Path] = (),
     limit: int | None = None,
@@ -39,7 +39,7 @@ def evaluate(
         directory: dense, gated, pruned or compressed; or a model's name on a hub.
         text: UTF-8 files.
         context: tokens of one sequence.
-        max_tokens: to read from the text.
+        max_tokens: to read from the text; None: all.
         reference: what KL, perplexity and accuracy are measured against, paired.
         choices: files of questions, JSONL.
         limit: questions from each file's beginning; None: all.
@@ -67,7 +67,7 @@ def evaluate(
                 f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
             )
         models.check_same_tokens(dense_folder, folder)
-    if max_tokens < context:
+    if max_tokens is not None and max_tokens < context:
         raise ValueError(
             f"--tokens {max_tokens} makes no whole sequence of --context {context} tokens; ask for "
             "more tokens, or a shorter context"

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from cast_serve.intervals import series_stderr
 from cast_train import losses
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
@@ -39,27 +40,24 @@ class Perplexity:
 
     @property
     def stderr_nats(self) -> float | None:
-        """Standard error of the logarithm, over blocks; None of a single block.
+        """Standard error of the logarithm (`series_stderr`); None of a single block.
 
-        It says how far another text of the kind would differ, and not how far two models do: that
-        is `paired_difference`, which the text's difficulty does not enter.
+        Neighbouring blocks may be of one article, and so alike. It says how far another text of the
+        kind would differ, and not how far two models do: that is `paired_difference`, which the
+        text's difficulty does not enter.
         """
-        return _stderr(self.block_losses)
+        return series_stderr(self.block_losses)
 
 
 def paired_difference(ours: Perplexity, theirs: Perplexity) -> tuple[float, float | None]:
     """Log perplexity of `ours` minus that of `theirs`, on the same blocks, and its standard error.
 
     Returns:
-        Nats; the standard error is over blocks, None of a single block.
+        Nats; the standard error (`series_stderr`) is None of a single block.
     """
     pairs = zip(ours.block_losses, theirs.block_losses, strict=True)
     differences = [own - other for own, other in pairs]
-    return statistics.fmean(differences), _stderr(differences)
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(differences), series_stderr(differences)
 
 
 @torch.no_grad()

@@ -70,7 +70,9 @@ def peers(records: Sequence[Record]) -> list[str]:
     has_perplexity = any("perplexity" in server for server in servers.values())
     columns = ["server", "weights, MB", "TTFT, ms", "TPOT, ms"]
     columns += [f"tokens/s, {throughput.removeprefix('tokens_per_s_')} at once"] * bool(throughput)
-    columns += ["perplexity"] * has_perplexity
+    if has_perplexity:
+        num_tokens = found["plan"]["blocks"] * (found["plan"]["block_size"] - 1)
+        columns.append(f"perplexity, first {num_tokens:,} tokens")
     columns += [f"{ours} is faster: TTFT", "TPOT"] + ["tokens/s"] * bool(throughput)
     lines = []
     for name, server in servers.items():

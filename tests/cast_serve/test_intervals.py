@@ -15,6 +15,7 @@ from cast_serve.intervals import (
     ratio_of_sums,
     resampled_order_statistic,
     resampled_quantile,
+    series_stderr,
     student,
     tail,
 )
@@ -171,3 +172,32 @@ def test_order_statistics_are_distributed_as_quantiles_of_values_drawn_for_real(
 def test_the_order_statistic_of_one_value_is_that_value() -> None:
     rng = np.random.default_rng(0)
     assert resampled_order_statistic(np.array([2.0]), 0.95, 3, rng).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_the_standard_error_of_a_series_by_hand() -> None:
+    # About the mean: -0.1, 0.1, 0. Bandwidth 3; lag 1 sums to -0.01 and weighs 2/3, lag 2 to 0.
+    variance = (0.02 - 2 * (2 / 3) * 0.01) / (3 * 2)
+    widened = (1.96 + 2.9694 + 0.416 - 0.5324) / 1.96  # as many lags as values
+    assert series_stderr([0.1, 0.3, 0.2]) == pytest.approx(widened * math.sqrt(variance))
+    assert series_stderr([5.0] * 9) == 0
+    assert series_stderr([1.0]) is None
+
+
+@pytest.mark.parametrize("num_blocks", [128, 896])
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.5, 0.7])
+def test_intervals_of_a_correlated_series_hold_the_mean(
+    correlation: float, num_blocks: int
+) -> None:
+    """Blocks of a text: one that is harder than the mean stands beside others that are."""
+    rng = np.random.default_rng(0)
+    num_held = num_held_as_if_independent = 0
+    for _ in range(1000):
+        series = rng.standard_normal(num_blocks + 50)
+        for place in range(1, len(series)):
+            series[place] += correlation * series[place - 1]
+        losses = series[50:]  # without the beginning, which has no neighbour before it
+        reach, apart = 1.96 * (series_stderr(losses.tolist()) or 0), abs(losses.mean())
+        num_held += apart < reach
+        num_held_as_if_independent += apart < 1.96 * losses.std(ddof=1) / math.sqrt(num_blocks)
+    assert 900 <= num_held <= 970
+    assert (num_held_as_if_independent < 870) == (correlation > 0)

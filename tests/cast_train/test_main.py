@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.intervals import series_stderr
 from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -137,7 +138,16 @@ def test_the_losses_that_are_written_give_the_perplexity(cast_train, llama_dir, 
     assert written == {**found, "text": [str(text_file)]}
     assert len(losses) == 4
     assert math.exp(statistics.fmean(losses)) == pytest.approx(found["perplexity"])
-    assert statistics.stdev(losses) / 2 == pytest.approx(found["stderr_nats"])
+    assert series_stderr(losses) == pytest.approx(found["stderr_nats"])
+
+
+def test_the_whole_text_is_measured_unless_told(cast_train, llama_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All of it.\n" * 3000)
+    found = last_json(cast_train("eval", llama_dir, "--text", text, "--context", 512))
+    assert found["num_tokens"] > 16384
+    asked = ("eval", llama_dir, "--text", text, "--context", 512, "--tokens", 1024)
+    assert last_json(cast_train(*asked))["num_tokens"] == 2 * 511
 
 
 def test_prune_and_solve(cast_train, llama_dir, text_file):

@@ -95,10 +95,10 @@ def test_a_study_by_hand(tmp_path: Path) -> None:
 
 def test_paired_losses_by_hand(tmp_path: Path) -> None:
     for name, losses in (("a-wiki", [3.0, 3.4]), ("b-wiki", [2.9, 3.1])):
-        found = {"text": ["wiki.txt"], "perplexity": 24.5, "losses": losses}
+        found = {"text": ["wiki.txt"], "perplexity": 24.5, "losses": losses, "num_tokens": 1022}
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     page = "<!-- table: paired a-wiki.json b-wiki.json -->\n<!-- end of table -->\n"
-    line = "| a-wiki against b-wiki | 24.50 | 24.50 | 1.221 | +0.2000 +- 0.1000 |"
+    line = "| a-wiki against b-wiki | 1,022 | 24.50 | 24.50 | 1.221 | +0.2000 +- 0.1736 |"
     assert line in rewritten(page, tmp_path)
     (tmp_path / "b-wiki.json").write_text(json.dumps({"text": ["c4.txt"], "losses": []}))
     with pytest.raises(ValueError, match="are of different texts"):
@@ -120,14 +120,26 @@ def test_the_demos_models_have_a_line_each(tmp_path: Path) -> None:
 
 
 def test_perplexities_by_hand(tmp_path: Path) -> None:
-    above = {"nats_above_reference": 0.5, "nats_above_reference_stderr": 0.01}
-    dense, sparse = {"perplexity": 20.0}, {"perplexity_hard": 33.0, "kl_nats_per_token": 0.25}
-    for name, found in (("dense-wiki", dense), ("gated-wiki", sparse | above)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    page = "<!-- table: perplexities dense-wiki.json gated-wiki.json -->\n<!-- end of table -->\n"
-    found_lines = rewritten(page, tmp_path)
-    assert "| dense-wiki | 20.00 |  |  |  |" in found_lines
-    assert "| gated-wiki | 33.00 | 1.65 | 0.5000 +- 0.0100 | 0.250 |" in found_lines
+    text = {"text": ["data/heldout-wiki.txt"]}
+    dense = {"perplexity": 20.0, "num_tokens": 1533, "losses": [3.0, 2.9, 3.1], **text}
+    gated = {"perplexity_hard": 33.0, "num_tokens": 1022, "losses": [3.4, 3.5], **text}
+    gated |= {"nats_above_reference": 0.5, "kl_nats_per_token": 0.25}
+    # A shorter record of the dense model has not all of the blocks.
+    short = {**dense, "losses": [3.0], "num_tokens": 511}
+    records = {"dense-wiki": short, "dense-wiki-all": dense, "gated-wiki": gated}
+
+    def written() -> str:
+        for name, found in records.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        names = "dense-wiki-all.json gated-wiki.json"
+        return rewritten(f"<!-- table: perplexities {names} -->\n<!-- end of table -->\n", tmp_path)
+
+    assert "| dense-wiki-all | 1,533 | 20.00 |  |  |  |" in written()
+    # Above the dense model's blocks by 0.4 and 0.6.
+    assert "| gated-wiki | 1,022 | 33.00 | 1.65 | 0.5000 +- 0.1736 | 0.250 |" in written()
+    gated["nats_above_reference"] = 0.51  # so it was another dense model
+    with pytest.raises(ValueError, match="gated-wiki.json has no dense-wiki.json of the same"):
+        written()
 
 
 def test_choices_by_hand(tmp_path: Path) -> None:
@@ -142,11 +154,12 @@ def test_curves_by_hand(tmp_path: Path) -> None:
     curves = {"a": [[2048, 30.5], [4096, 28.25]], "b": [[2048, 31.0], [4096, 29.0]]}
     for name, points in curves.items():
         curve = [{"tokens": tokens, "perplexity": value} for tokens, value in points]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"curve": curve}))
+        found = {"curve": curve, "quality": {"num_tokens": 8176}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
     page = "<!-- table: curve a.json b.json -->\n<!-- end of table -->\n"
-    found = rewritten(page, tmp_path)
-    assert "| training tokens | 2,048 | 4,096 |" in found
-    assert "| a | 30.50 | 28.25 |\n| b | 31.00 | 29.00 |" in found
+    table = rewritten(page, tmp_path)
+    assert "| training tokens: perplexity on 8,176 tokens | 2,048 | 4,096 |" in table
+    assert "| a | 30.50 | 28.25 |\n| b | 31.00 | 29.00 |" in table
     (tmp_path / "b.json").write_text(json.dumps({"curve": []}))
     with pytest.raises(ValueError, match="b was measured at other numbers of tokens"):
         rewritten(page, tmp_path)
@@ -168,7 +181,7 @@ def test_a_law_by_hand(tmp_path: Path) -> None:
     page = f"<!-- table: law dense.json {names} -->\n<!-- end of table -->\n"
     write(3, 4000000, 0.2)
     head, _, first, *_, last = rewritten(page, tmp_path).splitlines()[1:-1]
-    assert "| nats above dense | times its perplexity |" in head
+    assert "| nats above dense, 16,352 tokens | times its perplexity |" in head
     assert "by the law, tokens ** -0.50 (0.50 to 0.50)" in head
     assert first == "| 62,500 | 1.600 | 4.95 | 1.600 (1.600 to 1.600) | 4.95 |"
     assert last == "| 16,000,000 |  |  | 0.100 (0.100 to 0.100) | 1.11 |"
@@ -210,9 +223,12 @@ def test_peers_stand_beside_the_last_of_our_models(tmp_path: Path) -> None:
     servers["dense"] |= {"tokens_per_s_8": 40.4, "perplexity": 21.8}
     servers["dense"]["throughput_speedup"] = {"ratio": 1.5, "low": 1.4, "high": 1.6}
     servers["sparse"] |= {"tokens_per_s_8": 60.6, "perplexity": 30.5}
-    (tmp_path / "p.json").write_text(json.dumps({"compared": "sparse", "servers": servers}))
+    plan = {"blocks": 16, "block_size": 512}
+    record = {"compared": "sparse", "plan": plan, "servers": servers}
+    (tmp_path / "p.json").write_text(json.dumps(record))
     assert rewritten(page, tmp_path).splitlines()[1:-1] == [
-        "| server | weights, MB | TTFT, ms | TPOT, ms | tokens/s, 8 at once | perplexity "
+        "| server | weights, MB | TTFT, ms | TPOT, ms | tokens/s, 8 at once "
+        "| perplexity, first 8,176 tokens "
         "| vLLM, sparse is faster: TTFT | TPOT | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| vLLM, dense | 269 | 90 | 9.0 | 40 | 21.80 | 1.12 (1.02 to 1.23) | 0.56 "

@@ -1,6 +1,6 @@
 """What `compare` returned -> a picture: perplexity against bytes, and against TPOT, of each server.
 
-Down and left is better in both. A server that tells no perplexity is left out.
+Down and left is better in both. A server that tells no perplexity is left out, and named.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,21 @@ def write_png(found: Mapping[str, Any], path: Path) -> None:
                 textcoords="offset points",
                 fontsize=8,
             )
-    by_bytes.set(xlabel="files of weights, MB", ylabel="perplexity")
+    by_bytes.set(xlabel="files of weights, MB", ylabel=_perplexity(found["plan"]))
     by_time.set(xlabel="TPOT, ms, one request at a time")
     for axes in (by_bytes, by_time):
         axes.set_xlim(0, 1.35 * axes.get_xlim()[1])  # with room for the names
         axes.grid(alpha=0.3)
-    cpu = found["machine"]["cpu"]
-    figure.suptitle(f"{found['shape']}, {found['cores']} core(s) of {cpu}, {found['date'][:10]}")
+    machine = found["machine"]  # a virtual one may hide the name, but not family and model
+    cpu = f"{machine['cpu']} (family {machine['family']}, model {machine['model']})"
+    title = f"{found['shape']}, {found['cores']} core(s) of {cpu}, {found['date'][:10]}"
+    left_out = [s["title"] for s in found["servers"].values() if "perplexity" not in s]
+    if left_out:
+        title += f"\ntell no perplexity, not drawn: {'; '.join(left_out)}"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
+
+
+def _perplexity(plan: Mapping[str, Any]) -> str:
+    num_tokens = plan["blocks"] * (plan["block_size"] - 1)
+    return f"perplexity, first {num_tokens:,} tokens"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cast_serve.intervals import series_stderr
 from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
@@ -80,8 +81,23 @@ def test_paired_differences_by_hand():
     ours, theirs = of(3.1, 4.3, 5.2), of(3.0, 4.0, 5.0)
     difference, stderr = paired_difference(ours, theirs)
     assert difference == pytest.approx(0.2)
-    assert stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert stderr == pytest.approx(series_stderr([0.1, 0.3, 0.2]))
     assert (ours.stderr_nats or 0) > 5 * (stderr or 0)  # without the difficulty of the text
     assert paired_difference(of(1.0), of(2.0)) == (-1.0, None)
     with pytest.raises(ValueError, match="longer"):
         paired_difference(of(1.0), of(1.0, 2.0))
+
+
+def test_blocks_of_one_article_are_not_independent():
+    """Four blocks of each article, equally hard: the text says as little as its articles do."""
+    articles = [3.0, 3.6, 2.8, 3.3, 3.9, 2.7, 3.1, 3.5]
+
+    def of(losses):
+        return Perplexity(math.exp(statistics.fmean(losses)), 30, 11, tuple(losses))
+
+    text, shuffled = of([loss for loss in articles for _ in range(4)]), of(articles * 4)
+    if_independent = statistics.stdev(text.block_losses) / math.sqrt(32)
+    assert text.stderr_nats > 1.5 * if_independent > 1.5 * shuffled.stderr_nats
+    difference, stderr = paired_difference(text, of([3.0] * 32))
+    assert difference == pytest.approx(statistics.fmean(articles) - 3.0)
+    assert stderr == pytest.approx(text.stderr_nats)
