@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.intervals import series_stderr
 from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.evaluate.perplexity import perplexity
+from cast_train.evaluate.perplexity import Perplexity, perplexity
 from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
 from cast_train.training.stopping import StoppedError
@@ -138,7 +137,8 @@ def test_the_losses_that_are_written_give_the_perplexity(cast_train, llama_dir, 
     assert written == {**found, "text": [str(text_file)]}
     assert len(losses) == 4
     assert math.exp(statistics.fmean(losses)) == pytest.approx(found["perplexity"])
-    assert series_stderr(losses) == pytest.approx(found["stderr_nats"])
+    measured = Perplexity(found["perplexity"], found["num_tokens"], 32, tuple(losses))
+    assert measured.stderr_nats == pytest.approx(found["stderr_nats"])
 
 
 def test_the_whole_text_is_measured_unless_told(cast_train, llama_dir, tmp_path):
