@@ -117,7 +117,6 @@ def run(
     _end_with_parent()
     if cores is not None:
         os.sched_setaffinity(0, cores)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     ask_for_large_pages()
     if lacks_compiler(vllm_flags):
