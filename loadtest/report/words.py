@@ -44,7 +44,9 @@ def origin(result: Result) -> str:
     machine = result["machine"]
     where = "machine not recorded"
     if machine:
-        where = f"{machine['cpu']}, {len(machine['cores'])} cores"
+        # A virtual machine may hide the name, but not family and model.
+        name = f"{machine['cpu']} (family {machine['family']}, model {machine['model']})"
+        where = f"{name}, {len(machine['cores'])} cores"
     return f"Load test of {result['date'][:16].replace('T', ' ')} UTC, {where}"
 
 
@@ -74,7 +76,8 @@ def guard_rails(result: Result) -> list[str]:
 def headline(result: Result) -> str:
     """The run in one sentence."""
     if not result["num_requests"]:
-        return "Nothing was measured: the warm-up failed."
+        why = "the warm-up failed" if result["num_warmup_errors"] else "the run was stopped"
+        return f"Nothing was measured: {why}."
     baseline, candidate, speedups = result["baseline"], result["candidate"], result["speedups"]
     per_token, first = (times(speedups.get(f"{name}_p50")) for name in ("tpot", "ttft"))
     rate = times(speedups["throughput"])
@@ -237,13 +240,13 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {text}" for name, text in result["versions"].items())),
     ]
     if machine := result["machine"]:
-        before, after = machine["load_average"]
+        before, *after = machine["load_average"]  # a run that was stopped has no other
         found.append(
             (
                 "machine",
                 f"{machine['cpu']}, family {machine['family']} model {machine['model']}, "
                 f"{len(machine['cores'])} cores, {' '.join(machine['flags'])}; load average "
-                f"{before:.1f} before, {after:.1f} after",
+                f"{before:.1f} before" + "".join(f", {average:.1f} after" for average in after),
             )
         )
     for variant, labels in result["served"].items():

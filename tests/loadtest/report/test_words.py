@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from loadtest.record import joined
 from loadtest.report.result import result_of
 from loadtest.report.warnings import warnings
 from loadtest.report.words import (
@@ -19,7 +18,7 @@ from loadtest.report.words import (
     times,
     verdict,
 )
-from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
+from tests.loadtest.recordings import four_pairs, joined, recorded, request, simulated, two_pairs
 
 RESULT = result_of(four_pairs())
 SERVED = {"dense": {"kernel": "dense"}, "sparse": {"kernel": "cast", "num_sparse_layers": "0"}}
@@ -59,9 +58,12 @@ def test_the_verdict_rests_on_what_was_set() -> None:
 
 
 def test_the_origin_names_machine_and_date() -> None:
-    machine = {"cpu": "A CPU", "cores": [0, 1], "load_average": [0, 0], "flags": []}
-    found = result_of(two_pairs(machine={**machine, "family": "6", "model": "1"}))
-    assert origin(found) == "Load test of 2026-11-25 10:00 UTC, A CPU, 2 cores"
+    machine = {"cpu": "AMD EPYC", "family": "25", "model": "17", "flags": []}
+    found = result_of(two_pairs(machine={**machine, "cores": [0, 1], "load_average": [0, 0]}))
+    assert (
+        origin(found)
+        == "Load test of 2026-11-25 10:00 UTC, AMD EPYC (family 25, model 17), 2 cores"
+    )
     assert origin(RESULT) == "Load test of 2026-11-25 10:00 UTC, machine not recorded"
 
 
