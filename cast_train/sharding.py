@@ -1,4 +1,9 @@
-"""FSDP2: tensors cut by rows over the processes <-> whole ones, and a whole model at the end.
+"""Several processes: what all must have alike, and tensors cut by rows (FSDP2) <-> whole ones.
+
+Gradients are averaged, so copies of the parameters move alike. Whatever else depends on rounding
+and then stays (the order of channels, a start, solved weights, scales, a frozen mask) would differ
+between CPUs of unlike kinds for good. The first process alone computes it and the others take what
+it found (`in_first`, `take_first`).
 
 Between two forwards each process holds rows of every parameter; during a layer's forward it holds
 that layer whole. The mask of a group is thus always chosen from all of its M weights. Optimisers
@@ -7,15 +12,18 @@ groups, which rows keep whole unless the weight is stored transposed (`check_gro
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cast_serve.sparsity.pattern import PatternError
 from cast_train.config import TrainConfig
+
+Found = TypeVar("Found")
 
 
 def rank() -> int:
@@ -26,6 +34,39 @@ def rank() -> int:
 def num_processes() -> int:
     """The processes of this run, as torchrun says."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def in_first(compute: Callable[[], Found]) -> Found:
+    """What `compute` returns in the first process, in all of them; the others do not call it.
+
+    Every process must call; what is returned must be small and can be pickled.
+    """
+    if num_processes() == 1:
+        return compute()
+    found = [compute() if rank() == 0 else None]
+    distributed.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def take_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors of every other process with the first one's; every one must call.
+
+    Args:
+        tensors: whole ones, of the same shapes in the same order in every process.
+    """
+    if num_processes() == 1:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for tensor in tensors:
+        sent = tensor.detach().to(device).contiguous()
+        distributed.broadcast(sent, 0)
+        tensor.copy_(sent)
+
+
+def state_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers, those that are not saved too, for `take_first`."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def check(config: TrainConfig) -> None:

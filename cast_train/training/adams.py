@@ -81,6 +81,8 @@ class AdamS(torch.optim.Optimizer):
             rows = weight.t() if group["is_transposed"] else weight
             mask = hard_mask(rows.abs(), Pattern(*pattern))
             state["dropped"] = ~(mask.t() if group["is_transposed"] else mask)
+            if weight is parameter:  # else its rows are in no other process
+                sharding.take_first([state["dropped"]])
         state["step"] += 1
         beta1, beta2 = group["betas"]
         mu, v = sharding.local(state["mu"]), sharding.local(state["v"])

@@ -144,7 +144,9 @@ def prepare(
     calibration = blocks.train[: config.calibration_blocks]
     if order is None and sparse is None:  # else its channels stay where they are
         if choices is None:
-            model, order = _reordered(model, model_dir, calibration, config)
+            if sharding.rank() == 0:  # the others take its weights below
+                model, order = _reordered(model, model_dir, calibration, config)
+            order = sharding.in_first(lambda: order)
         elif choices.order is not None:
             order = choices.order
             reorder(model, order)
@@ -156,8 +158,10 @@ def prepare(
     elif sparse is not None:
         kept_dense = [name for name in targets if name not in sparse]
     else:
-        kept_dense = keep_dense(
-            model, targets, config.pattern, calibration, config.zeros, config.allocation
+        kept_dense = sharding.in_first(
+            lambda: keep_dense(
+                model, targets, config.pattern, calibration, config.zeros, config.allocation
+            )
         )
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
@@ -165,7 +169,9 @@ def prepare(
     transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
     sharding.check_groups(config, transposed)
     torch.manual_seed(config.seed)  # of the first weights of `generator`
-    gate_map = _attach(model, targets, blocks.train, config)
+    scores = _scores(model, targets, calibration, config) if sharding.rank() == 0 else None
+    gate_map = {} if config.method == "dense" else with_gates(targets, scores, config)
+    sharding.take_first(sharding.state_of(model))
     start = {name: gate.mask().bool() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
     if not config.train_embeddings:
@@ -280,12 +286,12 @@ def with_gates(
     return gate_map
 
 
-def _attach(
-    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, config: TrainConfig
-) -> dict[str, gating.Gate]:
-    """Puts gates on the targets, in the order that the settings ask for."""
+def _scores(
+    model: nn.Module, targets: Mapping[str, nn.Module], calibration: Tensor, config: TrainConfig
+) -> Mapping[str, Tensor] | None:
+    """What the gates start from, as `gating.attach` takes it; SparseGPT may move the weights."""
     if config.method == "dense":
-        return {}
+        return None
     scores = None
     if config.method == "adams":
         scores = magnitude_scores(targets)
@@ -306,19 +312,17 @@ def _attach(
     elif config.first_order == "magnitude":
         scores = magnitude_scores(targets)
     elif config.first_order == "wanda":
-        scores = wanda_scores(model, targets, blocks[: config.calibration_blocks])
+        scores = wanda_scores(model, targets, calibration)
     elif config.first_order == "sparsegpt":
         dense = {}
         if config.is_solved:
             dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
-        scores = sparsegpt_scores(
-            model, targets, blocks[: config.calibration_blocks], config.pattern
-        )
+        scores = sparsegpt_scores(model, targets, calibration, config.pattern)
         _restore(targets, dense)  # what is solved takes the order alone
         if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
             prune(targets, scores, config.pattern)
             scores = None
-    return with_gates(targets, scores, config)
+    return scores
 
 
 @torch.no_grad()

@@ -46,14 +46,15 @@ from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import (
     CastTrainer,
     DivergedError,
+    ExactMask,
     QuantizedStart,
-    SolveWeights,
     Watch,
     tokens_per_step,
 )
 
 logger = logging.getLogger(__name__)
 ANOTHER_OUT = "choose another --out or remove it"
+WAIT_S = 24 * 3600  # of the other processes, while the first searches, solves or quantises
 
 
 def train(
@@ -137,13 +138,14 @@ def _train(
     if resume_from:
         logger.info("going on after step %d of %d", resume.step_of(resume_from), config.steps)
     choices = resume.read_choices(partial) if resume_from else None
+    arguments = _arguments(partial, config)  # connects the processes, if there are several
     prepared = prepare(model_dir, teacher_dir, blocks, config, choices)
     if sharding.rank() == 0:
         resume.check_room(partial, prepared.model, prepared.gate_map, config)
         if resume_from is None:
             resume.begin(partial, run_identity, prepared.choices)
     try:
-        trainer = _fit(prepared, blocks, config, partial, resume_from, tensorboard_dir)
+        trainer = _fit(prepared, blocks, config, arguments, resume_from, tensorboard_dir)
         trained = _as_stored(trainer, prepared, model_dir, config)
         record = _measure(trained, trainer, blocks, config)
     except (NotFiniteError, PatternError) as error:  # of the second kind here: scores hold NaN
@@ -210,7 +212,7 @@ def _fit(
     prepared: Prepared,
     blocks: Blocks,
     config: TrainConfig,
-    partial: Path,
+    arguments: TrainingArguments,
     resume_from: Path | None,
     tensorboard_dir: Path | None,
 ) -> CastTrainer:
@@ -221,7 +223,7 @@ def _fit(
         targets=prepared.targets,
         teacher=prepared.teacher,
         model=prepared.model,
-        args=_arguments(partial, config),
+        args=arguments,
         train_dataset=TokenBlocks(blocks.train),
         eval_dataset=TokenBlocks(blocks.validation),
     )
@@ -229,10 +231,10 @@ def _fit(
         prepared.teacher.to(trainer.args.device)
     trainer.watch = Watch(trainer, blocks.heldout, prepared.start)
     trainer.add_callback(trainer.watch)
-    if config.is_solved:
-        trainer.add_callback(SolveWeights(trainer, blocks.train[: config.calibration_blocks]))
+    calibration = blocks.train[: config.calibration_blocks]
+    trainer.add_callback(ExactMask(trainer, calibration))
     if config.quantize != "none":
-        trainer.add_callback(QuantizedStart(trainer, blocks.train[: config.calibration_blocks]))
+        trainer.add_callback(QuantizedStart(trainer, calibration))
     if tensorboard_dir is not None:
         trainer.add_callback(progress.tensorboard(tensorboard_dir))
     checkpoints = Checkpoints(None if config.checkpoint_every else config.checkpoint_minutes)
@@ -241,8 +243,8 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if (step := trainer.state.global_step) < config.steps:
         raise StoppedError(
-            f"stopped after step {step} of {config.steps}, saved in {partial}; the same command "
-            "with --resume goes on from there"
+            f"stopped after step {step} of {config.steps}, saved in {arguments.output_dir}; the "
+            "same command with --resume goes on from there"
         )
     return trainer
 
@@ -392,6 +394,7 @@ def _arguments(partial: Path, config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
+        ddp_timeout=WAIT_S,
         ddp_find_unused_parameters=True,  # frozen gates get no gradient
     )
     if arguments.n_gpu > 1:  # Trainer would cut every batch in parts, one for each GPU

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from cast_serve.checkpoint.record import CheckpointError
-from cast_train import losses
+from cast_train import losses, sharding
 from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import perplexity
@@ -222,11 +222,12 @@ class Watch(TrainerCallback):
             )
 
 
-class SolveWeights(TrainerCallback):
-    """`fixed`, `masks_first`: weights stay as they are until the mask is exact, then are solved.
+class ExactMask(TrainerCallback):
+    """Before the first step under the exact mask, all processes take the first one's, and weights.
 
-    They are solved before the first step under the exact mask, with ``fixed`` the first of all. A
-    run that is resumed at that step has the checkpoint's unmoved weights and solves them again.
+    With `fixed` and `masks_first` weights stay as they are until then, and are then solved; with
+    ``fixed`` that is the first step of all. A run that is resumed at that step has the checkpoint's
+    unmoved weights and solves them again.
 
     Args:
         trainer: whose weights and gates these are.
@@ -243,12 +244,17 @@ class SolveWeights(TrainerCallback):
             return
         phase = phase_at(state.global_step, trainer.config)
         gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
-        masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
-        solve(trainer.accelerator.unwrap_model(trainer.model), trainer.targets, masks, self.blocks)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.config.is_solved and sharding.rank() == 0:
+            masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
+            solve(model, trainer.targets, masks, self.blocks)
+        if not trainer.config.is_sharded:  # else each row lies in one process alone
+            sharding.take_first(sharding.state_of(model))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if state.global_step >= first_exact_step(trainer.config):
+        is_solved = trainer.config.is_solved
+        if not is_solved or state.global_step >= first_exact_step(trainer.config):
             return
         assert trainer.optimizer is not None
         for group in trainer.optimizer.param_groups:
@@ -275,14 +281,17 @@ class QuantizedStart(TrainerCallback):
             return
         phase = phase_at(state.global_step, config)
         gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
-        start_quantized(
-            trainer.accelerator.unwrap_model(trainer.model),
-            trainer.targets,
-            trainer.gate_map,
-            self.blocks,
-            config.quantize,
-            config.scale_group,
-        )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if sharding.rank() == 0:
+            start_quantized(
+                model,
+                trainer.targets,
+                trainer.gate_map,
+                self.blocks,
+                config.quantize,
+                config.scale_group,
+            )
+        sharding.take_first(sharding.state_of(model))
 
 
 class Resumed(TrainerCallback):

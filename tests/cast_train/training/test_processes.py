@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ def in_two_processes(config, out, model_dir, text_file, *more, program=("-m", "c
     command += ["--nproc-per-node", "2", *program, "run", "--model", str(model_dir)]
     command += ["--text", str(text_file), "--config", str(settings), "--out", str(out), *more]
     return subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FOUND": str(out.parent)},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -108,3 +112,39 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "dense"},
+        {"method": "fixed"},
+        {"method": "fixed", "quantize": "int8", "channel_order": "auto", "zeros": 0.4},
+        {"method": "gates", "masks_first": True, "quantize": "int4", "scale_group": 32},
+        {"method": "gates", "selector": "generator", "zeros": 0.4, "allocation": "gates"},
+        {"method": "gates", "is_sharded": True, "channel_order": "auto"},
+        {"method": "ste"},
+        {"method": "ste", "is_sharded": True},
+        {"method": "adams", "learning_rate": 0.01, "mask_every": 1},
+    ],
+    ids=lambda value: "-".join(map(str, value.values())),
+)
+def test_processes_on_unlike_cpus_train_one_model(
+    settings, llama_dir, text_file, settings_file, tmp_path
+):
+    """Whatever one process finds by its own rounding, and keeps, all must take from the first."""
+    config = TrainConfig.from_toml(settings_file, steps=8, precision="fp32", **settings)
+    program = [str(Path(__file__).with_name("unlike_cpus.py"))]
+    done = in_two_processes(config, tmp_path / "out", llama_dir, text_file, program=program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for when in ("start", "end"):
+        first, second = (torch.load(tmp_path / f"{when}-{rank}") for rank in (0, 1))
+        assert first.keys() == second.keys()
+        assert first
+        for name in first:
+            same = (
+                torch.equal(first[name], second[name])
+                if isinstance(first[name], torch.Tensor)
+                else first[name] == second[name]
+            )
+            assert same, f"{when}: {name}"
