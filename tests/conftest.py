@@ -6,6 +6,7 @@ its fixtures.
 """
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,34 @@ def no_settings_of_the_caller() -> Iterator[None]:
         for name in [name for name in os.environ if name.upper() in known]:  # either case counts
             patch.delenv(name)
         yield
+
+
+class Opened(list["subprocess.Popen[Any]"]):
+    """Processes that were started."""
+
+    def check_closed(self) -> None:
+        """Each has ended and was waited for, and its pipes are closed."""
+        for process in self:
+            assert process.returncode is not None, process.args
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                assert pipe is None or pipe.closed, process.args
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    """The processes that this test's code starts, in their order."""
+    found = Opened()
+
+    class Remembered(subprocess.Popen):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            found.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Remembered)
+    yield found
+    for process in found:  # where the test fails
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -258,8 +258,12 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
 
     def stop(*_: object) -> None:
         nonlocal is_stopped
-        is_stopped = True
-        if process is not None:  # else below: an exception inside Popen would leave its process
+        is_asked_again, is_stopped = is_stopped, True
+        if process is None:
+            return  # see below: an exception inside Popen would leave its process
+        if is_asked_again:
+            process.terminate()  # the run ends unsaved, and is waited for below
+        else:
             sys.exit(128 + signal.SIGTERM)
 
     handlers = {
@@ -274,8 +278,7 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
         if is_stopped:
             sys.exit(128 + signal.SIGTERM)
         assert process.stdout is not None
-        with process.stdout as stdout:
-            printed = stdout.read()
+        printed = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         if process is not None:
@@ -283,6 +286,8 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
             process.wait()
         raise
     finally:
+        if process is not None and process.stdout is not None:
+            process.stdout.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     process.returncode = os.waitstatus_to_exitcode(status)

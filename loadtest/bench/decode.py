@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -143,27 +144,25 @@ def _look(
     others = sorted(os.sched_getaffinity(0) - set(cores)) or sorted(cores)
     duration_s = max(1, int(0.8 * num_tokens * tpot_ms / 1e3))
     outs = {pid: folder / str(pid) for pid in pids}
-    watchers = [
-        subprocess.Popen(
-            [
-                *("taskset", "-c", ",".join(map(str, others)), str(PY_SPY), "record"),
-                *("--pid", str(pid), "--rate", str(RATE), "--duration", str(duration_s)),
-                *("--nonblocking", "--format", "raw", "--output", str(out)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for pid, out in outs.items()
-    ]
-    asyncio.run(_ask(server, num_tokens))
+    watchers = []
     found = {}
-    for (pid, out), watcher in zip(outs.items(), watchers, strict=True):
-        said, _ = watcher.communicate()
-        if watcher.returncode:
-            raise RuntimeError(f"py-spy record --pid {pid} failed; try as root: {said.strip()}")
-        lines = out.read_text(encoding="utf-8").splitlines()
-        found[pid] = {stack: int(n) for stack, _, n in (line.rpartition(" ") for line in lines)}
+    with ExitStack() as stack:
+        for pid, out in outs.items():
+            words = ["taskset", "-c", ",".join(map(str, others)), str(PY_SPY), "record"]
+            words += ["--pid", str(pid), "--rate", str(RATE), "--duration", str(duration_s)]
+            words += ["--nonblocking", "--format", "raw", "--output", str(out)]
+            watcher = stack.enter_context(
+                subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+            stack.callback(watcher.kill)  # nothing, once it has ended
+            watchers.append(watcher)
+        asyncio.run(_ask(server, num_tokens))
+        for (pid, out), watcher in zip(outs.items(), watchers, strict=True):
+            said, _ = watcher.communicate()
+            if watcher.returncode:
+                raise RuntimeError(f"py-spy record --pid {pid} failed; try as root: {said.strip()}")
+            lines = out.read_text(encoding="utf-8").splitlines()
+            found[pid] = {s: int(n) for s, _, n in (line.rpartition(" ") for line in lines)}
     return found
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -94,8 +94,9 @@ def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -
         finally:
             process.terminate()
             try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_TIMEOUT_S)
+            finally:  # after a Ctrl-C meanwhile too
                 process.kill()
                 process.wait()
 

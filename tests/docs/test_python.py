@@ -81,15 +81,17 @@ def test_serve(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(FAKE_WORKERS + gateway.filled(places).code)
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: process.poll() is not None or is_ready(url), 60)
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        found = httpx.get(f"{url}/v1/models").json()["data"]
-        assert {model["id"] for model in found} == {"dense", "sparse"}
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or is_ready(url), 60)
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            found = httpx.get(f"{url}/v1/models").json()["data"]
+            assert {model["id"] for model in found} == {"dense", "sparse"}
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # nothing, once it has ended
     assert process.returncode == 0, said
 
 

@@ -45,7 +45,11 @@ async def run(
     try:
         for done in range(number):
             gateway = await start(folder, done, ports)
-            wrong, status = await drain(gateway, asks, draw.choice((0.0, 0.05, 0.2, 0.4)))
+            try:
+                wrong, status = await drain(gateway, asks, draw.choice((0.0, 0.05, 0.2, 0.4)))
+            finally:
+                gateway.popen.kill()  # nothing, once it has ended
+                gateway.popen.wait()
             num_streams += NUM_STREAMS
             num_failed_exits += status != 0
             broken += [f"drain {done}: {what}" for what in wrong]
@@ -79,6 +83,8 @@ async def start(folder: Path, number: int, ports: list[int]) -> Gateway:
         popen = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
     gateway = Gateway(popen, port, place)
     if not await gateway.wait_until_ready(WAIT_S):
+        popen.kill()
+        popen.wait()
         raise RuntimeError(f"a gateway did not come up; {gateway.log} has the cause")
     return gateway
 

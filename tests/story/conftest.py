@@ -107,6 +107,7 @@ def serving(
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 raise
 
 

@@ -125,6 +125,7 @@ class Newcomer:
                 self.process.wait(90)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
                 raise
         self.process = None
 

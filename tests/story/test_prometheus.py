@@ -72,7 +72,11 @@ def prometheus(folder: Path, served: Served, more: dict[str, Any]) -> Iterator[Q
         yield query
     finally:
         process.terminate()
-        process.wait(20)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()  # nothing, once it has ended
+            process.wait()
     assert process.returncode == 0
     complaints = [
         line for line in log.read_text().splitlines() if "WARN" in line or "ERROR" in line

@@ -73,8 +73,9 @@ def _process(cores: Sequence[int], url: str, *command: str) -> Iterator["subproc
     finally:
         process.terminate()
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        finally:  # after a Ctrl-C meanwhile too
             process.kill()
             process.wait()
 

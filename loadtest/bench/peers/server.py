@@ -163,14 +163,15 @@ def serving(
         # Unless told otherwise its repeat_penalty is 1.1.
         extra = {"logit_bias": {str(token): -100 for token in ENDS}, "repeat_penalty": 1.0}
         shards = [model]
+    # Before the process is there, since a file may be missing.
+    weight_bytes = sum(path.stat().st_size for path in shards)
+    title = f"vLLM, {name}" if is_ours else title_of(name)
+    server = Server(name, title, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
     words = ["taskset", "-c", cpus, *command]
     files.show(words)
     with log.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
-    weight_bytes = sum(path.stat().st_size for path in shards)
-    title = f"vLLM, {name}" if is_ours else title_of(name)
-    server = Server(name, title, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
     try:
         while True:
             if process.poll() is not None:
@@ -183,4 +184,8 @@ def serving(
         yield server
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait()
+        finally:  # after a Ctrl-C meanwhile too
+            process.kill()
+            process.wait()

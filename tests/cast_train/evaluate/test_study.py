@@ -304,13 +304,60 @@ def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(handler, tmp_path
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path):
+@pytest.fixture
+def run_until_asked(tmp_path, monkeypatch):
+    """`cast-train` for `study._call`, which ends at the second SIGTERM."""
+    script = tmp_path / "run"
+    script.write_text(
+        f"#!{sys.executable} -S\n"
+        "import os, signal, time\n"
+        "signals = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: signals.append(1))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "while not signals: time.sleep(0.01)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "while len(signals) < 2: time.sleep(0.01)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+def test_a_study_that_is_stopped_twice_waits_for_its_run(run_until_asked, opened):
+    with pytest.raises(SystemExit):
+        study._call()
+    assert len(opened) == 1
+    opened.check_closed()
+
+
+def test_a_study_that_is_stopped_as_it_starts_a_run_closes_its_output(
+    tmp_path, monkeypatch, opened
+):
+    script = tmp_path / "run"
+    script.write_text("#!/bin/sh\nexec sleep 600\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    started = subprocess.Popen
+
+    def start_and_stop(*arguments, **more):
+        process = started(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGTERM)  # which is taken before `_call` has the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_stop)
+    with pytest.raises(SystemExit):
+        study._call()
+    assert len(opened) == 1
+    opened.check_closed()
+
+
+def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path, opened):
     run = tmp_path / "run"
     run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
     run.chmod(0o755)
     start = f"sys.executable = {str(run)!r}; study._call()"
     code = f"import sys; from cast_train.evaluate import study; {start}"
     parent = subprocess.Popen([sys.executable, "-c", code])
+    assert opened == [parent]  # which is ended, should this fail
     file = tmp_path / "run.pid"
     deadline = time.monotonic() + 60
     while not (file.exists() and file.read_text().strip()):

@@ -1,4 +1,11 @@
+from pathlib import Path
+
+import pytest
+
 from loadtest.bench import decode
+from loadtest.bench.peers.names import PeerError
+from loadtest.bench.peers.server import Server
+from tests.conftest import Opened
 
 LOOP = "run_engine_core (core.py:1);EngineCoreProc.run_busy_loop (core.py:2)"
 FORWARD = f"{LOOP};GPUModelRunner._model_forward (runner.py:3)"
@@ -24,3 +31,17 @@ def test_stacks_are_told_apart() -> None:
         "main (__main__.py:1);run (asyncio.py:2)": decode.SERVER,
     }
     assert {stack: decode.part_of(stack) for stack in stacks} == stacks
+
+
+def test_a_look_that_fails_leaves_no_watcher_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened
+) -> None:
+    watcher = tmp_path / "py-spy"
+    watcher.write_text("#!/bin/sh\nexec sleep 600\n")
+    watcher.chmod(0o755)
+    monkeypatch.setattr(decode, "PY_SPY", watcher)
+    server = Server("dense", "dense", "http://127.0.0.1:9", 1, True, {})
+    with pytest.raises(PeerError):
+        decode._look(server, [1, 2], [0], 8, 1.0, tmp_path)
+    assert len(opened) == 2
+    opened.check_closed()

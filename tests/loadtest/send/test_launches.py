@@ -1,6 +1,7 @@
 """Launches of servers, with a mock in place of `cast-serve up`."""
 
 import json
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from loadtest.send.paired import Plan
 from loadtest.send.schedule import Schedule
 from loadtest.send.sweep import Load
 from loadtest.send.workload import Workload
+from tests.conftest import Opened
 from tests.loadtest.recordings import recorded, request, two_pairs
 
 FAKE = f"""#!{sys.executable}
@@ -133,3 +135,18 @@ def test_wrong_variants_are_refused(model: Path, given: list[str], message: str)
     texts = [text.replace("MODEL", str(model)) for text in given]
     with pytest.raises(ValueError, match=message):
         parse_variants(texts, ("dense", "sparse"))
+
+
+def test_ctrl_c_while_the_servers_end_leaves_none_behind(
+    asked: Path, model: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened
+) -> None:
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: "subprocess.Popen[bytes]", timeout: float | None = None) -> int:
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), served({"dense": model}, 0, []):
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    assert len(opened) == 1
+    opened.check_closed()
