@@ -44,6 +44,7 @@ from cast_serve.worker_key import is_loopback, read_key
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # of a connection without a request
+LAST_WORDS_S = 1.0  # for clients to read why they were cut off
 
 
 class Gateway:
@@ -245,7 +246,7 @@ def create_app(
 
 
 async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
-    """Runs the gateway until SIGTERM or Ctrl-C, then lets running requests finish.
+    """Runs the gateway until SIGTERM, SIGHUP or Ctrl-C, then lets running requests finish.
 
     What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
 
@@ -261,10 +262,22 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     def close() -> None:
         server.should_exit = True
 
+    def cut_off() -> None:
+        """Ends each request with an error; uvicorn's force_exit would not wait even for that."""
+        for task in list(server.server_state.tasks):
+            task.cancel()
+        loop.call_later(LAST_WORDS_S, abort)
+
+    def abort() -> None:
+        for connection in list(server.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
     def stop(*_: object) -> None:
         gateway = app.state.gateway
         if gateway.is_draining:  # the second signal does not wait for requests
-            server.force_exit = server.should_exit = True
+            close()
+            cut_off()
             return
         gateway.is_draining = True
         logger.info("gateway: stopping once the running requests are answered")
@@ -298,7 +311,10 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
         )
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signals.append(signal.SIGHUP)
+    for number in signals:
         loop.add_signal_handler(number, stop)
     gc.collect()
     gc.freeze()  # what is here stays; a collection that went through it would hold up every stream
@@ -311,7 +327,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
         ) from None
     finally:
         gc.unfreeze()
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvloop leaves its own where it has closed
+        for number in signals:  # uvloop leaves its own where it has closed
             loop.remove_signal_handler(number)
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)

@@ -1,9 +1,9 @@
 """A replica and an exchange -> the replica's answer, whole or as a stream of events.
 
-Nothing here chooses whom to ask. A replica that is lost before a byte of its answer was passed on
-raises `BrokenError`, so that another may be asked; after that, the stream ends with an error event.
-To count tokens every stream is asked for usage, and that chunk is taken out again where the client
-did not ask.
+Nothing here chooses whom to ask. A replica that fails before a byte of its answer was passed on
+raises a `BrokenError` that says whether another may be asked; after that, the stream ends with an
+error event. To count tokens every stream is asked for usage, and that chunk is taken out again
+where the client did not ask.
 """
 
 import asyncio
@@ -23,8 +23,15 @@ from cast_serve.gateway.api import answers
 from cast_serve.gateway.api.errors import CUT_OFF, APIError, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
-from cast_serve.gateway.middleware.request_log import CLIENT_LEFT
-from cast_serve.gateway.upstream.client import LOST, Client, fail_if_lost
+from cast_serve.gateway.middleware.heads import ABORT
+from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, OWN_ERROR
+from cast_serve.gateway.upstream.client import (
+    Client,
+    StaleError,
+    UnsentError,
+    fail_if_lost,
+    read_piece,
+)
 from cast_serve.gateway.upstream.replica import (
     LOCKED,
     Replica,
@@ -37,12 +44,26 @@ logger = logging.getLogger(__name__)
 
 # From [DONE] to the end of the body, after which its connection can serve another request.
 END_S = 0.1
+# From a request's deadline to the end of a client that does not read; the time-out itself, as an
+# event, is sent before.
+WRITE_S = 0.5
 Chunk = tuple[bytes, dict[str, Any]]
 """An event's data, as it came and parsed."""
 
 
 class BrokenError(Exception):
-    """A replica was lost before a byte of its answer was passed on: another may be asked."""
+    """A replica failed before a byte of its answer was passed on, and said so itself.
+
+    It answered 5xx, gave the request up, or sent what is not an answer, so it is still there.
+    """
+
+
+class UnreachedError(BrokenError):
+    """The replica has seen nothing of the request."""
+
+
+class LostError(BrokenError):
+    """The connection was lost after the request was sent, maybe since the replica died of it."""
 
 
 class Forwarder:
@@ -50,12 +71,23 @@ class Forwarder:
 
     Args:
         on_lost: called with a replica that was just marked down.
+        on_resend: called with a replica that gets a request again, since its kept connection had
+            been closed.
+        max_answer_bytes: of an answer that is not streamed.
         worker_key: sent with every request; empty: none.
     """
 
-    def __init__(self, on_lost: Callable[[Replica], None], worker_key: str = "") -> None:
+    def __init__(
+        self,
+        on_lost: Callable[[Replica], None],
+        on_resend: Callable[[Replica], None],
+        max_answer_bytes: int,
+        worker_key: str = "",
+    ) -> None:
         self._client = Client(worker_key)
         self._on_lost = on_lost
+        self._on_resend = on_resend
+        self._max_answer_bytes = max_answer_bytes
 
     async def close(self) -> None:
         await self._client.close()
@@ -72,7 +104,7 @@ class Forwarder:
 
         Raises:
             BrokenError: if the replica was lost, or failed, before a byte was passed on.
-            APIError: its refusal (4xx), or 504.
+            APIError: its refusal (4xx), 502 or 504.
         """
         upstream = await self._send(replica, exchange, stack)
         media_type = upstream.headers.get("content-type", "application/json")
@@ -82,10 +114,10 @@ class Forwarder:
             first = await anext(events)
             return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
         content = await self._read(upstream, replica)
-        if upstream.status >= 500:
-            _check_status(replica, upstream.status, content)
-        if upstream.status >= 400:
+        if 400 <= upstream.status < 500:
             answers.check_shape(upstream.status, content)
+        else:
+            _check_status(replica, upstream.status, content)
         if upstream.status == 200 and exchange.route in GENERATING:
             self._finish_whole(replica, exchange, content)
         exchange.end(upstream.status)
@@ -128,31 +160,59 @@ class Forwarder:
         content = _dumped(exchange.body_for(replica.variant))
         stack.enter_context(_counted_as_outstanding(replica))
         exchange.sent_s = time.perf_counter()
-        try:
-            upstream = await self._client.post(
-                f"{replica.url}{exchange.route}", content, headers, exchange.deadline_s
-            )
-        except LOST as error:  # a TimeoutError among them is that of connecting
-            raise self._broken(replica, error) from None
-        except TimeoutError:
-            raise timed_out(replica.variant) from None
+        upstream = await self._post(replica, exchange, content, headers)
         stack.callback(upstream.close)  # nothing, if it was read to its end
         stack.callback(fail_if_lost(upstream))
         if upstream.status == 401:  # of the gateway's key: no fault of the client's
             note_refusal(replica, LOCKED)
             self._on_lost(replica)
+            raise UnreachedError
+        encoding = upstream.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            logger.warning("%s: sent an answer encoded as %.50r, not as asked", replica, encoding)
             raise BrokenError
         return upstream
 
-    async def _read(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
+    async def _post(
+        self, replica: Replica, exchange: Exchange, content: bytes, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
+        """Sends it; once more where it met a connection that the replica had just closed."""
+        url = f"{replica.url}{exchange.route}"
         try:
-            content = await upstream.read()
-        except LOST as error:
-            raise self._broken(replica, error) from None
+            try:
+                return await self._client.post(url, content, headers, exchange.deadline_s)
+            except StaleError:
+                self._on_resend(replica)
+            try:
+                return await self._client.post(url, content, headers, exchange.deadline_s)
+            except (StaleError, UnsentError) as error:  # the first one may have been read
+                raise self._lost(replica, error) from None
+        except UnsentError as error:
+            logger.warning("%s: %s", replica, error)
+            if error.is_refused:
+                note_failure(replica)
+                self._on_lost(replica)
+            else:
+                note_doubt(replica)
+            raise UnreachedError from None
+        except aiohttp.ClientError as error:
+            raise self._lost(replica, error) from None
+        except TimeoutError:
+            raise timed_out(replica.variant) from None
+
+    async def _read(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
+        content = bytearray()
+        try:
+            while piece := await read_piece(upstream):
+                content += piece
+                if len(content) > self._max_answer_bytes:
+                    raise _too_large(replica.variant, self._max_answer_bytes)
+        except aiohttp.ClientError as error:
+            raise self._lost(replica, error) from None
         except TimeoutError:
             raise timed_out(replica.variant) from None
         replica.num_received += 1
-        return content
+        return bytes(content)
 
     async def _events(
         self, upstream: aiohttp.ClientResponse, replica: Replica, exchange: Exchange
@@ -171,9 +231,10 @@ class Forwarder:
                         yield events
             exchange.end(200)
             yield sse.event(sse.DONE)
-            with suppress(*LOST, TimeoutError):
+            with suppress(aiohttp.ClientError, TimeoutError):
                 async with asyncio.timeout(END_S):
-                    await upstream.read()
+                    while await read_piece(upstream):
+                        pass
             return
         except (BrokenError, APIError) as error:
             if not has_begun:
@@ -191,22 +252,23 @@ class Forwarder:
             BrokenError, APIError: as `forward` does, once all chunks before it were yielded.
         """
         answer = _StreamedAnswer(replica, exchange)
-        try:
-            while piece := await upstream.content.readany():
-                if chunks := answer.feed(piece):
-                    yield chunks
-                if answer.failure is not None:
-                    raise answer.failure
-                if answer.is_done:
-                    answer.finish()
-                    return
-        except LOST as error:
-            raise self._broken(replica, error) from None
-        except TimeoutError:
-            raise timed_out(replica.variant) from None
-        except ValueError as error:
-            logger.warning("%s: sent an invalid event: %s", replica.variant, error)
-        raise BrokenError  # also if it ended without [DONE]
+        while True:
+            try:
+                piece = await read_piece(upstream)
+            except aiohttp.ClientError as error:
+                raise self._lost(replica, error) from None
+            except TimeoutError:
+                raise timed_out(replica.variant) from None
+            if not piece:
+                logger.warning("%s: ended a stream without [DONE]", replica)
+                raise BrokenError
+            if chunks := answer.feed(piece):
+                yield chunks
+            if answer.failure is not None:
+                raise answer.failure
+            if answer.is_done:
+                answer.finish()
+                return
 
     def _finish_whole(self, replica: Replica, exchange: Exchange, content: bytes) -> dict[str, Any]:
         """The answer, parsed; the exchange is finished."""
@@ -221,11 +283,11 @@ class Forwarder:
         exchange.finish(replica.variant, answer["usage"], answers.text_of(answer))
         return answer
 
-    def _broken(self, replica: Replica, error: Exception) -> BrokenError:
-        logger.warning("%s: %s: %s", replica, type(error).__name__, error)
-        note_failure(replica)
-        self._on_lost(replica)
-        return BrokenError()
+    def _lost(self, replica: Replica, error: Exception) -> LostError:
+        """A lost connection is reason to look at the replica, and no more: others may be well."""
+        logger.warning("%s: lost: %s: %s", replica, type(error).__name__, error)
+        note_doubt(replica)
+        return LostError()
 
 
 class _StreamedAnswer:
@@ -243,7 +305,12 @@ class _StreamedAnswer:
     def feed(self, piece: bytes) -> list[Chunk]:
         """The chunks that are whole now, up to [DONE] or a failure."""
         chunks: list[Chunk] = []
-        for data in self._reader.feed(piece):
+        try:
+            events = self._reader.feed(piece)
+        except ValueError as error:
+            self._fail(error)
+            return chunks
+        for data in events:
             self._replica.num_received += 1
             if data == sse.DONE:
                 self.is_done = True
@@ -253,8 +320,11 @@ class _StreamedAnswer:
                 if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
                     _check_status(self._replica, answers.status_of(chunk), data)
                 _check_not_aborted(self._replica, chunk)
-            except (BrokenError, APIError, ValueError) as error:
+            except (BrokenError, APIError) as error:
                 self.failure = error
+                break
+            except ValueError as error:
+                self._fail(error)
                 break
             self._exchange.stopwatch.observe(chunk)
             self._usage = chunk.get("usage") or self._usage
@@ -262,6 +332,10 @@ class _StreamedAnswer:
                 self._texts.append(answers.text_of(chunk))
             chunks.append((data, chunk))
         return chunks
+
+    def _fail(self, error: ValueError) -> None:
+        logger.warning("%s: sent an invalid event: %s", self._replica, error)
+        self.failure = BrokenError()
 
     def finish(self) -> None:
         self._exchange.finish(self._replica.variant, self._usage, "".join(self._texts))
@@ -283,7 +357,7 @@ def _dumped(found: dict[str, Any]) -> bytes:
 
 
 def _check_status(replica: Replica, status: int, content: bytes) -> None:
-    """Raises a worker's refusal as it is, and its own failure without its inside."""
+    """Raises a worker's refusal as it is; whatever else is not 200, without its inside."""
     if 400 <= status < 500:
         message = answers.message_of(content)
         raise APIError(400 if status == 422 else status, message, "invalid_request_error")
@@ -310,7 +384,11 @@ def _counted_as_outstanding(replica: Replica) -> Iterator[None]:
 
 
 class _ProxiedStream(StreamingResponse):
-    """Closes the upstream however the response ends; for a client that left, vLLM then aborts."""
+    """Closes the upstream however the response ends; for a client that left, vLLM then aborts.
+
+    The deadline is for the client too: one that does not take what has come by then is cut off, or
+    it would keep its place.
+    """
 
     def __init__(
         self,
@@ -334,15 +412,30 @@ class _ProxiedStream(StreamingResponse):
             has_begun = True
             await send(message)
 
-        try:
-            await super().__call__(scope, receive, send_and_note)
-        except asyncio.CancelledError:
-            self._exchange.end(CUT_OFF.status)
+        async def send_last(error: APIError) -> None:
             if has_begun:
-                event = sse.event(json.dumps(CUT_OFF.body).encode())
+                event = sse.event(json.dumps(error.body).encode())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(END_S):
                         await send({"type": "http.response.body", "body": event})
+
+        try:
+            async with asyncio.timeout_at(self._exchange.deadline_s + WRITE_S):
+                await super().__call__(scope, receive, send_and_note)
+        except TimeoutError:
+            self._exchange.end(timed_out(self._exchange.variant).status)
+            logger.warning(
+                "%s: a client did not take its answer in time", self._exchange.facts["request_id"]
+            )
+            if abort := scope["state"].get(ABORT):
+                abort()
+        except asyncio.CancelledError:
+            self._exchange.end(CUT_OFF.status)
+            await send_last(CUT_OFF)
+            raise
+        except Exception:
+            self._exchange.end(OWN_ERROR.status)
+            await send_last(OWN_ERROR)
             raise
         finally:
             self._exchange.end(CLIENT_LEFT)  # unless it has ended otherwise
@@ -353,6 +446,17 @@ async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byt
     yield first
     async for event in rest:
         yield event
+
+
+def _too_large(variant: str, max_bytes: int) -> APIError:
+    """502. Nobody else is asked, since every other answer would be as large."""
+    return APIError(
+        502,
+        f"the answer of variant {variant!r} is larger than {max_bytes} bytes; ask for fewer "
+        "tokens, choices or log probabilities, stream it, or raise CAST_MAX_ANSWER_BYTES",
+        "server_error",
+        "answer_too_large",
+    )
 
 
 def timed_out(variant: str) -> APIError:

@@ -1,28 +1,23 @@
-"""Finished requests and the workers' own /metrics -> one Prometheus exposition.
+"""Finished requests -> the gateway's own metrics, cast_*, and the workers' behind them.
 
-Ours are named cast_*; the workers' keep their names and get the labels ``variant`` and ``replica``
-(its place in the variant's list, from 0), so that one scrape of the gateway sees everything.
+The workers' keep their names and get the labels ``variant`` and ``replica`` (its place in the
+variant's list, from 0), so that one scrape of the gateway sees everything (upstream/exposition.py).
 """
 
 import itertools
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from cast_serve.gateway.admission import Admission
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.exchange import GENERATING
+from cast_serve.gateway.retries import REASONS
 from cast_serve.latency import BUCKETS_S, RequestTiming
 
-logger = logging.getLogger(__name__)
-
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Each worker has these of its own; vllm's and cast's matter.
-HIDDEN_PREFIXES = ("python_", "process_", "http_")
 
 
 class Metrics:
@@ -83,6 +78,12 @@ class Metrics:
         self.shed = Counter(
             "cast_requests_shed_total", "Requests turned away", ["reason"], registry=registry
         )
+        self.retries = Counter(
+            "cast_retries_total",
+            "Requests sent to a variant again, by how the try before ended",
+            ["variant", "reason"],
+            registry=registry,
+        )
         self.fallbacks = Counter(
             "cast_fallbacks_total",
             "Requests answered by another variant",
@@ -97,6 +98,8 @@ class Metrics:
         for name in admissions:
             self.variant_up.labels(name).set(0)
             self.restarts.labels(name)
+            for reason in REASONS:
+                self.retries.labels(name, reason)
             for outcome in ("done", "failed"):
                 self.rolls.labels(name, outcome)
             for route, code in itertools.product(GENERATING, (200, 429, 500, 503, 504)):
@@ -124,27 +127,9 @@ class Metrics:
         self.prompt_tokens.labels(variant).inc(prompt_tokens)
         self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
 
-    def expose(self, workers: Sequence[tuple[str, str, str]]) -> bytes:
-        """The exposition of our metrics and the workers'.
-
-        Args:
-            workers: variant, replica and exposition text of each worker that answers. One whose
-                text cannot be parsed is left out.
-        """
-        parsed = []
-        for variant, replica, text in workers:
-            try:
-                parsed.append((variant, replica, list(text_string_to_metric_families(text))))
-            except Exception as error:  # the parser raises whatever foreign text makes it raise
-                logger.warning(
-                    "%s, replica %s: left out, since its /metrics cannot be parsed: %.200s",
-                    variant,
-                    replica,
-                    error,
-                )
-        merged = CollectorRegistry()
-        merged.register(_Relabelled(parsed))
-        return generate_latest(self.registry) + generate_latest(merged)
+    def expose(self, workers: bytes) -> bytes:
+        """The exposition of our metrics and, as `exposition.merged` has it, the workers'."""
+        return generate_latest(self.registry) + workers
 
 
 class _Speedups(Collector):
@@ -199,22 +184,3 @@ class _Shadows(Collector):
                 "KL(baseline || candidate) per token, teacher-forced, a lower bound",
                 value=found["kl_nats"]["mean"],
             )
-
-
-class _Relabelled(Collector):
-    def __init__(self, workers: Sequence[tuple[str, str, Sequence[Metric]]]) -> None:
-        self._workers = workers
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for variant, replica, found in self._workers:
-            for family in found:
-                if family.name.startswith(HIDDEN_PREFIXES):
-                    continue
-                merged = families.setdefault(
-                    family.name, Metric(family.name, family.documentation, family.type)
-                )
-                for sample in family.samples:
-                    labels = {**sample.labels, "variant": variant, "replica": replica}
-                    merged.add_sample(sample.name, labels, sample.value)
-        yield from families.values()

@@ -2,7 +2,7 @@
 
     bodies -> router -> limits -> admission -> forward -> account
                                       ^           |
-                                      +-----------+  another replica, then the fallback
+                                      +-----------+  another replica or the fallback (retries.py)
 
 An answer is passed on as it is (forward.py), but for ``X-Cast-Variant``, ``X-Cast-Fallback`` where
 another variant answered, and ``X-Cast-Ignored-Fields``. Whatever goes wrong, the client gets an
@@ -11,6 +11,7 @@ OpenAI error object; in a stream that has begun, as its last event.
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -35,22 +36,32 @@ from cast_serve.gateway.exchange import (
     deadline_s,
     unless_the_client_leaves,
 )
-from cast_serve.gateway.forward import BrokenError, Forwarder
+from cast_serve.gateway.forward import BrokenError, Forwarder, LostError, UnreachedError
 from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
+from cast_serve.gateway.retries import FAILED, STALE, UNREACHED, RetryBudget
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.client import bearer
+from cast_serve.gateway.upstream.exposition import (
+    ExpositionError,
+    Family,
+    merged,
+    read_families,
+)
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.transport import WorkerTransport
 from cast_serve.latency import RequestTiming
 
+logger = logging.getLogger(__name__)
+
+METRICS_S = 5.0  # for a worker's metrics to come whole
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
 COMPARE = "/v1/compare"
 STICKY_HEADER = "x-cast-sticky"
 
 
-class DownError(BrokenError):
+class DownError(UnreachedError):
     """The variant went down while the request waited for a place."""
 
 
@@ -87,7 +98,13 @@ class Proxy:
         self.metrics = Metrics(
             self.comparison, self.shadow.outcomes, self.admissions, self.router.fallbacks
         )
-        self.forwarder = Forwarder(lambda replica: self.note_state(replica.variant), worker_key)
+        self.retry_budget = RetryBudget()
+        self.forwarder = Forwarder(
+            lambda replica: self.note_state(replica.variant),
+            lambda replica: self.metrics.retries.labels(replica.variant, STALE).inc(),
+            settings.max_answer_bytes,
+            worker_key,
+        )
         self.client = httpx.AsyncClient(
             headers=bearer(worker_key),
             transport=WorkerTransport(
@@ -182,17 +199,27 @@ class Proxy:
         limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
 
     async def _answer_by(self, candidates: Sequence[Variant], exchange: Exchange) -> Response:
-        """Asks each candidate's replicas, each once, until one answers."""
+        """Asks the candidates' replicas, each at most once, as long as retries.py has it."""
+        self.retry_budget.note_request()
         reason = "down"
+        failure: str | None = None  # of the try before, as `cast_retries_total` has it
+        has_begun = False  # at a replica that failed
         for candidate in candidates:
             tried: set[Replica] = set()
             while candidate.pick(tried) is not None:
                 try:
-                    response = await self._ask(candidate, tried, exchange)
-                except DownError:  # which no worker has seen
+                    response = await self._ask(candidate, tried, exchange, failure)
+                except DownError:  # while it queued
                     continue
+                except UnreachedError:
+                    reason, failure = "broken", UNREACHED
+                    continue
+                except LostError:
+                    raise self._unavailable(exchange.variant) from None
                 except BrokenError:
-                    reason = "broken"
+                    if has_begun or not self.retry_budget.take():
+                        raise self._unavailable(exchange.variant) from None
+                    reason, failure, has_begun = "broken", FAILED, True
                     continue
                 response.headers["X-Cast-Variant"] = candidate.name
                 if candidate is not candidates[0]:
@@ -202,16 +229,19 @@ class Proxy:
                 return response
         raise self._unavailable(exchange.variant)
 
-    async def _ask(self, variant: Variant, tried: set[Replica], exchange: Exchange) -> Response:
+    async def _ask(
+        self, variant: Variant, tried: set[Replica], exchange: Exchange, failure: str | None
+    ) -> Response:
         """One try at one replica, from its place in the queue to the answer or its first event.
 
         Args:
             variant: who is asked.
             tried: its replicas that were asked before; the one asked now is added.
             exchange: the request.
+            failure: how the try before ended (retries.py); None: this is the first.
 
         Raises:
-            BrokenError: if the replica was lost before a byte was passed on.
+            BrokenError: if the replica failed before a byte was passed on.
         """
         async with AsyncExitStack() as stack:
             place = self._place(variant, exchange.deadline_s, is_again=bool(tried))
@@ -222,6 +252,8 @@ class Proxy:
             tried.add(replica)
             in_flight = self.metrics.in_flight.labels(variant.name)
             stack.enter_context(in_flight.track_inprogress())
+            if failure is not None:
+                self.metrics.retries.labels(variant.name, failure).inc()
             return await self.forwarder.forward(replica, exchange, stack)
 
     @asynccontextmanager
@@ -367,22 +399,19 @@ class Proxy:
     async def exposition(self) -> bytes:
         """Prometheus text of the gateway and of every worker that answers."""
         replicas = [  # with its place, which another may have by the time that it answers
-            (place, replica)
+            (replica, {"replica": str(place), "variant": variant.name})
             for variant in self.variants.values()
             for place, replica in enumerate(variant.replicas)
             if replica.is_up
         ]
-        found = await asyncio.gather(*(self._metrics_of(replica) for _, replica in replicas))
-        texts = [
-            (replica.variant, str(place), text)
-            for (place, replica), text in zip(replicas, found, strict=True)
-            if text is not None
-        ]
-        return self.metrics.expose(texts)
+        found = await asyncio.gather(*(self._metrics_of(*each) for each in replicas))
+        return self.metrics.expose(merged(found))
 
-    async def _metrics_of(self, replica: Replica) -> str | None:
-        with suppress(httpx.HTTPError):
-            response = await self.client.get(f"{replica.url}/metrics", timeout=5)
-            if response.status_code == 200:
-                return response.text
-        return None
+    async def _metrics_of(self, replica: Replica, labels: dict[str, str]) -> dict[bytes, Family]:
+        try:
+            return await read_families(self.client, replica.url, labels, METRICS_S)
+        except httpx.HTTPError as error:  # it may just have gone down
+            logger.info("%s: its metrics are left out: %.200s", replica, error)
+        except ExpositionError as error:
+            logger.warning("%s: its metrics are left out: %s", replica, error)
+        return {}

@@ -54,6 +54,9 @@ class GatewaySettings(BaseSettings):
         description="in the bodies of all requests that wait or run; then 429. They take up to "
         "five times as much memory",
     )
+    max_answer_bytes: int = Field(
+        default=64 << 20, gt=0, description="of an answer that is not streamed; larger ones get 502"
+    )
     max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
     max_connections: int = Field(
         default=2048, gt=0, description="open at once, also idle ones; then 503"
@@ -70,6 +73,11 @@ class GatewaySettings(BaseSettings):
         default=32_768,
         gt=0,
         description="in the schema, regex, choice or grammar of one request at most",
+    )
+    media_parts: bool = Field(
+        default=False,
+        description="images, audio and video in chats are passed on; their addresses are opened by "
+        "the workers, which `--allowed-media-domains` of vLLM bounds",
     )
     strict_fields: bool = Field(
         default=False, description="400 for OpenAI's fields that have no effect here"

@@ -4,6 +4,7 @@
 model set (choices, prompts, context, vocabulary), and fields against each other.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,9 +17,21 @@ from cast_serve.gateway.api.schemas import (
     CompletionBody,
     DetokenizeBody,
     Generating,
+    Message,
+    TokenizeBody,
     shortened,
+    unknown_field,
 )
 from cast_serve.gateway.settings import GatewaySettings
+
+# The fields of each type of part, as OpenAI and vLLM have them. An assistant's refusal is text.
+TEXT_PARTS = {"text": ("text",), "refusal": ("refusal",)}
+MEDIA_PARTS = {
+    "image_url": ("image_url", "uuid"),
+    "input_audio": ("input_audio", "uuid"),
+    "audio_url": ("audio_url", "uuid"),
+    "video_url": ("video_url", "uuid"),
+}
 
 
 def check(
@@ -31,7 +44,7 @@ def check(
 
     Args:
         body: of `parse`.
-        settings: `max_choices` and `max_constraint_characters`.
+        settings: `max_choices`, `max_constraint_characters` and `media_parts`.
         max_model_len: the variant's context in tokens; None: not known, vLLM checks it.
         vocabulary_size: the variant's number of token ids; None: not known.
 
@@ -42,6 +55,8 @@ def check(
         _check_ids("tokens", body.tokens, vocabulary_size)
     if isinstance(body, CompareBody):
         _check_asked(body.max_tokens, max_model_len)
+    if isinstance(body, ChatBody | TokenizeBody):
+        _check_parts(body.messages or (), settings.media_parts)
     if not isinstance(body, Generating):
         return
     if body.n is not None and body.n > settings.max_choices:
@@ -69,6 +84,31 @@ def check(
                 "max_tokens",
             )
         _check_prompts(body, asked, max_model_len, vocabulary_size)
+
+
+def _check_parts(messages: Sequence[Message], has_media: bool) -> None:
+    """Each part of a message is text, or media where that is admitted.
+
+    Workers open the addresses of media, with whatever reaches them from there. Embeddings would
+    bypass what the model makes of its input.
+    """
+    types = {**TEXT_PARTS, **(MEDIA_PARTS if has_media else {})}
+    for number, message in enumerate(messages):
+        for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            where = f"messages.{number}.content.{place}"
+            kind = part.get("type")
+            if not isinstance(kind, str) or kind not in types:
+                remedy = "" if has_media else "; media need the setting CAST_MEDIA_PARTS"
+                raise bad_request(
+                    f"{where}.type is {shortened(kind)}, but must be one of "
+                    f"{', '.join(types)}{remedy}",
+                    "messages",
+                    "unsupported_content",
+                )
+            if kind in TEXT_PARTS and not isinstance(part.get(kind), str):
+                raise bad_request(f"{where}.{kind} must be text", "messages")
+            if unknown := sorted(part.keys() - {"type", *types[kind]}):
+                raise unknown_field(f"{where}.{unknown[0]}"[:200])
 
 
 def _check_asked(max_tokens: int, max_model_len: int | None) -> None:

@@ -35,6 +35,7 @@ FAILURES = {
     "431": "the head is too large",
     "429": "too many requests wait, or bytes in their bodies; try again after Retry-After seconds",
     "500": "the gateway failed; its log has the cause",
+    "502": "the answer is larger than the gateway takes",
     "503": "the variant does not answer; try again after Retry-After seconds",
     "504": "the deadline has passed",
 }

@@ -196,7 +196,7 @@ class CompletionBody(Generating):
 
 
 class Message(BaseModel):
-    """A chat message; content is text, or OpenAI's list of text parts."""
+    """A chat message; content is text, or OpenAI's list of parts, which limits.py checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 

@@ -1,17 +1,20 @@
-"""Heads of requests, bounded in time and in bytes; and clients that stop reading their answers.
+"""Heads of requests, bounded in time and in bytes; clients that stop reading, and HTTP/1.0.
 
 uvicorn limits the time between requests, but waits without limit for the rest of a head. Since the
 number of connections is limited, a few thousand unfinished heads would keep all other clients out.
 And with httptools, whose responses cost less CPU time than h11's, it does not limit the bytes. Nor
 does it limit how long an answer waits for a client that takes no more of it, in a place of a queue.
+An answer without a length it sends in chunks, which HTTP/1.0 does not have: there the end of the
+connection is the end of the answer (RFC 9112, 6.3).
 """
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import LIVENESS
@@ -19,6 +22,7 @@ from cast_serve.gateway.api.paths import LIVENESS
 STALL_S = 60.0  # nginx's send_timeout: a client that takes no byte for so long has left
 LINGER_S = 1.0  # how long, and for how many bytes, a refused client may go on sending
 LINGER_BYTES = 1 << 20
+ABORT = "cast_abort"  # in a request's state: closes its connection, whatever waits to be sent
 
 
 class HeadLimit:
@@ -114,10 +118,15 @@ class BoundedHead(HttpToolsProtocol):
         limit = self.limit_concurrency
         if self.url.partition(b"?")[0] == LIVENESS.encode():
             self.limit_concurrency = None  # or a gateway that has much to do would be restarted
+        previous = self.cycle
         try:
             super().on_headers_complete()
         finally:
             self.limit_concurrency = limit
+        if self.cycle is not previous:
+            self.cycle.scope["state"][ABORT] = self.transport.abort
+            if self.parser.get_http_version() == "1.0":
+                _send_until_close(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._has_progressed = True
@@ -176,3 +185,22 @@ class BoundedHead(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _send_until_close(cycle: RequestResponseCycle) -> None:
+    """Has an answer whose length is not known end with its connection, not with a last chunk."""
+    send = cycle.send
+    has_length = False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            if not (has_length := b"content-length" in names):
+                cycle.chunked_encoding = False
+                cycle.expected_content_length = sys.maxsize  # uvicorn checks it
+        elif not has_length and not message.get("more_body", False):
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]

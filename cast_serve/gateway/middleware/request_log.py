@@ -57,10 +57,11 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except asyncio.CancelledError:  # by uvicorn, once the grace of a shutdown is over
+        except asyncio.CancelledError:
+            # By uvicorn, once the grace of a shutdown is over. It would log a traceback of each
+            # request, and this is the outermost call of its task, so it ends here.
             if status == CLIENT_LEFT:  # no answer has begun
                 await send_error(send_with_id, CUT_OFF, (b"connection", b"close"))
-            raise
         except Exception:
             if status == CLIENT_LEFT:  # no answer has begun
                 await send_error(send_with_id, OWN_ERROR, (b"connection", b"close"))

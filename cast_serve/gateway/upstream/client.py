@@ -2,12 +2,20 @@
 
 This is the way of every token, on which httpx takes more CPU time than all the rest, and its pool
 looks at every connection for each request. Probes and /metrics are asked for with httpx.
+
+What went wrong says how far the request came:
+
+    UnsentError            no connection was made: the worker has seen nothing
+    StaleError             a kept connection closed as the request was written to it
+    aiohttp.ClientError    the connection was lost later: the worker may have begun
 """
 
 import asyncio
 import io
+import time
 from collections.abc import Callable, Mapping
 from math import inf
+from types import SimpleNamespace
 
 import aiohttp
 
@@ -20,8 +28,28 @@ RENEW_S = 5.0
 CLOSE_AFTER_S = 60.0  # after the last deadline: what has come in time is still passed on
 CONNECT_S = 5.0
 LARGE_BYTES = 1 << 16  # a longer body is sent in pieces, so that others are served in between
-# RuntimeError: who begins to read when the connection is lost already, and the answer not whole.
-LOST = (aiohttp.ClientError, RuntimeError)
+# A kept connection that closes within this time of being used again had been given up by the
+# worker before. Later, the worker may be at work on the request.
+STALE_S = 0.1
+
+
+class UnsentError(Exception):
+    """No connection was made, so the worker has seen nothing of the request.
+
+    Args:
+        cause: aiohttp's error.
+
+    Attributes:
+        is_refused: whether the worker, or its host, said so; False for a time-out.
+    """
+
+    def __init__(self, cause: aiohttp.ClientError) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.is_refused = not isinstance(cause, TimeoutError)
+
+
+class StaleError(Exception):
+    """A kept connection was closed as the request was written to it; a new one may work."""
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -35,8 +63,13 @@ class _Connections:
     def __init__(self, headers: Mapping[str, str]) -> None:
         self.made_s = asyncio.get_running_loop().time()
         self.last_deadline_s = 0.0
+        reuse = aiohttp.TraceConfig()
+        reuse.on_connection_reuseconn.append(_note_reuse)
         self.session = aiohttp.ClientSession(
-            headers=headers,
+            # A compressed answer could be a thousand times as large as what was read of it.
+            headers={"Accept-Encoding": "identity", **headers},
+            auto_decompress=False,
+            trace_configs=[reuse],
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # proxies are for the outside, workers are ours
@@ -63,7 +96,7 @@ class Client:
     async def post(
         self, url: str, content: bytes, headers: Mapping[str, str], deadline_s: float
     ) -> aiohttp.ClientResponse:
-        """Sends a body of JSON, once more if the connection was closed before an answer began.
+        """Sends a body of JSON, once.
 
         Args:
             url: with the path.
@@ -74,27 +107,32 @@ class Client:
 
         Raises:
             TimeoutError: once the deadline has passed.
-            aiohttp.ClientError: if the connection cannot be made or is lost, or this is no HTTP.
+            UnsentError: if no connection could be made.
+            StaleError: if a kept connection had been closed by the worker.
+            aiohttp.ClientError: if the connection was lost later, or this is not HTTP.
         """
-        for is_last in (False, True):
-            left_s = deadline_s - asyncio.get_running_loop().time()
-            if left_s <= 0:  # which aiohttp takes for no limit
-                raise TimeoutError
-            session = await self._session(deadline_s)
-            try:
-                return await session.post(
-                    url,
-                    data=content if len(content) <= LARGE_BYTES else io.BytesIO(content),
-                    headers={"Content-Type": "application/json", **headers},
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(
-                        total=left_s, sock_connect=CONNECT_S, ceil_threshold=inf
-                    ),
-                )
-            except aiohttp.ClientError as error:
-                if is_last or not _is_dropped(error):
-                    raise
-        raise AssertionError("the loop returns or raises")
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        if left_s <= 0:  # which aiohttp takes for no limit
+            raise TimeoutError
+        session = await self._session(deadline_s)
+        trace = SimpleNamespace(reused_s=None)
+        try:
+            return await session.post(
+                url,
+                data=content if len(content) <= LARGE_BYTES else io.BytesIO(content),
+                headers={"Content-Type": "application/json", **headers},
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(
+                    total=left_s, sock_connect=CONNECT_S, ceil_threshold=inf
+                ),
+                trace_request_ctx=trace,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise UnsentError(error) from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if trace.reused_s is not None and time.monotonic() - trace.reused_s < STALE_S:
+                raise StaleError(f"{type(error).__name__}: {error}") from None
+            raise
 
     async def _session(self, deadline_s: float) -> aiohttp.ClientSession:
         """The session for a new request. What runs on older ones goes on, until its deadline."""
@@ -113,11 +151,23 @@ class Client:
         return current.session
 
 
-def _is_dropped(error: aiohttp.ClientError) -> bool:
-    """Whether a connection ended before the answer began: the server may close one that is idle."""
-    is_ended = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-    is_unmade = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError)
-    return is_ended and not is_unmade
+async def _note_reuse(
+    _: aiohttp.ClientSession, trace: SimpleNamespace, __: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    trace.trace_request_ctx.reused_s = time.monotonic()
+
+
+async def read_piece(upstream: aiohttp.ClientResponse) -> bytes:
+    """The next part of a body, as much as has come; empty at its end.
+
+    Raises:
+        TimeoutError: once the request's deadline has passed.
+        aiohttp.ClientError: if the connection is lost.
+    """
+    try:
+        return await upstream.content.readany()
+    except RuntimeError as error:  # aiohttp's, where it was lost before this began to wait
+        raise aiohttp.ClientPayloadError(f"the connection was lost: {error}") from error
 
 
 def fail_if_lost(upstream: aiohttp.ClientResponse) -> Callable[[], None]:

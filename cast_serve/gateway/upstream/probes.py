@@ -11,10 +11,14 @@ import time
 from dataclasses import dataclass
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+
+from cast_serve.gateway.upstream import exposition
 
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
+# What `cast-serve worker` says of itself.
+VOCABULARY = "cast_worker_vocabulary_size"
+STEP = "cast_worker_step_seconds"
 
 # These change only when the engine reports a step. While a long prompt is computed in chunks the
 # counters stay the same, and the cache's usage changes.
@@ -72,16 +76,16 @@ async def read_limits(client: httpx.AsyncClient, url: str, model: str) -> Limits
     """Asks a server for its limits; None if it does not answer."""
     try:
         models = await client.get(f"{url}/v1/models", timeout=HEALTH_TIMEOUT_S)
-        metrics = await client.get(f"{url}/metrics", timeout=HEALTH_TIMEOUT_S)
+        sums = await exposition.read_sums(client, url, (VOCABULARY, STEP), HEALTH_TIMEOUT_S)
     except httpx.HTTPError:
         return None
     # Of a server whose metrics are garbage nothing is known: no limit, rather than a wrong one.
-    sums = {name: value for name, value in _sums(metrics).items() if 0 < value < math.inf}
-    vocabulary_size = sums.get("cast_worker_vocabulary_size")
+    known = {name: value for name, value in sums.items() if 0 < value < math.inf}
+    vocabulary_size = known.get(VOCABULARY)
     return Limits(
         max_model_len=_max_model_len(models, model),
         vocabulary_size=None if vocabulary_size is None else int(vocabulary_size),
-        step_s=sums.get("cast_worker_step_seconds"),
+        step_s=known.get(STEP),
     )
 
 
@@ -137,19 +141,6 @@ def _is_aborted(response: httpx.Response) -> bool:
 
 async def _progress(client: httpx.AsyncClient, url: str) -> dict[str, float]:
     try:
-        response = await client.get(f"{url}/metrics", timeout=METRICS_TIMEOUT_S)
+        return await exposition.read_sums(client, url, PROGRESS, METRICS_TIMEOUT_S)
     except httpx.HTTPError:
         return {}
-    return {name: value for name, value in _sums(response).items() if name in PROGRESS}
-
-
-def _sums(metrics: httpx.Response) -> dict[str, float]:
-    """Each sample's sum over its labels; empty if the answer is no Prometheus text."""
-    sums: dict[str, float] = {}
-    try:
-        for family in text_string_to_metric_families(metrics.text):
-            for sample in family.samples:
-                sums[sample.name] = sums.get(sample.name, 0) + sample.value
-    except Exception:  # the parser raises whatever foreign text makes it raise
-        return {}
-    return sums

@@ -167,9 +167,9 @@ def start_worker(replica: Replica) -> None:
 
 
 def note_failure(replica: Replica) -> None:
-    """Marks a replica down that refused or broke a connection, until its next good health check."""
+    """Marks a replica down that refused a connection, until its next good health check."""
     if replica.is_up:
-        logger.warning("%s: a connection failed; down until its next good health check", replica)
+        logger.warning("%s: refuses connections; down until its next good health check", replica)
     replica.is_up = False
     replica.failed_s = time.monotonic()
 
@@ -185,9 +185,10 @@ def note_refusal(replica: Replica, refusal: str) -> None:
 
 
 def note_doubt(replica: Replica) -> None:
-    """Has a replica checked at once that answered with status 5xx; it stays up until then.
+    """Has a replica checked at once that failed at a request or broke its connection.
 
-    A single request may be what makes it fail, so a canary decides and not that request.
+    It stays up until then: a single request may be what makes it fail, so a canary decides and not
+    that request.
     """
     replica.is_doubted.set()
 

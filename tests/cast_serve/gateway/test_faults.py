@@ -3,20 +3,13 @@
 import json
 import logging
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 
-from cast_serve.gateway.app import create_app
-from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream import client, supervisor
-from cast_serve.gateway.upstream.variants import remote_variants
+from cast_serve.gateway.upstream import supervisor
 from tests.cast_serve.gateway.stack import (
-    Servers,
     Stack,
     events,
     num_requests,
@@ -176,54 +169,6 @@ def test_metrics_that_cannot_be_parsed_spoil_no_others(text: str) -> None:
         labels = 'engine="0",model_name="x",replica="0",variant="dense"'
         assert f"vllm:num_requests_running{{{labels}}} 3.0" in found.text
         assert 'cast_variant_up{variant="sparse"} 1.0' in found.text
-
-
-class DroppingWorker(BaseHTTPRequestHandler):
-    """Closes the connection of the first request that is no canary, without an answer."""
-
-    protocol_version = "HTTP/1.1"
-    has_dropped = False
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._answer({"data": []})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if body["prompt"] != "a" and not type(self).has_dropped:
-            type(self).has_dropped = True
-            self.close_connection = True
-            return
-        usage = {"prompt_tokens": 1, "completion_tokens": 1}
-        self._answer({"choices": [{"index": 0, "text": "one"}], "usage": usage})
-
-    def _answer(self, answer: object) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-def test_a_connection_that_was_closed_meanwhile_is_no_lost_variant() -> None:
-    assert client.KEEP_ALIVE_S < 5  # vLLM's own
-    DroppingWorker.has_dropped = False
-    worker = ThreadingHTTPServer(("127.0.0.1", 0), DroppingWorker)
-    threading.Thread(target=worker.serve_forever, daemon=True).start()
-    variants = remote_variants({"dense": [f"http://127.0.0.1:{worker.server_port}"]})
-    try:
-        with Servers() as servers:
-            url = servers.start(create_app(variants, GatewaySettings(health_interval_s=30)))
-            wait_until(lambda: variants[0].is_up)
-            found = httpx.post(f"{url}/v1/completions", json={"model": "dense", "prompt": "x"})
-            assert DroppingWorker.has_dropped
-            assert found.status_code == 200
-            assert variants[0].is_up
-    finally:
-        worker.shutdown()
-        worker.server_close()
 
 
 def test_a_fault_of_the_gateways_own_has_the_requests_id(

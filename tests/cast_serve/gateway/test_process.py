@@ -282,6 +282,7 @@ def test_what_still_runs_when_the_grace_is_over_is_told(is_stream: bool) -> None
         process.popen.send_signal(signal.SIGTERM)
         found = asked.result(timeout=30)
         process.workers["dense"].state.gate.set()
+        assert process.popen.wait(30) == 0
     if is_stream:
         *_, last = events(found)
         assert json.loads(last)["error"]["code"] == "shutting_down"
@@ -300,13 +301,14 @@ def short_stalls(tmp_path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def asking(url: str) -> Iterator[socket.socket]:
+def asking(url: str, version: str = "1.1", *fields: str) -> Iterator[socket.socket]:
     """A connection on which a stream was asked for."""
-    body = b'{"model": "dense", "prompt": "a", "stream": true}'
+    body = b'{"model": "dense", "prompt": "a b", "stream": true}'
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
+        more = "".join(f"{field}\r\n" for field in fields).encode()
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            b"POST /v1/completions HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\n%b"
+            b"Content-Length: %d\r\n\r\n%b" % (version.encode(), more, len(body), body)
         )
         yield client
 
@@ -321,6 +323,73 @@ def test_a_client_that_takes_no_more_of_its_answer_gives_its_place_back(tmp_path
             body = {"model": "dense", "prompt": "a"}
             found = httpx.post(f"{process.url}/tokenize", json=body, timeout=30)
         assert found.status_code == 200
+
+
+def test_the_deadline_is_also_that_of_a_client_that_does_not_read() -> None:
+    with (
+        gateway(words=LONG, CAST_MAX_RUNNING="1") as process,
+        asking(process.url, "1.1", "X-Request-Timeout: 1"),
+    ):
+        wait_until(lambda: bool(process.workers["dense"].state.bodies))
+        body = {"model": "dense", "prompt": "a"}
+        found = httpx.post(f"{process.url}/tokenize", json=body, timeout=30)
+        assert found.status_code == 200
+        counted = 'cast_requests_total{code="504",route="/v1/completions",variant="dense"} 1.0'
+        assert counted in httpx.get(f"{process.url}/metrics").text
+
+
+def test_a_stream_to_http_1_0_ends_with_its_connection() -> None:
+    with gateway() as process:
+        with asking(process.url, "1.0") as client:
+            client.settimeout(30)
+            content = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        head, _, body = content.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        *words, done = body.split(b"\n\n")[:-1]
+        texts = [json.loads(word[len(b"data: ") :])["choices"][0]["text"] for word in words]
+        assert (texts, done) == (["one", " two"], b"data: [DONE]")
+        with socket.create_connection(address_of(process)) as plain:
+            plain.sendall(b"GET /v1/models HTTP/1.0\r\nHost: x\r\n\r\n")
+            content = b"".join(iter(lambda: plain.recv(1 << 16), b""))
+        assert b"content-length: " in content
+        assert json.loads(content.partition(b"\r\n\r\n")[2])["object"] == "list"
+
+
+def address_of(process: Process) -> tuple[str, int]:
+    return "127.0.0.1", int(process.url.rpartition(":")[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("has_second", [False, True])
+def test_an_end_with_requests_that_wait_is_told_without_a_traceback(
+    number: signal.Signals, has_second: bool, tmp_path: Path
+) -> None:
+    """20 wait for one place. The grace, or the patience of who sends a second signal, ends."""
+    log = tmp_path / "log"
+    grace = "60" if has_second else "1"
+    limits = {"CAST_MAX_RUNNING": "1", "CAST_SHUTDOWN_GRACE_S": grace}
+    body = {"model": "dense", "prompt": "a"}
+    with (
+        open(log, "w") as file,
+        gateway(file.fileno(), **limits) as process,
+        ThreadPoolExecutor(21) as pool,
+    ):
+        process.workers["dense"].state.gate.clear()
+        url = f"{process.url}/v1/completions"
+        asked = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(21)]
+        queued = 'cast_requests_queued{variant="dense"} 20.0'
+        wait_until(lambda: queued in httpx.get(f"{process.url}/metrics").text)
+        process.popen.send_signal(number)
+        if has_second:
+            time.sleep(0.3)
+            process.popen.send_signal(number)
+        answers = [each.result() for each in asked]
+        process.workers["dense"].state.gate.set()
+        assert process.popen.wait(30) == 0
+    assert {found.status_code for found in answers} == {503}
+    assert {found.json()["error"]["code"] for found in answers} == {"shutting_down"}
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_client_that_reads_slowly_gets_all(tmp_path: Path) -> None:

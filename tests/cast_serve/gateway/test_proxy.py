@@ -328,7 +328,7 @@ def test_the_description_knows_every_route_and_no_422() -> None:
         assert schema["openapi"].startswith("3.1")
         completions = schema["paths"]["/v1/completions"]["post"]
         assert set(completions["responses"]) == {
-            *("200", "400", "401", "404", "408", "413", "429", "431", "500", "503", "504")
+            *("200", "400", "401", "404", "408", "413", "429", "431", "500", "502", "503", "504")
         }
         model = schema["paths"]["/v1/models/{name}"]["get"]
         assert set(model["responses"]) == {"200", "401", "404", "431", "500"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import socket
 import struct
@@ -117,12 +118,6 @@ def test_what_came_before_a_break_is_passed_on(broken: bytes, is_at_once: bool) 
     assert texts == ["a"] or (texts == [] and is_at_once and broken == NO_LENGTH)
 
 
-def test_a_redirect_is_not_followed() -> None:
-    moved = b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
-    with raw_worker([moved]) as url:
-        assert httpx.post(f"{url}/v1/completions", json=ASKED, timeout=20).status_code == 307
-
-
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_connection_serves_one_answer_after_the_other(is_stream: bool) -> None:
     with running(health_interval_s=30) as stack:
@@ -140,6 +135,10 @@ def test_a_large_body_arrives_whole() -> None:
         found = stack.client.post("/tokenize", json={"model": "dense", "prompt": prompt})
         assert found.status_code == 200
         assert found.json()["tokens"] == [ord("é") % 100] * 600_000
+
+
+def test_connections_are_kept_for_less_than_a_server_keeps_them() -> None:
+    assert client_module.KEEP_ALIVE_S < 5  # vLLM's own limit
 
 
 def test_an_idle_connection_that_is_reset_is_no_error_of_ours() -> None:
@@ -238,3 +237,25 @@ def test_a_connection_is_not_used_for_ever(monkeypatch: pytest.MonkeyPatch) -> N
 
     asyncio.run(asyncio.wait_for(ask(), 20))
     assert num_connections == 3
+
+
+PACKED = gzip.compress(json.dumps({"choices": [], "usage": USAGE, "pad": "x" * 10_000}).encode())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_is_packed_is_not_unpacked(is_stream: bool) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(PACKED)}\r\n\r\n"
+    with raw_worker([head.encode() + PACKED]) as url:
+        asked = {**ASKED, "stream": is_stream}
+        found = httpx.post(f"{url}/v1/completions", json=asked, timeout=20)
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "variant_unavailable")
+
+
+def test_an_answer_has_a_size_at_most() -> None:
+    with running(max_answer_bytes=5000, num_replicas=2, max_body_bytes=1 << 16) as stack:
+        fine = stack.client.post("/tokenize", json={"model": "dense", "prompt": "a" * 1000})
+        assert len(fine.json()["tokens"]) == 1000
+        found = stack.client.post("/tokenize", json={"model": "dense", "prompt": "a" * 3000})
+        assert (found.status_code, found.json()["error"]["code"]) == (502, "answer_too_large")
+        assert "CAST_MAX_ANSWER_BYTES" in found.json()["error"]["message"]
+        assert all(replica.is_up for replica in stack.gateway.proxy.variants["dense"].replicas)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cast_serve.gateway.upstream.exposition import Family
 from cast_serve.gateway.upstream.replica import Replica
 from tests.cast_serve.gateway.stack import wait_until
 from tests.cast_serve.gateway.upstream.rolled import (
@@ -81,9 +82,9 @@ async def test_a_scrape_during_a_switch_is_answered(stack: Rolled) -> None:
     proxy = stack.gateway.proxy
     variant, other = proxy.variants["sparse"], Replica("sparse", "http://127.0.0.1:1")
 
-    async def switch_meanwhile(replica: Replica) -> str:
+    async def switch_meanwhile(replica: Replica, labels: dict[str, str]) -> dict[bytes, Family]:
         variant.replicas[0] = other
-        return "x 1\n"
+        return {b"x": Family(samples=[f"x{labels} 1".encode()])}
 
     old = stack.replica()
     try:
@@ -92,7 +93,7 @@ async def test_a_scrape_during_a_switch_is_answered(stack: Rolled) -> None:
             text = await proxy.exposition()
     finally:
         variant.replicas[0] = old
-    assert 'x{replica="0",variant="sparse"} 1.0' in text.decode()
+    assert "x{'replica': '0', 'variant': 'sparse'} 1" in text.decode()
 
 
 def test_the_old_worker_ends_after_its_requests_and_new_ones_do_not_wait(stack: Rolled) -> None:
