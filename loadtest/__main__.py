@@ -1,12 +1,18 @@
 """Command line -> a paired load test (`run`), what became of it, or kernel timings (`kernels`).
 
-Exit 0: done. 1: what was measured does not pass. 2: wrong use. 130: stopped by Ctrl-C or SIGTERM.
+Exit 0: done. 1: what was measured does not pass, or a fault, which shows its traceback. 2: wrong
+use. 130: stopped by Ctrl-C or SIGTERM.
 """
 
 import json
+import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,17 +25,18 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from cast_serve.options import VERSION, option
 from cast_serve.questions import read_questions
 from loadtest.measure import Job, measure
-from loadtest.provenance import provenance
-from loadtest.quality import choices
-from loadtest.record import Recorded
+from loadtest.provenance import provenance, told_by
+from loadtest.quality.ask import QualityError
+from loadtest.record import Recorded, Recorder, RecordError
 from loadtest.report import commands, pareto
 from loadtest.report.directory import check_out
-from loadtest.report.files import WRITTEN, write_out
+from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of
+from loadtest.send.client import UnreachableError
 from loadtest.send.launches import LaunchError, parse_variants
 from loadtest.send.paired import Plan, check_fit
 from loadtest.send.schedule import KINDS, Schedule, read_trace
-from loadtest.send.sweep import parse_concurrency, parse_rate, sweep
+from loadtest.send.sweep import Load, parse_concurrency, parse_rate, sweep
 from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
@@ -231,49 +238,83 @@ def run(
             quality_workload=quality_workload,
             num_quality_prompts=quality_prompts,
             questions=questions,
+            choices_file=choices_file,
             url=url,
             models=models,
             num_launches=launches,
             vllm_flags=vllm_flags.split(),
         )
-        results, failures, records = [], [], []
-        for load, measured in measure(job, partial(provenance, context, api_key, models)):
-            chosen = measured.about["choices"]
-            about = {
-                **measured.about,
-                **terms,
-                "choices": choices.about(choices_file, chosen) if choices_file else None,
-            }
-            recorded = Recorded(about, measured.requests)
-            result, failed = _conclude(recorded, load.out(out))
-            results.append(result)
-            records.append((load.name or "", recorded))
-            failures += failed
-        if out is not None and len(loads) > 1:
-            curve = pareto.sweep_of(records)
-            failures += _written(out, lambda: pareto.write_sweep(out, curve))
     except ValueError as error:
         print(f"cast-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except (LaunchError, ChildProcessError) as error:
-        print(f"cast-loadtest: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print(
-            "cast-loadtest: stopped; of several launches, what was measured is kept",
-            file=sys.stderr,
-        )
-        raise typer.Exit(STOPPED) from None
+    results, failures = [], []
+    folder = Path(tempfile.mkdtemp(prefix="cast-loadtest-")) if out is None else out
+    recorders: list[Recorder] = []
+
+    def recorder_of(load: Load, about: Mapping[str, Any]) -> Recorder:
+        recorders.append(Recorder(load.out(folder), about))
+        return recorders[-1]
+
+    with _keeping(folder, recorders):
+        about = {**provenance(context, models), **terms}
+        for load in measure(job, about, partial(told_by, api_key), recorder_of):
+            result, failed = _conclude(load.out(folder), is_out=out is not None)
+            results.append(result)
+            failures += failed
+        if out is not None and len(loads) > 1:
+            curve = pareto.sweep_of(pareto.runs_in(out))
+            failures += _written(out, lambda: pareto.write_sweep(out, curve))
+    if out is None:
+        shutil.rmtree(folder)
     commands.finish({"sweep": results} if len(loads) > 1 else results[0], failures)
 
 
-def _conclude(recorded: Recorded, out: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Shows and writes one run; returns its result, and all that is wrong with it."""
+@contextmanager
+def _keeping(folder: Path, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Ends a command that goes wrong, and says where the records are that it leaves.
+
+    Args:
+        folder: of all records.
+        recorders: those begun so far.
+    """
+    try:
+        yield
+        return
+    except (UnreachableError, QualityError) as error:
+        code, why = 2, str(error)
+    except (LaunchError, ChildProcessError, RecordError) as error:
+        code, why = 1, str(error)
+    except KeyboardInterrupt:
+        code, why = STOPPED, "stopped"
+    except Exception:
+        traceback.print_exc()
+        code, why = 1, "this is a fault of cast-loadtest itself"
+    for recorder in recorders:
+        recorder.discard_if_empty()
+    with suppress(OSError):  # not empty, or not made yet
+        folder.rmdir()
+    print(f"cast-loadtest: {why}", file=sys.stderr)
+    if folder.exists():
+        print(
+            f"cast-loadtest: what was measured is in {folder}; to make the report from it: "
+            f"{shlex.join(['cast-loadtest', 'report', str(folder)])}",
+            file=sys.stderr,
+        )
+    raise typer.Exit(code)
+
+
+def _conclude(directory: Path, is_out: bool) -> tuple[dict[str, Any], list[str]]:
+    """Shows a run as its record has it, and writes the reports if that is --out.
+
+    Returns:
+        its result, and all that is wrong with it.
+    """
+    recorded = Recorded.read(directory)
     result = result_of(recorded)
     commands.show(result)
     failures = commands.failures_of(result)
-    if out is not None:
-        failures += _written(out, lambda: write_out(out, recorded, result))
+    if is_out:
+        failures += _written(directory, lambda: write_reports(directory, recorded, result))
     return result, failures
 
 

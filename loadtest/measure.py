@@ -1,4 +1,4 @@
-"""Loads, and a server or directories to serve -> a record of each load.
+"""Loads, and a server or directories to serve -> a record of each load, written as it is measured.
 
 With several launches of the servers every load is measured in each, and what was measured in all of
 them becomes one record. Quality is measured first, and in the first launch only.
@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cast_serve.questions import Question
 from loadtest.quality import agreement, choices
-from loadtest.record import Recorded, joined
+from loadtest.record import Recorder, Request
 from loadtest.send.client import Client, UnreachableError
 from loadtest.send.launches import LaunchError, served
-from loadtest.send.paired import run_paired, worst
+from loadtest.send.paired import Plan, run_paired, worst
 from loadtest.send.processes import Processes
 from loadtest.send.sweep import Load
 from loadtest.send.workload import Prompt, Workload, new_run_number
@@ -39,6 +40,7 @@ class Job:
         quality_workload: where the prompts come from on which agreement is measured.
         num_quality_prompts: how many; 0: it is not measured.
         questions: on which accuracy is measured; none: it is not.
+        choices_file: the questions' file.
         url: of a server that has both variants; None: `models` are served.
         models: directory of each variant.
         num_launches: how often `models` are served.
@@ -53,6 +55,7 @@ class Job:
     quality_workload: Workload
     num_quality_prompts: int
     questions: Sequence[Question]
+    choices_file: Path | None
     url: str | None
     models: Mapping[str, Path]
     num_launches: int
@@ -60,65 +63,72 @@ class Job:
 
 
 def measure(
-    job: Job, provenance: Callable[[str, float], Mapping[str, Any]]
-) -> Iterator[tuple[Load, Recorded]]:
-    """Measures each load; it comes as soon as its last launch is done, or a later one fails or
-    Ctrl-C ends it.
+    job: Job,
+    about: Mapping[str, Any],
+    told_by: Callable[[str], Mapping[str, Any]],
+    recorder_of: Callable[[Load, Mapping[str, Any]], Recorder],
+) -> Iterator[Load]:
+    """Measures each load; it comes as soon as its record is complete, or something ends the run.
 
     Args:
         job: what and where.
-        provenance: URL and the machine's load average before -> what run.json says about both.
+        about: what run.json says that is known before: the limits, and where the record is from.
+        told_by: URL -> what run.json says of the server there.
+        recorder_of: a load, and what its run.json says from the start -> what writes its record.
 
     Raises:
         UnreachableError: if the server does not have both variants.
+        QualityError: if quality cannot be measured.
         LaunchError: if servers do not start.
+        RecordError: if a record cannot be written.
     """
-    runs: list[list[Recorded]] = [[] for _ in job.loads]
-    said: list[Mapping[str, Any]] = [{} for _ in job.loads]
-    abouts: list[dict[str, Any]] = [{} for _ in job.loads]
+    loads = list(job.loads)
+    recorders: list[Recorder] = []
+    harnesses: list[list[Mapping[str, Any]]] = [[] for _ in loads]
     try:
         for number in range(job.num_launches):
             server = served(job.models, number, job.vllm_flags)
             with server if job.url is None else nullcontext(job.url) as url:
+                asyncio.run(_check_served(job, url))
                 if number == 0:
-                    agreements = asyncio.run(_agreements(job, url))
-                    chosen = asyncio.run(_choices(job, url))
-                for place, (load, launches) in enumerate(zip(job.loads, runs, strict=True)):
-                    workload = replace(job.workload, run_number=new_run_number())
-                    load_average = os.getloadavg()[0]
-                    if launches:
-                        load = replace(load, plan=replace(load.plan, **_settled(launches)["plan"]))
-                    launches.append(asyncio.run(_run(job, url, load, workload)))
-                    said[place] = said[place] or provenance(url, load_average)
-                    abouts[place] = {
-                        **_settled(launches),
-                        **said[place],
-                        "harness": worst([run.about["harness"] for run in launches]),
-                        "workload": workload.about(),
-                        "timeout_s": job.timeout_s,
-                        "quality": agreements,
-                        "quality_source": job.quality_workload.source if agreements else None,
-                        "choices": chosen,
-                    }
+                    about = {**about, **told_by(url), **_quality(job, url)}
+                for place, load in enumerate(loads):
+                    if number == 0:
+                        recorders.append(recorder_of(load, {**about, **_begun(job, about)}))
+                    recorder = recorders[place]
+                    recorder.begin_launch()
+                    harness = asyncio.run(_run(job, url, load, recorder, harnesses[place]))
+                    harnesses[place].append(harness)
+                    # The first launch whose warm-up succeeds settles the size of a block.
+                    loads[place] = replace(load, plan=Plan(**recorder.about["plan"]))
                     if number == job.num_launches - 1:
-                        yield load, joined(launches, abouts[place])
+                        recorder.complete(_ended(recorder.about))
+                        yield load
     except (LaunchError, ChildProcessError, UnreachableError, KeyboardInterrupt):
-        for load, launches, about in zip(job.loads, runs, abouts, strict=True):
-            if job.num_launches > 1 and launches:  # what was measured before is not lost
-                yield load, joined(launches, about)
+        for load, recorder in zip(loads, recorders, strict=False):
+            if recorder.num_requests and not recorder.about["is_complete"]:
+                yield load
         raise
 
 
-def _settled(launches: Sequence[Recorded]) -> Mapping[str, Any]:
-    """`about` of the first launch that was measured, which has settled the size of a block.
-
-    If the warm-up failed in all of them, that of the first.
-    """
-    return next((run for run in launches if run.blocks), launches[0]).about
+def _ended(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the end of a load adds to its run.json."""
+    averages = [*about["machine"]["load_average"], os.getloadavg()[0]]
+    return {"machine": {**about["machine"], "load_average": averages}}
 
 
-async def _run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:
-    plan = load.plan
+def _begun(job: Job, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says of a load from its begin."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {**about["machine"], "load_average": [os.getloadavg()[0]]},
+        "num_launches": job.num_launches,
+        "timeout_s": job.timeout_s,
+    }
+
+
+async def _check_served(job: Job, url: str) -> None:
+    plan = job.loads[0].plan
     async with Client(url, timeout_s=job.timeout_s, api_key=job.api_key) as client:
         known = await client.variants()
     for variant in (plan.baseline, plan.candidate):
@@ -126,6 +136,18 @@ async def _run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:
             raise UnreachableError(
                 f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
             )
+
+
+async def _run(
+    job: Job, url: str, load: Load, recorder: Recorder, earlier: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Measures a load in one launch; returns how the harness kept up, as in those before."""
+    plan, workload = load.plan, replace(job.workload, run_number=new_run_number())
+
+    def record(requests: Sequence[Request], sending: Mapping[str, Any]) -> None:
+        harness = worst([*earlier, sending["harness"]])
+        recorder.add(requests, {**sending, "harness": harness, "workload": workload.about()})
+
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(load.name or "requests", total=plan.num_requests)
@@ -134,14 +156,27 @@ async def _run(job: Job, url: str, load: Load, workload: Workload) -> Recorded:
             if job.num_processes == 1
             else Processes(job.num_processes, url, timeout_s=job.timeout_s, api_key=job.api_key)
         ) as sender:
-            return await run_paired(
+            sent = await run_paired(
                 sender,
                 plan,
                 workload,
                 lambda: progress.advance(task),
                 load.schedule,
                 lambda sized: progress.update(task, total=sized.num_requests),
+                record,
             )
+    harness: Mapping[str, Any] = sent.about["harness"]
+    return harness
+
+
+def _quality(job: Job, url: str) -> dict[str, Any]:
+    agreements = asyncio.run(_agreements(job, url))
+    chosen = asyncio.run(_choices(job, url))
+    return {
+        "quality": agreements,
+        "quality_source": job.quality_workload.source if agreements else None,
+        "choices": choices.about(job.choices_file, chosen) if job.choices_file else None,
+    }
 
 
 async def _agreements(job: Job, url: str) -> list[dict[str, Any]] | None:

@@ -1,10 +1,8 @@
 """A command line and a server -> where a record is from: date, machine, versions, models."""
 
 import hashlib
-import os
 import shlex
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +10,32 @@ import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from loadtest.send.connection import authorization
 
 SECRETS = {"api_key"}
 
 
-def provenance(
-    context: typer.Context,
-    api_key: str | None,
-    models: Mapping[str, Path],
-    url: str,
-    load_average: float,
-) -> dict[str, Any]:
-    """Command, date, machine, versions, and what the server says about itself, for run.json.
+def provenance(context: typer.Context, models: Mapping[str, Path]) -> dict[str, Any]:
+    """Date, versions, machine, command and models, for run.json; taken before the run.
 
     Args:
         context: of the command.
-        api_key: for the server's /metrics.
         models: directories that this command serves itself, by variant; each file is hashed.
-        url: of the server.
-        load_average: of the last minute, before the run.
     """
     return {
-        "url": url,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
         "command": command_of(context),
-        "versions": versions(),
-        "machine": {**machine(), "load_average": [load_average, os.getloadavg()[0]]},
+        "models": {name: hashes_of(directory) for name, directory in models.items()},
+    }
+
+
+def told_by(api_key: str | None, url: str) -> dict[str, Any]:
+    """What a server says about itself, for run.json; `api_key` is for its /metrics."""
+    return {
+        "url": url,
         "served": served_at(url, api_key),
         "directories": directories_at(url, api_key),
-        "models": {name: hashes_of(directory) for name, directory in models.items()},
     }
 
 

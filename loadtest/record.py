@@ -6,10 +6,15 @@ requests.jsonl  one line a request; times in seconds from the run's start
 
 What sends requests returns them in this form, and statistics, verdict and reports read a run only
 in this form. So the two files are enough to compute everything again.
+
+They are written while the run goes on, block by block (`Recorder`). Whatever ends it leaves a
+record: `is_complete` in run.json is false then, and only whole block pairs are read.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +25,10 @@ from cast_serve.latency import RequestTiming
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 REQUESTS_FILE = "requests.jsonl"
+
+
+class RecordError(RuntimeError):
+    """A record cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +196,22 @@ class Recorded:
                 raise ValueError(f"block pair {number} has one block only")
         return [(both[self.baseline], both[self.candidate]) for _, both in sorted(sides.items())]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run came to its end; records of 2026-11-28 and before did."""
+        return bool(self.about.get("is_complete", True))
+
+    @property
+    def num_planned_pairs(self) -> int:
+        """Block pairs in all launches, had the run not been stopped."""
+        if "num_launches" not in self.about:  # records of 2026-11-28 and before
+            return len(self.pairs)
+        return int(self.about["num_launches"] * self.about["plan"]["num_block_pairs"])
+
     def write(self, directory: Path) -> None:
         """Writes both files into a directory that exists."""
         self.write_about(directory)
-        with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
-            for request in self.requests:
-                file.write(json.dumps(asdict(request), allow_nan=False) + "\n")
+        (directory / REQUESTS_FILE).write_text(_lines(self.requests), encoding="utf-8")
 
     def write_about(self, directory: Path) -> None:
         """Writes run.json alone, in one step: a crash must not cost an old one."""
@@ -203,7 +222,7 @@ class Recorded:
 
     @classmethod
     def read(cls, directory: Path) -> "Recorded":
-        """Reads both files.
+        """Reads both files; of a run that was stopped, the block pairs that are whole.
 
         Raises:
             ValueError: if one is missing or does not hold what `write` puts there.
@@ -215,12 +234,20 @@ class Recorded:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version {version!r}, but only {FORMAT_VERSION} is known")
             asked = about["plan"]["baseline"], about["plan"]["candidate"]
+            is_complete = about.get("is_complete", True)
             path = directory / REQUESTS_FILE
-            requests = []
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                requests.append(_parsed(line, number, asked))
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            if not is_complete and lines and not lines[-1].endswith("\n"):
+                del lines[-1]  # it was stopped while it wrote
+            requests = [_parsed(line, n, asked) for n, line in enumerate(lines, start=1)]
+            if not is_complete:
+                sent = Counter(request.block_pair for request in requests)
+                num_both = 2 * (about["plan"]["num_prompts"] or 0)
+                requests = [
+                    r for r in requests if r.block is None or sent[r.block_pair] == num_both
+                ]
             recorded = cls(about, tuple(requests))
-            if not recorded.pairs and not recorded.warmup:
+            if is_complete and not recorded.pairs and not recorded.warmup:
                 raise ValueError("it holds no requests")
         except OSError as error:
             raise ValueError(
@@ -233,33 +260,84 @@ class Recorded:
         return recorded
 
 
-def joined(launches: Sequence[Recorded], about: Mapping[str, Any]) -> Recorded:
-    """The runs of several launches of the same servers as one record.
+class Recorder:
+    """A record that grows with its run.
+
+    Blocks and block pairs are numbered on from launch to launch; time goes on too, without the time
+    between launches.
 
     Args:
-        launches: at least one, in the order in which they ran.
-        about: of the whole.
-
-    Returns:
-        Blocks and block pairs are numbered on from launch to launch; time goes on too, without the
-        time between launches.
+        directory: for the two files; made with what is added first.
+        about: what run.json says from the start.
     """
-    requests: list[Request] = []
-    num_blocks = num_pairs = 0
-    start_s = 0.0
-    for number, run in enumerate(launches):
-        for request in run.requests:
+
+    def __init__(self, directory: Path, about: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.about: dict[str, Any] = {**about, "is_complete": False}
+        self.num_requests = 0
+        self._launch = -1
+        self._first_block = self._first_pair = 0  # of this launch
+        self._num_blocks = self._num_pairs = 0
+        self._start_s = self._end_s = 0.0
+
+    def begin_launch(self) -> None:
+        """What is added from now on was sent to the next launch of the servers."""
+        self._launch += 1
+        self._first_block, self._first_pair = self._num_blocks, self._num_pairs
+        self._start_s = self._end_s
+
+    def add(self, requests: Sequence[Request], about: Mapping[str, Any]) -> None:
+        """Appends a warm-up or a block.
+
+        Args:
+            requests: with places and times in their launch.
+            about: what run.json says from now on.
+
+        Raises:
+            RecordError: if they cannot be written.
+        """
+        placed = []
+        for request in requests:
             block, pair = request.block, request.block_pair
-            later = request.placed(
-                None if block is None else block + num_blocks,
-                None if pair is None else pair + num_pairs,
-                -start_s,
-            )
-            requests.append(replace(later, launch=number))
-        num_blocks += len(run.blocks)
-        num_pairs += len(run.pairs)
-        start_s = max((request.ended_s for request in requests), default=0.0)
-    return Recorded(about, tuple(requests))
+            if block is not None and pair is not None:
+                block, pair = block + self._first_block, pair + self._first_pair
+                self._num_blocks = max(self._num_blocks, block + 1)
+                self._num_pairs = max(self._num_pairs, pair + 1)
+            later = replace(request.placed(block, pair, -self._start_s), launch=self._launch)
+            self._end_s = max(self._end_s, later.ended_s)
+            placed.append(later)
+        self.num_requests += len(placed)
+        self.about |= about
+        self._write(placed)
+
+    def complete(self, about: Mapping[str, Any]) -> None:
+        """Says that the run came to its end; as `add` without requests."""
+        self.about |= {**about, "is_complete": True}
+        self._write(())
+
+    def discard_if_empty(self) -> None:
+        """Removes a record of nothing, so that its directory can be named again."""
+        if not (self.num_requests or self.about["quality"] or self.about["choices"]):
+            for name in (RUN_FILE, REQUESTS_FILE):
+                (self.directory / name).unlink(missing_ok=True)
+            with suppress(OSError):  # not made yet
+                self.directory.rmdir()
+
+    def _write(self, requests: Sequence[Request]) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / REQUESTS_FILE).open("a", encoding="utf-8") as file:
+                file.write(_lines(requests))
+            Recorded(self.about, ()).write_about(self.directory)
+        except OSError as error:
+            raise RecordError(
+                f"{self.directory} could not be written: {error.strerror}; free some space, or "
+                "name another place"
+            ) from error
+
+
+def _lines(requests: Iterable[Request]) -> str:
+    return "".join(json.dumps(asdict(each), allow_nan=False) + "\n" for each in requests)
 
 
 def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:

@@ -268,6 +268,7 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "num_requests": len(measured),
         "num_block_pairs": len(recorded.pairs),
+        "num_planned_pairs": recorded.num_planned_pairs,
         "num_launches": len({block.launch for block in recorded.blocks}) or 1,
         "busy_s_per_block": _median([block.arrival_s for block in recorded.blocks]),
         "num_errors": sum(map(len, failed.values())),

@@ -10,8 +10,9 @@ Guard rails come from a TOML file; every key may be left out:
     allow_void = true                                  # judge even if the harness was too slow
 
 Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
-Answers of unequal length never pass: they compare unequal work. Neither does a run without one of
-its launches, whose warm-up failed, nor a limit on what was not measured, or on one answer only.
+Answers of unequal length never pass: they compare unequal work. Neither does a run that was
+stopped, nor one without one of its launches, whose warm-up failed, nor a limit on what was not
+measured, or on one answer only.
 """
 
 import tomllib
@@ -112,19 +113,30 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
             `choices`.
         guard: what to keep to.
     """
-    if not result["num_requests"]:
+    checks = [*_completeness(result)]
+    if result["num_requests"]:
+        checks += [*_warmup(result), *_validity(result, guard), *_speed(result, guard)]
+        checks += [*_agreement(result, guard), *_accuracy(result, guard)]
+    elif result["num_warmup_errors"] or not checks:
         why = (
             f"the warm-up failed, so nothing was measured: {_classes(result)}; see the server's log"
         )
-        checks = [Check("warmup", 0, result["num_warmup_errors"], False, why)]
-    else:
-        checks = [*_warmup(result), *_validity(result, guard), *_speed(result, guard)]
-        checks += [*_agreement(result, guard), *_accuracy(result, guard)]
+        checks.append(Check("warmup", 0, result["num_warmup_errors"], False, why))
     return {
         "passed": all(check.passed for check in checks),
         "has_guard": guard.is_set,
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _completeness(result: Mapping[str, Any]) -> Iterator[Check]:
+    """Whether the run was stopped before its end."""
+    if not result["is_complete"]:
+        why = (
+            f"the run was stopped: {result['num_block_pairs']} of {result['num_planned_pairs']} "
+            "block pairs were measured; run it again"
+        )
+        yield Check("complete", True, False, False, why)
 
 
 def _warmup(result: Mapping[str, Any]) -> Iterator[Check]:

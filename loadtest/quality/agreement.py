@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
-from loadtest.quality.ask import Ask, asking
+from loadtest.quality.ask import Ask, QualityError, asking
 
 MEASURES = ("token_agreement", "kl_nats_per_token")
 MAX_TOKENS = 512
@@ -58,7 +58,7 @@ async def measure(
         MEASURES and `num_tokens` of each prompt, None and 0 where tokens cannot be compared.
 
     Raises:
-        ValueError: if there is no answer, or the gateway compares other variants than these.
+        QualityError: if there is no answer, or the gateway compares other variants than these.
     """
     found = []
     for prompt in prompts:
@@ -66,10 +66,10 @@ async def measure(
         try:
             agreement = (await compare(body))["agreement"]
         except ValueError as error:
-            raise ValueError(f"quality cannot be measured: {error}") from error
+            raise QualityError(f"quality cannot be measured: {error}") from error
         if agreement["baseline"] != baseline or candidate not in agreement:
             others = ", ".join(name for name in agreement if name != "baseline")
-            raise ValueError(
+            raise QualityError(
                 f"quality cannot be measured: the gateway compares {others} with "
                 f"{agreement['baseline']}, not {candidate} with {baseline}; name its variants, or "
                 "leave --quality-prompts out"

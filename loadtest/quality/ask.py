@@ -8,15 +8,20 @@ import httpx
 
 from loadtest.send.connection import authorization
 
+
+class QualityError(ValueError):
+    """Quality cannot be measured: the server is not one that can be asked for it."""
+
+
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
-"""A body -> the answer; raises ValueError without one."""
+"""A body -> the answer; raises QualityError without one."""
 
 
 @asynccontextmanager
 async def asking(
     url: str, api_key: str | None, timeout_s: float, remedy: str
 ) -> AsyncIterator[Ask]:
-    """Opens connections for as long as the block lasts; any answer but 200 is a ValueError.
+    """Opens connections for as long as the block lasts; any answer but 200 is a QualityError.
 
     Args:
         url: where to post to.
@@ -38,6 +43,6 @@ async def asking(
                     return answer
             except (httpx.HTTPError, ValueError) as error:
                 reason = f"{type(error).__name__} {error}".strip()
-            raise ValueError(f"POST {url} gave {reason}; {remedy}")
+            raise QualityError(f"POST {url} gave {reason}; {remedy}")
 
         yield ask

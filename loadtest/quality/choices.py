@@ -30,7 +30,7 @@ import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
 from cast_serve.questions import Question
-from loadtest.quality.ask import Ask, asking
+from loadtest.quality.ask import Ask, QualityError, asking
 
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """By which score: the name of the share, and that of the choices in run.json."""
@@ -81,7 +81,7 @@ async def measure(
         `by_byte`: by variant, the index of the answer with the highest score; of equals, the first.
 
     Raises:
-        ValueError: at the first answer that a variant does not score.
+        QualityError: at the first answer that a variant does not score.
     """
     variants = (baseline, candidate)
     scores: dict[tuple[int, str, int], float] = {}
@@ -110,7 +110,7 @@ async def measure(
                 scores[place] = log_likelihood(await ask(body), continuation)
             except ValueError as error:
                 where = f"question {number + 1}, variant {variant}"
-                raise ValueError(f"accuracy cannot be measured: {where}: {error}") from error
+                raise QualityError(f"accuracy cannot be measured: {where}: {error}") from error
             on_answer()
 
     tasks = [asyncio.create_task(keep_asking()) for _ in range(NUM_IN_FLIGHT)]

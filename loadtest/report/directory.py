@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOM_BYTES = 64 << 20
+
 
 def check_out(out: Path) -> None:
     """Finds out before the run what would stop its reports after it.
 
     Raises:
-        ValueError: if `out` is taken, its parent cannot be written, or matplotlib is missing.
+        ValueError: if `out` is taken, cannot be written there, or matplotlib is missing.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists already; name a new directory, or remove it")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out} cannot be made: {parent} is not a directory we may write")
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    _check_room(f"--out {out}", folder)
     check_matplotlib()
 
 
@@ -34,9 +35,9 @@ def check_file(flag: str, out: Path) -> None:
     Raises:
         ValueError: if the file cannot be written.
     """
-    folder = out.absolute().parent
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {out} cannot be written; name a file in a folder that exists")
+    if out.is_dir():
+        raise ValueError(f"{flag} {out} is a directory; name a file")
+    _check_room(f"{flag} {out}", out.absolute().parent)
 
 
 def check_directory(directory: Path) -> None:
@@ -60,6 +61,18 @@ def check_matplotlib() -> None:
     except ImportError as error:
         raise ValueError(
             "reports need matplotlib; install it with: pip install 'cast-serve[loadtest]'"
+        ) from error
+
+
+def _check_room(what: str, folder: Path) -> None:
+    """Takes the room of a large record for a moment: a full disk shows only when it is written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM_BYTES)
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be written: {folder}: {error.strerror}; name a place in a folder that "
+            f"exists, may be written and has {ROOM_BYTES >> 20} MiB free"
         ) from error
 
 

@@ -1,6 +1,5 @@
-"""A recorded run and its result -> a directory of files.
+"""A recorded run and its result -> the files in its directory that follow from the record.
 
-run.json, requests.jsonl   the record (record.py)
 result.json                the result: all that follows from the record, the verdict included
 report.html, .md, .png     the same for people
 """
@@ -12,7 +11,6 @@ from typing import Any
 from loadtest.quality import models
 from loadtest.record import Recorded
 from loadtest.report import figures, html
-from loadtest.report.directory import new_directory
 from loadtest.report.words import (
     facts,
     guard_rails,
@@ -26,16 +24,6 @@ from loadtest.report.words import (
 )
 
 WRITTEN = "result.json, report.html, report.md and report.png, from run.json and requests.jsonl"
-
-
-def write_out(out: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    """Makes the directory with record and result, or nothing; then the reports in it.
-
-    If those fail, `cast-loadtest report` makes them anew of the record.
-    """
-    with new_directory(out, result) as partial:
-        recorded.write(partial)
-    write_reports(out, recorded, result)
 
 
 def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         **{key: about["workload"].get(key) for key in ("prompt_words", "seed", "run_number")},
         **{key: about[key] for key in KEPT},
         **{key: about.get(key) for key in LATER},
+        "is_complete": recorded.is_complete,
         **summarise(recorded, speedups(recorded)),
         "saturation": {v: saturation(recorded, v) for v in recorded.variants} if is_ramp else None,
         "ttft_growth": {v: growth(recorded, v) for v in recorded.variants}

@@ -1,7 +1,7 @@
 """A result -> what a reader must know before any figure, since figures can mislead.
 
-A void run, failed requests, unequal lengths, more requests than are carried, too few block pairs,
-drift.
+A run that was stopped, a void run, failed requests, unequal lengths, more requests than are
+carried, too few block pairs, drift.
 """
 
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS
@@ -20,8 +20,17 @@ def warnings(result: Result) -> list[str]:
         for variant, errors in result["errors"].items()
         if errors
     )
+    if not result["is_complete"]:
+        found.append(
+            f"INCOMPLETE. The run was stopped: {result['num_block_pairs']} of "
+            f"{result['num_planned_pairs']} block pairs were measured."
+        )
     if not result["num_requests"]:
-        return [f"The warm-up failed ({classes}). Nothing was measured; see the server's log."]
+        if result["num_warmup_errors"] or not found:
+            found.append(
+                f"The warm-up failed ({classes}). Nothing was measured; see the server's log."
+            )
+        return found
     if result["harness"]["is_void"]:
         found.append(
             f"VOID. The harness did not keep up: {result['harness']['why']}. "

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.record import FORMAT_VERSION, Recorded
+from loadtest.record import FORMAT_VERSION, Recorded, Request
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
 from loadtest.send.processes import Processes
@@ -200,6 +200,7 @@ async def run_paired(
     on_response: Callable[[], None] = lambda: None,
     schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
     on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_sent: Callable[[Sequence[Request], Mapping[str, Any]], None] = lambda requests, about: None,
 ) -> Recorded:
     """Warms both variants up, then runs every block; if a warm-up request fails, none.
 
@@ -211,6 +212,8 @@ async def run_paired(
         on_response: called after each request, for a progress bar.
         schedule: when requests leave.
         on_plan: called once the size of a block is known.
+        on_sent: called with what run.json says about the sending so far, and with no requests
+            before the first, then with those of the warm-up and of each block when it is over.
 
     Returns:
         All requests; `about` holds what run.json says about the sending: plan, schedule, rate and
@@ -229,6 +232,19 @@ async def run_paired(
 
     if plan.num_prompts is None:  # how long a request takes depends on how many are in flight
         plan = replace(plan, num_warmup=max(plan.num_warmup, plan.concurrency))
+    blocks: list[Sent] = []
+
+    def about() -> dict[str, Any]:
+        idle = Harness(client.num_processes, 0.0, 0.0, False, None)
+        return {
+            "format_version": FORMAT_VERSION,
+            "plan": asdict(plan),
+            "schedule": schedule.kind,
+            "rate_per_s": schedule.mean_rate_per_s,
+            "harness": asdict(Harness.of(blocks) if blocks else idle),
+        }
+
+    on_sent([], about())
     numbers = count()
     indices = [next(numbers) for _ in range(plan.num_warmup)]
     warmups = [
@@ -239,24 +255,19 @@ async def run_paired(
     requests = [
         request.placed(None, None, start_s) for sent in warmups for request in sent.requests
     ]
-    harness = Harness(client.num_processes, 0.0, 0.0, False, None)
-    if not any(request.error for request in requests):
+    is_warm = not any(request.error for request in requests)
+    if is_warm:
         plan = sized(plan, schedule, warmups)
         on_plan(plan)
+    on_sent(requests, about())
+    if is_warm:
         num_prompts = plan.num_prompts or 0
         pairs = [[next(numbers) for _ in range(num_prompts)] for _ in range(plan.num_block_pairs)]
-        blocks = []
         for number, (pair, variant) in enumerate(plan.block_order()):
             due_s = schedule.times_s(num_prompts)
             sent = await client.send(batch(variant, pairs[pair], number + 1, due_s), on_response)
-            requests += [request.placed(number, pair, start_s) for request in sent.requests]
+            in_block = [request.placed(number, pair, start_s) for request in sent.requests]
+            requests += in_block
             blocks.append(sent)
-        harness = Harness.of(blocks)
-    about = {
-        "format_version": FORMAT_VERSION,
-        "plan": asdict(plan),
-        "schedule": schedule.kind,
-        "rate_per_s": schedule.mean_rate_per_s,
-        "harness": asdict(harness),
-    }
-    return Recorded(about, tuple(requests))
+            on_sent(in_block, about())
+    return Recorded(about(), tuple(requests))

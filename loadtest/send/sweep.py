@@ -25,9 +25,9 @@ class Load:
     plan: Plan
     schedule: Schedule
 
-    def out(self, out: Path | None) -> Path | None:
+    def out(self, out: Path) -> Path:
         """Where it is written to: a sweep has a sub-directory for each load."""
-        return out / self.name if out and self.name else out
+        return out / self.name if self.name else out
 
 
 def sweep(plan: Plan, schedule: Schedule, concurrency: list[int], rate: list[float]) -> list[Load]:

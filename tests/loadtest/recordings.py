@@ -1,12 +1,16 @@
 """Figures -> recorded runs, made by hand or from a seed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from loadtest.record import Recorded, Request, joined
+from loadtest.record import Recorded, Recorder, Request
+from loadtest.report.files import write_reports
+from loadtest.report.result import result_of
 
 PLAN = {
     "baseline": "dense",
@@ -84,6 +88,24 @@ def request(
 def recorded(requests: Iterable[Request], **changes: Any) -> Recorded:
     """A run of these requests; `changes` as in `about`."""
     return Recorded(about(**changes), tuple(requests))
+
+
+def joined(launches: Sequence[Recorded], about: dict[str, Any]) -> Recorded:
+    """The runs of several launches of the same servers, recorded as one."""
+    with TemporaryDirectory() as folder:
+        recorder = Recorder(Path(folder), about)
+        for run in launches:
+            recorder.begin_launch()
+            recorder.add(run.requests, {})
+        recorder.complete({})
+        return Recorded(about, Recorded.read(Path(folder)).requests)
+
+
+def write_out(out: Path, run: Recorded) -> None:
+    """A run's directory, as `cast-loadtest run --out` leaves it."""
+    out.mkdir(parents=True)
+    run.write(out)
+    write_reports(out, run, result_of(run))
 
 
 def two_pairs(**changes: Any) -> Recorded:

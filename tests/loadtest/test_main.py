@@ -1,9 +1,15 @@
 """The command line against the mock: figures, exit codes, and what is written."""
 
 import json
+import resource
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.variants import remote_variants
 from loadtest.__main__ import app
 from loadtest.mock_server import MockVariant
+from loadtest.mock_server import create_app as create_mock
 from loadtest.send.schedule import Schedule
 from tests.loadtest.conftest import Serve, ServeApp
 
@@ -269,6 +276,169 @@ def test_taken_out_directory_exits_2_before_anything_is_sent(serve: Serve, tmp_p
     assert result.exit_code == 2
     assert app.state.requests == []
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def fault(*_: object) -> None:
+    raise ValueError("a fault in the statistics")
+
+
+def report_again(stderr: str) -> Any:
+    """Follows the last line of a run that went wrong."""
+    words = shlex.split(stderr.splitlines()[-1].partition("make the report from it: ")[2])
+    assert words[:2] == ["cast-loadtest", "report"]
+    return CliRunner().invoke(app, words[1:])
+
+
+@pytest.mark.parametrize("has_out", [True, False], ids=["--out", "no --out"])
+def test_a_fault_in_the_statistics_costs_no_record(
+    serve: Serve,
+    guard: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_out: bool,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url, _ = serve(dense=QUICK, sparse=QUICK)
+    flags = ("--out", str(tmp_path / "out")) if has_out else ()
+    with monkeypatch.context() as patch:
+        patch.setattr("loadtest.report.result.summarise", fault)
+        result = cast_loadtest("--url", url, *SMALL, "--guard", str(guard), *flags)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "ValueError: a fault in the statistics\n" in result.stderr
+    assert "this is a fault of cast-loadtest itself" in result.stderr
+    again = report_again(result.stderr)
+    assert again.exit_code == 0, again.output
+    figures = last_line(again)
+    assert (figures["num_requests"], figures["num_errors"]) == (12, 0)
+    assert figures["is_complete"]
+
+
+def test_a_run_without_out_leaves_nothing(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url, _ = serve(dense=QUICK, sparse=QUICK)
+    assert last_line(cast_loadtest("--url", url, *SMALL))["num_requests"] == 12
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped_run(url: str, out: Path, by: signal.Signals) -> tuple[int, str]:
+    """A run that is sent a signal while its ninth block or a later one is measured."""
+    words = ["run", "--url", url, *SMALL, "--blocks", "200", "--out", str(out)]
+    command = [sys.executable, "-m", "loadtest", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        file = out / "requests.jsonl"
+        while run.poll() is None and not (file.exists() and file.read_text().count("\n") > 28):
+            time.sleep(0.02)
+        run.send_signal(by)
+        _, stderr = run.communicate()
+    return run.returncode, stderr
+
+
+@pytest.mark.parametrize(
+    ("by", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)]
+)
+def test_a_run_that_is_ended_leaves_what_it_measured(
+    serve: Serve, tmp_path: Path, by: signal.Signals, status: int
+) -> None:
+    url, _ = serve(dense=MockVariant(0.01, 0.005), sparse=MockVariant(0.01, 0.005))
+    out = tmp_path / "out"
+    code, stderr = stopped_run(url, out, by)
+    assert code == status, stderr
+    again = CliRunner().invoke(app, ["report", str(out)])
+    figures = last_line(again)
+    assert 4 <= figures["num_block_pairs"] < 200
+    assert again.exit_code == 1  # a run that was stopped does not pass
+    assert figures["num_requests"] == 6 * figures["num_block_pairs"]
+    assert not figures["is_complete"]
+    text = f"The run was stopped: {figures['num_block_pairs']} of 200 block pairs were measured."
+    assert any(text in warning for warning in figures["warnings"])
+    assert text in (out / "report.md").read_text()
+    assert "complete: the run was stopped" in again.stderr
+    if by == signal.SIGTERM:
+        assert f"what was measured is in {out}" in stderr
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file of this process can have more bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_found_before_anything_is_sent(serve: Serve, tmp_path: Path) -> None:
+    url, server = serve(dense=QUICK, sparse=QUICK)
+    with small_disk(1 << 20):
+        result = cast_loadtest("--url", url, *SMALL, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert (
+        f"--out {tmp_path / 'out'} cannot be written: {tmp_path}: File too large" in result.stderr
+    )
+    assert "64 MiB free" in result.stderr
+    assert server.state.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_ends_the_run(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, server = serve(dense=QUICK, sparse=QUICK)
+    monkeypatch.setattr("loadtest.__main__.check_out", lambda out: None)  # it had room then
+    out = tmp_path / "out"
+    with small_disk(8 << 10):
+        result = cast_loadtest("--url", url, *SMALL, "--blocks", "200", "--out", str(out))
+    assert result.exit_code == 1
+    assert f"{out} could not be written: File too large; free some space" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(server.state.requests) < 100  # of 1,204
+    assert not last_line(report_again(result.stderr))["is_complete"]
+
+
+def test_a_run_that_is_stopped_in_its_warm_up_leaves_no_directory(
+    serve: Serve, tmp_path: Path
+) -> None:
+    url, _ = serve(dense=MockVariant(5.0, 0.0), sparse=QUICK)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "loadtest", "run", "--url", url, *SMALL, "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not (out / "run.json").exists():
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        _, stderr = run.communicate()
+    assert run.returncode == 130, stderr
+    assert "what was measured" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_record_is_from_is_known_before_anything_is_sent(
+    serve_app: ServeApp, tmp_path: Path
+) -> None:
+    server = create_mock({"dense": QUICK, "sparse": QUICK})
+    found: list[dict[str, Any]] = []
+    out = tmp_path / "out"
+
+    @server.middleware("http")
+    async def note(request: Request, call_next: Any) -> Any:
+        if request.url.path == "/v1/completions":
+            found.append(json.loads((out / "run.json").read_text()))
+        return await call_next(request)
+
+    cast_loadtest("--url", serve_app(server), *SMALL, "--out", str(out))
+    after = json.loads((out / "run.json").read_text())
+    for key in ("date", "command", "versions", "num_launches", "url", "workload", "timeout_s"):
+        assert found[0][key] == after[key], key
+    assert after["num_launches"] == 1
+    assert found[0]["machine"]["load_average"] == after["machine"]["load_average"][:1]
+    machine = {**after["machine"], "load_average": after["machine"]["load_average"][:1]}
+    assert found[0]["machine"] == machine
+    assert (found[0]["is_complete"], after["is_complete"]) == (False, True)
 
 
 def test_python_m_loadtest() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.record import Recorded, joined
-from tests.loadtest.recordings import about, recorded, request, two_pairs
+from loadtest.record import Recorded
+from tests.loadtest.recordings import about, joined, recorded, request, two_pairs
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -99,6 +99,25 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     del no_plan["plan"]
     (tmp_path / "run.json").write_text(json.dumps(no_plan))
     with pytest.raises(ValueError, match="'plan' is missing"):
+        Recorded.read(tmp_path)
+
+
+def test_of_a_run_that_was_stopped_whole_pairs_are_read(tmp_path: Path) -> None:
+    pairs = two_pairs()
+    stopped = replace(pairs, about={**pairs.about, "is_complete": False})
+    stopped.write(tmp_path)
+    assert Recorded.read(tmp_path) == stopped
+    lines = (tmp_path / "requests.jsonl").read_text().splitlines(keepends=True)
+    for left in (lines[:-1], lines[:-3], lines[:-4], [*lines[:7], lines[7][:20]]):
+        (tmp_path / "requests.jsonl").write_text("".join(left))
+        found = Recorded.read(tmp_path)
+        assert found.requests == pairs.requests[:6]
+        assert len(found.pairs) == 1
+    (tmp_path / "requests.jsonl").write_text("")
+    assert Recorded.read(tmp_path).requests == ()
+    pairs.write(tmp_path)  # a record that is said to be complete has no such line
+    (tmp_path / "requests.jsonl").write_text("".join(lines)[:-20])
+    with pytest.raises(ValueError, match="line 12"):
         Recorded.read(tmp_path)
 
 

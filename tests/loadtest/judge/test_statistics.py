@@ -13,8 +13,8 @@ from loadtest.judge.statistics import (
     throughput_of,
     values,
 )
-from loadtest.record import Recorded, joined
-from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
+from loadtest.record import Recorded
+from tests.loadtest.recordings import four_pairs, joined, recorded, request, simulated, two_pairs
 
 SIDES = ("dense", "sparse")
 

@@ -9,6 +9,7 @@ from loadtest.judge.verdict import Guard, judge
 
 SPEEDUP = {"ratio": 1.25, "low": 1.2, "high": 1.3}
 RESULT: dict[str, Any] = {
+    "is_complete": True,
     "num_requests": 100,
     "num_errors": 1,
     "num_warmup_errors": 0,
@@ -51,6 +52,15 @@ def test_only_limits_on_speed_and_quality_are_guard_rails(
     guard: dict[str, Any], is_set: bool
 ) -> None:
     assert judge(FINE, Guard.of(guard))["has_guard"] == is_set
+
+
+def test_a_run_that_was_stopped_does_not_pass() -> None:
+    stopped = {"is_complete": False, "num_block_pairs": 5, "num_planned_pairs": 12}
+    check = found(stopped, min_speedup={"tpot_p50": 1.1})["complete"]
+    assert not check["passed"]
+    assert check["why"].startswith("the run was stopped: 5 of 12 block pairs were measured")
+    nothing = {**stopped, "num_requests": 0, "num_block_pairs": 0}
+    assert list(found(nothing)) == ["complete"]
 
 
 def test_too_few_pairs_do_not_pass() -> None:

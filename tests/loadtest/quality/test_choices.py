@@ -18,12 +18,12 @@ from loadtest.quality.ask import Ask, asking
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
-from loadtest.report.files import markdown_of, write_out
+from loadtest.report.files import markdown_of
 from loadtest.report.result import result_of
 from loadtest.report.words import accuracy_text
 from tests.loadtest.conftest import ServeApp
 from tests.loadtest.quality.answers import GOOD, each, echoed
-from tests.loadtest.recordings import two_pairs
+from tests.loadtest.recordings import two_pairs, write_out
 
 PROMPT = (("Question: Is it?", None), ("\nAnswer", -9.0), (":", -8.0))
 
@@ -237,7 +237,7 @@ def test_reports_tell_it_and_older_records_are_read(tmp_path: Path) -> None:
     )
     assert "By their sum (acc) it is 58.0% ± 5.0% and 60.0% ± 4.9%." in text
     assert text in markdown_of(result_of(run))
-    write_out(tmp_path / "out", run, result_of(run))
+    write_out(tmp_path / "out", run)
     assert f"<p>{text}</p>" in (tmp_path / "out" / "report.html").read_text()
     assert result_of(Recorded.read(tmp_path / "out")) == result_of(run)
 

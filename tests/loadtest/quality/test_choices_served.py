@@ -216,7 +216,7 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
         (["--choices", "/absent"], "questions /absent cannot be read"),
         (["--choices-limit", "3"], "--choices-limit 3 limits nothing; give --choices too"),
         (["--choices", "SET", "--choices-limit", "0"], "--choices-limit 0 is too small"),
-        (["--choices", "SET"], "POST http://127.0.0.1:1/v1/completions gave ConnectError"),
+        (["--choices", "SET"], "http://127.0.0.1:1/v1/models cannot be read"),
     ],
 )
 def test_wrong_use_exits_2_with_one_line(flags: list[str], message: str, tmp_path: Path) -> None:

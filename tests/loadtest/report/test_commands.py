@@ -12,10 +12,9 @@ from loadtest.__main__ import app
 from loadtest.mock_server import MockVariant
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
-from loadtest.report.files import write_out
 from loadtest.report.result import result_of
 from tests.loadtest.conftest import Serve
-from tests.loadtest.recordings import simulated, two_pairs
+from tests.loadtest.recordings import simulated, two_pairs, write_out
 
 
 def cast_loadtest(*arguments: object) -> Any:
@@ -30,7 +29,7 @@ def last_line(done: Any) -> dict[str, Any]:
 def out(tmp_path: Path) -> Path:
     """The directory of a run that is 1.5 times as fast."""
     run = simulated(1, speedup=1.5, num_block_pairs=8)
-    write_out(tmp_path / "out", run, result_of(run))
+    write_out(tmp_path / "out", run)
     return tmp_path / "out"
 
 
@@ -70,7 +69,7 @@ def test_report_of_a_sweep(out: Path, tmp_path: Path) -> None:
 
 def test_compare_fails_on_regression_only_if_told(out: Path, tmp_path: Path) -> None:
     slower = simulated(2, speedup=1.1, num_block_pairs=8)
-    write_out(tmp_path / "new", slower, result_of(slower))
+    write_out(tmp_path / "new", slower)
     done = cast_loadtest("compare", out, tmp_path / "new")
     assert done.exit_code == 0, done.output
     assert last_line(done)["changes"]["tpot_p50"]["verdict"] == "worse"
@@ -110,7 +109,7 @@ def test_coverage_says_before_it_simulates_where_it_cannot_write(
     monkeypatch.setattr("loadtest.judge.coverage.coverage", lambda *_: pytest.fail("simulated"))
     done = cast_loadtest("coverage", "--out", tmp_path / "none" / "x.json")
     assert done.exit_code == 2
-    assert "x.json cannot be written; name a file in a folder that exists" in done.stderr
+    assert "x.json cannot be written: " in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -184,5 +183,5 @@ def test_terms(tmp_path: Path) -> None:
 
 
 def test_warnings_are_printed(tmp_path: Path) -> None:
-    write_out(tmp_path / "out", two_pairs(), result_of(two_pairs()))
+    write_out(tmp_path / "out", two_pairs())
     assert "warning: 2 block pairs are too few" in cast_loadtest("report", tmp_path / "out").stdout

@@ -14,7 +14,7 @@ def test_taken_or_impossible_places_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="exists already; name a new directory"):
         check_out(tmp_path)
-    with pytest.raises(ValueError, match="file is not a directory"):
+    with pytest.raises(ValueError, match="file: Not a directory; name a place"):
         check_out(tmp_path / "file" / "out")
 
 

@@ -1,4 +1,4 @@
-"""The record and what follows from it are written together or not at all, and agree."""
+"""The record and what follows from it agree."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from loadtest.record import Recorded
-from loadtest.report import figures
-from loadtest.report.files import markdown_of, write_out
+from loadtest.report.files import markdown_of
 from loadtest.report.result import result_of
-from tests.loadtest.recordings import broken_runs, two_pairs
+from tests.loadtest.recordings import broken_runs, two_pairs, write_out
 
 RUN = two_pairs()
 RESULT = result_of(RUN)
@@ -24,7 +23,7 @@ FILES = [
 
 
 def test_everything_is_computed_from_the_record(tmp_path: Path) -> None:
-    write_out(tmp_path / "new" / "out", RUN, RESULT)
+    write_out(tmp_path / "new" / "out", RUN)
     out = tmp_path / "new" / "out"
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert json.loads((out / "result.json").read_text()) == RESULT
@@ -33,31 +32,9 @@ def test_everything_is_computed_from_the_record(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def full(*_: object) -> None:
-    raise OSError("disk full")
-
-
-def test_the_record_is_left_when_a_report_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "write_png", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_out(tmp_path / "out", RUN, RESULT)
-    assert result_of(Recorded.read(tmp_path / "out")) == RESULT
-
-
-def test_nothing_is_left_when_the_record_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Recorded, "write", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_out(tmp_path / "out", RUN, RESULT)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("run", broken_runs())
 def test_broken_runs_are_written_too(tmp_path: Path, run: Recorded) -> None:
-    write_out(tmp_path / "out", run, result_of(run))
+    write_out(tmp_path / "out", run)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result_of(run)
 
 

@@ -7,9 +7,7 @@ import pytest
 
 from loadtest.record import Recorded
 from loadtest.report import pareto
-from loadtest.report.files import write_out
-from loadtest.report.result import result_of
-from tests.loadtest.recordings import recorded, request
+from tests.loadtest.recordings import recorded, request, write_out
 
 # Seconds per token and number of requests that end together, of each concurrency.
 LOADS = {1: (0.1, 1), 2: (0.2, 4), 4: (0.4, 6), 8: (0.8, 6)}
@@ -59,7 +57,7 @@ def test_a_variant_that_never_answered_has_no_front(tmp_path: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     for concurrency in (4, 1):
         run = loaded(concurrency)
-        write_out(tmp_path / f"run-{concurrency}", run, result_of(run))
+        write_out(tmp_path / f"run-{concurrency}", run)
     assert pareto.is_sweep(tmp_path)
     assert not pareto.is_sweep(tmp_path / "run-1")
     runs = pareto.runs_in(tmp_path)
@@ -81,6 +79,6 @@ def test_files(tmp_path: Path) -> None:
 
 def test_runs_of_other_variants_are_refused(tmp_path: Path) -> None:
     for name, run in (("a", loaded(1)), ("b", loaded(1, other="other"))):
-        write_out(tmp_path / name, run, result_of(run))
+        write_out(tmp_path / name, run)
     with pytest.raises(ValueError, match="compare different variants"):
         pareto.runs_in(tmp_path)

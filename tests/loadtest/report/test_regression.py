@@ -8,9 +8,9 @@ from rich.console import Console
 
 from cast_serve.intervals import SEED, Ratio
 from loadtest.judge.statistics import speedups
-from loadtest.record import Recorded, joined
+from loadtest.record import Recorded
 from loadtest.report.regression import TABLE_WIDTH, compare, table_of
-from tests.loadtest.recordings import recorded, request, simulated, two_pairs
+from tests.loadtest.recordings import joined, recorded, request, simulated, two_pairs
 
 
 def test_a_slower_candidate_is_worse_and_a_faster_one_better() -> None:

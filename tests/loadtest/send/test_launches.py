@@ -3,36 +3,36 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from loadtest import measure
 from loadtest.__main__ import app
 from loadtest.record import Recorded
 from loadtest.send.launches import LaunchError, parse_variants, served
-from loadtest.send.paired import Plan
-from loadtest.send.schedule import Schedule
-from loadtest.send.sweep import Load
-from loadtest.send.workload import Workload
 from tests.conftest import Opened
-from tests.loadtest.recordings import recorded, request, two_pairs
 
 FAKE = f"""#!{sys.executable}
 import os, pathlib, sys
 arguments = sys.argv[1:]
-pathlib.Path(__file__).with_name("asked").open("a").write(" ".join(arguments) + "\\n")
-if "--fail" in arguments:
+asked = pathlib.Path(__file__).with_name("asked")
+with asked.open("a") as file:
+    file.write(" ".join(arguments) + "\\n")
+launch = str(len(asked.read_text().splitlines()))
+if "--fail" in arguments or launch == os.environ.get("FAILING_LAUNCH"):
     sys.exit("no such model")
-port = arguments[arguments.index("--port") + 1]
+port = int(arguments[arguments.index("--port") + 1])
 names = [arguments[n + 1].split("=")[0] for n, word in enumerate(arguments) if word == "--variant"]
-mock = [sys.executable, "-m", "loadtest.mock_server", "--port", port]
-for name in names:
-    mock += ["--variant", f"{{name}}=0.01,0.001"]
-os.execv(sys.executable, mock)
+import uvicorn
+from loadtest.mock_server import MockVariant, create_app
+variant = MockVariant(0.01, 0.001, fail_every=int(launch == os.environ.get("SICK_LAUNCH")))
+app = create_app(dict.fromkeys(names, variant))
+uvicorn.run(app, port=port, log_level="warning", loop="asyncio")
 """
+
+
+QUICK = ("--output-tokens", "3", "--prompt-tokens", "4")
 
 
 @pytest.fixture
@@ -53,12 +53,14 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+def variants(model: Path) -> list[str]:
+    return [word for name in ("dense", "sparse") for word in ("--variant", f"{name}={model}")]
+
+
 def test_launches_swap_places_and_become_one_record(asked: Path, model: Path, guard: Path) -> None:
     out = asked.with_name("out")
     arguments = ["run", "--launches", "3", "--blocks", "2", "--num-prompts", "2", "--same-model"]
-    arguments += ["--output-tokens", "3", "--prompt-tokens", "4", "--vllm-flags", "--enforce-eager"]
-    for name in ("dense", "sparse"):
-        arguments += ["--variant", f"{name}={model}"]
+    arguments += [*QUICK, *variants(model), "--vllm-flags", "--enforce-eager"]
     done = CliRunner().invoke(app, [*arguments, "--guard", str(guard), "--out", str(out)])
     assert done.exit_code == 0, done.output
     lines = asked.read_text().splitlines()
@@ -80,40 +82,44 @@ def test_launches_swap_places_and_become_one_record(asked: Path, model: Path, gu
 
 
 def test_the_first_launch_that_is_measured_settles_the_plan(
-    monkeypatch: pytest.MonkeyPatch,
+    asked: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The warm-up of the first launch fails, so the second finds out the size of a block."""
-    lost = recorded(
-        [request(None, None, "dense", None)], plan={"num_warmup": 1, "num_prompts": None}
-    )
-    sized = two_pairs(plan={"num_warmup": 1, "num_prompts": 3})
-    runs = iter([lost, sized, sized])
-    planned: list[int | None] = []
+    monkeypatch.setenv("SICK_LAUNCH", "1")
+    out = asked.with_name("out")
+    arguments = ["run", "--launches", "3", "--blocks", "2", "--block-s", "0.4", *QUICK]
+    done = CliRunner().invoke(app, [*arguments, *variants(model), "--out", str(out)])
+    assert done.exit_code == 1, done.output
+    recorded = Recorded.read(out)
+    assert recorded.is_complete
+    assert [block.launch for block in recorded.blocks] == [1] * 4 + [2] * 4
+    assert {len(block.requests) for block in recorded.blocks} == {
+        recorded.about["plan"]["num_prompts"]
+    }
+    assert "4 warm-up requests failed" in done.stderr
 
-    async def run(_: object, __: object, load: Load, ___: object) -> Recorded:
-        planned.append(load.plan.num_prompts)
-        return next(runs)
 
-    monkeypatch.setattr(measure, "served", lambda *_: nullcontext("http://server"))
-    monkeypatch.setattr(measure, "_run", run)
-    job = measure.Job(
-        loads=[Load(None, Plan(), Schedule())],
-        workload=Workload(),
-        timeout_s=1.0,
-        api_key=None,
-        num_processes=1,
-        quality_workload=Workload(),
-        num_quality_prompts=0,
-        questions=[],
-        url=None,
-        models={"dense": Path(), "sparse": Path()},
-        num_launches=3,
-        vllm_flags=[],
-    )
-    ((_, found),) = measure.measure(job, lambda *_: {})
-    assert planned == [None, None, 3]
-    assert found.about["plan"]["num_prompts"] == 3
-    assert {block.launch for block in found.blocks} == {1, 2}
+def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
+    asked: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILING_LAUNCH", "3")
+    out = asked.with_name("out")
+    arguments = ["run", "--launches", "3", "--blocks", "2", "--num-prompts", "2", *QUICK]
+    arguments += ["--concurrency", "1,2", *variants(model), "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1, done.output
+    assert "launch 3: `cast-serve up` ended with 1; it printed:\nno such model" in done.stderr
+    assert f"what was measured is in {out}; " in done.stderr
+    for load in ("concurrency-1", "concurrency-2"):
+        recorded = Recorded.read(out / load)
+        assert [block.launch for block in recorded.blocks] == [0] * 4 + [1] * 4
+        assert not recorded.is_complete
+        report = (out / load / "report.md").read_text()
+        assert "The run was stopped: 4 of 6 block pairs were measured." in report
+    again = CliRunner().invoke(app, ["report", str(out)])
+    assert again.exit_code == 1  # it was stopped
+    sweep = json.loads(again.stdout.splitlines()[-1])
+    assert {point["run"] for point in sweep["points"]} == {"concurrency-1", "concurrency-2"}
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_lines(asked: Path, model: Path) -> None:
