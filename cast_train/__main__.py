@@ -173,14 +173,17 @@ def evaluate(
     """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
     with _working():
         from cast_train.evaluate import evaluation
+        from cast_train.origin import origin
 
+        began = origin()
         if losses is not None:
             _check_losses(losses)
         found, block_losses = evaluation.evaluate(
             directory, text, context, tokens, reference, choices or (), limit
         )
         if losses is not None:
-            written = {**found, "text": [str(path) for path in text], "losses": block_losses}
+            written = {**found, "text": [str(path) for path in text], "origin": began}
+            written["losses"] = block_losses
             losses.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         _finish(**found)
 

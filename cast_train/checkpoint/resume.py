@@ -1,6 +1,6 @@
 """OUT.partial: an unfinished run's identity and checkpoints -> the checkpoint to resume from.
 
-    run.json                the run's identity
+    run.json                the run's identity, and where each of its launches came from (origin.py)
     kept_dense.json         the linears that stay dense for `zeros`, chosen at the start
     channel_order.json      the order of the channels, found at the start, if they were reordered
     checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
@@ -71,17 +71,42 @@ class Choices:
     order: ChannelOrder | None
 
 
-def begin(partial: Path, wanted: Mapping[str, Any], choices: Choices) -> None:
+def begin(
+    partial: Path, wanted: Mapping[str, Any], choices: Choices, origin: Mapping[str, Any]
+) -> None:
     """Makes the directory of a run, if it is not there; writes its choices, then its identity.
 
     To be called where there is no checkpoint; a kill meanwhile leaves an identity whole or none.
+
+    Args:
+        partial: OUT.partial.
+        wanted: the run's identity.
+        choices: what the run has chosen.
+        origin: of this launch.
     """
     partial.mkdir(parents=True, exist_ok=True)
     kept_dense = json.dumps(list(choices.kept_dense))
     (partial / DENSE_FILE).write_text(kept_dense + "\n", encoding="utf-8")
     channel_order.write(partial, choices.order)
+    _write_run(partial, {**wanted, "origins": [{"step": 0, **origin}]})
+
+
+def go_on(partial: Path, step: int, origin: Mapping[str, Any]) -> None:
+    """Adds the launch that goes on after that step to the run's origins."""
+    found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
+    # A run of an earlier release had none.
+    origins = [*found.get("origins", []), {"step": step, **origin}]
+    _write_run(partial, {**found, "origins": origins})
+
+
+def read_origins(partial: Path) -> list[dict[str, Any]]:
+    """Where each launch of the run came from, and after which step it went on, in their order."""
+    return list(json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))["origins"])
+
+
+def _write_run(partial: Path, content: Mapping[str, Any]) -> None:
     unnamed = partial / f"{RUN_FILE}.new"
-    unnamed.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    unnamed.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     record.to_disk(partial)
     unnamed.rename(partial / RUN_FILE)
     record.fsync(partial)

@@ -131,6 +131,7 @@ def evaluate(
     found = {
         "directory": str(directory),
         "kind": kind,
+        "method": record.get("method"),
         **figures,
         "num_tokens": hard.num_tokens,
         "context_tokens": hard.context_tokens,

@@ -30,6 +30,7 @@ from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig, parse_assignments
 from cast_train.evaluate import report
 from cast_train.evaluate.choices import check_names
+from cast_train.origin import origin
 from cast_train.pruning import oneshot
 
 # Name -> what it changes in the study's common settings.
@@ -170,8 +171,9 @@ def run(
     failed: list[str] = []
     for name in ("before", *oneshot.METHODS, *(rival.name for rival in rivals)):
         if (name, None) not in done:
-            figures = _measure_untrained(name, text_files, out, measure, rivals)
-            done[name, None] = _append(out, {"way": name, "seed": None, **figures})
+            row = {"way": name, "seed": None, "origins": [origin()]}
+            row |= _measure_untrained(name, text_files, out, measure, rivals)
+            done[name, None] = _append(out, row)
     for number, ((way, seed), config) in enumerate(configs.items(), 1):
         if (way, seed) not in done:
             print(f"study: run {number} of {len(configs)}: {way}, seed {seed}", flush=True)
@@ -391,6 +393,7 @@ def _train(
         "step_s": record["step_s"],
         **took,
         "curve": record["curve"],
+        **{key: record[key] for key in ("config", "effective", "origins")},
     }
 
 

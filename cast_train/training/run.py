@@ -37,7 +37,8 @@ from cast_train.checkpoint.models import load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import NotFiniteError, soft_and_hard
 from cast_train.gates import gating, quantizing, scaling
-from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.gates.schedules import first_exact_step, first_quantized_step, phase_at
+from cast_train.origin import origin
 from cast_train.precision import autocast
 from cast_train.text import TokenBlocks
 from cast_train.training import progress
@@ -92,6 +93,7 @@ def train(
         DivergedError: if the loss, or the trained model's output, is not finite.
         StoppedError: if the run was asked to stop, by a signal (stopping.py), and is saved.
     """
+    began = origin(config.precision)
     if config.report_to == "tensorboard" and tensorboard_dir is None:
         tensorboard_dir = out.with_name(out.name + ".tensorboard")
     partial = out.with_name(out.name + ".partial")
@@ -117,6 +119,7 @@ def train(
             run_identity=run_identity,
             is_resume=is_resume,
             tensorboard_dir=tensorboard_dir,
+            began=began,
         )
 
 
@@ -132,6 +135,7 @@ def _train(
     run_identity: Mapping[str, Any],
     is_resume: bool,
     tensorboard_dir: Path | None,
+    began: Mapping[str, Any],
 ) -> dict[str, Any]:
     """As `train`, once the inputs are read and OUT.partial is held."""
     resume_from = resume.find(partial, run_identity, is_resume, is_first=sharding.rank() == 0)
@@ -143,7 +147,9 @@ def _train(
     if sharding.rank() == 0:
         resume.check_room(partial, prepared.model, prepared.gate_map, config)
         if resume_from is None:
-            resume.begin(partial, run_identity, prepared.choices)
+            resume.begin(partial, run_identity, prepared.choices, began)
+        else:
+            resume.go_on(partial, resume.step_of(resume_from), began)
     try:
         trainer = _fit(prepared, blocks, config, arguments, resume_from, tensorboard_dir)
         trained = _as_stored(trainer, prepared, model_dir, config)
@@ -155,8 +161,9 @@ def _train(
     tensors = gating.detach(trained.targets) if trained.gate_map else {}
     if trainer.is_world_process_zero():
         trained.model.to(torch.bfloat16)
+        record |= {**run_identity, "origins": resume.read_origins(partial)}
         record = models.write(
-            *(out, trained.model, tokenizer, {**record, **run_identity}, tensors),
+            *(out, trained.model, tokenizer, record, tensors),
             source=model_dir,
             order=trained.choices.order,
         )
@@ -280,6 +287,7 @@ def _measure(
         "kept_dense": list(trained.choices.kept_dense),
         "selector": config.selector,
         "schedules_end": dataclasses.asdict(last),
+        "effective": _effective(trained, config),
         "trained_as": _trained_as(config),
         "steps": config.steps,
         "best_step": trainer.state.best_global_step,
@@ -295,6 +303,16 @@ def _measure(
             **(dataclasses.asdict(trained.reach) if trained.reach else {}),
         },
         "quality": _quality(trained, blocks, config),
+    }
+
+
+def _effective(trained: Prepared, config: TrainConfig) -> dict[str, Any]:
+    """What the settings came to, which `method` and those that are ``auto`` do not say."""
+    return {
+        "is_mask_learnt": config.method != "dense" and first_exact_step(config) > 0,
+        "is_solved": config.is_solved,
+        "start": None if config.method in ("dense", "adams") else config.first_order,
+        "is_reordered": trained.choices.order is not None,
     }
 
 

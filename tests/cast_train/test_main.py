@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.provenance import versions
 from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.evaluate import evaluation
 from cast_train.evaluate.perplexity import Perplexity, perplexity
 from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
@@ -133,12 +136,31 @@ def test_the_losses_that_are_written_give_the_perplexity(cast_train, llama_dir, 
     asked = ("eval", llama_dir, "--text", text_file, "--context", 32, "--tokens", 128)
     found = last_json(cast_train(*asked, "--losses", "losses.json"))
     written = json.loads(Path("losses.json").read_text())
-    losses = written.pop("losses")
+    losses, origin = written.pop("losses"), written.pop("origin")
     assert written == {**found, "text": [str(text_file)]}
+    assert origin["versions"] == versions()
     assert len(losses) == 4
     assert math.exp(statistics.fmean(losses)) == pytest.approx(found["perplexity"])
     measured = Perplexity(found["perplexity"], found["num_tokens"], 32, tuple(losses))
     assert measured.stderr_nats == pytest.approx(found["stderr_nats"])
+
+
+def test_the_losses_are_written_with_the_load_before_they_were_measured(
+    cast_train, llama_dir, text_file, monkeypatch
+):
+    loads = [0.5]
+    evaluate = evaluation.evaluate
+
+    def loaded(*arguments):
+        loads.append(9.0)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (loads[-1], 0.0, 0.0))
+    monkeypatch.setattr(evaluation, "evaluate", loaded)
+    asked = ("eval", llama_dir, "--text", text_file, "--context", 32, "--tokens", 128)
+    assert cast_train(*asked, "--losses", "losses.json").exit_code == 0
+    origin = json.loads(Path("losses.json").read_text())["origin"]
+    assert origin["machine"]["load_average"] == 0.5
 
 
 def test_the_whole_text_is_measured_unless_told(cast_train, llama_dir, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from cast_serve.checkpoint.record import CheckpointError, verify
+from cast_serve.provenance import machine, versions
 from cast_train.checkpoint import models, resume
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
@@ -68,6 +69,45 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     assert begun_at == [None, "checkpoint-4", None]
     assert_same_result(tmp_path / "out", tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_record_says_where_each_launch_of_the_run_came_from(
+    llama_dir, text_file, config, tmp_path, monkeypatch, train_until
+):
+    """Each stamp is of the launch's beginning, so a run that is killed has left its own."""
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    loads = iter([0.5, 7.0, 9.0])
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    train_until(6, *arguments)
+    killed = json.loads((tmp_path / "out.partial/run.json").read_text())["origins"]
+    record = train(*arguments, is_resume=True)
+    first, second = record["origins"]
+    assert [first] == killed
+    assert [launch["step"] for launch in (first, second)] == [0, 4]
+    assert [launch["machine"]["load_average"] for launch in (first, second)] == [0.5, 7.0]
+    for launch in (first, second):
+        assert launch["versions"] == versions()
+        assert launch["machine"] == {
+            **machine(),
+            "load_average": launch["machine"]["load_average"],
+        }
+        assert launch["num_threads"] == torch.get_num_threads()
+        assert launch["precision"] in ("fp32", "bf16")
+    assert verify(tmp_path / "out")["origins"] == record["origins"]
+    assert train(*arguments)["origins"] == record["origins"]  # there is nothing to launch
+
+
+def test_a_run_of_an_earlier_release_goes_on_without_its_origin(
+    llama_dir, text_file, config, tmp_path, train_until
+):
+    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    train_until(6, *arguments)
+    path = tmp_path / "out.partial/run.json"
+    found = json.loads(path.read_text())
+    del found["origins"]
+    path.write_text(json.dumps(found))
+    (launch,) = train(*arguments, is_resume=True)["origins"]
+    assert launch["step"] == 4
 
 
 def test_a_second_run_is_kept_out_of_the_first_ones_directory(

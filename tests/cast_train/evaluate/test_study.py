@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cast_serve.provenance import versions
 from cast_train.evaluate import report, study
 
 ROWS: list[dict[str, Any]] = [
@@ -215,6 +216,34 @@ def test_one_shot_prunings_follow_the_common_settings(inputs, measured, tmp_path
     assert len(oneshots) == 3
     for words in oneshots:
         assert "--zeros 0.4 --allocation gates --exclude q_proj --text" in words
+
+
+@no_curves
+def test_a_study_says_where_each_row_came_from_and_what_was_trained(
+    inputs, measured, tmp_path, monkeypatch
+):
+    """What was trained is not what a way's name says: the names' settings may change."""
+    about = {"config": {"method": "gates"}, "effective": {"is_mask_learnt": False}}
+    about["origins"] = [{"step": 0, "precision": "fp32"}]
+
+    def call(*arguments):
+        folder = Path(arguments[arguments.index("--out") + 1])
+        folder.mkdir()
+        record = {**about, "gates": {}, "step_s": 0.5, "curve": []}
+        (folder / "cast.json").write_text(json.dumps(record))
+        keys = ("tokens_seen", "perplexity_hard", "perplexity_soft", "flipped_share")
+        return dict.fromkeys(keys, 1.0), {"peak_memory_mb": 1.0}
+
+    call_untrained = study._call
+    monkeypatch.setattr(study, "_call", lambda *a: (call if a[0] == "run" else call_untrained)(*a))
+    ways = {"fixed mask": study.WAYS["fixed mask"]}
+    result = study.run(**inputs, out=tmp_path / "study", settings={}, ways=ways, seeds=[0])
+    *untrained, trained = result["runs"]
+    assert len(untrained) == 5
+    for row in untrained:
+        (launch,) = row["origins"]
+        assert launch["versions"] == versions()
+    assert {key: trained[key] for key in about} == about
 
 
 @no_curves

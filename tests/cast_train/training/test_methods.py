@@ -245,3 +245,28 @@ def test_the_gradient_of_the_divergence_is_that_of_finite_differences():
         ends = [losses.divergence(student + sign * step, teacher, 2.0) for sign in (1, -1)]
         slope = 3 * (ends[0] - ends[1]).item() / 0.1
         assert grad[place].item() == pytest.approx(slope, rel=0.02, abs=1e-4)
+
+
+NOT_LEARNT = {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "blend_end_fraction": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "effective"),
+    [
+        ({"method": "fixed"}, (False, True, "wanda", False)),
+        ({"method": "gates"}, (True, False, "sparsegpt", False)),
+        ({"method": "gates", **NOT_LEARNT}, (False, False, "sparsegpt", False)),
+        ({"method": "gates", "masks_first": True, **NOT_LEARNT}, (False, True, "wanda", False)),
+        ({"method": "dense"}, (False, False, None, False)),
+        ({"method": "ste", "channel_order": "auto"}, (True, False, "wanda", True)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_a_record_says_what_the_settings_came_to(
+    settings, effective, llama_dir, text_file, settings_file, tmp_path
+):
+    """`method` alone does not: gates that are hard from the first step on learn no mask."""
+    config = TrainConfig.from_toml(settings_file, **{"steps": 2, **settings})
+    record = train(llama_dir, [text_file], tmp_path / "gated", config)
+    names = ("is_mask_learnt", "is_solved", "start", "is_reordered")
+    assert record["effective"] == dict(zip(names, effective, strict=True))
