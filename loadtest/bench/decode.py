@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from loadtest.bench.peers.server import Server, serving
 from loadtest.send.connection import Pool
 
@@ -77,6 +77,7 @@ def profile(
     """
     if not PY_SPY.is_file():
         raise RuntimeError(f"{PY_SPY} is missing; pip install py-spy")
+    begun = origin()
     with serving("profiled", model, cores, num_tokens + 64, vllm_flags) as server:
         processes = psutil.Process().children(recursive=True)
         asyncio.run(_ask(server, 16))
@@ -96,6 +97,8 @@ def profile(
             parts[part] = parts.get(part, 0.0) + part_ms
     parts["not on a core"] = max(0.0, tpot_ms - sum(parts.values()))
     return {
+        **begun,
+        "num_launches": 1,
         "model": model.name,
         "vllm_flags": " ".join(vllm_flags),
         "num_cores": len(cores),
@@ -104,8 +107,6 @@ def profile(
         "parts_ms": parts,
         "idle_percent": idle_percent,
         "canary_percent": canary_percent,
-        "machine": machine(),
-        "versions": versions(),
     }
 
 

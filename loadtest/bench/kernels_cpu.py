@@ -24,7 +24,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from torch import Tensor
 from cast_serve import kernels
 from cast_serve.intervals import Ratio, draws, ratio_of_quantiles
 from cast_serve.kernels.cpu import tuning
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from loadtest.bench.ops_cpu import Linear, layers_of
 from loadtest.report.directory import new_directory
 
@@ -160,15 +159,15 @@ def run(
         RuntimeError: if an op's output is wrong.
         ValueError: if ``CAST_CPU_TUNING`` has no such value.
     """
+    begun = origin()
     kernels.load(tune=True)
     before_gb_s, peak = read_bandwidth_gb_s(), peak_gflop_s(weights)
     timings = measure(shapes, tokens, on_done, weights)
     bandwidth = max(before_gb_s, read_bandwidth_gb_s(), *(t.best_gb_s() for t in timings))
     rows = [timing.row(bandwidth, peak) for timing in timings]
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **begun,
+        "num_launches": 1,
         "weights": weights,
         "isa": kernels.isa(),
         "tuning": asdict(tuning.current()),

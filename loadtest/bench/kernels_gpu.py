@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import pack
+from cast_serve.provenance import origin
 from cast_serve.sparsity.bitmask import decompress
 from loadtest.bench.shapes import random_int8_weight, random_weight
 from loadtest.report.directory import new_directory
@@ -47,9 +48,9 @@ def run(
             the packed bf16 op, have the same weights dequantised, and no second form is measured.
 
     Returns:
-        card, torch, weights, copy_gb_s; results, a dict per shape and number of tokens: ms of each
-        op, its range over the repetitions and its relative error against fp32 (None: NaN);
-        crossover, an entry for kernels/crossover.json, empty with int8.
+        What `origin` says; card, torch, weights, copy_gb_s; results, a dict per shape and number
+        of tokens: ms of each op, its range over the repetitions and its relative error against
+        fp32 (None: NaN); crossover, an entry for kernels/crossover.json, empty with int8.
 
     Raises:
         RuntimeError: without a GPU, or with one below compute capability 8.0.
@@ -57,6 +58,7 @@ def run(
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is here; run this on a machine with an NVIDIA GPU")
     card = dispatch.properties(torch.cuda.current_device())
+    begun = origin()
     is_int8 = weights == "int8"
     forms = [form for form in ("cusparselt", "cutlass") if not is_int8 and _has(form)]
     copy_gb_s = _copy_gb_s()
@@ -71,6 +73,8 @@ def run(
             rows.append(_measure(weight, num_tokens, ops))
             on_done()
     return {
+        **begun,
+        "num_launches": 1,
         "card": card.name,
         "torch": torch.__version__,
         "weights": weights,

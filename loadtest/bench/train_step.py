@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.provenance import origin
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention, losses
 from cast_train.checkpoint.models import load_dense, load_tokenizer
@@ -109,8 +110,8 @@ def measure(
         on_round: called after each round, the first too.
 
     Returns:
-        num_tokens and num_threads; by way: step_s (median), over_plain (median of the rounds'
-        ratios) with its range, trained_parameter_bytes, kept_bytes.
+        What `origin` says; num_tokens and num_threads; by way: step_s (median), over_plain (median
+        of the rounds' ratios) with its range, trained_parameter_bytes, kept_bytes.
 
     Raises:
         ValueError: if the model or the text cannot be read, the text is too short, or there is no
@@ -118,6 +119,7 @@ def measure(
     """
     if rounds < 1:
         raise ValueError(f"{rounds} rounds measure nothing; ask for 1 or more")
+    begun = origin()
     num_tokens = config.batch_blocks * config.block_size
     tokens = tokenize(read_texts([text]), load_tokenizer(model_dir), num_tokens)
     batch = to_blocks(tokens, config.block_size)
@@ -127,7 +129,12 @@ def measure(
         for name in sorted(ways, reverse=number % 2 == 0):
             seconds[name].append(ways[name].step_s(batch))
         on_round()
-    found: dict[str, Any] = {"num_tokens": num_tokens, "num_threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        **begun,
+        "num_launches": 1,
+        "num_tokens": num_tokens,
+        "num_threads": torch.get_num_threads(),
+    }
     for name, way in ways.items():
         measured = seconds[name][1:]
         ratios = [own / plain for own, plain in zip(measured, seconds["plain"][1:], strict=True)]

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cast_serve.options import option
+from cast_serve.provenance import origin
 from loadtest.judge import coverage as simulation
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS
 from loadtest.judge.verdict import Guard
@@ -187,9 +188,10 @@ def coverage(
             check_file("--out", out)
     except ValueError as error:
         _refuse(error)
+    begun = origin()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("runs", total=runs * len(simulation.NOISES))
-        found = simulation.coverage(runs, seed, lambda: progress.advance(task))
+        found = {**begun, **simulation.coverage(runs, seed, lambda: progress.advance(task))}
     table = Table(caption="share of runs whose interval holds the truth; it should be 95 %")
     for heading in ("noise", *next(iter(found["coverage"].values()))):
         table.add_column(heading)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from tests.soak import drains
 from tests.soak.run import Plan, Soak
 
@@ -81,12 +81,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: ended by SIGTERM"))  # it cleans up
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(exist_ok=True, parents=True)
-    begun_s = time.monotonic()
+    begun, begun_s = origin(), time.monotonic()
     figures = asyncio.run(run(asked, folder))
     command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
     minutes = round((time.monotonic() - begun_s) / 60, 1)
-    figures = {"command": command, "minutes": minutes, **figures}
-    figures |= {"machine": machine(), "versions": versions()}
+    figures = {"command": command, **begun, "minutes": minutes, **figures}
     if figures["passed"] and asked.keep is None:
         shutil.rmtree(folder)
     else:

@@ -9,6 +9,7 @@ Any two URLs can be compared so, for instance a gateway with and without shadow 
 import statistics
 from typing import Any
 
+from cast_serve.provenance import origin
 from loadtest.record import Request
 from loadtest.send.client import Client
 from loadtest.send.workload import Workload
@@ -38,6 +39,7 @@ async def measure(
             f"{pairs} pairs of {output_tokens} output tokens give no quartiles or no TPOT; "
             "ask for 2 of each or more"
         )
+    begun = origin()
     workload = Workload(prompt_words=prompt_words)
     ttft_s: dict[str, list[float]] = {"gateway": [], "worker": []}
     tpot_s: dict[str, list[float]] = {"gateway": [], "worker": []}
@@ -62,6 +64,8 @@ async def measure(
         ours / theirs for ours, theirs in zip(tpot_s["gateway"], tpot_s["worker"], strict=True)
     ]
     return {
+        **begun,
+        "num_launches": 1,
         "pairs": pairs,
         "added_ttft_ms": statistics.median(added_ms),
         "added_ttft_ms_quartiles": statistics.quantiles(added_ms, n=4),

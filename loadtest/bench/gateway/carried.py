@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from loadtest.bench.gateway import limit
 from loadtest.bench.gateway.fake_worker import Load
 from loadtest.bench.gateway.limit import Search
@@ -89,14 +89,16 @@ def measure(plan: Plan, on_step: Callable[[], None]) -> dict[str, Any]:
         raise ValueError(
             f"{plan.rounds} rounds of {plan.load_s:g} s are too few; give 2 or more of more than 0"
         )
+    begun = origin()
     with ExitStack() as stack:
         ways = started(stack)
         rounds = asyncio.run(_rounds(ways, plan, on_step))
         most = asyncio.run(limit.search(ways, plan.search, plan.rounds, on_step))
     return {
+        **begun,
+        "versions": {**begun["versions"], **{name: version(name) for name in PACKAGES}},
+        "num_launches": 1,
         "rounds": plan.rounds,
-        "machine": machine(),
-        "versions": {**versions(), **{name: version(name) for name in PACKAGES}},
         "loads": [_summary(load, rounds) for load in plan.loads],
         "flood": {
             "streams": plan.flood.streams,

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from cast_serve.checkpoint.record import sha256
 from cast_serve.cores import parse_cores
 from cast_serve.intervals import draws, ratio_of_quantiles
 from cast_serve.latency import RequestTiming
-from cast_serve.provenance import machine, versions
+from cast_serve.provenance import origin
 from loadtest.bench.peers import files, process
 from loadtest.bench.peers.names import PeerError, parse
 from loadtest.bench.peers.process import Process
@@ -127,8 +126,7 @@ def compare(
     if len(set(names)) < len(names):
         raise PeerError(f"a name is given twice: {', '.join(names)}; give each its own")
     cores = parse_cores(plan.cores)
-    date, cpu = datetime.now(UTC).isoformat(timespec="seconds"), machine()
-    load_average = os.getloadavg()[0]
+    begun = origin()
     with ExitStack() as stack:
         peers = [stack.enter_context(running(name, path, cores, plan)) for name, path in models]
         prompt = _prompt(Workload(plan.prompt_words), 0)
@@ -145,10 +143,11 @@ def compare(
         for peer in peers:
             if isinstance(peer, Server) and peer.is_ours:
                 served.update(served_at(peer.url))
+    averages = [begun["machine"]["load_average"], os.getloadavg()[0]]
     return {
-        "date": date,
-        "machine": {**cpu, "load_average": [load_average, os.getloadavg()[0]]},
-        "versions": versions(),
+        **begun,
+        "machine": {**begun["machine"], "load_average": averages},
+        "num_launches": 1,
         "plan": asdict(plan),
         "cores": len(cores),
         "packages": files.PACKAGES,

@@ -1,11 +1,16 @@
+from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 
 from loadtest.bench import decode
 from loadtest.bench.peers.names import PeerError
 from loadtest.bench.peers.server import Server
+from loadtest.mock_server import MockVariant
 from tests.conftest import Opened
+from tests.loadtest.bench.conftest import LoadOf
+from tests.loadtest.conftest import Serve
 
 LOOP = "run_engine_core (core.py:1);EngineCoreProc.run_busy_loop (core.py:2)"
 FORWARD = f"{LOOP};GPUModelRunner._model_forward (runner.py:3)"
@@ -45,3 +50,16 @@ def test_a_look_that_fails_leaves_no_watcher_behind(
         decode._look(server, [1, 2], [0], 8, 1.0, tmp_path)
     assert len(opened) == 2
     opened.check_closed()
+
+
+def test_where_a_record_is_from_is_stamped_first(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_of: LoadOf
+) -> None:
+    url, app = serve(profiled=MockVariant(0.0, 0.001))
+    server = Server("profiled", "profiled", url, 1, True, {"ignore_eos": True})
+    monkeypatch.setattr(decode, "serving", lambda *_: nullcontext(server))
+    monkeypatch.setattr(decode, "PY_SPY", Path(__file__))
+    monkeypatch.setattr(decode, "IDLE_S", 0)
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [])
+    check_stamp = load_of(app.state.requests)
+    check_stamp(decode.profile(tmp_path, [0], 4))

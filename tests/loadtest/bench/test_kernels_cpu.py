@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cast_serve.kernels import int4_packed_shape, packed_shape
 from loadtest.__main__ import app
 from loadtest.bench import kernels_cpu, ops_cpu, shapes
+from tests.loadtest.bench.conftest import LoadOf
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -64,6 +65,12 @@ def test_the_geometric_mean_is_per_number_of_tokens() -> None:
         "1": pytest.approx(2.0),
         "8": pytest.approx(3.0),
     }
+
+
+def test_where_a_record_is_from_is_stamped_first(tiny: None, load_of: LoadOf) -> None:
+    done: list[None] = []
+    check_stamp = load_of(done)
+    check_stamp(kernels_cpu.run(shapes.shapes_of("tiny"), [1], lambda: done.append(None)))
 
 
 @pytest.fixture

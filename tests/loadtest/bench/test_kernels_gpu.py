@@ -1,6 +1,7 @@
 """What of the GPU benchmark needs no GPU: its arithmetic, its table, and its refusal."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cast_serve import kernels
 from cast_serve.kernels.gpu import dispatch
 from loadtest.__main__ import app
 from loadtest.bench import kernels_gpu
+from tests.loadtest.bench.conftest import LoadOf
 
 
 def row(num_tokens: int, packed_ms: float, cublas_ms: float) -> dict[str, Any]:
@@ -90,3 +92,19 @@ def test_without_a_gpu_it_says_so(weights: str) -> None:
     done = CliRunner().invoke(app, ["kernels", "--device", "cuda", "--weights", weights])
     assert done.exit_code == 1
     assert "no CUDA device is here" in done.stderr
+
+
+def test_where_a_record_is_from_is_stamped_first(
+    monkeypatch: pytest.MonkeyPatch, load_of: LoadOf
+) -> None:
+    done: list[None] = []
+    check_stamp = load_of(done)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = SimpleNamespace(name="A100", L2_cache_size=1)
+    monkeypatch.setattr(dispatch, "properties", lambda device: card)
+    monkeypatch.setattr(kernels_gpu, "_copy_gb_s", lambda: 1000.0)
+    monkeypatch.setattr(kernels_gpu, "_int8_layers", lambda *_: (torch.zeros(32, 64), {}))
+    found = kernels_gpu.run([(64, 32)], [1], lambda: done.append(None), "int8")
+    assert found["card"] == "A100"
+    check_stamp(found)

@@ -4,14 +4,17 @@ import pytest
 
 from cast_train.config import TrainConfig
 from loadtest.bench import train_step
+from tests.loadtest.bench.conftest import LoadOf
 
 CONFIG = TrainConfig(method="gates", steps=1000, block_size=32)
 
 
-def test_three_ways_over_the_same_rounds(llama_dir: Path, text_file: Path) -> None:
+def test_three_ways_over_the_same_rounds(llama_dir: Path, text_file: Path, load_of: LoadOf) -> None:
     done: list[None] = []
+    check_stamp = load_of(done)
     found = train_step.measure(llama_dir, text_file, 2, CONFIG, lambda: done.append(None))
     assert len(done) == 3  # the first is not counted
+    check_stamp(found)
     assert found["num_tokens"] == CONFIG.batch_blocks * 32
     plain, soft, exact = (found[name] for name in ("plain", "soft", "exact"))
     assert plain["over_plain"] == plain["over_plain_min"] == plain["over_plain_max"] == 1.0

@@ -7,6 +7,7 @@ from loadtest.mock_server import MockVariant
 from loadtest.record import Request
 from loadtest.send.client import Client
 from loadtest.send.workload import Prompt
+from tests.loadtest.bench.conftest import LoadOf
 from tests.loadtest.conftest import Serve
 from tests.loadtest.recordings import request
 
@@ -45,10 +46,12 @@ def test_the_figures_of_timings_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_what_the_longer_way_adds(serve: Serve) -> None:
-    gateway, _ = serve(sparse=MockVariant(ttft_s=0.05, itl_s=0.01))
+def test_what_the_longer_way_adds(serve: Serve, load_of: LoadOf) -> None:
+    gateway, server = serve(sparse=MockVariant(ttft_s=0.05, itl_s=0.01))
     worker, _ = serve(sparse=MockVariant(ttft_s=0.01, itl_s=0.002))
+    check_stamp = load_of(server.state.requests)
     found = asyncio.run(measure(gateway, worker, "sparse", 4, 8, 6))
+    check_stamp(found)
     assert found["pairs"] == 4
     assert found["added_ttft_ms"] > 0
     assert found["tpot_ratio"] > 1

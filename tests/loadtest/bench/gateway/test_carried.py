@@ -6,11 +6,12 @@ from loadtest.bench.gateway import carried
 from loadtest.bench.gateway.fake_worker import Load
 from loadtest.bench.gateway.limit import Search
 from loadtest.bench.gateway.ways import DIRECT, WAYS
+from tests.loadtest.bench.conftest import LoadOf
 
 LOAD = Load(3, 2)
 
 
-def test_a_whole_measurement() -> None:
+def test_a_whole_measurement(load_of: LoadOf) -> None:
     plan = carried.Plan(
         rounds=2,
         loads=(LOAD,),
@@ -22,8 +23,10 @@ def test_a_whole_measurement() -> None:
         search=Search((2, 3), step_ms=2, tokens=5, limit_ms=1e6),
     )
     steps: list[None] = []
+    check_stamp = load_of(steps)
     found = carried.measure(plan, lambda: steps.append(None))
     assert len(steps) == plan.num_steps
+    check_stamp(found)
     (load,) = found["loads"]
     assert (load["streams"], load["step_ms"]) == (3, 2)
     assert set(load["cpu_us_per_token"]) == set(WAYS) == set(load["added_delay_ms"])

@@ -3,8 +3,11 @@
 import asyncio
 import hashlib
 import math
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from loadtest.bench.peers.process import Process
 from loadtest.bench.peers.server import Server
 from loadtest.mock_server import MockVariant
 from loadtest.send.connection import Pool
+from tests.loadtest.bench.conftest import LoadOf
 from tests.loadtest.conftest import Serve, ServeApp
 
 ROOT = Path(__file__).parents[4]
@@ -214,6 +218,24 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
             "weights_by_type": {"F16": 128, "F32": 64},
         },
     }
+
+
+def test_where_a_record_is_from_is_stamped_first(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_of: LoadOf
+) -> None:
+    url, app = serve(ours=MockVariant(0.0, 0.001))
+    app.add_api_route("/metrics", lambda: Response())
+    monkeypatch.setattr(Server, "prompt_tokens", lambda *_: 8)  # the mock streams every answer
+    monkeypatch.setattr(compare, "running", lambda name, *_: nullcontext(server_of(name, url)))
+    check_stamp = load_of(app.state.requests)
+    with_core = replace(PLAN, cores=str(min(os.sched_getaffinity(0))))
+    before = os.sched_getaffinity(0)
+    try:
+        found = compare.compare([("ours", tmp_path)], with_core)
+    finally:
+        os.sched_setaffinity(0, before)
+    check_stamp(found)
+    assert found["machine"]["load_average"][1] == len(app.state.requests)
 
 
 @pytest.mark.parametrize(
