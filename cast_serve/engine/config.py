@@ -26,9 +26,9 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from cast_serve.engine.claims import FORMAT, METHOD, claims
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import Sparse24LinearMethod, Stored
-from cast_serve.engine.plugin import FORMAT, METHOD, claims
 from cast_serve.engine.report import kernel_of
 from cast_serve.kernels.cpu import build
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS

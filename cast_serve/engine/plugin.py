@@ -8,12 +8,11 @@ An exception here would end every vLLM of the environment, whatever model it ser
 from contextlib import suppress
 from typing import Any
 
-METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
-FORMAT = "sparse-24-bitmask"
+from cast_serve.engine.claims import METHOD, claims
 
 
 def register() -> None:
-    """Registers the method ``cast_sparse24``; `claims` says which checkpoints are its own.
+    """Registers the method ``cast_sparse24``; claims.py says which checkpoints are its own.
 
     If vLLM's interfaces are not those that we use, the method refuses its checkpoints with the
     reason, and all other models are served as if the plugin were not installed. The parent process
@@ -40,24 +39,6 @@ def register() -> None:
             installed(),
         )
     import cast_serve.engine.config  # noqa: F401, registers on first import
-
-
-def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:
-    """Whether a checkpoint is served by ``cast_sparse24``.
-
-    Args:
-        quantization: config.json's ``quantization_config``.
-        user_quant: vLLM's ``--quantization``.
-    """
-    config = quantization or {}
-    sparsity = config.get("sparsity_config") or {}
-    is_refused_by_vllm = sparsity.get("format") == "dense" and bool(sparsity.get("targets"))
-    is_asked_for = user_quant == METHOD and config.get("quant_method") == "compressed-tensors"
-    return (
-        sparsity.get("format") == FORMAT
-        or is_asked_for
-        or (is_refused_by_vllm and user_quant is None)
-    )
 
 
 def _register_refusal(why: str) -> None:

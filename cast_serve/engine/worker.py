@@ -26,8 +26,8 @@ from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
+from cast_serve.engine.claims import METHOD
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
-from cast_serve.engine.plugin import METHOD
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.latency import BUCKETS_S
 

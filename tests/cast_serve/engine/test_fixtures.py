@@ -112,7 +112,7 @@ def run_in_vllm(
     """
     from vllm.model_executor.model_loader import get_model
 
-    from cast_serve.engine.plugin import METHOD
+    from cast_serve.engine.claims import METHOD
     from cast_serve.engine.report import report
 
     settings = EngineArgs(
