@@ -4,7 +4,6 @@ Exit 0: done. 1: what was measured does not pass, or a fault, which shows its tr
 use. 130: stopped by Ctrl-C or SIGTERM.
 """
 
-import json
 import shlex
 import shutil
 import signal
@@ -377,12 +376,13 @@ def kernels(
         except (RuntimeError, ValueError) as error:
             print(f"cast-loadtest: {error}", file=sys.stderr)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    failures = []
+    if out is not None:
+        failures = commands.attempt(f"--out {out}", lambda: bench.write_out(out, result))
     console = Console()
     console.width = max(console.width, bench.TABLE_WIDTH)
     console.print(bench.table_of(result))
-    if out is not None:
-        bench.write_out(out, result)
-    print(json.dumps(result), flush=True)
+    commands.finish(result, failures)
 
 
 def main() -> None:

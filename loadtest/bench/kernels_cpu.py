@@ -298,9 +298,9 @@ def _best_s(work: Callable[[], object]) -> float:
 
 
 def write_out(out: Path, result: dict[str, Any]) -> None:
-    """Writes result.json and report.png, both or none."""
-    with new_directory(out, result) as partial:
-        _draw(partial / "report.png", result)
+    """Writes a new directory with result.json, then report.png."""
+    new_directory(out, result)
+    _draw(out / "report.png", result)
 
 
 def geomean_ratios(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:

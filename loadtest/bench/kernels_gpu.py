@@ -108,8 +108,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def write_out(out: Path, result: dict[str, Any]) -> None:
     """Writes a new directory with result.json."""
-    with new_directory(out, result):
-        pass
+    new_directory(out, result)
 
 
 def _has(form: str) -> bool:

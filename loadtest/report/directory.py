@@ -1,11 +1,9 @@
-"""The name of a directory -> that directory with all its files, or nothing."""
+"""The name of a directory or file -> whether it can be written; a new directory with a result."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +74,13 @@ def _check_room(what: str, folder: Path) -> None:
         ) from error
 
 
-@contextmanager
-def new_directory(out: Path, result: dict[str, Any]) -> Iterator[Path]:
-    """A directory beside `out` with result.json, renamed to `out` if the block ends well."""
+def new_directory(out: Path, result: dict[str, Any]) -> None:
+    """Makes a directory with result.json, or nothing."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        yield partial
         partial.chmod(0o755)
         partial.rename(out)
     except BaseException:

@@ -67,6 +67,23 @@ def test_the_geometric_mean_is_per_number_of_tokens() -> None:
     }
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(kernels_cpu, "_draw", full)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["kernels", "--shapes", "tiny", "--tokens", "1", "--out", str(out)]
+    )
+    assert done.exit_code == 1
+    assert f"--out {out} could not be written: disk full" in done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert result == json.loads(done.stdout.splitlines()[-1])
+
+
 def test_where_a_record_is_from_is_stamped_first(tiny: None, load_of: LoadOf) -> None:
     done: list[None] = []
     check_stamp = load_of(done)
