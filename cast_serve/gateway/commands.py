@@ -193,8 +193,6 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
             ) from None
     level = settings.log_level.upper()
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
-    if level != "DEBUG":
-        logging.getLogger("httpx").setLevel(logging.WARNING)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host  # IPv6
     url = f"http://{host}:{settings.port}"
     say(f"gateway: {url}, metrics at /metrics; Ctrl-C stops everything")

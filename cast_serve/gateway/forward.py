@@ -30,6 +30,7 @@ from cast_serve.gateway.upstream.client import (
     StaleError,
     UnsentError,
     fail_if_lost,
+    is_packed,
     read_piece,
 )
 from cast_serve.gateway.upstream.replica import (
@@ -70,27 +71,24 @@ class Forwarder:
     """Asks replicas.
 
     Args:
+        client: to the workers.
         on_lost: called with a replica that was just marked down.
         on_resend: called with a replica that gets a request again, since its kept connection had
             been closed.
         max_answer_bytes: of an answer that is not streamed.
-        worker_key: sent with every request; empty: none.
     """
 
     def __init__(
         self,
+        client: Client,
         on_lost: Callable[[Replica], None],
         on_resend: Callable[[Replica], None],
         max_answer_bytes: int,
-        worker_key: str = "",
     ) -> None:
-        self._client = Client(worker_key)
+        self._client = client
         self._on_lost = on_lost
         self._on_resend = on_resend
         self._max_answer_bytes = max_answer_bytes
-
-    async def close(self) -> None:
-        await self._client.close()
 
     async def forward(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
@@ -167,9 +165,8 @@ class Forwarder:
             note_refusal(replica, LOCKED)
             self._on_lost(replica)
             raise UnreachedError
-        encoding = upstream.headers.get("content-encoding", "identity")
-        if encoding != "identity":
-            logger.warning("%s: sent an answer encoded as %.50r, not as asked", replica, encoding)
+        if is_packed(upstream):
+            logger.warning("%s: sent an answer that is packed, not as asked", replica)
             raise BrokenError
         return upstream
 

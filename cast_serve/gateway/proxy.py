@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-import httpx
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -42,7 +41,7 @@ from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, facts_of
 from cast_serve.gateway.retries import FAILED, STALE, UNREACHED, RetryBudget
 from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream.client import bearer
+from cast_serve.gateway.upstream.client import Client, WorkerError
 from cast_serve.gateway.upstream.exposition import (
     ExpositionError,
     Family,
@@ -50,12 +49,11 @@ from cast_serve.gateway.upstream.exposition import (
     read_families,
 )
 from cast_serve.gateway.upstream.replica import Replica, Variant
-from cast_serve.gateway.upstream.transport import WorkerTransport
 from cast_serve.latency import RequestTiming
 
 logger = logging.getLogger(__name__)
 
-METRICS_S = 5.0  # for a worker's metrics to come whole
+QUESTION_S = 5.0  # for a worker to say its metrics, or what models it has
 PROXIED = (*GENERATING, "/tokenize", "/detokenize")
 COMPARE = "/v1/compare"
 STICKY_HEADER = "x-cast-sticky"
@@ -99,27 +97,18 @@ class Proxy:
             self.comparison, self.shadow.outcomes, self.admissions, self.router.fallbacks
         )
         self.retry_budget = RetryBudget()
+        self.client = Client(worker_key)
         self.forwarder = Forwarder(
+            self.client,
             lambda replica: self.note_state(replica.variant),
             lambda replica: self.metrics.retries.labels(replica.variant, STALE).inc(),
             settings.max_answer_bytes,
-            worker_key,
-        )
-        self.client = httpx.AsyncClient(
-            headers=bearer(worker_key),
-            transport=WorkerTransport(
-                # No connection is kept: one to a pod that ends would find it well (see client.py).
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-                trust_env=False,  # proxies are for the outside, workers are ours
-            ),
-            trust_env=False,
         )
 
     async def close(self) -> None:
         """Ends what runs beside the requests; no request may come after."""
         await self.shadow.close()
-        await self.forwarder.close()
-        await self.client.aclose()
+        await self.client.close()
         self.bodies.close()
 
     def _admission(self, variant: Variant) -> Admission:
@@ -381,8 +370,8 @@ class Proxy:
     async def _card_of(self, variant: Variant) -> dict[str, Any]:
         """What a worker says of the variant's model; ``status`` where none is up."""
         if (replica := variant.pick()) is not None:
-            with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-                response = await self.client.get(f"{replica.url}/v1/models", timeout=5)
+            with suppress(WorkerError, ValueError, KeyError, TypeError):
+                response = await self.client.ask(f"{replica.url}/v1/models", QUESTION_S)
                 cards = {card["id"]: card for card in response.json()["data"]}
                 return dict(cards[variant.name])  # others, as of adapters, are not passed on
         return {} if variant.is_up else {"status": variant.status or "down"}
@@ -409,8 +398,8 @@ class Proxy:
 
     async def _metrics_of(self, replica: Replica, labels: dict[str, str]) -> dict[bytes, Family]:
         try:
-            return await read_families(self.client, replica.url, labels, METRICS_S)
-        except httpx.HTTPError as error:  # it may just have gone down
+            return await read_families(self.client, replica.url, labels, QUESTION_S)
+        except WorkerError as error:  # it may just have gone down
             logger.info("%s: its metrics are left out: %.200s", replica, error)
         except ExpositionError as error:
             logger.warning("%s: its metrics are left out: %s", replica, error)

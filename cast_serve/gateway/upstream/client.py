@@ -1,21 +1,25 @@
 """A URL and a body -> the answer's head and its body as it comes: HTTP to the workers, by aiohttp.
 
-This is the way of every token, on which httpx takes more CPU time than all the rest, and its pool
-looks at every connection for each request. Probes and /metrics are asked for with httpx.
-
-What went wrong says how far the request came:
+`Client.post` is the way of every token; httpx takes more CPU time there than all the rest. What
+went wrong says how far the request came:
 
     UnsentError            no connection was made: the worker has seen nothing
     StaleError             a kept connection closed as the request was written to it
     aiohttp.ClientError    the connection was lost later: the worker may have begun
+
+`Client.ask` is for the gateway's own questions: probes, metrics, models.
 """
 
 import asyncio
 import io
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from math import inf
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 
@@ -52,25 +56,57 @@ class StaleError(Exception):
     """A kept connection was closed as the request was written to it; a new one may work."""
 
 
+MAX_REPLY_BYTES = 16 << 20  # to a question; vLLM's /metrics has some 100 kB
+
+
+class WorkerError(Exception):
+    """A worker did not answer a question, or with what is not HTTP or too much."""
+
+
+class SilentError(WorkerError):
+    """A worker did not answer a question in time."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer to a question."""
+
+    status: int
+    content: bytes
+
+    def json(self) -> Any:
+        """Raises ValueError if it is none."""
+        try:
+            return json.loads(self.content)
+        except RecursionError:
+            raise ValueError("its lists and objects are too deep in each other") from None
+
+
 def bearer(key: str) -> dict[str, str]:
     """The header that shows a key; none for an empty one."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class _Connections:
-    """A session, which must be made in the event loop, and until when its answers may be read."""
+    """A session, which must be made in the event loop, and until when its answers may be read.
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
+    Args:
+        headers: of each request.
+        keep_alive_s: how long a connection is kept for the next one; 0: not at all.
+    """
+
+    def __init__(self, headers: Mapping[str, str], keep_alive_s: float) -> None:
         self.made_s = asyncio.get_running_loop().time()
         self.last_deadline_s = 0.0
         reuse = aiohttp.TraceConfig()
         reuse.on_connection_reuseconn.append(_note_reuse)
+        kept = {"keepalive_timeout": keep_alive_s} if keep_alive_s else {"force_close": True}
         self.session = aiohttp.ClientSession(
             # A compressed answer could be a thousand times as large as what was read of it.
             headers={"Accept-Encoding": "identity", **headers},
             auto_decompress=False,
             trace_configs=[reuse],
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, **kept),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # proxies are for the outside, workers are ours
         )
@@ -87,9 +123,10 @@ class Client:
         self._headers = bearer(worker_key)
         self._current: _Connections | None = None
         self._old: list[_Connections] = []
+        self._for_questions: _Connections | None = None
 
     async def close(self) -> None:
-        for found in (self._current, *self._old):
+        for found in (self._current, *self._old, self._for_questions):
             if found is not None:
                 await found.session.close()
 
@@ -134,6 +171,47 @@ class Client:
                 raise StaleError(f"{type(error).__name__}: {error}") from None
             raise
 
+    async def ask(self, url: str, timeout_s: float, body: object = None) -> Reply:
+        """A question: GET, or POST with a body of JSON.
+
+        Args:
+            url: with the path.
+            timeout_s: for the whole answer: a worker that sends a byte now and then has not
+                answered.
+            body: None: GET.
+
+        Raises:
+            WorkerError: see there.
+        """
+        async with self.asking(url, timeout_s, body) as upstream:
+            content = b"".join([piece async for piece in pieces(upstream, LARGE_BYTES)])
+            return Reply(upstream.status, content)
+
+    @asynccontextmanager
+    async def asking(
+        self, url: str, timeout_s: float, body: object = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The head of the answer to a question, as `ask`; `pieces` reads the rest."""
+        if self._for_questions is None:
+            # No connection is kept: one to a pod that ends would find it well.
+            self._for_questions = _Connections(self._headers, 0)
+        try:
+            async with self._for_questions.session.request(
+                "GET" if body is None else "POST",
+                url,
+                json=body,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=inf),
+                trace_request_ctx=SimpleNamespace(),
+            ) as upstream:
+                if is_packed(upstream):
+                    raise aiohttp.ClientPayloadError("the answer is packed, not as asked")
+                yield upstream
+        except TimeoutError:
+            raise SilentError(f"no whole answer within {timeout_s:g} s") from None
+        except aiohttp.ClientError as error:
+            raise WorkerError(f"{type(error).__name__}: {error}") from None
+
     async def _session(self, deadline_s: float) -> aiohttp.ClientSession:
         """The session for a new request. What runs on older ones goes on, until its deadline."""
         now_s = asyncio.get_running_loop().time()
@@ -141,7 +219,7 @@ class Client:
             self._old.append(self._current)
             self._current = None
         if self._current is None:
-            self._current = _Connections(self._headers)
+            self._current = _Connections(self._headers, KEEP_ALIVE_S)
         current = self._current
         current.last_deadline_s = max(current.last_deadline_s, deadline_s)
         over = [found for found in self._old if now_s > found.last_deadline_s + CLOSE_AFTER_S]
@@ -157,14 +235,40 @@ async def _note_reuse(
     trace.trace_request_ctx.reused_s = time.monotonic()
 
 
-async def read_piece(upstream: aiohttp.ClientResponse) -> bytes:
+async def pieces(upstream: aiohttp.ClientResponse, num_bytes: int) -> AsyncIterator[bytes]:
+    """The answer to a question, in pieces of so many bytes at most.
+
+    Raises:
+        aiohttp.ClientError, TimeoutError: as `read_piece`, and if it has more than
+            `MAX_REPLY_BYTES`.
+    """
+    num_left = MAX_REPLY_BYTES
+    while piece := await read_piece(upstream, num_bytes):
+        num_left -= len(piece)
+        if num_left < 0:
+            raise aiohttp.ClientPayloadError(f"the answer has more than {MAX_REPLY_BYTES} bytes")
+        yield piece
+
+
+def is_packed(upstream: aiohttp.ClientResponse) -> bool:
+    """Whether the answer is compressed, which was not asked for."""
+    return upstream.headers.get("content-encoding", "identity") != "identity"
+
+
+async def read_piece(upstream: aiohttp.ClientResponse, num_bytes: int = -1) -> bytes:
     """The next part of a body, as much as has come; empty at its end.
+
+    Args:
+        upstream: the answer.
+        num_bytes: at most; below 0: all that has come.
 
     Raises:
         TimeoutError: once the request's deadline has passed.
         aiohttp.ClientError: if the connection is lost.
     """
     try:
+        if num_bytes >= 0:
+            return await upstream.content.read(num_bytes)
         return await upstream.content.readany()
     except RuntimeError as error:  # aiohttp's, where it was lost before this began to wait
         raise aiohttp.ClientPayloadError(f"the connection was lost: {error}") from error

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Collection, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-import httpx
+from cast_serve.gateway.upstream.client import Client, pieces
 
 SLICE_BYTES = 1 << 14  # well below a millisecond's work
 # Each worker has these of its own; vllm's and cast's matter.
@@ -43,12 +43,12 @@ class Family:
 
 
 async def read_sums(
-    client: httpx.AsyncClient, url: str, names: Collection[str], timeout_s: float
+    client: Client, url: str, names: Collection[str], timeout_s: float
 ) -> dict[str, float]:
     """The sum over its labels of each sample of these names that is there.
 
     Raises:
-        httpx.HTTPError: if the worker does not answer in time, or with more than is read.
+        WorkerError: if the worker does not answer in time, or with more than is read.
     """
     sums: dict[str, float] = {}
     wanted = {name.encode(): name for name in names}
@@ -61,13 +61,13 @@ async def read_sums(
 
 
 async def read_families(
-    client: httpx.AsyncClient, url: str, labels: dict[str, str], timeout_s: float
+    client: Client, url: str, labels: dict[str, str], timeout_s: float
 ) -> dict[bytes, Family]:
     """A worker's metrics by name, each sample with these labels in place of its own of the names.
 
     Raises:
         ExpositionError: with the first line that Prometheus would refuse.
-        httpx.HTTPError: if the worker does not answer in time, or with more than is read.
+        WorkerError: if the worker does not answer in time, or with more than is read.
     """
     families: dict[bytes, Family] = {}
     own = b",".join(f'{name}="{_escaped(text)}"'.encode() for name, text in labels.items())
@@ -101,18 +101,16 @@ def merged(workers: Iterable[dict[bytes, Family]]) -> bytes:
     return b"".join(b"%b\n" % line for line in lines)
 
 
-async def _lines(
-    client: httpx.AsyncClient, url: str, timeout_s: float
-) -> AsyncGenerator[list[bytes], None]:
+async def _lines(client: Client, url: str, timeout_s: float) -> AsyncGenerator[list[bytes], None]:
     """The text's lines, slice by slice, with a turn of the event loop between two.
 
     None where the worker has no metrics, or not for the gateway.
     """
-    async with client.stream("GET", f"{url}/metrics", timeout=timeout_s) as response:
-        if response.status_code != 200:
+    async with client.asking(f"{url}/metrics", timeout_s) as upstream:
+        if upstream.status != 200:
             return
         rest = b""
-        async for piece in response.aiter_raw(SLICE_BYTES):
+        async for piece in pieces(upstream, SLICE_BYTES):
             *lines, rest = (rest + piece).split(b"\n")
             yield lines
             await asyncio.sleep(0)

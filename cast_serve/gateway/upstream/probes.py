@@ -10,9 +10,8 @@ import math
 import time
 from dataclasses import dataclass
 
-import httpx
-
 from cast_serve.gateway.upstream import exposition
+from cast_serve.gateway.upstream.client import Client, Reply, SilentError, WorkerError
 
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
@@ -64,20 +63,19 @@ class Limits:
     step_s: float | None = None
 
 
-async def is_healthy(client: httpx.AsyncClient, url: str) -> bool:
+async def is_healthy(client: Client, url: str) -> bool:
     try:
-        response = await client.get(f"{url}/health", timeout=HEALTH_TIMEOUT_S)
-    except httpx.HTTPError:
+        return (await client.ask(f"{url}/health", HEALTH_TIMEOUT_S)).status == 200
+    except WorkerError:
         return False
-    return response.status_code == 200
 
 
-async def read_limits(client: httpx.AsyncClient, url: str, model: str) -> Limits | None:
+async def read_limits(client: Client, url: str, model: str) -> Limits | None:
     """Asks a server for its limits; None if it does not answer."""
     try:
-        models = await client.get(f"{url}/v1/models", timeout=HEALTH_TIMEOUT_S)
+        models = await client.ask(f"{url}/v1/models", HEALTH_TIMEOUT_S)
         sums = await exposition.read_sums(client, url, (VOCABULARY, STEP), HEALTH_TIMEOUT_S)
-    except httpx.HTTPError:
+    except WorkerError:
         return None
     # Of a server whose metrics are garbage nothing is known: no limit, rather than a wrong one.
     known = {name: value for name, value in sums.items() if 0 < value < math.inf}
@@ -89,7 +87,7 @@ async def read_limits(client: httpx.AsyncClient, url: str, model: str) -> Limits
     )
 
 
-def _max_model_len(models: httpx.Response, model: str) -> int | None:
+def _max_model_len(models: Reply, model: str) -> int | None:
     try:
         cards = {card["id"]: card for card in models.json()["data"]}
         found = cards[model]["max_model_len"]
@@ -98,9 +96,7 @@ def _max_model_len(models: httpx.Response, model: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
-async def look_for_progress(
-    client: httpx.AsyncClient, url: str, model: str, timeout_s: float
-) -> Canary:
+async def look_for_progress(client: Client, url: str, model: str, timeout_s: float) -> Canary:
     """What became of a canary; ANSWERED also if it was not, but a counter changed meanwhile."""
     begun_s = time.monotonic()
     before, canary = await asyncio.gather(
@@ -113,25 +109,25 @@ async def look_for_progress(
     return Canary.ANSWERED if after and after != before else canary
 
 
-async def send_canary(client: httpx.AsyncClient, url: str, model: str, timeout_s: float) -> Canary:
+async def send_canary(client: Client, url: str, model: str, timeout_s: float) -> Canary:
     """Asks for one token."""
     body = {"model": model, "prompt": "a", "max_tokens": 1}
     try:
-        response = await client.post(f"{url}/v1/completions", json=body, timeout=timeout_s)
-    except httpx.TimeoutException:
+        response = await client.ask(f"{url}/v1/completions", timeout_s, body)
+    except SilentError:
         return Canary.SILENT
-    except httpx.HTTPError:
+    except WorkerError:
         return Canary.REFUSED
-    if response.status_code == 401:
+    if response.status == 401:
         return Canary.LOCKED
-    if response.status_code == 404:
+    if response.status == 404:
         return Canary.UNKNOWN
-    if response.status_code >= 500 or _is_aborted(response):
+    if response.status >= 500 or _is_aborted(response):
         return Canary.REFUSED
     return Canary.ANSWERED
 
 
-def _is_aborted(response: httpx.Response) -> bool:
+def _is_aborted(response: Reply) -> bool:
     """Whether the engine gave it up, as vLLM's does that is told to end; see api/answers.py."""
     try:
         return any(choice["finish_reason"] == "abort" for choice in response.json()["choices"])
@@ -139,8 +135,8 @@ def _is_aborted(response: httpx.Response) -> bool:
         return False
 
 
-async def _progress(client: httpx.AsyncClient, url: str) -> dict[str, float]:
+async def _progress(client: Client, url: str) -> dict[str, float]:
     try:
         return await exposition.read_sums(client, url, PROGRESS, METRICS_TIMEOUT_S)
-    except httpx.HTTPError:
+    except WorkerError:
         return {}

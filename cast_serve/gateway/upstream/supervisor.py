@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httpx
-
 from cast_serve.gateway.upstream import probes
+from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.probes import Canary, Limits
 from cast_serve.gateway.upstream.replica import (
     LOCKED,
@@ -81,7 +80,7 @@ class Supervisor:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: Client,
         settings: WatchSettings,
         on_change: Callable[[Replica], None],
     ) -> None:
@@ -128,7 +127,7 @@ class Supervisor:
 
 async def watch_replica(
     replica: Replica,
-    client: httpx.AsyncClient,
+    client: Client,
     settings: WatchSettings,
     on_change: Callable[[Replica], None],
 ) -> None:
@@ -192,7 +191,7 @@ async def watch_replica(
 
 
 async def _watch_until_failure(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
+    replica: Replica, client: Client, settings: WatchSettings, tell: Callable[[], None]
 ) -> str:
     """Watches until the replica's process ended or must be ended; returns why, in words."""
     watchers: list[Callable[[], Coroutine[Any, Any, str]]] = [
@@ -230,7 +229,7 @@ async def _wait_for_exit(process: subprocess.Popen[bytes]) -> str:
 
 
 async def _follow_health(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings, tell: Callable[[], None]
+    replica: Replica, client: Client, settings: WatchSettings, tell: Callable[[], None]
 ) -> str:
     """Marks the replica up and down by its /health and, where that is not enough, a canary."""
     must_answer = True
@@ -289,9 +288,7 @@ async def _follow_health(
                 await replica.is_doubted.wait()
 
 
-async def _first_canary(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
-) -> Canary:
+async def _first_canary(replica: Replica, client: Client, settings: WatchSettings) -> Canary:
     """The canary that decides whether the replica is up."""
     timeout_s = settings.hang_limit_s(replica)
     if replica.came_up_s is None:
@@ -301,9 +298,7 @@ async def _first_canary(
     return await probes.send_canary(client, replica.url, replica.variant, timeout_s)
 
 
-async def _follow_progress(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
-) -> str:
+async def _follow_progress(replica: Replica, client: Client, settings: WatchSettings) -> str:
     num_received = replica.num_received
     wait_s = settings.interval_s
     while True:
@@ -326,17 +321,13 @@ async def _follow_progress(
         num_received = replica.num_received
 
 
-async def _wait_for_progress(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
-) -> str:
+async def _wait_for_progress(replica: Replica, client: Client, settings: WatchSettings) -> str:
     while not await _makes_progress(replica, client, settings):
         await asyncio.sleep(CANARY_INTERVAL_S)
     return "makes progress"
 
 
-async def _makes_progress(
-    replica: Replica, client: httpx.AsyncClient, settings: WatchSettings
-) -> bool:
+async def _makes_progress(replica: Replica, client: Client, settings: WatchSettings) -> bool:
     num_received = replica.num_received
     canary = await probes.look_for_progress(
         client, replica.url, replica.variant, settings.hang_limit_s(replica)

@@ -11,9 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
-
-import httpx
+from urllib.parse import quote, urlsplit
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError
@@ -199,10 +197,11 @@ def _fetched(name: str, model: Path) -> Path:
 
 def _checked_url(name: str, text: str) -> str:
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    if url.scheme not in ("http", "https") or not url.host:
+        url = urlsplit(text)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets or a port that are none
+        is_url = False
+    if not is_url:
         raise ValueError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
     return text.rstrip("/")
 

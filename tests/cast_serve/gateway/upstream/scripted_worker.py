@@ -5,9 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
-
 from cast_serve.gateway.upstream import variants
+from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.supervisor import Supervisor, WatchSettings
 
@@ -117,6 +116,14 @@ class Watch:
 
 
 @asynccontextmanager
+async def closing(client: Client) -> AsyncIterator[Client]:
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
 async def watching(
     *workers: Worker,
     startup_timeout_s: float = 40,
@@ -126,7 +133,7 @@ async def watching(
     watch = Watch()
     served = [worker.variant for worker in workers]
     variants.start(served)
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with closing(Client()) as client:
         settings = WatchSettings(0.03, startup_timeout_s, hang_timeout_s)
         supervisor = Supervisor(client, settings, on_change or watch.note)
         watch.task = asyncio.create_task(supervisor.run(variants.replicas_of(served)))

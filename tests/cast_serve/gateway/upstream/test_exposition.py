@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.gateway.upstream.client import MAX_REPLY_BYTES, Client
 from cast_serve.gateway.upstream.exposition import (
     SLICE_BYTES,
     ExpositionError,
@@ -15,8 +16,9 @@ from cast_serve.gateway.upstream.exposition import (
     read_families,
     read_sums,
 )
-from cast_serve.gateway.upstream.transport import MAX_BYTES, WorkerTransport
 from tests.cast_serve.gateway.stack import running
+from tests.cast_serve.gateway.upstream.scripted_worker import closing
+from tests.cast_serve.gateway.upstream.test_questions import server
 
 LABELS = {"replica": "0", "variant": 'a "b" \\c'}
 TEXT = b"""\
@@ -38,24 +40,17 @@ python_info{version="3"} 1.0
 """
 
 
-class Text(httpx.AsyncByteStream):
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._content
-
-
-def client_of(content: bytes, status: int = 200) -> httpx.AsyncClient:
-    def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(status, stream=Text(content))
-
-    return httpx.AsyncClient(transport=httpx.MockTransport(answer))
+@asynccontextmanager
+async def worker(content: bytes, status: str = "200 OK") -> AsyncIterator[tuple[Client, str]]:
+    """A client, and the URL of a worker with these metrics."""
+    answer = f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+    async with server(answer) as url, closing(Client()) as client:
+        yield client, url
 
 
 async def families_of(content: bytes) -> dict[bytes, Family]:
-    async with client_of(content) as client:
-        return await read_families(client, "http://x", LABELS, 5)
+    async with worker(content) as (client, url):
+        return await read_families(client, url, LABELS, 20)
 
 
 def exposed(*contents: bytes) -> str:
@@ -108,12 +103,12 @@ def test_what_prometheus_would_refuse_is_refused(line: bytes) -> None:
 
 
 def test_values_are_summed_over_labels() -> None:
-    async def read(content: bytes, status: int = 200) -> dict[str, float]:
-        async with client_of(content, status) as client:
-            return await read_sums(client, "http://x", ("a", "b", "c"), 5)
+    async def read(content: bytes, status: str = "200 OK") -> dict[str, float]:
+        async with worker(content, status) as (client, url):
+            return await read_sums(client, url, ("a", "b", "c"), 20)
 
     assert asyncio.run(read(b'a{x="1"} 1\na{x="2"} 2\nbb 9\nb garbage\nc 4')) == {"a": 3.0, "c": 4}
-    assert asyncio.run(read(b"a 1\n", status=401)) == {}
+    assert asyncio.run(read(b"a 1\n", "401 X")) == {}
 
 
 def test_others_have_their_turn_while_a_large_text_is_read() -> None:
@@ -129,8 +124,8 @@ def test_others_have_their_turn_while_a_large_text_is_read() -> None:
     async def read(content: bytes) -> None:
         counting = asyncio.create_task(count_turns())
         await families_of(content)
-        async with client_of(content) as client:
-            await read_sums(client, "http://x", ("a",), 5)
+        async with worker(content) as (client, url):
+            await read_sums(client, url, ("a",), 20)
         counting.cancel()
 
     content = TEXT * (3_000_000 // len(TEXT))
@@ -140,30 +135,10 @@ def test_others_have_their_turn_while_a_large_text_is_read() -> None:
 
 def test_a_worker_with_too_much_to_say_is_left_out() -> None:
     with running() as stack:
-        stack.workers["sparse"].state.metrics = TEXT.decode() * (MAX_BYTES // len(TEXT) + 1)
+        stack.workers["sparse"].state.metrics = TEXT.decode() * (MAX_REPLY_BYTES // len(TEXT) + 1)
         text = stack.client.get("/metrics").text
-        assert len(text) < MAX_BYTES
+        assert len(text) < MAX_REPLY_BYTES
         assert 'variant="dense"} 3.0' in text
         assert "vllm:latency" not in text
         stack.workers["sparse"].state.metrics = TEXT.decode()
         assert "vllm:latency" in stack.client.get("/metrics").text
-
-
-def test_what_is_packed_is_not_unpacked() -> None:
-    async def get(encoding: str) -> httpx.Response:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            asked.append(await reader.readuntil(b"\r\n\r\n"))
-            head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: 2\r\n\r\nok"
-            writer.write(head.encode())
-            writer.close()
-
-        server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with server, httpx.AsyncClient(transport=WorkerTransport()) as client:
-            return await client.get(url)
-
-    asked: list[bytes] = []
-    assert asyncio.run(get("identity")).text == "ok"
-    assert b"accept-encoding: identity" in asked[0].lower()
-    with pytest.raises(httpx.RemoteProtocolError, match="encoded as 'gzip', not as asked"):
-        asyncio.run(get("gzip"))

@@ -7,12 +7,12 @@ import logging
 import os
 import signal
 
-import httpx
 import pytest
 
 from cast_serve.gateway.app import Gateway
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import supervisor
+from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.replica import Replica, note_failure, start_worker
 from cast_serve.gateway.upstream.supervisor import VariantError
@@ -197,7 +197,7 @@ async def test_a_fault_of_the_watch_ends_neither_it_nor_the_worker(
     is_healthy = supervisor.probes.is_healthy
     num_faults = 0
 
-    async def faulty(client: httpx.AsyncClient, url: str) -> bool:
+    async def faulty(client: Client, url: str) -> bool:
         nonlocal num_faults
         if local.replica.is_up and num_faults < 3:
             num_faults += 1
