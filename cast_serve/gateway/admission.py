@@ -1,5 +1,7 @@
 """A request for a variant -> a place at its workers, a place in its queue, or 429 with Retry-After.
 
+`Places` has an `Admission` for each variant.
+
 Each variant has so many places (`max_running` per replica that is up) and a bounded queue, first
 come, first served. vLLM queues too, but without bound and before it has checked anything.
 
@@ -11,10 +13,12 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.upstream.replica import Variant
 
 RATE_WINDOW = 64  # finished requests that the service rate is measured over
 MAX_RETRY_AFTER_S = 60
@@ -154,3 +158,56 @@ class Admission:
         if self._busy_since_s is None:
             return self._busy_s
         return self._busy_s + self._clock() - self._busy_since_s
+
+
+class Places:
+    """The places of every variant.
+
+    Args:
+        variants: by name.
+        max_running: how many requests may run at a replica that is up.
+        max_queued: how many may wait for a variant.
+    """
+
+    def __init__(self, variants: Mapping[str, Variant], max_running: int, max_queued: int) -> None:
+        self._variants = variants
+        self._max_running = max_running
+        self.admissions = {
+            name: Admission(partial(self._num_places, variant), max_queued)
+            for name, variant in variants.items()
+        }
+
+    def _num_places(self, variant: Variant) -> int:
+        return self._max_running * sum(replica.is_up for replica in variant.replicas)
+
+    def note_state(self, name: str) -> None:
+        """To be called when a variant may have come up or gone down."""
+        if self._variants[name].is_up:
+            self.admissions[name].admit()
+        else:
+            self.admissions[name].turn_away()
+
+    @asynccontextmanager
+    async def place(
+        self, name: str, until_s: float, on_shed: Callable[[str], None], is_again: bool = False
+    ) -> AsyncIterator[None]:
+        """A place at a variant's workers.
+
+        Args:
+            name: whose.
+            until_s: how long to wait, on the event loop's clock.
+            on_shed: called with the error's code where the request is turned away.
+            is_again: see `Admission.place`.
+
+        Raises:
+            APIError: 429 or 504.
+            NoPlacesError: if the variant goes down while the request waits.
+        """
+        async with AsyncExitStack() as stack:
+            left_s = until_s - asyncio.get_running_loop().time()
+            try:
+                await stack.enter_async_context(self.admissions[name].place(left_s, is_again))
+            except APIError as error:
+                on_shed(str(error.body["error"]["code"]))
+                raise
+            yield

@@ -2,8 +2,8 @@
 
     client -> RequestLog -> HeadLimit -> KeyCheck -> route -> Proxy -> vLLM workers
 
-Routes are here; proxy.py holds what happens to a request, upstream/variants.py starts and stops the
-workers.
+Routes are here, and how the parts are put together; proxy.py is the way of a request,
+upstream/variants.py starts and stops the workers.
 """
 
 import asyncio
@@ -22,19 +22,30 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from rich.console import Console
 from starlette.exceptions import HTTPException
 
+from cast_serve.gateway.accounts import Accounts
+from cast_serve.gateway.admission import Places
 from cast_serve.gateway.api import openapi, paths
 from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.bodies import BodyReader
+from cast_serve.gateway.compare.asker import Asker
+from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.models import describe, describe_directory
+from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.dashboard import page
-from cast_serve.gateway.metrics import CONTENT_TYPE
+from cast_serve.gateway.forward import Forwarder
+from cast_serve.gateway.metrics import CONTENT_TYPE, Metrics
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.heads import BoundedHead, HeadLimit
 from cast_serve.gateway.middleware.keys import KeyCheck, load_keys
 from cast_serve.gateway.middleware.request_log import RequestLog
+from cast_serve.gateway.models import ModelList
 from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
+from cast_serve.gateway.retries import STALE
+from cast_serve.gateway.router import Router
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream import variants as workers
+from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.control import Control
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.roll import Roller
@@ -48,35 +59,77 @@ LAST_WORDS_S = 1.0  # for clients to read why they were cut off
 
 
 class Gateway:
-    """The application's state beside the proxy: what the probes say, and why it ended."""
+    """The parts of the gateway and how they know of each other; what its probes say.
+
+    Args:
+        variants: at least one.
+        settings: see there.
+
+    Raises:
+        ValueError: if the workers' key cannot be read, or a split or fallback names a variant that
+            there is not.
+    """
 
     def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
-        self.variants = list(variants)
+        self.variants = {variant.name: variant for variant in variants}
         self.settings = settings
+        self.router = Router(self.variants, settings.split_weights, settings.fallbacks)
+        self.places = Places(self.variants, settings.max_running, settings.max_queued)
+        self.comparison = Comparison(list(self.variants), settings.comparison_window)
+
         key = read_key(settings.worker_key, settings.worker_key_file)
-        self.proxy = Proxy(variants, settings, workers.share_key(variants, key))
-        self.has_started = False
-        self.is_draining = False
-        self.failure: VariantError | None = None
-        self.models = describe(variants)
-        self._num_restarts: dict[Replica, int] = {}
+        self.client = Client(workers.share_key(variants, key))
+        forwarder = Forwarder(
+            self.client, self._note_state, self._count_resend, settings.max_answer_bytes
+        )
+        asker = Asker(self.variants, forwarder, self.places, settings.request_timeout_s)
+        self.shadow = Shadow(
+            settings.shadow_fraction,
+            settings.shadow_concurrency,
+            self.comparison,
+            asker.repeat,
+            asker.max_scored_tokens,
+        )
+        self.metrics = Metrics(
+            self.comparison, self.shadow.outcomes, self.places.admissions, self.router.fallbacks
+        )
+        self.bodies = BodyReader(settings, self.metrics)
+        accounts = Accounts(self.metrics, self.comparison, self.shadow, self.bodies)
+        self.proxy = Proxy(
+            settings,
+            self.bodies,
+            self.router,
+            self.places,
+            forwarder,
+            accounts,
+            asker,
+            self.metrics,
+            self.comparison.baseline,
+        )
+        self.models = ModelList(self.variants, self.router, self.client)
+        self.descriptions = describe(variants)
+
         watching = WatchSettings(
             settings.health_interval_s, settings.startup_timeout_s, settings.hang_timeout_s
         )
-        self.supervisor = Supervisor(self.proxy.client, watching, self._note)
+        self.supervisor = Supervisor(self.client, watching, self._note)
         self.roller = Roller(
-            self.proxy.variants,
+            self.variants,
             self.supervisor,
             settings.request_timeout_s + 5,
             self._note_switch,
             self._note_roll,
         )
         self.control = Control(settings.control_socket, settings.port, self.roller.roll)
+        self.has_started = False
+        self.is_draining = False
+        self.failure: VariantError | None = None
+        self._num_restarts: dict[Replica, int] = {}
 
     @property
     def is_ready(self) -> bool:
         """Whether every model that is advertised will be answered, by itself or its fallback."""
-        answered = all(self.proxy.router.answerer(variant) for variant in self.variants)
+        answered = all(self.router.answerer(variant) for variant in self.variants.values())
         return answered and not self.is_draining
 
     async def open_control(self) -> None:
@@ -85,7 +138,7 @@ class Gateway:
         Raises:
             VariantError: if the control_socket of the settings cannot be listened on.
         """
-        if all(replica.model is None for replica in workers.replicas_of(self.variants)):
+        if all(replica.model is None for replica in workers.replicas_of(self.variants.values())):
             return
         try:
             await self.control.open()
@@ -99,7 +152,7 @@ class Gateway:
     async def watch(self, on_failure: Callable[[], None]) -> None:
         """Follows the workers; calls on_failure if one cannot be brought up, or this ends."""
         try:
-            await self.supervisor.run(workers.replicas_of(self.variants))
+            await self.supervisor.run(workers.replicas_of(self.variants.values()))
         except VariantError as failure:
             self.failure = failure
         except Exception as error:  # unwatched, a dead worker would stay up and never come back
@@ -107,23 +160,36 @@ class Gateway:
             self.failure = VariantError(f"the watch over the workers failed: {error!r}")
         on_failure()
 
+    async def close(self) -> None:
+        """Ends what runs beside the requests; no request may come after."""
+        await self.shadow.close()
+        await self.client.close()
+        self.bodies.close()
+
     def _note(self, replica: Replica) -> None:
-        name = replica.variant
-        self.proxy.note_state(name)
+        self._note_state(replica)
         new = replica.num_restarts - self._num_restarts.get(replica, 0)
-        self.proxy.metrics.restarts.labels(name).inc(new)
+        self.metrics.restarts.labels(replica.variant).inc(new)
         self._num_restarts[replica] = replica.num_restarts
-        self.has_started = self.has_started or all(v.is_up for v in self.variants)
+        self.has_started = self.has_started or all(v.is_up for v in self.variants.values())
+
+    def _note_state(self, replica: Replica) -> None:
+        """Brings gauges and queue in line with a replica that may have come up or gone down."""
+        variant = self.variants[replica.variant]
+        self.metrics.note_state(variant)
+        self.places.note_state(variant.name)
 
     def _note_switch(self, replica: Replica) -> None:
-        name = replica.variant
-        self.proxy.note_state(name)
-        self.proxy.comparison.forget(name)
+        self._note_state(replica)
+        self.comparison.forget(replica.variant)
         assert replica.model is not None
-        self.models[name] = describe_directory(replica.model)
+        self.descriptions[replica.variant] = describe_directory(replica.model)
 
     def _note_roll(self, name: str, outcome: str) -> None:
-        self.proxy.metrics.rolls.labels(name, outcome).inc()
+        self.metrics.rolls.labels(name, outcome).inc()
+
+    def _count_resend(self, replica: Replica) -> None:
+        self.metrics.retries.labels(replica.variant, STALE).inc()
 
 
 def create_app(
@@ -143,7 +209,6 @@ def create_app(
         ValueError: if the keys cannot be read, or a split or fallback names no variant.
     """
     gateway = Gateway(variants, settings)
-    proxy = gateway.proxy
     digests = load_keys(settings.api_keys, settings.api_keys_file)
 
     @asynccontextmanager
@@ -164,7 +229,7 @@ def create_app(
                 await watching
         finally:
             await asyncio.to_thread(workers.stop, variants)
-            await proxy.close()
+            await gateway.close()
             has_failed = gateway.failure is not None  # then the logs say why
             workers.end_logs(variants, is_kept=has_failed or settings.log_dir is not None)
 
@@ -176,18 +241,18 @@ def create_app(
         redirect_slashes=False,  # a redirect would go where the Host header says
     )
     app.state.gateway = gateway
-    names = [*proxy.variants, *proxy.router.split]
+    names = [*gateway.variants, *gateway.router.split]
     app.openapi = lambda: openapi.describe(app, names)  # type: ignore[method-assign]
 
     for path in (*PROXIED, COMPARE):
-        app.add_api_route(path, proxy.answer, methods=["POST"])
-    app.add_api_route("/v1/models", proxy.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", proxy.model, methods=["GET"])
+        app.add_api_route(path, gateway.proxy.answer, methods=["POST"])
+    app.add_api_route("/v1/models", gateway.models.all, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", gateway.models.one, methods=["GET"])
 
     @app.get("/v1/comparison")
     async def comparison() -> dict[str, Any]:
-        own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.models}
-        return {**proxy.comparison.snapshot(), **own}
+        own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.descriptions}
+        return {**gateway.comparison.snapshot(), **own}
 
     @app.get(paths.LIVENESS, response_class=Response)
     async def livez() -> Response:
@@ -199,7 +264,7 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        states = {v.name: v.status or v.is_up for v in gateway.variants}
+        states = {v.name: v.status or v.is_up for v in gateway.variants.values()}
         return JSONResponse(states, 200 if gateway.is_ready else 503)
 
     @app.get("/health", response_class=Response)
@@ -214,7 +279,8 @@ def create_app(
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(await proxy.exposition(), media_type=CONTENT_TYPE)
+        found = await gateway.metrics.expose(gateway.client, gateway.variants.values())
+        return Response(found, media_type=CONTENT_TYPE)
 
     @app.get(paths.DOCS, include_in_schema=False)
     async def docs() -> HTMLResponse:

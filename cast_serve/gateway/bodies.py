@@ -6,7 +6,6 @@ Python's it may take four times its bytes, and once more those that are sent on.
 
 import asyncio
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from cast_serve.gateway.api import schemas
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.exchange import Exchange
+from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ class BodyReader:
     Args:
         settings: `max_body_bytes`, `max_held_body_bytes`, `body_timeout_s`, `max_prompts` and
             `strict_fields`.
-        on_shed: called with the error's code where the bodies in sum are too large.
+        metrics: count what is turned away, where the bodies in sum are too large.
 
     Attributes:
         num_held_bytes: of the bodies of all requests that have not ended.
     """
 
-    def __init__(self, settings: GatewaySettings, on_shed: Callable[[str], None]) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         self.settings = settings
-        self._on_shed = on_shed
+        self._metrics = metrics
         self.num_held_bytes = 0
         # One at a time: memory and the interpreter's lock are not for large bodies alone.
         self._checker = ThreadPoolExecutor(1, "check-body")
@@ -80,7 +80,7 @@ class BodyReader:
                     exchange.num_body_bytes += len(chunk)
                     self.num_held_bytes += len(chunk)
                     if self.num_held_bytes > self.settings.max_held_body_bytes:
-                        self._on_shed("too_many_bytes")
+                        self._metrics.shed.labels("too_many_bytes").inc()
                         raise self._too_many_bytes()
                     content += chunk
                     if len(content) > limit:

@@ -4,8 +4,10 @@ The workers' keep their names and get the labels ``variant`` and ``replica`` (it
 variant's list, from 0), so that one scrape of the gateway sees everything (upstream/exposition.py).
 """
 
+import asyncio
 import itertools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,8 +17,19 @@ from cast_serve.gateway.admission import Admission
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.exchange import GENERATING
 from cast_serve.gateway.retries import REASONS
+from cast_serve.gateway.upstream.client import Client, WorkerError
+from cast_serve.gateway.upstream.exposition import (
+    ExpositionError,
+    Family,
+    merged,
+    read_families,
+)
+from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.latency import BUCKETS_S, RequestTiming
 
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0  # for a worker's metrics to come whole
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -112,6 +125,12 @@ class Metrics:
         registry.register(_Queues(admissions))
         registry.register(_Shadows(comparison, shadow_outcomes))
 
+    def note_state(self, variant: Variant) -> None:
+        """To be called when a variant or a replica of it may have come up or gone down."""
+        self.variant_up.labels(variant.name).set(variant.is_up)
+        for place, replica in enumerate(variant.replicas):
+            self.replica_up.labels(variant.name, str(place)).set(replica.is_up)
+
     def observe(self, variant: str, timing: RequestTiming) -> None:
         """Adds the times of one successfully finished request."""
         self.e2e.labels(variant).observe(timing.e2e_s)
@@ -127,9 +146,31 @@ class Metrics:
         self.prompt_tokens.labels(variant).inc(prompt_tokens)
         self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
 
-    def expose(self, workers: bytes) -> bytes:
-        """The exposition of our metrics and, as `exposition.merged` has it, the workers'."""
-        return generate_latest(self.registry) + workers
+    async def expose(self, client: Client, variants: Iterable[Variant]) -> bytes:
+        """One exposition of our metrics and those of every replica that is up and can be read.
+
+        Args:
+            client: to the workers.
+            variants: whose samples get the labels ``variant`` and ``replica``.
+        """
+        replicas = [  # with its place, which another may have by the time that it answers
+            (replica, {"replica": str(place), "variant": variant.name})
+            for variant in variants
+            for place, replica in enumerate(variant.replicas)
+            if replica.is_up
+        ]
+        found = await asyncio.gather(*(_read(client, *each) for each in replicas))
+        return generate_latest(self.registry) + merged(found)
+
+
+async def _read(client: Client, replica: Replica, labels: dict[str, str]) -> dict[bytes, Family]:
+    try:
+        return await read_families(client, replica.url, labels, TIMEOUT_S)
+    except WorkerError as error:  # it may just have gone down
+        logger.info("%s: its metrics are left out: %.200s", replica, error)
+    except ExpositionError as error:
+        logger.warning("%s: its metrics are left out: %s", replica, error)
+    return {}
 
 
 class _Speedups(Collector):

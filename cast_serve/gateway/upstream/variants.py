@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -181,7 +181,7 @@ def end_logs(variants: Sequence[Variant], is_kept: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def replicas_of(variants: Sequence[Variant]) -> list[Replica]:
+def replicas_of(variants: Iterable[Variant]) -> list[Replica]:
     return [replica for variant in variants for replica in variant.replicas]
 
 

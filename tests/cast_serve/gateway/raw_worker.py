@@ -122,7 +122,7 @@ class RawStack:
         return sum(float(line.split()[-1]) for line in found if f'reason="{reason}"' in line)
 
     def are_up(self) -> list[bool]:
-        variants = self.gateway.proxy.variants
+        variants = self.gateway.variants
         return [r.is_up for name in ("dense", "sparse") for r in variants[name].replicas]
 
 

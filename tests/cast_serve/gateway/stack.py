@@ -102,7 +102,7 @@ def running(num_replicas: int = 1, **settings: object) -> Iterator[Stack]:
         app = create_app(remote_variants(urls), GatewaySettings(**(defaults | settings)))
         with httpx.Client(base_url=servers.start(app), timeout=20) as client:
             gateway = app.state.gateway
-            wait_until(lambda: all(r.is_up for v in gateway.variants for r in v.replicas))
+            wait_until(lambda: all(r.is_up for v in gateway.variants.values() for r in v.replicas))
             yield Stack(client, rows[0], gateway, servers, rows[-1] if num_replicas > 1 else {})
 
 
@@ -118,7 +118,7 @@ def events(response: httpx.Response) -> list[str]:
 
 
 def url_of(stack: Stack, variant: str, replica: int = 0) -> str:
-    return stack.gateway.proxy.variants[variant].replicas[replica].url
+    return stack.gateway.variants[variant].replicas[replica].url
 
 
 def num_requests(stack: Stack, variant: str, code: int, route: str = "/v1/completions") -> float:

@@ -75,7 +75,7 @@ def test_an_event_that_is_none_ends_the_stream_with_ours(event: str) -> None:
 
 def test_a_worker_that_answers_500_is_passed_over_and_checked_at_once() -> None:
     with running(num_replicas=2, health_interval_s=30) as stack:
-        replica = stack.gateway.proxy.variants["dense"].replicas[0]
+        replica = stack.gateway.variants["dense"].replicas[0]
         state = stack.workers["dense"].state
         state.status = state.canary_status = 500  # its /health stays good
         assert stack.complete(model="dense").status_code == 200
@@ -85,9 +85,9 @@ def test_a_worker_that_answers_500_is_passed_over_and_checked_at_once() -> None:
         state = stack.workers["sparse"].state
         state.status = state.canary_status = 500
         assert stack.complete(model="sparse").headers["X-Cast-Fallback"] == "sparse"
-        wait_until(lambda: not stack.gateway.proxy.variants["sparse"].is_up)
+        wait_until(lambda: not stack.gateway.variants["sparse"].is_up)
         state.status = state.canary_status = 200
-        wait_until(lambda: stack.gateway.proxy.variants["sparse"].is_up)
+        wait_until(lambda: stack.gateway.variants["sparse"].is_up)
         assert "X-Cast-Fallback" not in stack.complete(model="sparse").headers
 
 
@@ -95,7 +95,7 @@ def test_a_request_that_fails_for_its_own_sake_takes_no_worker_down() -> None:
     with running() as stack:
         stack.workers["dense"].state.status = 500
         downs = []
-        replica = stack.gateway.proxy.variants["dense"].replicas[0]
+        replica = stack.gateway.variants["dense"].replicas[0]
         for _ in range(5):
             found = stack.complete(model="dense")
             assert (found.status_code, found.json()["error"]["code"]) == (
@@ -132,7 +132,7 @@ def test_a_comparison_ends_with_its_client() -> None:
             wait_until(lambda: any(worker.state.bodies for worker in stack.workers.values()))
         wait_until(lambda: sum(worker.state.num_left for worker in stack.workers.values()) == 1)
         wait_until(lambda: num_requests(stack, "", 499, "/v1/compare") == 1)
-        assert [a.num_running for a in stack.gateway.proxy.admissions.values()] == [0, 0]
+        assert [a.num_running for a in stack.gateway.places.admissions.values()] == [0, 0]
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def test_a_fault_of_the_gateways_own_has_the_requests_id(
         raise KeyError("ours")
 
     with running() as stack, caplog.at_level(logging.INFO):
-        monkeypatch.setattr(stack.gateway.proxy.router, "choose", fail)
+        monkeypatch.setattr(stack.gateway.router, "choose", fail)
         asked = {"model": "dense", "prompt": "x"}
         headers = {"X-Request-Id": "mine"}
         found = stack.client.post("/v1/completions", json=asked, headers=headers)
@@ -192,7 +192,7 @@ def test_a_fault_of_the_gateways_own_has_the_requests_id(
 def test_metrics_that_are_garbage_are_no_limits() -> None:
     with running() as stack:
         worker = stack.workers["dense"].state
-        variant = stack.gateway.proxy.variants["dense"]
+        variant = stack.gateway.variants["dense"]
         assert variant.vocabulary_size == 100
         worker.is_healthy = False
         wait_until(lambda: not variant.is_up)
@@ -228,7 +228,7 @@ def test_an_answer_that_a_worker_gave_up_is_none() -> None:
         found = stack.complete(model="sparse")
         assert found.headers["X-Cast-Fallback"] == "sparse"
         assert found.json()["choices"][0]["finish_reason"] == "length"
-        variant = stack.gateway.proxy.variants["sparse"]
+        variant = stack.gateway.variants["sparse"]
         wait_until(lambda: not variant.is_up)  # its canary is given up as well
         assert stack.client.get("/v1/models/sparse").json()["status"] == "down"
 
@@ -254,7 +254,7 @@ def test_what_a_server_says_of_itself_is_read_again(monkeypatch: pytest.MonkeyPa
 def test_a_variant_that_is_down_stays_in_the_list_of_models() -> None:
     with running(fallback="sparse=dense") as stack:
         stack.workers["sparse"].state.is_healthy = False
-        wait_until(lambda: not stack.gateway.proxy.variants["sparse"].is_up)
+        wait_until(lambda: not stack.gateway.variants["sparse"].is_up)
         cards = {card["id"]: card for card in stack.client.get("/v1/models").json()["data"]}
         assert cards["sparse"]["status"] == "down"
         assert "status" not in cards["dense"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from cast_serve.gateway.proxy import Proxy
+from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.variants import remote_variants
@@ -22,7 +22,7 @@ def test_another_replica_answers_for_one_that_was_lost() -> None:
         stack.servers.stop(url_of(stack, "dense"))
         assert stack.complete(model="dense").status_code == 200
         assert len(stack.others["dense"].state.bodies) == 1
-        assert not stack.gateway.proxy.variants["dense"].replicas[0].is_up  # seen at once
+        assert not stack.gateway.variants["dense"].replicas[0].is_up  # seen at once
         assert stack.client.get("/readyz").status_code == 200
 
 
@@ -68,7 +68,7 @@ def test_the_fallback_answers_and_says_so(is_stream: bool) -> None:
 
 def test_a_request_beyond_the_fallbacks_context_is_the_variants_own() -> None:
     with running(fallback="sparse=dense", health_interval_s=30) as stack:
-        stack.gateway.proxy.variants["dense"].replicas[0].limits = Limits(16, 100)
+        stack.gateway.variants["dense"].replicas[0].limits = Limits(16, 100)
         assert stack.complete(model="sparse", max_tokens=40).status_code == 200
         stack.servers.stop(url_of(stack, "sparse"))
         assert stack.complete(model="sparse", max_tokens=4).headers["X-Cast-Variant"] == "dense"
@@ -86,7 +86,7 @@ def test_models_are_those_that_may_be_asked_for() -> None:
         found = stack.client.get("/v1/models/adapter")
         assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
         stack.servers.stop(url_of(stack, "dense"))
-        wait_until(lambda: not stack.gateway.proxy.variants["dense"].is_up)
+        wait_until(lambda: not stack.gateway.variants["dense"].is_up)
         assert stack.client.get("/v1/models/dense").json()["status"] == "down"
 
 
@@ -140,7 +140,7 @@ def test_a_split_follows_its_weights_and_users_stay_where_they_are() -> None:
 def test_wrong_names_are_refused_at_the_start(settings: dict[str, str], message: str) -> None:
     variants = remote_variants({name: [f"http://{name}:1"] for name in ("dense", "sparse")})
     with pytest.raises(ValueError, match=message):
-        Proxy(variants, GatewaySettings(**settings))
+        create_app(variants, GatewaySettings(**settings))
 
 
 def test_a_deadline_ends_the_wait_the_answer_and_the_stream() -> None:
@@ -181,7 +181,7 @@ def test_a_client_that_leaves_stops_the_work(is_stream: bool) -> None:
         labels = (("code", "499"), ("route", "/v1/completions"), ("variant", "dense"))
         wait_until(lambda: stack.metrics().get(("cast_requests_total", labels)) == 1)
         assert stack.metrics()["cast_requests_in_flight", (("variant", "dense"),)] == 0
-        assert stack.gateway.proxy.admissions["dense"].num_running == 0
+        assert stack.gateway.places.admissions["dense"].num_running == 0
 
 
 def test_a_full_queue_is_429_before_the_worker_sees_anything() -> None:
@@ -191,7 +191,7 @@ def test_a_full_queue_is_429_before_the_worker_sees_anything() -> None:
         first = pool.submit(stack.complete, model="dense")
         wait_until(lambda: bool(worker.state.bodies))
         second = pool.submit(stack.complete, model="dense")
-        wait_until(lambda: stack.gateway.proxy.admissions["dense"].num_queued == 1)
+        wait_until(lambda: stack.gateway.places.admissions["dense"].num_queued == 1)
         assert stack.metrics()["cast_requests_queued", (("variant", "dense"),)] == 1
         third = stack.complete(model="dense")
         assert (third.status_code, third.json()["error"]["code"]) == (429, "queue_full")
@@ -301,7 +301,7 @@ def test_compare_asks_both_and_comparison_shows_it() -> None:
 
 def test_an_answer_that_fills_a_workers_context_is_compared_but_for_agreement() -> None:
     with running() as stack:
-        (replica,) = stack.gateway.proxy.variants["sparse"].replicas
+        (replica,) = stack.gateway.variants["sparse"].replicas
         replica.limits = Limits(max_model_len=4)  # a token of the prompt, three of the answer
         found = stack.client.post("/v1/compare", json={"prompt": "x", "max_tokens": 3}).json()
         assert found["variants"]["dense"]["text"] == "one two three"
@@ -314,7 +314,7 @@ def test_shadow_traffic_is_not_seen_by_the_client_and_counted_apart() -> None:
     with running(shadow_fraction=1.0) as stack:
         assert stack.complete(model="sparse", stream=True).headers["X-Cast-Variant"] == "sparse"
         wait_until(lambda: bool(stack.workers["dense"].state.bodies))
-        wait_until(lambda: stack.gateway.proxy.shadow.outcomes["finished"] > 0)
+        wait_until(lambda: stack.gateway.shadow.outcomes["finished"] > 0)
         assert stack.complete(model="sparse").status_code == 200
         metrics = stack.metrics()
         labels = (("code", "200"), ("route", "/v1/completions"), ("variant", "dense"))

@@ -13,7 +13,7 @@ def test_who_queues_for_a_variant_that_dies_does_not_wait_for_the_deadline(fallb
         with ThreadPoolExecutor(3) as pool:
             stack.workers["sparse"].state.gate.clear()
             asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
-            admission = stack.gateway.proxy.admissions["sparse"]
+            admission = stack.gateway.places.admissions["sparse"]
             wait_until(lambda: admission.num_queued == 2)
             stack.servers.stop(url_of(stack, "sparse"))
             found = [future.result(timeout=15) for future in asked]
@@ -31,7 +31,7 @@ def test_comparisons_queue_for_places_like_other_requests() -> None:
             worker.state.gate.clear()
         body = {"prompt": "x", "max_tokens": 3}
         asked = [pool.submit(stack.client.post, "/v1/compare", json=body) for _ in range(8)]
-        admissions = stack.gateway.proxy.admissions.values()
+        admissions = stack.gateway.places.admissions.values()
         wait_until(lambda: sum(a.num_running + a.num_queued for a in admissions) == 8)
         for worker in stack.workers.values():
             worker.state.gate.set()
@@ -49,7 +49,7 @@ def test_who_was_at_a_replica_that_failed_is_asked_next_at_the_other_one() -> No
         workers = (stack.workers["sparse"], stack.others["sparse"])
         for worker in workers:
             worker.state.gate.clear()
-        admission = stack.gateway.proxy.admissions["sparse"]
+        admission = stack.gateway.places.admissions["sparse"]
         running_now = [pool.submit(stack.complete, model="sparse", user="first") for _ in range(2)]
         wait_until(lambda: all(worker.state.bodies for worker in workers))
         waiting = [pool.submit(stack.complete, model="sparse", user="later") for _ in range(2)]
@@ -72,7 +72,7 @@ def test_requests_that_only_queued_are_no_failures_of_a_worker() -> None:
     ):
         stack.workers["sparse"].state.gate.clear()
         asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
-        wait_until(lambda: stack.gateway.proxy.admissions["sparse"].num_queued == 2)
+        wait_until(lambda: stack.gateway.places.admissions["sparse"].num_queued == 2)
         stack.servers.stop(url_of(stack, "sparse"))
         assert [each.result(timeout=15).status_code for each in asked] == [200] * 3
         labels = {"from_variant": "sparse", "to_variant": "dense"}
@@ -96,7 +96,7 @@ def test_who_was_given_up_by_a_replica_keeps_its_turn() -> None:
         for worker in workers:
             worker.state.gate.clear()
         workers[0].state.reason = "abort"
-        admission = stack.gateway.proxy.admissions["sparse"]
+        admission = stack.gateway.places.admissions["sparse"]
         asked = [pool.submit(stack.complete, model="sparse", user="first") for _ in range(2)]
         wait_until(lambda: all(worker.state.bodies for worker in workers))
         asked += [pool.submit(stack.complete, model="sparse", user="later") for _ in range(2)]
@@ -123,4 +123,4 @@ def test_bodies_are_bounded_in_sum() -> None:
         stack.workers["dense"].state.gate.set()
         assert held.result(timeout=15).status_code == 200
         assert stack.complete(model="sparse", prompt="x" * 2000).status_code == 200
-        assert stack.gateway.proxy.bodies.num_held_bytes == 0
+        assert stack.gateway.bodies.num_held_bytes == 0

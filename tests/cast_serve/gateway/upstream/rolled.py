@@ -102,7 +102,7 @@ class Rolled:
         return request_roll(self.socket, name, given, self.said.append)
 
     def replica(self, name: str = "sparse") -> Replica:
-        (replica,) = self.gateway.proxy.variants[name].replicas
+        (replica,) = self.gateway.variants[name].replicas
         return replica
 
     def complete(self, name: str = "sparse") -> str:
@@ -119,7 +119,7 @@ class Rolled:
         return [json.loads(chunk)["choices"][0]["text"].strip() for chunk in chunks] + [last]
 
     def counter(self, outcome: str) -> float:
-        return float(self.gateway.proxy.metrics.rolls.labels("sparse", outcome)._value.get())
+        return float(self.gateway.metrics.rolls.labels("sparse", outcome)._value.get())
 
 
 def new_model(folder: Path, name: str) -> Path:

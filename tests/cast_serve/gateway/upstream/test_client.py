@@ -121,7 +121,7 @@ def test_what_came_before_a_break_is_passed_on(broken: bytes, is_at_once: bool) 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_connection_serves_one_answer_after_the_other(is_stream: bool) -> None:
     with running(health_interval_s=30) as stack:
-        worker = stack.gateway.proxy.variants["dense"].replicas[0].url
+        worker = stack.gateway.variants["dense"].replicas[0].url
         for _ in range(5):
             found = stack.complete(model="dense", stream=is_stream)
             assert found.status_code == 200
@@ -258,4 +258,4 @@ def test_an_answer_has_a_size_at_most() -> None:
         found = stack.client.post("/tokenize", json={"model": "dense", "prompt": "a" * 3000})
         assert (found.status_code, found.json()["error"]["code"]) == (502, "answer_too_large")
         assert "CAST_MAX_ANSWER_BYTES" in found.json()["error"]["message"]
-        assert all(replica.is_up for replica in stack.gateway.proxy.variants["dense"].replicas)
+        assert all(replica.is_up for replica in stack.gateway.variants["dense"].replicas)

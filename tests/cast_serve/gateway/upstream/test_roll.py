@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from cast_serve.gateway import metrics
+from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.exposition import Family
 from cast_serve.gateway.upstream.replica import Replica
 from tests.cast_serve.gateway.stack import wait_until
@@ -79,18 +81,20 @@ def test_rolls_under_load_lose_no_request(stack: Rolled) -> None:
 
 @pytest.mark.anyio
 async def test_a_scrape_during_a_switch_is_answered(stack: Rolled) -> None:
-    proxy = stack.gateway.proxy
-    variant, other = proxy.variants["sparse"], Replica("sparse", "http://127.0.0.1:1")
+    gateway = stack.gateway
+    variant, other = gateway.variants["sparse"], Replica("sparse", "http://127.0.0.1:1")
 
-    async def switch_meanwhile(replica: Replica, labels: dict[str, str]) -> dict[bytes, Family]:
+    async def switch_meanwhile(
+        _: Client, __: str, labels: dict[str, str], ___: float
+    ) -> dict[bytes, Family]:
         variant.replicas[0] = other
         return {b"x": Family(samples=[f"x{labels} 1".encode()])}
 
     old = stack.replica()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(proxy, "_metrics_of", switch_meanwhile)
-            text = await proxy.exposition()
+            patch.setattr(metrics, "read_families", switch_meanwhile)
+            text = await gateway.metrics.expose(gateway.client, gateway.variants.values())
     finally:
         variant.replicas[0] = old
     assert "x{'replica': '0', 'variant': 'sparse'} 1" in text.decode()

@@ -225,4 +225,4 @@ async def test_a_gateway_whose_watch_ends_has_failed(
     await gateway.watch(ended.set)
     assert ended.is_set()
     assert "RuntimeError('gone')" in str(gateway.failure)
-    await gateway.proxy.close()
+    await gateway.close()
