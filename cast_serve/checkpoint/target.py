@@ -128,15 +128,22 @@ def _hardened(source: ModelDirectory, name: str) -> Tensor:
     else:
         gate = source.get(f"{name}.gate")
         gate = gate.T if is_transposed else gate
-        if gate.shape != weight.shape or gate.dtype not in SCALE_DTYPES:
+        if gate.shape != weight.shape or gate.dtype not in (torch.bool, *SCALE_DTYPES):
             raise CheckpointError(
                 f"{name}.gate is {gate.dtype} {list(gate.shape)}, but a logit for each weight of "
-                f"{list(weight.shape)} in bf16, fp16 or fp32 is needed; the checkpoint is damaged"
+                f"{list(weight.shape)} in bf16, fp16 or fp32, or a bool mask, is needed; the "
+                "checkpoint is damaged"
             )
     try:
-        weight = torch.where(hard_mask(gate, source.pattern), weight, torch.zeros_like(weight))
+        mask = hard_mask(gate, source.pattern)
     except PatternError as error:
         raise PatternError(f"{name}.gate: {error}") from None
+    if gate.dtype == torch.bool and not torch.equal(mask, gate):
+        raise PatternError(
+            f"{name}.gate is a mask that does not keep {source.pattern.n} of every "
+            f"{source.pattern.m} weights; the checkpoint is damaged"
+        )
+    weight = torch.where(mask, weight, torch.zeros_like(weight))
     if f"{name}.scale" not in source.files:
         return weight
     scale = source.get(f"{name}.scale").float()  # [out_features, column parts]

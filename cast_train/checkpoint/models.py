@@ -2,10 +2,10 @@
 
 Both are ordinary HF directories (safetensors, config, tokenizer) plus ``cast.json``. A gated one
 has beside each target's ``<name>.weight`` (unmasked, bf16) its ``<name>.gate`` (logits, fp32, same
-shape; none with method adams, which ranks by |W|) and maybe ``<name>.scale`` (fp32, scaling.py)
-or ``<name>.weight_scale`` (bf16, quantizing.py), and its config.json says that it is gated
-(`GATED_METHOD`). To harden it: mask = the N largest logits of each group, W * mask * scale. A
-pruned one has its zeros written.
+shape; with method fixed the mask, bool; none with method adams, which ranks by |W|) and maybe
+``<name>.scale`` (fp32, scaling.py) or ``<name>.weight_scale`` (bf16, quantizing.py), and its
+config.json says that it is gated (`GATED_METHOD`). To harden it: mask = the N largest logits of
+each group, W * mask * scale. A pruned one has its zeros written.
 
 Directories appear whole and their shards are checked (record.py); no pickle is read or written.
 """
@@ -273,7 +273,7 @@ def load_gated(
         if method != "adams":
             if f"{name}.gate" not in stored:
                 raise CheckpointError(f"{directory} has no gates for {name}")
-            gate.logits.data.copy_(stored[f"{name}.gate"])
+            gate.take(stored[f"{name}.gate"])
     if method == "adams":
         gating.freeze(gate_map)
     elif method == "ste":  # no other mask than that of the stored scores

@@ -29,7 +29,7 @@ from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import channel_order, identity
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import TrainConfig
-from cast_train.gates.gating import Gate
+from cast_train.gates.gating import Gate, logits_of
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
@@ -44,16 +44,17 @@ def check_room(
     """Refuses a run whose checkpoints the disk cannot hold, besides what is there.
 
     While one is written there are the last one and, with `keep_best`, the best. A weight is stored
-    with the optimiser's two moments, a logit with one, or none where the mask is fixed.
+    with the optimiser's two moments, a logit with one, or none where it is not learnt.
 
     Raises:
         CheckpointError: naming what is needed and what is free.
     """
-    num_moments = {id(gate.logits): int(config.method == "gates") for gate in gates.values()}
+    num_moments = {id(logits): int(config.method == "gates") for logits in logits_of(gates)}
     num_bytes = sum(
         p.nbytes * (1 + (num_moments.get(id(p), 2) if p.requires_grad else 0))
         for p in model.parameters()
     )
+    num_bytes += sum(buffer.nbytes for buffer in model.buffers())
     num_new = max(2 + config.keep_best - len(_checkpoints(partial)), 1)
     record.check_room(partial, num_new * num_bytes, f"{num_new} checkpoints of this model")
 

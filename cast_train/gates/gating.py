@@ -9,10 +9,11 @@ A target linear with weight W [out_features, in_features] has gate logits L of t
 
 The selectors `soft_topk` and `gumbel` read L as it is learnt; `generator` computes L from the
 weights by a network that all linears share; `penalty` has no selection, its p is the gates
-themselves. The methods `ste` and `adams` learn no L: the weights' own sizes rank them.
+themselves. The methods `ste` and `adams` learn no L: the weights' own sizes rank them. The method
+`fixed` has no L at all, but the mask itself.
 
 A linear whose weight is stored transposed, [in_features, out_features] (GPT-2's Conv1D), keeps its
-gate logits transposed too; groups always run along in_features.
+gate logits and its mask transposed too; groups always run along in_features.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cast_serve.sparsity.pattern import Pattern, groups
+from cast_serve.sparsity.pattern import Pattern, groups, hard_mask
 from cast_train import sharding
 from cast_train.gates.schedules import Phase
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
@@ -37,34 +38,20 @@ class Gate(nn.Module):
     """The parametrization W -> W'' of one linear.
 
     Attributes:
-        logits: gate logits, fp32, the shape of the weight; of a gate that computes them (see
-            `rows`), what they were when it was frozen.
         phase: what `forward` does; set before each step.
         penalty: of the last forward, see `sparsity_penalty`; None where lambda is 0.
-        is_frozen: from the first exact mask on, the logits stay as they are.
+        is_frozen: whether the mask stays as it is.
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        pattern: Pattern,
-        is_transposed: bool,
-        selector: str = "soft_topk",
-        is_learnt: bool = True,
-    ) -> None:
+    is_frozen = True
+
+    def __init__(self, pattern: Pattern, is_transposed: bool) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits.float().contiguous(), requires_grad=is_learnt)
         self.pattern = pattern
         self.is_transposed = is_transposed
-        self.selector = selector
         self.phase = DENSE
         self.penalty: Tensor | None = None
-        self.is_frozen = False
-        self._mask: Tensor | None = None
         self._linear: list[Any] = []  # in a list, so that torch does not register it as a submodule
-
-    def stored(self) -> dict[str, Tensor]:
-        return {"gate": self.logits.detach()}
 
     def register_on(self, linear: Any) -> None:
         self._linear = [linear]
@@ -79,6 +66,111 @@ class Gate(nn.Module):
         weight = sharding.whole(self.weight())
         return weight.t() if self.is_transposed else weight
 
+    def mask(self) -> Tensor:
+        """The exact N:M mask, bool, in the weight's layout."""
+        raise NotImplementedError
+
+    def mask_rows(self) -> Tensor:
+        """The exact mask, bool [out_features, in_features], however the weight is stored."""
+        mask = self.mask()
+        return mask.t() if self.is_transposed else mask
+
+    def soft_mask(self, phase: Phase) -> Tensor:
+        """p [out_features, in_features], differentiable."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint has beside the weight; `take` reads the same."""
+        raise NotImplementedError
+
+    def take(self, stored: Tensor) -> None:
+        """Takes over the tensor that `stored` gave."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Keeps the mask that the gate has now."""
+
+    def mark_frozen(self) -> None:
+        """Keeps the mask that was read, of a gate that was frozen before it was stored."""
+
+    def set_phase(self, phase: Phase) -> None:
+        self.phase = phase
+        self.penalty = None
+
+    def masked(self, weight: Tensor) -> Tensor:
+        """W'' under the exact mask."""
+        return torch.where(self.mask(), weight, 0.0)
+
+
+class FixedGate(Gate):
+    """A mask that is kept from the first step to the last.
+
+    Attributes:
+        kept: the mask, bool, in the weight's layout.
+    """
+
+    kept: Tensor
+
+    def __init__(self, kept: Tensor, pattern: Pattern, is_transposed: bool) -> None:
+        super().__init__(pattern, is_transposed)
+        self.register_buffer("kept", kept.contiguous())
+
+    def mask(self) -> Tensor:
+        return self.kept
+
+    def soft_mask(self, phase: Phase) -> Tensor:
+        return self.mask_rows().float()
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"gate": self.kept}
+
+    def take(self, stored: Tensor) -> None:
+        """Takes over a mask, or the logits that releases before this form stored."""
+        if stored.dtype != torch.bool:
+            rows = hard_mask(stored.t() if self.is_transposed else stored, self.pattern)
+            stored = rows.t() if self.is_transposed else rows
+        self.kept.copy_(stored)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.masked(weight)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *more: Any) -> None:
+        """Also reads the checkpoint of an unfinished run of a release that stored logits."""
+        if (logits := state.pop(f"{prefix}logits", None)) is not None:
+            self.take(logits)
+            state[f"{prefix}kept"] = self.kept
+        super()._load_from_state_dict(state, prefix, *more)
+
+
+class LogitGate(Gate):
+    """A gate with logits, which are learnt unless a subclass computes them.
+
+    Attributes:
+        logits: gate logits, fp32, the shape of the weight; of a gate that computes them (see
+            `rows`), what they were when it was frozen.
+        is_frozen: from the first exact mask on, the logits stay as they are.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        pattern: Pattern,
+        is_transposed: bool,
+        selector: str = "soft_topk",
+        is_learnt: bool = True,
+    ) -> None:
+        super().__init__(pattern, is_transposed)
+        self.logits = nn.Parameter(logits.float().contiguous(), requires_grad=is_learnt)
+        self.selector = selector
+        self.is_frozen = False
+        self._mask: Tensor | None = None
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"gate": self.logits.detach()}
+
+    def take(self, stored: Tensor) -> None:
+        self.logits.data.copy_(stored)
+
     def rows(self) -> Tensor:
         """The logits [out_features, in_features], whole, however the weight is stored."""
         logits = sharding.whole(self.logits)
@@ -90,23 +182,20 @@ class Gate(nn.Module):
         rows = self.rows()
         logits = rows.t() if self.is_transposed else rows
         self.logits.copy_(sharding.sharded_like(logits, self.logits))
+        self.mark_frozen()
+
+    def mark_frozen(self) -> None:
         self.is_frozen = True
         self._mask = None
 
     def mask(self) -> Tensor:
-        """The exact N:M mask as 0 and 1, in the weight's layout; kept until the phase changes."""
+        """As `Gate.mask`; kept until the phase changes."""
         if self._mask is None:
-            mask = hard(self.rows(), self.pattern.n, self.pattern.m)
+            mask = hard_mask(self.rows().detach(), self.pattern)
             self._mask = (mask.t() if self.is_transposed else mask).contiguous()
         return self._mask
 
-    def mask_rows(self) -> Tensor:
-        """The exact mask, bool [out_features, in_features], however the weight is stored."""
-        mask = self.mask().bool()
-        return mask.t() if self.is_transposed else mask
-
     def soft_mask(self, phase: Phase) -> Tensor:
-        """p [out_features, in_features], differentiable."""
         rows, n, m = self.rows(), self.pattern.n, self.pattern.m
         if self.selector == "penalty":
             return sigmoid_gates(rows, phase.relative_tau)
@@ -120,13 +209,10 @@ class Gate(nn.Module):
             self._mask = None
         if phase.is_hard and not self.is_frozen:
             self.freeze()
-        self.phase = phase
-        self.penalty = None
+        super().set_phase(phase)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.phase.is_hard:
-            return weight * self.mask().to(weight.dtype)
-        return self.soft(weight)
+        return self.masked(weight) if self.phase.is_hard else self.soft(weight)
 
     def soft(self, weight: Tensor) -> Tensor:
         """W'' before the mask is exact."""
@@ -141,7 +227,7 @@ class Gate(nn.Module):
         return weight * kept.to(weight.dtype)
 
 
-class GeneratedGate(Gate):
+class GeneratedGate(LogitGate):
     """A gate whose logits a shared network computes from the weights, until it is frozen."""
 
     def __init__(
@@ -162,7 +248,7 @@ class GeneratedGate(Gate):
         return start if self.is_frozen else self._generator[0](self.weight_rows(), start)
 
 
-class RankedGate(Gate):
+class RankedGate(LogitGate):
     """No gate is learnt: |W| times a fixed factor per column ranks the weights at every step.
 
     Attributes:
@@ -197,7 +283,7 @@ class RankedGate(Gate):
         if self.decay is None:
             return weight
         self._mask = None
-        return _StraightThrough.apply(weight, self.mask().to(weight.dtype), self.decay)
+        return _StraightThrough.apply(weight, self.mask(), self.decay)
 
     def soft_mask(self, phase: Phase) -> Tensor:
         return hard(self.rows(), self.pattern.n, self.pattern.m)
@@ -214,12 +300,12 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         ctx.save_for_backward(weight, mask)
         ctx.decay = decay
-        return weight * mask
+        return torch.where(mask, weight, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, mask = ctx.saved_tensors
-        return grad + ctx.decay * (1 - mask) * weight, None, None
+        return torch.where(mask, grad, grad + ctx.decay * weight), None, None
 
 
 def stored_weight(linear: Any) -> Tensor:
@@ -280,19 +366,23 @@ def attach(
     generator = MaskGenerator(pattern.m) if selector == "generator" else None
     for name, linear in targets.items():
         transposed = is_transposed(linear)
+        weight = linear.weight.detach().t() if transposed else linear.weight.detach()
+        gate: Gate
         if method in ("fixed", "gates"):
-            logits = torch.full_like(linear.weight, START_LOGIT, dtype=torch.float32)
+            rows = torch.full_like(weight, START_LOGIT, dtype=torch.float32)
             if scores is not None:
-                offsets = _start_offsets(scores[name], pattern.m)
-                logits += offsets.t() if transposed else offsets
-            if generator is not None:
-                gate: Gate = GeneratedGate(
+                rows += _start_offsets(scores[name], pattern.m)
+            logits = rows.t() if transposed else rows
+            if method == "fixed":
+                mask = hard_mask(rows, pattern)
+                gate = FixedGate(mask.t() if transposed else mask, pattern, transposed)
+            elif generator is not None:
+                gate = GeneratedGate(
                     logits, pattern, transposed, generator=generator, is_owner=not gates
                 )
             else:
-                gate = Gate(logits, pattern, transposed, selector)
+                gate = LogitGate(logits, pattern, transposed, selector)
         else:
-            weight = linear.weight.detach().t() if transposed else linear.weight.detach()
             column_scale = torch.ones(weight.shape[1], device=weight.device)
             if method == "ste" and scores is not None:
                 column_scale = scores[name].sum(0) / weight.float().abs().sum(0).clamp(min=1e-12)
@@ -319,9 +409,9 @@ def detach(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Removes gates and scales: the linears compute with their own weights W again, unmasked.
 
     Returns:
-        ``<name>.gate``: gate logits, fp32, the shape of the weight; none where the weights' sizes
-        alone decide (``adams``). ``<name>.scale`` and ``<name>.weight_scale``: see scaling.py and
-        quantizing.py, where there is one.
+        ``<name>.gate``, the shape of the weight: gate logits, fp32; the mask itself, bool, where it
+        is fixed; none where the weights' sizes alone decide (``adams``). ``<name>.scale`` and
+        ``<name>.weight_scale``: see scaling.py and quantizing.py, where there is one.
     """
     tensors: dict[str, Tensor] = {}
     for name, linear in targets.items():
@@ -342,9 +432,14 @@ def freeze(gates: Mapping[str, Gate]) -> None:
 
 
 def mark_frozen(gates: Mapping[str, Gate]) -> None:
-    """For gates that were frozen before they were saved: keeps the logits that were read."""
+    """For gates that were frozen before they were saved: keeps what was read."""
     for gate in gates.values():
-        gate.is_frozen = True
+        gate.mark_frozen()
+
+
+def logits_of(gates: Mapping[str, Gate]) -> list[nn.Parameter]:
+    """The logits of all gates that have any."""
+    return [gate.logits for gate in gates.values() if isinstance(gate, LogitGate)]
 
 
 def penalty(gates: Mapping[str, Gate]) -> Tensor | None:
@@ -384,13 +479,13 @@ def statistics(
         soft = gate.soft_mask(replace(phase, noise=0.0))  # a mask is not drawn to be looked at
         num_weights += soft.numel()
         num_undecided += int(((soft > 0.05) & (soft < 0.95)).sum())
-        mask = hard(gate.rows(), gate.pattern.n, gate.pattern.m)
+        mask = gate.mask_rows()
         size = gate.weight_rows().detach().float().abs()
         kept += float((size * mask).sum()) / gate.pattern.n
-        dropped += float((size * (1 - mask)).sum()) / (gate.pattern.m - gate.pattern.n)
+        dropped += float((size * ~mask).sum()) / (gate.pattern.m - gate.pattern.n)
         if start is not None:
             start_mask = start[name].t() if gate.is_transposed else start[name]
-            num_flipped += int((mask.bool() & ~start_mask).sum())
+            num_flipped += int((mask & ~start_mask).sum())
             num_kept += int(start_mask.sum())
     return GateStatistics(
         undecided_share=num_undecided / max(num_weights, 1),

@@ -149,4 +149,4 @@ def write_integers(targets: Mapping[str, nn.Module], gates: Mapping[str, Gate]) 
     """
     for name, linear in targets.items():
         weight = gates[name].weight()
-        weight.copy_(torch.where(gates[name].mask().bool(), linear.weight, weight))
+        weight.copy_(torch.where(gates[name].mask(), linear.weight, weight))

@@ -14,7 +14,7 @@ import torch
 
 from cast_serve.sparsity.pattern import groups
 from cast_train.config import TrainConfig
-from cast_train.gates.gating import Gate
+from cast_train.gates.gating import Gate, LogitGate
 from cast_train.gates.schedules import first_exact_step
 from cast_train.gates.selection import hard
 
@@ -46,6 +46,7 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach:
     total_gap = 0.0
     num_groups = num_changeable = 0
     for gate in gates.values():
+        assert isinstance(gate, LogitGate)
         rows, m = gate.rows(), gate.pattern.m
         is_kept = hard(rows, gate.pattern.n, m).bool()
         least_kept = groups(rows.masked_fill(~is_kept, math.inf), m).amin(-1)

@@ -62,7 +62,7 @@ def read_masks(
     kind = models.kind_of(directory)
     if kind == "gated":
         _, gates, _ = models.load_gated(directory, torch.float32)
-        found = {name: hard_mask(gate.rows(), gate.pattern) for name, gate in gates.items()}
+        found = {name: gate.mask_rows() for name, gate in gates.items()}
     elif kind == "compressed":  # whose bitmask says more than its values, some of which may be 0
         source = ModelDirectory(directory)
         linears = {name: read_target(source, name) for name in source.targets}

@@ -71,7 +71,7 @@ def make(
         targets: the linears whose weights have `weight_decay`, by name.
         config: all settings.
     """
-    logits = {id(gate.logits) for gate in gate_map.values()}
+    logits = {id(p) for p in gating.logits_of(gate_map)}
     gates = [p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad]
     gate_ids = {id(parameter) for parameter in gates}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]

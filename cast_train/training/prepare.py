@@ -172,7 +172,7 @@ def prepare(
     scores = _scores(model, targets, calibration, config) if sharding.rank() == 0 else None
     gate_map = {} if config.method == "dense" else with_gates(targets, scores, config)
     sharding.take_first(sharding.state_of(model))
-    start = {name: gate.mask().bool() for name, gate in gate_map.items()}
+    start = {name: gate.mask() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
     if not config.train_embeddings:
         head = model.get_output_embeddings()

@@ -220,6 +220,26 @@ def test_refuses_nan_gates(save_gated: Save, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_gate_may_be_the_mask_itself(save_gated: Save, tmp_path: Path, is_whole: bool) -> None:
+    source = save_gated(tiny_llama(), sha256={})
+    convert(source, tmp_path / "of logits")
+    tensors = all_tensors(source)
+    for name in [name for name in tensors if name.endswith(".gate")]:
+        tensors[name] = hard_mask(tensors[name])
+    if not is_whole:
+        tensors["model.layers.0.mlp.up_proj.gate"][0, :4] = True
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if not is_whole:
+        wanted = "up_proj.gate is a mask that does not keep 2 of every 4 weights"
+        assert_refused(source, tmp_path, PatternError, wanted)
+        return
+    convert(source, tmp_path / "of masks")
+    of_logits, of_masks = (all_tensors(tmp_path / f"of {kind}") for kind in ("logits", "masks"))
+    assert of_logits.keys() == of_masks.keys()
+    assert all(torch.equal(value, of_masks[name]) for name, value in of_logits.items())
+
+
 def test_refuses_another_format_version(save_gated: Save, tmp_path: Path) -> None:
     source = save_gated(tiny_llama(), format_version=7)
     assert_refused(source, tmp_path, CheckpointError, "format_version 7, but this program reads 1")

@@ -76,7 +76,7 @@ def test_the_mask_follows_logits_that_moved(model):
     gating.set_phase(gate_map, SOFT)
     gate.logits.data.neg_()
     gating.set_phase(gate_map, HARD)
-    assert torch.equal(gate.mask(), 1 - before), name
+    assert torch.equal(gate.mask(), ~before), name
 
 
 @pytest.mark.parametrize("settings", [{"method": "ste"}, {"selector": "generator"}], ids=str)
@@ -91,8 +91,8 @@ def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
     for name, gate in gate_map.items():
         assert torch.equal(gate.rows(), computed[name])
         mask = gate.mask().t() if gate.is_transposed else gate.mask()
-        assert torch.equal(mask.bool(), hard_mask(computed[name])), name
-        assert not torch.equal(mask.bool(), hard_mask(torch.zeros(mask.shape))), name
+        assert torch.equal(mask, hard_mask(computed[name])), name
+        assert not torch.equal(mask, hard_mask(torch.zeros(mask.shape))), name
     for linear in targets.values():
         linear.parametrizations.weight.original.data.normal_()
     gating.set_phase(gate_map, SOFT)
@@ -111,6 +111,34 @@ def test_detach_gives_back_the_weights_and_the_logits(model, model_dir):
     assert tensors.keys() == {f"{name}.gate" for name in targets}
     for name in targets:
         assert tensors[f"{name}.gate"].shape == targets[name].weight.shape
+
+
+def test_a_fixed_gate_is_the_starts_mask_and_nothing_more(model):
+    """A byte a weight, the same mask as that of logits which start so."""
+    targets, _ = find_targets(model, TWO_FOUR)
+    scores = magnitude_scores(targets)
+    gate_map = gating.attach(targets, TWO_FOUR, scores, method="fixed")
+    assert gating.logits_of(gate_map) == []
+    for name, gate in gate_map.items():
+        assert [tensor.dtype for tensor in gate.state_dict().values()] == [torch.bool]
+        assert torch.equal(gate.mask_rows(), hard_mask(scores[name])), name
+        kept, weight = targets[name].weight, gate.weight()
+        assert torch.equal(kept, weight * gate.mask()), name
+    assert {t.dtype for t in gating.detach(targets).values()} == {torch.bool}
+
+
+def test_a_fixed_gate_reads_the_logits_of_earlier_releases(model):
+    targets, _ = find_targets(model, TWO_FOUR)
+    scores = magnitude_scores(targets)
+    gate_map = gating.attach(targets, TWO_FOUR, method="fixed")
+    for name, gate in gate_map.items():
+        logits = scores[name].t() if gate.is_transposed else scores[name]
+        gate.take(logits)  # as of a finished run
+        taken = gate.mask().clone()
+        assert torch.equal(gate.mask_rows(), hard_mask(scores[name])), name
+        gate.kept.logical_not_()
+        gate.load_state_dict({"logits": logits})  # as of an unfinished one
+        assert torch.equal(gate.mask(), taken), name
 
 
 def test_the_penalty_is_the_mean_of_the_smallest_gates_of_a_group():
@@ -141,7 +169,7 @@ def test_the_penalty_is_zero_on_exact_patterns_and_nowhere_else(nm, seed, leak):
 
 def test_statistics_count_undecided_gates_and_flips(model):
     _, gate_map = attached(model)
-    start = {name: gate.mask().bool() for name, gate in gate_map.items()}
+    start = {name: gate.mask() for name, gate in gate_map.items()}
     still = gating.statistics(gate_map, COLD, start)
     assert (still.flipped_share, still.undecided_share < 0.01) == (0, True)
     assert gating.statistics(gate_map, HOT, start).undecided_share == 1

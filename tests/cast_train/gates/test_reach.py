@@ -15,7 +15,7 @@ from cast_train.training.run import train
 
 
 def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
-    return {"a": gating.Gate(torch.tensor(rows), TWO_FOUR, is_transposed=False)}
+    return {"a": gating.LogitGate(torch.tensor(rows), TWO_FOUR, is_transposed=False)}
 
 
 def test_by_hand():
@@ -31,7 +31,7 @@ def test_by_hand():
 
 def test_transposed_weights_have_their_groups_along_in_features():
     rows = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
-    gate = gating.Gate(rows.t().contiguous(), TWO_FOUR, is_transposed=True)
+    gate = gating.LogitGate(rows.t().contiguous(), TWO_FOUR, is_transposed=True)
     assert measure_reach({"a": gate}, TrainConfig()).mean_gap == pytest.approx(0.5)
 
 
