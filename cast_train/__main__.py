@@ -12,9 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,7 +50,9 @@ def run(
         ),
     ],
     text: Text,
-    out: Annotated[Path, option("DIR", "Gated checkpoint to write.")],
+    out: Annotated[
+        Path | None, option("DIR", "Gated checkpoint to write.", "DIR.gated of --convert")
+    ] = None,
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
     assignments: Annotated[
         list[str] | None,
@@ -76,8 +78,13 @@ def run(
     ] = None,
     steps: Annotated[int | None, option("N", "Optimiser steps.", "64")] = None,
     quantize: Annotated[
-        str | None,
-        option("NAME", "Train the last steps as they are served in int8 or int4.", "none"),
+        Literal["none", "int8", "int4"] | None,
+        option(
+            "int8|int4",
+            "Train the last steps as they are served in 8 or 4 bits; with --convert: form of its "
+            "weights.",
+            "none",
+        ),
     ] = None,
     heldout: Annotated[
         Path | None, option("FILE", "Text to measure on.", "blocks kept out of --text")
@@ -91,15 +98,58 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
     ] = False,
-    to_convert: Annotated[
+    convert: Annotated[
+        Path | None, option("DIR", "Compressed directory to make of the checkpoint.", "none")
+    ] = None,
+    train_quantized: Annotated[
         bool,
-        typer.Option("--to-convert", help="Refuse settings whose result cannot be compressed."),
+        typer.Option(
+            "--train-quantized", help="With --convert --quantize: train the last steps so too."
+        ),
+    ] = False,
+    scale_group: Annotated[
+        int | None,
+        option("128|64|32", "Columns that share a scale, with --convert --quantize int4.", "128"),
+    ] = None,
+    head: Annotated[
+        Literal["int8", "none"] | None,
+        option(
+            "int8|none",
+            "With --convert: form of the output layer.",
+            "int8 with --quantize where vLLM has one, else none",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, option("ORG/NAME", "Also push --convert's DIR to a hub.", "none")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Only its owner sees the model on the hub.")
     ] = False,
 ) -> None:
-    """Trains a dense model under a fixed or a learnt mask into a gated checkpoint."""
+    """Trains a dense model under a fixed or a learnt mask into a gated checkpoint.
+
+    With --convert also compresses the checkpoint, and ends with the line of `cast-serve inspect`.
+    """
     with _working():
         from cast_train.config import TrainConfig
 
+        if quantize == "none":
+            quantize = None
+        if convert is None:
+            for_conversion = {
+                "--train-quantized": train_quantized,
+                "--scale-group": scale_group,
+                "--head": head,
+                "--push-to-hub": push_to_hub,
+                "--private": private,
+            }
+            if given := [flag for flag, value in for_conversion.items() if value]:
+                raise ValueError(f"{given[0]} needs --convert DIR; give both or none")
+            if out is None:
+                raise ValueError("--out DIR is missing; --convert DIR alone trains DIR.gated")
+        if train_quantized and quantize is None:
+            raise ValueError("--train-quantized needs --quantize int8 or int4; give both or none")
+        is_trained_so = convert is None or train_quantized
         settings = TrainConfig.from_toml(
             config,
             assignments or (),
@@ -109,38 +159,60 @@ def run(
             zeros=zeros,
             start=start,
             steps=steps,
-            quantize=quantize,
+            quantize=quantize if is_trained_so else None,
+            scale_group=scale_group if train_quantized else None,
         )
-        if to_convert:
-            settings.check_convertible()
         from cast_train import sharding
         from cast_train.training.run import train
 
+        conversion = None
+        if convert is not None:
+            from cast_train.training.conversion import Conversion
+
+            conversion = Conversion.of(
+                settings,
+                out=convert,
+                gated=convert.with_name(convert.name + ".gated") if out is None else out,
+                quantize=quantize,
+                scale_group=scale_group,
+                head=head,
+                push_to_hub=push_to_hub,
+                is_private=private,
+            )
+            conversion.check(settings)
+            out = conversion.trained
+        assert out is not None
         began = time.monotonic()
-        record = train(
-            *(model, text, out, settings),
-            is_resume=resume,
-            heldout_file=heldout,
-            tensorboard_dir=tensorboard,
-            teacher_dir=teacher,
-        )
-        if sharding.rank() != 0:  # the first process tells
-            return
-        found = record["quality"]
-        print(
-            f"{out}: {record['n']}:{record['m']} over {len(record['targets'])} linears after "
-            f"{record['steps']} steps; perplexity {found['perplexity_soft']:.2f} soft, "
-            f"{found['perplexity_hard']:.2f} hard on {found['text']}"
-        )
-        _finish(
-            out=str(out),
-            steps=record["steps"],
-            tokens_seen=record["tokens_seen"],
-            num_targets=len(record["targets"]),
-            **{key: value for key, value in found.items() if key != "text"},
-            **record["gates"],
-            elapsed_s=round(time.monotonic() - began, 1),
-        )
+        with nullcontext() if conversion is None else redirect_stdout(sys.stderr):
+            record = train(
+                model,
+                text,
+                out,
+                settings,
+                is_resume=resume,
+                heldout_file=heldout,
+                tensorboard_dir=tensorboard,
+                teacher_dir=teacher,
+            )
+            if sharding.rank() != 0:  # only rank 0 prints
+                return
+            found = record["quality"]
+            print(
+                f"{out}: {record['n']}:{record['m']} over {len(record['targets'])} linears after "
+                f"{record['steps']} steps; perplexity {found['perplexity_soft']:.2f} soft, "
+                f"{found['perplexity_hard']:.2f} hard on {found['text']}"
+            )
+            _finish(
+                out=str(out),
+                steps=record["steps"],
+                tokens_seen=record["tokens_seen"],
+                num_targets=len(record["targets"]),
+                **{key: value for key, value in found.items() if key != "text"},
+                **record["gates"],
+                elapsed_s=round(time.monotonic() - began, 1),
+            )
+        if conversion is not None:
+            _finish(path=str(convert), **conversion.make(text))
 
 
 @app.command("eval")

@@ -1,4 +1,4 @@
-"""scripts/train-and-convert: one command from a dense model and text to a compressed checkpoint."""
+"""`cast-train run --convert`, and the script that calls it: dense model and text to compressed."""
 
 import json
 import shutil
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.record import SCALES_TRAINED
+from cast_train.__main__ import app, repeat_text_flag
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from tests.fake_hub import fake_hub
@@ -18,27 +20,38 @@ SCRIPT = Path(__file__).parents[3] / "scripts/train-and-convert"
 
 
 def call(*words):
+    """As the script calls `cast-train run`, with its --out for --convert."""
+    words = [str(word) for word in ("run", "--resume", *words)]
+    words = ["--convert" if word == "--out" else word for word in words]
+    return CliRunner().invoke(app, repeat_text_flag(words))
+
+
+def call_script(*words):
     return subprocess.run([SCRIPT, *(str(word) for word in words)], capture_output=True, text=True)
 
 
+def test_the_scripts_help_says_how_it_is_called():
+    done = call_script("--help")
+    assert done.returncode == 0
+    assert (
+        "--model DIR --text FILE... --out DIR [--quantize int8|int4 [--head none]]" in done.stdout
+    )
+
+
 @pytest.mark.parametrize(
-    ("flag", "words"),
+    ("words", "message"),
     [
-        ("--model", "--text a.txt --out sparse --model"),
-        ("--model", "--model --text a.txt --out sparse"),
-        ("--quantize", "--model dense --out sparse --quantize"),
-        ("--text", "--model dense --out sparse --text --steps 3"),
+        ("--scale-group 32", "--scale-group needs --convert DIR"),
+        ("--train-quantized --quantize int8", "--train-quantized needs --convert DIR"),
+        ("--private", "--private needs --convert DIR"),
+        ("", "--out DIR is missing; --convert DIR alone trains DIR.gated"),
     ],
 )
-def test_a_flag_without_its_value_is_named(flag, words):
-    done = call(*words.split())
-    assert done.returncode == 2
-    assert f"train-and-convert: {flag} needs a value; see --help" in done.stderr
-
-
-def test_a_value_may_stand_behind_an_equals_sign(tmp_path):
-    done = call("--model=dense", "--text=a.txt", "--quantize=int2", f"--out={tmp_path / 'out'}")
-    assert "'int2' is not one of" in " ".join(done.stderr.split())
+def test_what_is_of_the_conversion_needs_one(words, message, llama_dir, text_file):
+    inputs = ["run", "--model", str(llama_dir), "--text", str(text_file)]
+    done = CliRunner().invoke(app, [*inputs, *words.split()])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -47,7 +60,11 @@ def test_a_value_may_stand_behind_an_equals_sign(tmp_path):
         ("--sparsity 4:8", "sparsity 4:8 has no"),
         ("--config CONFIG", "sparsity 1:4 has no"),
         ("--set method=dense", "method dense has no"),
-        ("--set quantize=int8", "for --set quantize=int8 give --quantize"),
+        ("--set quantize=int8 --quantize int4", "--quantize int4 differs from quantize int8"),
+        (
+            "--set quantize=int4 --quantize int4 --scale-group 64",
+            "--scale-group 64 differs from scale_group 128",
+        ),
     ],
 )
 def test_what_has_no_compressed_weights_is_not_trained(
@@ -57,15 +74,14 @@ def test_what_has_no_compressed_weights_is_not_trained(
     config.write_text('sparsity = "1:4"\n')
     flags = flag.replace("CONFIG", str(config)).split()
     done = call("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out", *flags)
-    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
     assert named in done.stderr
 
 
 def test_what_conversion_would_refuse_is_refused_before_training(
     llama_dir, text_file, tmp_path, monkeypatch
 ):
-    for name, value in (("HF_TOKEN", "hf_unknown"), ("HF_HUB_OFFLINE", "1")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     words = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
     for flags, message in (
         (("--quantize", "int2"), "'int2' is not one of"),
@@ -73,7 +89,7 @@ def test_what_conversion_would_refuse_is_refused_before_training(
         (("--push-to-hub", "tester/sparse"), "HF_HUB_OFFLINE is set; unset it"),
     ):
         done = call(*words, *flags)
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.exit_code, done.stdout) == (2, "")
         assert message in " ".join(done.stderr.split())
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +103,7 @@ def test_trains_a_hubs_model_and_pushes_the_result(
             monkeypatch.setenv(name, value)
         words = ["--model", "org/dense", "--text", text_file, "--out", tmp_path / "sparse"]
         words += ["--config", settings_file, "--steps", 1, "--push-to-hub", "tester/sparse"]
-        done = call(*words, "--private")
+        done = call_script(*words, "--private")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["num_sparse_layers"] == 14
         written = {path.name: path.read_bytes() for path in (tmp_path / "sparse").iterdir()}
@@ -101,9 +117,9 @@ def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings
     (tmp_path / "more.txt").write_text("Another text.\n")
     words = ["--model", llama_dir, "--text", text_file, tmp_path / "more.txt", "--out", out]
     words += ["--config", settings_file, "--steps", 3]
-    done = call(*words)
+    done = call_script(*words)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = json.loads(done.stdout)
     assert (summary["kind"], summary["num_sparse_layers"]) == ("compressed", 14)
     cast = json.loads((out / "cast.json").read_text())
     assert cast["steps"] == 3
@@ -125,17 +141,17 @@ def test_quantises(llama_dir, text_file, settings_file, tmp_path):
     words += ["--config", settings_file, "--steps", 1]
     int8 = ["--quantize", "int8"]
     done = call(*words, *int8)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["quantized"], summary["head"]) == ("int8", "int8")
     other = call(*words)
-    assert (other.returncode, other.stdout) == (2, "")
+    assert (other.exit_code, other.stdout) == (2, "")
     assert "with --quantize int8, but none is asked for" in other.stderr
     shutil.rmtree(tmp_path / "sparse.gated")
     assert json.loads(call(*words, *int8).stdout) == summary
     other = call(*words)
-    assert (other.returncode, other.stdout) == (2, "")
-    assert "is quantised otherwise than asked for" in other.stderr
+    assert (other.exit_code, other.stdout) == (2, "")
+    assert "with --quantize int8, but none is asked for; choose another directory" in other.stderr
 
 
 def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, settings_file, tmp_path):
@@ -143,7 +159,7 @@ def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, setting
     words = ["--model", llama_dir, "--text", text_file, "--out", out, "--config", settings_file]
     words += ["--steps", 1, "--quantize", "int4", "--scale-group", 32]
     done = call(*words)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout)
     found = [summary[key] for key in ("quantized", "head", "scale_group")]
     assert found == ["int4", "int8", 32]
@@ -151,7 +167,7 @@ def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, setting
     assert quantization["calibration"]["text"][0]["name"] == text_file.name
     assert json.loads(call(*words).stdout) == summary  # nothing is done again
     other = call(*words[:-2])
-    assert (other.returncode, other.stdout) == (2, "")
+    assert (other.exit_code, other.stdout) == (2, "")
     assert "with --scale-group 32, but 128 is asked for" in other.stderr
 
 
@@ -159,10 +175,10 @@ def test_trains_the_last_steps_as_they_are_quantised(llama_dir, text_file, setti
     words = ["--model", llama_dir, "--text", text_file, "--out", tmp_path / "sparse"]
     words += ["--config", settings_file, "--steps", 2, "--train-quantized"]
     refused = call(*words)
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.exit_code, refused.stdout) == (2, "")
     assert "--train-quantized needs --quantize int8 or int4" in refused.stderr
     done = call(*words, "--quantize", "int4", "--scale-group", 64)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["scale_group"] == 64
     cast = json.loads((tmp_path / "sparse/cast.json").read_text())
     assert cast["trained_as"] == {"quantize": "int4", "scale_group": 64, "num_steps": 1}
@@ -180,7 +196,7 @@ def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings
     cast = json.loads((out / "cast.json").read_text())
     (out / "cast.json").write_text(json.dumps(cast | {"converted_from": {"model.safetensors": ""}}))
     other = call(*words)
-    assert (other.returncode, other.stdout) == (2, "")
+    assert (other.exit_code, other.stdout) == (2, "")
     assert "was not converted from what" in other.stderr
     (out / "cast.json").write_text(json.dumps(cast))
 
@@ -200,18 +216,18 @@ def test_what_is_there_must_be_of_the_same_inputs(llama_dir, text_file, settings
     (tmp_path / "aside").rename(gated)
     stale.append(call(*words))
     for done in stale:
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.exit_code, done.stdout) == (2, "")
         assert "is another run (source.model_sha256.model.safetensors is" in done.stderr
         assert "choose another --out or remove it" in done.stderr
     assert not out.exists()
 
 
 def test_wrong_use(llama_dir, text_file, tmp_path):
-    assert "are needed" in call("--model", llama_dir).stderr
+    assert "Missing option '--text'" in call("--model", llama_dir).stderr
     missing = call("--model", tmp_path / "no", "--text", text_file, "--out", tmp_path / "out")
-    assert missing.returncode == 2
+    assert missing.exit_code == 2
     assert str(tmp_path / "no") in missing.stderr
     inputs = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
     unknown = call(*inputs, "--set", "stesp=3")
-    assert (unknown.returncode, "the nearest is steps" in unknown.stderr) == (2, True)
+    assert (unknown.exit_code, "the nearest is steps" in unknown.stderr) == (2, True)
     assert list(tmp_path.glob("out*")) == []

@@ -1,0 +1,165 @@
+"""A run's gated checkpoint -> the compressed directory that it is trained for (`run --convert`).
+
+Options, outputs and hub are checked before the training. What is there already is kept where it was
+made of the same, so that a command which was stopped in either half is repeated as it stands.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.convert import check_converted, check_outputs, convert
+from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.record import CheckpointError, read_record
+from cast_serve.checkpoint.scheme import head_by_default
+from cast_serve.sparsity.quantize import SCALE_GROUP
+from cast_train.config import TrainConfig
+from cast_train.pruning.quantize import write_quantized
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be made of a gated checkpoint, and where.
+
+    Attributes:
+        out: the compressed directory.
+        gated: the checkpoint that is trained for it.
+        quantize: of the kept weights; None: they stay in the model's dtype.
+        scale_group: of int4, the columns that share a scale.
+        head: of the output layer; None: int8 with `quantize` where vLLM has one.
+        push_to_hub: ORG/NAME to push the directory to, or None.
+        is_private: whether only its owner sees it there.
+    """
+
+    out: Path
+    gated: Path
+    quantize: Literal["int8", "int4"] | None = None
+    scale_group: int = SCALE_GROUP
+    head: Literal["int8", "none"] | None = None
+    push_to_hub: str | None = None
+    is_private: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        settings: TrainConfig,
+        *,
+        quantize: Literal["int8", "int4"] | None,
+        scale_group: int | None,
+        **others: Any,
+    ) -> "Conversion":
+        """One that quantises as the settings train for, or as asked for where they do not.
+
+        Raises:
+            ValueError: if both say how, and not the same.
+        """
+        if settings.quantize != "none":
+            trained: dict[str, str] = {"quantize": settings.quantize}
+            if settings.quantize == "int4":
+                trained["scale_group"] = str(settings.scale_group)
+            asked = {"quantize": quantize, "scale_group": scale_group and str(scale_group)}
+            for name, value in trained.items():
+                if asked[name] not in (None, value):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} {asked[name]} differs from {name} {value}, "
+                        "which the settings train for; leave one of them out"
+                    )
+            quantize = settings.quantize
+            scale_group = settings.scale_group if quantize == "int4" else None
+        return cls(quantize=quantize, scale_group=scale_group or SCALE_GROUP, **others)
+
+    @property
+    def trained(self) -> Path:
+        """Where the run finds itself finished: `out`, if `gated` was removed since."""
+        return self.out if self.out.exists() and not self.gated.exists() else self.gated
+
+    def check(self, settings: TrainConfig) -> None:
+        """Refuses what can be seen to be wrong before the training.
+
+        Raises:
+            ValueError: for settings without compressed weights, or wrong options.
+            CheckpointError: if the result cannot be written, or was removed in part.
+        """
+        settings.check_convertible()
+        if self.is_private and self.push_to_hub is None:
+            raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
+        if not self.out.exists():
+            head: Literal["int8"] | None = "int8" if self.head == "int8" else None
+            check_outputs([self.out], self.quantize, head, self.scale_group)
+        elif self.trained == self.out and self.push_to_hub is not None:
+            raise CheckpointError(
+                f"{self.out} is there and {self.gated} is not; push it with: "
+                f"hf upload {self.push_to_hub} {self.out}"
+            )
+        if self.push_to_hub is not None:
+            hub.check_push(self.push_to_hub, self.is_private)
+
+    def make(self, text_files: Sequence[Path]) -> dict[str, Any]:
+        """Converts what was trained, or checks what is there, and pushes it.
+
+        Args:
+            text_files: the training text, whose beginning chooses 4-bit integers that were not
+                trained.
+
+        Returns:
+            `inspect` of the directory, and ``pushed_to``.
+
+        Raises:
+            CheckpointError: if the directory was made of another checkpoint, or otherwise.
+        """
+        if self.trained == self.out:
+            self._check_form()
+            return inspect(self.out)
+        head = self._head()
+        if self.out.exists():
+            check_converted(
+                self.gated,
+                self.out,
+                quantize=self.quantize,
+                head=head,
+                scale_group=self.scale_group,
+            )
+            summary = inspect(self.out)
+        elif self.quantize == "int4" and not read_record(self.gated).get("trained_as"):
+            summary = write_quantized(
+                self.gated, text_files, self.out, "int4", head, self.scale_group
+            )
+        else:
+            summary = convert(
+                self.gated,
+                self.out,
+                quantize=self.quantize,
+                head=head,
+                scale_group=self.scale_group,
+            )
+        if self.push_to_hub is None:
+            return summary
+        pushed_to = hub.push(self.out, self.push_to_hub, self.is_private)
+        logger.info("%s: pushed to %s", self.out, pushed_to)
+        return {**summary, "pushed_to": pushed_to}
+
+    def _head(self) -> Literal["int8"] | None:
+        if self.head is None and self.quantize is not None:
+            return head_by_default(self.gated)
+        return "int8" if self.head == "int8" else None
+
+    def _check_form(self) -> None:
+        """Compares the directory's record, where there is no checkpoint to compare with."""
+        found = read_record(self.out).get("quantization") or {}
+        wanted: dict[str, Any] = {"quantize": self.quantize}
+        if self.quantize == "int4":
+            wanted["scale_group"] = self.scale_group
+        if self.head is not None:
+            wanted["head"] = None if self.head == "none" else self.head
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise CheckpointError(
+                    f"{self.out} was converted with --{name.replace('_', '-')} "
+                    f"{found.get(name) or 'none'}, but {value or 'none'} is asked for; choose "
+                    "another directory or remove it"
+                )
