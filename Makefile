@@ -4,7 +4,7 @@
 
 python = .venv/bin/python
 # All Python: what has no suffix .py says so in its first line.
-sources = cast_train cast_serve loadtest tests deploy/check/image $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
+sources = cast_train cast_serve loadtest benchmarks tests deploy/check/image $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
 	scripts/setup

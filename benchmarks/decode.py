@@ -1,16 +1,25 @@
 """A model directory -> where the time of a decode step goes, in `cast-serve worker` on some cores.
 
+    .venv/bin/python -m benchmarks.decode MODEL... [--cores 0] [--tokens 256]
+        [--vllm-flags "--distributed-executor-backend mp"] [--out FILE]
+
 Two requests are asked for, one after the other. Of the first, the time per token and the CPU time
 of each process of the server are measured. During the second py-spy looks at the stacks, 200 times
 a second; a process's CPU time is distributed by what it was then found at. The parts are told by
 vLLM's own functions (`PARTS`), so another vLLM may show a large rest. Before the second, the CPU
 time of a server that nobody asks is measured, and of one that is asked for a token each second; the
-gateway asks an idle worker for one every 5 seconds, to see that it lives.
+gateway asks an idle worker for one every 5 seconds, to see that it lives. py-spy needs root where
+ptrace is restricted.
 """
 
+import argparse
 import asyncio
+import json
 import os
+import shlex
+import signal
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -22,8 +31,11 @@ from typing import Any
 
 import psutil
 
+from benchmarks.peers.names import PeerError
+from benchmarks.peers.server import Server, serving
+from cast_serve.cores import parse_cores
 from cast_serve.provenance import origin
-from loadtest.bench.peers.server import Server, serving
+from loadtest.report.directory import check_file
 from loadtest.send.connection import Pool
 
 PROMPT = "The capital of France is"
@@ -192,3 +204,41 @@ def _idle_percent(server: Server, processes: Sequence[psutil.Process], has_canar
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended too
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a directory")
+    parser.add_argument("--cores", default="0", help="of the server (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="a request (default: %(default)s)")
+    parser.add_argument("--vllm-flags", default="", help="of the server besides")
+    parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
+    args = parser.parse_args()
+    if args.tokens < 32:
+        parser.error(f"--tokens {args.tokens} is too few to look at; give 32 or more")
+    for model in args.models:
+        if not (model / "config.json").is_file():
+            parser.error(f"{model} holds no model: there is no config.json")
+    try:
+        cores = parse_cores(args.cores)
+        if args.out is not None:
+            check_file("--out", args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    profiles = []
+    try:
+        for model in args.models:
+            flags = shlex.split(args.vllm_flags)
+            profiles.append(profile(model, cores, args.tokens, flags))
+    except (PeerError, RuntimeError) as error:
+        sys.exit(f"benchmarks.decode: {error}")
+    command = shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]])
+    result = json.dumps({"command": command, "profiles": profiles}, indent=2)
+    if args.out is not None:
+        args.out.write_text(result + "\n", encoding="utf-8")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,15 @@
 """A dense model + text -> seconds and bytes of a training step: plain, soft gates, exact mask.
 
+    .venv/bin/python -m benchmarks.train_step MODEL TEXT [--rounds 6]
+
 The three ways take turns in one process, each on a model of its own, without distillation and with
 the defaults of ``--method gates``, from Wanda's scores. Ratios are taken round by round.
 """
 
+import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from cast_serve.provenance import origin
 from cast_serve.sparsity.targets import find_targets
-from cast_train import attention, losses
+from cast_train import attention, losses, memory
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
@@ -160,3 +166,23 @@ def text_of(found: dict[str, Any]) -> str:
             f"keeps {way['kept_bytes'] / 1e6:.0f} MB"
         )
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="dense HF directory")
+    parser.add_argument("text", type=Path, help="UTF-8 text")
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each way, after a first")
+    args = parser.parse_args()
+    memory.keep_freed()
+    try:
+        with tqdm(total=args.rounds + 1, desc="rounds") as bar:
+            found = measure(args.model, args.text, args.rounds, on_round=bar.update)
+    except ValueError as error:
+        sys.exit(f"benchmarks.train_step: {error}")
+    print(text_of(found))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,9 @@
 """What an option takes and its default, in words -> the option of a command line, in one style."""
 
+import sys
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -38,3 +41,29 @@ def _show_version(is_asked: bool) -> None:
 
 
 VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+
+# Settings of a command whose flags, --help too, are those of what it runs.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def of_source_tree(context: typer.Context, module: str) -> Any:
+    """A module of benchmarks/, which lies beside the packages and is in no wheel.
+
+    Args:
+        context: of the command that runs it.
+        module: its whole name.
+
+    Raises:
+        typer.Exit: with 2, if this is not a source tree.
+    """
+    tree = Path(__file__).resolve().parents[1]
+    if not (tree / "benchmarks").is_dir():
+        print(
+            f"{context.command_path} runs {module.removesuffix('.__main__')}, which no "
+            "wheel holds: it needs the source tree",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)
+    if str(tree) not in sys.path:
+        sys.path.insert(0, str(tree))
+    return import_module(module)

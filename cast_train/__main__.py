@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cast_serve.options import VERSION, option
+from cast_serve.options import PASSED_ON, VERSION, of_source_tree, option
 from cast_train import memory
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -361,53 +361,11 @@ def permute(
         _finish(out=str(out), kept_share=record["kept_share"])
 
 
-@app.command()
-def study(
-    model: Annotated[Path, MODEL],
-    text: Text,
-    heldout: Annotated[Path, option("FILE", "Text to measure on, never trained on.")],
-    out: Annotated[Path, option("DIR", "To write; an unfinished study in it goes on.")],
-    config: Annotated[
-        Path | None, option("FILE", "TOML file of settings that all ways share.", "none")
-    ] = None,
-    ways: Annotated[
-        str | None,
-        option(
-            "WAYS",
-            "Ways to compare, separated by ';', each with KEY=VALUE for any setting of the "
-            "run, as in 'ste;soft_topk;soft_topk penalty_weight=1'.",
-            "all",
-        ),
-    ] = None,
-    seeds: Annotated[int, option("N", "Runs of each way.", min=1)] = 3,
-    first_seed: Annotated[
-        int, option("N", "Seed of the first run; the next have the following ones.", min=0)
-    ] = 0,
-    choices: Annotated[
-        list[Path] | None,
-        option("FILE", "Questions, JSONL, for every model; repeat for more files.", "none"),
-    ] = None,
-    rival: Annotated[
-        list[Path] | None,
-        option("DIR", "Pruned by other means, to measure too; repeat for more.", "none"),
-    ] = None,
-) -> None:
-    """Compares the ways of learning the pattern, at equal tokens."""
+@app.command(context_settings=PASSED_ON)
+def study(context: typer.Context) -> None:
+    """Compares ways of learning the pattern, at equal tokens; needs the source tree."""
     with _working():
-        from cast_train.config import read_toml
-        from cast_train.evaluate import report
-        from cast_train.evaluate import study as comparison
-
-        settings = read_toml(config) if config is not None else {}
-        result = comparison.run(
-            *(model, text, heldout, out, settings),
-            ways=comparison.ways_of(ways),
-            seeds=range(first_seed, first_seed + seeds),
-            choices=choices or [],
-            rivals=rival or [],
-        )
-        print(report.table_of(result))
-        _finish(out=str(out), summary=result["summary"])
+        of_source_tree(context, "benchmarks.studies.command").main(context.args)
 
 
 def _check_losses(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 PyTorch's fused attention takes a third of a training step of a small model on a CPU. A block of
 queries at a time, with two batched products and a softmax, the same takes a third of that
-(docs/log.md). What is kept for the backward grows with the square of the length, so longer
+(benchmarks/log.md). What is kept for the backward grows with the square of the length, so longer
 sequences, and all that is not plain causal attention on a CPU, go to the fused one.
 """
 

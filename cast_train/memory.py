@@ -6,7 +6,7 @@ import sys
 
 def keep_freed() -> None:
     """Lets glibc reuse freed blocks: a step frees and asks for the same gigabytes, and handing them
-    back to the kernel each time costs half of the step in page faults (docs/log.md).
+    back to the kernel each time costs half of the step in page faults (benchmarks/log.md).
 
     Of the whole process and for good; nothing happens where there is no glibc.
     """

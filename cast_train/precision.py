@@ -10,7 +10,7 @@ def arithmetic(precision: str = "auto") -> torch.dtype:
     """The dtype that a model multiplies in; ``auto``: bf16 where the machine is fastest with it.
 
     That is GPUs, CPUs with AMX and AMD's with AVX-512 BF16 (2.8 times as fast as fp32 on Zen 5);
-    Intel's without AMX multiply fp32 faster (docs/log.md).
+    Intel's without AMX multiply fp32 faster (benchmarks/log.md).
 
     Args:
         precision: ``auto``, ``fp32`` or ``bf16``.

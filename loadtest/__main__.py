@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cast_serve.options import VERSION, option
+from cast_serve.options import PASSED_ON, VERSION, of_source_tree, option
 from cast_serve.questions import read_questions
 from loadtest.measure import Job, measure
 from loadtest.provenance import provenance, told_by
@@ -325,64 +323,10 @@ def _written(out: Path, write: Callable[[], None]) -> list[str]:
     return failures
 
 
-@app.command()
-def kernels(
-    shapes: Annotated[
-        str, option("NAME", "Whose linears: smollm2-135m, llama-1b or llama-8b.")
-    ] = "llama-1b",
-    tokens: Annotated[str, option("N,N", "Tokens per call.")] = "1,4,8,16,64",
-    threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
-    device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
-    weights: Annotated[
-        str, option("NAME", "Of the 2:4 op: bf16, int8, int4, int4-64 or int4-32.")
-    ] = "bf16",
-    out: Annotated[
-        Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
-    ] = None,
-) -> None:
-    """Times the 2:4 op, interleaved, without a server.
-
-    On a CPU against vLLM's dense op and torch's, with int8 or int4 also against vLLM's int8 op; on
-    a GPU against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
-    """
-    # It needs torch, which no client does.
-    from loadtest.bench.shapes import check_weights, parse_tokens, shapes_of
-
-    try:
-        linears = shapes_of(shapes)
-        counts = parse_tokens(tokens)
-        if device not in ("cpu", "cuda"):
-            raise ValueError(f"--device {device} is not known; choose cpu or cuda")
-        check_weights(weights, device)
-        if out is not None:
-            check_out(out)
-    except ValueError as error:
-        print(f"cast-loadtest: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    bench: Any  # a benchmark's needs are met only where it runs
-    if device == "cuda":
-        from loadtest.bench import kernels_gpu as bench
-    else:
-        import torch
-
-        from loadtest.bench import kernels_cpu as bench
-
-        torch.set_num_threads(threads)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
-        try:
-            result = bench.run(linears, counts, lambda: progress.advance(task), weights)
-        except (RuntimeError, ValueError) as error:
-            print(f"cast-loadtest: {error}", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    failures = []
-    if out is not None:
-        failures = commands.attempt(f"--out {out}", lambda: bench.write_out(out, result))
-    console = Console()
-    console.width = max(console.width, bench.TABLE_WIDTH)
-    console.print(bench.table_of(result))
-    commands.finish(result, failures)
+@app.command(context_settings=PASSED_ON)
+def kernels(context: typer.Context) -> None:
+    """Times the 2:4 op without a server: python -m benchmarks.kernels, of the source tree."""
+    of_source_tree(context, "benchmarks.kernels.__main__").main(context.args)
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks.tables.pages import rewritten
 from cast_serve.__main__ import app as cast_serve
 from cast_serve.checkpoint.inspect import inspect
 from cast_train.__main__ import app as cast_train
 from cast_train.checkpoint.channel_order import ORDER_FILE
-from loadtest.tables import rewritten
 from tests.cast_train.conftest import llama_dir, text_file
 from tests.demo_commands import COMMAND, LOAD, SAID
 
@@ -218,7 +218,7 @@ def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleTy
     assert 40 < len(lines) < 80  # the last line, JSON, is left out
     assert [text for text in lines if len(text) > 80] == []
     rows = [" ".join(text.split()) for text in lines]
-    record = json.loads((ROOT / "docs/records/demo.json").read_text())
+    record = json.loads((ROOT / "benchmarks/records/demo.json").read_text())
     for name, value in record["perplexity"].items():
         start = f"{script.NAMES.get(name, name.replace('_', ' '))} {value:.1f} "
         assert [row for row in rows if row.startswith(start)], start

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cast_train", "cast_serve", "loadtest")
+PACKAGES = ("cast_train", "cast_serve", "loadtest", "benchmarks")
 LINE = re.compile(r"^( *)(?:(\w+)/)? *(.*)$")
 
 

@@ -1,12 +1,18 @@
 """A gateway and one of its workers -> what the way through the gateway adds to TTFT and TPOT.
 
+    .venv/bin/python -m benchmarks.gateway.added GATEWAY_URL WORKER_URL MODEL [--pairs 60]
+
 The same prompt goes both ways, one after the other, in turned order from pair to pair (ABBA), one
 request at a time; times are those of loadtest/send/client.py. A prompt has its own number, and the
 second of a pair finds the first's prefix cached: so each pair is preceded by one that warms it up.
 Any two URLs can be compared so, for instance a gateway with and without shadow traffic.
 """
 
+import argparse
+import asyncio
+import json
 import statistics
+import sys
 from typing import Any
 
 from cast_serve.provenance import origin
@@ -84,3 +90,22 @@ def _times_s(way: str, request: Request) -> tuple[float, float]:
     if timing is None or timing.ttft_s is None or timing.tpot_s is None:
         raise RuntimeError(f"a request to the {way} failed: {request.error or 'no tokens came'}")
     return timing.ttft_s, timing.tpot_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("gateway")
+    parser.add_argument("worker")
+    parser.add_argument("model")
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--prompt-words", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    try:
+        found = asyncio.run(measure(**vars(parser.parse_args())))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"benchmarks.gateway.added: {error}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

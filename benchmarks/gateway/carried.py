@@ -1,5 +1,7 @@
 """Our gateway and bare pass-throughs -> CPU time of a token and a request, delay, tokens a second.
 
+    .venv/bin/python -m benchmarks.gateway.carried [--rounds 3] [--out FILE]
+
     this process, the client -> gateway | Starlette + httpx | aiohttp | nothing -> fake worker
 
 Each is a process of its own. With two cores or more, what stands between has one for itself, and
@@ -7,22 +9,33 @@ client and worker share the others. In a round each load goes all ways, one afte
 turned order from round to round; a ratio is one of two ways of the same round.
 
 reading.py says what CPU time and delay are; the CPU time of a request is what an answer of two
-tokens takes in all. At the end limit.py doubles the streams until the gateway adds too much.
+tokens takes in all. At the end limit.py doubles the streams until the gateway adds too much. The
+machine should do nothing else.
 """
 
+import argparse
 import asyncio
+import json
+import shlex
+import signal
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.gateway import limit
+from benchmarks.gateway.fake_worker import Load
+from benchmarks.gateway.limit import Search
+from benchmarks.gateway.reading import Reading, Seen, Stream, added_ms, spread
+from benchmarks.gateway.ways import DIRECT, WAYS, Way, started
 from cast_serve.provenance import origin
-from loadtest.bench.gateway import limit
-from loadtest.bench.gateway.fake_worker import Load
-from loadtest.bench.gateway.limit import Search
-from loadtest.bench.gateway.reading import Reading, Seen, Stream, added_ms, spread
-from loadtest.bench.gateway.ways import DIRECT, WAYS, Way, started
+from loadtest.report.directory import check_file
 from loadtest.send.connection import Pool
 
 SHORT = Load(1, 1)  # two tokens of it are a short answer
@@ -177,3 +190,35 @@ def _ratios(rounds: list[Any]) -> dict[str, dict[str, float]]:
     """Of the gateway over each other way, round by round."""
     ours, *others = WAYS
     return {way: spread([each[ours] / each[way] for each in rounds]) for way in others}
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended too
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=Plan.rounds)
+    parser.add_argument("--load-s", type=float, default=Plan.load_s, help="of a load and way")
+    parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
+    args = parser.parse_args()
+    if args.out is not None:
+        try:
+            check_file("--out", args.out)
+        except ValueError as error:
+            parser.error(str(error))
+    plan = Plan(rounds=args.rounds, load_s=args.load_s)
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("loads x ways", total=plan.num_steps)
+            found = measure(plan, lambda: progress.advance(task))
+    except ValueError as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        sys.exit(f"benchmarks.gateway.carried: {error}")
+    command = shlex.join(["python", "-m", "benchmarks.gateway.carried", *sys.argv[1:]])
+    result = {"command": command, **found}
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

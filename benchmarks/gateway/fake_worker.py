@@ -5,7 +5,7 @@ later all get another one every 20 ms, in one step, as an engine that batches do
 vLLM's fields; its text is when its step began (CLOCK_MONOTONIC, which is the same in every process
 of a machine).
 
-    python -m loadtest.bench.gateway.fake_worker PORT
+    python -m benchmarks.gateway.fake_worker PORT
 """
 
 import asyncio

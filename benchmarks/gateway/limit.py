@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.bench.gateway.fake_worker import Load
-from loadtest.bench.gateway.reading import Reading, added_ms, spread
-from loadtest.bench.gateway.ways import DIRECT, WAYS, Way
+from benchmarks.gateway.fake_worker import Load
+from benchmarks.gateway.reading import Reading, added_ms, spread
+from benchmarks.gateway.ways import DIRECT, WAYS, Way
 from loadtest.send.connection import Pool
 
 GATEWAY = WAYS[0]

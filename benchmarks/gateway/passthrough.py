@@ -2,7 +2,7 @@
 
 Neither checks, counts nor limits anything; they pass requests and answers on as they come.
 
-    python -m loadtest.bench.gateway.passthrough starlette|aiohttp PORT URL
+    python -m benchmarks.gateway.passthrough starlette|aiohttp PORT URL
 """
 
 import sys

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.gateway.fake_worker import MODEL, STAMP, STAMP_DIGITS, Load
+from benchmarks.gateway.ways import Way
 from cast_serve import sse
-from loadtest.bench.gateway.fake_worker import MODEL, STAMP, STAMP_DIGITS, Load
-from loadtest.bench.gateway.ways import Way
 from loadtest.send.connection import Pool, TransportError
 
 TIMEOUT_S = 60

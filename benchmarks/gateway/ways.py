@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from loadtest.bench.gateway.fake_worker import MODEL
-from loadtest.bench.gateway.passthrough import KINDS
+from benchmarks.gateway.fake_worker import MODEL
+from benchmarks.gateway.passthrough import KINDS
 
 WAYS = ("gateway", *KINDS)
 DIRECT = "direct"

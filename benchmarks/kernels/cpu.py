@@ -32,11 +32,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.kernels.ops_cpu import Linear, layers_of
 from cast_serve import kernels
 from cast_serve.intervals import Ratio, draws, ratio_of_quantiles
 from cast_serve.kernels.cpu import tuning
 from cast_serve.provenance import origin
-from loadtest.bench.ops_cpu import Linear, layers_of
 from loadtest.report.directory import new_directory
 
 CACHE_BYTES = 320 << 20  # an op's layers of one shape together; the largest L3 seen is 260 MiB

@@ -1,13 +1,22 @@
 """Layer shapes and token counts -> the 2:4 kernels' times on a GPU, beside cuBLAS and torch's own.
 
-Needs torch and Triton and nothing else. Per shape and number of tokens every op is captured in a
+    python3 -m benchmarks.kernels.gpu [--weights bf16|int8] [--shapes llama-8b] [--tokens 1,2,4,...]
+        [--out FILE.json]
+
+Needs torch and Triton and nothing else, not even this package installed. The last line is JSON; its
+`crossover`, of bf16 weights, belongs into cast_serve/kernels/gpu/crossover.json.
+
+Per shape and number of tokens every op is captured in a
 CUDA graph that runs it once over copies of its weight, more bytes than the L2 cache holds; the
 graphs are replayed in turn, so that drift meets all of them, and timed by CUDA events. The copy
 bandwidth of the same run, bytes read plus written, is what no op that reads its weight can beat.
 """
 
+import argparse
+import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.shapes import parse_tokens, random_int8_weight, random_weight, shapes_of
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import pack
 from cast_serve.provenance import origin
 from cast_serve.sparsity.bitmask import decompress
-from loadtest.bench.shapes import random_int8_weight, random_weight
-from loadtest.report.directory import new_directory
+from loadtest.report.directory import check_file, new_directory
 
 NUM_REPETITIONS = 9
 CACHES = 4  # the copies of a weight take so many times the L2 cache
@@ -245,3 +254,37 @@ def _ms(replay: Callable[[], None]) -> float:
     ended.record()
     ended.synchronize()
     return float(began.elapsed_time(ended))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--weights", choices=["bf16", "int8"], default="bf16")
+    parser.add_argument("--shapes", default="llama-8b")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--out", type=Path, help="file for the JSON")
+    args = parser.parse_args()
+    try:
+        if args.out:
+            check_file("--out", args.out)
+        shapes, tokens = shapes_of(args.shapes), parse_tokens(args.tokens)
+    except ValueError as error:
+        sys.exit(f"benchmarks.kernels.gpu: {error}")
+    done = iter(range(1, len(shapes) * len(tokens) + 1))
+
+    def progress() -> None:
+        print(f"\r{next(done)} of {len(shapes) * len(tokens)}", end="", file=sys.stderr)
+
+    try:
+        result = run(shapes, tokens, progress, args.weights)
+    except RuntimeError as error:
+        sys.exit(f"benchmarks.kernels.gpu: {error}")
+    print(file=sys.stderr)
+    print(table_of(result))
+    line = json.dumps(result)
+    if args.out:
+        args.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,15 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cast_serve import kernels
-from cast_serve.sparsity.bitmask import decompress
-from cast_serve.sparsity.quantize import quantize_rows
-from loadtest.bench.shapes import (
+from benchmarks.kernels.shapes import (
     random_int4_weight,
     random_int8_weight,
     random_weight,
     scale_group_of,
 )
+from cast_serve import kernels
+from cast_serve.sparsity.bitmask import decompress
+from cast_serve.sparsity.quantize import quantize_rows
 
 MAX_ERROR = 0.02  # relative, of an op's output; quantised activations have 0.008 to 0.01
 

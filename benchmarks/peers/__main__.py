@@ -1,14 +1,13 @@
-#!/usr/bin/env python3
 """Our models and rivals' -> TTFT, TPOT, tokens/s and perplexity on the same cores, as JSON.
 
-    .venv/bin/python scripts/compare-peers --model dense=data/models/smollm2-135m-dense \\
+    .venv/bin/python -m benchmarks.peers --model dense=data/models/smollm2-135m-dense \\
         --model sparse=runs/demo/sparse [--peers q8_0:native+fa,q8_0:openvino] [--cores 0-1] \\
         [--text data/text/heldout-wiki.txt --blocks 32 --picture FILE] [--out FILE]
 
 A peer is TYPE (llama-cpp-python's server), TYPE:native (llama.cpp's own decode, no server),
 TYPE:native+fa (the same with flash attention) or TYPE:openvino (OpenVINO GenAI), of the demo's
 model or of --peers-of DIR. An empty --peers compares the models alone. How it is measured:
-loadtest/bench/peers/compare.py. The first run with a peer builds llama.cpp from source.
+benchmarks/peers/compare.py. The first run with a peer builds llama.cpp from source.
 """
 
 import argparse
@@ -20,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.peers import compare, files, names, picture
+from benchmarks.peers.names import PeerError
 from cast_serve.cores import parse_cores
 from cast_train.text import read_texts, tokenize
-from loadtest.bench.peers import compare, files, names, picture
-from loadtest.bench.peers.names import PeerError
 from loadtest.report.directory import check_file
 
 DEFAULT = compare.Plan()
@@ -75,9 +74,9 @@ def main() -> None:
         peers = [*models, *zip(asked, found_files, strict=True)]
         found = compare.compare(peers, plan, blocks)
     except PeerError as error:
-        sys.exit(f"compare-peers: {error}")
+        sys.exit(f"benchmarks.peers: {error}")
     shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name
-    command = shlex.join(["scripts/compare-peers", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
     result = {"command": command, "shape": shape, **found}
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

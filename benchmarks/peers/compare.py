@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers import files, process
+from benchmarks.peers.names import PeerError, parse
+from benchmarks.peers.process import Process
+from benchmarks.peers.server import Server, serving
 from cast_serve.checkpoint.record import sha256
 from cast_serve.cores import parse_cores
 from cast_serve.intervals import draws, ratio_of_quantiles
 from cast_serve.latency import RequestTiming
 from cast_serve.provenance import origin
-from loadtest.bench.peers import files, process
-from loadtest.bench.peers.names import PeerError, parse
-from loadtest.bench.peers.process import Process
-from loadtest.bench.peers.server import Server, serving
 from loadtest.provenance import hashes_of, served_at
 from loadtest.send.connection import Pool
 from loadtest.send.workload import Workload
@@ -269,8 +269,8 @@ def warn_of_others(result: Mapping[str, Any]) -> None:
     share = min((server["core_share"] for server in servers if "core_share" in server), default=1)
     if share < MIN_CORE_SHARE:
         print(
-            f"compare-peers: a process had only {share:.0%} of its cores, which others used, too; "
-            "times are not comparable: stop the others, and measure again",
+            f"benchmarks.peers: a process had only {share:.0%} of its cores, which others used, "
+            "too; times are not comparable: stop the others, and measure again",
             file=sys.stderr,
         )
 

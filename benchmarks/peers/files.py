@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.peers.names import FTYPES, SOURCE, PeerError, parse
 from cast_serve.checkpoint.record import sha256
-from loadtest.bench.peers.names import FTYPES, SOURCE, PeerError, parse
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"llama": "llama-cpp-python[server]==0.3.36", "openvino": "openvino-genai==2026.4.1.0"}
 MODULES = {"llama": "llama_cpp", "openvino": "openvino_genai"}
 PYTHONS = {

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import files
+from benchmarks.peers.names import PeerError, parse, title_of
 from cast_serve.latency import RequestTiming
-from loadtest.bench.peers import files
-from loadtest.bench.peers.names import PeerError, parse, title_of
 
 
 @dataclass(frozen=True)

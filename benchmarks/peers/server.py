@@ -19,10 +19,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.peers import files
+from benchmarks.peers.names import PeerError, title_of
 from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
-from loadtest.bench.peers import files
-from loadtest.bench.peers.names import PeerError, title_of
 from loadtest.send.connection import Pool, TransportError
 
 ENDS = (0, 2, 4)  # SmolLM2's tokens that end a text for llama.cpp; min_tokens holds off one of them

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies import report
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig, parse_assignments
-from cast_train.evaluate import report
 from cast_train.evaluate.choices import check_names
 from cast_train.origin import origin
 from cast_train.pruning import oneshot

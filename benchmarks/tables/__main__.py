@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Records in docs/records and docs/example -> the tables of README and docs that are made of them.
+"""Records in benchmarks/records and docs/example -> the tables of README and docs made of them.
 
-    .venv/bin/python scripts/tables [--check]
+    .venv/bin/python -m benchmarks.tables [--check]
 
 A table stands between two lines, and only what is between them is written:
 
@@ -16,11 +15,9 @@ import difflib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.tables.pages import rewritten
 
-from loadtest.tables import rewritten
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:

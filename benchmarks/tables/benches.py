@@ -61,7 +61,7 @@ def _mean_and_range(mean: float, ratios: Sequence[float]) -> str:
 
 
 def peers(records: Sequence[Record]) -> list[str]:
-    """`scripts/compare-peers --out`: a line a server, beside the last of our models."""
+    """`python -m benchmarks.peers --out`: a line a server, beside the last of our models."""
     found = records[0]
     servers = found["servers"]
     ours = servers[found["compared"]]["title"]
@@ -93,7 +93,7 @@ def peers(records: Sequence[Record]) -> list[str]:
 
 
 def carried(records: Sequence[Record]) -> list[str]:
-    """`scripts/measure-gateway-cpu --out`: a line a load, beside bare pass-throughs."""
+    """`python -m benchmarks.gateway.carried --out`: a line a load, beside bare pass-throughs."""
     found = records[0]
     ways = list(found["cpu_us_per_request"])
     lines = []
@@ -134,7 +134,7 @@ def carried(records: Sequence[Record]) -> list[str]:
 
 
 def decode(records: Sequence[Record]) -> list[str]:
-    """`scripts/profile-decode --out`: a line a part, a column a model; CPU ms a token.
+    """`python -m benchmarks.decode --out`: a line a part, a column a model; CPU ms a token.
 
     Older records have no idle worker.
     """

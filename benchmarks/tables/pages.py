@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import benches
 from cast_serve.intervals import series_stderr
-from loadtest.bench import tables as bench
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from loadtest.report.words import markdown_table, speedup
@@ -326,18 +326,18 @@ def _law(paths: Sequence[Path]) -> list[str]:
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
     "coverage": _coverage,
-    "kernels": _of_records(bench.kernels),
+    "kernels": _of_records(benches.kernels),
     "demo_quality": _demo_quality,
     "demo_speed": _demo_speed,
     "perplexities": _perplexities,
-    "peers": _of_records(bench.peers),
+    "peers": _of_records(benches.peers),
     "paired": _paired,
     "choices": _choices,
     "study": _study,
     "curve": _curve,
     "law": _law,
-    "carried": _of_records(bench.carried),
-    "decode": _of_records(bench.decode),
-    "soak": _of_records(bench.soak),
-    "fuzz": _of_records(bench.fuzz),
+    "carried": _of_records(benches.carried),
+    "decode": _of_records(benches.decode),
+    "soak": _of_records(benches.soak),
+    "fuzz": _of_records(benches.fuzz),
 }

@@ -179,7 +179,7 @@ def all_flags(
         "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
         # One that bounds its work: vLLM's own choice, xgrammar, takes seconds between two steps of
-        # the engine for a regex of 70 characters (docs/log.md).
+        # the engine for a regex of 70 characters (benchmarks/log.md).
         "--structured-outputs-config": '{"backend": "guidance"}',
     }
     # The gateway logs requests, and a line for each of its looks at /health would fill the log.

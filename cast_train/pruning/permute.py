@@ -27,8 +27,9 @@ from cast_train.pruning import oneshot
 from cast_train.pruning.reorder import layers_of, num_key_heads, reorder, residual_readers
 from cast_train.pruning.scores import wanda_scores
 
-MAX_ROWS = 8192  # of all readers together; with few rows the order fits those only (docs/log.md)
-ROUNDS = 128  # more gain little, also where there are more groups (docs/log.md)
+# Of all readers together; with few rows the order fits those only (benchmarks/log.md).
+MAX_ROWS = 8192
+ROUNDS = 128  # more gain little, also where there are more groups (benchmarks/log.md)
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cast_train.pruning.sparsegpt import damped, replace_weights
 
-TOLERANCE = 1e-4  # leaves 0.3 % more error than the least at most (docs/log.md)
+TOLERANCE = 1e-4  # leaves 0.3 % more error than the least at most (benchmarks/log.md)
 
 
 def solve(
@@ -46,7 +46,7 @@ def solve_kept(
 
     Conjugate gradients for all rows at once, from the kept weights as they are, on columns of which
     each has the same length. An iteration is one product of [out_features, in_features] and H; a
-    Cholesky factor of H_KK for every row would take several times as long (docs/log.md).
+    Cholesky factor of H_KK for every row would take several times as long (benchmarks/log.md).
 
     Args:
         weight: dense, fp32 [out_features, in_features].

@@ -4,12 +4,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loadtest.bench import decode
-from loadtest.bench.peers.names import PeerError
-from loadtest.bench.peers.server import Server
+from benchmarks import decode
+from benchmarks.peers.names import PeerError
+from benchmarks.peers.server import Server
 from loadtest.mock_server import MockVariant
+from tests.benchmarks.conftest import LoadOf
 from tests.conftest import Opened
-from tests.loadtest.bench.conftest import LoadOf
 from tests.loadtest.conftest import Serve
 
 LOOP = "run_engine_core (core.py:1);EngineCoreProc.run_busy_loop (core.py:2)"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tables.pages import MARKED, rewritten
 from loadtest.report.words import speedup
-from loadtest.tables import MARKED, rewritten
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

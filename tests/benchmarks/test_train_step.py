@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import train_step
 from cast_train.config import TrainConfig
-from loadtest.bench import train_step
-from tests.loadtest.bench.conftest import LoadOf
+from tests.benchmarks.conftest import LoadOf
 
 CONFIG = TrainConfig(method="gates", steps=1000, block_size=32)
 

@@ -234,7 +234,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
         asked.append(settings["seeds"])
         return {"model": "m", "text": ["t"], "heldout": "h", "summary": {}}
 
-    monkeypatch.setattr("cast_train.evaluate.study.run", run)
+    monkeypatch.setattr("benchmarks.studies.study.run", run)
     words = ("study", "--model", tmp_path, "--text", "t", "--heldout", "h", "--out", "out")
     assert last_json(cast_train(*words, *flags)) == {"out": "out", "summary": {}}
     assert [list(each) for each in asked] == [seeds]

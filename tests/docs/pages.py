@@ -7,7 +7,11 @@ from pathlib import Path
 from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    "benchmarks/log.md",
+)
 # A fenced block, or a heading that lies in none.
 PART = re.compile(
     r"^ *```(?P<language>\w*)\n(?P<code>.*?)^ *```$|^###? (?P<heading>[^\n]+)$", re.M | re.S

@@ -10,7 +10,8 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT
 
-NAMED = re.compile(r"(?<![\w/])docs/[\w/.-]*\w(?![\w/.-]*[*{])")  # no pattern of names
+# No pattern of names.
+NAMED = re.compile(r"(?<![\w/])(?:docs|benchmarks)/[\w/.-]*\w(?![\w/.-]*[*{])")
 OTHER_HOST = re.compile(r"""(?:src|href)=["']?(?:https?:)?//[^"' >]+|url\(["']?(?:https?:)?//""")
 
 

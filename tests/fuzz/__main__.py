@@ -1,6 +1,7 @@
 """CPU minutes -> every target with ever new inputs; the findings are JSON on stdout.
 
-    python -m tests.fuzz --minutes 10 --seed 1 [--target bodies] [--record docs/records/fuzz.json]
+    python -m tests.fuzz --minutes 10 --seed 1 [--target bodies]
+        [--record benchmarks/records/fuzz.json]
 
 Each target gets so many CPU minutes. Exit 0: nothing was found, 1: something was.
 """

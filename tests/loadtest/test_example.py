@@ -9,7 +9,7 @@ from loadtest.report.result import result_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLES = sorted(path.parent for path in (DOCS / "example").glob("*/*/run.json"))
-RECORDS = sorted(path.parent for path in (DOCS / "records").glob("*/run.json"))
+RECORDS = sorted(path.parent for path in (DOCS.parent / "benchmarks/records").glob("*/run.json"))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_there_are_examples_and_records() -> None:
 
 
 def test_two_names_of_one_model_are_equally_fast() -> None:
-    result = result_of(Recorded.read(DOCS / "records/launches-same"))
+    result = result_of(Recorded.read(DOCS.parent / "benchmarks/records/launches-same"))
     assert result["is_aa"]
     assert result["num_launches"] == 6
     claim = result["speedups"]["tpot_p50"]

@@ -1,7 +1,7 @@
 """This CPU -> the settings of its kernels, measured once per machine and kept in the kernel cache.
 
-Three things differ from CPU to CPU more than a table by vendor could say (docs/log.md): up to how
-many tokens the kernel for few tokens is the faster one, whether that kernel should prefetch
+Three things differ from CPU to CPU more than a table by vendor could say (benchmarks/log.md): up to
+how many tokens the kernel for few tokens is the faster one, whether that kernel should prefetch
 weights, into L1 (t0) or L2 (t1), and from how many tokens on a library's dense product of expanded
 weights (csrc/library.h) is faster than our kernel for many. ``CAST_CPU_TUNING`` says who chooses:
 

@@ -10,7 +10,7 @@ dense):
     cutlass      torch's for CUTLASS, 1.125 in all; compute capability 8.x only
     dense        the dense weight, 1.5625 in all
 
-crossover.json says from how many tokens on it is used, card by card, as scripts/measure-gpu
+crossover.json says from how many tokens on it is used, card by card, as benchmarks/kernels/gpu.py
 measured it; any other card gets `UNMEASURED_TOKENS`, and one warning.
 """
 
@@ -263,7 +263,7 @@ def crossover(card: str, form: str) -> int:
     if form not in measured:
         _warn_once(
             f"{form} was not measured on {card}: it is used from {UNMEASURED_TOKENS} tokens on; "
-            "scripts/measure-gpu measures it"
+            "python -m benchmarks.kernels.gpu measures it"
         )
     return int(measured.get(form, UNMEASURED_TOKENS))
 

@@ -2,12 +2,12 @@ import asyncio
 
 import pytest
 
-from loadtest.bench.gateway.added import measure
+from benchmarks.gateway.added import measure
 from loadtest.mock_server import MockVariant
 from loadtest.record import Request
 from loadtest.send.client import Client
 from loadtest.send.workload import Prompt
-from tests.loadtest.bench.conftest import LoadOf
+from tests.benchmarks.conftest import LoadOf
 from tests.loadtest.conftest import Serve
 from tests.loadtest.recordings import request
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from loadtest.bench.gateway import carried
-from loadtest.bench.gateway.fake_worker import Load
-from loadtest.bench.gateway.limit import Search
-from loadtest.bench.gateway.ways import DIRECT, WAYS
-from tests.loadtest.bench.conftest import LoadOf
+from benchmarks.gateway import carried
+from benchmarks.gateway.fake_worker import Load
+from benchmarks.gateway.limit import Search
+from benchmarks.gateway.ways import DIRECT, WAYS
+from tests.benchmarks.conftest import LoadOf
 
 LOAD = Load(3, 2)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from loadtest.bench.gateway import limit
-from loadtest.bench.gateway.fake_worker import Load
-from loadtest.bench.gateway.limit import GATEWAY, Search
-from loadtest.bench.gateway.reading import Seen
-from loadtest.bench.gateway.ways import DIRECT, Way
+from benchmarks.gateway import limit
+from benchmarks.gateway.fake_worker import Load
+from benchmarks.gateway.limit import GATEWAY, Search
+from benchmarks.gateway.reading import Seen
+from benchmarks.gateway.ways import DIRECT, Way
 from loadtest.send.connection import Pool
 
 ROUNDS = 3

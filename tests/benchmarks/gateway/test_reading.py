@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from loadtest.bench.gateway import fake_worker
-from loadtest.bench.gateway.fake_worker import Load
-from loadtest.bench.gateway.reading import Reading, Stream
-from loadtest.bench.gateway.ways import Way
+from benchmarks.gateway import fake_worker
+from benchmarks.gateway.fake_worker import Load
+from benchmarks.gateway.reading import Reading, Stream
+from benchmarks.gateway.ways import Way
 from loadtest.send.connection import Pool
 
 LOAD = Load(3, 2)

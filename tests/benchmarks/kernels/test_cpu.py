@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from benchmarks.kernels import cpu, ops_cpu, shapes
 from cast_serve.kernels import int4_packed_shape, packed_shape
 from loadtest.__main__ import app
-from loadtest.bench import kernels_cpu, ops_cpu, shapes
-from tests.loadtest.bench.conftest import LoadOf
+from tests.benchmarks.conftest import LoadOf
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def test_a_row_is_medians_and_their_ratios() -> None:
     dense_and_read = ([3.0, 2.0, 8.0], [1.0, 8.0, 4.0], [1.0, 1.5, 9.0])
-    row = kernels_cpu.Timing(64, 32, 2, [1.0, 2.0, 4.0], *dense_and_read).row(
+    row = cpu.Timing(64, 32, 2, [1.0, 2.0, 4.0], *dense_and_read).row(
         read_bandwidth_gb_s=1e-3, peak_gflop_s=1e-3
     )
     assert (row["sparse_ms"], row["vllm_dense_ms"], row["plain_dense_ms"]) == (2.0, 3.0, 4.0)
@@ -36,7 +36,7 @@ def test_a_row_is_medians_and_their_ratios() -> None:
 
 def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     dense = ([3.0], [4.0], [5.0])  # and a plain read
-    timing = kernels_cpu.Timing(64, 32, 1, [2.0], *dense, vllm_int8_ms=[1.0], weights="int8")
+    timing = cpu.Timing(64, 32, 1, [2.0], *dense, vllm_int8_ms=[1.0], weights="int8")
     row = timing.row(read_bandwidth_gb_s=1e-3, peak_gflop_s=1.0)
     assert (row["vllm_int8_ms"], row["ratio_vllm_int8"]) == (1.0, 0.5)
     assert (row["ratio_vllm_int8_low"], row["ratio_vllm_int8_high"]) == (None, None)  # of one
@@ -44,9 +44,9 @@ def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     assert row["gb_s"] == pytest.approx(64 * 32 * 0.625 / 2e-3 / 1e9)
     assert row["roof_ms"] == pytest.approx(1e3 * 64 * 32 * 0.625 / 1e6)
     assert timing.best_gb_s() == pytest.approx(64 * 32 * 1 / 1e-3 / 1e9)  # the dense int8 op's
-    faster = kernels_cpu.Timing(64, 32, 1, [0.1], *dense, vllm_int8_ms=[1.0], weights="int8")
+    faster = cpu.Timing(64, 32, 1, [0.1], *dense, vllm_int8_ms=[1.0], weights="int8")
     assert faster.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-4 / 1e9)
-    reader = kernels_cpu.Timing(64, 32, 1, [2.0], [3.0], [4.0], [0.01], weights="int8")
+    reader = cpu.Timing(64, 32, 1, [2.0], [3.0], [4.0], [0.01], weights="int8")
     assert reader.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-5 / 1e9)
 
 
@@ -55,13 +55,13 @@ def test_packed_bytes_are_those_that_are_packed(weights: str) -> None:
     group = shapes.scale_group_of(weights)
     dtype = torch.int8 if weights == "int8" else torch.bfloat16
     shape = int4_packed_shape(64, 512, group) if group else packed_shape(64, 512, dtype)
-    assert kernels_cpu.PACKED_BYTES[weights] == math.prod(shape) / (64 * 512)
+    assert cpu.PACKED_BYTES[weights] == math.prod(shape) / (64 * 512)
 
 
 def test_the_geometric_mean_is_per_number_of_tokens() -> None:
     rows = [{"num_tokens": 1, "ratio_vllm": 1.0}, {"num_tokens": 1, "ratio_vllm": 4.0}]
     rows.append({"num_tokens": 8, "ratio_vllm": 3.0})
-    assert kernels_cpu.geomean_ratios(rows, "ratio_vllm") == {
+    assert cpu.geomean_ratios(rows, "ratio_vllm") == {
         "1": pytest.approx(2.0),
         "8": pytest.approx(3.0),
     }
@@ -73,7 +73,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(kernels_cpu, "_draw", full)
+    monkeypatch.setattr(cpu, "_draw", full)
     out = tmp_path / "out"
     done = CliRunner().invoke(
         app, ["kernels", "--shapes", "tiny", "--tokens", "1", "--out", str(out)]
@@ -87,7 +87,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(
 def test_where_a_record_is_from_is_stamped_first(tiny: None, load_of: LoadOf) -> None:
     done: list[None] = []
     check_stamp = load_of(done)
-    check_stamp(kernels_cpu.run(shapes.shapes_of("tiny"), [1], lambda: done.append(None)))
+    check_stamp(cpu.run(shapes.shapes_of("tiny"), [1], lambda: done.append(None)))
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """--shapes tiny, timed for as short as can be."""
     monkeypatch.setenv("CAST_CPU_TUNING", "few=3")
     monkeypatch.setitem(shapes.SHAPES, "tiny", ((64, 32), (128, 64)))
-    monkeypatch.setattr(kernels_cpu, "CACHE_BYTES", 1)
-    monkeypatch.setattr(kernels_cpu, "MIN_TIMED_S", 0.0)
+    monkeypatch.setattr(cpu, "CACHE_BYTES", 1)
+    monkeypatch.setattr(cpu, "MIN_TIMED_S", 0.0)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -140,10 +140,10 @@ def test_every_layer_is_called_before_any_is_timed(monkeypatch: pytest.MonkeyPat
 
     layers = {name: [lambda x: x] for name in ("vllm_dense", "plain_dense")}
     layers["sparse"] = [layer(number) for number in range(5)]
-    monkeypatch.setattr(kernels_cpu, "layers_of", lambda *_: layers)
-    (timing,) = kernels_cpu.measure([(64, 32)], [1])
-    assert len(timing.sparse_ms) == kernels_cpu.NUM_REPETITIONS
-    assert calls == [number % 5 for number in range(5 + kernels_cpu.NUM_REPETITIONS)]
+    monkeypatch.setattr(cpu, "layers_of", lambda *_: layers)
+    (timing,) = cpu.measure([(64, 32)], [1])
+    assert len(timing.sparse_ms) == cpu.NUM_REPETITIONS
+    assert calls == [number % 5 for number in range(5 + cpu.NUM_REPETITIONS)]
 
 
 @pytest.mark.usefixtures("tiny")

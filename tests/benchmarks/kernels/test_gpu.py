@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.kernels import gpu
 from cast_serve import kernels
 from cast_serve.kernels.gpu import dispatch
 from loadtest.__main__ import app
-from loadtest.bench import kernels_gpu
-from tests.loadtest.bench.conftest import LoadOf
+from tests.benchmarks.conftest import LoadOf
 
 
 def row(num_tokens: int, packed_ms: float, cublas_ms: float) -> dict[str, Any]:
@@ -26,14 +26,14 @@ def row(num_tokens: int, packed_ms: float, cublas_ms: float) -> dict[str, Any]:
 
 def test_the_crossover_is_where_a_form_wins_for_good() -> None:
     rows = [row(1, 1, 2), row(8, 3, 2), row(64, 1, 2), row(256, 3, 2), row(1024, 3, 2)]
-    assert kernels_gpu._crossovers(rows, ["cublas"]) == {"dense": 256}
-    assert kernels_gpu._crossovers([row(1, 1, 2)], ["cublas"]) == {}
-    assert kernels_gpu._crossovers([row(1, 2, 1), row(4, 2, 1)], ["cublas"]) == {"dense": 1}
+    assert gpu._crossovers(rows, ["cublas"]) == {"dense": 256}
+    assert gpu._crossovers([row(1, 1, 2)], ["cublas"]) == {}
+    assert gpu._crossovers([row(1, 2, 1), row(4, 2, 1)], ["cublas"]) == {"dense": 1}
 
 
 def test_the_table_says_how_many_times_faster() -> None:
     result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [row(8, 0.01, 0.02)]}
-    *_, line = kernels_gpu.table_of(result).splitlines()
+    *_, line = gpu.table_of(result).splitlines()
     assert " ".join(line.split()) == "64 x 32 8 10.0 2.00 20.0 1.00 50% 1.0e-03"
 
 
@@ -41,17 +41,17 @@ def test_a_nan_is_shown_and_not_a_crash() -> None:
     found = row(8, 0.01, 0.02)
     found["ops"]["packed"]["relative_error"] = None
     result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [found]}
-    assert kernels_gpu.table_of(result).endswith(" NaN")
+    assert gpu.table_of(result).endswith(" NaN")
 
 
 def test_medians_rates_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([9.0, 9.0, *range(1, 2 * kernels_gpu.NUM_REPETITIONS + 1)])  # the first warms up
-    monkeypatch.setattr(kernels_gpu, "_captured", lambda work: work)
-    monkeypatch.setattr(kernels_gpu, "_ms", lambda replay: float(next(times)))
+    times = iter([9.0, 9.0, *range(1, 2 * gpu.NUM_REPETITIONS + 1)])  # the first warms up
+    monkeypatch.setattr(gpu, "_captured", lambda work: work)
+    monkeypatch.setattr(gpu, "_ms", lambda replay: float(next(times)))
     weight = torch.randn(32, 64).bfloat16()
     wrong: Callable[..., Any] = lambda x: x @ weight.T * float("nan")  # noqa: E731
     ops = {"packed": ([lambda x: x @ weight.T] * 2, 2_000_000), "cublas": ([wrong], 1_000_000)}
-    found = kernels_gpu._measure(weight, 3, ops)
+    found = gpu._measure(weight, 3, ops)
     assert (found["in_features"], found["out_features"], found["num_tokens"]) == (64, 32, 3)
     packed, cublas = found["ops"]["packed"], found["ops"]["cublas"]
     assert (packed["ms_min"], packed["ms"], packed["ms_max"]) == (0.5, 4.5, 8.5)
@@ -67,7 +67,7 @@ def test_with_int8_all_ops_have_the_same_weight(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     for name in ("linear24", "linear24_int8"):
         monkeypatch.setattr(dispatch, name, getattr(torch.ops.cast, name))
-    weight, ops = kernels_gpu._int8_layers(256, 24, num_bytes=20_000)
+    weight, ops = gpu._int8_layers(256, 24, num_bytes=20_000)
     assert {name: size for name, (_, size) in ops.items()} == {
         "packed": 256 * 24 * 5 // 8 + 24 * 4,
         "packed_bf16": 256 * 24 * 9 // 8,
@@ -103,8 +103,8 @@ def test_where_a_record_is_from_is_stamped_first(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     card = SimpleNamespace(name="A100", L2_cache_size=1)
     monkeypatch.setattr(dispatch, "properties", lambda device: card)
-    monkeypatch.setattr(kernels_gpu, "_copy_gb_s", lambda: 1000.0)
-    monkeypatch.setattr(kernels_gpu, "_int8_layers", lambda *_: (torch.zeros(32, 64), {}))
-    found = kernels_gpu.run([(64, 32)], [1], lambda: done.append(None), "int8")
+    monkeypatch.setattr(gpu, "_copy_gb_s", lambda: 1000.0)
+    monkeypatch.setattr(gpu, "_int8_layers", lambda *_: (torch.zeros(32, 64), {}))
+    found = gpu.run([(64, 32)], [1], lambda: done.append(None), "int8")
     assert found["card"] == "A100"
     check_stamp(found)

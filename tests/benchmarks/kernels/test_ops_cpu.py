@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
+from benchmarks.kernels import ops_cpu, shapes
 from cast_serve.sparsity.bitmask import decompress
-from loadtest.bench import ops_cpu, shapes
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.peers import files, process
+from benchmarks.peers import files, process
 
 
 @pytest.fixture

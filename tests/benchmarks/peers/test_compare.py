@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from fastapi import FastAPI, Response
 
+from benchmarks.peers import compare
+from benchmarks.peers.compare import Found
+from benchmarks.peers.names import PeerError
+from benchmarks.peers.process import Process
+from benchmarks.peers.server import Server
 from cast_serve.latency import RequestTiming
-from loadtest.bench.peers import compare
-from loadtest.bench.peers.compare import Found
-from loadtest.bench.peers.names import PeerError
-from loadtest.bench.peers.process import Process
-from loadtest.bench.peers.server import Server
 from loadtest.mock_server import MockVariant
 from loadtest.send.connection import Pool
-from tests.loadtest.bench.conftest import LoadOf
+from tests.benchmarks.conftest import LoadOf
 from tests.loadtest.conftest import Serve, ServeApp
 
 ROOT = Path(__file__).parents[4]
@@ -251,7 +251,7 @@ def test_where_a_record_is_from_is_stamped_first(
 )
 def test_wrong_use_is_told_before_the_work(words: list[str], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "scripts/compare-peers", *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.peers", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert message in done.stderr

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loadtest.bench.peers import files
-from loadtest.bench.peers.names import PeerError
+from benchmarks.peers import files
+from benchmarks.peers.names import PeerError
 
 pytestmark = pytest.mark.usefixtures("fake_library")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.peers import files, process
-from loadtest.bench.peers.names import PeerError
-from tests.loadtest.bench.peers import fake_llama_cpp
+from benchmarks.peers import files, process
+from benchmarks.peers.names import PeerError
+from tests.benchmarks.peers import fake_llama_cpp
 
 pytestmark = pytest.mark.usefixtures("fake_library")
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from loadtest.bench.peers import names
-from loadtest.bench.peers.names import PeerError
+from benchmarks.peers import names
+from benchmarks.peers.names import PeerError
 
 
 def test_names_of_peers() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.peers import process
-from loadtest.bench.peers.names import PeerError
+from benchmarks.peers import process
+from benchmarks.peers.names import PeerError
 
 pytestmark = pytest.mark.usefixtures("fake_library")
 

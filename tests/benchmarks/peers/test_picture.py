@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from loadtest.bench.peers import picture
+from benchmarks.peers import picture
 
 
 def test_those_that_tell_a_perplexity_are_drawn(

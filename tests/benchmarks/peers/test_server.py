@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.peers.names import PeerError
-from loadtest.bench.peers.server import serving
+from benchmarks.peers.names import PeerError
+from benchmarks.peers.server import serving
 from tests.conftest import Opened
 
 

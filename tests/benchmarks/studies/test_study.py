@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.studies import report, study
 from cast_serve.provenance import versions
-from cast_train.evaluate import report, study
 
 ROWS: list[dict[str, Any]] = [
     {"way": "magnitude", "seed": None, "perplexity": 80.0},
@@ -384,7 +384,7 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path, opened):
     run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
     run.chmod(0o755)
     start = f"sys.executable = {str(run)!r}; study._call()"
-    code = f"import sys; from cast_train.evaluate import study; {start}"
+    code = f"import sys; from benchmarks.studies import study; {start}"
     parent = subprocess.Popen([sys.executable, "-c", code])
     assert opened == [parent]  # which is ended, should this fail
     file = tmp_path / "run.pid"

@@ -1,0 +1,93 @@
+"""Layer shapes and token counts -> the 2:4 op's times beside other ops': table, JSON, picture.
+
+    .venv/bin/python -m benchmarks.kernels [--shapes llama-1b] [--tokens 1,4,8,16,64] [--threads 1]
+        [--device cpu|cuda] [--weights bf16|int8|int4|int4-64|int4-32] [--out DIR]
+
+`cast-loadtest kernels` is the same. How it is measured: cpu.py and gpu.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from benchmarks.kernels.shapes import check_weights, parse_tokens, shapes_of
+from cast_serve.options import option
+from loadtest.report import commands
+from loadtest.report.directory import check_out
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def kernels(
+    shapes: Annotated[
+        str, option("NAME", "Whose linears: smollm2-135m, llama-1b or llama-8b.")
+    ] = "llama-1b",
+    tokens: Annotated[str, option("N,N", "Tokens per call.")] = "1,4,8,16,64",
+    threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
+    device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
+    weights: Annotated[
+        str, option("NAME", "Of the 2:4 op: bf16, int8, int4, int4-64 or int4-32.")
+    ] = "bf16",
+    out: Annotated[
+        Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
+    ] = None,
+) -> None:
+    """Times the 2:4 op, interleaved, without a server.
+
+    On a CPU against vLLM's dense op and torch's, with int8 or int4 also against vLLM's int8 op; on
+    a GPU against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
+    """
+    try:
+        linears = shapes_of(shapes)
+        counts = parse_tokens(tokens)
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"--device {device} is not known; choose cpu or cuda")
+        check_weights(weights, device)
+        if out is not None:
+            check_out(out)
+    except ValueError as error:
+        print(f"benchmarks.kernels: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    bench: Any  # a benchmark's needs are met only where it runs
+    if device == "cuda":
+        from benchmarks.kernels import gpu as bench
+    else:
+        import torch
+
+        from benchmarks.kernels import cpu as bench
+
+        torch.set_num_threads(threads)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
+        try:
+            result = bench.run(linears, counts, lambda: progress.advance(task), weights)
+        except (RuntimeError, ValueError) as error:
+            print(f"benchmarks.kernels: {error}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    failures = []
+    if out is not None:
+        failures = commands.attempt(f"--out {out}", lambda: bench.write_out(out, result))
+    console = Console()
+    console.width = max(console.width, bench.TABLE_WIDTH)
+    console.print(bench.table_of(result))
+    commands.finish(result, failures)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends the process with the exit code.
+
+    Args:
+        arguments: None for those of this process.
+    """
+    app(arguments, prog_name="python -m benchmarks.kernels")
+
+
+if __name__ == "__main__":
+    main()
