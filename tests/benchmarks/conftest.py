@@ -1,4 +1,4 @@
-"""The tiny random model and text of training's tests, and whether a record is stamped in time."""
+"""Fixtures of training's and the load test's tests, and whether a record is stamped in time."""
 
 import os
 from collections.abc import Callable, Mapping, Sized
@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.cast_train.conftest import llama_dir, text_file
+from tests.cast_train.conftest import heldout_file, llama_dir, text_file
+from tests.loadtest.conftest import serve, serve_app
 
-__all__ = ["llama_dir", "text_file"]
+__all__ = ["heldout_file", "llama_dir", "serve", "serve_app", "text_file"]
 
 CheckStamp = Callable[[Mapping[str, Any]], None]
 LoadOf = Callable[[Sized], CheckStamp]
