@@ -1,4 +1,4 @@
-"""scripts/wheel: the wheel's kernels run where there is no compiler.
+"""scripts/wheel: the wheel's kernels run where there is no compiler, and no benchmarks are in it.
 
 The library is the cached one, so nothing is compiled here.
 """
@@ -81,3 +81,22 @@ def test_its_kernels_run_without_a_compiler(wheel: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == installed / LIBRARY
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [("loadtest kernels", "benchmarks.kernels"), ("cast_train study", "benchmarks.studies")],
+)
+def test_benchmarks_stay_in_the_source_tree(
+    wheel: Path, tmp_path: Path, words: str, module: str
+) -> None:
+    with ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith("benchmarks")]
+        archive.extractall(tmp_path)
+    command = [sys.executable, "-m", *words.split(), "--help"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert module in done.stderr
+    assert "it needs the source tree" in done.stderr

@@ -31,7 +31,7 @@ DEFAULT = compare.Plan()
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended too
     lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(description=lines[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.peers", description=lines[0])
     parser.add_argument("--model", action="append", default=[], help="NAME=DIR, repeatable")
     parser.add_argument(
         "--peers",

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    lines = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser("python -m benchmarks.tables", description=lines[0])
     parser.add_argument("--check", action="store_true", help="write nothing, compare only")
     is_check = parser.parse_args().check
     differences: list[str] = []
