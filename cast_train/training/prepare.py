@@ -131,16 +131,17 @@ def prepare(
         logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
     teacher = teacher_order = None
     if config.distillation_weight:
+        teacher_order = channel_order.read(teacher_dir or model_dir)
         if teacher_dir is not None:
             check_same_tokens(teacher_dir, model_dir)
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
-        teacher_order = channel_order.read(teacher_dir or model_dir)
         if config.hidden_states_weight and teacher_order not in (None, order):
             raise ValueError(
-                f"the channels of the teacher {teacher_dir} lie otherwise than those of "
-                f"{model_dir}, so hidden states cannot be compared; give the dense model that both "
-                "were made of, or set hidden_states_weight to 0"
+                f"the channel order of the teacher {teacher_dir} differs from that of {model_dir}, "
+                "so hidden states cannot be compared; give the dense model that both were made "
+                "of, or set hidden_states_weight to 0"
             )
+
     calibration = blocks.train[: config.calibration_blocks]
     if order is None and sparse is None:  # else its channels stay where they are
         if choices is None:
@@ -150,24 +151,18 @@ def prepare(
         elif choices.order is not None:
             order = choices.order
             reorder(model, order)
+
     targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
     if choices is not None:
         kept_dense = choices.kept_dense
-    elif config.method == "dense":
-        kept_dense = []
-    elif sparse is not None:
-        kept_dense = [name for name in targets if name not in sparse]
     else:
-        kept_dense = sharding.in_first(
-            lambda: keep_dense(
-                model, targets, config.pattern, calibration, config.zeros, config.allocation
-            )
-        )
+        kept_dense = _choose_dense(model, targets, sparse, calibration, config)
     targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
     transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
     sharding.check_groups(config, transposed)
+
     torch.manual_seed(config.seed)  # of the first weights of `generator`
     scores = _scores(model, targets, calibration, config) if sharding.rank() == 0 else None
     gate_map = {} if config.method == "dense" else with_gates(targets, scores, config)
@@ -175,16 +170,22 @@ def prepare(
     start = {name: gate.mask() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
     if not config.train_embeddings:
-        head = model.get_output_embeddings()
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) or module is head:
-                module.requires_grad_(False)
+        _keep_embeddings(model)
+
+    attention.use_blocks(model)
     if teacher is not None:
         if order is not None and teacher_order is None and config.hidden_states_weight:
             _reorder_teacher(teacher, order)
         attention.use_blocks(teacher)
-    attention.use_blocks(model)
-    return Prepared(model, targets, Choices(kept_dense, order), gate_map, start, reach, teacher)
+    return Prepared(
+        model=model,
+        targets=targets,
+        choices=Choices(kept_dense, order),
+        gate_map=gate_map,
+        start=start,
+        reach=reach,
+        teacher=teacher,
+    )
 
 
 def _check_targets(
@@ -232,9 +233,7 @@ def _reordered(
         return model, None
     try:
         order, shares = permute(
-            *(model, calibration, config.pattern),
-            include=config.include,
-            exclude=config.exclude,
+            model, calibration, config.pattern, include=config.include, exclude=config.exclude
         )
     except ValueError as reason:
         logger.warning("channel_order auto: the channels keep the given order: %s", reason)
@@ -244,6 +243,33 @@ def _reordered(
         "channels reordered; share of the squared scores that %s keeps: %s", config.pattern, kept
     )
     return model, order
+
+
+def _choose_dense(
+    model: Any,
+    targets: Mapping[str, nn.Module],
+    sparse: list[str] | None,
+    calibration: Tensor,
+    config: TrainConfig,
+) -> list[str]:
+    """The linears that could be targets and stay dense: for `zeros`, or as they have no zeros."""
+    if config.method == "dense":
+        return []
+    if sparse is not None:
+        return [name for name in targets if name not in sparse]
+    return sharding.in_first(
+        lambda: keep_dense(
+            model, targets, config.pattern, calibration, config.zeros, config.allocation
+        )
+    )
+
+
+def _keep_embeddings(model: Any) -> None:
+    """Leaves embeddings and output layer as they are."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            module.requires_grad_(False)
 
 
 def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from cast_serve.checkpoint.record import CheckpointError
@@ -35,9 +35,13 @@ from cast_train.gates.schedules import (
 )
 from cast_train.precision import autocast
 from cast_train.pruning.solve import solve
+from cast_train.text import TokenBlocks
 from cast_train.training import optimizer
+from cast_train.training.prepare import Blocks, Prepared
 from cast_train.training.progress import Progress, loss_in_words
 from cast_train.training.quantized_start import start_quantized
+
+WAIT_S = 24 * 3600  # of the other processes, while the first searches, solves or quantises
 
 
 class DivergedError(RuntimeError):
@@ -47,34 +51,45 @@ class DivergedError(RuntimeError):
 class CastTrainer(Trainer):
     """Trainer that sets the gates' phase before each pass and adds our terms to the loss.
 
+    Args:
+        prepared: the model with its gates, and the teacher.
+        blocks: the text.
+        config: all settings.
+        arguments: as `arguments_of` makes them.
+
     Attributes:
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
         teacher: the dense model that is distilled from, or None.
         figures: the terms of the last pass's loss; logged beside ``loss``.
-        watch: times the steps; set by run.py.
+        watch: times the steps.
     """
 
-    watch: "Watch"
-
     def __init__(
-        self,
-        *,
-        config: TrainConfig,
-        gate_map: Mapping[str, gating.Gate],
-        targets: Mapping[str, nn.Module],
-        teacher: nn.Module | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
+        self, prepared: Prepared, blocks: Blocks, config: TrainConfig, arguments: TrainingArguments
+    ) -> None:
+        super().__init__(
+            model=prepared.model,
+            args=arguments,
+            train_dataset=TokenBlocks(blocks.train),
+            eval_dataset=TokenBlocks(blocks.validation),
+        )
         self.config = config
-        self.gate_map = gate_map
-        self.targets = targets
-        self.teacher = teacher
+        self.gate_map = prepared.gate_map
+        self.targets = prepared.targets
+        self.teacher = prepared.teacher
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
-        loss = loss_in_words(config, has_teacher=teacher is not None)
+        loss = loss_in_words(config, has_teacher=self.teacher is not None)
         self.add_callback(Progress(config, tokens_per_step(config, self.args.world_size), loss))
         self.add_callback(Resumed(self))
+        self.watch = Watch(self, blocks.heldout, prepared.start)
+        self.add_callback(self.watch)
+        calibration = blocks.train[: config.calibration_blocks]
+        self.add_callback(ExactMask(self, calibration))
+        if config.quantize != "none":
+            self.add_callback(QuantizedStart(self, calibration))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -318,3 +333,51 @@ class Resumed(TrainerCallback):
 def tokens_per_step(config: TrainConfig, num_processes: int) -> int:
     """Tokens of one optimiser step, over all processes."""
     return config.batch_blocks * config.accumulation * config.block_size * num_processes
+
+
+def _steps_between_saves(config: TrainConfig) -> int:
+    """0: checkpoints come by time. `keep_best` saves what it measures."""
+    return config.checkpoint_every or (config.evaluate_every if config.keep_best else 0)
+
+
+def arguments_of(config: TrainConfig, partial: Path) -> TrainingArguments:
+    """transformers' settings; making them connects the processes, if there are several.
+
+    Args:
+        config: all settings.
+        partial: OUT.partial, where checkpoints go.
+    """
+    is_distributed = sharding.num_processes() > 1
+    arguments = TrainingArguments(
+        output_dir=str(partial),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_blocks,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.is_checkpointed,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        fsdp=config.is_sharded or None,
+        save_strategy="steps" if _steps_between_saves(config) else "no",
+        save_steps=_steps_between_saves(config) or 1,
+        per_device_eval_batch_size=config.batch_blocks,
+        eval_strategy="steps" if config.keep_best else "no",
+        eval_steps=config.evaluate_every or None,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss" if config.keep_best else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        # TensorBoard's callback is our own: transformers' writes into OUT.partial.
+        report_to="none" if config.report_to == "tensorboard" else config.report_to,
+        run_name=partial.name.removesuffix(".partial"),
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,  # a step's tokens are counted as those of whole batches
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if is_distributed and not torch.cuda.is_available() else None,
+        ddp_timeout=WAIT_S,
+        ddp_find_unused_parameters=True,  # frozen gates get no gradient
+    )
+    if arguments.n_gpu > 1:  # Trainer would cut every batch in parts, one for each GPU
+        arguments._n_gpu = 1
+    return arguments

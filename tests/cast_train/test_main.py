@@ -304,7 +304,7 @@ def test_a_hubs_name_is_taken_as_a_directory_is(
     [
         ("run --out text/out", "text/out cannot be made: {tmp_path}/text is a file"),
         ("run --out out --tensorboard logs", "--tensorboard needs the package tensorboard"),
-        ("run --out text", "text exists and is no run's result; choose another --out"),
+        ("run --out text", "text exists and is not a run's result; choose another --out"),
         ("run --out out --config bad.toml", "'(' is no regular expression"),
         ("run --out out --heldout gone.txt", "cannot read the text gone.txt"),
         ("oneshot --out text/out --method wanda", "text/out cannot be made"),

@@ -11,8 +11,8 @@ from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.gates import gating
-from cast_train.training import optimizer, prepare, run
-from cast_train.training.run import train
+from cast_train.training import optimizer, prepare
+from cast_train.training.run import Run, train
 from cast_train.training.trainer import CastTrainer, DivergedError
 
 
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_run_again(llama_dir, text_file, config, tmp_path,
         train(llama_dir, [text_file], tmp_path / "out", other)
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="is no run's result"):
+    with pytest.raises(CheckpointError, match="is not a run's result"):
         train(llama_dir, [text_file], tmp_path / "out", config)
 
 
@@ -141,12 +141,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_model_that_is_damaged_by_the_last_step_has_diverged(
     llama_dir, text_file, config, tmp_path, monkeypatch
 ):
-    def destroy(trainer, *arguments):
+    def destroy(self, prepared, trainer):
         next(iter(trainer.targets.values())).bias = torch.nn.Parameter(torch.tensor(torch.nan))
-        return as_stored(trainer, *arguments)
+        return as_stored(self, prepared, trainer)
 
-    as_stored = run._as_stored
-    monkeypatch.setattr(run, "_as_stored", destroy)
+    as_stored = Run.as_stored
+    monkeypatch.setattr(Run, "as_stored", destroy)
     with pytest.raises(DivergedError, match=r"likelihood .* is nan.*; lower learning_rate"):
         train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
     assert not (tmp_path / "out").exists()
