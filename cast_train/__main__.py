@@ -59,7 +59,8 @@ def run(
         option(
             "KEY=VALUE",
             "Any setting (docs/settings.md), over --config and the flags here; repeat for more.",
-            *("none", "--set"),
+            "none",
+            "--set",
         ),
     ] = None,
     method: Annotated[
@@ -291,7 +292,15 @@ def oneshot(
         from cast_train.pruning import oneshot as pruning
 
         record = pruning.write_pruned(
-            *(model, text or [], out, method, sparsity, mask, solve, zeros, allocation),
+            model,
+            text or [],
+            out,
+            method,
+            sparsity,
+            mask,
+            solve,
+            zeros,
+            allocation,
             exclude=exclude or [],
         )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
@@ -333,7 +342,10 @@ def quantize(
         if head not in (None, "int8", "none"):
             raise ValueError(f"--head {head} is not known; give int8 or none")
         summary = write_quantized(
-            *(model, text, out, "int4" if bits == 4 else "int8"),
+            model,
+            text,
+            out,
+            "int4" if bits == 4 else "int8",
             head="auto" if head is None else "int8" if head == "int8" else None,
             scale_group=scale_group,
             num_blocks=blocks,

@@ -198,7 +198,7 @@ def write_pruned(
     if mask_dir is not None:
         record["mask_of"] = identity.of_directory(mask_dir)
     return models.write(
-        *(out, model.to(torch.bfloat16), tokenizer, record), source=model_dir, order=order
+        out, model.to(torch.bfloat16), tokenizer, record, source=model_dir, order=order
     )
 
 
