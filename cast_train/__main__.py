@@ -1,8 +1,9 @@
 """The command line `cast-train`: train gates, measure, prune in one shot, quantise, reorder.
 
 Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
-diverged. 2: wrong use; then one line on stderr says what is wrong and nothing is left behind. 130:
-stopped by Ctrl-C or SIGTERM; stderr says whether something was saved.
+diverged, or the result could not be pushed. 2: wrong use; then one line on stderr says what is
+wrong and nothing is left behind. 130: stopped by Ctrl-C or SIGTERM; stderr says whether something
+was saved.
 """
 
 import json
@@ -406,7 +407,7 @@ def _working() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _fail(str(error), 2)
     except RuntimeError as error:
-        codes = {"DivergedError": 1, "StudyError": 1, "StoppedError": STOPPED}
+        codes = {"DivergedError": 1, "PushError": 1, "StudyError": 1, "StoppedError": STOPPED}
         if type(error).__name__ not in codes:
             raise
         _fail(str(error), codes[type(error).__name__])

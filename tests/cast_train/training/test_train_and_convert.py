@@ -9,7 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.hub import PushError
 from cast_serve.checkpoint.record import SCALES_TRAINED
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.config import TrainConfig
@@ -97,9 +99,9 @@ def test_what_conversion_would_refuse_is_refused_before_training(
 def test_trains_a_hubs_model_and_pushes_the_result(
     llama_dir, text_file, settings_file, tmp_path, monkeypatch
 ):
-    with fake_hub() as hub:
-        hub.add("org/dense", llama_dir)
-        for name, value in {**hub.environment, "HF_HOME": str(tmp_path / "home")}.items():
+    with fake_hub() as remote:
+        remote.add("org/dense", llama_dir)
+        for name, value in {**remote.environment, "HF_HOME": str(tmp_path / "home")}.items():
             monkeypatch.setenv(name, value)
         words = ["--model", "org/dense", "--text", text_file, "--out", tmp_path / "sparse"]
         words += ["--config", settings_file, "--steps", 1, "--push-to-hub", "tester/sparse"]
@@ -107,9 +109,42 @@ def test_trains_a_hubs_model_and_pushes_the_result(
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["num_sparse_layers"] == 14
         written = {path.name: path.read_bytes() for path in (tmp_path / "sparse").iterdir()}
-        assert hub.repos["tester/sparse"] == written
-        assert hub.private == {"tester/sparse"}
+        assert remote.repos["tester/sparse"] == written
+        assert remote.private == {"tester/sparse"}
         assert b"base_model: org/dense\n" in written["README.md"]
+
+
+def test_a_push_that_fails_leaves_what_was_made(
+    llama_dir, text_file, settings_file, tmp_path, monkeypatch
+):
+    """Repeated, the command only pushes."""
+    pushed = []
+
+    def push(folder, repo, is_private):
+        pushed.append((folder, repo, is_private))
+        if len(pushed) == 1:
+            raise PushError(f"{folder} is complete, but it was not pushed")
+        return "address"
+
+    monkeypatch.setattr(hub, "check_push", lambda *_: None)
+    monkeypatch.setattr(hub, "push", push)
+    out = tmp_path / "sparse"
+    words = ["--model", llama_dir, "--text", text_file, "--out", out, "--config", settings_file]
+    words += ["--steps", 1, "--push-to-hub", "tester/sparse", "--private"]
+    failed = call(*words)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert f"{out} is complete, but it was not pushed" in failed.stderr
+    written = (out / "cast.json").stat().st_mtime_ns
+    again = call(*words)
+    assert json.loads(again.stdout)["pushed_to"] == "address"
+    assert (out / "cast.json").stat().st_mtime_ns == written
+    assert pushed == 2 * [(out, "tester/sparse", True)]
+
+    # Without OUT.gated nothing says what OUT was made of.
+    shutil.rmtree(tmp_path / "sparse.gated")
+    refused = call(*words)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"push it with: hf upload tester/sparse {out}" in " ".join(refused.stderr.split())
 
 
 def test_trains_converts_and_goes_on_where_it_was(llama_dir, text_file, settings_file, tmp_path):
