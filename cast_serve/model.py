@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from cast_serve import kernels
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.directory import ModelDirectory, empty_model
+from cast_serve.checkpoint.architecture import empty_model
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 
@@ -120,7 +121,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         ValueError: if ``CAST_CPU_TUNING`` has no such value.
     """
     source = ModelDirectory(hub.fetch(directory))
-    if source.kind != "compressed" or source.is_foreign:
+    if source.kind != "compressed" or source.form.is_foreign:
         raise CheckpointError(
             f"{directory} is {source.kind}; convert it first (cast-serve convert SRC OUT)"
         )

@@ -2,7 +2,7 @@
 
 The order is harden, compress, quantise (target.py). A compressed directory in bf16, fp16 or fp32
 can be quantised too, and comes out as what it was made from would. What another program quantised
-in 8 bits (foreign.py) is converted without being quantised anew.
+is converted without being quantised again (formats/).
 
 Every group of every target is verified, in the input and in the output; the output appears under
 its name only when it is complete. linear.py names the tensors, scheme.py writes
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.card import write_card
-from cast_serve.checkpoint.directory import OLD_KEY, ModelDirectory
-from cast_serve.checkpoint.formats.foreign import SCALE_PARTS
+from cast_serve.checkpoint.declared import OLD_KEY
+from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.formats.form import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import Quantized, check_scale
 from cast_serve.checkpoint.record import (
@@ -75,8 +76,8 @@ def convert(
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
-        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also quantised
-            as foreign.py reads them; to quantise also a compressed directory. Or its name on a hub.
+        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also in a
+            quantised form of formats/; to quantise also a compressed directory. Or its hub name.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
@@ -133,7 +134,7 @@ def check_source(directory: ModelDirectory, quantize: Quantized | None, head: In
             f"{source} is quantised already ({directory.quantized}); "
             f"give --quantize {quantize} the directory that it was made from"
         )
-    if directory.kind == "compressed" and not quantize and not directory.is_foreign:
+    if directory.kind == "compressed" and not quantize and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     if directory.pattern != TWO_FOUR:
         raise PatternError(
@@ -319,10 +320,10 @@ def _other_tensors(
 
 
 def _warn_of_changes(source: ModelDirectory) -> None:
-    """Says what of the source is not served as it was, see foreign.py, or not by vLLM."""
+    """Says what of the source is not served as it was (formats/), or not by vLLM."""
     if reason := not_by_vllm(source.targets, source.linears.keys() - set(source.targets)):
         logger.warning("%s: %s", source.path, reason)
-    is_integer = source.quantized is not None and not source.is_widened
+    is_integer = source.quantized is not None and not source.form.is_widened
     num_static = sum(name.endswith(".input_scale") for name in source.files)
     if num_static:
         logger.warning(
@@ -337,7 +338,7 @@ def _warn_of_changes(source: ModelDirectory) -> None:
             "%s: its activations are not quantised, but served they are, in int8 for each token",
             source.path,
         )
-    if source.is_widened and source.quantized != "float8":
+    if source.form.is_widened and source.quantized != "float8":
         logger.warning(
             "%s: no kernel has the scale groups of its %s weights, so they become %s; "
             "`cast-serve convert OUT OUT2 --quantize int8` makes them smaller again",

@@ -4,20 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.directory import (
-    MARLIN,
-    ModelDirectory,
-    quantization_of,
-    shape_of,
-    tensor_files,
-)
-from cast_serve.checkpoint.formats.foreign import read_linear
+from cast_serve.checkpoint.declared import MARLIN, quantization_of
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import (
     CompressedLinear,
     check_integers,
     check_scale,
 )
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, read_json
+from cast_serve.checkpoint.stored import shape_of, tensor_files
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
@@ -101,7 +96,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "pattern": str(directory.pattern) if directory.kind != "dense" else None,
         "quantized": directory.quantized,
         "head": head,
-        "scale_group": directory.scale_group,
+        "scale_group": directory.form.scale_group,
         "num_sparse_layers": num_sparse,
         "num_dense_layers": len(directory.linears) - num_sparse,
         "zeros": zeros,
@@ -148,7 +143,7 @@ def count_sparse(path: Path) -> tuple[int, bool]:
         return 0, False
     first = directory.targets[0]
     try:
-        read_linear(first, directory.parts(first), directory.model_dtype)
+        directory.target(first)
     except PatternError as error:
         logger.info("served by vLLM itself, since it is not 2:4: %s", error)
         return 0, False

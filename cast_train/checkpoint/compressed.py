@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cast_serve.checkpoint.directory import empty_model, quantization_of
+from cast_serve.checkpoint.architecture import empty_model
+from cast_serve.checkpoint.declared import quantization_of
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CheckpointError,

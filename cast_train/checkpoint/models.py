@@ -24,10 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cast_serve.checkpoint.directory import (
-    ModelDirectory,
-    attention_of,
-)
+from cast_serve.checkpoint.architecture import attention_of
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.hub import PAPERS
 from cast_serve.checkpoint.record import (
     CAST_JSON,

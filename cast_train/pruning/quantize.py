@@ -27,7 +27,7 @@ from cast_serve.checkpoint.convert import check_outputs, check_source, convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, Quantized
 from cast_serve.checkpoint.scheme import head_by_default
-from cast_serve.checkpoint.target import Calibrated, Int8, read_target
+from cast_serve.checkpoint.target import Calibrated, Int8
 from cast_serve.sparsity.bitmask import unpack_mask
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, SCALE_GROUP, one_thread
 from cast_train.checkpoint import identity, models
@@ -76,11 +76,11 @@ def write_quantized(
     linears = {name: model.get_submodule(name) for name in directory.targets}
     found: dict[str, CompressedLinear] = {}
     for name, linear in linears.items():
-        weight = read_target(directory, name).dense(torch.float32)
+        weight = directory.target(name).dense(torch.float32)
         linear.weight.data.copy_(weight.t() if is_transposed(linear) else weight)
 
     def quantized(name: str, _: Tensor, hessian: Tensor) -> Tensor:
-        target = read_target(directory, name)
+        target = directory.target(name)
         found[name] = quantize_linear(target, hessian, quantize, scale_group)
         return found[name].dense(torch.float32)
 

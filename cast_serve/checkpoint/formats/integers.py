@@ -7,8 +7,6 @@ from torch import Tensor
 
 from cast_serve.checkpoint.record import CheckpointError
 
-# Of a linear whose packed weights are another program's.
-FOREIGN_PARTS = frozenset({"weight_shape", "meta", "scale_packed"})
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 REMEDY = "start from the unquantised checkpoint"
 

@@ -23,7 +23,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cast_serve.checkpoint.declared import MARLIN
 from cast_serve.checkpoint.formats.integers import Integers, check_scales, unpack
+from cast_serve.checkpoint.formats.packed import Packed
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import unpack_mask
 
@@ -100,3 +102,10 @@ def _bits_of_columns() -> Tensor:
         1 << lower | 1 << upper if lower < upper else 0 for upper in range(4) for lower in range(4)
     ]
     return torch.tensor([high << 4 | low for high in group for low in group], dtype=torch.uint8)
+
+
+class Marlin24(Packed):
+    """Values and positions in the order in which a CUDA kernel read them."""
+
+    declared_format = MARLIN
+    read_integers = staticmethod(read)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cast_serve.checkpoint.declared import PACK_QUANTIZED
 from cast_serve.checkpoint.formats.integers import (
     REMEDY,
     SCALE_DTYPES,
@@ -19,6 +20,7 @@ from cast_serve.checkpoint.formats.integers import (
     check_scales,
     unpack,
 )
+from cast_serve.checkpoint.formats.packed import Packed
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress
 
@@ -92,3 +94,10 @@ def _refuse_others(name: str, parts: Mapping[str, Tensor], in_order: Tensor) -> 
             f"{name}.weight_g_idx: the columns are not in order of their scale groups; activation "
             f"order is not read; {REMEDY}"
         )
+
+
+class PackQuantized(Packed):
+    """Words of integers with their zeros."""
+
+    declared_format = PACK_QUANTIZED
+    read_integers = staticmethod(read)

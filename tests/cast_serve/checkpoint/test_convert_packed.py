@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cast_serve.checkpoint.convert import check_converted, convert
-from cast_serve.checkpoint.formats.foreign import read_linear
+from cast_serve.checkpoint.formats import pack_quantized
+from cast_serve.checkpoint.formats.packed import taken_over
 from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
@@ -156,7 +157,7 @@ def test_scale_groups_of_every_size_that_has_a_kernel(group_size: int, becomes: 
         "weight_scale": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
         "weight_shape": torch.tensor([2, 2 * group_size]),
     }
-    found = read_linear("q", parts, torch.bfloat16, scale_group=becomes)
+    found = taken_over("q", pack_quantized.read("q", parts), becomes)
     assert found.scale is not None
     assert found.scale.shape == (2, 2 * group_size // becomes)
     weight = found.dense()

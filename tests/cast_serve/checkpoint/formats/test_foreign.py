@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cast_serve.checkpoint.convert import check_converted, convert
-from cast_serve.checkpoint.formats.foreign import read_linear
+from cast_serve.checkpoint.formats.eight_bits import read
 from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import decompress, unpack_mask
@@ -310,12 +310,10 @@ def int8_parts(**changes: Tensor) -> dict[str, Tensor]:
 
 def test_scales_of_every_shape_that_is_read() -> None:
     for scale in (torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0, 2.0])):
-        found = read_linear("q", int8_parts(weight_scale=scale), torch.bfloat16)
+        found = read("q", int8_parts(weight_scale=scale), torch.bfloat16)
         assert torch.equal(found.dense(), int8_parts()["weight"].float() * 2)
     zero_point = torch.zeros(2, 1, dtype=torch.int8)
-    assert (
-        read_linear("q", int8_parts(weight_zero_point=zero_point), torch.bfloat16).scale is not None
-    )
+    assert read("q", int8_parts(weight_zero_point=zero_point), torch.bfloat16).scale is not None
 
 
 @pytest.mark.parametrize(
@@ -328,7 +326,7 @@ def test_scales_of_every_shape_that_is_read() -> None:
 )
 def test_tensors_that_are_not_read_are_named(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_linear("q", int8_parts(**changes), torch.bfloat16)
+        read("q", int8_parts(**changes), torch.bfloat16)
     too_large = {
         "weight": torch.ones(2, 4).to(torch.float8_e4m3fn),
         "weight_scale": 7e4 * torch.ones(2, 1),
@@ -336,11 +334,11 @@ def test_tensors_that_are_not_read_are_named(changes: dict[str, Tensor], message
     too_large["weight"][:, 1:3] = 0
     message = r"q: row 0 of its float8 .* 70000.0 holds NaN, or more than 6.55e\+04, the most of"
     with pytest.raises(CheckpointError, match=message):
-        read_linear("q", too_large, torch.float16)
-    with pytest.raises(CheckpointError, match="q has neither compressed nor weight"):
-        read_linear("q", {}, torch.bfloat16)
+        read("q", too_large, torch.float16)
+    with pytest.raises(CheckpointError, match="q.weight is missing"):
+        read("q", {}, torch.bfloat16)
     with pytest.raises(CheckpointError, match="q is in 8 bits, but has no q.weight_scale"):
-        read_linear("q", {"weight": int8_parts()["weight"]}, torch.bfloat16)
+        read("q", {"weight": int8_parts()["weight"]}, torch.bfloat16)
 
 
 def test_the_twin_of_an_int8_head_is_dequantised(copy: Copy, tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""A model directory on disk -> its tensors by name, its record and the linears of its model."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cast_serve.checkpoint.architecture import linears_of, meta_model, name_of
+from cast_serve.checkpoint.declared import check_declared, quantization_of
+from cast_serve.checkpoint.record import (
+    CAST_JSON,
+    GATED_METHOD,
+    CheckpointError,
+    check_listed,
+    read_json,
+    read_record,
+    shards,
+)
+from cast_serve.checkpoint.shard import check_contained, each_tensor, opened
+from cast_serve.sparsity.nibbles import PACKED
+from cast_serve.sparsity.pattern import Pattern
+from cast_serve.sparsity.targets import find_targets
+
+EIGHT_BITS = {"I8": "int8", "F8_E4M3": "float8"}  # safetensors' names
+
+
+class StoredModel:
+    """A model directory for reading, whatever the form of its weights; `get` loads a tensor.
+
+    Attributes:
+        pattern: N:M of the record; 2:4 if there is none.
+        config: config.json.
+        quantization: what it says of compression and quantisation; empty if nothing.
+        record: cast.json, after the shards that it lists were checked; empty if there is none.
+        files: shard by tensor name.
+        part_names: by module, the last words of its tensors' names.
+        linears: every linear of the model, and whether it stores its weight transposed (GPT-2).
+        candidates: the linears that can have the pattern.
+        head: the output layer's module name; None if the model has none.
+        tied_embedding: the embedding's module name if the output layer shares its weight.
+
+    Raises:
+        CheckpointError: if it cannot be read, is damaged, or is quantised in a way that is not
+            read.
+        PatternError: if no linear can have the pattern.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds no model: there is no config.json; name an HF directory"
+            )
+        check_contained(path)
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self.files = tensor_files(path)
+        self.part_names: dict[str, list[str]] = {}
+        for name in self.files:
+            module, _, part = name.rpartition(".")
+            self.part_names.setdefault(module, []).append(part)
+        self.record = read_record(path) if (path / CAST_JSON).is_file() else {}
+        check_listed(path, self.record)
+        self._model = meta_model(path, len(self.files))
+        self.linears = linears_of(self._model)
+        self.pattern = Pattern(self.record.get("n") or 2, self.record.get("m") or 4)
+        self.head = name_of(self._model, self._model.get_output_embeddings())
+        is_tied = self._model.config.get_text_config().tie_word_embeddings
+        embedding = name_of(self._model, self._model.get_input_embeddings())
+        self.tied_embedding = embedding if is_tied else None
+        self._check_complete()
+        self.quantization = quantization_of(path, self.config)
+        if self.quantization.get("quant_method") == GATED_METHOD:
+            self.quantization = {}
+        try:
+            check_declared(path, self.quantization)
+        except (AttributeError, TypeError):  # an object is expected, and something else found
+            raise CheckpointError(
+                f"{path}/config.json: quantization_config is malformed: {self.quantization!s:.300}"
+            ) from None
+
+    def _check_complete(self) -> None:
+        """Refuses a directory that lacks what the model needs, such as one without its last shard.
+
+        A directory that also holds what the model does not know uses other names, and is not judged
+        here.
+
+        Raises:
+            CheckpointError: naming a tensor that is missing.
+        """
+        modules = {name for name, _ in self._model.named_modules()}
+        if self.part_names.keys() - modules:
+            return
+        missing = [
+            name
+            for name, _ in self._model.named_parameters()
+            if name not in self.files
+            and not (name.endswith(".weight") and name.removesuffix(".weight") in self.part_names)
+            and not (self.tied_embedding and name == f"{self.head}.weight")
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.path} has no tensor {missing[0]}, and lacks {len(missing)} in all, which "
+                "its config.json asks for; copy the whole directory again"
+            )
+
+    @cached_property
+    def candidates(self) -> list[str]:
+        return list(find_targets(self._model, self.pattern)[0])
+
+    @cached_property
+    def weight_dtypes(self) -> dict[str, str]:
+        """The dtype of each linear's weight but the output layer's, as safetensors names it.
+
+        Raises:
+            CheckpointError: if another module is in 8 bits or packed, or one in 8 bits of another
+                kind.
+        """
+        weights: dict[str, str] = {}
+        for name in self.files:
+            module, _, part = name.rpartition(".")
+            is_inner_linear = module in self.linears and module != self.head
+            if part == PACKED and not is_inner_linear:
+                raise CheckpointError(
+                    f"{self.path}: {name} is packed, but only linears other than the output layer "
+                    "are read so; leave it out of the quantisation"
+                )
+            if part not in ("weight", "compressed"):
+                continue
+            dtype = self.dtype(name)
+            if is_inner_linear:
+                weights[module] = dtype
+            readable = EIGHT_BITS if is_inner_linear else {"I8"} if module == self.head else ()
+            if (dtype == "I8" or dtype.startswith("F8")) and dtype not in readable:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {dtype}, but only linears are read in I8 and F8_E4M3, "
+                    "and the output layer in I8; leave it out of the quantisation"
+                )
+        return weights
+
+    def get(self, name: str) -> Tensor:
+        """A tensor as it is stored.
+
+        Raises:
+            CheckpointError: if there is none of that name.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete")
+        with opened(self.files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors names it, as I8 or BF16; reads only the file's header."""
+        with opened(self.files[name]) as tensors:
+            return str(tensors.get_slice(name).get_dtype())
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a module stores, by the last word of their names."""
+        return {part: self.get(f"{name}.{part}") for part in self.part_names.get(name, ())}
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """What config.json says; bf16 if it says nothing."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
+
+    @property
+    def head_dtype(self) -> str | None:
+        """``int8`` if the output layer is stored so."""
+        name = f"{self.head}.weight"
+        return "int8" if name in self.files and self.dtype(name) == "I8" else None
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Shard by tensor name; reads only file headers.
+
+    Raises:
+        CheckpointError: if there is none, or a tensor stands in two.
+    """
+    files = {name: path for name, path, _ in each_tensor(shards(directory))}
+    if not files:
+        raise CheckpointError(
+            f"{directory} has no *.safetensors; save the model with safetensors first"
+        )
+    return files
+
+
+def shape_of(files: Mapping[str, Path], name: str) -> list[int]:
+    """Of a tensor of `tensor_files`, from the file's header; empty if there is none."""
+    if name not in files:
+        return []
+    with opened(files[name]) as tensors:
+        return list(tensors.get_slice(name).get_shape())
