@@ -1,31 +1,28 @@
 """CAST_WORKER_KEY -> the key that a gateway and its workers share, and the worker's check of it.
 
 vLLM's own check (VLLM_API_KEY) covers the paths under /v1, /v2, /inference and /cohere, and leaves
-/metrics, /tokenize, /invocations, /pause and others open. `KeyCheck` covers every path but two that
-probes ask and that tell nothing of requests. It needs no more than the standard library, since
+/metrics, /tokenize, /invocations, /pause and others open. `WorkerKeyCheck` covers every path but two
+that probes ask and that tell nothing of requests. It needs no more than the standard library, since
 vLLM's processes load it.
 """
 
 import hashlib
-import hmac
 import ipaddress
-import json
 import os
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+
+from cast_serve.key_check import App, KeyCheck
 
 VARIABLE = "CAST_WORKER_KEY"
 FILE_VARIABLE = "CAST_WORKER_KEY_FILE"
 VLLM_VARIABLE = "VLLM_API_KEY"
 OPEN_PATHS = ("/health", "/version")
 HOW_TO_MAKE = "`openssl rand -hex 32` makes one"
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+NEEDS_KEY = (
+    "this worker answers its gateway alone: ask the gateway, or send the header "
+    f"Authorization: Bearer KEY with the key of its {VARIABLE}"
+)
 
 
 def is_loopback(host: str | None) -> bool:
@@ -75,42 +72,16 @@ def key_of_environment() -> str:
     return own or read_key(os.environ.get(VLLM_VARIABLE, ""), None)
 
 
-class KeyCheck:
-    """ASGI middleware for vLLM's --middleware: 401 without the key of the environment.
+class WorkerKeyCheck(KeyCheck):
+    """For vLLM's --middleware: 401 without the key of the environment.
 
     Raises:
         ValueError: if the environment has no key.
     """
 
     def __init__(self, app: App) -> None:
-        self.app = app
         key = key_of_environment()
         if not key:
             raise ValueError(f"no key to check: set {VARIABLE} or {FILE_VARIABLE}")
-        self._digest = hashlib.sha256(key.encode()).digest()
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        kind = scope["type"]
-        if kind not in ("http", "websocket") or scope["path"] in OPEN_PATHS or self._knows(scope):
-            return await self.app(scope, receive, send)
-        if kind == "websocket":
-            return await send({"type": "websocket.close", "code": 1008})
-        message = (
-            "this worker answers its gateway alone: ask the gateway, or send the header "
-            f"Authorization: Bearer KEY with the key of its {VARIABLE}"
-        )
-        error = {"message": message, "type": "authentication_error", "param": None}
-        body = json.dumps({"error": {**error, "code": "invalid_api_key"}}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"www-authenticate", b"Bearer"),
-        ]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    def _knows(self, scope: Message) -> bool:
-        authorization = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        return hmac.compare_digest(digest, self._digest) and scheme.lower() == b"bearer"
+        digest = hashlib.sha256(key.encode()).digest()
+        super().__init__(app, [digest], OPEN_PATHS.__contains__, NEEDS_KEY)

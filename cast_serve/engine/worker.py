@@ -246,7 +246,7 @@ def guard(args: argparse.Namespace, name: str) -> None:
     if key := worker_key.key_of_environment():
         os.environ[worker_key.VLLM_VARIABLE] = key
         # Here and not in `all_flags`, where the user's would replace it; the last is the outermost.
-        args.middleware = [*args.middleware, f"{worker_key.__name__}.KeyCheck"]
+        args.middleware = [*args.middleware, f"{worker_key.__name__}.WorkerKeyCheck"]
     elif not (args.headless or worker_key.is_loopback(args.host)):
         print(
             f"cast-serve worker {name}: listens on {args.host} and asks for no key, so whoever "

@@ -36,7 +36,7 @@ from cast_serve.gateway.forward import Forwarder
 from cast_serve.gateway.metrics import CONTENT_TYPE, Metrics
 from cast_serve.gateway.middleware import tracing
 from cast_serve.gateway.middleware.heads import BoundedHead, HeadLimit
-from cast_serve.gateway.middleware.keys import KeyCheck, load_keys
+from cast_serve.gateway.middleware.keys import load_keys
 from cast_serve.gateway.middleware.request_log import RequestLog
 from cast_serve.gateway.models import ModelList
 from cast_serve.gateway.proxy import COMPARE, PROXIED, Proxy
@@ -50,11 +50,13 @@ from cast_serve.gateway.upstream.control import Control
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.roll import Roller
 from cast_serve.gateway.upstream.supervisor import Supervisor, VariantError, WatchSettings
+from cast_serve.key_check import KeyCheck
 from cast_serve.worker_key import is_loopback, read_key
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # of a connection without a request
+NEEDS_KEY = "this gateway wants an API key; send the header Authorization: Bearer KEY"
 LAST_WORDS_S = 1.0  # for clients to read why they were cut off
 
 
@@ -303,7 +305,7 @@ def create_app(
         )
         return JSONResponse(described.body, error.status_code, error.headers)
 
-    app.add_middleware(KeyCheck, digests=digests)
+    app.add_middleware(KeyCheck, digests=digests, is_open=paths.is_open, message=NEEDS_KEY)
     app.add_middleware(HeadLimit, max_bytes=settings.max_header_bytes)
     if tracing.set_up():
         app.add_middleware(tracing.Spans)

@@ -8,7 +8,8 @@ first: then a cell says so.
 from collections.abc import Mapping
 from typing import Any
 
-DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+from cast_serve.dtypes import DTYPE_BITS
+
 NOT_RECORDED = "not recorded"
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cast_serve.engine import worker
-from cast_serve.worker_key import OPEN_PATHS, KeyCheck, key_of_environment, read_key
+from cast_serve.worker_key import OPEN_PATHS, WorkerKeyCheck, key_of_environment, read_key
 
 KEY = "0123456789abcdef"
 
@@ -73,7 +73,7 @@ def test_a_worker_with_a_key_has_vllm_check_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_API_KEY", "another")  # which would let nobody in
     flags = Flags()
     worker.guard(flags, "sparse")  # type: ignore[arg-type]
-    assert flags.middleware == ["of.the.User", "cast_serve.worker_key.KeyCheck"]
+    assert flags.middleware == ["of.the.User", "cast_serve.worker_key.WorkerKeyCheck"]
     assert os.environ["VLLM_API_KEY"] == KEY
 
 
@@ -152,7 +152,7 @@ async def test_the_check_fails_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it was let through")
 
     with pytest.raises(ValueError, match="no key to check"):
-        KeyCheck(app)
+        WorkerKeyCheck(app)
     monkeypatch.setenv("CAST_WORKER_KEY", KEY)
     sent: list[Any] = []
 
@@ -163,5 +163,5 @@ async def test_the_check_fails_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("nothing of the request is read")
 
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    await KeyCheck(app)(scope, receive, send)
+    await WorkerKeyCheck(app)(scope, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -20,11 +20,11 @@ from cast_serve.checkpoint.record import (
     read_record,
     shards,
 )
+from cast_serve.dtypes import DTYPE_BITS
 from cast_serve.gateway.upstream.replica import Variant
 
 logger = logging.getLogger(__name__)
 
-DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 WEIGHT_PARTS = ("weight", "compressed")
 PACKED = "weight_packed"  # 4-bit values, eight to a word
 STORED_PARTS = (*WEIGHT_PARTS, PACKED, "bitmask", "weight_scale")

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cast_serve.kernels.gpu.launch import Launch
+
 TILE_WORDS = tl.constexpr(144)  # int32 of a tile: 8 rows x 16 groups of two values, then
 POSITIONS_AT = tl.constexpr(128)  # 8 rows x 64 bits of positions
 GROUPS = tl.constexpr(16)  # of a row of a tile
 MAX_BLOCK_TOKENS = 128
-PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to fill the memory bus
 NUM_STAGES = 3
 
 
@@ -98,64 +99,6 @@ def _linear24_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _add_up_kernel(
-    parts,
-    scale,
-    bias,
-    out,
-    num_splits,
-    numel,
-    out_features,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    part = parts + at
-    for _ in range(num_splits):
-        total += tl.load(part, mask=mask, other=0)
-        part += numel
-    if HAS_SCALE:
-        total *= tl.load(scale + at % out_features, mask=mask, other=0)
-    if HAS_BIAS:
-        total += tl.load(bias + at % out_features, mask=mask, other=0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
-
-
-def splits_of(num_steps: int, num_programs: int, num_processors: int) -> tuple[int, int]:
-    """Over how many programs the steps along K are split: (steps of each, programs)."""
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_programs)
-    steps = triton.cdiv(num_steps, min(num_steps, wanted))
-    return steps, triton.cdiv(num_steps, steps)
-
-
-def add_up(parts: Tensor, out: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
-    """Writes scale * the sum of the parts + bias, in fp32, into `out`.
-
-    Args:
-        parts: fp32 [num_splits, num_tokens, out_features].
-        out: [num_tokens, out_features], contiguous.
-        bias: [out_features] or None.
-        scale: fp32 [out_features] or None.
-    """
-    block = 1024
-    _add_up_kernel[(triton.cdiv(out.numel(), block),)](
-        parts,
-        parts if scale is None else scale,
-        parts if bias is None else bias,
-        out,
-        parts.shape[0],
-        out.numel(),
-        out.shape[1],
-        HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None,
-        BLOCK=block,
-    )
-
-
 def linear24(
     x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, num_processors: int
 ) -> Tensor:
@@ -177,35 +120,23 @@ def linear24(
         return out
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    bias = bias if bias is None else bias.contiguous()
     tile_columns, blocks = packed.shape[1], blocks_of(num_tokens)
-    grid = (
-        triton.cdiv(out_features, blocks["BLOCK_ROWS"]),
-        triton.cdiv(num_tokens, blocks["BLOCK_TOKENS"]),
-    )
     steps = triton.cdiv(tile_columns, blocks["BLOCK_TILES"])
-    steps_per_split, num_splits = splits_of(steps, grid[0] * grid[1], num_processors)
-    is_split = num_splits > 1
-    sums = x.new_empty(num_splits, *out.shape, dtype=torch.float32) if is_split else out
-    dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    # bf16 would be multiplied as integers in Triton's interpreter.
-    dot_dtype = tl.float32 if triton.knobs.runtime.interpret else dtype
-    _linear24_kernel[(*grid, num_splits)](
+    launch = Launch.plan(x, out, bias, steps, blocks, num_processors)
+    _linear24_kernel[launch.grid](
         x.view(torch.int64),
         packed.view(torch.int32),
-        x if bias is None else bias,
-        sums,
+        x if bias is None else launch.bias,
+        launch.sums,
         num_tokens,
         out_features,
         in_features // 4,
         tile_columns,
         x.stride(0) // 4,
-        steps_per_split * blocks["BLOCK_TILES"],
-        DTYPE=dtype,
-        DOT_DTYPE=dot_dtype,
-        HAS_BIAS=bias is not None and not is_split,
+        launch.steps_per_split * blocks["BLOCK_TILES"],
+        DTYPE=launch.dtype,
+        DOT_DTYPE=launch.dot_dtype,
+        HAS_BIAS=bias is not None and not launch.is_split,
         **blocks,
     )
-    if is_split:
-        add_up(sums, out, bias)
-    return out
+    return launch.finish()

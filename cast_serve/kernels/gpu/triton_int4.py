@@ -8,12 +8,11 @@ x is not quantised, other than on a CPU: the result differs from reference_int4.
 rounding of x that is done there and not here.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cast_serve.kernels.gpu.triton24 import add_up, splits_of
+from cast_serve.kernels.gpu.launch import Launch
 from cast_serve.kernels.gpu.triton_int8 import blocks_of
 from cast_serve.kernels.reference import INT8_TILE_COLUMNS
 
@@ -114,38 +113,25 @@ def linear24_int4(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    bias = bias if bias is None else bias.contiguous()
     tile_columns, blocks = packed.shape[1], blocks_of(num_tokens)
-    grid = (
-        triton.cdiv(out_features, blocks["BLOCK_ROWS"]),
-        triton.cdiv(num_tokens, blocks["BLOCK_TOKENS"]),
-    )
     tile_groups = INT8_TILE_COLUMNS // group
-    num_groups = tile_columns * tile_groups
-    groups_per_split, num_splits = splits_of(num_groups, grid[0] * grid[1], num_processors)
-    is_split = num_splits > 1
-    sums = x.new_empty(num_splits, *out.shape, dtype=torch.float32) if is_split else out
-    dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    # bf16 would be multiplied as integers in Triton's interpreter.
-    dot_dtype = tl.float32 if triton.knobs.runtime.interpret else dtype
-    _linear24_int4_kernel[(*grid, num_splits)](
+    launch = Launch.plan(x, out, bias, tile_columns * tile_groups, blocks, num_processors)
+    _linear24_int4_kernel[launch.grid](
         x,
         packed,
-        packed if bias is None else bias,
-        sums,
+        packed if bias is None else launch.bias,
+        launch.sums,
         num_tokens,
         out_features,
         in_features,
         tile_columns,
         x.stride(0),
-        groups_per_split,
-        DOT_DTYPE=dot_dtype,
+        launch.steps_per_split,
+        DOT_DTYPE=launch.dot_dtype,
         GROUP=group,
         TILE_GROUPS=tile_groups,
         TILE_BYTES=packed.shape[2],
-        HAS_BIAS=bias is not None and not is_split,
+        HAS_BIAS=bias is not None and not launch.is_split,
         **blocks,
     )
-    if is_split:
-        add_up(sums, out, bias)
-    return out
+    return launch.finish()

@@ -12,12 +12,11 @@ rounding of x that is done there and not here. As in a dense product, NaN in x m
 whole output NaN, and Inf makes it Inf or NaN. ``TRITON_INTERPRET=1`` runs all of this on a CPU.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cast_serve.kernels.gpu.triton24 import add_up, splits_of
+from cast_serve.kernels.gpu.launch import Launch
 
 COLUMNS = tl.constexpr(128)  # of a tile
 GROUPS = tl.constexpr(32)  # of a row of a tile
@@ -141,36 +140,24 @@ def linear_int8(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    bias = bias if bias is None else bias.contiguous()
     tile_columns, blocks = packed.shape[1], blocks_of(num_tokens)
-    grid = (
-        triton.cdiv(out_features, blocks["BLOCK_ROWS"]),
-        triton.cdiv(num_tokens, blocks["BLOCK_TOKENS"]),
-    )
-    tiles_per_split, num_splits = splits_of(tile_columns, grid[0] * grid[1], num_processors)
-    is_split = num_splits > 1
-    sums = x.new_empty(num_splits, *out.shape, dtype=torch.float32) if is_split else out
-    dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    # bf16 would be multiplied as integers in Triton's interpreter.
-    dot_dtype = tl.float32 if triton.knobs.runtime.interpret else dtype
-    _linear_int8_kernel[(*grid, num_splits)](
+    launch = Launch.plan(x, out, bias, tile_columns, blocks, num_processors)
+    _linear_int8_kernel[launch.grid](
         x,
         packed,
         scale,
-        scale if bias is None else bias,
-        sums,
+        scale if bias is None else launch.bias,
+        launch.sums,
         num_tokens,
         out_features,
         in_features,
         tile_columns,
         x.stride(0),
-        tiles_per_split,
-        DOT_DTYPE=dot_dtype,
+        launch.steps_per_split,
+        DOT_DTYPE=launch.dot_dtype,
         IS_SPARSE=is_sparse,
-        IS_SPLIT=is_split,
+        IS_SPLIT=launch.is_split,
         HAS_BIAS=bias is not None,
         **blocks,
     )
-    if is_split:
-        add_up(sums, out, bias, scale)
-    return out
+    return launch.finish(scale)

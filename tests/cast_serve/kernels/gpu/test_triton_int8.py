@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="comes with the cpu and gpu extras")
 import triton.language as tl  # noqa: E402
 
-from cast_serve.kernels.gpu import triton24, triton_int8  # noqa: E402
+from cast_serve.kernels.gpu import launch, triton_int8  # noqa: E402
 from tests.cast_serve.kernels.gpu.test_triton24 import (  # noqa: E402
     assert_fits_a_gpu,
     compiled,
@@ -44,4 +44,4 @@ def test_what_adds_the_parts_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     pointers = {"parts": "*fp32", "scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
     constants = {"HAS_SCALE": True, "HAS_BIAS": True, "BLOCK": 1024}
-    assert compiled(triton24._add_up_kernel, 80, {}, pointers, constants).asm["cubin"]
+    assert compiled(launch._add_up_kernel, 80, {}, pointers, constants).asm["cubin"]

@@ -1,0 +1,3 @@
+"""config.json's name of a model's dtype -> bits a weight."""
+
+DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
