@@ -37,19 +37,17 @@ class Linear24(nn.Module):
 
     def __init__(self, linear: CompressedLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
+        kernels.load()
         self.in_features, self.out_features = linear.in_features, linear.values.shape[0]
         self.dtype = dtype
         self.scale_group = linear.scale_group
         scale = linear.scale
-        if scale is not None and self.scale_group is not None:
-            packed = kernels.pack_int4(linear.values, linear.bitmask, scale, self.scale_group)
-            scale = None  # packed too
-        else:
-            values = linear.values if scale is not None else linear.values.to(dtype)
-            packed = kernels.pack(values, linear.bitmask)
+        values = linear.values.to(dtype) if scale is None else linear.values
+        packed = kernels.pack24(values, linear.bitmask, scale, self.scale_group)
         self.register_buffer("packed", packed)
-        # No buffer: `model.to(dtype)` would round it, and the kernel takes fp32.
-        self.scale = None if scale is None else _row_scales(scale)
+        has_row_scales = scale is not None and self.scale_group is None  # else packed too
+        # Not a buffer: `model.to(dtype)` would round it, and the kernel takes fp32.
+        self.scale = _row_scales(scale) if scale is not None and has_row_scales else None
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,17 +56,16 @@ class Linear24(nn.Module):
         Raises:
             ValueError: if the weights are not integers and x has another dtype than they.
         """
-        if self.scale_group is not None:
-            group, rows = self.scale_group, self.out_features
-            return kernels.linear24_int4(x, self.packed, group, rows, self.bias)
-        if self.scale is None:
-            if x.dtype != self.dtype:  # the packed bytes hold that dtype's bits
-                raise ValueError(
-                    f"2:4 weights packed in {self.dtype} cannot multiply {x.dtype}: give "
-                    f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
-                )
-            return kernels.linear24(x, self.packed, self.out_features, self.bias)
-        return kernels.linear24_int8(x, self.packed, self.scale, self.out_features, self.bias)
+        is_integer = self.scale is not None or self.scale_group is not None
+        if not is_integer and x.dtype != self.dtype:  # the packed bytes hold that dtype's bits
+            raise ValueError(
+                f"2:4 weights packed in {self.dtype} cannot multiply {x.dtype}: give "
+                f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
+            )
+        scale, group = self.scale, self.scale_group
+        return kernels.multiply24(
+            x, self.packed, self.out_features, self.bias, scale=scale, scale_group=group
+        )
 
     def extra_repr(self) -> str:
         kind = "2:4" if self.scale is None else "2:4 int8"

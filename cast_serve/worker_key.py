@@ -1,9 +1,9 @@
 """CAST_WORKER_KEY -> the key that a gateway and its workers share, and the worker's check of it.
 
 vLLM's own check (VLLM_API_KEY) covers the paths under /v1, /v2, /inference and /cohere, and leaves
-/metrics, /tokenize, /invocations, /pause and others open. `WorkerKeyCheck` covers every path but two
-that probes ask and that tell nothing of requests. It needs no more than the standard library, since
-vLLM's processes load it.
+/metrics, /tokenize, /invocations, /pause and others open. `WorkerKeyCheck` covers every path but
+two that probes ask and that tell nothing of requests. It needs no more than the standard library,
+since vLLM's processes load it.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
         [--out FILE.json]
 
 Needs torch and Triton and nothing else, not even this package installed. The last line is JSON; its
-`crossover`, of bf16 weights, belongs into cast_serve/kernels/gpu/crossover.json.
+`crossover` says from how many tokens on each form of bf16 weights beats the packed one.
 
 Per shape and number of tokens every op is captured in a
 CUDA graph that runs it once over copies of its weight, more bytes than the L2 cache holds; the
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.kernels.shapes import parse_tokens, random_int8_weight, random_weight, shapes_of
 from cast_serve.kernels.gpu import dispatch
-from cast_serve.kernels.reference import pack
+from cast_serve.kernels.reference import pack, unpack
 from cast_serve.provenance import origin
 from cast_serve.sparsity.bitmask import decompress
 from loadtest.report.directory import check_file, new_directory
@@ -35,6 +35,7 @@ NUM_REPETITIONS = 9
 CACHES = 4  # the copies of a weight take so many times the L2 cache
 COPIED_BYTES = 1 << 30
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PADDED_TOKENS = 16  # the 2:4 products take whole multiples of it
 TABLE_WIDTH = 140  # characters
 Linear = Callable[[Tensor], Tensor]
 # Of one op: the layer many times, each with a weight of its own in memory, and a weight's bytes.
@@ -54,12 +55,13 @@ def run(
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
         weights: of the packed 2:4 op, ``bf16`` or ``int8``. With int8 the other ops, cuBLAS and
-            the packed bf16 op, have the same weights dequantised, and no second form is measured.
+            the packed bf16 op, have the same weights dequantised; no other 2:4 product.
 
     Returns:
         What `origin` says; card, torch, weights, copy_gb_s; results, a dict per shape and number
         of tokens: ms of each op, its range over the repetitions and its relative error against
-        fp32 (None: NaN); crossover, an entry for kernels/crossover.json, empty with int8.
+        fp32 (None: NaN); crossover, from how many tokens on each form beats the packed kernel,
+        empty with int8.
 
     Raises:
         RuntimeError: without a GPU, or with one below compute capability 8.0.
@@ -69,7 +71,7 @@ def run(
     card = dispatch.properties(torch.cuda.current_device())
     begun = origin()
     is_int8 = weights == "int8"
-    forms = [form for form in ("cusparselt", "cutlass") if not is_int8 and _has(form)]
+    forms = [form for form in ("cusparselt", "cutlass") if not is_int8 and has_form(form)]
     copy_gb_s = _copy_gb_s()
     rows = []
     for in_features, out_features in shapes:
@@ -89,7 +91,7 @@ def run(
         "weights": weights,
         "copy_gb_s": copy_gb_s,
         "results": rows,
-        "crossover": {} if is_int8 else {card.name: _crossovers(rows, [*forms, "cublas"])},
+        "crossover": {} if is_int8 else _crossovers(rows, [*forms, "cublas"]),
     }
 
 
@@ -120,12 +122,48 @@ def write_out(out: Path, result: dict[str, Any]) -> None:
     new_directory(out, result)
 
 
-def _has(form: str) -> bool:
-    try:
-        dispatch.check_form(form, torch.device("cuda", torch.cuda.current_device()))
-    except RuntimeError:
-        return False
-    return True
+def has_form(form: str) -> bool:
+    """Whether this torch and this card have a 2:4 product; CUTLASS's takes compute capability 8."""
+    if form == "cusparselt":
+        return bool(torch.backends.cusparselt.is_available())
+    return bool(dispatch.properties(torch.cuda.current_device()).major == 8)
+
+
+def product(x: Tensor, second: list[Tensor], form: str, bias: Tensor | None = None) -> Tensor:
+    """x [num_tokens, in_features] times what `to_form` returned -> [num_tokens, out_features].
+
+    Args:
+        second: the weight in the form.
+        form: cusparselt or cutlass; dense: cuBLAS.
+        bias: [out_features], x's dtype, or None.
+    """
+    if form == "dense":
+        return torch.nn.functional.linear(x, second[0], bias)
+    num_tokens = x.shape[0]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -num_tokens % PADDED_TOKENS))
+    if form == "cusparselt":
+        out = torch._cslt_sparse_mm(second[0], padded.t(), bias=bias, transpose_result=True)
+    else:
+        values, meta = second
+        out = torch._sparse_semi_structured_mm(values, meta, padded.t()).t()
+        out = out if bias is None else out + bias
+    return out[:num_tokens].contiguous()
+
+
+def to_form(weight: Tensor, form: str) -> list[Tensor]:
+    """A dense 2:4 weight [out_features, in_features], bf16 or fp16, on a GPU -> torch's form of it.
+
+    Returns:
+        cusparselt: one tensor of torch's own layout; cutlass: the kept values and their metadata;
+        dense: the weight itself.
+    """
+    if form == "cusparselt":
+        return [torch._cslt_compress(weight)]
+    if form == "cutlass":
+        from torch.sparse import _semi_structured_conversions as conversions
+
+        return list(conversions.sparse_semi_structured_from_dense_cutlass(weight))
+    return [weight]
 
 
 def _copy_gb_s() -> float:
@@ -140,9 +178,10 @@ def _layers(
 ) -> tuple[Tensor, dict[str, Layers]]:
     """A random 2:4 weight, bf16 [out_features, in_features], and the layers of each op."""
     packed = pack(*(part.cuda() for part in random_weight(in_features, out_features)))
-    (dense,) = dispatch.second_form(packed, out_features, in_features, torch.bfloat16, "dense")
+    values, bitmask = unpack(packed, out_features, in_features, torch.bfloat16)
+    dense = decompress(values, bitmask, in_features)
     made = {"packed": ([packed], _bf16_op(out_features)), "cublas": ([dense], _second_op("dense"))}
-    made |= {form: (dispatch.to_form(dense, form), _second_op(form)) for form in forms}
+    made |= {form: (to_form(dense, form), _second_op(form)) for form in forms}
     return dense, {name: _copies(*parts, num_bytes) for name, parts in made.items()}
 
 
@@ -171,7 +210,7 @@ def _bf16_op(out_features: int) -> Callable[[list[Tensor]], Linear]:
 
 
 def _second_op(form: str) -> Callable[[list[Tensor]], Linear]:
-    return lambda parts: lambda x: dispatch.product(x, parts, form)
+    return lambda parts: lambda x: product(x, parts, form)
 
 
 def _copies(
@@ -230,7 +269,7 @@ def _crossovers(rows: Sequence[dict[str, Any]], forms: Sequence[str]) -> dict[st
         ]
         above = [count for count in counts if count > max(slower, default=0)]
         if above:
-            found["dense" if form == "cublas" else form] = above[0]
+            found[form] = above[0]
     return found
 
 

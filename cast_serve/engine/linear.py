@@ -27,7 +27,6 @@ from cast_serve.engine.packing import (
     take_scales,
     weight_scales,
 )
-from cast_serve.kernels.gpu import dispatch
 from cast_serve.sparsity.bitmask import compress
 from cast_serve.sparsity.float8 import widen_float8
 from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
@@ -168,75 +167,57 @@ class Sparse24LinearMethod(LinearMethodBase):
             ValueError: if a scale is not positive and finite (one that was not in the checkpoint
                 is zero), a float8 weight is NaN, or int8 weights are to run in fp32 on a GPU.
         """
-        if self.stored.scale_group is not None:
-            self._pack_int4(layer, self.stored.scale_group)
-            return
-        values = layer.weight.data if self.stored.has_zeros else layer.compressed.data
+        scale_group = self.stored.scale_group
+        loaded = next(
+            getattr(layer, part)
+            for part in ("weight", "compressed", "weight_packed")
+            if hasattr(layer, part)
+        )
+        values: Tensor = loaded.data
         load_kernels(values.is_cuda)
-        if self.stored.dtype:
+        scale = None
+        if scale_group is not None:
+            check_dtype(layer, self.prefix, values.is_cuda)
+            _check_words(self.prefix, values)
+            values = unpack_nibbles(values, layer.cast_in_features // 2)
+            scale = take_scales(layer, self.prefix, scale_group=scale_group)
+            layer.cast_scale_group = scale_group
+        elif self.stored.dtype:
             out_sizes = None if self.stored.has_row_scales else layer.cast_out_sizes
-            scale = take_scales(layer, self.prefix, out_sizes=out_sizes)
+            row_scale = take_scales(layer, self.prefix, out_sizes=out_sizes)
             if self.stored.dtype == torch.int8:
-                keep_scales(layer, self.prefix, scale)
+                keep_scales(layer, self.prefix, row_scale)
             else:
-                values = widen_float8(values, scale[:, None], layer.params_dtype, self.prefix)
+                values = widen_float8(values, row_scale[:, None], layer.params_dtype, self.prefix)
         if self.stored.has_zeros:
             values, bitmask = compress(values, self.prefix)
         else:
             bitmask = layer.bitmask.data
         try:
-            packed = kernels.pack(values, bitmask)
+            packed = kernels.pack24(values, bitmask, scale, scale_group)
         except ValueError as error:
             raise type(error)(f"{self.prefix}: {error}") from None
         _keep_packed(layer, packed)
-        form = dispatch.wanted_form() if packed.is_cuda else "packed"
-        second = dispatch.second_form(
-            packed,
-            layer.cast_out_features,
-            layer.cast_in_features,
-            values.dtype,
-            form,
-        )
-        layer.cast_form = form if second else "packed"
-        layer.cast_second = nn.ParameterList(nn.Parameter(part, False) for part in second)
-        self.on_packed(layer)
-
-    def _pack_int4(self, layer: nn.Module, scale_group: int) -> None:
-        """As `process_weights_after_loading`, of 4 bits."""
-        words = layer.weight_packed.data
-        load_kernels(words.is_cuda)
-        check_dtype(layer, self.prefix, words.is_cuda)
-        if (is_empty := ~words.any(1)).any():
-            raise ValueError(
-                f"{self.prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
-                f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
-                "has none: copy the directory again"
-            )
-        values = unpack_nibbles(words, layer.cast_in_features // 2)
-        scale = take_scales(layer, self.prefix, scale_group=scale_group)
-        try:
-            packed = kernels.pack_int4(values, layer.bitmask.data, scale, scale_group)
-        except ValueError as error:
-            raise type(error)(f"{self.prefix}: {error}") from None
-        _keep_packed(layer, packed)
-        if packed.is_cuda:  # says that there is no other form of integers
-            sizes = layer.cast_out_features, layer.cast_in_features
-            dispatch.second_form(packed, *sizes, torch.int8, dispatch.wanted_form())
-        layer.cast_scale_group, layer.cast_form, layer.cast_second = scale_group, "packed", []
         self.on_packed(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        packed, out_features = layer.packed, layer.cast_out_features
-        if self.stored.scale_group is not None:
-            group = self.stored.scale_group
-            return torch.ops.cast.linear24_int4(x, packed, group, out_features, bias)
-        if self.stored.dtype == torch.int8:
-            return torch.ops.cast.linear24_int8(x, packed, layer.scale, out_features, bias)
-        if layer.cast_form == "packed":
-            return torch.ops.cast.linear24(x, packed, out_features, bias)
-        second = list(layer.cast_second)
-        return torch.ops.cast.linear24_many(x, packed, out_features, bias, second, layer.cast_form)
+        group = self.stored.scale_group
+        is_int8 = self.stored.dtype == torch.int8 and group is None
+        scale = layer.scale if is_int8 else None
+        return kernels.multiply24(
+            x, layer.packed, layer.cast_out_features, bias, scale=scale, scale_group=group
+        )
+
+
+def _check_words(prefix: str, words: Tensor) -> None:
+    """Refuses rows of ``weight_packed`` that no weights make, as where none were loaded."""
+    if (is_empty := ~words.any(1)).any():
+        raise ValueError(
+            f"{prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
+            f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
+            "has none: copy the directory again"
+        )
 
 
 def _keep_packed(layer: nn.Module, packed: Tensor) -> None:

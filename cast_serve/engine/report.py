@@ -22,7 +22,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         num_dense_layers (a merged qkv counts three, however it is stored),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
         in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
-        settings, or the GPU's architecture and second form) and head (``int8``, else ""); kernel
+        settings, or the GPU's architecture) and head (``int8``, else ""); kernel
         and isa are None if no layer is sparse.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
@@ -37,7 +37,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         # engine/linear.py sets both on a layer whose weight it has packed.
         if packed is not None and hasattr(module, "cast_num_linears"):
             num_sparse += module.cast_num_linears
-            weight_bytes += packed.nbytes + sum(part.nbytes for part in module.cast_second)
+            weight_bytes += packed.nbytes
             if hasattr(module, "scale"):
                 weight_bytes += module.scale.nbytes
             kernel, runs_on = kernel_of(module)
@@ -114,8 +114,7 @@ def kernel_of(layer: nn.Module) -> tuple[str, str]:
     if not packed.is_cuda:
         return op, tuning.description()
     card = dispatch.properties(packed.device.index)
-    form = "" if layer.cast_form == "packed" else f" {layer.cast_form}"
-    return op, f"sm_{card.major}{card.minor}{form}"
+    return op, f"sm_{card.major}{card.minor}"
 
 
 def _dense_bytes(module: LinearBase) -> int:

@@ -1,8 +1,8 @@
 """2:4 kernels: a packed weight and activations -> the linear's output, on the device of x.
 
 `pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
-`linear24` and `linear24_int8` multiply, `pack_int4` and `linear24_int4` those of 4 bits; `isa` says
-which CPU kernel runs (``CAST_CPU_ISA`` forces one).
+`linear24` and `linear24_int8` multiply, `pack_int4` and `linear24_int4` those of 4 bits; `pack24`
+and `multiply24` take any of them. `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).
 gpu/dispatch.py is the GPU's side.
 """
 
@@ -27,7 +27,9 @@ __all__ = [
     "linear24_int8",
     "linear_int8",
     "load",
+    "multiply24",
     "pack",
+    "pack24",
     "pack_dense",
     "pack_int4",
     "packed_dense_shape",
@@ -36,6 +38,47 @@ __all__ = [
     "unpack",
     "unpack_int4",
 ]
+
+
+def pack24(
+    values: Tensor, bitmask: Tensor, scale: Tensor | None = None, scale_group: int | None = None
+) -> Tensor:
+    """A compressed weight of any kind -> what `multiply24` multiplies.
+
+    Args:
+        values: [out_features, in_features / 2], bf16, fp16, fp32 or int8.
+        bitmask: uint8 [out_features, ceil(in_features / 8)].
+        scale: of 4 bits, [out_features, num_groups]; packed too.
+        scale_group: of 4 bits, the columns that share a scale; else None.
+
+    Raises:
+        PatternError, ValueError: as `pack` and `pack_int4` do.
+    """
+    if scale_group is None or scale is None:
+        return pack(values, bitmask)
+    return pack_int4(values, bitmask, scale, scale_group)
+
+
+def multiply24(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    scale_group: int | None = None,
+) -> Tensor:
+    """x @ weight.T + bias for what `pack24` made; the kernels are loaded already.
+
+    Args:
+        scale: fp32 [out_features] of int8 values; else None.
+        scale_group: of 4 bits, as `pack24` had it; else None.
+    """
+    if scale_group is not None:
+        return torch.ops.cast.linear24_int4(x, packed, scale_group, out_features, bias)
+    if scale is not None:
+        return torch.ops.cast.linear24_int8(x, packed, scale, out_features, bias)
+    return torch.ops.cast.linear24(x, packed, out_features, bias)
 
 
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.kernels import gpu
@@ -26,9 +27,34 @@ def row(num_tokens: int, packed_ms: float, cublas_ms: float) -> dict[str, Any]:
 
 def test_the_crossover_is_where_a_form_wins_for_good() -> None:
     rows = [row(1, 1, 2), row(8, 3, 2), row(64, 1, 2), row(256, 3, 2), row(1024, 3, 2)]
-    assert gpu._crossovers(rows, ["cublas"]) == {"dense": 256}
+    assert gpu._crossovers(rows, ["cublas"]) == {"cublas": 256}
     assert gpu._crossovers([row(1, 1, 2)], ["cublas"]) == {}
-    assert gpu._crossovers([row(1, 2, 1), row(4, 2, 1)], ["cublas"]) == {"dense": 1}
+    assert gpu._crossovers([row(1, 2, 1), row(4, 2, 1)], ["cublas"]) == {"cublas": 1}
+
+
+@pytest.mark.parametrize("form", ["cusparselt", "cutlass", "dense"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_by_each_form(monkeypatch: pytest.MonkeyPatch, form: str, has_bias: bool) -> None:
+    """torch's 2:4 ops stand in as what their documentation says they compute."""
+
+    def cslt(weight: Tensor, x: Tensor, bias: Tensor | None, transpose_result: bool) -> Tensor:
+        assert x.shape[1] % 16 == 0
+        out = weight @ x + (0 if bias is None else bias[:, None])
+        return out.t() if transpose_result else out
+
+    def cutlass(values: Tensor, meta: Tensor, x: Tensor) -> Tensor:
+        assert x.shape[1] % 16 == 0
+        return (values * meta) @ x
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", cslt, raising=False)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", cutlass)
+    weight, x = torch.randn(24, 64), torch.randn(5, 64)
+    bias = torch.randn(24) if has_bias else None
+    second = [weight / 2, torch.full_like(weight, 2)] if form == "cutlass" else [weight]
+    expected = torch.nn.functional.linear(x, weight, bias)
+    out = gpu.product(x, second, form, bias)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
 
 
 def test_the_table_says_how_many_times_faster() -> None:
