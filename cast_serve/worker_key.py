@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from cast_serve.errors import UsageError
 from cast_serve.key_check import App, KeyCheck
 
 VARIABLE = "CAST_WORKER_KEY"
@@ -39,13 +40,13 @@ def read_key(key: str, file: Path | None) -> str:
     """The key, or a file's one line; empty if neither is given.
 
     Raises:
-        ValueError: if both are given, the file cannot be read, or what they hold fits no header. No
+        UsageError: if both are given, the file cannot be read, or what they hold fits no header. No
             message tells the key.
     """
     if not key and file is None:
         return ""
     if key and file is not None:
-        raise ValueError(f"{VARIABLE} and {FILE_VARIABLE} are both set; unset one")
+        raise UsageError(f"{VARIABLE} and {FILE_VARIABLE} are both set; unset one")
     where = VARIABLE
     if file is not None:
         where = str(file)
@@ -53,9 +54,9 @@ def read_key(key: str, file: Path | None) -> str:
             key = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no ASCII text"
-            raise ValueError(f"the workers' key in {where} cannot be read: {reason}") from None
+            raise UsageError(f"the workers' key in {where} cannot be read: {reason}") from None
     if not re.fullmatch(r"[!-~]+", key):
-        raise ValueError(
+        raise UsageError(
             f"{where} holds no key: it must be printable ASCII without spaces; {HOW_TO_MAKE}"
         )
     return key
@@ -65,7 +66,7 @@ def key_of_environment() -> str:
     """The key that a worker asks for: ours, else vLLM's own; empty for none.
 
     Raises:
-        ValueError: as `read_key` does.
+        UsageError: as `read_key` does.
     """
     file = os.environ.get(FILE_VARIABLE)
     own = read_key(os.environ.get(VARIABLE, ""), Path(file) if file else None)
@@ -76,12 +77,12 @@ class WorkerKeyCheck(KeyCheck):
     """For vLLM's --middleware: 401 without the key of the environment.
 
     Raises:
-        ValueError: if the environment has no key.
+        UsageError: if the environment has no key.
     """
 
     def __init__(self, app: App) -> None:
         key = key_of_environment()
         if not key:
-            raise ValueError(f"no key to check: set {VARIABLE} or {FILE_VARIABLE}")
+            raise UsageError(f"no key to check: set {VARIABLE} or {FILE_VARIABLE}")
         digest = hashlib.sha256(key.encode()).digest()
         super().__init__(app, [digest], OPEN_PATHS.__contains__, NEEDS_KEY)

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint.shard import CheckpointError
+from cast_serve.errors import PushError
 
 PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *PAPERS)
 # Folders hold the model in other formats; consolidated files are Mistral's second copy.
 UNWANTED = ("*/*", "consolidated*.safetensors")
 LOG_IN = "set HF_TOKEN, or run `hf auth login`"
-
-
-class PushError(RuntimeError):
-    """A complete directory could not be pushed to a hub."""
 
 
 def fetch(model: str | Path) -> Path:

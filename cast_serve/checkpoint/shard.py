@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cast_serve.errors import CheckpointError as CheckpointError
+
 if TYPE_CHECKING:
     from safetensors import safe_open
-
-
-class CheckpointError(ValueError):
-    """A directory is not a checkpoint that can be read, or must not be overwritten."""
 
 
 def check_contained(directory: Path) -> None:

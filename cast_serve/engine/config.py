@@ -30,6 +30,7 @@ from cast_serve.engine.claims import FORMAT, METHOD, claims
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import Sparse24LinearMethod, Stored
 from cast_serve.engine.report import kernel_of
+from cast_serve.errors import UsageError
 from cast_serve.kernels.cpu import build
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS
 
@@ -96,7 +97,7 @@ class Sparse24Config(QuantizationConfig):
         """Reads config.json's ``quantization_config``.
 
         Raises:
-            ValueError: if the checkpoint is quantised in a form that is not served, or not 2:4, or
+            UsageError: if the checkpoint is quantised in a form that is not served, or not 2:4, or
                 targets other layers than linears.
         """
         sparsity = config.get("sparsity_config") or {}
@@ -104,7 +105,7 @@ class Sparse24Config(QuantizationConfig):
         form, scheme = config.get("format", "dense"), config.get("config_groups") or {}
         unquantized = list(config.get("ignore") or [])
         if has_zeros and form not in DTYPES:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint stores the zeros of its weights, in the format {form!r}, which is "
                 f"served as it is in {' and '.join(DTYPES)} only; {REMEDY}"
             )
@@ -112,7 +113,7 @@ class Sparse24Config(QuantizationConfig):
             stored = _stored(form, scheme, has_zeros)
             return cls(unquantized, stored, unquantized)
         if sparsity.get("sparsity_structure") != "2:4" or sparsity.get("targets") != ["Linear"]:
-            raise ValueError(
+            raise UsageError(
                 f"sparsity_structure {sparsity.get('sparsity_structure')!r} with targets "
                 f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed"
             )
@@ -144,14 +145,14 @@ class Sparse24Config(QuantizationConfig):
         """The method of a target, of an 8-bit head, of an ignored linear; else None.
 
         Raises:
-            ValueError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
+            UsageError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
         """
         prefix = prefix.removeprefix(".")  # GPT-2's head is ".lm_head" to vLLM
         stored = self.head if isinstance(layer, ParallelLMHead) else self.stored
         stored = Stored() if self._is_in(self.unquantized, prefix) else stored
         if isinstance(layer, ParallelLMHead):
             if stored.dtype and stored not in HEADS:
-                raise ValueError(
+                raise UsageError(
                     f"{prefix} is quantised, as {stored}; a head is served unquantised or in int8 "
                     f"with a scale for each row and no input_scale; {REMEDY}"
                 )
@@ -162,7 +163,7 @@ class Sparse24Config(QuantizationConfig):
             self._num_unpacked += 1
             return Sparse24LinearMethod(prefix, stored, self._count)
         if stored.dtype:
-            raise ValueError(
+            raise UsageError(
                 f"{prefix} is quantised and not 2:4; only the head is served in that form; {REMEDY}"
             )
         return UnquantizedLinearMethod()
@@ -191,10 +192,10 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
         has_zeros: whether the zeros of the weights are stored.
 
     Raises:
-        ValueError: naming what is not served.
+        UsageError: naming what is not served.
     """
     if form not in SERVED or not scheme:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint is 2:4-sparse and quantised ({form}); 2:4 weights are served in bf16, "
             f"fp16, fp32, as {' or '.join(DTYPES)} with 8 bits or {INT4} with 4; {REMEDY}"
         )
@@ -206,7 +207,7 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
         _check(form, f"{name}.weights.{key}", group["weights"].get(key), known)
     found = {group["weights"][key] for group in scheme.values()}
     if len(found) > 1:
-        raise ValueError(f"config_groups differ in weights.{key}: {sorted(found)}; {REMEDY}")
+        raise UsageError(f"config_groups differ in weights.{key}: {sorted(found)}; {REMEDY}")
     inputs = [group.get("input_activations") or {"dynamic": True} for group in scheme.values()]
     has_input_scale = not all(activations.get("dynamic") for activations in inputs)
     if has_input_scale:
@@ -221,7 +222,7 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
 
 def _check(form: str, key: str, found: Any, served: tuple[Any, ...]) -> None:
     if found not in served:
-        raise ValueError(
+        raise UsageError(
             f"config_groups.{key} is {found!r}; of {4 if form == INT4 else 8}-bit 2:4 weights "
             f"{' or '.join(map(repr, served))} is served; {REMEDY}"
         )

@@ -27,6 +27,7 @@ from cast_serve.engine.packing import (
     take_scales,
     weight_scales,
 )
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.bitmask import compress
 from cast_serve.sparsity.float8 import widen_float8
 from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
@@ -90,7 +91,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         ``compressed``.
 
         Raises:
-            ValueError: if in_features cannot be cut into whole groups, bitmask bytes and scale
+            UsageError: if in_features cannot be cut into whole groups, bitmask bytes and scale
                 groups.
         """
         is_sharded = input_size_per_partition != input_size
@@ -100,7 +101,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             unit = scale_group
         if input_size_per_partition % unit:
             smaller = "" if scale_group is None else ", or convert with a smaller --scale-group"
-            raise ValueError(
+            raise UsageError(
                 f"{self.prefix}: in_features {input_size} over "
                 f"{input_size // input_size_per_partition} tensor-parallel ranks leaves "
                 f"{input_size_per_partition} per rank, no multiple of {unit}; use fewer ranks"
@@ -164,7 +165,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
                 not in the checkpoint is all zeros), or a group of a weight with its zeros has more
                 than two non-zeros.
-            ValueError: if a scale is not positive and finite (one that was not in the checkpoint
+            UsageError: if a scale is not positive and finite (one that was not in the checkpoint
                 is zero), a float8 weight is NaN, or int8 weights are to run in fp32 on a GPU.
         """
         scale_group = self.stored.scale_group
@@ -213,7 +214,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 def _check_words(prefix: str, words: Tensor) -> None:
     """Refuses rows of ``weight_packed`` that no weights make, as where none were loaded."""
     if (is_empty := ~words.any(1)).any():
-        raise ValueError(
+        raise UsageError(
             f"{prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
             f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
             "has none: copy the directory again"
@@ -236,7 +237,7 @@ def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:
     def check(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
         found = loaded.flatten().tolist()
         if len(found) != 2 or found[1] != in_features:
-            raise ValueError(
+            raise UsageError(
                 f"{prefix}: the checkpoint says shape {found}, but in_features is {in_features}"
             )
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 
 from cast_serve import kernels
+from cast_serve.errors import UsageError
 
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -53,7 +54,7 @@ def take_scales(
         fp32 [rows], or with scale groups [rows, num_groups].
 
     Raises:
-        ValueError: if a scale is not positive and finite.
+        UsageError: if a scale is not positive and finite.
     """
     scale: Tensor = layer.weight_scale.data
     scale = scale.flatten() if scale_group is None else scale
@@ -62,7 +63,7 @@ def take_scales(
     bad = ~(scale[:num_loaded].isfinite() & (scale[:num_loaded] > 0))
     if bad.any():
         place = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
+        raise UsageError(
             f"{prefix}.weight_scale: {int(bad.sum())} of {bad.numel()} are not positive and "
             f"finite; the first is {float(scale[place])} in row {place[0]}; the file is damaged or "
             "has no scales: copy the directory again"
@@ -75,7 +76,7 @@ def keep_scales(layer: nn.Module, prefix: str, scale: Tensor) -> None:
     """Gives a layer its ``scale``, fp32 [rows], as the int8 kernels take it.
 
     Raises:
-        ValueError: if the layer runs in fp32 on a GPU.
+        UsageError: if the layer runs in fp32 on a GPU.
     """
     check_dtype(layer, prefix, scale.is_cuda)
     layer.register_parameter("scale", nn.Parameter(scale, requires_grad=False))
@@ -85,10 +86,10 @@ def check_dtype(layer: nn.Module, prefix: str, is_cuda: bool) -> None:
     """Refuses a dtype that the kernels of integer weights do not take.
 
     Raises:
-        ValueError: if the layer runs in fp32 on a GPU.
+        UsageError: if the layer runs in fp32 on a GPU.
     """
     if is_cuda and layer.params_dtype not in GPU_DTYPES:
-        raise ValueError(
+        raise UsageError(
             f"{prefix} has integer weights, which a GPU multiplies in bf16 or fp16, but the model "
             f"runs in {layer.params_dtype}; serve it with --dtype bfloat16"
         )

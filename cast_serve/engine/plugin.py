@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from cast_serve.engine.claims import METHOD, claims
+from cast_serve.errors import UsageError
 
 
 def register() -> None:
@@ -55,6 +56,6 @@ def _register_refusal(why: str) -> None:
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, *_: Any, **__: Any
         ) -> None:
             if claims(hf_quant_cfg, user_quant):
-                raise ValueError(f"this model is 2:4-sparse and cannot be served: {why}")
+                raise UsageError(f"this model is 2:4-sparse and cannot be served: {why}")
 
     register_quantization_config(METHOD)(Refused)

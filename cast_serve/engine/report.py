@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from cast_serve.errors import FailedError
 from cast_serve.kernels.cpu import tuning
 from cast_serve.kernels.gpu import dispatch
 
@@ -73,7 +74,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
         one report: the layers of the whole model, the bytes of all ranks.
 
     Raises:
-        RuntimeError: if another number of layers runs the sparse kernel at any tensor-parallel
+        FailedError: if another number of layers runs the sparse kernel at any tensor-parallel
             rank.
     """
     shares: dict[int, list[dict[str, Any]]] = {}
@@ -85,7 +86,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
                 f"{stage['num_sparse_layers']} at pipeline rank {stage['pipeline_rank']}"
                 for stage in stages
             )
-            raise RuntimeError(
+            raise FailedError(
                 f"{expected} layers are 2:4 on disk, but at tensor-parallel rank {tensor_rank} the "
                 f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
                 "its plugin not switched off by VLLM_PLUGINS?"

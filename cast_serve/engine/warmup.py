@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cast_serve.errors import FailedError
+
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
@@ -39,7 +41,7 @@ async def warm_up(engine: "EngineClient") -> WarmUp:
         engine: loaded, without other requests meanwhile.
 
     Raises:
-        RuntimeError: if the engine does not answer one of them.
+        FailedError: if the engine does not answer one of them.
     """
     vocabulary_size = engine.model_config.get_vocab_size()
     step_tokens = min(
@@ -55,7 +57,7 @@ async def warm_up(engine: "EngineClient") -> WarmUp:
             await _answer(engine, prompt, f"warm-up-{first_id}")
         except Exception as error:  # whatever it is, this engine must not be served
             cause = error.__cause__ or error
-            raise RuntimeError(
+            raise FailedError(
                 f"the engine did not answer a request of {num_tokens} prompt tokens before it was "
                 f"to serve ({type(cause).__name__}: {cause}); what it logged above says why"
             ) from error

@@ -14,7 +14,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.claims import METHOD
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
 from cast_serve.engine.warmup import WarmUp, warm_up
+from cast_serve.errors import CastError, FailedError, UsageError
 from cast_serve.latency import BUCKETS_S
 
 KV_CACHE_BYTES = 1 << 30
@@ -91,17 +93,17 @@ def run(
         vllm_flags: any flags of vLLM's server; they override ours.
 
     Raises:
-        ValueError: if the directory holds no model or a gated one, there are fewer cores than
+        UsageError: if the directory holds no model or a gated one, there are fewer cores than
             ranks, vLLM's interfaces are not those that we use, or the key is wrong or among the
             flags.
-        RuntimeError: if a target layer did not get the sparse kernel, or the engine does not
+        FailedError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
     model = hub.fetch(model)
     if not (model / "config.json").is_file():
-        raise ValueError(f"{model} holds no model: there is no config.json; name an HF directory")
+        raise UsageError(f"{model} holds no model: there is no config.json; name an HF directory")
     if is_gated(model):
-        raise ValueError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
+        raise UsageError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
     expected, has_zeros = count_sparse(model)
     has_record = (model / CAST_JSON).is_file()
     if has_record and not expected and read_record(model).get("kind") == "pruned":
@@ -111,7 +113,7 @@ def run(
             file=sys.stderr,
         )
     if expected and "--enable-lora" in vllm_flags:
-        raise ValueError(
+        raise UsageError(
             f"--enable-lora: vLLM puts no LoRA on the 2:4 linears of {model}; serve it dense"
         )
     _end_with_parent()
@@ -130,11 +132,12 @@ def run(
         vllm_flags = ["--enforce-eager", *vllm_flags]
     # This imports vllm, which reads the environment.
     if expected and (why := refusal("cast-serve's 2:4 plugin", PLUGIN)):
-        raise ValueError(f"{model} is 2:4-sparse and cannot be served: {why}")
+        raise UsageError(f"{model} is 2:4-sparse and cannot be served: {why}")
     if why := refusal("this worker", SERVER):
-        raise ValueError(f"{why}, or serve with vLLM's own `vllm serve {model}`")
+        raise UsageError(f"{why}, or serve with vLLM's own `vllm serve {model}`")
     quantization = METHOD if has_zeros else None
-    args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
+    with _vllms_refusals():
+        args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
     guard(args, name)
     if has_zeros and args.quantization != METHOD:
         expected = 0  # the user's --quantization asks for one of vLLM's own methods
@@ -220,12 +223,12 @@ def lacks_compiler(vllm_flags: Sequence[str]) -> bool:
     """Whether torch.compile, on a CPU, would find no C++ compiler.
 
     Raises:
-        ValueError: if so, and --no-enforce-eager asks for it.
+        UsageError: if so, and --no-enforce-eager asks for it.
     """
     if torch.cuda.is_available() or shutil.which(compiler()):
         return False
     if {"--no-enforce-eager", "--no_enforce_eager"} & set(vllm_flags):
-        raise ValueError(
+        raise UsageError(
             f"--no-enforce-eager has vLLM call the C++ compiler {compiler()!r}, which was not "
             "found; install one (Debian: apt-get install g++), name it in CXX, or leave it out"
         )
@@ -236,10 +239,10 @@ def guard(args: argparse.Namespace, name: str) -> None:
     """Has vLLM's server ask for the environment's key on every path, if there is one.
 
     Raises:
-        ValueError: if the key is wrong, or among the flags.
+        UsageError: if the key is wrong, or among the flags.
     """
     if args.api_key:
-        raise ValueError(
+        raise UsageError(
             "--api-key shows the key in `ps`, and vLLM asks for it under /v1 alone; set "
             f"{worker_key.VARIABLE} or {worker_key.FILE_VARIABLE} in the environment"
         )
@@ -312,7 +315,25 @@ def _run_headless(args: argparse.Namespace) -> None:
     from vllm.entrypoints.cli.serve import run_headless
 
     args.api_server_count = 0  # as `vllm serve --headless` sets it
-    run_headless(args)
+    with _vllms_refusals():
+        run_headless(args)
+
+
+@contextmanager
+def _vllms_refusals() -> Iterator[None]:
+    """What vLLM says of flags, model and machine, as an error of ours; its log has the traceback.
+
+    Raises:
+        UsageError, FailedError: for a ValueError or OSError, and for a RuntimeError of vLLM's.
+    """
+    try:
+        yield
+    except CastError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        raise FailedError(str(error)) from error
 
 
 async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
@@ -332,8 +353,10 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop_loading)
-    listen_address, sock = setup_server(args, reuse_port=False)
-    async with build_async_engine_client(args) as engine:
+    async with AsyncExitStack() as stack:
+        with _vllms_refusals():
+            listen_address, sock = setup_server(args, reuse_port=False)
+            engine = await stack.enter_async_context(build_async_engine_client(args))
         reports = await engine.collective_rpc("cast_report")
         report = check_reports(reports, expected)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))

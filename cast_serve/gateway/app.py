@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from rich.console import Console
 from starlette.exceptions import HTTPException
 
+from cast_serve.errors import UsageError, VariantError
 from cast_serve.gateway.accounts import Accounts
 from cast_serve.gateway.admission import Places
 from cast_serve.gateway.api import openapi, paths
@@ -49,7 +50,7 @@ from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.control import Control
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.roll import Roller
-from cast_serve.gateway.upstream.supervisor import Supervisor, VariantError, WatchSettings
+from cast_serve.gateway.upstream.supervisor import Supervisor, WatchSettings
 from cast_serve.key_check import KeyCheck
 from cast_serve.worker_key import is_loopback, read_key
 
@@ -68,7 +69,7 @@ class Gateway:
         settings: see there.
 
     Raises:
-        ValueError: if the workers' key cannot be read, or a split or fallback names a variant that
+        UsageError: if the workers' key cannot be read, or a split or fallback names a variant that
             there is not.
     """
 
@@ -208,7 +209,7 @@ def create_app(
             says why.
 
     Raises:
-        ValueError: if the keys cannot be read, or a split or fallback names no variant.
+        UsageError: if the keys cannot be read, or a split or fallback names no variant.
     """
     gateway = Gateway(variants, settings)
     digests = load_keys(settings.api_keys, settings.api_keys_file)
@@ -319,7 +320,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     What still runs after `shutdown_grace_s`, or at a second signal, is cut off.
 
     Raises:
-        ValueError: if the address cannot be listened on.
+        UsageError: if the address cannot be listened on.
         VariantError: if a local worker could not be brought up, or the watch over them failed.
     """
 
@@ -390,7 +391,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     try:
         await server.serve()
     except SystemExit:  # uvicorn's, with the cause in its log
-        raise ValueError(
+        raise UsageError(
             f"{settings.host}:{settings.port} cannot be listened on; free it or name another port"
         ) from None
     finally:

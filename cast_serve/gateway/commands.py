@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cast_serve.errors import UsageError
 from cast_serve.options import option
 
 if TYPE_CHECKING:
@@ -99,17 +100,17 @@ def up(
     workers = dict(given.variant)
     for name, values in _parse_variants(variant or []).items():
         if len(values) > 1:
-            raise ValueError(f"--variant {name} is given twice; each directory needs its own name")
+            raise UsageError(f"--variant {name} is given twice; each directory needs its own name")
         known = workers.get(name, WorkerConfig(dir=Path()))
         workers[name] = known.model_copy(update={"dir": Path(values[0])})
     if not workers:
-        raise ValueError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
+        raise UsageError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
     flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
     logs = {"log_level": log_level, "log_dir": log_dir}
     settings = settings_of(given.gateway, flags | logs, assignments or [])
     ports = [worker.port for worker in workers.values() if worker.port is not None]
     if len({settings.port, *ports}) <= len(ports):
-        raise ValueError(f"ports {settings.port}, {ports}: gateway and variants need one each")
+        raise UsageError(f"ports {settings.port}, {ports}: gateway and variants need one each")
     for own in ports:
         check_port_is_free("127.0.0.1", own)
     _serve(local_variants(workers, context.args, settings.port), settings)
@@ -167,7 +168,7 @@ def roll(
 
     name, equals, model = variant.partition("=")
     if not name or (equals and not model):
-        raise ValueError(f"{variant!r} is not NAME or NAME=DIR; write sparse=PATH")
+        raise UsageError(f"{variant!r} is not NAME or NAME=DIR; write sparse=PATH")
     settings = settings_of({}, {"port": port, "control_socket": control_socket}, [])
     if model and not (hub.is_name(model.partition("@")[0]) and not Path(model).exists()):
         model = str(Path(model).absolute())
@@ -188,7 +189,7 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
         try:
             settings.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"log directory {settings.log_dir} cannot be made ({error.strerror}); name another"
             ) from None
     level = settings.log_level.upper()
@@ -215,7 +216,7 @@ def _parse_variants(given: list[str]) -> dict[str, list[str]]:
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
+            raise UsageError(f"--variant {text!r} is not NAME=DIR or NAME=URL; write dense=PATH")
         check_name(name, f"--variant {text!r}")
         variants.setdefault(name, []).append(value)
     return variants
@@ -229,7 +230,7 @@ def check_port_is_free(host: str, port: int) -> None:
     """Refuses a port that another process has, or a host that is none of this machine's.
 
     Raises:
-        ValueError: if so.
+        UsageError: if so.
     """
     import socket
 
@@ -241,7 +242,7 @@ def check_port_is_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"{host}:{port} cannot be listened on ({error.strerror}); "
             "free it or name another --port"
         ) from None

@@ -5,6 +5,7 @@ import itertools
 import random
 from collections.abc import Mapping
 
+from cast_serve.errors import UsageError
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.upstream.replica import Variant
 
@@ -18,7 +19,7 @@ class Router:
         fallbacks: {variant that is down: variant that answers for it}.
 
     Raises:
-        ValueError: if a split or fallback names a variant that there is not.
+        UsageError: if a split or fallback names a variant that there is not.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class Router:
         weights = [name for shares in split.values() for name in shares]
         for name in (*weights, *fallbacks, *fallbacks.values()):
             if name not in variants:
-                raise ValueError(
+                raise UsageError(
                     f"split or fallback names {name!r}, but the variants are {list(variants)}"
                 )
         if taken := split.keys() & variants.keys():
-            raise ValueError(f"split {sorted(taken)} is the name of a variant; choose another")
+            raise UsageError(f"split {sorted(taken)} is the name of a variant; choose another")
 
     def choose(self, model: str, key: str | None) -> Variant:
         """The variant that a model's name means, whether it is up or not.

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-class PatternError(ValueError):
-    """A tensor does not have the N:M pattern that it must have, or cannot have it."""
+from cast_serve.errors import PatternError as PatternError
 
 
 @dataclass(frozen=True)

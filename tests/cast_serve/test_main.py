@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cast_serve import __main__ as cli
+from cast_serve.errors import FailedError, UsageError
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.control import default_path
 from cast_serve.gateway.upstream.replica import Variant
@@ -343,6 +344,32 @@ def test_a_torchaudio_for_cuda_is_to_be_removed(
     code, out, err = cast_serve("inspect", "DIR")
     assert (code, out) == (2, "")
     assert "pip uninstall torchaudio torchcodec" in err
+
+
+@pytest.mark.parametrize("fault", [ValueError, OSError, RuntimeError, KeyError])
+def test_a_fault_of_ours_is_not_taken_for_wrong_use(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    """Python shows an exception that leaves `main` with its traceback, and exits with 1."""
+
+    def fail(folder: Path) -> None:
+        raise fault("ours")
+
+    monkeypatch.setattr("cast_serve.checkpoint.inspect.inspect", fail)
+    monkeypatch.setattr("sys.argv", ["cast-serve", "inspect", "DIR"])
+    with pytest.raises(fault, match="ours"):
+        cli.main()
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError, 2), (FailedError, 1)])
+def test_the_exit_code_says_whose_error_it_is(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: int
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error("theirs")
+
+    monkeypatch.setattr("cast_serve.checkpoint.inspect.inspect", fail)
+    assert cast_serve("inspect", "DIR") == (code, "", "cast-serve: theirs\n")
 
 
 def test_everything_listens_on_loopback_unless_told(

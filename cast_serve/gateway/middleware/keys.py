@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from cast_serve.errors import UsageError
+
 
 def load_keys(text: str, file: Path | None) -> list[bytes]:
     """Digests of the keys in a setting and a file.
@@ -12,12 +14,12 @@ def load_keys(text: str, file: Path | None) -> list[bytes]:
         file: the same, one a line; empty lines and lines that begin with # are passed over.
 
     Raises:
-        ValueError: if the file cannot be read, the text or the file is given and holds no key, or
+        UsageError: if the file cannot be read, the text or the file is given and holds no key, or
             a digest is none.
     """
     keys = [key.strip() for key in text.split(",")]
     if text and not any(keys):
-        raise ValueError(
+        raise UsageError(
             f"CAST_API_KEYS is {text!r}, which holds no API key and would leave the gateway open; "
             "name a key, or unset the variable to leave it open"
         )
@@ -25,10 +27,10 @@ def load_keys(text: str, file: Path | None) -> list[bytes]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the API keys in {file}: {error}") from error
+            raise UsageError(f"cannot read the API keys in {file}: {error}") from error
         lines = [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(lines):
-            raise ValueError(f"{file} holds no API key, which would leave the gateway open")
+            raise UsageError(f"{file} holds no API key, which would leave the gateway open")
         keys += lines
     return [_digest(key) for key in keys if key]
 
@@ -42,5 +44,5 @@ def _digest(key: str) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != 32:
-        raise ValueError("an API key that begins with sha256: must go on with 64 hex digits")
+        raise UsageError("an API key that begins with sha256: must go on with 64 hex digits")
     return digest

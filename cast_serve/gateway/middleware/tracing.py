@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cast_serve.errors import UsageError
 from cast_serve.gateway.middleware.request_log import facts_of
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -21,7 +22,7 @@ def set_up() -> bool:
         whether spans are exported.
 
     Raises:
-        ValueError: if the variable is set and the packages are missing.
+        UsageError: if the variable is set and the packages are missing.
     """
     if not os.environ.get(ENDPOINT):
         return False
@@ -32,7 +33,7 @@ def set_up() -> bool:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"{ENDPOINT} is set, but {error.name} is missing; install it with: "
             "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         ) from error

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cast_serve.checkpoint import hub
 from cast_serve.cores import parse_cores
+from cast_serve.errors import UsageError
 from cast_serve.gateway.settings import GatewaySettings
 
 PATHS = ("api_keys_file", "worker_key_file", "control_socket", "log_dir")  # of GatewaySettings
@@ -62,23 +63,23 @@ def read_config(path: Path) -> ServeConfig:
     """Reads the file; the values of ``[gateway]`` are left to `GatewaySettings` to check.
 
     Raises:
-        ValueError: if it cannot be read, a key is unknown, or a worker's value is wrong.
+        UsageError: if it cannot be read, a key is unknown, or a worker's value is wrong.
     """
     try:
         config = ServeConfig(**tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         *table, key = map(str, fault["loc"][:3])
         where = f"--config {path}" + (f", [{'.'.join(table)}]" if table else "")
         if fault["type"] == "extra_forbidden":
             known = WorkerConfig.model_fields if table else ServeConfig.model_fields
-            raise ValueError(f"{where}: {_unknown(key, known)}") from None
+            raise UsageError(f"{where}: {_unknown(key, known)}") from None
         if fault["type"] == "missing":
-            raise ValueError(f"{where}: {key} is missing") from None
+            raise UsageError(f"{where}: {key} is missing") from None
         limit = fault["msg"].replace("Input should", "it must").replace("tuple", "list")
-        raise ValueError(f"{where}: {key} is {fault['input']!r}: {limit}") from None
+        raise UsageError(f"{where}: {key} is {fault['input']!r}: {limit}") from None
     _check_settings(config.gateway, f"--config {path}, [gateway]")
     for name in config.variant:
         check_name(name, f"--config {path}, [variant.{name}]")
@@ -102,11 +103,11 @@ def check_name(name: str, where: str) -> None:
         where: it is given, for the error.
 
     Raises:
-        ValueError: if so.
+        UsageError: if so.
     """
     is_latin = name.isprintable() and all(ord(letter) < 256 for letter in name)
     if not (name and is_latin and name == name.strip()):
-        raise ValueError(
+        raise UsageError(
             f"{where}: {name!r} cannot stand in an HTTP header; name the variant in printable "
             "Latin-1 letters without blanks around them"
         )
@@ -130,16 +131,16 @@ def settings_of(
         assignments: ``KEY=VALUE``; the last of a key counts.
 
     Raises:
-        ValueError: naming the setting, where it comes from, and its limit or the nearest key.
+        UsageError: naming the setting, where it comes from, and its limit or the nearest key.
     """
     pairs = [text.partition("=") for text in assignments]
     for text, (key, equals, _) in zip(assignments, pairs, strict=True):
         if not (key and equals):
-            raise ValueError(f"--set {text!r} is not KEY=VALUE; write for instance max_queued=64")
+            raise UsageError(f"--set {text!r} is not KEY=VALUE; write for instance max_queued=64")
     last = {key: value for key, _, value in pairs}
     _check_settings(last, "--set")
     if "worker_key" in last:
-        raise ValueError("--set worker_key would show the key in `ps`; set CAST_WORKER_KEY")
+        raise UsageError("--set worker_key would show the key in `ps`; set CAST_WORKER_KEY")
     first = {key: flag for key, flag in flags.items() if flag is not None}
     sources = {key: f"[gateway] {key} of --config" for key in file}
     sources |= {key: f"--{key.replace('_', '-')}" for key in first}
@@ -152,13 +153,13 @@ def settings_of(
         flag = f", or --{name.replace('_', '-')}," if name in flags else ""
         source = sources.get(name, f"CAST_{name.upper()}{flag}")
         where = f"{source} is {fault['input']!r}: " if name else ""
-        raise ValueError(f"{where}{fault['msg']}") from None
+        raise UsageError(f"{where}{fault['msg']}") from None
 
 
 def _check_settings(names: Iterable[str], where: str) -> None:
     for name in names:
         if name not in GatewaySettings.model_fields:
-            raise ValueError(f"{where}: {_unknown(name, GatewaySettings.model_fields)}")
+            raise UsageError(f"{where}: {_unknown(name, GatewaySettings.model_fields)}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cast_serve.errors import FailedError, UsageError
+
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 10.0
@@ -76,8 +78,8 @@ class Control:
 
         try:
             done = await self._answer(reader, lambda text: tell(say=text))
-        except (ValueError, RuntimeError) as error:
-            tell(error=str(error), is_wrong_use=isinstance(error, ValueError))
+        except (UsageError, FailedError) as error:
+            tell(error=str(error), is_wrong_use=isinstance(error, UsageError))
         except asyncio.CancelledError:
             tell(error="the gateway is stopping; what was served goes on until then")
         except Exception as error:
@@ -99,7 +101,7 @@ class Control:
                 asked = json.loads(await reader.readline())
             name, model = str(asked["variant"]), asked["model"]
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
-            raise ValueError(f"this is no request for a roll: {error!r}") from None
+            raise UsageError(f"this is no request for a roll: {error!r}") from None
         roll = asyncio.ensure_future(self._roll(name, Path(model) if model else None, say))
         left = asyncio.create_task(reader.read(1))
         try:
@@ -127,14 +129,14 @@ def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[
         what `Roller.roll` does.
 
     Raises:
-        ValueError: if no gateway of this user's listens there, or it cannot do that.
-        RuntimeError: if the new worker did not come up, or the gateway ended.
+        UsageError: if no gateway of this user's listens there, or it cannot do that.
+        FailedError: if the new worker did not come up, or the gateway ended.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(path))
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"no `cast-serve up` of this user's answers at {path} ({error.strerror or error}); "
                 "name its --port, or its control_socket in --socket"
             ) from None
@@ -147,10 +149,10 @@ def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[
                 elif "done" in message:
                     return dict(message["done"])
                 else:
-                    raise (ValueError if message.get("is_wrong_use") else RuntimeError)(
+                    raise (UsageError if message.get("is_wrong_use") else FailedError)(
                         message["error"]
                     )
-    raise RuntimeError("the gateway ended before the roll did")
+    raise FailedError("the gateway ended before the roll did")
 
 
 def _make_private(folder: Path) -> None:

@@ -15,18 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cast_serve.errors import RollError, UsageError, VariantError
 from cast_serve.gateway.upstream.replica import Replica, Variant, start_worker
-from cast_serve.gateway.upstream.supervisor import Supervisor, VariantError
+from cast_serve.gateway.upstream.supervisor import Supervisor
 from cast_serve.gateway.upstream.variants import log_name, stop, successor
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 Say = Callable[[str], None]
-
-
-class RollError(RuntimeError):
-    """The new worker did not come up; the old one serves on."""
 
 
 class Roller:
@@ -69,7 +66,7 @@ class Roller:
             what was done, with seconds.
 
         Raises:
-            ValueError: if there is no such variant or model, the variant's servers run elsewhere,
+            UsageError: if there is no such variant or model, the variant's servers run elsewhere,
                 or another is being rolled.
             RollError: if the new worker did not come up.
         """
@@ -108,14 +105,14 @@ class Roller:
     def _rollable(self, name: str) -> Replica:
         variant = self._variants.get(name)
         if variant is None:
-            raise ValueError(f"there is no variant {name!r}; served are {list(self._variants)}")
+            raise UsageError(f"there is no variant {name!r}; served are {list(self._variants)}")
         if any(replica.model is None for replica in variant.replicas):
-            raise ValueError(
+            raise UsageError(
                 f"the servers of variant {name!r} run elsewhere, so nothing can be started in "
                 "their place; roll them where they run"
             )
         if self._rolling is not None:
-            raise ValueError(f"variant {self._rolling!r} is being rolled; wait for its end")
+            raise UsageError(f"variant {self._rolling!r} is being rolled; wait for its end")
         (replica,) = variant.replicas
         return replica
 

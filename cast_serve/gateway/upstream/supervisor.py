@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cast_serve.errors import VariantError
 from cast_serve.gateway.upstream import probes
 from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.probes import Canary, Limits
@@ -43,10 +44,6 @@ STEADY_S = 300.0  # up for so long, a worker's next pause is the first one again
 MAX_FAILED_STARTS = 5  # in a row, of a worker that was up before
 STEP_FACTOR = 10  # an engine without progress for so many full steps hangs
 FIRST_ANSWER_FACTOR = 10  # times the hang limit: the first answer compiles and loads what it needs
-
-
-class VariantError(RuntimeError):
-    """A variant did not start, or did not come back."""
 
 
 @dataclass(frozen=True)

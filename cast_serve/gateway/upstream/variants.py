@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.cores import parse_cores
+from cast_serve.errors import UsageError
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import (
     KILL_GRACE_S,
@@ -44,14 +45,14 @@ def local_variants(
         gateway_port: which the gateway is about to take, and which no worker gets.
 
     Raises:
-        ValueError: if a directory holds no model, or there are fewer cores than variants.
+        UsageError: if a directory holds no model, or there are fewer cores than variants.
     """
     named = {name: parse_cores(each.cores) for name, each in workers.items() if each.cores}
     taken = {core for cores in named.values() for core in cores}
     left = sorted(os.sched_getaffinity(0) - taken)
     sharing = [name for name in workers if name not in named]
     if len(left) < len(sharing):
-        raise ValueError(
+        raise UsageError(
             f"{len(sharing)} variants need a core each, but this process has {len(left)}"
             f"{' left' if taken else ''}; "
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
@@ -78,7 +79,7 @@ def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
         urls: one or more per variant, as ``http://HOST:PORT``.
 
     Raises:
-        ValueError: if one is no URL.
+        UsageError: if one is no URL.
     """
     return [
         Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
@@ -113,7 +114,7 @@ def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
         log_name: of its log, beside that of `old`.
 
     Raises:
-        ValueError: if there is no model.
+        UsageError: if there is no model.
     """
     assert old.model is not None
     assert old.log is not None
@@ -189,9 +190,9 @@ def _fetched(name: str, model: Path) -> Path:
     try:
         folder = hub.fetch(model)
     except CheckpointError as error:
-        raise ValueError(f"variant {name}: {error}") from None
+        raise UsageError(f"variant {name}: {error}") from None
     if not (folder / "config.json").is_file():
-        raise ValueError(f"variant {name}: {model} holds no model (no config.json)")
+        raise UsageError(f"variant {name}: {model} holds no model (no config.json)")
     return folder
 
 
@@ -202,7 +203,7 @@ def _checked_url(name: str, text: str) -> str:
     except ValueError:  # brackets or a port that are none
         is_url = False
     if not is_url:
-        raise ValueError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
+        raise UsageError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
     return text.rstrip("/")
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from cast_serve.errors import KernelBuildError
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -47,10 +49,6 @@ ISA_FLAGS = {
     "amx": [*BF16_FLAGS, "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     "amx_emulated": [*BF16_FLAGS, "-mavx512vbmi2"],
 }
-
-
-class KernelBuildError(RuntimeError):
-    """The kernel library could not be built."""
 
 
 def load() -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.errors import UsageError
 from cast_serve.kernels.cpu import build
 from cast_serve.kernels.reference import pack
 from cast_serve.kernels.reference_int4 import pack_int4
@@ -88,7 +89,7 @@ def use(tuning: Tuning) -> None:
     """Makes the kernels of this process use it, from the next call on.
 
     Raises:
-        ValueError: if a value is out of range.
+        UsageError: if a value is out of range.
     """
     torch.ops.cast.set_cpu_tuning(*astuple(tuning))
 
@@ -97,7 +98,7 @@ def tune() -> Tuning:
     """Chooses as ``CAST_CPU_TUNING`` says, and uses the choice. The library must be loaded.
 
     Raises:
-        ValueError: if the variable has no such value.
+        UsageError: if the variable has no such value.
     """
     wanted = os.environ.get("CAST_CPU_TUNING", "auto")
     if wanted == "auto":
@@ -115,7 +116,7 @@ def parse(text: str, defaults: Tuning) -> Tuning:
     """``few=8,prefetch=t1`` -> a Tuning, with the defaults for what is not named.
 
     Raises:
-        ValueError: if it is no such text.
+        UsageError: if it is no such text.
     """
     values = asdict(defaults)
     for part in text.split(","):
@@ -130,7 +131,7 @@ def parse(text: str, defaults: Tuning) -> Tuning:
         elif key == "prefetch" and value in PREFETCHES:
             values[key] = value
         else:
-            raise ValueError(
+            raise UsageError(
                 f"CAST_CPU_TUNING={text}: {part!r} is not understood; auto, off, or a list of "
                 f"few, few_int8 and few_int4, 0..{MOST_FEW_TOKENS}, "
                 f"prefetch={'|'.join(PREFETCHES)}, and library and library_int8, 0 or "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.errors import FailedError
 from cast_serve.kernels.reference import packed_dense_shape, packed_shape
 from cast_serve.kernels.reference_int4 import int4_packed_shape
 
@@ -33,7 +34,7 @@ def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None =
 
     Raises:
         ValueError: if the shapes do not belong together; TypeError for another dtype.
-        RuntimeError: if the GPU's compute capability is below 8.0.
+        FailedError: if the GPU's compute capability is below 8.0.
     """
     from cast_serve.kernels.gpu import triton24  # here: the CPU extra need not have Triton
 
@@ -92,11 +93,11 @@ def properties(index: int | None) -> Any:
     """A GPU's properties.
 
     Raises:
-        RuntimeError: if its compute capability is below 8.0.
+        FailedError: if its compute capability is below 8.0.
     """
     card = torch.cuda.get_device_properties(index)
     if card.major < 8:
-        raise RuntimeError(
+        raise FailedError(
             f"{card.name} has compute capability {card.major}.{card.minor}; the 2:4 kernels need "
             "8.0 or later (A100 and later cards)"
         )

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from cast_serve.checkpoint.hub import PushError, check_push, fetch, name_of, push
+from cast_serve.checkpoint.hub import check_push, fetch, name_of, push
 from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.errors import PushError
 from tests.fake_hub import SHA, TOKEN, FakeHub
 
 NEEDED = {

@@ -9,13 +9,13 @@ import signal
 
 import pytest
 
+from cast_serve.errors import VariantError
 from cast_serve.gateway.app import Gateway
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import supervisor
 from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.probes import Limits
 from cast_serve.gateway.upstream.replica import Replica, note_failure, start_worker
-from cast_serve.gateway.upstream.supervisor import VariantError
 from tests.cast_serve.gateway.upstream.scripted_worker import Worker, is_running, watching
 
 pytestmark = pytest.mark.anyio

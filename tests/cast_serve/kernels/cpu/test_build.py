@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cast_serve.errors import KernelBuildError
 from cast_serve.kernels.cpu import build
 
 
@@ -11,9 +12,7 @@ def test_a_missing_compiler_names_the_package(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path))
-    with pytest.raises(
-        build.KernelBuildError, match=r"'no-such-compiler' .* apt-get install g\+\+"
-    ):
+    with pytest.raises(KernelBuildError, match=r"'no-such-compiler' .* apt-get install g\+\+"):
         build.build()
     assert not list(tmp_path.glob("*.so"))
 
@@ -23,7 +22,7 @@ def test_a_failing_compiler_leaves_no_library(
 ) -> None:
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path))
-    with pytest.raises(build.KernelBuildError, match="failed"):
+    with pytest.raises(KernelBuildError, match="failed"):
         build.build()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
@@ -33,7 +32,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(build.KernelBuildError, match="can be written in CAST_KERNEL_CACHE"):
+    with pytest.raises(KernelBuildError, match="can be written in CAST_KERNEL_CACHE"):
         build.build()
 
 
