@@ -31,7 +31,7 @@ class Pruned(Dense):
 
 
 class Gated(Dense):
-    """``weight`` without zeros, with ``gate`` (but for method adams) and maybe ``scale``."""
+    """``weight`` without zeros; ``gate``, logits or a mask (none for adams); maybe ``scale``."""
 
     kind = "gated"
 
