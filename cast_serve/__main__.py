@@ -81,16 +81,15 @@ def convert(
     from rich.progress import Progress
 
     from cast_serve.checkpoint import convert as converter
-    from cast_serve.checkpoint import hub, scheme
+    from cast_serve.checkpoint import hub
     from cast_serve.checkpoint import inspect as inspection
+    from cast_serve.checkpoint.quantization import Quantization
 
-    asked: Any = {"quantize": quantize, "head": None, "scale_group": scale_group}
-    if head == "int8":
-        asked["head"] = "int8"
+    asked = Quantization.asked(quantize, scale_group, head)
     outputs = [out] if dense_twin is None else [out, dense_twin]
     is_there = resume and all(folder.exists() for folder in outputs)
     if not is_there:
-        converter.check_outputs(outputs, **asked)
+        converter.check_outputs(outputs)
     if private and push_to_hub is None:
         raise UsageError("--private needs --push-to-hub ORG/NAME; give both or none")
     if push_to_hub is not None:
@@ -100,11 +99,9 @@ def convert(
         print(json.dumps({"path": str(out), "dry_run": True}))
         return
     source = hub.fetch(source)  # which shows its own progress
-    if head is None and quantize is not None:
-        asked["head"] = scheme.head_by_default(source)
     if is_there:
         for folder in outputs:
-            converter.check_converted(source, folder, **asked)
+            converter.check_converted(source, folder, asked)
         summary = inspection.inspect(out)
     else:
         with Progress(console=Console(stderr=True)) as bar:
@@ -114,7 +111,7 @@ def convert(
                 out,
                 dense_twin,
                 lambda done, total: bar.update(task, completed=done, total=total),
-                **asked,
+                quantization=asked,
             )
     _say(f"{out}: {_describe(summary)}")
     pushed = {}

@@ -323,7 +323,7 @@ def quantize(
         int, option("128|64|32", "Columns that share a scale, of 4 bits; 8 bits have one a row.")
     ] = 128,
     head: Annotated[
-        str | None,
+        Literal["int8", "none"] | None,
         option(
             "int8|none",
             "Form of the output layer; int8 makes a copy if it is tied.",
@@ -336,21 +336,14 @@ def quantize(
 ) -> None:
     """Quantises and compresses a 2:4 model, its integers chosen to change the outputs least."""
     with _working():
+        from cast_serve.checkpoint.quantization import Quantization
         from cast_train.pruning.quantize import write_quantized
 
         if bits not in (4, 8):
             raise ValueError(f"--bits {bits} is not served; give 4 or 8")
-        if head not in (None, "int8", "none"):
-            raise ValueError(f"--head {head} is not known; give int8 or none")
-        summary = write_quantized(
-            model,
-            text,
-            out,
-            "int4" if bits == 4 else "int8",
-            head="auto" if head is None else "int8" if head == "int8" else None,
-            scale_group=scale_group,
-            num_blocks=blocks,
-        )
+        asked = Quantization.asked("int4" if bits == 4 else "int8", scale_group, head)
+        assert asked is not None
+        summary = write_quantized(model, text, out, asked, num_blocks=blocks)
         print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits a weight")
         _finish(path=str(out), **summary)
 

@@ -30,7 +30,8 @@ from cast_serve.checkpoint.declared import OLD_KEY
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.form import SCALE_PARTS
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import Quantized, check_scale
+from cast_serve.checkpoint.linear import check_scale
+from cast_serve.checkpoint.quantization import Quantization, check_recorded
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     CheckpointError,
@@ -41,13 +42,11 @@ from cast_serve.checkpoint.record import (
     shards,
     write_record,
 )
-from cast_serve.checkpoint.scheme import check_head, quantization_config
-from cast_serve.checkpoint.target import Calibrated, Int8, Plan
+from cast_serve.checkpoint.scheme import quantization_config, resolved
+from cast_serve.checkpoint.target import Calibrated, Plan
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
 from cast_serve.sparsity.quantize import (
-    INT4_SCALE_GROUPS,
-    SCALE_GROUP,
     SCALES_TAKEN_OVER,
     dequantize,
     quantize_rows,
@@ -68,9 +67,7 @@ def convert(
     dense_twin: Path | None = None,
     progress: Progress | None = None,
     *,
-    quantize: Quantized | None = None,
-    head: Int8 | None = None,
-    scale_group: int = SCALE_GROUP,
+    quantization: Quantization | None = None,
     calibrated: Calibrated | None = None,
 ) -> dict[str, Any]:
     """Writes the compressed directory and, if asked, its dense twin.
@@ -82,10 +79,9 @@ def convert(
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
         progress: called after each tensor.
-        quantize: of the targets' values; None: they stay in the model's dtype.
-        head: of the output layer; where it shares the embedding's weight, the embedding stays in
-            the model's dtype and the output layer gets an int8 copy of its own.
-        scale_group: of int4, the columns that share a scale.
+        quantization: of the targets' values and the output layer; None: they stay in the model's
+            dtype. Where the output layer shares the embedding's weight, the embedding stays so and
+            the output layer gets an int8 copy of its own.
         calibrated: the targets quantised already, as asked for; None: each value is rounded to the
             nearest integer.
 
@@ -94,22 +90,23 @@ def convert(
 
     Raises:
         CheckpointError: if the source cannot be read or is quantised already, an output exists,
-            head or a scale group is asked for without what it belongs to, or a weight to quantise
-            is Inf or NaN.
+            vLLM cannot load the output layer's form, or a weight to quantise is Inf or NaN.
         PatternError: if the pattern is not 2:4, or a group of a target does not have it.
     """
-    check_outputs([folder for folder in (out, dense_twin) if folder], quantize, head, scale_group)
+    check_outputs([folder for folder in (out, dense_twin) if folder])
     source = hub.fetch(source)
     directory = ModelDirectory(source)
-    check_source(directory, quantize, head)
+    quantization = resolved(quantization, source)
+    check_source(directory, quantization)
     new_twin: AbstractContextManager[Path | None] = (
         new_directory(dense_twin) if dense_twin else nullcontext()
     )
     _warn_of_changes(directory)
     with new_directory(out) as compressed, new_twin as dense:
-        plan = Plan(quantize, head, scale_group, calibrated)
+        plan = Plan(quantization, calibrated)
         _warn_of_training(directory, plan)
-        if quantize == "int4" and calibrated is None and not plan.is_trained(directory):
+        is_int4 = quantization is not None and quantization.values == "int4"
+        if is_int4 and calibrated is None and not plan.is_trained(directory):
             logger.warning(
                 "%s: 4-bit values are rounded to the nearest, which costs much quality; "
                 "cast-train quantize has calibration text choose them",
@@ -121,20 +118,19 @@ def convert(
     return summary
 
 
-def check_source(directory: ModelDirectory, quantize: Quantized | None, head: Int8 | None) -> None:
+def check_source(directory: ModelDirectory, quantization: Quantization | None) -> None:
     """Refuses a source that `convert` cannot make anything of.
 
     Raises:
         CheckpointError, PatternError: as `convert` does.
     """
     source = directory.path
-    check_head(directory.config, head)
-    if directory.quantized and quantize:
+    if directory.quantized and quantization:
         raise CheckpointError(
             f"{source} is quantised already ({directory.quantized}); "
-            f"give --quantize {quantize} the directory that it was made from"
+            f"give --quantize {quantization.values} the directory that it was made from"
         )
-    if directory.kind == "compressed" and not quantize and not directory.form.is_foreign:
+    if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     if directory.pattern != TWO_FOUR:
         raise PatternError(
@@ -143,25 +139,12 @@ def check_source(directory: ModelDirectory, quantize: Quantized | None, head: In
         )
 
 
-def check_outputs(
-    outputs: Sequence[Path],
-    quantize: Quantized | None,
-    head: Int8 | None,
-    scale_group: int = SCALE_GROUP,
-) -> None:
+def check_outputs(outputs: Sequence[Path]) -> None:
     """Refuses what `convert` would refuse whatever the source is.
 
     Raises:
         CheckpointError: as `convert` does.
     """
-    if head and not quantize:
-        raise CheckpointError(f"--head {head} needs --quantize int8 or int4; give both or none")
-    if scale_group not in INT4_SCALE_GROUPS or (scale_group != SCALE_GROUP and quantize != "int4"):
-        known = ", ".join(map(str, INT4_SCALE_GROUPS))
-        raise CheckpointError(
-            f"--scale-group {scale_group} is not served; it goes with --quantize int4 and is one "
-            f"of {known}"
-        )
     if len({folder.resolve() for folder in outputs}) < len(outputs):
         raise CheckpointError(f"{outputs[0]} cannot be its own dense twin; name another directory")
     for inner, outer in itertools.permutations(outputs, 2):
@@ -171,22 +154,13 @@ def check_outputs(
         check_new(folder)
 
 
-def check_converted(
-    source: Path,
-    out: Path,
-    *,
-    quantize: Quantized | None = None,
-    head: Int8 | None = None,
-    scale_group: int = SCALE_GROUP,
-) -> None:
+def check_converted(source: Path, out: Path, quantization: Quantization | None = None) -> None:
     """Refuses an output of other shards than the source has now, or of other settings.
 
     Args:
         source: a directory as `convert` takes it.
         out: a directory that `convert` made.
-        quantize: as `convert` takes it.
-        head: as `convert` takes it.
-        scale_group: as `convert` takes it.
+        quantization: as `convert` takes it.
 
     Raises:
         CheckpointError: naming the shards or settings that differ.
@@ -207,19 +181,10 @@ def check_converted(
             f"{out} was not converted from what {source} holds now: {', '.join(differ)} "
             f"differ; {remedy}"
         )
-    quantization = record.get("quantization") or {}
-    if quantization.get("scales") == SCALES_TAKEN_OVER:  # nothing was asked for
-        quantization = {}
-    asked: dict[str, Any] = {"quantize": quantize, "head": head}
-    if quantize == "int4":
-        asked["scale_group"] = scale_group
-    for option, wanted in asked.items():
-        if quantization.get(option) != wanted:
-            raise CheckpointError(
-                f"{out} was converted with --{option.replace('_', '-')} "
-                f"{quantization.get(option) or 'none'}, but {wanted or 'none'} is asked for; "
-                f"{remedy}"
-            )
+    recorded = record.get("quantization") or {}
+    if recorded.get("scales") == SCALES_TAKEN_OVER:  # nothing was asked for
+        recorded = {}
+    check_recorded(resolved(quantization, source), recorded, str(out), remedy)
 
 
 def _write(
@@ -229,7 +194,7 @@ def _write(
     plan: Plan,
     progress: Progress,
 ) -> None:
-    head = plan.head
+    head = plan.quantization and plan.quantization.head
     names_of: dict[Path, list[str]] = {}
     for name, file in source.files.items():
         names_of.setdefault(file, []).append(name)
@@ -359,7 +324,7 @@ def _warn_of_training(source: ModelDirectory, plan: Plan) -> None:
         "%s: it was trained to be converted with %s, from the gated checkpoint; here it is %s",
         source.path,
         flags,
-        "quantised with scales chosen anew" if plan.quantize else "not quantised",
+        "quantised with scales chosen anew" if plan.quantization else "not quantised",
     )
 
 

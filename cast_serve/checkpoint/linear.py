@@ -9,12 +9,12 @@ output layer is dense: ``<name>.weight`` and ``<name>.weight_scale``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cast_serve.checkpoint.formats.integers import SCALE_DTYPES, check_scales
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
 from cast_serve.sparsity.nibbles import PACKED, pack_nibbles, unpack_nibbles
@@ -22,7 +22,6 @@ from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,
     MAX_INTEGER,
-    SCALE_GROUP,
     dequantize,
     dequantize_int4,
     nearest_integers,
@@ -31,7 +30,6 @@ from cast_serve.sparsity.quantize import (
 )
 
 PARTS = ("compressed", "bitmask", "shape")
-Quantized = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -123,22 +121,21 @@ class CompressedLinear:
 
     def quantize(
         self,
-        kind: Quantized,
-        scale_group: int = SCALE_GROUP,
+        quantization: Quantization,
         importance: Tensor | None = None,
     ) -> "CompressedLinear":
         """The same weight with the integers and scales of least squared error.
 
         Args:
-            kind: ``int8`` or ``int4``.
-            scale_group: of int4, the columns that share a scale.
+            quantization: to 8 or to 4 bits.
             importance: of each value's error, fp32, as `values`; None: equal.
 
         Raises:
             CheckpointError: if a value is Inf or NaN.
         """
         try:
-            if kind == "int8":
+            scale_group = quantization.group
+            if scale_group is None:
                 values, scale = quantize_rows(self.values, self.name, importance)
                 return replace(self, values=values, scale=scale)
             values, scale = quantize_values_int4(self.values, scale_group, self.name, importance)

@@ -8,9 +8,10 @@ zeros, which takes 4.125 bits a weight in place of 3.125.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError, read_json
 
 logger = logging.getLogger(__name__)
@@ -19,33 +20,25 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 NO_INT8_HEAD = ("OPTForCausalLM", "BloomForCausalLM", "Gemma2ForCausalLM")
 
 
-def head_by_default(source: Path) -> Literal["int8"] | None:
-    """The output layer's form where values are quantised and nothing else is asked for.
+def resolved(quantization: Quantization | None, source: Path) -> Quantization | None:
+    """The same with the output layer's form decided for a model.
 
     Args:
+        quantization: as asked for.
         source: a model directory.
 
     Raises:
-        CheckpointError: if it has no config.json that can be read.
+        CheckpointError: if it has no config.json that can be read, or vLLM cannot load the form.
     """
-    if name := _without_int8_head(read_json(source / "config.json")):
+    if quantization is None or quantization.head is None:
+        return quantization
+    name = _without_int8_head(read_json(source / "config.json"))
+    if name is None:
+        return quantization.with_head("int8")
+    if quantization.head == "auto":
         logger.warning("%s: vLLM has no int8 output layer for %s; it stays as it is", source, name)
-        return None
-    return "int8"
-
-
-def check_head(config: Mapping[str, Any], head: Literal["int8"] | None) -> None:
-    """Refuses a form of the output layer that vLLM cannot load.
-
-    Args:
-        config: config.json.
-        head: as `convert` takes it.
-
-    Raises:
-        CheckpointError: naming the model.
-    """
-    if head and (name := _without_int8_head(config)):
-        raise CheckpointError(f"vLLM has no int8 output layer for {name}; give --head none")
+        return quantization.with_head(None)
+    raise CheckpointError(f"vLLM has no int8 output layer for {name}; give --head none")
 
 
 def _without_int8_head(config: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ weight. Later linears see the outputs of quantised ones. Source of the descent: 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from torch import Tensor
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.convert import check_outputs, check_source, convert
 from cast_serve.checkpoint.directory import ModelDirectory
-from cast_serve.checkpoint.linear import CompressedLinear, Quantized
-from cast_serve.checkpoint.scheme import head_by_default
-from cast_serve.checkpoint.target import Calibrated, Int8
+from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization
+from cast_serve.checkpoint.scheme import resolved
+from cast_serve.checkpoint.target import Calibrated
 from cast_serve.sparsity.bitmask import unpack_mask
-from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, SCALE_GROUP, one_thread
+from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, one_thread
 from cast_train.checkpoint import identity, models
 from cast_train.gates.gating import is_transposed
 from cast_train.pruning.oneshot import read_calibration
@@ -44,9 +45,7 @@ def write_quantized(
     source: Path,
     text_files: Sequence[Path],
     out: Path,
-    quantize: Quantized,
-    head: Int8 | None | Literal["auto"] = "auto",
-    scale_group: int = SCALE_GROUP,
+    quantization: Quantization,
     num_blocks: int | None = None,
 ) -> dict[str, Any]:
     """Quantises and compresses a 2:4 directory.
@@ -55,9 +54,7 @@ def write_quantized(
         source: gated, pruned or compressed, not quantised; or its name on a hub.
         text_files: calibration text, of which the beginning is used.
         out: must not exist.
-        quantize: of the targets' values.
-        head: of the output layer, rounded to the nearest; ``auto``: int8 where vLLM has one.
-        scale_group: of int4, the columns that share a scale.
+        quantization: of the targets' values, and of the output layer, rounded to the nearest.
         num_blocks: calibration sequences; None: `TrainConfig.calibration_blocks`.
 
     Returns:
@@ -66,11 +63,10 @@ def write_quantized(
     Raises:
         ValueError: for every wrong input; nothing is written then.
     """
-    check_outputs([out], quantize, None, scale_group)
+    check_outputs([out])
     folder = hub.fetch(source)
     directory = ModelDirectory(folder)
-    head = head_by_default(folder) if head == "auto" else head
-    check_source(directory, quantize, head)
+    check_source(directory, resolved(quantization, folder))
     blocks = read_calibration(text_files, models.load_tokenizer(folder), num_blocks)
     model = models.load_any(folder, torch.float32)
     linears = {name: model.get_submodule(name) for name in directory.targets}
@@ -81,7 +77,7 @@ def write_quantized(
 
     def quantized(name: str, _: Tensor, hessian: Tensor) -> Tensor:
         target = directory.target(name)
-        found[name] = quantize_linear(target, hessian, quantize, scale_group)
+        found[name] = quantize_linear(target, hessian, quantization)
         return found[name].dense(torch.float32)
 
     replace_weights(model, linears, blocks, quantized)
@@ -90,40 +86,33 @@ def write_quantized(
         "num_tokens": blocks.numel(),
         "sweeps": SWEEPS,
     }
-    return convert(
-        folder,
-        out,
-        quantize=quantize,
-        head=head,
-        scale_group=scale_group,
-        calibrated=Calibrated(found, record),
-    )
+    calibrated = Calibrated(found, record)
+    return convert(folder, out, quantization=quantization, calibrated=calibrated)
 
 
 @torch.no_grad()
 def quantize_linear(
-    linear: CompressedLinear, hessian: Tensor, quantize: Quantized, scale_group: int = SCALE_GROUP
+    linear: CompressedLinear, hessian: Tensor, quantization: Quantization
 ) -> CompressedLinear:
     """One linear with its integers and scales.
 
     Args:
         linear: not quantised.
         hessian: X^T X of its inputs, fp32 [in_features, in_features].
-        quantize: int8 or int4.
-        scale_group: of int4, the columns that share a scale.
+        quantization: to 8 or to 4 bits.
     """
     mask = unpack_mask(linear.bitmask, linear.in_features, linear.name)
     hessian = damped(hessian, DAMPING)
     importance = hessian.diagonal().expand(mask.shape)[mask].view(linear.values.shape)
-    nearest = linear.quantize(quantize, scale_group, importance)
+    nearest = linear.quantize(quantization, importance)
     assert nearest.scale is not None
     found = descend(
         linear.dense().float(),
         nearest.dense(torch.float32),
         mask,
         nearest.scale.float(),
-        scale_group if quantize == "int4" else linear.in_features,
-        MAX_INT4 if quantize == "int4" else MAX_INTEGER,
+        quantization.group or linear.in_features,
+        MAX_INT4 if quantization.group else MAX_INTEGER,
         hessian,
     )
     return replace(nearest, values=found.to(torch.int8)[mask].view(linear.values.shape))

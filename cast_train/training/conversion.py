@@ -13,8 +13,8 @@ from typing import Any, Literal
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.convert import check_converted, check_outputs, convert
 from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.quantization import Quantization, check_recorded
 from cast_serve.checkpoint.record import CheckpointError, read_record
-from cast_serve.checkpoint.scheme import head_by_default
 from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_train.config import TrainConfig
 from cast_train.pruning.quantize import write_quantized
@@ -74,6 +74,15 @@ class Conversion:
         return cls(quantize=quantize, scale_group=scale_group or SCALE_GROUP, **others)
 
     @property
+    def quantization(self) -> Quantization | None:
+        """The options that say how.
+
+        Raises:
+            CheckpointError: if they do not go together.
+        """
+        return Quantization.asked(self.quantize, self.scale_group, self.head)
+
+    @property
     def trained(self) -> Path:
         """Where the run finds itself finished: `out`, if `gated` was removed since."""
         return self.out if self.out.exists() and not self.gated.exists() else self.gated
@@ -86,11 +95,11 @@ class Conversion:
             CheckpointError: if the result cannot be written, or was removed in part.
         """
         settings.check_convertible()
+        _ = self.quantization  # refuses what does not go together
         if self.is_private and self.push_to_hub is None:
             raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
         if not self.out.exists():
-            head: Literal["int8"] | None = "int8" if self.head == "int8" else None
-            check_outputs([self.out], self.quantize, head, self.scale_group)
+            check_outputs([self.out])
         elif self.trained == self.out and self.push_to_hub is not None:
             raise CheckpointError(
                 f"{self.out} is there and {self.gated} is not; push it with: "
@@ -115,51 +124,23 @@ class Conversion:
         if self.trained == self.out:
             self._check_form()
             return inspect(self.out)
-        head = self._head()
+        asked = self.quantization
         if self.out.exists():
-            check_converted(
-                self.gated,
-                self.out,
-                quantize=self.quantize,
-                head=head,
-                scale_group=self.scale_group,
-            )
+            check_converted(self.gated, self.out, asked)
             summary = inspect(self.out)
         elif self.quantize == "int4" and not read_record(self.gated).get("trained_as"):
-            summary = write_quantized(
-                self.gated, text_files, self.out, "int4", head, self.scale_group
-            )
+            assert asked is not None
+            summary = write_quantized(self.gated, text_files, self.out, asked)
         else:
-            summary = convert(
-                self.gated,
-                self.out,
-                quantize=self.quantize,
-                head=head,
-                scale_group=self.scale_group,
-            )
+            summary = convert(self.gated, self.out, quantization=asked)
         if self.push_to_hub is None:
             return summary
         pushed_to = hub.push(self.out, self.push_to_hub, self.is_private)
         logger.info("%s: pushed to %s", self.out, pushed_to)
         return {**summary, "pushed_to": pushed_to}
 
-    def _head(self) -> Literal["int8"] | None:
-        if self.head is None and self.quantize is not None:
-            return head_by_default(self.gated)
-        return "int8" if self.head == "int8" else None
-
     def _check_form(self) -> None:
         """Compares the directory's record, where there is no checkpoint to compare with."""
-        found = read_record(self.out).get("quantization") or {}
-        wanted: dict[str, Any] = {"quantize": self.quantize}
-        if self.quantize == "int4":
-            wanted["scale_group"] = self.scale_group
-        if self.head is not None:
-            wanted["head"] = None if self.head == "none" else self.head
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise CheckpointError(
-                    f"{self.out} was converted with --{name.replace('_', '-')} "
-                    f"{found.get(name) or 'none'}, but {value or 'none'} is asked for; choose "
-                    "another directory or remove it"
-                )
+        recorded = read_record(self.out).get("quantization") or {}
+        remedy = "choose another directory or remove it"
+        check_recorded(self.quantization, recorded, str(self.out), remedy)

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cast_serve.checkpoint.linear import CompressedLinear, Quantized
+from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization, Quantized
 from cast_serve.sparsity.bitmask import pack_mask
+from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_train.gates import gating, quantizing
 from cast_train.pruning.quantize import quantize_linear
 from cast_train.pruning.sparsegpt import replace_weights
@@ -45,16 +47,17 @@ def start_quantized(
     Raises:
         ValueError: if the calibration tokens never reach a target, or a weight is Inf or NaN.
     """
+    quantization = Quantization(quantize, scale_group if quantize == "int4" else SCALE_GROUP)
     moved: dict[str, Tensor] = {}
 
     def quantized(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         mask = gates[name].mask_rows()
         kept = weight[mask].view(len(weight), -1).to(quantizing.STORED_DTYPE)
         linear = CompressedLinear(name, kept, pack_mask(mask), weight.shape[1])
-        found = quantize_linear(linear, hessian, quantize, scale_group)
+        found = quantize_linear(linear, hessian, quantization)
         assert found.scale is not None
         scale = quantizing.quantizer_of(targets[name]).scale.copy_(found.scale)
-        columns = weight.shape[1] if quantize == "int8" else scale_group
+        columns = quantization.group or weight.shape[1]
         reach = MARGIN * scale.repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
         integers = found.dense(torch.float32)
         near = torch.minimum(torch.maximum(weight, integers - reach), integers + reach)

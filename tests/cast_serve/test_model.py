@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.model import Int8Head, Linear24, load
 from cast_serve.sparsity.quantize import dequantize, rounded
@@ -70,7 +71,9 @@ def test_weights_of_one_dtype_multiply_no_other(save_gated: Save, tmp_path: Path
 
 
 def test_integers_multiply_any_dtype(save_gated: Save, tmp_path: Path) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int8", head="int8")
+    convert(
+        save_gated(tiny_llama()), tmp_path / "out", quantization=Quantization("int8", head="int8")
+    )
     logits = load(tmp_path / "out", torch.float32).to(torch.bfloat16)(TOKENS).logits
     expected = load(tmp_path / "out", torch.bfloat16)(TOKENS).logits
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
@@ -93,8 +96,7 @@ def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None
     """The twin's activations are not rounded, so the two are close and not equal."""
     convert(
         *(save_gated(with_biases(make())), tmp_path / "out", tmp_path / "twin"),
-        quantize="int8",
-        head="int8",
+        quantization=Quantization("int8", head="int8"),
     )
     model = load(tmp_path / "out")
     assert isinstance(model.get_output_embeddings(), Int8Head)
@@ -112,7 +114,7 @@ def test_an_int8_head_keeps_its_bias(save_gated: Save, tmp_path: Path) -> None:
     )
     phi = PhiForCausalLM(config).bfloat16()
     phi.lm_head.bias.data = torch.randn(96).bfloat16()
-    convert(save_gated(phi), tmp_path / "out", quantize="int8", head="int8")
+    convert(save_gated(phi), tmp_path / "out", quantization=Quantization("int8", head="int8"))
     head = load(tmp_path / "out").get_output_embeddings()
     assert isinstance(head, Int8Head)
     x = torch.zeros(1, 32).bfloat16()
@@ -131,8 +133,7 @@ def test_generation_settings_are_those_of_the_directory(save_gated: Save, tmp_pa
 def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) -> None:
     convert(
         *(save_gated(with_biases(make())), tmp_path / "out", tmp_path / "twin"),
-        quantize="int4",
-        scale_group=scale_group,
+        quantization=Quantization("int4", scale_group=scale_group),
     )
     model = load(tmp_path / "out")
     linears = [module for module in model.modules() if isinstance(module, Linear24)]

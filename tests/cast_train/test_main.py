@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.provenance import versions
 from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
@@ -80,7 +81,7 @@ def test_measure_beside_a_compressed_directory(
     """What int8 costs is asked of a quantised directory beside the one it was made from."""
     cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
     convert(Path("pruned"), tmp_path / "bf16")
-    convert(Path("pruned"), tmp_path / "int8", quantize="int8")
+    convert(Path("pruned"), tmp_path / "int8", quantization=Quantization("int8"))
     asked = ("--text", text_file, "--context", 32)
     measured = {}
     for name in ("bf16", "int8"):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cast_serve import kernels
 from benchmarks.kernels import gpu as kernels_gpu
+from cast_serve import kernels
 from tests.cast_serve.kernels import test_linear24
 from tests.cast_serve.kernels.test_linear24 import assert_is_product
 

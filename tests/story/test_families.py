@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cast_serve.checkpoint.convert import convert
-from cast_serve.checkpoint.scheme import head_by_default
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.model import load
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_serve.sparsity.targets import find_targets
@@ -76,8 +76,8 @@ def folders(
             module.weight.data = rows.T.contiguous() if name == "gpt2" else rows
         model.save_pretrained(root / f"{name}-pruned")
         AutoTokenizer.from_pretrained(llama_dir).save_pretrained(root / f"{name}-pruned")
-        head = head_by_default(root / f"{name}-pruned")
-        convert(root / f"{name}-pruned", root / name, quantize="int8", head=head)
+        asked = Quantization("int8", head="auto")
+        convert(root / f"{name}-pruned", root / name, quantization=asked)
     return {name: root / name for name in CONFIGS}
 
 

@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
@@ -46,7 +47,7 @@ def test_converted_again_the_dense_card_stands_once(save_gated: Save, tmp_path: 
     source = save_gated(tiny_llama(), **TRAINED)
     (source / "README.md").write_text(DENSE)
     convert(source, tmp_path / "out")
-    convert(tmp_path / "out", tmp_path / "int8", quantize="int8", head="int8")
+    convert(tmp_path / "out", tmp_path / "int8", quantization=Quantization("int8", head="int8"))
     text = (tmp_path / "int8/README.md").read_text()
     assert text.count("# A 2:4-sparse language model") == text.count("# Tiny") == 1
     assert text.count("license: apache-2.0") == text.count("compressed-tensors") == 1

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import count_sparse, inspect
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress
 from cast_serve.sparsity.nibbles import unpack_nibbles
@@ -32,7 +33,9 @@ def test_values_are_those_of_the_kept_weights(
     scale_group: int, save_gated: Save, tmp_path: Path
 ) -> None:
     source, out, twin = save_gated(tiny_llama()), tmp_path / "out", tmp_path / "twin"
-    summary = convert(source, out, twin, quantize="int4", head="int8", scale_group=scale_group)
+    summary = convert(
+        source, out, twin, quantization=Quantization("int4", scale_group=scale_group, head="int8")
+    )
     assert (summary["quantized"], summary["head"]) == ("int4", "int8")
     assert summary["num_sparse_layers"] == 14
     before, after, dense = all_tensors(source), all_tensors(out), all_tensors(twin)
@@ -62,7 +65,9 @@ def test_bits_stored_are_told(
 ) -> None:
     """Of tiny linears: 3 bits a weight, and 16 of a scale for 32 columns."""
     out = tmp_path / "out"
-    summary = convert(save_gated(tiny_llama()), out, quantize="int4", scale_group=32)
+    summary = convert(
+        save_gated(tiny_llama()), out, quantization=Quantization("int4", scale_group=32)
+    )
     assert (summary["bits_per_weight"], summary["scale_group"]) == (3.5, 32)
     assert summary["total_weight_bytes"] == sum(t.nbytes for t in all_tensors(out).values())
     assert "in 4 bits" in (out / "README.md").read_text()
@@ -70,7 +75,7 @@ def test_bits_stored_are_told(
 
 
 def test_a_transposed_weight(save_gated: Save, tmp_path: Path) -> None:
-    summary = convert(save_gated(tiny_gpt2()), tmp_path / "out", quantize="int4")
+    summary = convert(save_gated(tiny_gpt2()), tmp_path / "out", quantization=Quantization("int4"))
     assert (summary["quantized"], summary["num_sparse_layers"]) == ("int4", 4)
 
 
@@ -78,7 +83,11 @@ def test_a_transposed_weight(save_gated: Save, tmp_path: Path) -> None:
 def test_config_is_what_compressed_tensors_reads(
     head: Any, save_gated: Save, tmp_path: Path
 ) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int4", head=head, scale_group=64)
+    convert(
+        save_gated(tiny_llama()),
+        tmp_path / "out",
+        quantization=Quantization("int4", scale_group=64, head=head),
+    )
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized"
     assert config["sparsity_config"]["format"] == "sparse-24-bitmask"
@@ -101,14 +110,14 @@ def test_what_is_asked_for_wrongly_is_refused(save_gated: Save, tmp_path: Path) 
     for wrong in ({"quantize": "int4", "scale_group": 96}, {"quantize": "int8", "scale_group": 64}):
         with pytest.raises(CheckpointError, match="--scale-group .* goes with --quantize int4"):
             convert(source, out, **wrong)  # type: ignore[arg-type]
-    convert(source, out, quantize="int4", scale_group=64)
-    check_converted(source, out, quantize="int4", scale_group=64)
+    convert(source, out, quantization=Quantization("int4", scale_group=64))
+    check_converted(source, out, quantization=Quantization("int4", scale_group=64))
     with pytest.raises(CheckpointError, match="with --scale-group 64, but 128 is asked for"):
-        check_converted(source, out, quantize="int4")
+        check_converted(source, out, quantization=Quantization("int4"))
     with pytest.raises(CheckpointError, match="with --quantize int4, but int8 is asked for"):
-        check_converted(source, out, quantize="int8")
+        check_converted(source, out, quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match=r"is quantised already \(int4\)"):
-        convert(out, tmp_path / "again", quantize="int8")
+        convert(out, tmp_path / "again", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match="is compressed already"):
         convert(out, tmp_path / "again")
 
@@ -133,7 +142,7 @@ def test_damage_is_named(
     key: str, place: Any, value: Any, message: str, save_gated: Save, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    convert(save_gated(tiny_llama()), out, quantize="int4", scale_group=32)
+    convert(save_gated(tiny_llama()), out, quantization=Quantization("int4", scale_group=32))
     tensors = all_tensors(out)
     if place is None:
         del tensors[key]
@@ -150,7 +159,7 @@ def test_a_scale_of_another_shape_is_named_before_it_is_loaded(
     save_gated: Save, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    convert(save_gated(tiny_llama()), out, quantize="int4", scale_group=32)
+    convert(save_gated(tiny_llama()), out, quantization=Quantization("int4", scale_group=32))
     tensors = all_tensors(out)
     tensors[f"{UP}.weight_scale"] = torch.ones(64, 3).bfloat16()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from cast_serve.checkpoint.convert import check_converted, convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.checkpoint.scheme import head_by_default
 from cast_serve.sparsity.bitmask import compress, decompress
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.quantize import SCALES_CHOSEN, dequantize, quantize_rows
@@ -32,7 +32,7 @@ def untied_llama() -> PreTrainedModel:
 
 def test_values_are_those_of_the_hardened_rows(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(tiny_llama()), tmp_path / "out"
-    summary = convert(source, out, quantize="int8")
+    summary = convert(source, out, quantization=Quantization("int8"))
     assert (summary["kind"], summary["quantized"], summary["head"]) == ("compressed", "int8", None)
     before, after = all_tensors(source), all_tensors(out)
     cast = json.loads((out / "cast.json").read_text())
@@ -56,7 +56,7 @@ def test_a_quality_found_before_is_not_taken_for_that_of_int8(
 ) -> None:
     source = save_gated(tiny_llama(), quality={"perplexity_hard": 2})
     assert convert(source, tmp_path / "bf16")["quality"] == {"perplexity_hard": 2}
-    summary = convert(source, tmp_path / "out", quantize="int8")
+    summary = convert(source, tmp_path / "out", quantization=Quantization("int8"))
     assert summary["quality"] is None
     assert summary["quality_before_quantizing"] == {"perplexity_hard": 2}
     cast = json.loads((tmp_path / "out/cast.json").read_text())
@@ -69,7 +69,7 @@ def test_a_kept_weight_that_becomes_zero_stays_kept(save_pruned: Save, tmp_path:
     tensors[f"{name}.weight"][0] = 0
     tensors[f"{name}.weight"][0, 2:4] = torch.tensor([1e-6, 1.0])
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    convert(source, tmp_path / "out", quantize="int8")
+    convert(source, tmp_path / "out", quantization=Quantization("int8"))
     after = all_tensors(tmp_path / "out")
     assert after[f"{name}.compressed"][0, :2].tolist() == [0, 127]
     assert after[f"{name}.bitmask"][0, 0] & 0xF == 0b1100
@@ -83,7 +83,9 @@ def test_every_kind_of_source_gives_the_same_tensors(
     convert(gated, tmp_path / "compressed", tmp_path / "pruned")
     found = {}
     for name in ("gated", "pruned", "compressed"):
-        convert(tmp_path / name, tmp_path / f"{name}8", quantize="int8", head=head)
+        convert(
+            tmp_path / name, tmp_path / f"{name}8", quantization=Quantization("int8", head=head)
+        )
         found[name] = all_tensors(tmp_path / f"{name}8")
     assert any(tensor.dtype == torch.int8 for tensor in found["gated"].values())
     for name in ("pruned", "compressed"):
@@ -97,7 +99,7 @@ def test_config_is_what_compressed_tensors_writes(save_gated: Save, tmp_path: Pa
     source = save_gated(tiny_llama())
     for head, ignore in ((None, ["lm_head"]), ("int8", [])):
         out = tmp_path / f"out-{head}"
-        convert(source, out, quantize="int8", head=head)  # type: ignore[arg-type]
+        convert(source, out, quantization=Quantization("int8", head=head))  # type: ignore[arg-type]
         quantization = json.loads((out / "config.json").read_text())["quantization_config"]
         assert quantization["quant_method"] == "compressed-tensors"
         assert quantization["format"] == "int-quantized"
@@ -125,7 +127,7 @@ def assert_head_is(tensors: dict[str, Tensor], weight: Tensor) -> None:
 def test_a_tied_head_is_written_as_a_copy(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(tiny_llama()), tmp_path / "out"
     assert json.loads((source / "config.json").read_text())["tie_word_embeddings"] is True
-    assert convert(source, out, quantize="int8", head="int8")["head"] == "int8"
+    assert convert(source, out, quantization=Quantization("int8", head="int8"))["head"] == "int8"
     before, after = all_tensors(source), all_tensors(out)
     assert "lm_head.weight" not in before
     assert_head_is(after, before[f"{EMBEDDING}.weight"])
@@ -135,7 +137,7 @@ def test_a_tied_head_is_written_as_a_copy(save_gated: Save, tmp_path: Path) -> N
 
 def test_an_untied_head_is_replaced(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(untied_llama()), tmp_path / "out"
-    convert(source, out, quantize="int8", head="int8")
+    convert(source, out, quantization=Quantization("int8", head="int8"))
     before, after = all_tensors(source), all_tensors(out)
     assert_head_is(after, before["lm_head.weight"])
     assert torch.equal(after[f"{EMBEDDING}.weight"], before[f"{EMBEDDING}.weight"])
@@ -146,7 +148,7 @@ def test_the_dense_twin_is_the_dequantised_model(
     make: Callable[[], PreTrainedModel], save_pruned: Save, tmp_path: Path
 ) -> None:
     source, twin = save_pruned(make(), max_shard_size="20KB"), tmp_path / "twin"
-    convert(source, tmp_path / "out", twin, quantize="int8", head="int8")
+    convert(source, tmp_path / "out", twin, quantization=Quantization("int8", head="int8"))
     before, after = all_tensors(source), all_tensors(twin)
     cast = json.loads((twin / "cast.json").read_text())
     assert cast["kind"] == "pruned"
@@ -167,7 +169,9 @@ def test_a_twin_of_a_compressed_source_is_no_longer_quantised(
     save_gated: Save, tmp_path: Path
 ) -> None:
     convert(save_gated(tiny_llama()), tmp_path / "bf16")
-    convert(tmp_path / "bf16", tmp_path / "out", tmp_path / "twin", quantize="int8")
+    convert(
+        tmp_path / "bf16", tmp_path / "out", tmp_path / "twin", quantization=Quantization("int8")
+    )
     settings = json.loads((tmp_path / "twin/config.json").read_text())
     assert "quantization_config" not in settings
     assert settings["tie_word_embeddings"] is True
@@ -177,9 +181,9 @@ def test_a_twin_of_a_compressed_source_is_no_longer_quantised(
 
 
 def test_refuses_what_is_quantised_or_compressed_already(save_gated: Save, tmp_path: Path) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int8")
+    convert(save_gated(tiny_llama()), tmp_path / "out", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match=r"is quantised already \(int8\); give --quantize"):
-        convert(tmp_path / "out", tmp_path / "again", quantize="int8")
+        convert(tmp_path / "out", tmp_path / "again", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match="is compressed already"):
         convert(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -192,16 +196,16 @@ def test_a_head_that_vllm_has_not_in_8_bits_stays_as_it_is(
     config.num_attention_heads, config.word_embed_proj_dim = 4, 32
     source = save_pruned(OPTForCausalLM(config).bfloat16())
     with pytest.raises(CheckpointError, match="no int8 output layer for OPTForCausalLM; .*none"):
-        convert(source, tmp_path / "out", quantize="int8", head="int8")
-    assert head_by_default(source) is None
+        convert(source, tmp_path / "out", quantization=Quantization("int8", head="int8"))
+    chosen = convert(source, tmp_path / "chosen", quantization=Quantization("int8", head="auto"))
+    assert chosen["head"] is None
     assert "vLLM has no int8 output layer for OPTForCausalLM; it stays" in caplog.text
-    assert convert(source, tmp_path / "out", quantize="int8")["head"] is None
+    assert convert(source, tmp_path / "out", quantization=Quantization("int8"))["head"] is None
 
 
-def test_refuses_a_head_alone(save_gated: Save, tmp_path: Path) -> None:
-    source = save_gated(tiny_llama())
+def test_refuses_a_head_alone() -> None:
     with pytest.raises(CheckpointError, match="--head int8 needs --quantize int8"):
-        convert(source, tmp_path / "out", head="int8")
+        Quantization.asked(None, head="int8")
 
 
 def test_refuses_a_head_that_is_a_target(save_pruned: Save, tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_refuses_a_head_that_is_a_target(save_pruned: Save, tmp_path: Path) -> N
     record = {"format_version": 1, "kind": "pruned", "n": 2, "m": 4, "targets": ["lm_head"]}
     (source / "cast.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="has lm_head among its targets; give --head none"):
-        convert(source, tmp_path / "out", quantize="int8", head="int8")
+        convert(source, tmp_path / "out", quantization=Quantization("int8", head="int8"))
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", EMBEDDING])
@@ -222,7 +226,7 @@ def test_refuses_weights_that_are_not_finite(name: str, save_pruned: Save, tmp_p
     tensors[f"{name}.weight"][3, column] = torch.inf
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name}.*: row 3 holds Inf or NaN"):
-        convert(source, tmp_path / "out", quantize="int8", head="int8")
+        convert(source, tmp_path / "out", quantization=Quantization("int8", head="int8"))
     assert not (tmp_path / "out").exists()
 
 
@@ -232,17 +236,17 @@ def test_refuses_a_tied_head_without_an_embedding(save_pruned: Save, tmp_path: P
     del tensors[f"{EMBEDDING}.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="no tensor model.embed_tokens.weight"):
-        convert(source, tmp_path / "out", quantize="int8", head="int8")
+        convert(source, tmp_path / "out", quantization=Quantization("int8", head="int8"))
 
 
 def test_an_output_of_other_settings_is_named(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(tiny_llama()), tmp_path / "out"
-    convert(source, out, quantize="int8")
-    check_converted(source, out, quantize="int8")
+    convert(source, out, quantization=Quantization("int8"))
+    check_converted(source, out, quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match="with --quantize int8, but none is asked for"):
         check_converted(source, out)
     with pytest.raises(CheckpointError, match="with --head none, but int8 is asked for; remove"):
-        check_converted(source, out, quantize="int8", head="int8")
+        check_converted(source, out, quantization=Quantization("int8", head="int8"))
     edit_json(out / "cast.json", quantization=None)
     with pytest.raises(CheckpointError, match="with --quantize none, but int8 is asked for"):
-        check_converted(source, out, quantize="int8")
+        check_converted(source, out, quantization=Quantization("int8"))

@@ -18,6 +18,7 @@ from cast_serve.checkpoint.formats import pack_quantized
 from cast_serve.checkpoint.formats.packed import taken_over
 from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.model import Linear24, load
 from cast_serve.sparsity.pattern import PatternError
@@ -130,7 +131,12 @@ def test_what_changes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixt
         caplog.text
     )
     assert "activations" not in caplog.text
-    assert convert(tmp_path / "bf16", tmp_path / "int8", quantize="int8")["quantized"] == "int8"
+    assert (
+        convert(tmp_path / "bf16", tmp_path / "int8", quantization=Quantization("int8"))[
+            "quantized"
+        ]
+        == "int8"
+    )
 
 
 @pytest.mark.parametrize("sparsity_format", ["dense", "sparse-24-bitmask"])
@@ -271,7 +277,7 @@ def test_what_cannot_be_served_or_quantised_as_it_is(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="by another program, .*convert it first"):
             inspect(FIXTURES / name)
         with pytest.raises(CheckpointError, match=r"is quantised already \(int[48]\)"):
-            convert(FIXTURES / name, tmp_path / "out", quantize="int4")
+            convert(FIXTURES / name, tmp_path / "out", quantization=Quantization("int4"))
 
 
 def test_widened_weights_that_are_too_large_are_named(tmp_path: Path) -> None:

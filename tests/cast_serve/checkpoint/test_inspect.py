@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.inspect import count_sparse, inspect
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import PatternError
 from tests.cast_serve.conftest import Save
@@ -53,7 +54,7 @@ def test_inspect_counts_int8_and_scales(save_gated: Save, tmp_path: Path) -> Non
     source = save_gated(tiny_llama())
     plain = convert(source, tmp_path / "bf16")
     assert (plain["quantized"], plain["head"], plain["bits_per_weight"]) == (None, None, 9)
-    convert(source, tmp_path / "out", quantize="int8", head="int8")
+    convert(source, tmp_path / "out", quantization=Quantization("int8", head="int8"))
     summary = inspect(tmp_path / "out")
     assert (summary["kind"], summary["quantized"], summary["head"]) == (
         "compressed",
@@ -124,7 +125,9 @@ def replace(name: str, tensor: Tensor) -> Damage:
 def test_inspect_finds_damage_in_int8(
     damage: Damage, message: str, save_gated: Save, tmp_path: Path
 ) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int8", head="int8")
+    convert(
+        save_gated(tiny_llama()), tmp_path / "out", quantization=Quantization("int8", head="int8")
+    )
     with pytest.raises((CheckpointError, PatternError), match=message):
         inspect(damaged(tmp_path / "out", damage))
 
@@ -132,7 +135,7 @@ def test_inspect_finds_damage_in_int8(
 def test_minus_128_is_read_where_another_program_quantised(
     save_gated: Save, tmp_path: Path
 ) -> None:
-    convert(save_gated(tiny_llama()), tmp_path / "out", quantize="int8")
+    convert(save_gated(tiny_llama()), tmp_path / "out", quantization=Quantization("int8"))
     folder = damaged(tmp_path / "out", put(f"{UP}.compressed", 9, -128))
     (folder / "cast.json").unlink()
     assert inspect(folder)["quantized"] == "int8"

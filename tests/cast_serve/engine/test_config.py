@@ -204,6 +204,7 @@ def test_a_rank_loads_its_columns_of_4_bits(
     from vllm.model_executor import parameter as vllm_parameter
 
     from cast_serve.checkpoint.linear import CompressedLinear
+    from cast_serve.checkpoint.quantization import Quantization
     from cast_serve.engine.linear import Sparse24LinearMethod, Stored
     from cast_serve.kernels import unpack_int4
     from cast_serve.sparsity.pattern import hard_mask
@@ -212,7 +213,7 @@ def test_a_rank_loads_its_columns_of_4_bits(
     monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_world_size", lambda: 2)
     scores = torch.randn(8, 576, generator=torch.Generator().manual_seed(0))
     whole = CompressedLinear.from_weight("o_proj", (scores * hard_mask(scores.abs())).bfloat16())
-    whole = whole.quantize("int4", 32)
+    whole = whole.quantize(Quantization("int4", 32))
     layer = nn.Module()
     layer.params_dtype = torch.bfloat16
     method = Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=32))

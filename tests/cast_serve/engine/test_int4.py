@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
 from cast_serve.checkpoint.convert import convert  # noqa: E402
+from cast_serve.checkpoint.quantization import Quantization  # noqa: E402
 from cast_serve.sparsity.quantize import rounded  # noqa: E402
 from cast_train.checkpoint.compressed import load_compressed  # noqa: E402
 from tests.cast_serve.conftest import Save  # noqa: E402
@@ -49,7 +50,11 @@ def test_it_answers_as_the_dequantised_model(
     scale_group: int, head: None, save_pruned: Save, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    convert(save_pruned(model()), out, quantize="int4", head=head, scale_group=scale_group)
+    convert(
+        save_pruned(model()),
+        out,
+        quantization=Quantization("int4", scale_group=scale_group, head=head),
+    )
     logits, products, kernel = run_in_vllm(out)
     assert kernel == "cast::linear24_int4"
     with torch.no_grad():
@@ -79,7 +84,7 @@ def test_damage_is_named(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    convert(save_pruned(model()), out, quantize="int4")
+    convert(save_pruned(model()), out, quantization=Quantization("int4"))
     tensors = load_file(out / "model.safetensors")
     if place is None:
         del tensors[f"{UP}.{part}"]

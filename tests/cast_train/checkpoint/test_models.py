@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError, read_record, sha256, verify
 from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.quantize import rounded
@@ -111,7 +112,7 @@ def test_hardened_compressed_and_hard_gates_agree(gated):
 def test_int8_is_dequantised_as_in_its_dense_twin(gated, head):
     folder, _ = gated
     out, twin = folder.parent / "int8", folder.parent / "twin"
-    convert(folder, out, twin, quantize="int8", head=head)
+    convert(folder, out, twin, quantization=Quantization("int8", head=head))
     found, expected = load_compressed(out), load_dense(twin)
     expected_state = expected.state_dict()
     assert found.state_dict().keys() == expected_state.keys()
@@ -136,7 +137,7 @@ def convert_plain(folder):
 def test_int8_without_its_scale_is_refused(gated):
     folder, _ = gated
     out = folder.parent / "int8"
-    convert(folder, out, quantize="int8")
+    convert(folder, out, quantization=Quantization("int8"))
     tensors = load_file(out / "model.safetensors")
     name = next(name for name in tensors if name.endswith(".weight_scale"))
     del tensors[name]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError, sha256, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
@@ -86,7 +87,7 @@ def test_wrong_use_is_refused_and_leaves_nothing(llama_dir, tmp_path):
 def test_the_mask_of_quantised_weights_is_their_bitmask(large_weights_dir, tmp_path):
     """Of which some kept ones are 0 in 4 bits."""
     oneshot.write_pruned(large_weights_dir, [], tmp_path / "pruned", "magnitude")
-    convert(tmp_path / "pruned", tmp_path / "int4", quantize="int4")
+    convert(tmp_path / "pruned", tmp_path / "int4", quantization=Quantization("int4"))
     targets, _ = find_targets(load_dense(large_weights_dir, torch.float32), TWO_FOUR)
     wanted = oneshot.read_masks(tmp_path / "pruned", targets, TWO_FOUR)
     found = oneshot.read_masks(tmp_path / "int4", targets, TWO_FOUR)

@@ -6,6 +6,7 @@ import torch
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import load_any, load_tokenizer
@@ -34,8 +35,9 @@ def compressed(num_columns=160):
 )
 def test_the_outputs_are_nearer_than_those_of_rounding(kind, scale_group, share):
     linear, inputs = compressed()
-    found = quantize_linear(linear, inputs.t() @ inputs, kind, scale_group)
-    nearest = linear.quantize(kind, scale_group)
+    asked = Quantization(kind, scale_group)
+    found = quantize_linear(linear, inputs.t() @ inputs, asked)
+    nearest = linear.quantize(asked)
 
     def errors(candidate):
         difference = candidate.dense(torch.float32) - linear.dense().float()
@@ -53,7 +55,7 @@ def test_no_single_integer_could_be_better(monkeypatch):
     monkeypatch.setattr(quantize, "SWEEPS", 50)
     linear, inputs = compressed(32)
     hessian = inputs.t() @ inputs + 5 * torch.eye(32)
-    found = quantize_linear(linear, hessian, "int4", 32)
+    found = quantize_linear(linear, hessian, Quantization("int4", 32))
     weight, mask = linear.dense().float(), linear.dense() != 0
     step = found.scale.float()
 
@@ -82,14 +84,15 @@ def test_what_is_written_is_what_convert_would_but_for_the_values(
     """Also of weights that are stored transposed, and of an output layer that is tied."""
     source, out, nearest = (tmp_path / name for name in ("source", "out", "nearest"))
     oneshot.write_pruned(model_dir, [], source, "magnitude")
-    summary = write_quantized(source, [text_file], out, kind, "int8")
-    longer = write_quantized(source, [text_file], tmp_path / "longer", kind, "int8", 128, 8)
+    asked = Quantization(kind, head="int8")
+    summary = write_quantized(source, [text_file], out, asked)
+    longer = write_quantized(source, [text_file], tmp_path / "longer", asked, 8)
     assert longer == summary
     record = json.loads((tmp_path / "longer/cast.json").read_text())
     assert record["quantization"]["calibration"]["num_tokens"] == 256
-    convert(source, nearest, quantize=kind, head="int8")
+    convert(source, nearest, quantization=asked)
     assert summary == inspect(nearest)
-    check_converted(source, out, quantize=kind, head="int8")
+    check_converted(source, out, quantization=asked)
     record = json.loads((out / "cast.json").read_text())
     calibration = record["quantization"].pop("calibration")
     assert calibration["text"][0]["name"] == text_file.name
@@ -116,19 +119,21 @@ def test_every_kind_of_source_gives_the_same(
     convert(tmp_path / "gated", tmp_path / "compressed")
     found = []
     for kind in ("gated", "compressed"):
-        write_quantized(tmp_path / kind, [text_file], tmp_path / f"{kind}4", "int4", None, 32)
+        write_quantized(
+            tmp_path / kind, [text_file], tmp_path / f"{kind}4", Quantization("int4", 32)
+        )
         found.append(load_compressed(tmp_path / f"{kind}4").state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_wrong_use_leaves_nothing(few_blocks, llama_dir, text_file, tmp_path):
     oneshot.write_pruned(llama_dir, [], tmp_path / "pruned", "magnitude")
-    convert(tmp_path / "pruned", tmp_path / "int8", quantize="int8")
+    convert(tmp_path / "pruned", tmp_path / "int8", quantization=Quantization("int8"))
     there = set(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"is quantised already \(int8\)"):
-        write_quantized(tmp_path / "int8", [text_file], tmp_path / "out", "int4", None)
+        write_quantized(tmp_path / "int8", [text_file], tmp_path / "out", Quantization("int4"))
     with pytest.raises(ValueError, match="--scale-group 64 is not served"):
-        write_quantized(tmp_path / "pruned", [text_file], tmp_path / "out", "int8", None, 64)
+        Quantization("int8", 64)
     with pytest.raises(ValueError, match="groups do not have at most 2"):
-        write_quantized(llama_dir, [text_file], tmp_path / "out", "int4", None)
+        write_quantized(llama_dir, [text_file], tmp_path / "out", Quantization("int4"))
     assert set(tmp_path.iterdir()) == there

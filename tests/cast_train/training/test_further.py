@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cast_serve.checkpoint.convert import convert
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
@@ -42,7 +43,9 @@ def sparse_dir(request, model_dir, text_file, tmp_path):
 def test_zeros_and_dense_linears_stay(sparse_dir, model_dir, text_file, config, tmp_path):
     record = train(sparse_dir, [text_file], tmp_path / "gated", config, teacher_dir=model_dir)
     assert record["kept_dense"]
-    summary = convert(tmp_path / "gated", tmp_path / "int4", quantize="int4", scale_group=32)
+    summary = convert(
+        tmp_path / "gated", tmp_path / "int4", quantization=Quantization("int4", scale_group=32)
+    )
     assert summary["num_sparse_layers"] == len(record["targets"])
     before = models.load_any(sparse_dir).state_dict()
     after = models.load_any(tmp_path / "int4").state_dict()
@@ -77,7 +80,7 @@ def test_wrong_use_is_refused_before_anything_is_written(
     fewer = dataclasses.replace(config, zeros=0.4)
     with pytest.raises(ValueError, match="zeros 0.4 chooses among the linears of a dense model"):
         train(sparse_dir, [text_file], out, fewer, teacher_dir=model_dir)
-    convert(tmp_path / "pruned", tmp_path / "int8", quantize="int8")
+    convert(tmp_path / "pruned", tmp_path / "int8", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match=r"int8 is quantised \(int8\); give the directory"):
         train(tmp_path / "int8", [text_file], out, config, teacher_dir=model_dir)
     assert not out.exists()

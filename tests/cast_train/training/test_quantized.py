@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import hard_mask
@@ -80,8 +80,7 @@ def test_what_is_converted_is_what_was_trained(
     summary = convert(
         tmp_path / "out",
         tmp_path / "sparse",
-        quantize=quantize,
-        scale_group=32 if quantize == "int4" else SCALE_GROUP,
+        quantization=Quantization(quantize, scale_group=32 if quantize == "int4" else SCALE_GROUP),
     )
     assert summary["quality"] == record["quality"]  # what training measured is what is served
     cast = json.loads((tmp_path / "sparse/cast.json").read_text())
@@ -104,16 +103,16 @@ def test_a_conversion_to_something_else_is_warned_of(
 ):
     train(llama_dir, [text_file], tmp_path / "out", dataclasses.replace(config, steps=2))
     wanted = "trained to be converted with --quantize int4 --scale-group 32, from the gated"
-    asked: list[dict[str, Any]] = [{}, {"quantize": "int8"}]
-    asked.append({"quantize": "int4", "scale_group": 64})
-    for number, options in enumerate(asked):
+    asked = [None, Quantization("int8"), Quantization("int4", scale_group=64)]
+    for number, quantization in enumerate(asked):
         caplog.clear()
-        convert(tmp_path / "out", tmp_path / str(number), **options)
+        convert(tmp_path / "out", tmp_path / str(number), quantization=quantization)
         assert wanted in caplog.text
-        how = "with scales chosen anew" if options else "here it is not quantised"
+        how = "with scales chosen anew" if quantization else "here it is not quantised"
         assert how in caplog.text
     caplog.clear()
-    write_quantized(tmp_path / "out", [text_file], tmp_path / "calibrated", "int4", None, 32, 4)
+    asked_for = Quantization("int4", 32)
+    write_quantized(tmp_path / "out", [text_file], tmp_path / "calibrated", asked_for, 4)
     assert wanted in caplog.text
     assert "with scales chosen anew" in caplog.text
     cast = json.loads((tmp_path / "1/cast.json").read_text())

@@ -14,6 +14,7 @@ from torch import Tensor
 from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.formats.eight_bits import read
 from cast_serve.checkpoint.inspect import count_sparse, inspect
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import decompress, unpack_mask
 from cast_serve.sparsity.pattern import PatternError
@@ -119,7 +120,7 @@ def test_float8_becomes_bf16(name: str, tmp_path: Path, caplog: pytest.LogCaptur
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert (config["format"], config["config_groups"]) == ("dense", {})
     assert json.loads((tmp_path / "out/cast.json").read_text())["quantization"] is None
-    convert(tmp_path / "out", tmp_path / "int8", quantize="int8")
+    convert(tmp_path / "out", tmp_path / "int8", quantization=Quantization("int8"))
 
 
 def test_groups_with_fewer_than_two_values_keep_the_lowest_columns(
@@ -238,7 +239,7 @@ def test_asymmetric_weights_are_not_read(tmp_path: Path) -> None:
 def test_quantised_directories_are_not_quantised_or_inspected(tmp_path: Path) -> None:
     for name, dtype in (("int8-zeros", "int8"), ("float8-zeros", "float8")):
         with pytest.raises(CheckpointError, match=rf"quantised already \({dtype}\)"):
-            convert(FIXTURES / name, tmp_path / "out", quantize="int8")
+            convert(FIXTURES / name, tmp_path / "out", quantization=Quantization("int8"))
         with pytest.raises(CheckpointError, match="by another program, .*; convert it first"):
             inspect(FIXTURES / name)
 

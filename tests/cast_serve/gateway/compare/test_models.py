@@ -9,6 +9,7 @@ import pytest
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.inspect import inspect
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import SCALES_TRAINED
 from cast_serve.gateway.compare.models import describe, describe_directory
 from cast_serve.gateway.upstream.replica import Replica, Variant
@@ -30,7 +31,7 @@ def test_a_compressed_directory_as_inspect_has_it(
 ) -> None:
     gated = save_gated(tiny_llama(), quality=QUALITY, source={"model": "tiny"})
     out = tmp_path / "out"
-    convert(gated, out, quantize=quantize)
+    convert(gated, out, quantization=Quantization(quantize))
     found, inspected = describe_directory(out), inspect(out)
     assert found["bits_per_weight"] == pytest.approx(inspected["bits_per_weight"], abs=1e-4)
     assert found["zeros"] == pytest.approx(inspected["zeros"], abs=1e-4)
