@@ -107,9 +107,9 @@ def test_config_is_what_compressed_tensors_reads(
 
 def test_what_is_asked_for_wrongly_is_refused(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(tiny_llama()), tmp_path / "out"
-    for wrong in ({"quantize": "int4", "scale_group": 96}, {"quantize": "int8", "scale_group": 64}):
+    for values, scale_group in (("int4", 96), ("int8", 64), (None, 64)):
         with pytest.raises(CheckpointError, match="--scale-group .* goes with --quantize int4"):
-            convert(source, out, **wrong)  # type: ignore[arg-type]
+            Quantization.asked(values, scale_group)  # type: ignore[arg-type]
     convert(source, out, quantization=Quantization("int4", scale_group=64))
     check_converted(source, out, quantization=Quantization("int4", scale_group=64))
     with pytest.raises(CheckpointError, match="with --scale-group 64, but 128 is asked for"):
