@@ -116,20 +116,6 @@ def table_of(result: Mapping[str, Any]) -> str:
     )
 
 
-def check_matplotlib() -> None:
-    """Finds out whether `draw` can be called, before there is anything to draw.
-
-    Raises:
-        ValueError: if not.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "a study's report needs matplotlib; install it with: pip install matplotlib"
-        ) from error
-
-
 def draw(path: Path, result: Mapping[str, Any]) -> None:
     """Draws the curves and, of every way, the last perplexities and BARS.
 

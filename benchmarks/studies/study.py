@@ -32,6 +32,7 @@ from cast_train.config import TrainConfig, parse_assignments
 from cast_train.evaluate.choices import check_names
 from cast_train.origin import origin
 from cast_train.pruning import oneshot
+from loadtest.report.directory import check_matplotlib
 
 # Name -> what it changes in the study's common settings.
 # The baselines are undistilled, as published; to compare ste with soft_topk at equal distillation,
@@ -146,7 +147,7 @@ def run(
         if rival.name in taken:
             raise ValueError(f"a rival cannot be called {rival.name}, a row of its own; rename it")
         taken.add(rival.name)
-    report.check_matplotlib()
+    check_matplotlib()
     model = hub.fetch(model)
     source: dict[str, Any] = {
         "text": [identity.of_file(path) for path in text_files],

@@ -235,7 +235,9 @@ def new_directory(out: Path) -> Iterator[Path]:
                 f"the disk is full: {out} takes more than the {free / 1e9:.1f} GB that were free "
                 f"in {out.parent}; free some, or choose another output directory"
             ) from error
-        if type(error).__name__ == "SafetensorError":  # which the gateway lacks; of a quota, say
+        from safetensors import SafetensorError  # here: the gateway, which reads records, has none
+
+        if isinstance(error, SafetensorError):  # of a quota, say
             raise CheckpointError(f"{out} cannot be written: {error}") from error
         raise
     try:
