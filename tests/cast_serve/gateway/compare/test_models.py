@@ -31,7 +31,7 @@ def test_a_compressed_directory_as_inspect_has_it(
 ) -> None:
     gated = save_gated(tiny_llama(), quality=QUALITY, source={"model": "tiny"})
     out = tmp_path / "out"
-    convert(gated, out, quantization=Quantization(quantize))
+    convert(gated, out, quantization=Quantization.asked(quantize))
     found, inspected = describe_directory(out), inspect(out)
     assert found["bits_per_weight"] == pytest.approx(inspected["bits_per_weight"], abs=1e-4)
     assert found["zeros"] == pytest.approx(inspected["zeros"], abs=1e-4)
