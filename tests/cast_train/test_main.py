@@ -311,7 +311,7 @@ def test_a_hubs_name_is_taken_as_a_directory_is(
         ("oneshot --out text/out --method wanda", "text/out cannot be made"),
         ("oneshot --out out --method wanda --exclude (", "'(' is no regular expression"),
         ("permute --out text/out", "text/out cannot be made"),
-        ("study --out out --heldout text", "a study's report needs matplotlib"),
+        ("study --out out --heldout text", "reports need matplotlib"),
         ("eval . --losses .", "--losses . cannot be written; name another file"),
     ],
 )
