@@ -66,7 +66,8 @@ def write_quantized(
     check_outputs([out])
     folder = hub.fetch(source)
     directory = ModelDirectory(folder)
-    check_source(directory, resolved(quantization, folder))
+    asked = resolved(quantization, folder)
+    check_source(directory, asked)
     blocks = read_calibration(text_files, models.load_tokenizer(folder), num_blocks)
     model = models.load_any(folder, torch.float32)
     linears = {name: model.get_submodule(name) for name in directory.targets}
@@ -87,7 +88,7 @@ def write_quantized(
         "sweeps": SWEEPS,
     }
     calibrated = Calibrated(found, record)
-    return convert(folder, out, quantization=quantization, calibrated=calibrated)
+    return convert(folder, out, quantization=asked, calibrated=calibrated)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.convert import convert
-from cast_serve.checkpoint.hub import PushError
 from cast_serve.checkpoint.record import SCALES_TRAINED
+from cast_serve.errors import PushError
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
@@ -23,9 +23,9 @@ SCRIPT = Path(__file__).parents[3] / "scripts/train-and-convert"
 
 def call(*words):
     """As the script calls `cast-train run`, with its --out for --convert."""
-    words = [str(word) for word in ("run", "--resume", *words)]
-    words = ["--convert" if word == "--out" else word for word in words]
-    return CliRunner().invoke(app, repeat_text_flag(words))
+    given = [str(word) for word in ("run", "--resume", *words)]
+    given = ["--convert" if word == "--out" else word for word in given]
+    return CliRunner().invoke(app, repeat_text_flag(given))
 
 
 def call_script(*words):
