@@ -1,5 +1,6 @@
 """A directory that lacks what its model needs is refused before anything is made of it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.formats.bitmask24 import Bitmask24
+from cast_serve.checkpoint.formats.eight_bits import EightBits
+from cast_serve.checkpoint.formats.form import Form
+from cast_serve.checkpoint.formats.marlin24 import Marlin24
+from cast_serve.checkpoint.formats.pack_quantized import PackQuantized
+from cast_serve.checkpoint.formats.plain import Gated
 from cast_serve.checkpoint.record import CheckpointError
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
@@ -53,3 +60,32 @@ def test_names_that_the_model_does_not_know_are_not_judged(save_pruned: Save) ->
     norm = load_file(file)[NORM]
     without(file, NORM, **{"model.last_norm.weight": norm})
     assert ModelDirectory(source).kind == "dense"
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir() if path.is_dir()))
+def test_each_fixture_has_the_form_that_its_config_says(name: str) -> None:
+    said = json.loads((FIXTURES / name / "config.json").read_text())
+    said = said.get("quantization_config") or said["compression_config"]
+    if (said.get("sparsity_config") or {}).get("format") == "sparse-24-bitmask":
+        expected: type[Form] = Bitmask24
+    else:
+        forms = {"pack-quantized": PackQuantized, "marlin-24": Marlin24}
+        expected = forms.get(said["format"], EightBits)
+    try:
+        directory = ModelDirectory(FIXTURES / name)
+    except CheckpointError as error:
+        assert "asymmetrically" in str(error)  # noqa: PT017
+        return
+    assert type(directory.form) is expected
+
+
+def test_a_kind_that_no_release_wrote_is_named(save_gated: Save) -> None:
+    source = save_gated(tiny_llama())
+    record = json.loads((source / "cast.json").read_text())
+    assert type(ModelDirectory(source).form) is Gated
+    (source / "cast.json").write_text(json.dumps({**record, "kind": "woven"}))
+    with pytest.raises(CheckpointError, match="kind is 'woven', but dense, pruned, gated or"):
+        ModelDirectory(source)
