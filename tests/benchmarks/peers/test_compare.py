@@ -27,7 +27,7 @@ from loadtest.send.connection import Pool
 from tests.benchmarks.conftest import LoadOf
 from tests.loadtest.conftest import Serve, ServeApp
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 PLAN = compare.Plan(rounds=2, prompts=2, at_once=0, prompt_words=8, output_tokens=4)
 
 
