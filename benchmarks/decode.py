@@ -76,7 +76,7 @@ def profile(
         model: dense or compressed directory.
         cores: CPU ids of the server. py-spy gets the others, if there are any.
         num_tokens: of each of the two answers.
-        vllm_flags: of the server besides.
+        vllm_flags: more flags for the vLLM server.
 
     Returns:
         ``tpot_ms``: of the first answer. ``parts_ms``: CPU ms a token by part; the last one,
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a directory")
     parser.add_argument("--cores", default="0", help="of the server (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="a request (default: %(default)s)")
-    parser.add_argument("--vllm-flags", default="", help="of the server besides")
+    parser.add_argument("--vllm-flags", default="", help="more flags for the vLLM server")
     parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
     args = parser.parse_args()
     if args.tokens < 32:

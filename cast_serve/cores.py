@@ -10,14 +10,14 @@ def parse_cores(text: str) -> list[int]:
     """Parses ``0,2-3``.
 
     Raises:
-        UsageError: if it is no list of CPU ids, or one is there twice or not open to this process.
+        UsageError: if it is not a list of CPU ids, or one is listed twice or not available here.
     """
     is_open = os.sched_getaffinity(0)
     cores: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"cores {text!r} is no list of CPU ids; write for instance 0,2-3")
+            raise UsageError(f"cores {text!r} is not a list of CPU ids; write for instance 0,2-3")
         own = range(int(first), int(last or first) + 1)
         if not own or own[-1] > max(is_open) or set(own) - is_open:
             raise UsageError(

@@ -49,7 +49,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         limit: read only the first so many, at least 1; None: all.
 
     Raises:
-        UsageError: if the file cannot be read, is empty, or a line is no question.
+        UsageError: if the file cannot be read, is empty, or a line is not a question.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -73,4 +73,4 @@ def _parse(line: str, where: str) -> Question:
         return Question(str(given["question"]), choices, given["answer"])
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{where}: {line.strip()[:80]!r} is no question: {reason}") from error
+        raise UsageError(f"{where}: {line.strip()[:80]!r} is not a question: {reason}") from error

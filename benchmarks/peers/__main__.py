@@ -60,7 +60,7 @@ def main() -> None:
                 check_file(flag, out)
         for name, path in models:
             if not path.is_dir():
-                raise PeerError(f"--model {name}={path} is no directory; give NAME=DIR")
+                raise PeerError(f"--model {name}={path} is not a directory; give NAME=DIR")
         parse_cores(plan.cores)
         kinds = [names.parse(name)[0] for name in asked]
         blocks = blocks_of(args.text, models, plan)

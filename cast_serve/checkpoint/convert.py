@@ -324,7 +324,7 @@ def _warn_of_training(source: ModelDirectory, plan: Plan) -> None:
         "%s: it was trained to be converted with %s, from the gated checkpoint; here it is %s",
         source.path,
         flags,
-        "quantised with scales chosen anew" if plan.quantization else "not quantised",
+        "quantised with newly chosen scales" if plan.quantization else "not quantised",
     )
 
 

@@ -30,7 +30,7 @@ def fetch(model: str | Path) -> Path:
     name, _, revision = str(folder).partition("@")
     if not is_name(name):
         raise CheckpointError(
-            f"{model} is no directory, and no model's name on a hub (ORG/NAME or "
+            f"{model} is not a directory, and no model's name on a hub (ORG/NAME or "
             "ORG/NAME@REVISION); check the path"
         )
     from huggingface_hub import snapshot_download
@@ -45,7 +45,7 @@ def fetch(model: str | Path) -> Path:
         )
     except (OSError, ValueError, HTTPError) as error:
         why = _why_not_fetched(name, revision, error)
-        raise CheckpointError(f"{model} is no directory here, and {why}") from error
+        raise CheckpointError(f"{model} is not a directory here, and {why}") from error
     if not any(Path(found).glob("*.safetensors")):
         raise CheckpointError(
             f"{model} has no *.safetensors on the hub; download it, save the model with "

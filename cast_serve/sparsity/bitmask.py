@@ -36,7 +36,7 @@ def compress(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """
     if weight.dim() != 2 or weight.numel() == 0 or weight.dtype not in DTYPES:
         raise PatternError(
-            f"{name} is {weight.dtype} {list(weight.shape)}, which is no weight [out_features, "
+            f"{name} is {weight.dtype} {list(weight.shape)}, which is not a weight [out_features, "
             "in_features] in bf16, fp16, fp32 or int8"
         )
     out_features, in_features = weight.shape

@@ -352,7 +352,9 @@ def check_directory(directory: Path) -> None:
         CheckpointError: if it is missing or has no config.json.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; give a downloaded model's directory")
+        raise CheckpointError(
+            f"{directory} is not a directory; give a downloaded model's directory"
+        )
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json, so it is no model directory")
 

@@ -16,6 +16,7 @@ A linear whose weight is stored transposed, [in_features, out_features] (GPT-2's
 gate logits and its mask transposed too; groups always run along in_features.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ DENSE = Phase(blend=0.0, tau=1.0, penalty_weight=0.0, is_hard=False)
 START_LOGIT = 4.0
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """The parametrization W -> W'' of one linear.
 
     Attributes:
@@ -66,26 +67,26 @@ class Gate(nn.Module):
         weight = sharding.whole(self.weight())
         return weight.t() if self.is_transposed else weight
 
+    @abstractmethod
     def mask(self) -> Tensor:
         """The exact N:M mask, bool, in the weight's layout."""
-        raise NotImplementedError
 
     def mask_rows(self) -> Tensor:
         """The exact mask, bool [out_features, in_features], however the weight is stored."""
         mask = self.mask()
         return mask.t() if self.is_transposed else mask
 
+    @abstractmethod
     def soft_mask(self, phase: Phase) -> Tensor:
         """p [out_features, in_features], differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint has beside the weight; `take` reads the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, stored: Tensor) -> None:
         """Takes over the tensor that `stored` gave."""
-        raise NotImplementedError
 
     def freeze(self) -> None:
         """Keeps the mask that the gate has now."""

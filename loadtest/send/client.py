@@ -112,7 +112,7 @@ class Client:
         try:
             self._pool = Pool(self.url, authorization(api_key))
         except ValueError as error:
-            raise UnreachableError(f"URL {url!r} is no URL: {error}") from error
+            raise UnreachableError(f"URL {url!r} is not a URL: {error}") from error
 
     async def __aenter__(self) -> Self:
         return self

@@ -31,7 +31,7 @@ def test_cores_as_people_write_them(text: str, cores: list[int]) -> None:
 )
 @pytest.mark.usefixtures("open_cores")
 def test_what_is_no_list_of_cpu_ids_is_refused(text: str) -> None:
-    wanted = f"cores {text!r} is no list of CPU ids; write for instance 0,2-3"
+    wanted = f"cores {text!r} is not a list of CPU ids; write for instance 0,2-3"
     with pytest.raises(ValueError, match=re.escape(wanted)):
         parse_cores(text)
 

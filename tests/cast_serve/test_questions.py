@@ -27,8 +27,8 @@ def test_a_line_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no question: Expecting property name"),
-        ("", "is no question: Expecting value"),
+        ("{", "is not a question: Expecting property name"),
+        ("", "is not a question: Expecting value"),
         ('{"question": "?", "choices": ["a"], "answer": 0}', "1 choices; give two or more"),
         ('{"question": "?", "choices": ["a", ""], "answer": 0}', "none empty"),
         ('{"question": "?", "choices": "ab", "answer": 0}', "choices 'ab' are no list"),
@@ -37,7 +37,7 @@ def test_a_line_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         ('{"question": "?", "choices": ["a", "b"], "answer": true}', "answer True; give the right"),
         ('{"question": "?", "choices": ["a", "b"], "answer": "0"}', "answer '0'; give the right"),
         ('{"question": "?", "choices": ["a", "b"]}', "'answer' is missing"),
-        ("[]", "is no question: list indices"),
+        ("[]", "is not a question: list indices"),
     ],
 )
 def test_a_broken_question_is_named(line: str, message: str, tmp_path: Path) -> None:

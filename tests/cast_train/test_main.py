@@ -244,7 +244,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"--model": "gone"}, "gone is no directory"),
+        ({"--model": "gone"}, "gone is not a directory"),
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
         (
             {"--method": "magic"},

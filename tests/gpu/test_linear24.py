@@ -35,7 +35,7 @@ def test_parity(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["cusparselt", "cutlass", "dense"])
 def test_the_products_that_are_timed_beside_it(form: str) -> None:
     if form != "dense" and not kernels_gpu.has_form(form):
-        pytest.skip(f"this torch or card has no {form}")
+        pytest.skip(f"this torch build or GPU does not support {form}")
     weight, _ = make((256, 512), torch.bfloat16)
     second = kernels_gpu.to_form(weight, form)
     bias = torch.randn(256, device="cuda").bfloat16()

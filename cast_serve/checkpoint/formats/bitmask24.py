@@ -53,18 +53,7 @@ class Bitmask24(Form):
 
 
 def read(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> CompressedLinear:
-    """One linear out of its stored tensors.
-
-    Args:
-        name: the linear's.
-        parts: its tensors by the last word of their names.
-        dtype: the model's, which float8 is widened to.
-
-    Raises:
-        CheckpointError: if a tensor is missing or damaged, or it is quantised asymmetrically or
-            with scale groups that are not read; naming it.
-        PatternError: if it is not 2:4.
-    """
+    """One linear out of its stored tensors; arguments and errors are those of `eight_bits.read`."""
     values = parts.get("compressed")
     if PACKED in parts or values is None or values.dtype not in eight_bits.DTYPES:
         return CompressedLinear.from_parts(name, parts)

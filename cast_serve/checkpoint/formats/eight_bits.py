@@ -81,7 +81,7 @@ def rows(
     """
     if values.dim() != 2 or values.numel() == 0:
         raise CheckpointError(
-            f"{name} is {list(values.shape)}, which is no weight [out_features, in_features]; "
+            f"{name} is {list(values.shape)}, which is not a weight [out_features, in_features]; "
             "the checkpoint is damaged"
         )
     zero_point = parts.get("weight_zero_point")

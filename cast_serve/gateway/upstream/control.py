@@ -101,7 +101,7 @@ class Control:
                 asked = json.loads(await reader.readline())
             name, model = str(asked["variant"]), asked["model"]
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
-            raise UsageError(f"this is no request for a roll: {error!r}") from None
+            raise UsageError(f"malformed roll request: {error!r}") from None
         roll = asyncio.ensure_future(self._roll(name, Path(model) if model else None, say))
         left = asyncio.create_task(reader.read(1))
         try:

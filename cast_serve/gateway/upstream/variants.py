@@ -79,7 +79,7 @@ def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
         urls: one or more per variant, as ``http://HOST:PORT``.
 
     Raises:
-        UsageError: if one is no URL.
+        UsageError: if one is not a URL.
     """
     return [
         Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
@@ -203,7 +203,7 @@ def _checked_url(name: str, text: str) -> str:
     except ValueError:  # brackets or a port that are none
         is_url = False
     if not is_url:
-        raise UsageError(f"variant {name}: {text!r} is no URL; write {name}=http://HOST:PORT")
+        raise UsageError(f"variant {name}: {text!r} is not a URL; write {name}=http://HOST:PORT")
     return text.rstrip("/")
 
 

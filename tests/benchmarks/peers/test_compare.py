@@ -243,7 +243,7 @@ def test_where_a_record_is_from_is_stamped_first(
     [
         (["--out", "no-such-folder/peers.json"], "--out no-such-folder/peers.json cannot be"),
         (["--peers", "q8_0:fa"], "peer 'q8_0:fa' is not known; write TYPE"),
-        (["--model", "dense=no-such-folder"], "--model dense=no-such-folder is no directory"),
+        (["--model", "dense=no-such-folder"], "--model dense=no-such-folder is not a directory"),
         (["--blocks", "2"], "perplexity needs --text FILE, --blocks NUMBER and a --model NAME=DIR"),
         (["--rounds", "0"], "--rounds 0 is too small; give at least 1"),
         (["--peers", "", "--cores", "99"], "cores 99 are not open to this process"),

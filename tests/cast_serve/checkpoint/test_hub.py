@@ -63,7 +63,7 @@ def test_a_directory_wins(
 
 @pytest.mark.parametrize("text", ["nowhere", "/org/model", "../org/model", "a/b/c", "org/mo del"])
 def test_what_is_no_name_is_not_asked_for(hub: FakeHub, text: str) -> None:
-    with pytest.raises(CheckpointError, match="is no directory, and no model's name on a hub"):
+    with pytest.raises(CheckpointError, match="is not a directory, and no model's name on a hub"):
         fetch(text)
     assert hub.asked == []
 

@@ -119,7 +119,7 @@ def test_a_directory_is_known_by_all_that_is_read(llama_dir, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert "pytorch_model.bin" in identity.of_directory(folder)
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         identity.of_directory(tmp_path / "gone")
 
 

@@ -200,7 +200,7 @@ def test_a_directory_in_the_way_is_refused(gated, model_dir):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         load_dense(tmp_path / "org" / "model")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_dense(tmp_path)

@@ -108,13 +108,13 @@ def test_a_conversion_to_something_else_is_warned_of(
         caplog.clear()
         convert(tmp_path / "out", tmp_path / str(number), quantization=quantization)
         assert wanted in caplog.text
-        how = "with scales chosen anew" if quantization else "here it is not quantised"
+        how = "with newly chosen scales" if quantization else "here it is not quantised"
         assert how in caplog.text
     caplog.clear()
     asked_for = Quantization("int4", 32)
     write_quantized(tmp_path / "out", [text_file], tmp_path / "calibrated", asked_for, 4)
     assert wanted in caplog.text
-    assert "with scales chosen anew" in caplog.text
+    assert "with newly chosen scales" in caplog.text
     cast = json.loads((tmp_path / "1/cast.json").read_text())
     assert cast["quantization"]["scales"] == SCALES_CHOSEN
 

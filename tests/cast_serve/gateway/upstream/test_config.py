@@ -41,7 +41,7 @@ def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path)
         ("[variant.a]\ndirr = 'x'", r", \[variant.a\]: (dir is missing|unknown key dirr; .* dir$)"),
         ("[variant.a]\ndir = 'x'\ncore = '0'", r"\[variant.a\]: unknown key core; .* is cores"),
         ("[variant.a]\ncores = '0'", r"\[variant.a\]: dir is missing"),
-        ("[variant.a]\ndir = 'x'\ncores = 'all'", "cores is 'all': .*is no list of CPU ids"),
+        ("[variant.a]\ndir = 'x'\ncores = 'all'", "cores is 'all': .*is not a list of CPU ids"),
         (
             "[variant.a]\ndir = 'x'\nvllm = '--seed 3'",
             "vllm is '--seed 3': it must be a .*list",

@@ -37,7 +37,7 @@ def ask(stack: Rolled, content: bytes) -> socket.socket:
 def test_what_is_no_request_is_answered(stack: Rolled, content: bytes) -> None:
     with ask(stack, content) as connection, connection.makefile() as lines:
         (line,) = lines
-    assert "this is no request for a roll" in json.loads(line)["error"]
+    assert "malformed roll request" in json.loads(line)["error"]
 
 
 def test_a_client_that_leaves_takes_its_roll_along(stack: Rolled) -> None:

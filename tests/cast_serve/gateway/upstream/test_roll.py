@@ -177,7 +177,7 @@ def test_a_worker_that_does_not_come_up_in_time_is_given_up(
     ("name", "model", "message"),
     [
         ("other", None, "there is no variant 'other'; served are ['dense', 'sparse']"),
-        ("sparse", "/nowhere", "variant sparse: /nowhere is no directory"),
+        ("sparse", "/nowhere", "variant sparse: /nowhere is not a directory"),
         ("sparse", "EMPTY", "holds no model (no config.json)"),
     ],
 )

@@ -88,7 +88,7 @@ def test_remote_variants_have_a_replica_for_each_url() -> None:
 def test_what_is_no_url_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="variant a: ") as error:
         remote_variants({"a": ["http://fine", text]})
-    assert f"{text!r} is no URL; write a=http://HOST:PORT" in str(error.value)
+    assert f"{text!r} is not a URL; write a=http://HOST:PORT" in str(error.value)
 
 
 def test_pick_takes_the_least_busy_replica_that_is_up() -> None:
