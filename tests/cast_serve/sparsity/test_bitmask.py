@@ -92,7 +92,7 @@ def test_meta() -> None:
     ids=lambda weight: str(list(weight.shape)),
 )
 def test_what_is_no_weight_is_refused(weight: torch.Tensor) -> None:
-    with pytest.raises(PatternError, match="is no weight"):
+    with pytest.raises(PatternError, match="which is not a weight"):
         compress(weight)
 
 
