@@ -1,13 +1,17 @@
-"""A JSONL file -> multiple-choice questions, for whoever scores a model on them.
+"""A JSONL file -> multiple-choice questions; a model's log likelihoods -> its accuracy on them.
 
-cast_train scores a model in memory, loadtest a served one; both read the same files by this module,
-so that their accuracies can be compared.
+cast_train scores a model in memory, loadtest a served one. What they share is here, so that their
+accuracies can be compared: *acc* goes by the log likelihood of the whole answer, *acc_norm* by that
+per byte of the answer, which does not favour short ones.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import sqrt
 from pathlib import Path
+from statistics import fmean, stdev
 
 from cast_serve.errors import UsageError
 
@@ -39,6 +43,34 @@ class Question:
     def prompt(self) -> str:
         """What the model reads before an answer, which follows after a space."""
         return f"Question: {self.question}\nAnswer:"
+
+    def likeliest(self, log_likelihoods: Sequence[float]) -> tuple[int, int]:
+        """The index of the likeliest answer, by acc and by acc_norm; of equals, the first."""
+        per_byte = [
+            total / len(choice.encode())
+            for total, choice in zip(log_likelihoods, self.choices, strict=True)
+        ]
+        return log_likelihoods.index(max(log_likelihoods)), per_byte.index(max(per_byte))
+
+
+def share(is_right: Sequence[bool]) -> tuple[float, float | None]:
+    """The share of right answers, and its standard error; None for one answer."""
+    num, found = len(is_right), sum(is_right) / len(is_right)
+    return found, sqrt(found * (1 - found) / (num - 1)) if num > 1 else None
+
+
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float | None]:
+    """The share of `ours` minus that of `theirs`, and its standard error; None for one question.
+
+    Questions that both get right, or both wrong, say nothing about the difference, so its error is
+    smaller than the two shares' errors suggest (McNemar's comparison).
+
+    Args:
+        ours: whether each question was answered rightly.
+        theirs: likewise, of the same questions.
+    """
+    gained = [int(own) - int(other) for own, other in zip(ours, theirs, strict=True)]
+    return fmean(gained), stdev(gained) / sqrt(len(gained)) if len(gained) > 1 else None
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:

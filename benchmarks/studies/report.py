@@ -66,8 +66,9 @@ def _answers(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kl_nats_per_token": statistics.fmean(row["kl_nats_per_token"] for row in runs),
         "choices": {
             name: {
-                key: statistics.fmean(row["choices"][name][key] for row in runs)
+                key: None if None in values else statistics.fmean(values)
                 for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+                for values in [[row["choices"][name][key] for row in runs]]
             }
             for name in runs[0]["choices"]
         },
@@ -104,9 +105,9 @@ def table_of(result: Mapping[str, Any]) -> str:
             cells.append(f"{row['kl_nats_per_token']:.3f}" if "choices" in row else "")
             for name in asked:
                 found = row.get("choices", {}).get(name)
-                cells.append(
-                    f"{found['acc_norm']:.3f} +- {found['acc_norm_stderr']:.3f}" if found else ""
-                )
+                stderr = found and found["acc_norm_stderr"]
+                error = "" if stderr is None else f" +- {stderr:.3f}"
+                cells.append(f"{found['acc_norm']:.3f}{error}" if found else "")
         table.append(cells)
     text = f"{result['model']}, trained on {', '.join(result['text'])}, measured on "
     return (

@@ -1,11 +1,10 @@
 """A model + multiple-choice questions -> the share answered rightly, with its standard error."""
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from cast_serve.questions import Question
+from cast_serve.questions import Question, share
 from cast_train.passes import evaluating
 
 
@@ -22,23 +21,22 @@ class ChoiceAccuracy:
     """Share of questions whose right answer the model finds likeliest.
 
     Attributes:
-        acc: by the log likelihood of the whole answer.
-        acc_norm: by the log likelihood per byte of the answer, which favours no short answers.
-        acc_stderr, acc_norm_stderr: standard errors, sqrt(p (1 - p) / (n - 1)).
+        acc, acc_norm: as cast_serve/questions.py defines them.
+        acc_stderr, acc_norm_stderr: standard errors; None for one question.
         chance: the share that guessing gets.
         num_questions: n.
         is_right_norm: whether each question was answered rightly by acc_norm's score.
     """
 
     acc: float
-    acc_stderr: float
+    acc_stderr: float | None
     acc_norm: float
-    acc_norm_stderr: float
+    acc_norm_stderr: float | None
     chance: float
     num_questions: int
     is_right_norm: tuple[bool, ...]
 
-    def about(self) -> dict[str, float]:
+    def about(self) -> dict[str, float | None]:
         """As the last line of `cast-train eval` has it."""
         found = dataclasses.asdict(self)
         del found["is_right_norm"]
@@ -58,19 +56,6 @@ def check_names(files: Sequence[Path]) -> None:
                 f"the questions {other} and {path} would both be reported as {path.stem}; give "
                 "each file once, and files another name"
             )
-
-
-def paired_difference(ours: ChoiceAccuracy, theirs: ChoiceAccuracy) -> tuple[float, float]:
-    """acc_norm of `ours` minus that of `theirs` on the same questions, and its standard error.
-
-    Questions that both get right, or both wrong, say nothing about the difference: so this is
-    smaller than the standard errors of the two would let one think (it is McNemar's comparison).
-    """
-    pairs = zip(ours.is_right_norm, theirs.is_right_norm, strict=True)
-    differences = [int(own) - int(other) for own, other in pairs]
-    count = len(differences)
-    stderr = statistics.stdev(differences) / math.sqrt(count) if count > 1 else math.nan
-    return statistics.fmean(differences), stderr
 
 
 @torch.no_grad()
@@ -105,29 +90,20 @@ def choice_accuracy(
                 answer = predicted[len(row) - span - 1 : len(row) - 1].float()
                 wanted = torch.tensor(row[-span:], device=device)
                 scores.append(-float(cross_entropy(answer, wanted, reduction="sum")))
-    right = at = 0
-    is_right_norm = []
-    for question in questions:
-        own = scores[at : at + len(question.choices)]
-        per_byte = [
-            score / len(choice.encode())
-            for score, choice in zip(own, question.choices, strict=True)
-        ]
-        right += own.index(max(own)) == question.answer
-        is_right_norm.append(per_byte.index(max(per_byte)) == question.answer)
-        at += len(question.choices)
-    count = len(questions)
-
-    def stderr(share: float) -> float:
-        return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
-
-    acc, acc_norm = right / count, sum(is_right_norm) / count
+    of_each = iter(scores)
+    chosen = [
+        (question, question.likeliest([next(of_each) for _ in question.choices]))
+        for question in questions
+    ]
+    acc, acc_stderr = share([in_sum == question.answer for question, (in_sum, _) in chosen])
+    is_right_norm = tuple(per_byte == question.answer for question, (_, per_byte) in chosen)
+    acc_norm, acc_norm_stderr = share(is_right_norm)
     return ChoiceAccuracy(
         acc=acc,
-        acc_stderr=stderr(acc),
+        acc_stderr=acc_stderr,
         acc_norm=acc_norm,
-        acc_norm_stderr=stderr(acc_norm),
-        chance=statistics.fmean(1 / len(question.choices) for question in questions),
-        num_questions=count,
-        is_right_norm=tuple(is_right_norm),
+        acc_norm_stderr=acc_norm_stderr,
+        chance=fmean(1 / len(question.choices) for question in questions),
+        num_questions=len(questions),
+        is_right_norm=is_right_norm,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CAST_JSON, read_record, sha256
+from cast_serve.questions import paired_difference as accuracy_difference
 from cast_serve.questions import read_questions
 from cast_train.checkpoint import models
 from cast_train.evaluate import choices as answered
@@ -103,30 +104,31 @@ def evaluate(
         difference, stderr = paired_difference(hard, perplexity(dense, blocks))
         figures["nats_above_reference"] = difference
         figures["nats_above_reference_stderr"] = stderr
-        error = "" if stderr is None else f" +- {stderr:.4f}"
         print(
-            f"log perplexity above {reference}'s: {difference:.4f}{error} nats a token, that "
-            f"is {math.exp(difference):.3f} times its perplexity"
+            f"log perplexity above {reference}'s: {difference:.4f}{_error(stderr, 4)} nats a "
+            f"token, that is {math.exp(difference):.3f} times its perplexity"
         )
     for name, asked in questions.items():
         accuracy = answered.choice_accuracy(model, tokenizer, asked)
         figures[name] = accuracy.about()
         print(
-            f"{name}: acc {accuracy.acc:.3f} +- {accuracy.acc_stderr:.3f}, acc_norm "
-            f"{accuracy.acc_norm:.3f} +- {accuracy.acc_norm_stderr:.3f}, chance "
+            f"{name}: acc {accuracy.acc:.3f}{_error(accuracy.acc_stderr)}, acc_norm "
+            f"{accuracy.acc_norm:.3f}{_error(accuracy.acc_norm_stderr)}, chance "
             f"{accuracy.chance:.3f}, n={accuracy.num_questions}"
         )
         if dense_folder is not None:
             of_reference = answered.choice_accuracy(dense, tokenizer, asked)
-            difference, error_of_it = answered.paired_difference(accuracy, of_reference)
+            difference, stderr = accuracy_difference(
+                accuracy.is_right_norm, of_reference.is_right_norm
+            )
             figures[name] |= {
                 "acc_norm_reference": of_reference.acc_norm,
                 "acc_norm_above_reference": difference,
-                "acc_norm_above_reference_stderr": error_of_it,
+                "acc_norm_above_reference_stderr": stderr,
             }
             print(
                 f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
-                f"{difference:+.3f} +- {error_of_it:.3f}"
+                f"{difference:+.3f}{_error(stderr)}"
             )
     found = {
         "directory": str(directory),
@@ -137,3 +139,7 @@ def evaluate(
         "context_tokens": hard.context_tokens,
     }
     return found, list(hard.block_losses)
+
+
+def _error(stderr: float | None, digits: int = 3) -> str:
+    return "" if stderr is None else f" +- {stderr:.{digits}f}"

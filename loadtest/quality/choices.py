@@ -1,8 +1,7 @@
 """Questions with choices, and a server -> the answer that is likeliest for each variant.
 
-Every answer is scored as the continuation of "Question: ...\\nAnswer:", without examples: by the
-log likelihood of its tokens in sum (*acc*), and by that sum per byte of the answer, which favours
-no short ones (*acc_norm*). cast_train/evaluate/choices.py does the same on a model in memory.
+Every answer is scored as the continuation of "Question: ...\\nAnswer:", without examples, as
+cast_train/evaluate/choices.py scores it on a model in memory.
 
 A server is asked through POST /v1/completions with `echo` and `logprobs`, one request for each
 answer: it repeats the text with the log likelihood of each token. One token is asked for, because
@@ -13,27 +12,25 @@ that end after the place where the answer begins, so a token across that place c
 all that begin there. (The text of a token that holds only part of a character is empty.)
 `text_offset` is not used: vLLM's includes the text of a BOS token, and SGLang's is always -1.
 
-The difference of the variants is paired: both got the same questions. Its interval is a bootstrap
-with questions as the units; its width is 0 if both chose the same answer to every question.
+The variants' difference is paired, because both got the same questions. Its interval is Student's t
+times the standard error; its width is 0 if both chose the same answer to every question.
 """
 
 import asyncio
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from cast_serve.intervals import draws, ratio_of_sums
-from cast_serve.questions import Question
+from cast_serve.intervals import student
+from cast_serve.questions import Question, paired_difference, share
 from loadtest.quality.ask import Ask, QualityError, asking
 
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
-"""By which score: the name of the share, and that of the choices in run.json."""
+"""Name of the share, and of the choices in run.json that it counts."""
 NUM_IN_FLIGHT = 8
 ROUNDING = 1e-6  # a log likelihood is at most 0, but for rounding
 
@@ -121,25 +118,22 @@ async def measure(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def chosen(number: int, is_per_byte: bool) -> dict[str, int]:
-        choices, found = questions[number].choices, {}
-        for variant in variants:
-            own = [
-                scores[number, variant, index] / (len(choice.encode()) if is_per_byte else 1)
-                for index, choice in enumerate(choices)
-            ]
-            found[variant] = own.index(max(own))
-        return found
-
-    return [
-        {
-            "right": question.answer,
-            "num_choices": len(question.choices),
-            "by_sum": chosen(number, is_per_byte=False),
-            "by_byte": chosen(number, is_per_byte=True),
+    found = []
+    for number, question in enumerate(questions):
+        choices = range(len(question.choices))
+        chosen = {
+            variant: question.likeliest([scores[number, variant, choice] for choice in choices])
+            for variant in variants
         }
-        for number, question in enumerate(questions)
-    ]
+        found.append(
+            {
+                "right": question.answer,
+                "num_choices": len(choices),
+                "by_sum": {variant: in_sum for variant, (in_sum, _) in chosen.items()},
+                "by_byte": {variant: per_byte for variant, (_, per_byte) in chosen.items()},
+            }
+        )
+    return found
 
 
 def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
@@ -191,7 +185,7 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
 
 
 def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[str, Any]:
-    """Accuracies with standard errors, sqrt(p (1 - p) / (n - 1)), and how the variants differ.
+    """Accuracies with standard errors, and how the variants differ.
 
     Args:
         asked: as `about` returns it.
@@ -201,32 +195,36 @@ def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[s
     Returns:
         `source`; `chance`: the share that guessing gets, None in records of 2026-11-25 and before;
         `accuracy`: by variant `acc`, `acc_norm`, their standard errors (None for one
-        question) and `num_questions`; `acc_norm_difference`: `mean` of candidate - baseline, `low`,
-        `high` and `num_questions`.
+        question) and `num_questions`; `acc_norm_difference`: `mean` of candidate - baseline, `low`
+        and `high` (None for one question), and `num_questions`.
     """
-    each, variants = asked["each"], (baseline, candidate)
-    right, num = np.array([one["right"] for one in each]), len(each)
-    accuracy: dict[str, dict[str, Any]] = {variant: {} for variant in variants}
-    hits = {}
-    for variant in variants:
-        for name, score in MEASURES.items():
-            hits[variant, name] = np.array([one[score][variant] for one in each]) == right
-            share = int(hits[variant, name].sum()) / num
-            error = math.sqrt(share * (1 - share) / (num - 1)) if num > 1 else None
-            accuracy[variant] |= {name: share, f"{name}_stderr": error}
-        accuracy[variant]["num_questions"] = num
-    gained = hits[candidate, "acc_norm"].astype(float) - hits[baseline, "acc_norm"]
-    difference = ratio_of_sums(gained, np.ones(num), draws(num))
+    each = asked["each"]
+    accuracy: dict[str, dict[str, Any]] = {}
+    for variant in (baseline, candidate):
+        accuracy[variant] = {"num_questions": len(each)}
+        for name in MEASURES:
+            found, stderr = share(_is_right(each, variant, name))
+            accuracy[variant] |= {name: found, f"{name}_stderr": stderr}
+    mean, stderr = paired_difference(
+        _is_right(each, candidate, "acc_norm"), _is_right(each, baseline, "acc_norm")
+    )
+    low = high = None
+    if stderr is not None:
+        reach = student(len(each)) * stderr
+        low, high = max(mean - reach, -1.0), min(mean + reach, 1.0)
+    has_chance = all("num_choices" in one for one in each)
     return {
         "source": asked["source"],
-        "chance": np.mean([1 / one["num_choices"] for one in each]).item()
-        if all("num_choices" in one for one in each)
-        else None,
+        "chance": fmean(1 / one["num_choices"] for one in each) if has_chance else None,
         "accuracy": accuracy,
         "acc_norm_difference": {
-            "mean": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "num_questions": num,
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "num_questions": len(each),
         },
     }
+
+
+def _is_right(each: Sequence[Mapping[str, Any]], variant: str, measure: str) -> list[bool]:
+    return [one[MEASURES[measure]][variant] == one["right"] for one in each]

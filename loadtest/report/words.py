@@ -293,21 +293,18 @@ def accuracy_text(result: Result) -> str | None:
     candidate, baseline = result["candidate"], result["baseline"]
     of_candidate, of_baseline = choices["accuracy"][candidate], choices["accuracy"][baseline]
     difference = choices["acc_norm_difference"]
-    mean, low, high = (f"{100 * difference[key]:+.1f}" for key in ("mean", "low", "high"))
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    interval = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    is_certain = low is not None and not low <= 0 <= high
+    meaning = "" if is_certain else ", which is not statistically significant"
     return (
         f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
         f"{_share(of_candidate, 'acc_norm')} rightly and {baseline} "
         f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference of "
-        f"{mean} points ({low} to {high}), paired by question{_meaning(difference)}. By their sum "
-        f"(acc) it is {_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one "
-        f"standard error{_chance(choices['chance'])}."
+        f"{100 * mean:+.1f} points{interval}, paired by question{meaning}. By their sum (acc) it "
+        f"is {_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one standard "
+        f"error{_chance(choices['chance'])}."
     )
-
-
-def _meaning(difference: Mapping[str, float]) -> str:
-    if difference["low"] <= 0 <= difference["high"]:
-        return ", which may as well be chance"
-    return ""
 
 
 def _chance(chance: float | None) -> str:

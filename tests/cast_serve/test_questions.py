@@ -1,10 +1,10 @@
-"""Questions that are read, and lines and files that are refused."""
+"""Questions that are read or refused, and the arithmetic of accuracies."""
 
 from pathlib import Path
 
 import pytest
 
-from cast_serve.questions import Question, read_questions
+from cast_serve.questions import Question, paired_difference, read_questions, share
 
 YES_OR_NO = Question("Is it?", ("yes", "no"), 1)
 GOOD = '{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}'
@@ -56,3 +56,22 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="empty is empty; give a line of JSON"):
         read_questions(tmp_path / "empty")
+
+
+def test_the_likeliest_answer_in_sum_and_per_byte() -> None:
+    # Per byte -1.0 against -0.8: "ääh" has 5 bytes. Per character it would lose.
+    assert Question("?", ("no", "ääh"), 1).likeliest([-2.0, -4.0]) == (0, 1)
+    assert YES_OR_NO.likeliest([-3.0, -2.0]) == (1, 0)
+    assert Question("?", ("one", "two"), 0).likeliest([-3.0, -3.0]) == (0, 0)
+
+
+def test_shares_and_paired_differences_by_hand() -> None:
+    found, stderr = share([True, False, True])
+    assert (found, stderr) == pytest.approx((2 / 3, (2 / 9 / 2) ** 0.5))
+    # +1, 0, 0, +1: the mean is 0.5, and the deviation of one of them 0.577.
+    ours, theirs = (True, True, False, True), (False, True, False, False)
+    difference, stderr = paired_difference(ours, theirs)
+    assert (difference, stderr) == pytest.approx((0.5, 0.57735 / 2), rel=1e-4)
+    assert paired_difference(ours, ours) == (0, 0)
+    assert share([True]) == (1, None)
+    assert paired_difference([False], [True]) == (-1, None)

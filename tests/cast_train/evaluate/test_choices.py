@@ -3,12 +3,7 @@ import torch
 
 from cast_serve.questions import Question
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.evaluate.choices import (
-    ChoiceAccuracy,
-    check_names,
-    choice_accuracy,
-    paired_difference,
-)
+from cast_train.evaluate.choices import check_names, choice_accuracy
 
 
 def test_choices_are_scored_by_their_continuation(llama_dir):
@@ -30,19 +25,7 @@ def test_choices_are_scored_by_their_continuation(llama_dir):
     assert found.acc_stderr == pytest.approx((2 / 9 / 2) ** 0.5)
     assert found.acc_norm == sum(q.answer == best_norm for q in questions) / 3
     assert found.num_questions == 3
-
-
-def test_paired_differences_by_hand():
-    def of(*is_right):
-        return ChoiceAccuracy(0.5, 0.1, 0.5, 0.1, 0.25, len(is_right), is_right)
-
-    # +1, 0, 0, +1: the mean is 0.5, and the deviation of one of them 0.577.
-    difference, stderr = paired_difference(
-        of(True, True, False, True), of(False, True, False, False)
-    )
-    assert difference == 0.5
-    assert stderr == pytest.approx(0.57735 / 2, rel=1e-4)
-    assert "is_right_norm" not in of(True).about()
+    assert "is_right_norm" not in found.about()
 
 
 def test_files_of_one_name_are_refused(tmp_path):

@@ -5,13 +5,19 @@ from typing import Any
 GOOD = '{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}'
 
 
-def echoed(*tokens: tuple[str, float | None], num_generated: int = 0) -> dict[str, Any]:
-    """A completion's answer as vLLM writes it: each token's text and log likelihood."""
+def echoed(
+    *tokens: tuple[str, float | None], num_generated: int = 0, is_short: bool = False
+) -> dict[str, Any]:
+    """A completion's answer as vLLM writes it: each token's text and log likelihood.
+
+    Args:
+        is_short: one log likelihood is missing.
+    """
     texts = [text for text, _ in tokens]
     offsets = [len("".join(texts[:place])) for place in range(len(texts))]
     found = {
         "tokens": texts,
-        "token_logprobs": [logprob for _, logprob in tokens],
+        "token_logprobs": [logprob for _, logprob in tokens[is_short:]],
         "text_offset": offsets,
     }
     usage = {"prompt_tokens": len(texts) - num_generated, "completion_tokens": num_generated}

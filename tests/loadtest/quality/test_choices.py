@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from cast_serve.questions import Question
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import choices
-from loadtest.quality.ask import Ask, asking
+from loadtest.quality.ask import asking
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.commands import terms_of
@@ -22,7 +22,7 @@ from loadtest.report.files import markdown_of
 from loadtest.report.result import result_of
 from loadtest.report.words import accuracy_text
 from tests.loadtest.conftest import ServeApp
-from tests.loadtest.quality.answers import GOOD, each, echoed
+from tests.loadtest.quality.answers import each, echoed
 from tests.loadtest.recordings import two_pairs, write_out
 
 PROMPT = (("Question: Is it?", None), ("\nAnswer", -9.0), (":", -8.0))
@@ -65,6 +65,10 @@ def test_parts_of_a_character_belong_to_the_answer_they_are_in() -> None:
         ({"error": "no"}, "repeats no prompt with log probabilities"),
         (echoed((" it", -1.0), num_generated=1), "repeats no prompt with log probabilities"),
         (echoed(("token_id:5", None), ("token_id:6", -1.0)), "'token_id:5token_id:6', which .*ids"),
+        (
+            echoed(*PROMPT, (" yes", -1.0), is_short=True),
+            "repeats no prompt with log probabilities",
+        ),
         (echoed(*PROMPT, (" no", -1.0)), "does not end with the answer ' yes'"),
         (
             echoed(*PROMPT, (" y", -1.0), ("es", None)),
@@ -79,68 +83,23 @@ def test_what_cannot_be_scored_is_refused(response: dict[str, Any], message: str
         log_likelihood(response, " yes")
 
 
-def test_lists_of_unequal_length_are_refused() -> None:
-    response = echoed(*PROMPT, (" yes", -1.0))
-    response["choices"][0]["logprobs"]["token_logprobs"].pop()
-    with pytest.raises(ValueError, match="repeats no prompt with log probabilities"):
-        log_likelihood(response, " yes")
-
-
-def scorer(scores: Mapping[tuple[str, str], float], bodies: list[dict[str, Any]]) -> Ask:
-    """A server by (variant, answer): one token for the prompt, one for the answer, one more."""
+def test_both_variants_score_each_answer() -> None:
+    bodies: list[dict[str, Any]] = []
 
     async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
         bodies.append(body)
-        prompt, _, answer = body["prompt"].partition("\nAnswer: ")
-        score = scores[body["model"], answer]
-        tokens = ((f"{prompt}\nAnswer:", None), (f" {answer}", score), ("!", -0.1))
-        return echoed(*tokens, num_generated=1)
+        prompt, _, answer = body["prompt"].rpartition(":")
+        score = -2.0 if answer == " no" or body["model"] == "sparse" else -2.4
+        return echoed((f"{prompt}:", None), (answer, score), ("!", -0.1), num_generated=1)
 
-    return ask
-
-
-def test_the_likeliest_answer_in_sum_and_per_byte() -> None:
-    questions = [Question("A?", ("no", "ääh"), 1), Question("B?", ("one", "two"), 0)]
-    scores = {
-        # In sum "no"; per byte -1.0 against -0.8, so "ääh": 5 bytes. Per character it would lose.
-        ("dense", "no"): -2.0,
-        ("dense", "ääh"): -4.0,
-        # Per byte -1.0 against -1.2.
-        ("sparse", "no"): -2.0,
-        ("sparse", "ääh"): -6.0,
-        # Equal: the first.
-        ("dense", "one"): -3.0,
-        ("dense", "two"): -3.0,
-        ("sparse", "one"): -3.5,
-        ("sparse", "two"): -3.0,
-    }
-    bodies: list[dict[str, Any]] = []
     ticks: list[int] = []
-    ask = scorer(scores, bodies)
+    questions = [Question("A?", ("yes", "no"), 1)]
     found = asyncio.run(measure(ask, questions, "dense", "sparse", lambda: ticks.append(1)))
-    assert found == [
-        {
-            "right": 1,
-            "num_choices": 2,
-            "by_sum": {"dense": 0, "sparse": 0},
-            "by_byte": {"dense": 1, "sparse": 0},
-        },
-        {
-            "right": 0,
-            "num_choices": 2,
-            "by_sum": {"dense": 0, "sparse": 1},
-            "by_byte": {"dense": 0, "sparse": 1},
-        },
-    ]
-    assert len(ticks) == 8
-    assert bodies[0] == {
-        "model": "dense",
-        "prompt": "Question: A?\nAnswer: no",
-        "max_tokens": 1,
-        "temperature": 0,
-        "echo": True,
-        "logprobs": 1,
-    }
+    chosen = {"by_sum": {"dense": 1, "sparse": 0}, "by_byte": {"dense": 0, "sparse": 0}}
+    assert found == [{"right": 1, "num_choices": 2, **chosen}]
+    assert len(ticks) == len(bodies) == 4
+    prompt = {"model": "dense", "prompt": "Question: A?\nAnswer: yes", "max_tokens": 1}
+    assert bodies[0] == {**prompt, "temperature": 0, "echo": True, "logprobs": 1}
 
 
 def test_so_many_requests_are_in_flight_and_no_more() -> None:
@@ -197,10 +156,8 @@ def test_the_interval_is_of_the_difference_question_by_question() -> None:
     found = summarise(each(rows), "dense", "sparse")["acc_norm_difference"]
     error = math.sqrt((60 - 400 * 0.05**2) / 399 / 400)
     assert found["mean"] == 0.05
-    assert found["low"] == pytest.approx(0.05 - 1.96 * error, abs=0.004)
-    assert found["high"] == pytest.approx(0.05 + 1.96 * error, abs=0.004)
-    # Unpaired, the two shares would give an interval more than twice as wide.
-    assert found["high"] - found["low"] < 2 * 1.96 * math.sqrt(2 * 0.25 / 400) * 0.6
+    assert found["low"] == pytest.approx(0.05 - 1.96 * error, abs=0.001)
+    assert found["high"] == pytest.approx(0.05 + 1.96 * error, abs=0.001)
     alike = summarise(each([(0, 0, 0), (0, 1, 1)]), "dense", "sparse")["acc_norm_difference"]
     assert (alike["low"], alike["mean"], alike["high"]) == (0, 0, 0)
 
@@ -208,15 +165,13 @@ def test_the_interval_is_of_the_difference_question_by_question() -> None:
 def test_one_question_has_no_standard_error_and_is_json() -> None:
     found = summarise(each([(0, 0, 1)]), "dense", "sparse")
     assert found["accuracy"]["dense"]["acc_stderr"] is None
-    assert (found["acc_norm_difference"]["low"], found["acc_norm_difference"]["high"]) == (-1, -1)
+    assert found["acc_norm_difference"] == {
+        "mean": -1,
+        "low": None,
+        "high": None,
+        "num_questions": 1,
+    }
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-def test_the_record_names_the_file_and_its_content(tmp_path: Path) -> None:
-    path = tmp_path / "set.jsonl"
-    path.write_text(f"{GOOD}\n")
-    about = choices.about(path, [])
-    assert (about["source"], len(about["source_sha256"]), about["each"]) == (str(path), 64, [])
 
 
 # 100 questions: dense 60 right, sparse 58: 5 won, 7 lost.
@@ -231,11 +186,8 @@ def test_reports_tell_it_and_older_records_are_read(tmp_path: Path) -> None:
     run = two_pairs(choices=each(ROWS))
     text = accuracy_text(result_of(run))
     assert text is not None
-    assert text.startswith(
-        "Of 100 questions of set.jsonl, sparse answers 58.0% ± 5.0% rightly and dense 60.0% ± 4.9% "
-        "by log likelihood per byte (acc_norm): a difference of -2.0 points (-"
-    )
-    assert "By their sum (acc) it is 58.0% ± 5.0% and 60.0% ± 4.9%." in text
+    for part in ("100 questions of set.jsonl", "58.0% ± 5.0%", "60.0% ± 4.9%", "-2.0 points (-"):
+        assert part in text
     assert text in markdown_of(result_of(run))
     write_out(tmp_path / "out", run)
     assert f"<p>{text}</p>" in (tmp_path / "out" / "report.html").read_text()
@@ -257,20 +209,11 @@ def test_the_lower_end_must_not_lose_more_than_the_guard_allows() -> None:
     assert (kept["limit"], kept["found"], kept["passed"]) == (-low, -low, True)
     lost = check(result["choices"], 0.05)
     assert not lost["passed"]
-    assert lost["why"].startswith("acc_norm, candidate - baseline -0.0200 (-0.")
-    assert lost["why"].endswith("over 100 questions: its lower end must reach -0.05")
+    assert "-0.0200 (-0." in lost["why"]
     alike = result_of(two_pairs(choices=each([(0, 0, 0)] * 9)))["choices"]
     assert check(alike, 0)["passed"]
-    assert check(alike, 0)["why"].endswith("must reach 0")
     unknown = check(None, 0.05)
     assert (unknown["found"], unknown["passed"]) == (None, False)
-    assert unknown["why"] == "accuracy was not measured; give --choices"
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.5, "little", True])
-def test_a_wrong_guard_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=f"max_accuracy_loss is {value!r}; give a number from 0"):
-        Guard.of({"max_accuracy_loss": value})
 
 
 def test_a_guard_needs_choices(tmp_path: Path) -> None:
