@@ -1,7 +1,9 @@
 """N:M patterns: a weight or score tensor -> groups, exact masks, checks, and their errors.
 
 A *group* is M consecutive weights along in_features (the last dimension). A *mask* is a bool
-tensor, True = kept. This module needs torch only and is imported by everything.
+tensor, True = kept. M divides 64, so every pattern keeps a constant number of each *word* of 64
+columns: 16:32 is stored and multiplied as 32:64. 2:4 alone is stored as itself, for a GPU. This
+module needs torch only and is imported by everything.
 """
 
 import itertools
@@ -27,19 +29,37 @@ class Pattern:
         """Parses ``"2:4"``.
 
         Raises:
-            PatternError: if the text is not ``N:M`` with 0 < N < M <= 256.
+            PatternError: if the text is not ``N:M`` with 0 < N < M and M a divisor of 64.
         """
-        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
-        if match is None or not 0 < int(match[1]) < int(match[2]):
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
+        if match is None or not 0 < int(match[1]) < int(match[2]) or WORD % int(match[2]):
             raise PatternError(
-                f"sparsity {text!r} is not N:M with 0 < N < M; write for instance 2:4"
+                f"sparsity {text!r:.100} is not N:M with 0 < N < M and M one of 2, 4, 8, 16, 32, "
+                "64; write for instance 2:4, which a GPU needs, or 32:64 for a CPU"
             )
-        if int(match[2]) > MAX_M:
-            raise PatternError(f"sparsity {text!r} has groups of more than {MAX_M} weights")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def stored(self) -> "Pattern":
+        """What weights of this pattern are stored as: 2:4 as itself, any other as N of 64.
+
+        Raises:
+            PatternError: if M does not divide 64, as earlier releases allowed.
+        """
+        if WORD % self.m:
+            raise PatternError(
+                f"{self} has no compressed weights and kernels, since {self.m} does not divide "
+                f"{WORD}; serve it dense, or train with --sparsity 2:4 or 32:64"
+            )
+        return self if self == TWO_FOUR else Pattern(self.n * WORD // self.m, WORD)
+
+    @property
+    def columns(self) -> int:
+        """What in_features must be a multiple of: whole groups, and whole words but of 2:4."""
+        return self.m if self == TWO_FOUR else math.lcm(self.m, WORD)
 
     @property
     def zeros(self) -> float:
@@ -60,8 +80,10 @@ class Pattern:
 
 
 TWO_FOUR = Pattern(2, 4)
-MAX_M = 256  # `hard_mask` counts ranks in 8 bits
+WORD = 64  # columns of a word of the bitmask
 MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
+COUNTED_M = 8  # up to which counting ranks is faster than sorting
+SLAB_WEIGHTS = 1 << 18  # sorted at a time: they stay in a core's cache
 
 
 def groups(tensor: Tensor, m: int) -> Tensor:
@@ -72,7 +94,7 @@ def groups(tensor: Tensor, m: int) -> Tensor:
     """
     if tensor.shape[-1] % m:
         raise PatternError(
-            f"in_features {tensor.shape[-1]} is no multiple of {m}: no whole groups of {m}"
+            f"in_features {tensor.shape[-1]} is not a multiple of {m}: no whole groups of {m}"
         )
     return tensor.unflatten(-1, (-1, m))
 
@@ -94,14 +116,65 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
         raise PatternError(
             "scores hold NaN, so they cannot be ranked; check the training for divergence"
         )
+    if pattern.m <= COUNTED_M or pattern.m & (pattern.m - 1):
+        return _by_counting(grouped, pattern.n).flatten(-2)
+    rows = grouped.detach().reshape(-1, pattern.m)
+    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    slab = SLAB_WEIGHTS // pattern.m
+    for part, kept in zip(rows.split(slab), mask.split(slab), strict=True):
+        kept.copy_(_by_sorting(part.t().contiguous(), pattern.n).t())
+    return mask.view(scores.shape)
+
+
+def _by_counting(grouped: Tensor, n: int) -> Tensor:
+    """The mask of scores [..., M]: all pairs are compared."""
     columns = [column.contiguous() for column in grouped.unbind(-1)]
     ranks = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in columns]
-    for left in range(pattern.m):  # counting is far faster than sorting at such small M
-        for right in range(left + 1, pattern.m):
+    for left in range(len(columns)):
+        for right in range(left + 1, len(columns)):
             is_right_larger = columns[right] > columns[left]
             ranks[left] += is_right_larger
             ranks[right] += ~is_right_larger
-    return (torch.stack(ranks, dim=-1) < pattern.n).flatten(-2)
+    return torch.stack(ranks, dim=-1) < n
+
+
+def _by_sorting(columns: Tensor, n: int) -> Tensor:
+    """The mask [M, groups] of contiguous scores [M, groups], M a power of two.
+
+    It is what lies above the N-th largest score, and of those that equal it the lowest columns.
+    """
+    least = _ascending(columns.clone())[-n]
+    kept = columns >= least
+    tied = (kept.sum(0, dtype=torch.int16) != n).nonzero().flatten()
+    if len(tied):
+        columns, least = columns[:, tied], least[tied]
+        is_above, is_least = columns > least, columns == least
+        room = n - is_above.sum(0, dtype=torch.int16)
+        kept[:, tied] = is_above | (is_least & (is_least.cumsum(0, dtype=torch.int16) <= room))
+    return kept
+
+
+def _ascending(columns: Tensor) -> Tensor:
+    """Sorts each column of a contiguous [M, groups] in place, by Batcher's odd-even merges.
+
+    A merge of two sorted halves of `block` rows compares rows that are `gap` apart. That takes
+    log2(M) (log2(M) + 1) / 2 steps, each one operation for all groups and pairs.
+    """
+    num_rows, num_groups = columns.shape
+    half = 1
+    while half < num_rows:
+        gap = half
+        while gap:
+            blocks = columns.view(-1, 2 * half, num_groups)
+            unpaired = gap % half  # rows at both ends of a block
+            pairs = blocks[:, unpaired : 2 * half - unpaired].unflatten(1, (-1, 2, gap))
+            upper, lower = pairs.unbind(2)
+            smaller = torch.minimum(upper, lower)
+            torch.maximum(upper, lower, out=lower)
+            upper.copy_(smaller)
+            gap //= 2
+        half *= 2
+    return columns
 
 
 def patterns_of(n: int, m: int) -> Tensor:

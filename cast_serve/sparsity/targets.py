@@ -19,7 +19,8 @@ def find_targets(
     """Which linears of a model become sparse.
 
     Every linear inside the transformer's blocks is a target; embeddings, heads, classifiers and
-    routers are not. A linear whose in_features is no multiple of M stays dense.
+    routers are not. A linear whose in_features has no whole groups (2:4) or words of 64 columns
+    (any other pattern) stays dense.
 
     Args:
         model: any torch model; ``nn.Linear`` and GPT-2's ``Conv1D`` count as linears.
@@ -46,8 +47,8 @@ def find_targets(
             dense[name] = "excluded"
         elif (include and not named) or (not include and DENSE_MODULES.search(name)):
             dense[name] = "not a target"
-        elif in_features % pattern.m:
-            reason = f"in_features {in_features} is no multiple of {pattern.m}"
+        elif in_features % pattern.columns:
+            reason = f"in_features {in_features} is not a multiple of {pattern.columns}"
             if named:
                 raise PatternError(f"{name} is named as a target, but its {reason}")
             dense[name] = reason
@@ -81,7 +82,7 @@ def not_by_vllm(targets: Iterable[str], dense: Iterable[str]) -> str | None:
         return None
     return (
         "vLLM will not load what is made of this: it merges q, k and v, and gate and up, and here "
-        f"{len(found)} of them stay dense beside 2:4 ones, such as {min(found)}; include or "
+        f"{len(found)} of them stay dense beside sparse ones, such as {min(found)}; include or "
         "exclude them together"
     )
 

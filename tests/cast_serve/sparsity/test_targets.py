@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 
 
@@ -23,9 +23,16 @@ def test_targets_are_the_linears_of_the_blocks() -> None:
     assert list(targets) == ["q_proj", "gate_proj"]
     assert dense == {
         "gate": "not a target",
-        "odd": "in_features 6 is no multiple of 4",
+        "odd": "in_features 6 is not a multiple of 4",
         "lm_head": "not a target",
     }
+
+
+def test_words_of_64_columns_decide_for_every_other_pattern() -> None:
+    linears = nn.ModuleDict({"up": nn.Linear(128, 4), "down": nn.Linear(96, 4)})
+    targets, dense = find_targets(linears, Pattern(4, 8))
+    assert list(targets) == ["up"]
+    assert dense == {"down": "in_features 96 is not a multiple of 64"}
 
 
 def test_targets_can_be_named() -> None:
@@ -42,7 +49,7 @@ def test_linears_that_vllm_merges_with_targets_are_found() -> None:
     targets = ["l.1.v_proj", "l.2.o_proj", "l.2.gate_proj", "l.3.gate_proj", "gate_proj"]
     reason = not_by_vllm(targets, dense)
     assert reason is not None
-    assert "here 3 of them stay dense beside 2:4 ones, such as l.1.q_proj;" in reason
+    assert "here 3 of them stay dense beside sparse ones, such as l.1.q_proj;" in reason
     for name in ("l.1.q_proj", "l.3.up_proj", "up_proj"):
         assert name in (not_by_vllm(targets, [name]) or "")
     assert not_by_vllm(targets, ["l.1.o_proj", "l.2.k_proj", "lm_head"]) is None

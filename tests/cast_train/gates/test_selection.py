@@ -102,7 +102,7 @@ def test_wrong_use_is_refused():
         soft_topk(torch.zeros(1, 4), 2, 4, 0)
     with pytest.raises(PatternError, match="4 of 4"):
         soft_topk(torch.zeros(1, 4), 4, 4, 1)
-    with pytest.raises(PatternError, match="6 is no multiple of 4"):
+    with pytest.raises(PatternError, match="6 is not a multiple of 4"):
         soft_topk(torch.zeros(1, 6), 2, 4, 1)
 
 
