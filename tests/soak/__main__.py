@@ -2,7 +2,6 @@
 
     python -m tests.soak --minutes 10 --seed 1                       fake workers
     python -m tests.soak --minutes 60 --seed 1 --real DENSE SPARSE   vLLM's, of these directories
-    python -m tests.soak --drains 100 --seed 1                       SIGTERM under 64 streams
 
 Exit 0: nothing was found, 1: something was, 2: wrong use.
 """
@@ -23,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cast_serve.provenance import origin
-from tests.soak import drains
 from tests.soak.run import Plan, Soak
 
 
@@ -35,16 +33,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=100, help="over the run; default 100")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same requests and faults")
     parser.add_argument("--clients", type=int, default=32, help="at once; default 32")
-    parser.add_argument("--processes", type=int, default=1, help="that the clients share")
     parser.add_argument("--real", type=Path, nargs="+", default=[], metavar="DIR")
-    parser.add_argument("--drains", type=int, default=0, help="only so many SIGTERM drains")
     parser.add_argument("--keep", type=Path, help="new folder for the logs, which stay there")
     found = parser.parse_args()
     for path in found.real:
         if not (path / "config.json").is_file():
             parser.error(f"--real {path} holds no model (no config.json); name its directory")
-    if not 0 < found.processes <= found.clients:
-        parser.error(f"--processes {found.processes} must be from 1 to --clients {found.clients}")
     if found.keep is not None and found.keep.exists():
         parser.error(f"--keep {found.keep} is there already; name a new folder")
     if found.keep is not None:
@@ -60,15 +54,12 @@ async def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def show(share: float, text: str) -> None:
             bar.update(task, completed=share, description=text)
 
-        if asked.drains:
-            return await drains.run(asked.drains, asked.seed, folder, show)
         plan = Plan(
             asked.seed,
             asked.minutes,
             asked.requests,
             asked.faults,
             asked.clients,
-            asked.processes,
             [path.resolve() for path in asked.real],
             folder,
         )

@@ -2,19 +2,17 @@
 
 import asyncio
 import json
-import multiprocessing
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
 from tests.soak import gateway as gateways
-from tests.soak.clients.client import Job, work
+from tests.soak.clients.client import Clients
 from tests.soak.clients.connection import get, post
 from tests.soak.clients.request import CHAT
 from tests.soak.clients.tally import Tally, audit_log, audit_metrics, read_metrics
@@ -51,7 +49,6 @@ class Plan:
     num_requests: int
     num_faults: int
     num_clients: int
-    num_processes: int
     real: list[Path]
     folder: Path
 
@@ -68,7 +65,7 @@ class Soak:
     progress: float = 0.0
     metrics: str = ""
     num_lost: int = 0
-    counts: list[tuple[int, int]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
     async def run(self) -> dict[str, Any]:
         """Everything, in order; the figures."""
@@ -97,8 +94,9 @@ class Soak:
     async def _load(self, gateway: Gateway, faults: Faults, is_real: bool) -> Tally:
         before = await gateway.sample(0)
         chat_status = await _ask_chat(gateway) if is_real else 200
-        pipes, processes = self._start_clients(gateway, is_real, chat_status == 200)
-        self.counts = [(0, 0)] * len(pipes)
+        clients = self._clients(gateway, is_real, chat_status == 200)
+        tally = self.tally = clients.tally
+        asking = asyncio.create_task(clients.run())
         beside = [
             asyncio.create_task(self._break(gateway, faults, is_real)),
             asyncio.create_task(self._scrape(gateway)),
@@ -106,19 +104,17 @@ class Soak:
         ]
         begun_s = time.monotonic()
         while self.progress < 1 or not beside[0].done():
-            for place, pipe in enumerate(pipes):
-                while pipe.poll():
-                    self.counts[place] = pipe.recv()
             if gateway.popen.poll() is not None:
                 self.findings.append(f"the gateway ended by itself: {gateway.popen.returncode}")
                 break
             share = (time.monotonic() - begun_s) / (60 * self.plan.minutes)
             if self.plan.num_requests:
-                share = max(share, self.num_requests / self.plan.num_requests)
+                share = max(share, tally.num_requests / self.plan.num_requests)
             self.progress = min(share, 1.0)
             self.show(self.progress, self._told(faults))
             await asyncio.sleep(0.2)
-        tally = await asyncio.to_thread(_end_clients, pipes, processes)
+        clients.is_over = True
+        await asking
         tally.seen[CHAT, chat_status] += is_real
         for task in beside:
             task.cancel()
@@ -129,38 +125,22 @@ class Soak:
         self._judge_lost(tally, faults)
         return tally
 
-    @property
-    def num_requests(self) -> int:
-        return sum(number for number, _ in self.counts)
-
     def _told(self, faults: Faults) -> str:
-        wrong = sum(number for _, number in self.counts) + len(self.findings)
-        return f"{self.num_requests} requests, {faults.counts.total()} faults, {wrong} wrong"
+        wrong = self.tally.num_wrong + len(self.findings)
+        num_faults = faults.counts.total()
+        return f"{self.tally.num_requests} requests, {num_faults} faults, {wrong} wrong"
 
-    def _start_clients(
-        self, gateway: Gateway, is_real: bool, has_chat: bool
-    ) -> tuple[list[Pipe], list[Any]]:
-        plan, context = self.plan, multiprocessing.get_context("spawn")
+    def _clients(self, gateway: Gateway, is_real: bool, has_chat: bool) -> Clients:
         places = int(str(SETTINGS["max_running"])) + int(str(SETTINGS["max_queued"]))
-        pipes, processes = [], []
-        for place in range(plan.num_processes):
-            pipe, far_end = context.Pipe()
-            job = Job(
-                gateway.port,
-                f"{plan.seed} {place}",
-                f"{place:02x}",
-                plan.num_clients // plan.num_processes,
-                num_flood=int(2.5 * places),
-                num_crowd=0 if is_real else int(str(SETTINGS["max_connections"])),
-                is_real=is_real,
-                has_chat=has_chat,
-            )
-            process = context.Process(target=work, args=(far_end, job), daemon=True)
-            process.start()
-            far_end.close()
-            pipes.append(pipe)
-            processes.append(process)
-        return pipes, processes
+        return Clients(
+            gateway.port,
+            f"{self.plan.seed} 0",
+            self.plan.num_clients,
+            num_flood=int(2.5 * places),
+            num_crowd=0 if is_real else int(str(SETTINGS["max_connections"])),
+            is_real=is_real,
+            has_chat=has_chat,
+        )
 
     async def _break(self, gateway: Gateway, faults: Faults, is_real: bool) -> None:
         """Brings the faults about, spread over the run, each once the last has been got over."""
@@ -198,7 +178,7 @@ class Soak:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(10):
-                    if sample := await gateway.sample(self.num_requests):
+                    if sample := await gateway.sample(self.tally.num_requests):
                         self.samples.append(sample)
             await asyncio.sleep(SAMPLE_S)
 
@@ -270,19 +250,6 @@ class Soak:
             "notices": faults.notices,
             "passed": not self.findings,
         }
-
-
-def _end_clients(pipes: list[Pipe], processes: list[Any]) -> Tally:
-    """Lets the clients finish what they do; what they saw."""
-    tally = Tally()
-    for pipe in pipes:
-        pipe.send("end")
-    for pipe, process in zip(pipes, processes, strict=True):
-        while not isinstance(found := pipe.recv(), Tally):
-            pass
-        tally.add(found)
-        process.join()
-    return tally
 
 
 def _by_code(tally: Tally) -> Counter[str]:

@@ -292,6 +292,26 @@ def test_what_still_runs_when_the_grace_is_over_is_told(is_stream: bool) -> None
         assert "X-Request-Id" in found.headers
 
 
+def test_no_stream_breaks_when_the_gateway_is_ended() -> None:
+    """SIGTERM under 64 streams, all of which have been read by then."""
+    words = tuple(f"{number} " for number in range(16))
+    with gateway(words=words) as process, ThreadPoolExecutor(64) as pool:
+        worker = process.workers["dense"].state
+        worker.gate.clear()
+        body = {"model": "dense", "prompt": "a", "stream": True}
+        url = f"{process.url}/v1/completions"
+        asked = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(64)]
+        wait_until(lambda: len(worker.bodies) == 64, 60)
+        process.popen.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        worker.gate.set()
+        for answer in asked:
+            *chunks, last = events(answer.result())
+            texts = [json.loads(chunk)["choices"][0]["text"] for chunk in chunks]
+            assert (tuple(texts), last) == (words, "[DONE]")
+        assert process.popen.wait(30) == 0
+
+
 def short_stalls(tmp_path: Path) -> dict[str, str]:
     """The environment of a gateway whose clients may stop reading for half a second."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -9,11 +9,7 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection as Pipe
 from typing import Any
-
-import uvloop
 
 from tests import hostile
 from tests.soak.clients import oracle
@@ -23,7 +19,6 @@ from tests.soak.clients.request import CHAT, COMPARE, COMPLETIONS, VARIANTS, Ask
 from tests.soak.clients.tally import ROUTES, Tally
 
 HUNG_S = 60.0  # the gateway's own limit is far below
-TELL_S = 0.5
 PAUSE_S = 0.2  # after a connection was refused, or a variant is down
 MAX_HOSTILE_BYTES = 1 << 20
 SMALL_BUFFER = 4096
@@ -31,14 +26,12 @@ FAT: dict[str, Any] = {"num_tokens": 50, "width": 20_000, "num_choices": 1}  # a
 HOSTILE_STATUSES = {400, 401, 404, 405, 408, 413, 429, 431, 503, 504}
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a client process is told.
+class Clients:
+    """All clients.
 
-    Attributes:
+    Args:
         port: the gateway's.
-        seed: of this process.
-        prefix: of its requests' keys.
+        seed: of what they send.
         num_clients: at once.
         num_flood: requests of a flood, all at once; more than places and queue hold.
         num_crowd: connections of a crowd, more than the gateway's limit; 0: none.
@@ -46,25 +39,25 @@ class Job:
         has_chat: whether they can answer chats.
     """
 
-    port: int
-    seed: str
-    prefix: str
-    num_clients: int
-    num_flood: int
-    num_crowd: int
-    is_real: bool
-    has_chat: bool = True
-
-
-class Clients:
-    """All clients of one process."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(
+        self,
+        port: int,
+        seed: str,
+        num_clients: int,
+        num_flood: int,
+        num_crowd: int,
+        is_real: bool,
+        has_chat: bool,
+    ) -> None:
+        self.port = port
+        self.num_clients = num_clients
+        self.num_flood = num_flood
+        self.num_crowd = num_crowd
+        self.is_real = is_real
         self.tally = Tally()
-        self.asks = Asks(job.seed, job.prefix, job.is_real)
+        self.asks = Asks(seed, is_real)
         self.is_over = False
-        self._random = random.Random(f"{job.seed} kinds")
+        self._random = random.Random(f"{seed} kinds")
         self._hostile = [
             each for each in hostile.requests(VARIANTS) if len(each[4]) <= MAX_HOSTILE_BYTES
         ]
@@ -79,17 +72,17 @@ class Clients:
             self.attack: 10,
             self.flood: 0.2,
         }
-        if job.has_chat:
+        if has_chat:
             kinds |= {self.chat: 12, self.whole_chat: 4}
-        if not job.is_real:
+        if not is_real:
             kinds |= {self.read_slowly: 1}
-        if job.num_crowd:
+        if num_crowd:
             kinds |= {self.crowd: 0.05}
         self._kinds = kinds
 
     async def run(self) -> None:
         """Sends until `is_over`."""
-        await asyncio.gather(*(self._client() for _ in range(self.job.num_clients)))
+        await asyncio.gather(*(self._client() for _ in range(self.num_clients)))
 
     async def _client(self) -> None:
         while not self.is_over:
@@ -125,7 +118,7 @@ class Clients:
         if self._alone.locked():
             return
         async with self._alone:
-            asks = [self.asks.next(COMPLETIONS, num_tokens=4) for _ in range(self.job.num_flood)]
+            asks = [self.asks.next(COMPLETIONS, num_tokens=4) for _ in range(self.num_flood)]
             await asyncio.gather(*(self._ask(ask) for ask in asks))
 
     async def crowd(self) -> None:
@@ -135,8 +128,8 @@ class Clients:
         async with self._alone:
             idle = []
             try:
-                for _ in range(self.job.num_crowd):
-                    idle.append(await Connection.open(self.job.port))
+                for _ in range(self.num_crowd):
+                    idle.append(await Connection.open(self.port))
                 await asyncio.gather(*(self.stream() for _ in range(10)))
             except OSError:
                 pass
@@ -239,7 +232,7 @@ class Clients:
                         await asyncio.sleep(0.005)
             seen = oracle.judge(ask, status, headers, bytes(content))
             self.tally.note(ask, seen)
-            if self.job.is_real and seen.code in (429, 503):  # as Retry-After asks, at least
+            if self.is_real and seen.code in (429, 503):  # as Retry-After asks, at least
                 await asyncio.sleep(1.0)
             elif seen.code == 503:  # a fake is back sooner
                 await asyncio.sleep(PAUSE_S)
@@ -263,26 +256,8 @@ class Clients:
     async def _open(self, receive_buffer: int | None = None) -> Connection | None:
         """A connection; None if the gateway does not take one now."""
         try:
-            return await Connection.open(self.job.port, receive_buffer)
+            return await Connection.open(self.port, receive_buffer)
         except OSError:
             self.tally.kinds["not connected"] += 1
             await asyncio.sleep(PAUSE_S)
             return None
-
-
-def work(pipe: Pipe, job: Job) -> None:
-    """A client process: tells (requests, wrong ones) now and then; told to end, its tally."""
-    uvloop.run(_work(pipe, job))
-
-
-async def _work(pipe: Pipe, job: Job) -> None:
-    clients = Clients(job)
-    running = asyncio.create_task(clients.run())
-    while not pipe.poll():
-        pipe.send((clients.tally.num_requests, clients.tally.num_wrong))
-        await asyncio.wait({running}, timeout=TELL_S)
-        if running.done():
-            break
-    clients.is_over = True
-    await running
-    pipe.send(clients.tally)

@@ -17,12 +17,11 @@ class ClosedError(Exception):
 
 
 class Connection:
-    """One connection, one request after the other."""
+    """One connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self.is_reusable = False
 
     @classmethod
     async def open(cls, port: int, receive_buffer: int | None = None) -> "Connection":
@@ -53,7 +52,6 @@ class Connection:
         """Writes a request; `missing` bytes of its body are announced and not sent."""
         fields = {"Host": "x", "Content-Length": str(len(content) + missing), **headers}
         lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
-        self.is_reusable = False
         self._writer.write("\r\n".join(lines).encode() + content)
         with suppress(OSError):  # refused before it was read: the answer may be there all the same
             await self._writer.drain()
@@ -90,10 +88,8 @@ class Connection:
                 yield await self._reader.readexactly(int(self._headers["content-length"]))
             else:
                 yield await self._reader.read()
-                return
         except (asyncio.IncompleteReadError, OSError):
             raise ClosedError(True) from None
-        self.is_reusable = self._headers.get("connection", "") != "close"
 
     def close(self) -> None:
         """Leaves: at once, whatever was not read yet."""

@@ -84,14 +84,12 @@ class Asks:
     """Requests in an order that a seed fixes.
 
     Args:
-        seed: of this client process.
-        prefix: of the keys; hexadecimal, different for each process.
+        seed: of what is drawn.
         is_real: whether workers are vLLM's. How many tokens their text has only they know.
     """
 
-    def __init__(self, seed: str, prefix: str, is_real: bool) -> None:
+    def __init__(self, seed: str, is_real: bool) -> None:
         self.random = random.Random(seed)
-        self._prefix = prefix
         self._is_real = is_real
         self._number = 0
 
@@ -99,7 +97,7 @@ class Asks:
         """The next request; what is not given is drawn."""
         draw = self.random
         self._number += 1
-        key = f"{self._prefix}{self._number:08x}{draw.getrandbits(16):04x}"
+        key = f"{self._number:010x}{draw.getrandbits(16):04x}"
         num_tokens = num_tokens or draw.choice((1, 2, 4, 8, 12, 24))
         text = None
         if route == COMPARE:

@@ -22,7 +22,7 @@ GAUGES = ("cast_requests_in_flight", "cast_requests_queued")
 
 @dataclass
 class Tally:
-    """Counts of one client process, or of several added up.
+    """What all clients saw.
 
     Attributes:
         kinds: requests by what the client did.
@@ -84,15 +84,6 @@ class Tally:
         """Counts a client that left after its request was sent."""
         (self.left if has_begun else self.left_early)[ask.route] += 1
         self.left_tokens += ask.num_tokens * ask.num_choices
-
-    def add(self, other: "Tally") -> None:
-        """Adds another process's."""
-        for name, value in vars(other).items():
-            if isinstance(value, Counter | dict):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
-        self.wrong = self.wrong[:MAX_TOLD]
 
 
 def read_metrics(text: str) -> dict[str, dict[tuple[str, ...], float]]:
