@@ -14,10 +14,10 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.errors import ShedError
 from cast_serve.gateway.upstream.replica import Variant
 
 RATE_WINDOW = 64  # finished requests that the service rate is measured over
@@ -67,7 +67,7 @@ class Admission:
                 before those that have not, however many they are.
 
         Raises:
-            APIError: 429 if the queue is full, 504 if no place was free in time.
+            ShedError: 429 if the queue is full, 504 if no place was free in time.
             NoPlacesError: if the variant went down meanwhile, see `turn_away`.
         """
         await self._enter(timeout_s, is_again)
@@ -112,7 +112,7 @@ class Admission:
             self._take()
             return
         if len(self._waiting) >= self._max_queued and not is_again:
-            raise APIError(
+            raise ShedError(
                 429,
                 f"{len(self._waiting)} requests wait already, the limit of this variant; try again "
                 "after Retry-After seconds",
@@ -133,7 +133,7 @@ class Admission:
                 self._give_back()  # its turn came at the same moment
             self.admit()
             if isinstance(error, TimeoutError):
-                raise APIError(
+                raise ShedError(
                     504,
                     f"no place was free within {timeout_s:g} s; ask again later, or allow more "
                     "with X-Request-Timeout",
@@ -187,27 +187,9 @@ class Places:
         else:
             self.admissions[name].turn_away()
 
-    @asynccontextmanager
-    async def place(
-        self, name: str, until_s: float, on_shed: Callable[[str], None], is_again: bool = False
-    ) -> AsyncIterator[None]:
-        """A place at a variant's workers.
-
-        Args:
-            name: whose.
-            until_s: how long to wait, on the event loop's clock.
-            on_shed: called with the error's code where the request is turned away.
-            is_again: see `Admission.place`.
-
-        Raises:
-            APIError: 429 or 504.
-            NoPlacesError: if the variant goes down while the request waits.
-        """
-        async with AsyncExitStack() as stack:
-            left_s = until_s - asyncio.get_running_loop().time()
-            try:
-                await stack.enter_async_context(self.admissions[name].place(left_s, is_again))
-            except APIError as error:
-                on_shed(str(error.body["error"]["code"]))
-                raise
-            yield
+    def place(
+        self, name: str, until_s: float, is_again: bool = False
+    ) -> AbstractAsyncContextManager[None]:
+        """`Admission.place` of a variant, until a time on the event loop's clock."""
+        left_s = until_s - asyncio.get_running_loop().time()
+        return self.admissions[name].place(left_s, is_again)

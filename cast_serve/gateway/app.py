@@ -96,7 +96,7 @@ class Gateway:
         self.metrics = Metrics(
             self.comparison, self.shadow.outcomes, self.places.admissions, self.router.fallbacks
         )
-        self.bodies = BodyReader(settings, self.metrics)
+        self.bodies = BodyReader(settings)
         accounts = Accounts(self.metrics, self.comparison, self.shadow, self.bodies)
         self.proxy = Proxy(
             settings,

@@ -13,9 +13,8 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from cast_serve.gateway.api import schemas
-from cast_serve.gateway.api.errors import APIError
+from cast_serve.gateway.api.errors import APIError, ShedError
 from cast_serve.gateway.exchange import Exchange
-from cast_serve.gateway.metrics import Metrics
 from cast_serve.gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -29,15 +28,13 @@ class BodyReader:
     Args:
         settings: `max_body_bytes`, `max_held_body_bytes`, `body_timeout_s`, `max_prompts` and
             `strict_fields`.
-        metrics: count what is turned away, where the bodies in sum are too large.
 
     Attributes:
         num_held_bytes: of the bodies of all requests that have not ended.
     """
 
-    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
-        self._metrics = metrics
         self.num_held_bytes = 0
         # One at a time: memory and the interpreter's lock are not for large bodies alone.
         self._checker = ThreadPoolExecutor(1, "check-body")
@@ -80,7 +77,6 @@ class BodyReader:
                     exchange.num_body_bytes += len(chunk)
                     self.num_held_bytes += len(chunk)
                     if self.num_held_bytes > self.settings.max_held_body_bytes:
-                        self._metrics.shed.labels("too_many_bytes").inc()
                         raise self._too_many_bytes()
                     content += chunk
                     if len(content) > limit:
@@ -112,8 +108,8 @@ class BodyReader:
             )
         return body, checked, without_effect
 
-    def _too_many_bytes(self) -> APIError:
-        return APIError(
+    def _too_many_bytes(self) -> ShedError:
+        return ShedError(
             429,
             f"the requests that wait or run have bodies of {self.settings.max_held_body_bytes} "
             "bytes together, the limit; try again after Retry-After seconds, or raise "

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -29,7 +30,6 @@ from cast_serve.gateway.upstream.client import (
     Client,
     StaleError,
     UnsentError,
-    fail_if_lost,
     is_packed,
     read_piece,
 )
@@ -67,28 +67,21 @@ class LostError(BrokenError):
     """The connection was lost after the request was sent, maybe since the replica died of it."""
 
 
+@dataclass(frozen=True)
 class Forwarder:
     """Asks replicas.
 
-    Args:
-        client: to the workers.
+    Attributes:
         on_lost: called with a replica that was just marked down.
         on_resend: called with a replica that gets a request again, since its kept connection had
             been closed.
         max_answer_bytes: of an answer that is not streamed.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        on_lost: Callable[[Replica], None],
-        on_resend: Callable[[Replica], None],
-        max_answer_bytes: int,
-    ) -> None:
-        self._client = client
-        self._on_lost = on_lost
-        self._on_resend = on_resend
-        self._max_answer_bytes = max_answer_bytes
+    client: Client
+    on_lost: Callable[[Replica], None]
+    on_resend: Callable[[Replica], None]
+    max_answer_bytes: int
 
     async def forward(
         self, replica: Replica, exchange: Exchange, stack: AsyncExitStack
@@ -160,10 +153,9 @@ class Forwarder:
         exchange.sent_s = time.perf_counter()
         upstream = await self._post(replica, exchange, content, headers)
         stack.callback(upstream.close)  # nothing, if it was read to its end
-        stack.callback(fail_if_lost(upstream))
         if upstream.status == 401:  # of the gateway's key: no fault of the client's
             note_refusal(replica, LOCKED)
-            self._on_lost(replica)
+            self.on_lost(replica)
             raise UnreachedError
         if is_packed(upstream):
             logger.warning("%s: sent an answer that is packed, not as asked", replica)
@@ -177,18 +169,18 @@ class Forwarder:
         url = f"{replica.url}{exchange.route}"
         try:
             try:
-                return await self._client.post(url, content, headers, exchange.deadline_s)
+                return await self.client.post(url, content, headers, exchange.deadline_s)
             except StaleError:
-                self._on_resend(replica)
+                self.on_resend(replica)
             try:
-                return await self._client.post(url, content, headers, exchange.deadline_s)
+                return await self.client.post(url, content, headers, exchange.deadline_s)
             except (StaleError, UnsentError) as error:  # the first one may have been read
                 raise self._lost(replica, error) from None
         except UnsentError as error:
             logger.warning("%s: %s", replica, error)
             if error.is_refused:
                 note_failure(replica)
-                self._on_lost(replica)
+                self.on_lost(replica)
             else:
                 note_doubt(replica)
             raise UnreachedError from None
@@ -202,8 +194,8 @@ class Forwarder:
         try:
             while piece := await read_piece(upstream):
                 content += piece
-                if len(content) > self._max_answer_bytes:
-                    raise _too_large(replica.variant, self._max_answer_bytes)
+                if len(content) > self.max_answer_bytes:
+                    raise _too_large(replica.variant, self.max_answer_bytes)
         except aiohttp.ClientError as error:
             raise self._lost(replica, error) from None
         except TimeoutError:

@@ -12,6 +12,7 @@ OpenAI error object; in a stream that has begun, as its last event.
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from cast_serve.gateway.accounts import Accounts
 from cast_serve.gateway.admission import NoPlacesError, Places
 from cast_serve.gateway.api import limits
-from cast_serve.gateway.api.errors import CUT_OFF, APIError, unavailable
+from cast_serve.gateway.api.errors import CUT_OFF, APIError, ShedError, unavailable
 from cast_serve.gateway.bodies import BodyReader
 from cast_serve.gateway.compare.asker import Asker
 from cast_serve.gateway.exchange import (
@@ -43,51 +44,33 @@ COMPARE = "/v1/compare"
 STICKY_HEADER = "x-cast-sticky"
 
 
+@dataclass(eq=False)
 class Proxy:
     """Routes requests, and admits them to the workers.
 
-    Args:
-        settings: see there.
-        bodies: reads what clients send.
-        router: who answers for which name.
-        places: who may be asked when.
-        forwarder: asks.
-        accounts: counts.
-        asker: compares.
-        metrics: of what is turned away, sent on, and in flight.
+    Attributes:
+        asker: compares the variants, on `COMPARE`.
         baseline: the variant that others are compared with.
     """
 
-    def __init__(
-        self,
-        settings: GatewaySettings,
-        bodies: BodyReader,
-        router: Router,
-        places: Places,
-        forwarder: Forwarder,
-        accounts: Accounts,
-        asker: Asker,
-        metrics: Metrics,
-        baseline: str,
-    ) -> None:
-        self._settings = settings
-        self._bodies = bodies
-        self._router = router
-        self._places = places
-        self._forwarder = forwarder
-        self._accounts = accounts
-        self._asker = asker
-        self._metrics = metrics
-        self._baseline = baseline
-        self._retry_budget = RetryBudget()
+    settings: GatewaySettings
+    bodies: BodyReader
+    router: Router
+    places: Places
+    forwarder: Forwarder
+    accounts: Accounts
+    asker: Asker
+    metrics: Metrics
+    baseline: str
+    _retry_budget: RetryBudget = field(default_factory=RetryBudget)
 
     async def answer(self, request: Request) -> Response:
         """Answers one request of `PROXIED`, or of `COMPARE`."""
-        exchange = self._accounts.begin(request.url.path, facts_of(request.scope))
+        exchange = self.accounts.begin(request.url.path, facts_of(request.scope))
         try:
-            exchange.body, checked, ignored = await self._bodies.read(request, exchange)
+            exchange.body, checked, ignored = await self.bodies.read(request, exchange)
             variants = self._route(exchange, checked, request.headers.get(STICKY_HEADER))
-            exchange.deadline_s = deadline_s(request, self._settings.request_timeout_s)
+            exchange.deadline_s = deadline_s(request, self.settings.request_timeout_s)
             if exchange.route == COMPARE:
                 work = self._compare(exchange, checked)
             else:
@@ -100,6 +83,8 @@ class Proxy:
             exchange.end(CLIENT_LEFT)
             return Response(status_code=CLIENT_LEFT)
         except APIError as error:
+            if isinstance(error, ShedError):
+                self.metrics.shed.labels(error.body["error"]["code"]).inc()
             exchange.end(error.status)
             raise
         except asyncio.CancelledError:  # the grace of a shutdown is over
@@ -119,23 +104,23 @@ class Proxy:
                 fallback beyond whose limits it is answers for none.
         """
         if exchange.route == COMPARE:
-            variants = list(self._router.variants.values())
+            variants = list(self.router.variants.values())
             for variant in variants:
                 self._check_limits(checked, variant)
             return variants
         key = sticky_key or getattr(checked, "user", None)
-        variant = self._router.choose(exchange.body["model"], key)
+        variant = self.router.choose(exchange.body["model"], key)
         exchange.variant = exchange.facts["variant"] = variant.name
         self._check_limits(checked, variant)
         candidates = [variant]
-        for fallback in self._router.candidates(variant)[1:]:
+        for fallback in self.router.candidates(variant)[1:]:
             with suppress(APIError):
                 self._check_limits(checked, fallback)
                 candidates.append(fallback)
         return candidates
 
     def _check_limits(self, checked: BaseModel, variant: Variant) -> None:
-        limits.check(checked, self._settings, variant.max_model_len, variant.vocabulary_size)
+        limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
 
     async def _answer_by(self, candidates: Sequence[Variant], exchange: Exchange) -> Response:
         """Asks the candidates' replicas, each at most once, as long as retries.py has it."""
@@ -164,7 +149,7 @@ class Proxy:
                 if candidate is not candidates[0]:
                     response.headers["X-Cast-Fallback"] = exchange.variant
                     exchange.facts["fallback"] = candidate.name
-                    self._metrics.fallbacks.labels(exchange.variant, candidate.name, reason).inc()
+                    self.metrics.fallbacks.labels(exchange.variant, candidate.name, reason).inc()
                 return response
         raise self._unavailable(exchange)
 
@@ -184,30 +169,23 @@ class Proxy:
             NoPlacesError: if the variant went down while the request waited.
         """
         async with AsyncExitStack() as stack:
-            place = self._places.place(
-                variant.name, exchange.deadline_s, self._count_shed, is_again=bool(tried)
-            )
+            place = self.places.place(variant.name, exchange.deadline_s, is_again=bool(tried))
             await stack.enter_async_context(place)
             replica = variant.pick(tried)
             if replica is None:
                 raise NoPlacesError
             tried.add(replica)
-            in_flight = self._metrics.in_flight.labels(variant.name)
+            in_flight = self.metrics.in_flight.labels(variant.name)
             stack.enter_context(in_flight.track_inprogress())
             if failure is not None:
-                self._metrics.retries.labels(variant.name, failure).inc()
-            return await self._forwarder.forward(replica, exchange, stack)
+                self.metrics.retries.labels(variant.name, failure).inc()
+            return await self.forwarder.forward(replica, exchange, stack)
 
     async def _compare(self, exchange: Exchange, checked: BaseModel) -> Response:
         body = checked.model_dump(exclude_none=True)
-        found = await self._asker.compare(
-            body, self._baseline, exchange.deadline_s, self._count_shed
-        )
+        found = await self.asker.compare(body, self.baseline, exchange.deadline_s)
         exchange.end(200)
         return JSONResponse(found)
 
-    def _count_shed(self, code: str) -> None:
-        self._metrics.shed.labels(code).inc()
-
     def _unavailable(self, exchange: Exchange) -> APIError:
-        return unavailable(exchange.variant, self._router.variants[exchange.variant].status)
+        return unavailable(exchange.variant, self.router.variants[exchange.variant].status)

@@ -35,6 +35,10 @@ class APIError(Exception):
         }
 
 
+class ShedError(APIError):
+    """429 or 504 of a request that found no room; counted in `cast_requests_shed_total`."""
+
+
 CUT_OFF = APIError(
     503,
     "the gateway is stopping, and the time that it gives to running requests is over; try again "

@@ -1,7 +1,8 @@
 """The gateway's own requests, by which it compares variants: not counted as traffic."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cast_serve.gateway.admission import NoPlacesError, Places
@@ -14,53 +15,37 @@ from cast_serve.gateway.upstream.replica import Variant
 from cast_serve.latency import RequestTiming
 
 
+@dataclass(frozen=True)
 class Asker:
     """Asks one replica of a variant, once.
 
-    Args:
-        variants: by name.
-        forwarder: who asks.
-        places: of the variants.
+    Attributes:
         timeout_s: of a repeated request.
     """
 
-    def __init__(
-        self,
-        variants: Mapping[str, Variant],
-        forwarder: Forwarder,
-        places: Places,
-        timeout_s: float,
-    ) -> None:
-        self._variants = variants
-        self._forwarder = forwarder
-        self._places = places
-        self._timeout_s = timeout_s
+    variants: Mapping[str, Variant]
+    forwarder: Forwarder
+    places: Places
+    timeout_s: float
 
     def max_scored_tokens(self) -> int:
         """Of prompt and answer together, for agreement."""
-        return max_scored_tokens(variant.max_model_len for variant in self._variants.values())
+        return max_scored_tokens(variant.max_model_len for variant in self.variants.values())
 
     async def repeat(
         self, name: str, body: dict[str, Any], route: str = COMPLETIONS
     ) -> tuple[dict[str, Any], RequestTiming]:
         """A request of the shadow's, outside the queue: its own budget bounds it."""
-        until_s = asyncio.get_running_loop().time() + self._timeout_s
+        until_s = asyncio.get_running_loop().time() + self.timeout_s
         return await self._complete(name, body, route, until_s)
 
-    async def compare(
-        self,
-        body: dict[str, Any],
-        baseline: str,
-        until_s: float,
-        on_shed: Callable[[str], None],
-    ) -> dict[str, Any]:
+    async def compare(self, body: dict[str, Any], baseline: str, until_s: float) -> dict[str, Any]:
         """One prompt on every variant, one after the other, each in a place of its queue.
 
         Args:
             body: of POST /v1/compare, checked.
             baseline: the variant that the others are compared with.
             until_s: on the event loop's clock.
-            on_shed: see `Places.place`.
 
         Raises:
             APIError: 503 if a variant does not answer; 429 or 504.
@@ -69,27 +54,27 @@ class Asker:
         async def complete(
             name: str, body: dict[str, Any], route: str = COMPLETIONS
         ) -> tuple[dict[str, Any], RequestTiming]:
-            if not self._variants[name].is_up:
-                raise unavailable(name, self._variants[name].status)
+            if not self.variants[name].is_up:
+                raise unavailable(name, self.variants[name].status)
             try:
-                async with self._places.place(name, until_s, on_shed):
+                async with self.places.place(name, until_s):
                     return await self._complete(name, body, route, until_s)
             except NoPlacesError:
-                raise unavailable(name, self._variants[name].status) from None
+                raise unavailable(name, self.variants[name].status) from None
 
-        names = sorted(self._variants, key=lambda name: name != baseline)
+        names = sorted(self.variants, key=lambda name: name != baseline)
         return await side_by_side.compare(body, names, complete, self.max_scored_tokens())
 
     async def _complete(
         self, name: str, body: dict[str, Any], route: str, until_s: float
     ) -> tuple[dict[str, Any], RequestTiming]:
-        variant = self._variants[name]
+        variant = self.variants[name]
         replica = variant.pick()
         if replica is None:
             raise unavailable(name, variant.status)
         exchange = Exchange(route, keeps_text=True, body=body, deadline_s=until_s)
         try:
-            answer = await self._forwarder.collect(replica, exchange)
+            answer = await self.forwarder.collect(replica, exchange)
         except BrokenError:
             raise unavailable(name, variant.status) from None
         assert exchange.timing is not None

@@ -14,7 +14,7 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import inf
@@ -272,35 +272,3 @@ async def read_piece(upstream: aiohttp.ClientResponse, num_bytes: int = -1) -> b
         return await upstream.content.readany()
     except RuntimeError as error:  # aiohttp's, where it was lost before this began to wait
         raise aiohttp.ClientPayloadError(f"the connection was lost: {error}") from error
-
-
-def fail_if_lost(upstream: aiohttp.ClientResponse) -> Callable[[], None]:
-    """Has reads of a body fail once its connection is lost, whatever the reason.
-
-    aiohttp 3.14 closes it where a chunk's length is none, and leaves who reads waiting.
-
-    Returns:
-        Ends this; to be called when nobody reads any more.
-    """
-    protocol = None if upstream.connection is None else upstream.connection.protocol
-    closed = None if protocol is None else protocol.closed
-    if closed is None:  # the body is here already
-        return lambda: None
-
-    def fail(_: object) -> None:
-        if not upstream.content.is_eof() and upstream.content.exception() is None:
-            upstream.content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
-
-    def end() -> None:
-        closed.remove_done_callback(fail)
-
-    closed.remove_done_callback(_note)  # of the answer before this one on the connection
-    closed.add_done_callback(_note)
-    closed.add_done_callback(fail)
-    return end
-
-
-def _note(closed: "asyncio.Future[None]") -> None:
-    """Takes note of why a connection was lost, or the event loop logs that nobody did."""
-    if not closed.cancelled():
-        closed.exception()

@@ -249,12 +249,3 @@ def test_what_a_server_says_of_itself_is_read_again(monkeypatch: pytest.MonkeyPa
         state = stack.workers["sparse"].state
         state.cards = [{**state.cards[0], "max_model_len": 200}]
         wait_until(lambda: stack.complete(model="sparse", max_tokens=100).status_code == 200)
-
-
-def test_a_variant_that_is_down_stays_in_the_list_of_models() -> None:
-    with running(fallback="sparse=dense") as stack:
-        stack.workers["sparse"].state.is_healthy = False
-        wait_until(lambda: not stack.gateway.variants["sparse"].is_up)
-        cards = {card["id"]: card for card in stack.client.get("/v1/models").json()["data"]}
-        assert cards["sparse"]["status"] == "down"
-        assert "status" not in cards["dense"]

@@ -220,7 +220,7 @@ def test_a_head_may_come_in_pieces() -> None:
                 assert connection.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def answer_to(process: Process, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+def answer_to(process: Process, *pieces: bytes) -> bytes:
     """What the gateway says to bytes until it closes the connection."""
     address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
     found = b""
@@ -230,7 +230,6 @@ def answer_to(process: Process, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     ):
         for piece in pieces:
             connection.sendall(piece)
-            time.sleep(pause_s)
         while piece := connection.recv(1 << 16):
             found += piece
     return found
@@ -240,12 +239,8 @@ def test_bytes_without_an_end_are_not_collected() -> None:
     with gateway(CAST_MAX_HEADER_BYTES="4096", CAST_BODY_TIMEOUT_S="60") as process:
         start_bytes = process.resident_bytes()
         head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
-        found = answer_to(process, head, b"X-A: ", *[b"a" * 1000] * 10)
-        assert found.startswith(b"HTTP/1.1 431")
-        assert b"larger than 4096 bytes" in found
-        pieces = [b"GET /", *[b"a" * 1000] * 10]  # with a pause: refused while it still sends
-        for pause_s in (0.0, 0.02):
-            assert answer_to(process, *pieces, pause_s=pause_s).startswith(b"HTTP/1.1 431")
+        for pieces in ([head, b"X-A: ", *[b"a" * 65536] * 100], [b"GET /", *[b"a" * 65536] * 100]):
+            assert not answer_to(process, *pieces)
         chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         endless = answer_to(process, chunked, b"1\r\n{\r\n0\r\nX-A: ", *[b"a" * 65536] * 100)
         assert b"200" not in endless[:12]
@@ -312,23 +307,15 @@ def test_no_stream_breaks_when_the_gateway_is_ended() -> None:
         assert process.popen.wait(30) == 0
 
 
-def short_stalls(tmp_path: Path) -> dict[str, str]:
-    """The environment of a gateway whose clients may stop reading for half a second."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "from cast_serve.gateway.middleware import heads\nheads.STALL_S = 0.5\n", encoding="utf-8"
-    )
-    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-
-
 @contextmanager
-def asking(url: str, version: str = "1.1", *fields: str) -> Iterator[socket.socket]:
+def asking(url: str, *fields: str) -> Iterator[socket.socket]:
     """A connection on which a stream was asked for."""
     body = b'{"model": "dense", "prompt": "a b", "stream": true}'
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as client:
         more = "".join(f"{field}\r\n" for field in fields).encode()
         client.sendall(
-            b"POST /v1/completions HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\n%b"
-            b"Content-Length: %d\r\n\r\n%b" % (version.encode(), more, len(body), body)
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n%b"
+            b"Content-Length: %d\r\n\r\n%b" % (more, len(body), body)
         )
         yield client
 
@@ -336,19 +323,10 @@ def asking(url: str, version: str = "1.1", *fields: str) -> Iterator[socket.sock
 LONG = ("x" * 100_000,) * 200  # a stream larger than all buffers between the two
 
 
-def test_a_client_that_takes_no_more_of_its_answer_gives_its_place_back(tmp_path: Path) -> None:
-    with gateway(words=LONG, CAST_MAX_RUNNING="1", **short_stalls(tmp_path)) as process:
-        with asking(process.url):
-            wait_until(lambda: bool(process.workers["dense"].state.bodies))
-            body = {"model": "dense", "prompt": "a"}
-            found = httpx.post(f"{process.url}/tokenize", json=body, timeout=30)
-        assert found.status_code == 200
-
-
 def test_the_deadline_is_also_that_of_a_client_that_does_not_read() -> None:
     with (
         gateway(words=LONG, CAST_MAX_RUNNING="1") as process,
-        asking(process.url, "1.1", "X-Request-Timeout: 1"),
+        asking(process.url, "X-Request-Timeout: 1"),
     ):
         wait_until(lambda: bool(process.workers["dense"].state.bodies))
         body = {"model": "dense", "prompt": "a"}
@@ -356,28 +334,6 @@ def test_the_deadline_is_also_that_of_a_client_that_does_not_read() -> None:
         assert found.status_code == 200
         counted = 'cast_requests_total{code="504",route="/v1/completions",variant="dense"} 1.0'
         assert counted in httpx.get(f"{process.url}/metrics").text
-
-
-def test_a_stream_to_http_1_0_ends_with_its_connection() -> None:
-    with gateway() as process:
-        with asking(process.url, "1.0") as client:
-            client.settimeout(30)
-            content = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        head, _, body = content.partition(b"\r\n\r\n")
-        assert b"transfer-encoding" not in head.lower()
-        assert b"connection: close" in head.lower()
-        *words, done = body.split(b"\n\n")[:-1]
-        texts = [json.loads(word[len(b"data: ") :])["choices"][0]["text"] for word in words]
-        assert (texts, done) == (["one", " two"], b"data: [DONE]")
-        with socket.create_connection(address_of(process)) as plain:
-            plain.sendall(b"GET /v1/models HTTP/1.0\r\nHost: x\r\n\r\n")
-            content = b"".join(iter(lambda: plain.recv(1 << 16), b""))
-        assert b"content-length: " in content
-        assert json.loads(content.partition(b"\r\n\r\n")[2])["object"] == "list"
-
-
-def address_of(process: Process) -> tuple[str, int]:
-    return "127.0.0.1", int(process.url.rpartition(":")[2])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -410,17 +366,3 @@ def test_an_end_with_requests_that_wait_is_told_without_a_traceback(
     assert {found.status_code for found in answers} == {503}
     assert {found.json()["error"]["code"] for found in answers} == {"shutting_down"}
     assert "Traceback" not in log.read_text()
-
-
-def test_a_client_that_reads_slowly_gets_all(tmp_path: Path) -> None:
-    with gateway(words=LONG, **short_stalls(tmp_path)) as process, asking(process.url) as client:
-        content = b""
-        end_s = time.monotonic() + 2
-        while time.monotonic() < end_s:  # with full buffers all the time
-            content += client.recv(1 << 19)
-            time.sleep(0.1)
-        while b"data: [DONE]" not in content[-100:]:
-            piece = client.recv(1 << 20)
-            assert piece
-            content += piece
-        assert content.count(b"data: ") == len(LONG) + 1

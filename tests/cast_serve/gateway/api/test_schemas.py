@@ -33,6 +33,8 @@ def check(route: str, body: object) -> None:
         {"logprobs": 20, "echo": True, "max_tokens": 64, "best_of": 1, "suffix": None},
         {"ignore_eos": True, "min_tokens": 3, "top_k": -1, "temperature": 0, "user": "me"},
         {"metadata": {"a": "b"}, "store": False, "service_tier": "flex", "modalities": ["text"]},
+        {"max_tokens": 0, "echo": True, "logprobs": 1},  # to score a prompt
+        {"structured_outputs": {"choice": ["yes", "no"]}},
     ],
 )
 def test_what_the_openai_client_and_vllms_users_send_passes(more: dict[str, object]) -> None:
@@ -73,6 +75,7 @@ def test_what_the_openai_client_and_vllms_users_send_passes(more: dict[str, obje
         ({"stream_options": {}}, "stream_options needs stream", "stream_options"),
         ({"stream": True, "prompt_logprobs": 1}, "cannot be streamed", "prompt_logprobs"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, above the limit of 4", "min_tokens"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens"),
     ],
 )
 def test_what_would_be_ignored_or_fail_in_vllm_is_named(
@@ -102,6 +105,7 @@ def test_chat() -> None:
         ({"messages": MESSAGES, "modalities": ["audio"]}, "should be 'text'; got 'audio'"),
         ({"messages": MESSAGES, "web_search_options": {}}, "there is no web search here"),
         ({"messages": MESSAGES, "functions": []}, "send tools"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
         ({"messages": MESSAGES, "reasoning_effort": "much"}, "reasoning_effort: Input should"),
     ):
         with pytest.raises(APIError, match=message):

@@ -34,7 +34,9 @@ def test_every_route_but_probes_and_the_page_wants_a_key() -> None:
     with running(api_keys="one,two") as stack:
         client = stack.client
         body = {"model": "dense", "prompt": "x"}
-        for path in ("/livez", "/readyz", "/startupz", "/health", "/", "/dashboard/dashboard.js"):
+        for path in (
+            *["/livez", "/readyz", "/startupz", "/health", "/", "/docs", "/dashboard/dashboard.js"],
+        ):
             assert client.get(path).status_code == 200, path
         for path in ("/v1/models", "/metrics", "/v1/comparison", "/version", "/openapi.json"):
             assert client.get(path).status_code == 401, path

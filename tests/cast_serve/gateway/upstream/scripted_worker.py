@@ -10,14 +10,17 @@ from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.supervisor import Supervisor, WatchSettings
 
-# Files in the folder steer it: `fail` ends it at once, `child` gives it a child, `unhealthy`,
-# `hold` keeps /health waiting, `hang` keeps completions waiting, `status` is a completion's,
-# `models` and `metrics` are what it says. It writes down what it was asked, one line each.
+NUM_WORDS = 10
+# It says its directory's name; a stream does so NUM_WORDS times. Files in the directory steer it:
+# `fail` ends it at once, `child` gives it a child, `unhealthy`, `hold` keeps /health waiting,
+# `hang` completions, `pause` streams; `status` is a completion's, `models` and `metrics` are what
+# it says. It writes down its process ids and what it was asked, one line each.
 WORKER = """
-import pathlib, subprocess, sys, time
+import json, os, pathlib, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 port, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+key = os.environ.get("CAST_WORKER_KEY")
 
 def has(name):
     return (folder / name).exists()
@@ -29,6 +32,7 @@ def note(name, text):
     with open(folder / name, "a") as file:
         file.write(text + "\\n")
 
+note("pids", str(os.getpid()))
 print("worker starts", flush=True)
 if has("fail"):
     sys.exit("no such model")
@@ -37,6 +41,7 @@ if has("child"):
     note("children", str(child.pid))
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     num_reads = 0
 
     def log_message(self, *_):
@@ -47,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def event(self, text):
+        content = f"data: {text}\\n\\n".encode()
+        self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(content), content))
 
     def do_GET(self):
         if self.path == "/health":
@@ -61,13 +70,37 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, say("metrics").replace("NUM_READS", str(Handler.num_reads)))
 
     def do_POST(self):
-        note("canaries", self.rfile.read(int(self.headers["Content-Length"])).decode())
+        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        body = json.loads(text)
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            return self.answer(401, "{}")
+        if body.get("max_tokens") == 1:
+            note("canaries", text)
         while has("hang"):
             time.sleep(0.01)
-        self.answer(int(say("status", "200")), "{}")
+        choice = {"index": 0, "text": folder.name + " ", "finish_reason": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": NUM_WORDS}
+        if not body.get("stream"):
+            answer = {"choices": [choice], "usage": usage}
+            return self.answer(int(say("status", "200")), json.dumps(answer))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(NUM_WORDS):
+            self.event(json.dumps({"choices": [choice]}))
+            time.sleep(0.01)
+            while has("pause"):
+                time.sleep(0.01)
+        self.event(json.dumps({"choices": [], "usage": usage}))
+        self.event("[DONE]")
+        self.wfile.write(b"0\\r\\n\\r\\n")
 
-ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+Server(("127.0.0.1", port), Handler).serve_forever()
+""".replace("NUM_WORDS", str(NUM_WORDS))
 
 
 class Worker:

@@ -54,7 +54,7 @@ def test_a_client_that_leaves_takes_its_roll_along(stack: Rolled) -> None:
 
 def test_a_client_that_leaves_while_the_old_worker_drains_changes_nothing(stack: Rolled) -> None:
     old, new = stack.folder / "sparse", stack.model("new")
-    (old / "hold").touch()
+    (old / "pause").touch()
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(stack.stream)
         wait_until(lambda: stack.replica().num_outstanding == 1)
@@ -62,7 +62,7 @@ def test_a_client_that_leaves_while_the_old_worker_drains_changes_nothing(stack:
             wait_until(lambda: stack.replica().model == new, 30)
         time.sleep(0.2)
         assert processes(old)
-        (old / "hold").unlink()
+        (old / "pause").unlink()
         assert long.result() == ["sparse"] * NUM_WORDS + ["[DONE]"]
     wait_until(lambda: not processes(old))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
-from cast_serve.gateway.upstream import loading, variants
+from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway.upstream.scripted_worker import Worker, watching
 
@@ -115,23 +115,6 @@ async def test_without_a_terminal_a_line_now_and_then_says_what_each_does(
         await watch.until(lambda: local.replica.is_up)
         await asyncio.wait_for(telling, 10)
     assert out.getvalue() == ""
-
-
-async def test_what_an_earlier_worker_printed_says_nothing_of_this_one(
-    local: Worker, tmp_path: Path
-) -> None:
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    ready = 'cast-serve worker sparse: {"variant": "sparse"}\n'
-    (logs / "sparse.log").write_text(ready)
-    variants.start([local.variant], logs)
-    assert local.replica.log == logs / "sparse.log"
-    with local.replica.log.open("a") as log:
-        log.write("cast-serve worker sparse: no C++ compiler 'g++' found\n")
-    assert loading._stage(local.replica) == "loading"
-    with local.replica.log.open("a") as log:
-        log.write(ready)
-    assert loading._stage(local.replica) == "answering its first requests"
 
 
 async def test_on_a_terminal_one_line_changes_and_the_log_goes_above_it(

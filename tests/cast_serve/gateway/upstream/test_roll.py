@@ -13,10 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from cast_serve.gateway import metrics
-from cast_serve.gateway.upstream.client import Client
-from cast_serve.gateway.upstream.exposition import Family
-from cast_serve.gateway.upstream.replica import Replica
 from tests.cast_serve.gateway.stack import wait_until
 from tests.cast_serve.gateway.upstream.rolled import (
     NUM_WORDS,
@@ -79,31 +75,10 @@ def test_rolls_under_load_lose_no_request(stack: Rolled) -> None:
     assert shown["models"]["sparse"]["path"] == str(models[-1])
 
 
-@pytest.mark.anyio
-async def test_a_scrape_during_a_switch_is_answered(stack: Rolled) -> None:
-    gateway = stack.gateway
-    variant, other = gateway.variants["sparse"], Replica("sparse", "http://127.0.0.1:1")
-
-    async def switch_meanwhile(
-        _: Client, __: str, labels: dict[str, str], ___: float
-    ) -> dict[bytes, Family]:
-        variant.replicas[0] = other
-        return {b"x": Family(samples=[f"x{labels} 1".encode()])}
-
-    old = stack.replica()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "read_families", switch_meanwhile)
-            text = await gateway.metrics.expose(gateway.client, gateway.variants.values())
-    finally:
-        variant.replicas[0] = old
-    assert "x{'replica': '0', 'variant': 'sparse'} 1" in text.decode()
-
-
 def test_the_old_worker_ends_after_its_requests_and_new_ones_do_not_wait(stack: Rolled) -> None:
     old, new = stack.folder / "sparse", stack.model("new")
     stack.complete()
-    (old / "hold").touch()
+    (old / "pause").touch()
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(stack.stream)
         wait_until(lambda: stack.replica().num_outstanding == 1)
@@ -114,7 +89,7 @@ def test_the_old_worker_ends_after_its_requests_and_new_ones_do_not_wait(stack: 
         assert processes(old)
         with pytest.raises(ValueError, match="variant 'sparse' is being rolled; wait for its end"):
             stack.roll("dense")
-        (old / "hold").unlink()
+        (old / "pause").unlink()
         assert long.result() == ["sparse"] * NUM_WORDS + ["[DONE]"]
         assert roll.result()["drained_requests"] == 1
     assert not processes(old)
@@ -140,7 +115,7 @@ def test_a_worker_that_does_not_start_leaves_the_old_one_serving(stack: Rolled) 
     new = stack.model("new")
     (new / "fail").touch()
     with pytest.raises(
-        RuntimeError, match=r"ended with 1; its log says:\nno such model\n"
+        RuntimeError, match=r"ended with 1; its log says:\nworker starts\nno such model\n"
     ) as error:
         stack.roll("sparse", new)
     assert str(error.value).endswith(f"{stack.folder / 'sparse'} is served as before")
@@ -159,14 +134,9 @@ def test_a_worker_that_does_not_start_leaves_the_old_one_serving(stack: Rolled) 
 def test_a_worker_that_does_not_come_up_in_time_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(tmp_path, monkeypatch, startup_timeout_s=10) as stack:
+    with served(tmp_path, monkeypatch, startup_timeout_s=8) as stack:
         new = stack.model("new")
         (new / "unhealthy").touch()
-        monkeypatch.setattr(
-            stack.gateway.supervisor,
-            "_settings",
-            type(stack.gateway.supervisor._settings)(0.05, 0.5, 8),
-        )
         with pytest.raises(RuntimeError, match="did not answer within"):
             stack.roll("sparse", new)
         assert not processes(new)
