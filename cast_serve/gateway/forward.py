@@ -191,17 +191,20 @@ class Forwarder:
 
     async def _read(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
         content = bytearray()
+        while piece := await self._piece(upstream, replica):
+            content += piece
+            if len(content) > self.max_answer_bytes:
+                raise _too_large(replica.variant, self.max_answer_bytes)
+        replica.num_received += 1
+        return bytes(content)
+
+    async def _piece(self, upstream: aiohttp.ClientResponse, replica: Replica) -> bytes:
         try:
-            while piece := await read_piece(upstream):
-                content += piece
-                if len(content) > self.max_answer_bytes:
-                    raise _too_large(replica.variant, self.max_answer_bytes)
+            return await read_piece(upstream)
         except aiohttp.ClientError as error:
             raise self._lost(replica, error) from None
         except TimeoutError:
             raise timed_out(replica.variant) from None
-        replica.num_received += 1
-        return bytes(content)
 
     async def _events(
         self, upstream: aiohttp.ClientResponse, replica: Replica, exchange: Exchange
@@ -240,24 +243,38 @@ class Forwarder:
         Raises:
             BrokenError, APIError: as `forward` does, once all chunks before it were yielded.
         """
-        answer = _StreamedAnswer(replica, exchange)
-        while True:
-            try:
-                piece = await read_piece(upstream)
-            except aiohttp.ClientError as error:
-                raise self._lost(replica, error) from None
-            except TimeoutError:
-                raise timed_out(replica.variant) from None
+        reader = sse.Reader()
+        usage: dict[str, Any] = {}
+        texts: list[str] = []
+        is_done = False
+        while not is_done:
+            piece = await self._piece(upstream, replica)
             if not piece:
                 logger.warning("%s: ended a stream without [DONE]", replica)
                 raise BrokenError
-            if chunks := answer.feed(piece):
+            chunks: list[Chunk] = []
+            failure: Exception | None = None
+            try:
+                for data in reader.feed(piece):
+                    replica.num_received += 1
+                    if is_done := data == sse.DONE:
+                        break
+                    chunk = _checked(replica, data)
+                    exchange.stopwatch.observe(chunk)
+                    usage = chunk.get("usage") or usage
+                    if exchange.keeps_text:
+                        texts.append(answers.text_of(chunk))
+                    chunks.append((data, chunk))
+            except (BrokenError, APIError) as error:
+                failure = error
+            except ValueError as error:
+                logger.warning("%s: sent an invalid event: %s", replica, error)
+                failure = BrokenError()
+            if chunks:
                 yield chunks
-            if answer.failure is not None:
-                raise answer.failure
-            if answer.is_done:
-                answer.finish()
-                return
+            if failure is not None:
+                raise failure
+        exchange.finish(replica.variant, usage, "".join(texts))
 
     def _finish_whole(self, replica: Replica, exchange: Exchange, content: bytes) -> dict[str, Any]:
         """The answer, parsed; the exchange is finished."""
@@ -279,55 +296,13 @@ class Forwarder:
         return LostError()
 
 
-class _StreamedAnswer:
-    """Reads a stream, and takes down what the exchange wants to know."""
-
-    def __init__(self, replica: Replica, exchange: Exchange) -> None:
-        self._replica = replica
-        self._exchange = exchange
-        self._reader = sse.Reader()
-        self._usage: dict[str, Any] = {}
-        self._texts: list[str] = []
-        self.is_done = False
-        self.failure: Exception | None = None
-
-    def feed(self, piece: bytes) -> list[Chunk]:
-        """The chunks that are whole now, up to [DONE] or a failure."""
-        chunks: list[Chunk] = []
-        try:
-            events = self._reader.feed(piece)
-        except ValueError as error:
-            self._fail(error)
-            return chunks
-        for data in events:
-            self._replica.num_received += 1
-            if data == sse.DONE:
-                self.is_done = True
-                break
-            try:
-                chunk = answers.parsed(data)
-                if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
-                    _check_status(self._replica, answers.status_of(chunk), data)
-                _check_not_aborted(self._replica, chunk)
-            except (BrokenError, APIError) as error:
-                self.failure = error
-                break
-            except ValueError as error:
-                self._fail(error)
-                break
-            self._exchange.stopwatch.observe(chunk)
-            self._usage = chunk.get("usage") or self._usage
-            if self._exchange.keeps_text:
-                self._texts.append(answers.text_of(chunk))
-            chunks.append((data, chunk))
-        return chunks
-
-    def _fail(self, error: ValueError) -> None:
-        logger.warning("%s: sent an invalid event: %s", self._replica, error)
-        self.failure = BrokenError()
-
-    def finish(self) -> None:
-        self._exchange.finish(self._replica.variant, self._usage, "".join(self._texts))
+def _checked(replica: Replica, data: bytes) -> dict[str, Any]:
+    """A stream's chunk, parsed; raises what it says went wrong, or ValueError if it is none."""
+    chunk = answers.parsed(data)
+    if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
+        _check_status(replica, answers.status_of(chunk), data)
+    _check_not_aborted(replica, chunk)
+    return chunk
 
 
 def _passed_on(chunk: Chunk, has_usage: bool) -> bytes:

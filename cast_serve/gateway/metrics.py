@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -52,56 +53,42 @@ class Metrics:
     ) -> None:
         registry = self.registry = CollectorRegistry()
 
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(name, text, ["variant"], buckets=BUCKETS_S, registry=registry)
 
-        self.requests = Counter(
-            "cast_requests_total",
-            "Requests answered",
-            ["variant", "route", "code"],
-            registry=registry,
+        self.requests = counter(
+            "cast_requests_total", "Requests answered", "variant", "route", "code"
         )
-        self.in_flight = Gauge(
-            "cast_requests_in_flight", "Requests being answered", ["variant"], registry=registry
+        self.in_flight = gauge("cast_requests_in_flight", "Requests being answered", "variant")
+        self.prompt_tokens = counter("cast_prompt_tokens_total", "Prompt tokens", "variant")
+        self.output_tokens = counter("cast_output_tokens_total", "Output tokens", "variant")
+        self.variant_up = gauge("cast_variant_up", "1 if a replica answers", "variant")
+        self.replica_up = gauge("cast_replica_up", "1 if it answers", "variant", "replica")
+        self.restarts = counter(
+            "cast_variant_restarts_total", "Local workers started again", "variant"
         )
-        self.prompt_tokens = Counter(
-            "cast_prompt_tokens_total", "Prompt tokens", ["variant"], registry=registry
+        self.rolls = counter(
+            "cast_variant_rolls_total", "Model changes of a variant", "variant", "outcome"
         )
-        self.output_tokens = Counter(
-            "cast_output_tokens_total", "Output tokens", ["variant"], registry=registry
-        )
-        self.variant_up = Gauge(
-            "cast_variant_up", "1 if a replica answers", ["variant"], registry=registry
-        )
-        self.replica_up = Gauge(
-            "cast_replica_up", "1 if it answers", ["variant", "replica"], registry=registry
-        )
-        self.restarts = Counter(
-            "cast_variant_restarts_total",
-            "Local workers started again",
-            ["variant"],
-            registry=registry,
-        )
-        self.rolls = Counter(
-            "cast_variant_rolls_total",
-            "Changes of the model under a variant, by what became of them",
-            ["variant", "outcome"],
-            registry=registry,
-        )
-        self.shed = Counter(
-            "cast_requests_shed_total", "Requests turned away", ["reason"], registry=registry
-        )
-        self.retries = Counter(
+        self.shed = counter("cast_requests_shed_total", "Requests turned away", "reason")
+        self.retries = counter(
             "cast_retries_total",
             "Requests sent to a variant again, by how the try before ended",
-            ["variant", "reason"],
-            registry=registry,
+            "variant",
+            "reason",
         )
-        self.fallbacks = Counter(
+        self.fallbacks = counter(
             "cast_fallbacks_total",
             "Requests answered by another variant",
-            ["from_variant", "to_variant", "reason"],
-            registry=registry,
+            "from_variant",
+            "to_variant",
+            "reason",
         )
         self.ttft = histogram("cast_time_to_first_token_seconds", "Arrival to first token")
         self.itl = histogram("cast_inter_token_latency_seconds", "Gap between token events")
@@ -121,9 +108,7 @@ class Metrics:
             self.shed.labels(reason)
         for (name, other), reason in itertools.product(fallbacks.items(), ("down", "broken")):
             self.fallbacks.labels(name, other, reason)
-        registry.register(_Speedups(comparison))
-        registry.register(_Queues(admissions))
-        registry.register(_Shadows(comparison, shadow_outcomes))
+        registry.register(_ReadAtScrape(comparison, shadow_outcomes, admissions))
 
     def note_state(self, variant: Variant) -> None:
         """To be called when a variant or a replica of it may have come up or gone down."""
@@ -173,47 +158,34 @@ async def _read(client: Client, replica: Replica, labels: dict[str, str]) -> dic
     return {}
 
 
-class _Speedups(Collector):
-    def __init__(self, comparison: Comparison) -> None:
-        self._comparison = comparison
+@dataclass(frozen=True)
+class _ReadAtScrape(Collector):
+    comparison: Comparison
+    shadow_outcomes: Mapping[str, int]
+    admissions: Mapping[str, Admission]
 
     def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(
+        speedups = GaugeMetricFamily(
             "cast_speedup_ratio",
             "Dense over sparse of live traffic; above 1 = sparse faster",
             labels=["metric", "quantile"],
         )
-        for metric, quantile, ratio in self._comparison.speedups():
-            family.add_metric([metric, str(quantile)], ratio)
-        yield family
-
-
-class _Queues(Collector):
-    def __init__(self, admissions: Mapping[str, Admission]) -> None:
-        self._admissions = admissions
-
-    def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(
+        for metric, quantile, ratio in self.comparison.speedups():
+            speedups.add_metric([metric, str(quantile)], ratio)
+        yield speedups
+        queued = GaugeMetricFamily(
             "cast_requests_queued", "Requests waiting for a place", labels=["variant"]
         )
-        for name, admission in self._admissions.items():
-            family.add_metric([name], admission.num_queued)
-        yield family
-
-
-class _Shadows(Collector):
-    def __init__(self, comparison: Comparison, num_outcomes: Mapping[str, int]) -> None:
-        self._comparison = comparison
-        self._num_outcomes = num_outcomes
-
-    def collect(self) -> Iterator[Metric]:
+        for name, admission in self.admissions.items():
+            queued.add_metric([name], admission.num_queued)
+        yield queued
         outcomes = CounterMetricFamily(
-            "cast_shadow_requests", "Shadow requests by what became of them", labels=["outcome"]
+            "cast_shadow_requests", "Shadow requests by outcome", labels=["outcome"]
         )
-        for outcome, number in self._num_outcomes.items():
+        for outcome, number in self.shadow_outcomes.items():
             outcomes.add_metric([outcome], number)
         yield outcomes
-        found = self._comparison.agreement()
+        found = self.comparison.agreement()
         if found is not None and found["token_agreement"] is not None:
             yield GaugeMetricFamily(
                 "cast_shadow_token_agreement_ratio",

@@ -44,7 +44,7 @@ class Agreement:
 
 
 class RefusedError(Exception):
-    """A worker refused to score a text; the message says why."""
+    """A text cannot be scored; the message says why."""
 
 
 class Complete(Protocol):
@@ -122,28 +122,46 @@ def is_scorable(body: Mapping[str, Any]) -> bool:
     return is_one and body.get("n") in (None, 1) and not body.get("echo")
 
 
-async def score(
-    body: Mapping[str, Any], answer_text: str, variants: Sequence[str], complete: Complete
-) -> dict[str, Logprobs]:
-    """What each variant would have said at every token of one answer.
+async def agreements(
+    body: Mapping[str, Any],
+    answer_text: str,
+    num_prompt_tokens: int,
+    num_answer_tokens: int,
+    variants: Sequence[str],
+    complete: Complete,
+    max_tokens: int,
+) -> dict[str, Agreement | None]:
+    """How far each other variant agrees with the first about one answer; see `agreement_of`.
 
     Args:
         body: that was answered, see `is_scorable`.
         answer_text: the baseline's, or that of live traffic.
-        variants: names; the first one turns the answer into token ids if the prompt has some.
+        num_prompt_tokens: as the worker counted them, as the next.
+        num_answer_tokens: of `answer_text`.
+        variants: names, the baseline first.
         complete: asks a variant.
+        max_tokens: of prompt and answer together, see `max_scored_tokens`.
 
     Raises:
-        RefusedError: if a worker answers 400, as where the text is too long for it.
-        APIError: if one fails otherwise.
+        RefusedError: if there are more tokens, or a worker answers 400.
+        APIError: if one fails in another way.
     """
+    num_tokens = num_prompt_tokens + num_answer_tokens
+    if num_tokens > max_tokens:
+        raise RefusedError(
+            f"prompt and answer have {num_tokens} tokens; up to {max_tokens} are compared"
+        )
     try:
         forced = await _forced_text(body, answer_text, variants[0], complete)
-        return {name: await _logprobs_of(body, forced, name, complete) for name in variants}
+        logprobs = {name: await _logprobs_of(body, forced, name, complete) for name in variants}
     except APIError as error:
         if error.status != 400:
             raise
         raise RefusedError(f"a worker refused to score prompt and answer: {error}") from error
+    baseline, *others = variants
+    return {
+        name: agreement_of(logprobs[baseline], logprobs[name], num_prompt_tokens) for name in others
+    }
 
 
 async def _forced_text(

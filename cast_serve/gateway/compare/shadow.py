@@ -8,9 +8,8 @@ The client has its answer by then and does not notice.
               1. the request again, on B            the ratio of the two latencies
               2. prompt and A's answer, on both     what each would have said at every token
 
-Step 2 is *teacher-forced*: one token is asked for, with `prompt_logprobs`, so that both variants
-judge the same text at every position, and one early difference does not spoil the rest. It needs
-a completion with one prompt and one choice; chat completions and long texts give latency alone.
+Step 2 needs a completion with one prompt and one choice; chats and long texts give latency alone
+(agreement.py).
 """
 
 import asyncio
@@ -28,9 +27,8 @@ from cast_serve.gateway.compare.agreement import (
     Agreement,
     Complete,
     RefusedError,
-    agreement_of,
+    agreements,
     is_scorable,
-    score,
 )
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.latency import RequestTiming
@@ -143,13 +141,12 @@ class Shadow:
         timings = {variant: timing, other: other_timing}
 
         agreement = None
-        first_position = answer["usage"]["prompt_tokens"]
-        num_tokens = first_position + (timing.output_tokens or 0)
-        is_short = num_tokens <= self._max_tokens()
-        if route == COMPLETIONS and text and is_scorable(body) and is_short:
+        if route == COMPLETIONS and text and is_scorable(body):
+            num_tokens = answer["usage"]["prompt_tokens"], timing.output_tokens or 0
+            pair, limit = (baseline, candidate), self._max_tokens()
             try:
-                found = await score(body, text, (baseline, candidate), self._complete)
-                agreement = agreement_of(found[baseline], found[candidate], first_position)
+                found = await agreements(body, text, *num_tokens, pair, self._complete, limit)
+                agreement = found[candidate]
             except RefusedError as error:
                 self._warn(f"shadow requests give latency alone: {str(error)[:200]}")
         of_baseline, of_candidate = timings[baseline], timings[candidate]

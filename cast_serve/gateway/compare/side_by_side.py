@@ -7,11 +7,10 @@ from typing import Any
 
 from cast_serve.gateway.compare.agreement import (
     MAX_TOKENS,
+    Agreement,
     Complete,
-    Logprobs,
     RefusedError,
-    agreement_of,
-    score,
+    agreements,
 )
 
 
@@ -44,28 +43,26 @@ async def compare(
     baseline = variants[0]
     prompt_tokens = answers[baseline]["usage"]["prompt_tokens"]
     text = choices[baseline]["text"]
-    num_tokens = prompt_tokens + (timings[baseline].output_tokens or 0)
-    logprobs: dict[str, Logprobs] = dict.fromkeys(variants, ())
+    answer_tokens = timings[baseline].output_tokens or 0
     reason = None
-    if num_tokens > max_tokens:
-        reason = f"prompt and answer have {num_tokens} tokens; up to {max_tokens} are compared"
-    else:
-        try:
-            logprobs = await score(prompt_body, text, variants, complete)
-        except RefusedError as error:
-            reason = str(error)
+    judged: dict[str, Agreement | None] = dict.fromkeys(variants[1:])
+    try:
+        judged = await agreements(
+            prompt_body, text, prompt_tokens, answer_tokens, variants, complete, max_tokens
+        )
+    except RefusedError as error:
+        reason = str(error)
 
-    agreements: dict[str, Any] = {"baseline": baseline}
-    for variant in variants[1:]:
-        found = agreement_of(logprobs[baseline], logprobs[variant], prompt_tokens)
-        agreements[variant] = {
+    shown: dict[str, Any] = {"baseline": baseline}
+    for variant, found in judged.items():
+        shown[variant] = {
             "token_agreement": found and found.num_agreeing / found.num_tokens,
             "kl_nats_per_token": found and found.kl_nats / found.num_tokens,
             "num_tokens": found.num_tokens if found else 0,
             "common_prefix_characters": len(commonprefix([text, choices[variant]["text"]])),
         }
         if reason is not None:
-            agreements[variant]["reason"] = reason
+            shown[variant]["reason"] = reason
     return {
         "prompt_tokens": prompt_tokens,
         "order": order,
@@ -80,5 +77,5 @@ async def compare(
             }
             for variant in variants
         },
-        "agreement": agreements,
+        "agreement": shown,
     }

@@ -17,11 +17,11 @@ from cast_serve.gateway.upstream.variants import remote_variants
 from tests.cast_serve.gateway import fake_worker
 from tests.cast_serve.gateway.stack import Servers, wait_until
 from tests.cast_serve.gateway.upstream.rolled import (
-    NUM_WORDS,
     Rolled,
     processes,
     served,
 )
+from tests.cast_serve.gateway.upstream.scripted_worker import NUM_WORDS
 
 
 def ask(stack: Rolled, content: bytes) -> socket.socket:

@@ -15,11 +15,11 @@ import pytest
 
 from tests.cast_serve.gateway.stack import wait_until
 from tests.cast_serve.gateway.upstream.rolled import (
-    NUM_WORDS,
     Rolled,
     processes,
     served,
 )
+from tests.cast_serve.gateway.upstream.scripted_worker import NUM_WORDS
 
 NUM_ROLLS = int(os.environ.get("CAST_ROLLS", "3"))
 
