@@ -10,7 +10,7 @@ from cast_serve.gateway.exchange import Exchange
 from cast_serve.gateway.metrics import Metrics
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class Accounts:
     """Counts the clients' requests, and offers the finished ones to the shadow."""
 

@@ -67,7 +67,7 @@ class LostError(BrokenError):
     """The connection was lost after the request was sent, maybe since the replica died of it."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class Forwarder:
     """Asks replicas.
 

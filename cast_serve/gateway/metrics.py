@@ -158,7 +158,7 @@ async def _read(client: Client, replica: Replica, labels: dict[str, str]) -> dic
     return {}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class _ReadAtScrape(Collector):
     comparison: Comparison
     shadow_outcomes: Mapping[str, int]

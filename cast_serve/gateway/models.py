@@ -12,7 +12,7 @@ from cast_serve.gateway.upstream.replica import Variant
 TIMEOUT_S = 5.0  # for a worker to say what models it has
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class ModelList:
     """GET /v1/models and below."""
 

@@ -15,7 +15,7 @@ from cast_serve.gateway.upstream.replica import Variant
 from cast_serve.latency import RequestTiming
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, frozen=True)
 class Asker:
     """Asks one replica of a variant, once.
 

@@ -99,21 +99,17 @@ def test_refuses(config_class: Any, changes: dict[str, Any], message: str) -> No
         ("weights", "symmetric", False),
         ("weights", "strategy", "group"),
         ("input_activations", "type", "float"),
+        ("input_activations", None, None),
     ],
 )
-def test_refuses_another_scheme(config_class: Any, part: str, key: str, value: Any) -> None:
+def test_refuses_another_scheme(config_class: Any, part: str, key: str | None, value: Any) -> None:
     config = copy.deepcopy(INT8)
-    config["config_groups"]["group_0"][part][key] = value
-    with pytest.raises(
-        ValueError, match=rf"group_0\.{part}\.{key} is {value!r}; of 8-bit .*convert"
-    ):
-        config_class.from_config(config)
-
-
-def test_weights_without_activations_are_refused(config_class: Any) -> None:
-    config = copy.deepcopy(INT8)
-    config["config_groups"]["group_0"]["input_activations"] = None
-    with pytest.raises(ValueError, match="input_activations.num_bits is None"):
+    group = config["config_groups"]["group_0"]
+    if key is None:
+        group[part] = None
+    else:
+        group[part][key] = value
+    with pytest.raises(ValueError, match=rf"{part}\.{key or 'num_bits'} is {value!r}"):
         config_class.from_config(config)
 
 
@@ -131,19 +127,12 @@ def test_what_int8_is_asked_for(
     linear, output = LinearBase.__new__(LinearBase), ParallelLMHead.__new__(ParallelLMHead)
     stored = config.get_quant_method(linear, "model.layers.0.mlp.down_proj").stored
     assert stored.dtype == (torch.int8 if is_quantized else None)
-    found = config.get_quant_method(output, "lm_head")
-    assert (None if found is None else type(found).__name__) == head
+    for name in ("lm_head", ".lm_head"):  # as vLLM names GPT-2's
+        found = config.get_quant_method(output, name)
+        assert (None if found is None else type(found).__name__) == head
     with pytest.raises(ValueError, match="lm_head is quantised and not 2:4; only the he") as error:
         config_class.from_config(INT8).get_quant_method(linear, "lm_head")
     assert "convert" in str(error.value)
-
-
-def test_a_head_with_a_dot_before_it_is_known(config_class: Any) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    head = ParallelLMHead.__new__(ParallelLMHead)
-    config = config_class.from_config({**INT8, "ignore": ["lm_head"]})
-    assert config.get_quant_method(head, ".lm_head") is None  # as vLLM names GPT-2's
 
 
 def test_nothing_to_ignore_may_be_null(config_class: Any) -> None:
@@ -279,13 +268,18 @@ def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> Non
         )
 
 
-def test_on_a_gpu_the_kernels_are_picked_by_key() -> None:
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [("bf16", "linear24"), ("int8", "linear24_int8"), ("head", "linear_int8")],
+)
+def test_on_a_gpu_the_same_ops_run(kind: str, op: str) -> None:
     """A fake GPU: its tensors have shapes and a device, and the ops are those that vLLM traces."""
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from cast_serve import kernels
-    from cast_serve.engine.linear import Sparse24LinearMethod
+    from cast_serve.engine.head import Int8HeadMethod
+    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
     from cast_serve.kernels.gpu import dispatch
 
     called = []
@@ -297,38 +291,20 @@ def test_on_a_gpu_the_kernels_are_picked_by_key() -> None:
 
     kernels.load()
     dispatch.register()
+    stored = Stored(torch.int8 if kind == "int8" else None)
+    method: Any = Int8HeadMethod("lm_head")
+    if kind != "head":
+        method = Sparse24LinearMethod("o_proj", stored)
     with FakeTensorMode(), Recording():
         layer = nn.Module()
-        layer.packed = torch.empty(5, 1, 576, dtype=torch.uint8, device="cuda")
-        layer.cast_out_features = 40
-        x = torch.empty(3, 64, dtype=torch.bfloat16, device="cuda")
-        out = Sparse24LinearMethod("o_proj").apply(layer, x)
-    assert (out.shape, out.device.type) == ((3, 40), "cuda")
-    ours = [name for name in called if name.startswith("cast.")]
-    assert ours == ["cast.linear24.default"]
-
-
-@pytest.mark.parametrize("is_head", [False, True])
-def test_on_a_gpu_8_bits_run_the_same_ops(is_head: bool) -> None:
-    from torch._subclasses import FakeTensorMode
-
-    from cast_serve import kernels
-    from cast_serve.engine.head import Int8HeadMethod
-    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
-    from cast_serve.kernels.gpu import dispatch
-
-    kernels.load()
-    dispatch.register()
-    linear = Sparse24LinearMethod("o_proj", Stored(torch.int8))
-    method: Any = Int8HeadMethod("lm_head") if is_head else linear
-    with FakeTensorMode():
-        layer = nn.Module()
-        shape = (5, 1, 1024 if is_head else 640)
+        shape = (5, 1, {"bf16": 576, "int8": 640, "head": 1024}[kind])
         layer.packed = torch.empty(shape, dtype=torch.uint8, device="cuda")
-        layer.scale = torch.empty(40, device="cuda")
+        if kind != "bf16":
+            layer.scale = torch.empty(40, device="cuda")
         layer.cast_out_features = 40
         out = method.apply(layer, torch.empty(3, 64, dtype=torch.bfloat16, device="cuda"))
     assert (out.shape, out.device.type, out.dtype) == ((3, 40), "cuda", torch.bfloat16)
+    assert [name for name in called if name.startswith("cast.")] == [f"cast.{op}.default"]
 
 
 def test_8_bits_in_fp32_on_a_gpu_are_refused_when_they_are_loaded() -> None:

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 
@@ -43,27 +44,27 @@ def test_kl_with_a_bucket_never_exceeds_the_whole() -> None:
     assert bounds[0] < bounds[-1] == pytest.approx(whole, abs=1e-5)
 
 
-def test_tokens_that_only_one_list_holds_are_in_the_bucket() -> None:
-    found = agreement_of([position(a=0.75)], [position(b=0.5)], 0)
-    assert found == Agreement(1, 0, 0.0, None, None)  # nothing in common: the bound is 0
+ACTUAL_TOKEN_FIRST = {"y": {"logprob": -3.0, "rank": 9}, **position(x=0.5)}
 
 
-def test_probabilities_that_round_above_one_are_no_error() -> None:
-    found = agreement_of([position(a=1.0)], [position(a=1.0000001)], 0)
-    assert found == Agreement(1, 1, 0.0, None, None)  # and not below 0
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "num_agreeing"),
+    [
+        (position(a=0.75), position(b=0.5), 0),  # nothing in common: the bound is 0
+        (position(a=1.0), position(a=1.0000001), 1),  # rounded above 1, and not below 0
+        (ACTUAL_TOKEN_FIRST, ACTUAL_TOKEN_FIRST, 1),
+        (ACTUAL_TOKEN_FIRST, position(x=0.5), 1),  # the likeliest is by rank, not by place
+    ],
+)
+def test_one_position(baseline: Any, candidate: Any, num_agreeing: int) -> None:
+    found = agreement_of([baseline], [candidate], 0)
+    assert found == Agreement(1, num_agreeing, pytest.approx(0, abs=1e-6), None, None)
 
 
 def test_the_prompt_does_not_count() -> None:
     found = agreement_of(FakeVariants.dense, FakeVariants.sparse, 2)
     assert found is not None
     assert (found.num_tokens, found.num_agreeing) == (3, 2)
-
-
-def test_likeliest_is_by_rank_not_by_place() -> None:
-    actual_token_first = {"y": {"logprob": -3.0, "rank": 9}, **position(x=0.5)}
-    found = agreement_of([actual_token_first], [position(x=0.5)], 0)
-    assert found is not None
-    assert found.num_agreeing == 1
 
 
 def test_one_token_more_than_is_scored_must_fit() -> None:

@@ -13,23 +13,31 @@ from tests.cast_serve.gateway.compare.fakes import BODY, COMPLETIONS, KL_OF_ANSW
 
 CHAT = "/v1/chat/completions"
 PRIMARY = RequestTiming(0.0, (0.4, 0.5, 0.6), 0.6, 3)
+FINISHED = {"finished": 1, "failed": 0, "dropped": 0}
+Offer = Callable[[Shadow], None]
 
 
-def run_shadow(
-    fake: FakeVariants, offer: Callable[[Shadow], None], **settings: Any
-) -> tuple[Any, Shadow]:
-    """The comparison's agreement after what `offer` offered has ended."""
+def offer(
+    route: str = COMPLETIONS,
+    body: dict[str, Any] = BODY,
+    variant: str = "dense",
+    text: str = " a b c",
+    timing: RequestTiming = PRIMARY,
+) -> Offer:
+    return lambda shadow: shadow.offer(route, body, variant, text, timing)
 
-    async def run() -> tuple[Any, Shadow]:
+
+def run_shadow(fake: FakeVariants, *offers: Offer, **settings: Any) -> tuple[Any, dict[str, int]]:
+    """The comparison's agreement and the outcomes once everything offered has ended."""
+
+    async def run() -> tuple[Any, dict[str, int]]:
         comparison = Comparison(["dense", "sparse"], window=16)
-        shadow = Shadow(
-            **{"fraction": 1.0, "max_concurrent": 4, **settings},
-            comparison=comparison,
-            complete=fake.complete,
-        )
-        offer(shadow)
+        defaults: dict[str, Any] = {"fraction": 1.0, "max_concurrent": 4}
+        shadow = Shadow(**defaults | settings, comparison=comparison, complete=fake.complete)
+        for each in offers:
+            each(shadow)
         await ended()
-        return comparison.snapshot()["agreement"], shadow
+        return comparison.snapshot()["agreement"], shadow.outcomes
 
     return asyncio.run(run())
 
@@ -43,9 +51,7 @@ async def ended() -> None:
 @pytest.mark.parametrize(("variant", "ratio"), [("dense", 0.6 / 0.3), ("sparse", 0.3 / 0.6)])
 def test_a_request_is_repeated_on_the_other_and_both_are_scored(variant: str, ratio: float) -> None:
     fake = FakeVariants()
-    found, shadow = run_shadow(
-        fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, variant, " a b c", PRIMARY)
-    )
+    found, outcomes = run_shadow(fake, offer(variant=variant))
     other = {"dense": "sparse", "sparse": "dense"}[variant]
     assert fake.calls[0] == (other, BODY, COMPLETIONS)
     for name, (asked, body, _) in zip(("dense", "sparse"), fake.calls[1:], strict=True):
@@ -57,35 +63,26 @@ def test_a_request_is_repeated_on_the_other_and_both_are_scored(variant: str, ra
     assert found["kl_nats"]["mean"] == pytest.approx(KL_OF_ANSWER / 3)
     assert found["e2e_ratio"]["ratio"] == pytest.approx(ratio)
     assert found["ttft_ratio"] is None  # the repetition was not streamed
-    assert shadow.outcomes == {"finished": 1, "failed": 0, "dropped": 0}
+    assert outcomes == FINISHED
 
 
 def test_a_streamed_request_is_repeated_streamed() -> None:
     fake = FakeVariants()
-    body = {**BODY, "stream": True}
-    found, _ = run_shadow(
-        fake, lambda shadow: shadow.offer(COMPLETIONS, body, "dense", " a b c", PRIMARY)
-    )
+    found, _ = run_shadow(fake, offer(body={**BODY, "stream": True}))
     assert fake.calls[0][1]["stream"] is True
     assert not any("stream" in body for _, body, _ in fake.calls[1:])
     assert found["ttft_ratio"]["ratio"] == pytest.approx(0.4 / 0.2)
 
 
-def test_answers_of_other_lengths_have_no_ratio_of_e2e() -> None:
-    longer = RequestTiming(0.0, (), 0.9, 4)
-    found, _ = run_shadow(
-        FakeVariants(), lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", " a b c", longer)
-    )
+def test_answers_of_different_lengths_have_no_ratio_of_e2e() -> None:
+    found, _ = run_shadow(FakeVariants(), offer(timing=RequestTiming(0.0, (), 0.9, 4)))
     assert found["e2e_ratio"] is None
     assert found["token_agreement"]["n_tokens"] == 3
 
 
 def test_a_prompt_of_token_ids_is_followed_by_the_answers() -> None:
     fake = FakeVariants()
-    body = {**BODY, "prompt": [5, 6], "add_special_tokens": False}
-    found, _ = run_shadow(
-        fake, lambda shadow: shadow.offer(COMPLETIONS, body, "dense", " a b c", PRIMARY)
-    )
+    found, _ = run_shadow(fake, offer(body={**BODY, "prompt": [5, 6], "add_special_tokens": False}))
     _, tokenised, *forced = (body for _, body, _ in fake.calls)
     assert (tokenised["prompt"], tokenised["add_special_tokens"]) == (" a b c", False)
     assert [body["prompt"] for body in forced] == [[5, 6, 7, 8, 9]] * 2
@@ -94,171 +91,126 @@ def test_a_prompt_of_token_ids_is_followed_by_the_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("route", "body", "text"),
+    ("offered", "settings"),
     [
-        (CHAT, {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}, "a"),
-        (COMPLETIONS, {**BODY, "prompt": ["Hi", "Ho"]}, "a"),
-        (COMPLETIONS, {**BODY, "prompt": [[5], [6]]}, "a"),
-        (COMPLETIONS, {**BODY, "n": 2}, "a"),
-        (COMPLETIONS, {**BODY, "echo": True}, "Hi a"),
-        (COMPLETIONS, BODY, ""),
+        ({"route": CHAT, "body": {"messages": [{"role": "user", "content": "Hi"}]}}, {}),
+        ({"body": {**BODY, "prompt": ["Hi", "Ho"]}}, {}),
+        ({"body": {**BODY, "prompt": [[5], [6]]}}, {}),
+        ({"body": {**BODY, "n": 2}}, {}),
+        ({"body": {**BODY, "echo": True}}, {}),
+        ({"text": ""}, {}),
+        ({"timing": RequestTiming(0.0, (), 0.6, 1023)}, {}),  # and two tokens of the prompt
+        ({}, {"max_tokens": lambda: 4}),  # they would fill a worker's context
     ],
 )
 def test_what_cannot_be_scored_gives_latency_alone(
-    route: str, body: dict[str, Any], text: str
+    offered: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     fake = FakeVariants()
-    found, _ = run_shadow(fake, lambda shadow: shadow.offer(route, body, "dense", text, PRIMARY))
-    assert [(variant, route) for variant, _, route in fake.calls] == [("sparse", route)]
-    assert found["token_agreement"] is None
-    assert found["e2e_ratio"]["ratio"] == pytest.approx(2)
-
-
-def test_a_long_text_is_not_scored() -> None:
-    fake = FakeVariants()
-    long = RequestTiming(0.0, (), 9.0, 1023)  # and two of the prompt
-    run_shadow(fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", "a", long))
-    assert len(fake.calls) == 1
-
-
-def test_a_text_that_fills_a_workers_context_is_not_scored() -> None:
-    fake = FakeVariants()
-    found, shadow = run_shadow(
-        fake,
-        lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", " a b c", PRIMARY),
-        max_tokens=lambda: 4,
-    )
-    assert len(fake.calls) == 1
-    assert (found["token_agreement"], shadow.outcomes["finished"]) == (None, 1)
+    found, outcomes = run_shadow(fake, offer(**offered), **settings)
+    assert [variant for variant, _, _ in fake.calls] == ["sparse"]
+    assert (found["token_agreement"], outcomes) == (None, FINISHED)
 
 
 def test_a_refusal_to_score_gives_latency_alone(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeVariants()
     fake.refusal = APIError(400, "the context is 5 tokens", "invalid_request_error")
-    found, shadow = run_shadow(
-        fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", " a b c", PRIMARY)
-    )
+    found, outcomes = run_shadow(fake, offer())
     assert found["token_agreement"] is None
     assert found["e2e_ratio"]["ratio"] == pytest.approx(2)
-    assert shadow.outcomes == {"finished": 1, "failed": 0, "dropped": 0}
-    assert "latency alone: a worker refused to score prompt and answer: the con" in caplog.text
+    assert outcomes == FINISHED
+    assert "the context is 5 tokens" in caplog.text
 
 
-def test_off_does_nothing() -> None:
+@pytest.mark.parametrize(("variant", "fraction"), [("dense", 0.0), ("third", 1.0)])
+def test_off_and_a_third_variant_do_nothing(variant: str, fraction: float) -> None:
     fake = FakeVariants()
-
-    def offer(shadow: Shadow) -> None:
-        assert not shadow.is_on
-        for _ in range(100):
-            shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
-
-    found, shadow = run_shadow(fake, offer, fraction=0.0)
-    assert (found, fake.calls, shadow.outcomes["dropped"]) == (None, [], 0)
-
-
-def test_a_third_variant_is_left_alone() -> None:
-    fake = FakeVariants()
-    run_shadow(fake, lambda shadow: shadow.offer(COMPLETIONS, BODY, "third", "a", PRIMARY))
-    assert fake.calls == []
+    found, outcomes = run_shadow(fake, *[offer(variant=variant)] * 100, fraction=fraction)
+    assert (found, fake.calls, set(outcomes.values())) == (None, [], {0})
 
 
 def test_the_fraction_is_kept_and_the_seed_chooses() -> None:
     def chosen(seed: int) -> list[int]:
         fake = FakeVariants()
-
-        def offer(shadow: Shadow) -> None:
-            for number in range(1000):
-                body = {**BODY, "max_tokens": number}
-                shadow.offer(CHAT, body, "dense", "a", PRIMARY)
-
-        run_shadow(fake, offer, fraction=0.2, max_concurrent=1000, seed=seed)
+        offers = [offer(CHAT, {**BODY, "max_tokens": number}) for number in range(1000)]
+        run_shadow(fake, *offers, fraction=0.2, max_concurrent=1000, seed=seed)
         return [body["max_tokens"] for _, body, _ in fake.calls]
 
     assert 150 < len(chosen(0)) < 250
     assert chosen(0) == chosen(0) != chosen(1)
 
 
+class Slow(FakeVariants):
+    """Answers once the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.num_running = self.highest = 0
+
+    async def complete(
+        self, variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
+    ) -> tuple[dict[str, Any], RequestTiming]:
+        self.num_running += 1
+        self.highest = max(self.highest, self.num_running)
+        try:
+            await self.gate.wait()
+        finally:
+            self.num_running -= 1
+        return await super().complete(variant, body, route)
+
+
 def test_the_budget_is_kept_and_what_is_above_it_counted() -> None:
     async def run() -> None:
-        gate = asyncio.Event()
-        num_running = highest = num_calls = 0
-
-        async def complete(
-            variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
-        ) -> tuple[dict[str, Any], RequestTiming]:
-            nonlocal num_running, highest, num_calls
-            num_calls += 1
-            num_running += 1
-            highest = max(highest, num_running)
-            await gate.wait()
-            num_running -= 1
-            return {"choices": [], "usage": {"prompt_tokens": 2}}, PRIMARY
-
-        shadow = Shadow(1.0, 2, Comparison(["dense", "sparse"], 8), complete)
+        fake = Slow()
+        shadow = Shadow(1.0, 2, Comparison(["dense", "sparse"], 8), fake.complete)
         for _ in range(10):
-            shadow.offer(CHAT, BODY, "dense", "a", PRIMARY)
+            offer(CHAT)(shadow)
             await asyncio.sleep(0)
-        assert (num_running, num_calls, shadow.outcomes["dropped"]) == (2, 2, 8)
-        gate.set()
+        assert (fake.num_running, shadow.outcomes["dropped"]) == (2, 8)
+        fake.gate.set()
         await ended()
-        shadow.offer(CHAT, BODY, "dense", "a", PRIMARY)  # there is room again
+        offer(CHAT)(shadow)  # there is room again
         await ended()
-        assert (highest, num_calls) == (2, 3)
+        assert fake.highest == 2
         assert shadow.outcomes == {"finished": 3, "failed": 0, "dropped": 8}
 
     asyncio.run(run())
 
 
-def test_failures_stay_inside_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(FakeVariants):
-        async def complete(
-            self, variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
-        ) -> tuple[dict[str, Any], RequestTiming]:
-            raise ConnectionError("sparse is gone" + "x" * 1000)
-
-    def offer(shadow: Shadow) -> None:
-        for _ in range(3):
-            shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
-
-    with caplog.at_level(logging.WARNING):
-        found, shadow = run_shadow(Broken(), offer)
-    assert (found, shadow.outcomes["failed"], shadow.outcomes["finished"]) == (None, 3, 0)
-    [record] = caplog.records
-    assert "ConnectionError: sparse is gone" in record.getMessage()
-    assert len(record.getMessage()) < 300
-
-
-def test_an_answer_of_another_shape_is_a_failure() -> None:
-    class Odd(FakeVariants):
-        dense = None  # type: ignore[assignment]
-
-    _, shadow = run_shadow(
-        Odd(), lambda shadow: shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
-    )
-    assert shadow.outcomes["failed"] == 1
-
-
 def test_close_cancels_what_runs_and_ends_the_offers() -> None:
     async def run() -> None:
-        started, cancelled = asyncio.Event(), asyncio.Event()
-
-        async def complete(
-            variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
-        ) -> tuple[dict[str, Any], RequestTiming]:
-            started.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cancelled.set()
-            raise AssertionError
-
-        shadow = Shadow(1.0, 2, Comparison(["dense", "sparse"], 8), complete)
-        shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
-        await started.wait()
+        fake = Slow()
+        shadow = Shadow(1.0, 2, Comparison(["dense", "sparse"], 8), fake.complete)
+        offer()(shadow)
+        await asyncio.sleep(0)
+        assert fake.num_running == 1
         await asyncio.wait_for(shadow.close(), timeout=10)
-        assert cancelled.is_set()
-        shadow.offer(COMPLETIONS, BODY, "dense", "a", PRIMARY)
+        assert fake.num_running == 0
+        offer()(shadow)
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert (shadow.outcomes["failed"], shadow.outcomes["dropped"]) == (0, 0)
+        assert set(shadow.outcomes.values()) == {0}
 
     asyncio.run(run())
+
+
+class Broken(FakeVariants):
+    async def complete(
+        self, variant: str, body: dict[str, Any], route: str = COMPLETIONS, /
+    ) -> tuple[dict[str, Any], RequestTiming]:
+        raise ConnectionError("sparse is gone" + "x" * 1000)
+
+
+class Odd(FakeVariants):
+    dense = None  # an answer of another shape
+
+
+@pytest.mark.parametrize("fake", [Broken, Odd])
+def test_failures_stay_inside_and_are_logged_once(
+    fake: type[FakeVariants], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found, outcomes = run_shadow(fake(), *[offer()] * 3)
+    assert (found, outcomes["failed"], outcomes["finished"]) == (None, 3, 0)
+    [record] = caplog.records
+    assert len(record.getMessage()) < 300

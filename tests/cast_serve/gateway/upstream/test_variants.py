@@ -14,7 +14,7 @@ from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import variants
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.probes import Limits
-from cast_serve.gateway.upstream.replica import Replica, Variant, worker_command
+from cast_serve.gateway.upstream.replica import Replica, Variant
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 from tests.cast_serve.gateway.upstream.scripted_worker import Worker, is_running
 from tests.fake_hub import FakeHub
@@ -67,15 +67,6 @@ def test_a_hubs_name_is_fetched(hub: FakeHub) -> None:
     assert (found / "config.json").read_bytes() == b"{}"
 
 
-def test_the_worker_is_told_its_name_port_cores_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    replica = Replica("sparse", "http://127.0.0.1:81", Path("m"), (2, 3), ("--enforce-eager",))
-    words = " ".join(worker_command(replica)[1:])
-    assert words == (
-        "-m cast_serve worker m --name sparse --port 81 --cores 2,3 -- --enforce-eager"
-    )
-
-
 def test_remote_variants_have_a_replica_for_each_url() -> None:
     urls = {"dense": ["http://a:1/"], "sparse": ["https://b", "http://[::1]:2"]}
     dense, sparse = remote_variants(urls)
@@ -89,21 +80,6 @@ def test_what_is_no_url_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="variant a: ") as error:
         remote_variants({"a": ["http://fine", text]})
     assert f"{text!r} is not a URL; write a=http://HOST:PORT" in str(error.value)
-
-
-def test_pick_takes_the_least_busy_replica_that_is_up() -> None:
-    (variant,) = remote_variants({"dense": ["http://a", "http://b", "http://c"]})
-    a, b, c = variant.replicas
-    assert variant.pick() is None
-    assert not variant.is_up
-    b.is_up = c.is_up = True
-    assert variant.is_up
-    assert variant.pick() is b
-    b.num_outstanding = 2
-    c.num_outstanding = 1
-    assert variant.pick() is c
-    a.is_up = True
-    assert variant.pick() is a
 
 
 def test_a_variants_limits_are_those_of_its_tightest_replica() -> None:
