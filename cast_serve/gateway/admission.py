@@ -92,7 +92,7 @@ class Admission:
         return min(max(math.ceil((self.num_queued + 1) / rate), 1), MAX_RETRY_AFTER_S)
 
     def admit(self) -> None:
-        """Lets as many in as there are places; to be called when a replica comes up."""
+        """Admits as many as there are places; call it when a replica comes up."""
         while self.num_queued and self.num_running < self._num_places():
             turn = (self._again or self._waiting).popleft()
             if not turn.done():  # else its client has left, and is about to leave the queue
@@ -100,7 +100,7 @@ class Admission:
                 turn.set_result(None)
 
     def turn_away(self) -> None:
-        """Ends the wait of all that queue; to be called when the variant's last replica is down."""
+        """Turns everyone in the queue away; call it when the variant's last replica is down."""
         while self.num_queued:
             turn = (self._again or self._waiting).popleft()
             if not turn.done():
@@ -114,7 +114,7 @@ class Admission:
         if len(self._waiting) >= self._max_queued and not is_again:
             raise ShedError(
                 429,
-                f"{len(self._waiting)} requests wait already, the limit of this variant; try again "
+                f"{len(self._waiting)} requests are waiting, the limit of this variant; try again "
                 "after Retry-After seconds",
                 "rate_limit_error",
                 "queue_full",
@@ -181,7 +181,7 @@ class Places:
         return self._max_running * sum(replica.is_up for replica in variant.replicas)
 
     def note_state(self, name: str) -> None:
-        """To be called when a variant may have come up or gone down."""
+        """Admits or turns away the queue; call it when a variant may have come up or gone down."""
         if self._variants[name].is_up:
             self.admissions[name].admit()
         else:

@@ -64,13 +64,9 @@ LAST_WORDS_S = 1.0  # for clients to read why they were cut off
 class Gateway:
     """The parts of the gateway and how they know of each other; what its probes say.
 
-    Args:
-        variants: at least one.
-        settings: see there.
-
     Raises:
-        UsageError: if the workers' key cannot be read, or a split or fallback names a variant that
-            there is not.
+        UsageError: if the workers' key cannot be read, or a split or fallback names an unknown
+            variant.
     """
 
     def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
@@ -136,7 +132,7 @@ class Gateway:
         return answered and not self.is_draining
 
     async def open_control(self) -> None:
-        """Lets `cast-serve roll` ask, where there are workers of ours to roll.
+        """Opens the socket of `cast-serve roll`, if there are local workers to roll.
 
         Raises:
             VariantError: if the control_socket of the settings cannot be listened on.
@@ -146,14 +142,14 @@ class Gateway:
         try:
             await self.control.open()
         except OSError as error:
-            text = f"`cast-serve roll` cannot ask at {self.control.path}: {error}"
+            text = f"`cast-serve roll` cannot connect to {self.control.path}: {error}"
             if self.settings.control_socket is not None:
                 self.failure = VariantError(text)
                 raise self.failure from None
             logger.warning("gateway: %s", text)
 
     async def watch(self, on_failure: Callable[[], None]) -> None:
-        """Follows the workers; calls on_failure if one cannot be brought up, or this ends."""
+        """Watches the workers; calls on_failure if one fails for good, or the watch itself does."""
         try:
             await self.supervisor.run(workers.replicas_of(self.variants.values()))
         except VariantError as failure:
@@ -164,7 +160,7 @@ class Gateway:
         on_failure()
 
     async def close(self) -> None:
-        """Ends what runs beside the requests; no request may come after."""
+        """Ends background work; no request may follow."""
         await self.shadow.close()
         await self.client.close()
         self.bodies.close()
@@ -204,12 +200,12 @@ def create_app(
 
     Args:
         variants: at least one.
-        settings: see `GatewaySettings`.
-        on_failure: called when a local worker cannot be brought up; ``app.state.gateway.failure``
-            says why.
+        settings: of the gateway.
+        on_failure: called when a local worker fails for good, with the cause in
+            ``app.state.gateway.failure``.
 
     Raises:
-        UsageError: if the keys cannot be read, or a split or fallback names no variant.
+        UsageError: if the keys cannot be read, or a split or fallback names an unknown variant.
     """
     gateway = Gateway(variants, settings)
     digests = load_keys(settings.api_keys, settings.api_keys_file)
@@ -321,7 +317,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
 
     Raises:
         UsageError: if the address cannot be listened on.
-        VariantError: if a local worker could not be brought up, or the watch over them failed.
+        VariantError: if a local worker failed for good, or the watch over them did.
     """
 
     class Server(uvicorn.Server):
@@ -355,7 +351,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     has_keys = settings.api_keys or settings.api_keys_file is not None
     if not (has_keys or is_loopback(settings.host)):
         logger.warning(
-            "gateway: listens on %s and asks for no key, so whoever reaches it may use it; set "
+            "gateway: listens on %s without API keys, so anyone who can reach it can use it; set "
             "CAST_API_KEYS or CAST_API_KEYS_FILE",
             settings.host,
         )
@@ -381,7 +377,7 @@ async def serve(variants: Sequence[Variant], settings: GatewaySettings) -> None:
     )
     loop = asyncio.get_running_loop()
     signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it is
         signals.append(signal.SIGHUP)
     for number in signals:
         loop.add_signal_handler(number, stop)

@@ -44,14 +44,14 @@ class BodyReader:
         self._checker.shutdown()
 
     def release(self, exchange: Exchange) -> None:
-        """To be called once a request has ended."""
+        """Frees the body's bytes; call it when the request has ended."""
         self.num_held_bytes -= exchange.num_body_bytes
         exchange.num_body_bytes = 0
 
     async def read(
         self, request: Request, exchange: Exchange
     ) -> tuple[dict[str, Any], BaseModel, list[str]]:
-        """The body, as it came but for the fields without effect, and checked; their names.
+        """The body as received, the same checked, and the names of fields without effect (removed).
 
         Args:
             exchange: whose body it is; the bytes that came are counted there, until `release`.
@@ -111,8 +111,8 @@ class BodyReader:
     def _too_many_bytes(self) -> ShedError:
         return ShedError(
             429,
-            f"the requests that wait or run have bodies of {self.settings.max_held_body_bytes} "
-            "bytes together, the limit; try again after Retry-After seconds, or raise "
+            f"waiting and running requests hold bodies of {self.settings.max_held_body_bytes} "
+            "bytes in total, the limit; try again after Retry-After seconds, or raise "
             "CAST_MAX_HELD_BODY_BYTES",
             "rate_limit_error",
             "too_many_bytes",

@@ -39,7 +39,7 @@ Fallback = Annotated[
     str | None,
     option(
         "NAME=NAME",
-        "sparse=dense: who answers for a variant that is down.",
+        "sparse=dense: dense answers while sparse is down.",
         "CAST_FALLBACK, else none",
     ),
 ]
@@ -110,7 +110,9 @@ def up(
     settings = settings_of(given.gateway, flags | logs, assignments or [])
     ports = [worker.port for worker in workers.values() if worker.port is not None]
     if len({settings.port, *ports}) <= len(ports):
-        raise UsageError(f"ports {settings.port}, {ports}: gateway and variants need one each")
+        raise UsageError(
+            f"ports {settings.port}, {ports}: gateway and variants need different ones"
+        )
     for own in ports:
         check_port_is_free("127.0.0.1", own)
     _serve(local_variants(workers, context.args, settings.port), settings)
@@ -127,9 +129,9 @@ def gateway(
     log_level: LogLevel = None,
     assignments: Assignments = None,
 ) -> None:
-    """Put the gateway in front of vLLM servers that run elsewhere (NAME=URL).
+    """Run the gateway in front of vLLM servers that run elsewhere (NAME=URL).
 
-    A name that is given again is another replica of that variant.
+    Repeat a name to add a replica of that variant.
     """
     from cast_serve.gateway.upstream.config import settings_of
     from cast_serve.gateway.upstream.variants import remote_variants
@@ -152,15 +154,15 @@ def roll(
         str,
         typer.Argument(
             metavar="NAME[=DIR]",
-            help="What to serve under which name; NAME alone: the same directory, read anew.",
+            help="What to serve under which name; NAME alone: reload the same directory.",
         ),
     ],
     port: GatewayPort = None,
     control_socket: Socket = None,
 ) -> None:
-    """Have a running `cast-serve up` serve another directory, without a lost request.
+    """Switch a running `cast-serve up` to another directory without losing a request.
 
-    A second worker starts, takes over once it answers, and the first ends when its requests have.
+    A second worker starts and takes over once it answers; the first one finishes its requests.
     """
     from cast_serve.checkpoint import hub
     from cast_serve.gateway.upstream.config import settings_of
@@ -202,11 +204,11 @@ def _serve(variants: "list[Variant]", settings: "GatewaySettings") -> None:
 
 
 def _tell_of_misspelt(settings: Iterable[str]) -> None:
-    """Names variables of the environment that are almost a setting; others may be anybody's."""
+    """Warns of environment variables that look like misspelt settings."""
     known = set(settings)
     for name in sorted(os.environ.keys() - known):
         if name.startswith("CAST_") and (near := difflib.get_close_matches(name, known, 1, 0.9)):
-            say(f"cast-serve: {name} in the environment is no setting; the nearest is {near[0]}")
+            say(f"cast-serve: {name} in the environment is not a setting; the nearest is {near[0]}")
 
 
 def _parse_variants(given: list[str]) -> dict[str, list[str]]:
@@ -227,11 +229,7 @@ def say(text: str) -> None:
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """Refuses a port that another process has, or a host that is none of this machine's.
-
-    Raises:
-        UsageError: if so.
-    """
+    """Raises UsageError if the port is taken, or the host is not one of this machine's."""
     import socket
 
     flags = socket.AI_PASSIVE  # an empty host is every address

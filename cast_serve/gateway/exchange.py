@@ -27,8 +27,8 @@ class Exchange:
     Attributes:
         route: where it came in, and where it is sent on to.
         keeps_text: whether `text` is wanted; it costs memory in a stream.
-        on_end: called once, with the exchange, whatever ends it; None: it is not counted.
-        facts: what its log line says besides.
+        on_end: called once, however it ends; None: it is not counted.
+        facts: more for its log line.
         stopwatch: runs from its arrival.
         body: as it came, without the fields that have no effect.
         num_body_bytes: of it that came, see `BodyReader`.
@@ -77,7 +77,7 @@ class Exchange:
         return body
 
     def finish(self, variant: str, usage: dict[str, Any], text: str) -> None:
-        """Takes down a whole answer.
+        """Records a complete answer.
 
         Args:
             variant: whose it is.

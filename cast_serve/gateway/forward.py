@@ -1,9 +1,9 @@
 """A replica and an exchange -> the replica's answer, whole or as a stream of events.
 
-Nothing here chooses whom to ask. A replica that fails before a byte of its answer was passed on
-raises a `BrokenError` that says whether another may be asked; after that, the stream ends with an
-error event. To count tokens every stream is asked for usage, and that chunk is taken out again
-where the client did not ask.
+Nothing here chooses the replica. One that fails before a byte of its answer was passed on raises a
+`BrokenError` that says whether to try another; after that, the stream ends with an error event.
+Every stream is asked for usage, to count tokens; that chunk is removed again unless the client
+asked for it.
 """
 
 import asyncio
@@ -53,18 +53,18 @@ Chunk = tuple[bytes, dict[str, Any]]
 
 
 class BrokenError(Exception):
-    """A replica failed before a byte of its answer was passed on, and said so itself.
+    """A replica answered 5xx, aborted the request, or sent something that is not an answer.
 
-    It answered 5xx, gave the request up, or sent what is not an answer, so it is still there.
+    No byte was passed on, and the replica is still there.
     """
 
 
 class UnreachedError(BrokenError):
-    """The replica has seen nothing of the request."""
+    """The replica has not seen the request."""
 
 
 class LostError(BrokenError):
-    """The connection was lost after the request was sent, maybe since the replica died of it."""
+    """The connection was lost after the request was sent, which may have killed the replica."""
 
 
 @dataclass(eq=False, frozen=True)
@@ -158,14 +158,14 @@ class Forwarder:
             self.on_lost(replica)
             raise UnreachedError
         if is_packed(upstream):
-            logger.warning("%s: sent an answer that is packed, not as asked", replica)
+            logger.warning("%s: sent a compressed answer, which was not asked for", replica)
             raise BrokenError
         return upstream
 
     async def _post(
         self, replica: Replica, exchange: Exchange, content: bytes, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
-        """Sends it; once more where it met a connection that the replica had just closed."""
+        """Sends it; once more if the replica had just closed the kept connection."""
         url = f"{replica.url}{exchange.route}"
         try:
             try:
@@ -290,14 +290,14 @@ class Forwarder:
         return answer
 
     def _lost(self, replica: Replica, error: Exception) -> LostError:
-        """A lost connection is reason to look at the replica, and no more: others may be well."""
+        """A lost connection only has the replica checked: its other requests may be fine."""
         logger.warning("%s: lost: %s: %s", replica, type(error).__name__, error)
         note_doubt(replica)
         return LostError()
 
 
 def _checked(replica: Replica, data: bytes) -> dict[str, Any]:
-    """A stream's chunk, parsed; raises what it says went wrong, or ValueError if it is none."""
+    """A stream's chunk, parsed; raises the error it reports, or ValueError if it is not a chunk."""
     chunk = answers.parsed(data)
     if chunk.get("error"):  # vLLM's way to say that its engine died, before a [DONE]
         _check_status(replica, answers.status_of(chunk), data)
@@ -333,7 +333,7 @@ def _check_status(replica: Replica, status: int, content: bytes) -> None:
 
 def _check_not_aborted(replica: Replica, answer: dict[str, Any]) -> None:
     if answers.is_aborted(answer):
-        logger.warning("%s: its engine gave a request up", replica)
+        logger.warning("%s: its engine aborted a request", replica)
         note_doubt(replica)
         raise BrokenError
 
@@ -389,7 +389,7 @@ class _ProxiedStream(StreamingResponse):
         except TimeoutError:
             self._exchange.end(timed_out(self._exchange.variant).status)
             logger.warning(
-                "%s: a client did not take its answer in time", self._exchange.facts["request_id"]
+                "%s: a client did not read its answer in time", self._exchange.facts["request_id"]
             )
             if abort := scope["state"].get(ABORT):
                 abort()
@@ -402,7 +402,7 @@ class _ProxiedStream(StreamingResponse):
             await send_last(OWN_ERROR)
             raise
         finally:
-            self._exchange.end(CLIENT_LEFT)  # unless it has ended otherwise
+            self._exchange.end(CLIENT_LEFT)  # if nothing else ended it
             await asyncio.shield(self._on_close())
 
 
@@ -413,7 +413,7 @@ async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byt
 
 
 def _too_large(variant: str, max_bytes: int) -> APIError:
-    """502. Nobody else is asked, since every other answer would be as large."""
+    """502. No other replica is tried: its answer would be just as large."""
     return APIError(
         502,
         f"the answer of variant {variant!r} is larger than {max_bytes} bytes; ask for fewer "

@@ -41,7 +41,7 @@ class Metrics:
         comparison: read at every scrape, as the next two.
         shadow_outcomes: how many shadow requests had each outcome.
         admissions: each variant's queue.
-        fallbacks: who answers in place of whom.
+        fallbacks: {variant: the one that answers while it is down}.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Metrics:
         registry.register(_ReadAtScrape(comparison, shadow_outcomes, admissions))
 
     def note_state(self, variant: Variant) -> None:
-        """To be called when a variant or a replica of it may have come up or gone down."""
+        """Updates the gauges; call it when a replica may have come up or gone down."""
         self.variant_up.labels(variant.name).set(variant.is_up)
         for place, replica in enumerate(variant.replicas):
             self.replica_up.labels(variant.name, str(place)).set(replica.is_up)

@@ -97,11 +97,11 @@ class Proxy:
     def _route(
         self, exchange: Exchange, checked: BaseModel, sticky_key: str | None
     ) -> list[Variant]:
-        """Who may answer: the variant asked for and then its fallback; all, for a comparison.
+        """The variants that may answer: the one asked for, then its fallback; all for a comparison.
 
         Raises:
-            APIError: 404, or 400 if the request is beyond the limits of the variant asked for. A
-                fallback beyond whose limits it is answers for none.
+            APIError: 404, or 400 if the request exceeds the limits of the variant asked for. A
+                fallback whose limits it exceeds is left out.
         """
         if exchange.route == COMPARE:
             variants = list(self.router.variants.values())
@@ -123,10 +123,10 @@ class Proxy:
         limits.check(checked, self.settings, variant.max_model_len, variant.vocabulary_size)
 
     async def _answer_by(self, candidates: Sequence[Variant], exchange: Exchange) -> Response:
-        """Asks the candidates' replicas, each at most once, as long as retries.py has it."""
+        """Asks the candidates' replicas, each at most once, within the limits of retries.py."""
         self._retry_budget.note_request()
         reason = "down"
-        failure: str | None = None  # of the try before, as `cast_retries_total` has it
+        failure: str | None = None  # of the previous try, as in `cast_retries_total`
         has_begun = False  # at a replica that failed
         for candidate in candidates:
             tried: set[Replica] = set()
@@ -159,10 +159,10 @@ class Proxy:
         """One try at one replica, from its place in the queue to the answer or its first event.
 
         Args:
-            variant: who is asked.
+            variant: the one to ask.
             tried: its replicas that were asked before; the one asked now is added.
             exchange: the request.
-            failure: how the try before ended (retries.py); None: this is the first.
+            failure: how the previous try ended (retries.py); None: this is the first.
 
         Raises:
             BrokenError: if the replica failed before a byte was passed on.

@@ -1,9 +1,9 @@
-"""A request that failed at one replica -> whether another may be asked, and why it was.
+"""A request that failed at one replica -> whether another may be tried.
 
-A request may be what breaks a worker, and sent on it would break the next one too. So it goes on
-freely only where no worker has seen it. One that a worker answered with a failure of its own goes
-to one more, as long as few requests do: when all workers fail, twice the load is no help. One whose
-connection was lost goes to nobody else, since its worker may have died of it.
+The request itself may be what breaks a worker, and would then break the next one too. So it is
+retried freely only if no worker has seen it. If a worker reported a failure, one more is tried,
+within a budget: when all workers fail, doubling the load does not help. If the connection was lost,
+no other worker is tried, as the request may have killed this one.
 """
 
 BUDGET = 10.0  # requests that may be sent on before others have succeeded in between

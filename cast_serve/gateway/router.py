@@ -1,4 +1,4 @@
-"""The name in a request's ``model`` -> the variant that is asked, and who is asked in its place."""
+"""The name in a request's ``model`` -> the variant to ask, and its fallback."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ class Router:
         fallbacks: {variant that is down: variant that answers for it}.
 
     Raises:
-        UsageError: if a split or fallback names a variant that there is not.
+        UsageError: if a split or fallback names an unknown variant.
     """
 
     def __init__(

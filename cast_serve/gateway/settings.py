@@ -15,27 +15,28 @@ class GatewaySettings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least level of the gateway's own lines; requests are info"
+        default="info",
+        description="minimum level of the gateway's own lines; requests are logged at info",
     )
     log_dir: Path | None = Field(
         default=None,
-        description="where local workers log to `VARIANT.log`, which stays; none: a temporary "
-        "folder, removed at a clean end",
+        description="folder of the local workers' `VARIANT.log`, which are kept; none: a temporary "
+        "folder, removed after a clean exit",
     )
 
     control_socket: Path | None = Field(
         default=None,
-        description="Unix socket at which `cast-serve roll` asks `up`; none: one of the port's, in "
-        "a folder that this user alone may open",
+        description="Unix socket through which `cast-serve roll` reaches `up`; none: one named "
+        "after the port, in a folder only this user can open",
     )
 
     api_keys: str = Field(
         default="",
         repr=False,
-        description="keys, separated by commas; `sha256:HEX` is a key already hashed; commas alone "
-        "are refused; none: open to all",
+        description="keys, separated by commas; `sha256:HEX` is an already hashed key; commas "
+        "alone are refused; none: open to everyone",
     )
-    api_keys_file: Path | None = Field(default=None, description="the same, one a line")
+    api_keys_file: Path | None = Field(default=None, description="the same, one per line")
     worker_key: str = Field(
         default="",
         repr=False,
@@ -44,48 +45,50 @@ class GatewaySettings(BaseSettings):
         "makes one, `gateway` sends none",
     )
     worker_key_file: Path | None = Field(
-        default=None, description="the same, as a file of one line; for both, too"
+        default=None, description="the same, as a one-line file; read by both, too"
     )
 
-    max_body_bytes: int = Field(default=4 << 20, gt=0, description="larger bodies get 413")
+    max_body_bytes: int = Field(default=4 << 20, gt=0, description="largest body; beyond it 413")
     max_held_body_bytes: int = Field(
         default=64 << 20,
         gt=0,
-        description="in the bodies of all requests that wait or run; then 429. They take up to "
-        "five times as much memory",
+        description="total size of the bodies of waiting and running requests; beyond it 429. They "
+        "take up to five times as much memory",
     )
     max_answer_bytes: int = Field(
-        default=64 << 20, gt=0, description="of an answer that is not streamed; larger ones get 502"
+        default=64 << 20, gt=0, description="largest answer that is not streamed; beyond it 502"
     )
-    max_header_bytes: int = Field(default=32 << 10, gt=0, description="larger heads get 431")
+    max_header_bytes: int = Field(default=32 << 10, gt=0, description="largest head; beyond it 431")
     max_connections: int = Field(
-        default=2048, gt=0, description="open at once, also idle ones; then 503"
+        default=2048, gt=0, description="open connections, idle ones included; beyond it 503"
     )
     body_timeout_s: float = Field(
-        default=30, gt=0, description="for a head, and then for a body, to arrive"
+        default=30, gt=0, description="time for a head, and then for a body, to arrive"
     )
     request_timeout_s: float = Field(
-        default=600, gt=0, description="for an answer; the most that `X-Request-Timeout` may ask"
+        default=600, gt=0, description="time for an answer; the maximum for `X-Request-Timeout`"
     )
-    max_choices: int = Field(default=8, gt=0, description="`n` at most")
-    max_prompts: int = Field(default=32, gt=0, description="prompts of one request at most")
+    max_choices: int = Field(default=8, gt=0, description="largest `n`")
+    max_prompts: int = Field(default=32, gt=0, description="most prompts in one request")
     max_constraint_characters: int = Field(
         default=32_768,
         gt=0,
-        description="in the schema, regex, choice or grammar of one request at most",
+        description="most characters in the schema, regex, choice or grammar of one request",
     )
     media_parts: bool = Field(
         default=False,
-        description="images, audio and video in chats are passed on; their addresses are opened by "
-        "the workers, which `--allowed-media-domains` of vLLM bounds",
+        description="pass on images, audio and video in chats; the workers open their URLs, which "
+        "vLLM's `--allowed-media-domains` restricts",
     )
     strict_fields: bool = Field(
-        default=False, description="400 for OpenAI's fields that have no effect here"
+        default=False, description="answer 400 to OpenAI fields that have no effect here"
     )
     max_running: int = Field(
-        default=64, gt=0, description="requests at a replica at once; vLLM batches them"
+        default=64, gt=0, description="concurrent requests per replica; vLLM batches them"
     )
-    max_queued: int = Field(default=256, ge=0, description="waiting per variant; then 429")
+    max_queued: int = Field(
+        default=256, ge=0, description="waiting requests per variant; beyond it 429"
+    )
 
     split: str = Field(
         default="",
@@ -102,26 +105,30 @@ class GatewaySettings(BaseSettings):
         description="share of finished requests that are repeated on the other variant",
     )
     shadow_concurrency: int = Field(
-        default=1, gt=0, description="repeated requests at once; more are dropped and counted"
+        default=1, gt=0, description="concurrent repeated requests; more are dropped and counted"
     )
     comparison_window: int = Field(
         default=512, gt=1, description="latest requests per variant that `/v1/comparison` reads"
     )
 
-    startup_timeout_s: float = Field(default=900, gt=0, description="for a local worker to load")
+    startup_timeout_s: float = Field(
+        default=900, gt=0, description="time for a local worker to load"
+    )
     health_interval_s: float = Field(default=1, gt=0, description="between two checks of a worker")
     hang_timeout_s: float = Field(
         default=8,
         gt=0,
-        description="for a one-token canary, or ten of the worker's full steps if that is longer",
+        description="time for a one-token canary, or ten of the worker's full steps if longer",
     )
     drain_delay_s: float = Field(
         default=0,
         ge=0,
-        description="after SIGTERM: not ready, but still answering; for load balancers that notice "
-        "it late",
+        description="time after SIGTERM to be unready but still answering, for load balancers that "
+        "notice late",
     )
-    shutdown_grace_s: float = Field(default=30, gt=0, description="for running requests to finish")
+    shutdown_grace_s: float = Field(
+        default=30, gt=0, description="time for running requests to finish"
+    )
 
     @model_validator(mode="after")
     def _parses(self) -> "GatewaySettings":
@@ -129,7 +136,7 @@ class GatewaySettings(BaseSettings):
         if self.max_held_body_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_held_body_bytes {self.max_held_body_bytes} is below max_body_bytes "
-                f"{self.max_body_bytes}, so that a body of that size would never be taken; raise it"
+                f"{self.max_body_bytes}, so a body of that size would never be accepted; raise it"
             )
         return self
 

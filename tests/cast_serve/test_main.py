@@ -143,7 +143,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["up", "--variant", "dense"], "'dense' is not NAME=DIR"),
         (["roll", "=dir"], "'=dir' is not NAME or NAME=DIR; write sparse=PATH"),
         (["roll", "sparse="], "'sparse=' is not NAME or NAME=DIR"),
-        (["roll", "sparse", "--socket", "s"], "no `cast-serve up` of this user's answers at s ("),
+        (["roll", "sparse", "--socket", "s"], "no `cast-serve up` of this user answers at s ("),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere is not a directory"),
         (["gateway", "--variant", "a=b"], "'b' is not a URL"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
@@ -297,7 +297,7 @@ def test_up_serves_what_a_file_says_and_flags_win(
     code, _, err = cast_serve(*words, "--log-dir", file)
     assert (code, f"log directory {file} cannot be made" in err) == (2, True)
     code, _, err = cast_serve(*words, "--port", of_worker)
-    assert (code, "gateway and variants need one each" in err) == (2, True)
+    assert (code, "gateway and variants need different ones" in err) == (2, True)
 
 
 def test_a_variable_that_is_almost_a_setting_is_named(
@@ -310,7 +310,7 @@ def test_a_variable_that_is_almost_a_setting_is_named(
     for name, value in (("CAST_FALBACK", "a=b"), ("CAST_PORT", free_port()), ("CAST_OWN", "1")):
         monkeypatch.setenv(name, value)
     _, _, err = cast_serve("gateway", "--variant", "a=http://x")
-    assert "CAST_FALBACK in the environment is no setting; the nearest is CAST_FALLBACK" in err
+    assert "CAST_FALBACK in the environment is not a setting; the nearest is CAST_FALLBACK" in err
     assert "CAST_OWN" not in err
 
 

@@ -13,7 +13,7 @@ def parsed(data: str | bytes) -> dict[str, Any]:
     """An answer or chunk.
 
     Raises:
-        ValueError: if it is no JSON object, or its choices or usage are of another shape.
+        ValueError: if it is not a JSON object, or its choices or usage have another shape.
     """
     try:
         found = from_json(data)  # faster than json.loads, and every token waits for it
@@ -21,12 +21,12 @@ def parsed(data: str | bytes) -> dict[str, Any]:
         try:
             found = json.loads(data)  # which takes half a surrogate pair
         except RecursionError:
-            raise ValueError("its lists and objects are too deep in each other") from None
+            raise ValueError("its lists and objects are nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"it is a JSON {type(found).__name__}, not an object")
     choices = found.get("choices") or []
     if not (isinstance(choices, list) and all(map(_is_choice, choices))):
-        raise ValueError("its choices are no list of objects with texts")
+        raise ValueError("its choices are not a list of objects with texts")
     if (usage := found.get("usage")) and not _counts_tokens(usage):
         raise ValueError("its usage counts no tokens")
     return found
@@ -81,5 +81,5 @@ def text_of(answer: Mapping[str, Any]) -> str:
 
 
 def is_aborted(answer: Mapping[str, Any]) -> bool:
-    """Whether the engine gave a request up, as vLLM's does that is told to end."""
+    """Whether the engine aborted the request, as vLLM's does when it is told to end."""
     return any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())

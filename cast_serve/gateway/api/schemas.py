@@ -35,7 +35,7 @@ INT64 = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-MAX_IDS = 1024  # token ids in a list that is no prompt
+MAX_IDS = 1024  # token ids in a list that is not a prompt
 MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 1024
 MAX_CHOICES = 1000  # texts of a choice; llguidance follows 2,000 alternatives at once
@@ -110,7 +110,7 @@ class ResponseFormat(Closed):
 
 
 class StructuredOutputs(Closed):
-    """vLLM's `structured_outputs`: exactly one constraint, in the form that vLLM has it."""
+    """vLLM's `structured_outputs`: exactly one constraint, in vLLM's own form."""
 
     json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
     regex: StrictStr | None = None
@@ -123,7 +123,7 @@ class StructuredOutputs(Closed):
 
 
 class WithoutEffect(Body):
-    """OpenAI's fields that leave an answer of ours what it is: accepted, and not passed on."""
+    """OpenAI's fields that do not change an answer here: accepted, and not passed on."""
 
     metadata: Any = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -288,16 +288,16 @@ def read_json(content: bytes | bytearray) -> Any:
     """A body's bytes as JSON.
 
     Raises:
-        APIError: 400 if they are no UTF-8, no JSON, hold half a surrogate pair or a number beyond
-            float64, hold more than `MAX_CONTAINERS` lists and objects, or more than `MAX_DEPTH` in
-            each other.
+        APIError: 400 if they are not UTF-8 or JSON, hold half a surrogate pair, a number beyond
+            float64, or more than `MAX_CONTAINERS` lists and objects, or nest them deeper than
+            `MAX_DEPTH`.
     """
     try:
         text = content.decode("utf-8-sig")  # strict, while json.loads takes UTF-16 and surrogates
         if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_containers(_STRING.sub("", text))
         body = json.loads(text, parse_constant=refuse_constant, parse_float=read_float)
-        if "\\u" in text:  # perhaps half a surrogate pair, which is no text
+        if "\\u" in text:  # perhaps half a surrogate pair, which is not text
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the request body is not valid JSON: {error}"[:300]) from None
@@ -312,11 +312,11 @@ def _check_containers(outside: str) -> None:
     for mark in _MARK.findall(outside):
         depth += 1 if mark in "[{" else -1
         if depth > MAX_DEPTH:
-            raise ValueError(f"lists and objects more than {MAX_DEPTH} deep in each other")
+            raise ValueError(f"lists and objects nested more than {MAX_DEPTH} deep")
 
 
 def refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_float(text: str) -> float:
@@ -364,7 +364,7 @@ _REFUSED = {
     "functions": "send tools",
     "function_call": "send tool_choice",
     "moderation": "nothing is moderated here",
-    "web_search_options": "there is no web search here",
+    "web_search_options": "web search is not available here",
     "kv_transfer_params": "it controls the engine; leave it out",
     "priority": "the queue is first come, first served; leave it out",
     "request_id": "send the header X-Request-Id",

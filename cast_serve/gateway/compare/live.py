@@ -83,7 +83,7 @@ class Comparison:
             samples[THROUGHPUT].append((timing.output_tokens / timing.e2e_s,))
 
     def forget(self, variant: str) -> None:
-        """Begins anew with a variant that another model is served under from now on."""
+        """Starts over for a variant that serves another model from now on."""
         self.epoch += 1
         for values in self._samples[variant].values():
             values.clear()

@@ -1,4 +1,4 @@
-"""A variant's directory -> what is known of its model: bits, zeros, perplexity, for the dashboard.
+"""A variant's directory -> its model's bits, zeros and perplexity, for the dashboard.
 
 cast.json has the perplexity and the pattern; the headers of the shards have the bytes. No weight is
 read and nothing is verified: the worker does that, and `cast-serve inspect`.
@@ -63,7 +63,7 @@ def describe_directory(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever the files hold: this only shows it
         problem = str(error)
         if not isinstance(error, CheckpointError):
-            problem = f"{path} is not as expected ({error!r}); check it by cast-serve inspect"
+            problem = f"{path} is not as expected ({error!r}); check it with cast-serve inspect"
         logger.warning("the dashboard cannot show a model: %s", problem)
         return {**found, "problem": problem}
 
@@ -132,7 +132,7 @@ def _header(shard: Path) -> dict[str, Any]:
         first = file.read(8)
         num_bytes = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 0 < num_bytes <= MAX_HEADER_BYTES:
-            raise CheckpointError(f"{shard} is no safetensors file; copy the directory again")
+            raise CheckpointError(f"{shard} is not a safetensors file; copy the directory again")
         header = json.loads(file.read(num_bytes))
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 

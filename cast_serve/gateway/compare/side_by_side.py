@@ -29,7 +29,7 @@ async def compare(
         max_tokens: of prompt and answer together, for agreement; see `max_scored_tokens`.
 
     Returns:
-        `variants`: each one's text and times; `order`: in which they were asked, drawn anew each
+        `variants`: each one's text and times; `order`: in which they were asked, drawn each
         time, because the first may find colder caches; `agreement`: of each other variant with the
         baseline, None where the tokens cannot be compared, and with a `reason` where prompt and
         answer are longer than `max_tokens`, or a worker refused to judge them.

@@ -15,7 +15,7 @@ def load_keys(text: str, file: Path | None) -> list[bytes]:
 
     Raises:
         UsageError: if the file cannot be read, the text or the file is given and holds no key, or
-            a digest is none.
+            a digest is malformed.
     """
     keys = [key.strip() for key in text.split(",")]
     if text and not any(keys):
@@ -44,5 +44,5 @@ def _digest(key: str) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != 32:
-        raise UsageError("an API key that begins with sha256: must go on with 64 hex digits")
+        raise UsageError("an API key that begins with sha256: must continue with 64 hex digits")
     return digest

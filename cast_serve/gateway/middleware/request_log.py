@@ -27,7 +27,7 @@ CLIENT_LEFT = 499  # nginx's number for a client that closed the connection
 
 
 def facts_of(scope: Scope) -> dict[str, Any]:
-    """What the log line of this request will say besides; handlers add to it."""
+    """More for the log line of this request; handlers add to it."""
     facts: dict[str, Any] = scope.setdefault("state", {}).setdefault("cast_facts", {})
     return facts
 

@@ -1,4 +1,4 @@
-"""Requests -> OpenTelemetry spans, if OTEL_EXPORTER_OTLP_ENDPOINT is set; nothing otherwise.
+"""Requests -> OpenTelemetry spans, if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
 A span begins in the trace that the client names (traceparent) and is handed on to the worker, whose
 own spans (vLLM's --otlp-traces-endpoint) then belong to the same trace.

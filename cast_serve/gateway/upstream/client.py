@@ -3,7 +3,7 @@
 `Client.post` is the way of every token; httpx takes more CPU time there than all the rest. What
 went wrong says how far the request came:
 
-    UnsentError            no connection was made: the worker has seen nothing
+    UnsentError            no connection was made: the worker has not seen the request
     StaleError             a kept connection closed as the request was written to it
     aiohttp.ClientError    the connection was lost later: the worker may have begun
 
@@ -38,7 +38,7 @@ STALE_S = 0.1
 
 
 class UnsentError(Exception):
-    """No connection was made, so the worker has seen nothing of the request.
+    """No connection was made, so the worker has not seen the request.
 
     Args:
         cause: aiohttp's error.
@@ -60,7 +60,7 @@ MAX_REPLY_BYTES = 16 << 20  # to a question; vLLM's /metrics has some 100 kB
 
 
 class WorkerError(Exception):
-    """A worker did not answer a question, or with what is not HTTP or too much."""
+    """A worker did not answer a question, or not in HTTP, or with too much."""
 
 
 class SilentError(WorkerError):
@@ -75,11 +75,11 @@ class Reply:
     content: bytes
 
     def json(self) -> Any:
-        """Raises ValueError if it is none."""
+        """Raises ValueError if it is not JSON."""
         try:
             return json.loads(self.content)
         except RecursionError:
-            raise ValueError("its lists and objects are too deep in each other") from None
+            raise ValueError("its lists and objects are nested too deeply") from None
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -138,7 +138,7 @@ class Client:
         Args:
             url: with the path.
             content: the body.
-            headers: besides its type.
+            headers: beside the content type.
             deadline_s: on the event loop's clock; it bounds the wait here, and later each for a
                 part of the body, but nothing that is done between them.
 
@@ -181,7 +181,7 @@ class Client:
             body: None: GET.
 
         Raises:
-            WorkerError: see there.
+            WorkerError: if there is no whole answer in time.
         """
         async with self.asking(url, timeout_s, body) as upstream:
             content = b"".join([piece async for piece in pieces(upstream, LARGE_BYTES)])
@@ -205,7 +205,9 @@ class Client:
                 trace_request_ctx=SimpleNamespace(),
             ) as upstream:
                 if is_packed(upstream):
-                    raise aiohttp.ClientPayloadError("the answer is packed, not as asked")
+                    raise aiohttp.ClientPayloadError(
+                        "the answer is compressed, which was not asked for"
+                    )
                 yield upstream
         except TimeoutError:
             raise SilentError(f"no whole answer within {timeout_s:g} s") from None

@@ -108,8 +108,8 @@ def check_name(name: str, where: str) -> None:
     is_latin = name.isprintable() and all(ord(letter) < 256 for letter in name)
     if not (name and is_latin and name == name.strip()):
         raise UsageError(
-            f"{where}: {name!r} cannot stand in an HTTP header; name the variant in printable "
-            "Latin-1 letters without blanks around them"
+            f"{where}: {name!r} cannot be an HTTP header's value; name the variant in "
+            "printable Latin-1 letters without surrounding spaces"
         )
 
 
@@ -163,7 +163,7 @@ def _check_settings(names: Iterable[str], where: str) -> None:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    """Says that there is no such key, and which one may be meant."""
+    """The message for an unknown key, with the nearest known one."""
     if near := difflib.get_close_matches(name, known, 1):
         return f"unknown key {name}; the nearest is {near[0]}"
     return f"unknown key {name}; there are {', '.join(known)}"

@@ -81,10 +81,10 @@ class Control:
         except (UsageError, FailedError) as error:
             tell(error=str(error), is_wrong_use=isinstance(error, UsageError))
         except asyncio.CancelledError:
-            tell(error="the gateway is stopping; what was served goes on until then")
+            tell(error="the gateway is stopping; the old worker serves until then")
         except Exception as error:
-            logger.exception("gateway: a roll failed by a fault of ours")
-            tell(error=f"a fault of the gateway's, which its log shows: {error!r}")
+            logger.exception("gateway: a roll failed through a bug in the gateway")
+            tell(error=f"a bug in the gateway, see its log: {error!r}")
         else:
             if done is not None:
                 tell(done=done)
@@ -108,7 +108,7 @@ class Control:
             await asyncio.wait([roll, left], return_when=asyncio.FIRST_COMPLETED)
             if roll.done():
                 return roll.result()
-            logger.warning("gateway: who asked to roll %s has left", name)
+            logger.warning("gateway: the client that asked to roll %s has left", name)
             return None
         finally:
             roll.cancel()
@@ -122,7 +122,7 @@ def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[
     Args:
         path: of the gateway's socket.
         variant: its name.
-        model: a directory, or a model's name on a hub; None: what is served now, read anew.
+        model: a directory, or a model's name on a hub; None: reload what is served now.
         say: told what happens.
 
     Returns:
@@ -137,8 +137,8 @@ def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[
             connection.connect(str(path))
         except OSError as error:
             raise UsageError(
-                f"no `cast-serve up` of this user's answers at {path} ({error.strerror or error}); "
-                "name its --port, or its control_socket in --socket"
+                f"no `cast-serve up` of this user answers at {path} ({error.strerror or error}); "
+                "give its --port, or its control_socket as --socket"
             ) from None
         connection.sendall(json.dumps({"variant": variant, "model": model}).encode() + b"\n")
         with connection.makefile(encoding="utf-8") as lines:
@@ -159,7 +159,7 @@ def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise OSError(f"{folder} is not this user's alone; remove it, or set CAST_CONTROL_SOCKET")
+        raise OSError(f"{folder} is open to other users; remove it, or set CAST_CONTROL_SOCKET")
 
 
 def _bound(path: Path) -> socket.socket:

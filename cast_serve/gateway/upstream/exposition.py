@@ -118,7 +118,7 @@ async def _lines(client: Client, url: str, timeout_s: float) -> AsyncGenerator[l
 
 
 def _read_comment(line: bytes, families: dict[bytes, Family]) -> bytes:
-    """Takes a HELP or TYPE line down; returns whose it is, empty for another comment."""
+    """Records a HELP or TYPE line; returns its metric, empty for another comment."""
     match line.split(None, 3):
         case [b"#", b"HELP" | b"TYPE" as kind, name, *rest]:
             is_type = kind == b"TYPE"
@@ -133,7 +133,7 @@ def _read_comment(line: bytes, families: dict[bytes, Family]) -> bytes:
 def _read_sample(
     line: bytes, families: dict[bytes, Family], current: bytes, own: bytes, names: list[bytes]
 ) -> bytes:
-    """Takes a sample down, with the labels; returns the name of its family."""
+    """Records a sample with the labels; returns the name of its family."""
     found = _SAMPLE.fullmatch(line)
     if found is None:
         raise ExpositionError(_shown(line))

@@ -25,7 +25,7 @@ STAGES = (
 
 
 async def show(variants: Sequence[Variant], console: Console) -> None:
-    """Tells what the workers do until each has answered once; at once done without local ones.
+    """Shows what the workers are doing until each has answered once; returns at once without any.
 
     Args:
         variants: started, or about to be.

@@ -15,7 +15,7 @@ from cast_serve.gateway.upstream.client import Client, Reply, SilentError, Worke
 
 HEALTH_TIMEOUT_S = 5.0
 METRICS_TIMEOUT_S = 2.0
-# What `cast-serve worker` says of itself.
+# Published by `cast-serve worker`.
 VOCABULARY = "cast_worker_vocabulary_size"
 STEP = "cast_worker_step_seconds"
 
@@ -50,7 +50,7 @@ NOT_FOR_US = (Canary.LOCKED, Canary.UNKNOWN)  # the server is at work, but not f
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server says of itself; each None where it does not say.
+    """A server's own limits; each None if it does not publish it.
 
     Attributes:
         max_model_len: tokens of prompt and answer together.
@@ -128,7 +128,7 @@ async def send_canary(client: Client, url: str, model: str, timeout_s: float) ->
 
 
 def _is_aborted(response: Reply) -> bool:
-    """Whether the engine gave it up, as vLLM's does that is told to end; see api/answers.py."""
+    """Whether the engine aborted it, as vLLM's does when it is told to end; see api/answers.py."""
     try:
         return any(choice["finish_reason"] == "abort" for choice in response.json()["choices"])
     except (ValueError, KeyError, TypeError):  # a refusal, or no server of OpenAI's kind

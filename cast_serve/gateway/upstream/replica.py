@@ -26,7 +26,7 @@ UNKNOWN = (
     "unknown to its server, which serves no model of that name (404); start the server with "
     "--served-model-name {}"
 )
-# Of the gateway alone; a worker's key is given to it anew.
+# For the gateway alone; a worker's key is passed to it separately.
 NOT_FOR_WORKERS = ("CAST_API_KEYS", "CAST_API_KEYS_FILE", "CAST_WORKER_KEY_FILE", "VLLM_API_KEY")
 
 
@@ -45,7 +45,7 @@ class Replica:
         num_outstanding: requests sent and not yet answered; the gateway counts.
         num_received: answers and parts of streams that came; the gateway counts.
         num_restarts: of the local worker.
-        limits: what the server says of itself.
+        limits: as the server publishes them.
         is_doubted: set when a request failed at the server; its watch then sends a canary at once.
         refusal: why the server is at work, but not for this gateway; empty once it has answered.
         process: the local worker, leader of its process group.

@@ -59,8 +59,8 @@ class Roller:
 
         Args:
             name: of the variant.
-            model: a directory, or a model's name on a hub; None: what is served now, read anew.
-            say: told what happens.
+            model: a directory, or a model's name on a hub; None: reload what is served now.
+            say: receives progress messages.
 
         Returns:
             what was done, with seconds.
@@ -82,7 +82,7 @@ class Roller:
             self._on_end(name, "failed")
             raise
         num_running = old.num_outstanding
-        say(f"it serves {name} now; the old worker finishes its {num_running} requests")
+        say(f"it serves {name} now; the old worker is finishing {num_running} requests")
         # A task, since it must not end with the client that asked for the roll.
         self._draining = asyncio.create_task(self._drain(old))
         await asyncio.shield(self._draining)
@@ -105,14 +105,18 @@ class Roller:
     def _rollable(self, name: str) -> Replica:
         variant = self._variants.get(name)
         if variant is None:
-            raise UsageError(f"there is no variant {name!r}; served are {list(self._variants)}")
+            raise UsageError(
+                f"there is no variant {name!r}; the variants are {list(self._variants)}"
+            )
         if any(replica.model is None for replica in variant.replicas):
             raise UsageError(
-                f"the servers of variant {name!r} run elsewhere, so nothing can be started in "
-                "their place; roll them where they run"
+                f"the servers of variant {name!r} were not started here and cannot be replaced "
+                "from here; roll them where they run"
             )
         if self._rolling is not None:
-            raise UsageError(f"variant {self._rolling!r} is being rolled; wait for its end")
+            raise UsageError(
+                f"variant {self._rolling!r} is already being rolled; wait until that is done"
+            )
         (replica,) = variant.replicas
         return replica
 
@@ -133,7 +137,7 @@ class Roller:
             await self._end(new)
             if not isinstance(error, VariantError | OSError):
                 raise
-            raise RollError(f"{error}\n{old.model} is served as before") from None
+            raise RollError(f"{error}\n{old.model} is still being served") from None
         return new
 
     def _take_over(self, old: Replica, new: Replica) -> None:

@@ -3,7 +3,7 @@
 A server is judged by its /health and by its progress: answers that came or, where none did, a
 canary, a request for one token. It is up once it has answered its first canary, which may take
 `FIRST_ANSWER_FACTOR` times as long as later ones; a request that failed at it brings another one
-at once. A worker that ends, or hangs and is killed, starts anew after a pause that doubles.
+at once. A worker that ends, or hangs and is killed, is restarted after a pause that doubles.
 
 An error in here ends neither the watch over the other replicas nor that over this one.
 `Supervisor` keeps a watch over each of them.
@@ -36,7 +36,7 @@ from cast_serve.gateway.upstream.replica import (
 logger = logging.getLogger(__name__)
 
 CANARY_INTERVAL_S = 5.0  # between the starts of two
-LIMITS_INTERVAL_S = 30.0  # between two looks at what a remote server says of itself
+LIMITS_INTERVAL_S = 30.0  # between two reads of a remote server's limits
 EXIT_POLL_S = 0.2
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
@@ -70,7 +70,7 @@ class Supervisor:
 
     Args:
         client: for health checks, canaries and the workers' limits.
-        settings: see there.
+        settings: how closely to watch.
         on_change: called for each replica at first, and when its ``is_up`` or ``num_restarts``
             changed.
     """
@@ -133,7 +133,7 @@ async def watch_replica(
     Args:
         replica: if local, started.
         client: for health checks, canaries and the worker's limits.
-        settings: see there.
+        settings: how closely to watch.
         on_change: called at first, and when ``is_up`` or ``num_restarts`` changed.
 
     Raises:
@@ -210,12 +210,12 @@ async def _watch_until_failure(
 async def _begin_again_on_error(
     watch: Callable[[], Coroutine[Any, Any, str]], replica: Replica
 ) -> str:
-    """Begins a watch again that failed itself: a fault of ours is no reason to end a worker."""
+    """Restarts a watch that failed itself: a bug of ours must not end a worker."""
     while True:
         try:
             return await watch()
         except Exception:
-            logger.exception("%s: watching it failed; again in %.3g s", replica, CANARY_INTERVAL_S)
+            logger.exception("%s: watching it failed; retry in %.3g s", replica, CANARY_INTERVAL_S)
         await asyncio.sleep(CANARY_INTERVAL_S)
 
 
@@ -329,7 +329,7 @@ async def _makes_progress(replica: Replica, client: Client, settings: WatchSetti
     canary = await probes.look_for_progress(
         client, replica.url, replica.variant, settings.hang_limit_s(replica)
     )
-    if canary in probes.NOT_FOR_US:  # no matter of the engine's
+    if canary in probes.NOT_FOR_US:  # not the engine's fault
         replica.is_doubted.set()
         return True
     return canary is Canary.ANSWERED or replica.num_received != num_received

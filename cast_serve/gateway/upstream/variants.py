@@ -130,7 +130,7 @@ def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
 
 
 def log_name(variant: str, number: int) -> str:
-    """Of a variant's first worker, or of its n-th."""
+    """File name of the log of a variant's first worker, or of its n-th."""
     return f"{quote(variant, safe='')}{f'-{number}' if number > 1 else ''}.log"
 
 

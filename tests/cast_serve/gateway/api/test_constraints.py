@@ -71,7 +71,7 @@ def test_one_constraint_passes(asked: dict[str, Any]) -> None:
         ({"json_object": False}, "structured_outputs: Input should be True"),
         ({"structural_tag": "a"}, "structural_tag is not valid JSON"),
         ({"structural_tag": json.dumps({"a": [{"minItems": 10**9}]})}, "come to more"),
-        ({"json": '{"minItems": Infinity}'}, "Infinity is no JSON number"),
+        ({"json": '{"minItems": Infinity}'}, "Infinity is not a JSON number"),
         ({"whitespace_pattern": " "}, "unrecognized field 'structured_outputs.whitespace_pattern'"),
         ({"_backend": "outlines"}, "unrecognized field"),
     ],

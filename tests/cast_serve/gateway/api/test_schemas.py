@@ -103,7 +103,7 @@ def test_chat() -> None:
         ({"messages": MESSAGES, "max_completion_tokens": 65}, "above the limit of 64"),
         ({"messages": MESSAGES, "audio": {"voice": "a"}}, "text is the only modality"),
         ({"messages": MESSAGES, "modalities": ["audio"]}, "should be 'text'; got 'audio'"),
-        ({"messages": MESSAGES, "web_search_options": {}}, "there is no web search here"),
+        ({"messages": MESSAGES, "web_search_options": {}}, "web search is not available"),
         ({"messages": MESSAGES, "functions": []}, "send tools"),
         ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
         ({"messages": MESSAGES, "reasoning_effort": "much"}, "reasoning_effort: Input should"),
@@ -181,8 +181,8 @@ def test_fields_without_effect_are_taken_out() -> None:
     [
         ("1e999", "'1e999' is beyond float64"),
         ("-1" + "0" * 400 + ".0", "is beyond float64"),
-        ("[" * 300 + "]" * 300, "more than 256 deep"),
-        ('{"a":' * 300 + "1" + "}" * 300, "more than 256 deep"),
+        ("[" * 300 + "]" * 300, "nested more than 256 deep"),
+        ('{"a":' * 300 + "1" + "}" * 300, "nested more than 256 deep"),
     ],
 )
 def test_what_could_not_be_passed_on_is_refused(value: str, message: str) -> None:

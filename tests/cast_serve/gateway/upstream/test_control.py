@@ -100,11 +100,9 @@ def test_a_folder_that_others_may_open_gets_no_socket(
     with served(tmp_path, monkeypatch, control_socket=None) as stack:
         assert stack.complete() == "sparse"
         assert not stack.socket.exists()
-        with pytest.raises(ValueError, match="no `cast-serve up` of this user's answers at"):
+        with pytest.raises(ValueError, match="no `cast-serve up` of this user answers at"):
             stack.roll()
-    assert (
-        f"{folder} is not this user's alone; remove it, or set CAST_CONTROL_SOCKET" in caplog.text
-    )
+    assert f"{folder} is open to other users; remove it, or set CAST_CONTROL_SOCKET" in caplog.text
 
 
 @pytest.mark.anyio

@@ -76,7 +76,7 @@ def test_an_answer_has_a_size_at_most() -> None:
 
 
 def test_what_is_packed_is_not_unpacked() -> None:
-    with pytest.raises(WorkerError, match="the answer is packed, not as asked"):
+    with pytest.raises(WorkerError, match="the answer is compressed"):
         asked(b"ok", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip")
     assert asked(b"ok", "HTTP/1.1 200 OK\r\nContent-Encoding: identity").content == b"ok"
 
@@ -103,7 +103,7 @@ def test_nobody_there_is_an_error_of_the_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(b"", "Expecting"), (b"{", "Expecting"), (b"[" * 100_000, "too deep")]
+    ("content", "why"), [(b"", "Expecting"), (b"{", "Expecting"), (b"[" * 100_000, "too deeply")]
 )
 def test_what_is_not_json_is_a_value_error(content: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
