@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.docs.pages import ROOT, blocks
-from tests.story.conftest import command, free_port
+from tests.story.conftest import free_port
 from tests.story.newcomer import Newcomer, check
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
@@ -55,25 +54,6 @@ def test_every_way_answers_from_the_compressed_directory(
     before, is_there, after = loaded.partition(PROMPT)
     assert is_there
     assert after.strip()
-
-
-def test_pages_show_one_way_to_call_llm() -> None:
-    """So that what is run of docs/index.md holds for docs/python.md."""
-    shown = [
-        block.code
-        for page in ("docs/index.md", "docs/python.md")
-        for block in blocks(page)
-        if "LLM(" in block.code
-    ]
-    assert len(shown) == 2
-    assert shown[0] == shown[1]
-
-
-def test_the_command_line_s_own_help_and_version(tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("cast_serve", "vllm", "--version"), capture_output=True, text=True
-    )
-    assert done.stdout.strip().startswith("0.32.")
 
 
 def test_readme_s_commands_are_typed_in_order(tmp_path: Path) -> None:

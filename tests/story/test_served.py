@@ -57,23 +57,6 @@ def test_the_engines_weights_lie_in_large_pages(served: Served) -> None:
     assert len([kb for kb in num_kb if kb > 50_000]) >= 2
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse"])
-def test_openai_client(client: openai.OpenAI, name: str) -> None:
-    completion = client.completions.create(model=name, prompt="Hello", max_tokens=5)
-    assert completion.usage is not None
-    assert 1 <= completion.usage.completion_tokens <= 5
-
-    chunks = list(client.completions.create(model=name, prompt="Hello", max_tokens=5, stream=True))
-    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-    assert all(chunk.usage is None for chunk in chunks)
-
-    answer = client.chat.completions.create(
-        model=name, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
-    )
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content is not None
-
-
 def test_openai_client_with_everything(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "sparse", "prompt": "One, two, three,", "max_tokens": 6}
     found = client.completions.create(**asked, n=2, logprobs=3, seed=5, temperature=0.8)
@@ -194,30 +177,6 @@ def test_tools_without_a_parser_are_refused(client: openai.OpenAI) -> None:
 def test_compare_refuses_logits_for_log_probabilities(served: Served) -> None:
     found = httpx.post(f"{served.url}/v1/compare", json={"prompt": "The city", "max_tokens": 4})
     assert (found.status_code, found.json()["error"]["code"]) == (503, "no_log_probabilities")
-
-
-def test_openai_client_gets_its_own_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="does not exist"):
-        client.completions.create(model="nope", prompt="Hello")
-    with pytest.raises(openai.BadRequestError, match="max_tokens"):
-        client.completions.create(model="dense", prompt="Hello", max_tokens=-1)
-
-
-def test_both_variants_are_listed(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"dense", "sparse"}
-
-
-def test_a_port_in_use_is_refused(served: Served, twins: dict[str, Path]) -> None:
-    port = served.url.rpartition(":")[2]
-    variant = f"dense={twins['dense']}"
-    for words in (
-        ("up", "--variant", variant, "--port", port),
-        ("worker", twins["dense"], "--name", "dense", "--port", port),
-    ):
-        done = subprocess.run(command("cast_serve", *words), capture_output=True, text=True)
-        assert done.returncode == 2
-        assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_worker_whose_engine_answers_nothing_is_not_served(twins: dict[str, Path]) -> None:

@@ -88,8 +88,9 @@ def test_models_are_those_that_may_be_asked_for() -> None:
 
 
 def test_a_split_follows_its_weights_and_users_stay_where_they_are() -> None:
-    with running(split="llama=dense:3,sparse:1") as stack:
+    with running(split="llama=dense:3,sparse:1; other=dense:1") as stack:
         random.seed(0)
+        assert stack.complete(model="other").headers["X-Cast-Variant"] == "dense"
         names = [stack.complete(model="llama").headers["X-Cast-Variant"] for _ in range(200)]
         assert 130 <= names.count("dense") <= 170  # 150 +- 6; unweighted, 100 +- 7
         by_user = {}

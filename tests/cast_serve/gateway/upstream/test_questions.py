@@ -93,15 +93,6 @@ def test_what_is_not_an_answer_is_an_error_of_the_workers(answer: bytes) -> None
         asyncio.run(ask())
 
 
-def test_nobody_there_is_an_error_of_the_workers() -> None:
-    async def ask() -> None:
-        async with closing(Client()) as client:
-            await client.ask("http://127.0.0.1:1/health", 20)
-
-    with pytest.raises(WorkerError, match="Connect"):
-        asyncio.run(ask())
-
-
 @pytest.mark.parametrize(
     ("content", "why"), [(b"", "Expecting"), (b"{", "Expecting"), (b"[" * 100_000, "too deeply")]
 )
