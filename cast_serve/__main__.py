@@ -61,16 +61,19 @@ def convert(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep OUT if it is there and of what SOURCE holds now."),
+        typer.Option(
+            "--resume", help="Keep OUT if it exists and was made from the current SOURCE."
+        ),
     ] = False,
     push_to_hub: Annotated[
         str | None, option("ORG/NAME", "Also push OUT to a hub, as this model.", "none")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Only its owner sees the model on the hub.")
+        bool, typer.Option("--private", help="Only its owner can see the model on the hub.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check options, outputs and hub; do not read SOURCE.")
+        bool,
+        typer.Option("--dry-run", help="Check options, outputs and hub without reading SOURCE."),
     ] = False,
 ) -> None:
     """Harden the gates to an exact 2:4 mask and write compressed weights.
@@ -95,7 +98,7 @@ def convert(
     if push_to_hub is not None:
         hub.check_push(push_to_hub, private)
     if dry_run:
-        _say(f"{out}: the options, outputs and the hub are in order")
+        _say(f"{out}: options, outputs and hub are fine")
         print(json.dumps({"path": str(out), "dry_run": True}))
         return
     source = hub.fetch(source)  # which shows its own progress
@@ -125,7 +128,7 @@ def convert(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Any model directory.")],
 ) -> None:
-    """Say what a directory holds, and verify every group of every compressed layer."""
+    """Show what a directory holds, and verify every group of every compressed layer."""
     from cast_serve.checkpoint import inspect as inspection
 
     summary = inspection.inspect(folder)
@@ -199,7 +202,7 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point: what errors.py names is one line on stderr; a fault of ours its traceback."""
+    """Entry point: prints the errors of errors.py as one line; bugs show their traceback."""
     try:
         app()
     except UsageError as error:

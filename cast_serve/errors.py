@@ -1,4 +1,4 @@
-"""What a user, a file or the machine can cause -> an exception of ours, and a command's exit code.
+"""Everything that a user, a file or the machine can cause, and the command's exit code.
 
     CastError                      one line on stderr, without a traceback
     |- UsageError (ValueError)     exit 2: an option, a variable or a file is wrong
@@ -10,14 +10,14 @@
        |- VariantError             a worker that the gateway started has ended for good
        `- RollError                the new worker did not come up; the old one serves on
 
-Any other exception is a fault of ours, and is shown with its traceback (exit 1). What clients see
+Any other exception is a bug, and shows its traceback (exit 1). What clients see
 is not here but in gateway/api/errors.py; functions that a program calls, such as the kernels, raise
 ValueError and TypeError where their arguments do not belong together.
 """
 
 
 class CastError(Exception):
-    """A cause that lies outside this program; the message names it, its limit and the remedy."""
+    """A cause outside this program; the message names it, its limit and the remedy."""
 
 
 class UsageError(CastError, ValueError):
@@ -29,7 +29,7 @@ class CheckpointError(UsageError):
 
 
 class PatternError(UsageError):
-    """Weights are not N:M, or cannot be; or the pattern itself is none."""
+    """Weights are not N:M, or cannot be; or the pattern itself is invalid."""
 
 
 class FailedError(CastError, RuntimeError):

@@ -21,8 +21,8 @@ VLLM_VARIABLE = "VLLM_API_KEY"
 OPEN_PATHS = ("/health", "/version")
 HOW_TO_MAKE = "`openssl rand -hex 32` makes one"
 NEEDS_KEY = (
-    "this worker answers its gateway alone: ask the gateway, or send the header "
-    f"Authorization: Bearer KEY with the key of its {VARIABLE}"
+    "this worker only answers its gateway: ask the gateway, or send the header "
+    f"Authorization: Bearer KEY with the key in its {VARIABLE}"
 )
 
 
@@ -40,8 +40,8 @@ def read_key(key: str, file: Path | None) -> str:
     """The key, or a file's one line; empty if neither is given.
 
     Raises:
-        UsageError: if both are given, the file cannot be read, or what they hold fits no header. No
-            message tells the key.
+        UsageError: if both are given, the file cannot be read, or the key cannot be a header's
+            value. No message shows the key.
     """
     if not key and file is None:
         return ""
@@ -53,7 +53,7 @@ def read_key(key: str, file: Path | None) -> str:
         try:
             key = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no ASCII text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
             raise UsageError(f"the workers' key in {where} cannot be read: {reason}") from None
     if not re.fullmatch(r"[!-~]+", key):
         raise UsageError(

@@ -160,11 +160,11 @@ def all_flags(
     vllm_flags: Sequence[str],
     quantization: str | None = None,
 ) -> list[str]:
-    """Our flags for vLLM, except those that the user gave, and then the user's.
+    """Our defaults for vLLM's flags, followed by the user's, which replace them.
 
-    The user gives them among the flags or in the YAML file of --config. To vLLM a command line is
-    worth more than that file, so a default of ours must not stand there beside the file's. Model,
-    name and address are the worker's own: they win over the file.
+    The user gives flags on the command line or in the YAML file of --config. As vLLM prefers the
+    command line, a default is left out if the file has that flag. Model, name and address always
+    win over the file.
 
     Args:
         quantization: the method for weights that are stored with their zeros, of which config.json
@@ -229,14 +229,14 @@ def lacks_compiler(vllm_flags: Sequence[str]) -> bool:
         return False
     if {"--no-enforce-eager", "--no_enforce_eager"} & set(vllm_flags):
         raise UsageError(
-            f"--no-enforce-eager has vLLM call the C++ compiler {compiler()!r}, which was not "
+            f"--no-enforce-eager makes vLLM call the C++ compiler {compiler()!r}, which was not "
             "found; install one (Debian: apt-get install g++), name it in CXX, or leave it out"
         )
     return True
 
 
 def guard(args: argparse.Namespace, name: str) -> None:
-    """Has vLLM's server ask for the environment's key on every path, if there is one.
+    """Makes vLLM's server require the environment's key on every path, if there is one.
 
     Raises:
         UsageError: if the key is wrong, or among the flags.
@@ -252,8 +252,8 @@ def guard(args: argparse.Namespace, name: str) -> None:
         args.middleware = [*args.middleware, f"{worker_key.__name__}.WorkerKeyCheck"]
     elif not (args.headless or worker_key.is_loopback(args.host)):
         print(
-            f"cast-serve worker {name}: listens on {args.host} and asks for no key, so whoever "
-            f"reaches it may use it; set {worker_key.VARIABLE} ({worker_key.HOW_TO_MAKE})",
+            f"cast-serve worker {name}: listens on {args.host} without a key, so anyone who "
+            f"can reach it can use it; set {worker_key.VARIABLE} ({worker_key.HOW_TO_MAKE})",
             file=sys.stderr,
         )
 
@@ -264,7 +264,7 @@ def compiler() -> str:
 
 
 def ask_for_large_pages() -> None:
-    """Has the engine's memory lie in pages of 2 MB, on a CPU, unless the user set glibc's tunables.
+    """Puts the engine's memory into pages of 2 MB, on a CPU, unless the user set glibc's tunables.
 
     The weights are read once a token, and every page of 4 KB has its address looked up. Linux gives
     large pages to processes that ask for them (enabled is ``madvise``) or to all (``always``):
@@ -276,7 +276,7 @@ def ask_for_large_pages() -> None:
 
 
 def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
-    """Has the engine's process compute itself, where the user chose no other way.
+    """Makes the engine's process compute itself, unless the user chose another way.
 
     On CPUs vLLM 0.32 starts another process for that, since OpenMP reads its threads' cores from
     the environment that a process begins with. The engine then waits for each step in a loop that

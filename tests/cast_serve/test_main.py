@@ -122,9 +122,9 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["convert", ".", "out", "--dense-twin", "out/twin"], "out/twin lies in out; name a"),
         (["worker", "nowhere", "--name", "x"], "nowhere is not a directory"),
         (["worker", "nowhere", "--name", "x", "--cores", "a"], "'a' is not a list of CPU ids"),
-        (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not open"),
-        (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not open"),
-        (["worker", "nowhere", "--name", "x", "--cores", "1-0"], "cores 1-0 are not open"),
+        (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not available"),
+        (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not available"),
+        (["worker", "nowhere", "--name", "x", "--cores", "1-0"], "cores 1-0 are not available"),
         (["up"], "nothing to serve; give --variant NAME=DIR, or --config FILE"),
         (["up", "--config", "gone.toml"], "--config gone.toml cannot be read"),
         (

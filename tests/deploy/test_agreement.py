@@ -113,30 +113,29 @@ def test_prometheus_scrapes_the_gateway(cpu: Named) -> None:
     assert set(SERVICES["prometheus"]["networks"]) & set(SERVICES[host]["networks"])
 
 
+def mounted(service: dict[str, Any], path: str) -> Path:
+    """Where compose takes a container's file from."""
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in service["volumes"])
+    return ROOT / "deploy" / str(mounts[path])
+
+
 def test_prometheus_finds_its_files() -> None:
     service = SERVICES["prometheus"]
-    mounts = dict(reversed(volume.split(":")[:2]) for volume in service["volumes"])
     config_at = Path(service["command"][0].removeprefix("--config.file="))
-    config = yaml.safe_load((ROOT / "deploy" / mounts[str(config_at)]).read_text())
+    config = yaml.safe_load(mounted(service, str(config_at)).read_text())
     (rules,) = config["rule_files"]
-    assert (ROOT / "deploy" / mounts[str(config_at.parent / rules)]).is_file()
+    assert mounted(service, str(config_at.parent / rules)).is_file()
 
 
 def test_grafana_finds_its_files_and_prometheus() -> None:
     service = SERVICES["grafana"]
-    mounts = dict(reversed(volume.split(":")[:2]) for volume in service["volumes"])
-    provisioning = ROOT / "deploy" / mounts["/etc/grafana/provisioning"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards/cast-serve.yaml").read_text())[
-        "providers"
-    ]
-    dashboards = ROOT / "deploy" / mounts[provider["options"]["path"]]
+    folder = mounted(service, "/etc/grafana/provisioning")
+    (provider,) = yaml.safe_load((folder / "dashboards/cast-serve.yaml").read_text())["providers"]
     home = Path(service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
-    assert (dashboards / home.name).is_file()
+    assert (mounted(service, provider["options"]["path"]) / home.name).is_file()
     assert str(home.parent) == provider["options"]["path"]
-    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())[
-        "datasources"
-    ]
-    assert source["url"] == "http://prometheus:9090"
+    sources = yaml.safe_load((folder / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert [source["url"] for source in sources] == ["http://prometheus:9090"]
     assert set(service["networks"]) & set(SERVICES["prometheus"]["networks"])
 
 

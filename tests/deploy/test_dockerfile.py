@@ -37,12 +37,6 @@ def test_an_image_runs_as_the_manifests_user(stage: str) -> None:
 
 
 @FINAL_STAGES
-def test_the_entry_point_is_a_command_of_the_package(stage: str) -> None:
-    assert instructions(stage, "ENTRYPOINT") == ['["cast-serve"]']
-    assert "cast-serve" in PROJECT["project"]["scripts"]
-
-
-@FINAL_STAGES
 def test_the_health_check_has_nothing_to_quote(stage: str) -> None:
     (words,) = re.findall(r"^    CMD (\[.+\])$", stage, flags=re.MULTILINE)
     *command, url = json.loads(words)
@@ -73,21 +67,6 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
     packages = {pattern.removesuffix("*") for pattern in patterns}
     assert packages == {"cast_train", "cast_serve", "loadtest"}
     assert packages <= set(copied)
-
-
-def test_caches_lie_where_a_read_only_image_may_write() -> None:
-    environment = dict(re.findall(r"(\w+)=(/\S+)", BASE))
-    assert environment["HOME"] == "/tmp"
-    caches = {name: path for name, path in environment.items() if "CACHE" in name}
-    assert len(caches) == 5
-    assert all(path.startswith("/tmp/cache") for path in caches.values()), caches
-    # A new volume there belongs to the user whom the folder in the image belongs to.
-    assert "install --directory --owner=10001 --group=10001 /tmp/cache" in BASE
-
-
-def test_the_kernels_are_compiled_into_the_package() -> None:
-    assert "cast_serve.kernels.cpu.build --into-package" in WORKER
-    assert "CAST_KERNEL_CACHE=/tmp/cache/" in BASE  # what is measured is kept there
 
 
 def test_the_gateways_image_has_no_compiler_and_no_torch() -> None:

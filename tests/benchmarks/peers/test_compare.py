@@ -246,7 +246,7 @@ def test_where_a_record_is_from_is_stamped_first(
         (["--model", "dense=no-such-folder"], "--model dense=no-such-folder is not a directory"),
         (["--blocks", "2"], "perplexity needs --text FILE, --blocks NUMBER and a --model NAME=DIR"),
         (["--rounds", "0"], "--rounds 0 is too small; give at least 1"),
-        (["--peers", "", "--cores", "99"], "cores 99 are not open to this process"),
+        (["--peers", "", "--cores", "99"], "cores 99 are not available to this process"),
     ],
 )
 def test_wrong_use_is_told_before_the_work(words: list[str], message: str) -> None:
