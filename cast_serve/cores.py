@@ -21,7 +21,8 @@ def parse_cores(text: str) -> list[int]:
         own = range(int(first), int(last or first) + 1)
         if not own or own[-1] > max(is_open) or set(own) - is_open:
             raise UsageError(
-                f"cores {part.strip()} are not available to this process, which has {sorted(is_open)}"
+                f"cores {part.strip()} are not available to this process, which has "
+                f"{sorted(is_open)}"
             )
         if twice := set(own) & set(cores):
             raise UsageError(f"cores {text!r} name {min(twice)} twice; name each once")
