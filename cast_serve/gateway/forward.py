@@ -36,7 +36,6 @@ from cast_serve.gateway.upstream.client import (
 from cast_serve.gateway.upstream.replica import (
     LOCKED,
     Replica,
-    note_doubt,
     note_failure,
     note_refusal,
 )
@@ -182,7 +181,7 @@ class Forwarder:
                 note_failure(replica)
                 self.on_lost(replica)
             else:
-                note_doubt(replica)
+                replica.is_doubted.set()
             raise UnreachedError from None
         except aiohttp.ClientError as error:
             raise self._lost(replica, error) from None
@@ -292,7 +291,7 @@ class Forwarder:
     def _lost(self, replica: Replica, error: Exception) -> LostError:
         """A lost connection only has the replica checked: its other requests may be fine."""
         logger.warning("%s: lost: %s: %s", replica, type(error).__name__, error)
-        note_doubt(replica)
+        replica.is_doubted.set()
         return LostError()
 
 
@@ -327,14 +326,14 @@ def _check_status(replica: Replica, status: int, content: bytes) -> None:
         raise APIError(400 if status == 422 else status, message, "invalid_request_error")
     if status != 200:
         logger.warning("%s: %d: %s", replica, status, content[:300].decode(errors="replace"))
-        note_doubt(replica)
+        replica.is_doubted.set()
         raise BrokenError
 
 
 def _check_not_aborted(replica: Replica, answer: dict[str, Any]) -> None:
     if answers.is_aborted(answer):
         logger.warning("%s: its engine aborted a request", replica)
-        note_doubt(replica)
+        replica.is_doubted.set()
         raise BrokenError
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from cast_serve.gateway.api import answers
 from cast_serve.gateway.upstream import exposition
 from cast_serve.gateway.upstream.client import Client, Reply, SilentError, WorkerError
 
@@ -128,10 +129,9 @@ async def send_canary(client: Client, url: str, model: str, timeout_s: float) ->
 
 
 def _is_aborted(response: Reply) -> bool:
-    """Whether the engine aborted it, as vLLM's does when it is told to end; see api/answers.py."""
     try:
-        return any(choice["finish_reason"] == "abort" for choice in response.json()["choices"])
-    except (ValueError, KeyError, TypeError):  # a refusal, or no server of OpenAI's kind
+        return answers.is_aborted(answers.parsed(response.content))
+    except ValueError:  # not an OpenAI server
         return False
 
 

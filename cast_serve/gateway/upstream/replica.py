@@ -46,7 +46,8 @@ class Replica:
         num_received: answers and parts of streams that came; the gateway counts.
         num_restarts: of the local worker.
         limits: as the server publishes them.
-        is_doubted: set when a request failed at the server; its watch then sends a canary at once.
+        is_doubted: set when a request failed at the server: its watch then sends a canary at once,
+            which decides, as the request itself may be what made it fail. Until then it stays up.
         refusal: why the server is at work, but not for this gateway; empty once it has answered.
         process: the local worker, leader of its process group.
         log: what the local worker prints, after what others have printed there.
@@ -181,15 +182,6 @@ def note_refusal(replica: Replica, refusal: str) -> None:
     replica.is_up = False
     replica.refusal = refusal
     replica.failed_s = time.monotonic()
-    replica.is_doubted.set()
-
-
-def note_doubt(replica: Replica) -> None:
-    """Has a replica checked at once that failed at a request or broke its connection.
-
-    It stays up until then: a single request may be what makes it fail, so a canary decides and not
-    that request.
-    """
     replica.is_doubted.set()
 
 

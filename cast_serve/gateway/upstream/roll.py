@@ -10,8 +10,10 @@ cores while both run, and both models are in memory.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +28,24 @@ POLL_S = 0.05
 Say = Callable[[str], None]
 
 
+@dataclass(eq=False)
 class Roller:
     """Rolls variants, one at a time.
 
-    Args:
-        variants: by name.
-        supervisor: watches their replicas.
+    Attributes:
         drain_limit_s: for the old worker's requests; longer than any may take.
         on_switch: called when a new replica has taken the old one's place.
         on_end: called with a variant's name and ``done`` or ``failed``.
     """
 
-    def __init__(
-        self,
-        variants: Mapping[str, Variant],
-        supervisor: Supervisor,
-        drain_limit_s: float,
-        on_switch: Callable[[Replica], None],
-        on_end: Callable[[str, str], None],
-    ) -> None:
-        self._variants = variants
-        self._supervisor = supervisor
-        self._drain_limit_s = drain_limit_s
-        self._on_switch = on_switch
-        self._on_end = on_end
-        self._rolling: str | None = None
-        self._draining: asyncio.Task[None] | None = None
-        self._num_workers = dict.fromkeys(variants, 1)
+    variants: Mapping[str, Variant]
+    supervisor: Supervisor
+    drain_limit_s: float
+    on_switch: Callable[[Replica], None]
+    on_end: Callable[[str, str], None]
+    _rolling: str | None = None
+    _draining: asyncio.Task[None] | None = None
+    _num_workers: Counter[str] = field(default_factory=Counter)  # started by rolls, by variant
 
     async def roll(self, name: str, model: Path | None, say: Say) -> dict[str, Any]:
         """Rolls one variant. If it is cancelled before the new worker serves, that one is ended.
@@ -79,7 +72,7 @@ class Roller:
             self._take_over(old, new)
         except BaseException:
             self._rolling = None
-            self._on_end(name, "failed")
+            self.on_end(name, "failed")
             raise
         num_running = old.num_outstanding
         say(f"it serves {name} now; the old worker is finishing {num_running} requests")
@@ -103,10 +96,10 @@ class Roller:
                 await self._draining
 
     def _rollable(self, name: str) -> Replica:
-        variant = self._variants.get(name)
+        variant = self.variants.get(name)
         if variant is None:
             raise UsageError(
-                f"there is no variant {name!r}; the variants are {list(self._variants)}"
+                f"there is no variant {name!r}; the variants are {list(self.variants)}"
             )
         if any(replica.model is None for replica in variant.replicas):
             raise UsageError(
@@ -123,12 +116,12 @@ class Roller:
     async def _started(self, old: Replica, model: Path | None, say: Say) -> Replica:
         """A second worker that is up, in no variant's list yet."""
         self._num_workers[old.variant] += 1
-        log = log_name(old.variant, self._num_workers[old.variant])
+        log = log_name(old.variant, 1 + self._num_workers[old.variant])
         new = await asyncio.to_thread(successor, old, model, log)  # may have to fetch the model
         say(f"{old.variant}: loading {new.model}, log {new.log}; the old worker serves meanwhile")
         try:
             start_worker(new)  # in this thread, with which it ends
-            watch = self._supervisor.begin(new)
+            watch = self.supervisor.begin(new)
             while not new.is_up and not watch.done():
                 await asyncio.wait([watch], timeout=POLL_S)
             if watch.done():
@@ -142,17 +135,17 @@ class Roller:
 
     def _take_over(self, old: Replica, new: Replica) -> None:
         """In one step of the event loop, so that a request is sent to one of the two."""
-        replicas = self._variants[old.variant].replicas
+        replicas = self.variants[old.variant].replicas
         replicas[replicas.index(old)] = new
-        self._supervisor.adopt(new)
-        self._on_switch(new)
+        self.supervisor.adopt(new)
+        self.on_switch(new)
         logger.info("%s: took over from %s, which finishes its requests", new, old.url)
 
     async def _drain(self, old: Replica) -> None:
         name = old.variant
         try:
-            await self._supervisor.end(old)  # or it would be started again when it ends
-            deadline_s = time.monotonic() + self._drain_limit_s
+            await self.supervisor.end(old)  # or it would be started again when it ends
+            deadline_s = time.monotonic() + self.drain_limit_s
             while old.num_outstanding and time.monotonic() < deadline_s:
                 await asyncio.sleep(POLL_S)
             if old.num_outstanding:
@@ -161,11 +154,11 @@ class Roller:
             self._rolling = None
             await _undisturbed(asyncio.to_thread(stop, [Variant(name, [old])]))
             logger.info("%s: ended", old)
-            self._on_end(name, "done")
+            self.on_end(name, "done")
 
     async def _end(self, new: Replica) -> None:
         with suppress(KeyError):  # it could not be started
-            await self._supervisor.end(new)
+            await self.supervisor.end(new)
         await _undisturbed(asyncio.to_thread(stop, [Variant(new.variant, [new])]))
 
 
