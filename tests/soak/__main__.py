@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cast_serve.provenance import origin
-from tests.soak.run import Plan, Soak
+from tests.soak.run import Soak
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +41,7 @@ def parse() -> argparse.Namespace:
             parser.error(f"--real {path} holds no model (no config.json); name its directory")
     if found.keep is not None and found.keep.exists():
         parser.error(f"--keep {found.keep} is there already; name a new folder")
+    found.real = [path.resolve() for path in found.real]
     if found.keep is not None:
         found.keep = found.keep.resolve()  # the gateway takes what its file says from there
     return found
@@ -54,16 +55,7 @@ async def run(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def show(share: float, text: str) -> None:
             bar.update(task, completed=share, description=text)
 
-        plan = Plan(
-            asked.seed,
-            asked.minutes,
-            asked.requests,
-            asked.faults,
-            asked.clients,
-            [path.resolve() for path in asked.real],
-            folder,
-        )
-        return await Soak(plan, show).run()
+        return await Soak(asked, folder, show).run()
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""A plan -> a gateway under clients and faults, watched to the end -> findings and figures."""
+"""What is asked for -> a gateway under clients and faults -> findings and figures."""
 
 import asyncio
 import json
 import random
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,23 +42,17 @@ LATE_S = 2.0  # a connection may be closed so long after the descriptors were lo
 
 
 @dataclass
-class Plan:
-    """What is asked for: see `python -m tests.soak --help`."""
-
-    seed: int
-    minutes: float
-    num_requests: int
-    num_faults: int
-    num_clients: int
-    real: list[Path]
-    folder: Path
-
-
-@dataclass
 class Soak:
-    """A run."""
+    """A run.
 
-    plan: Plan
+    Attributes:
+        asked: see `python -m tests.soak --help`.
+        folder: for configuration and logs.
+        show: is told the share that is done, and what was found.
+    """
+
+    asked: Namespace
+    folder: Path
     show: Callable[[float, str], None]
     findings: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -69,13 +64,13 @@ class Soak:
 
     async def run(self) -> dict[str, Any]:
         """Everything, in order; the figures."""
-        plan, is_real = self.plan, bool(self.plan.real)
-        disk = SmallDisk(plan.folder / "workers")
+        real, is_real = self.asked.real, bool(self.asked.real)
+        disk = SmallDisk(self.folder / "workers")
         settings = SETTINGS | (REAL_SETTINGS if is_real else FAKE_SETTINGS)
-        environment = clock_environment(plan.folder)
-        gateway = gateways.start(plan.folder, plan.real, settings, environment)
+        environment = clock_environment(self.folder)
+        gateway = gateways.start(self.folder, real, settings, environment)
         try:
-            faults = Faults(gateway, plan.folder, is_real, disk)
+            faults = Faults(gateway, self.folder, is_real, disk)
             if not await gateway.wait_until_ready(START_S[is_real]):
                 raise RuntimeError(f"the gateway did not come up; {gateway.log} has the cause")
             tally = await self._load(gateway, faults, is_real)
@@ -88,7 +83,7 @@ class Soak:
             self.findings.append(f"the gateway ended with exit status {exit_status}")
         self.findings += audit_log(tally, gateway.log, self.metrics)
         samples = [vars(sample) for sample in self.samples]
-        (plan.folder / "samples.json").write_text(json.dumps(samples))
+        (self.folder / "samples.json").write_text(json.dumps(samples))
         return self._figures(tally, faults, is_real)
 
     async def _load(self, gateway: Gateway, faults: Faults, is_real: bool) -> Tally:
@@ -107,9 +102,9 @@ class Soak:
             if gateway.popen.poll() is not None:
                 self.findings.append(f"the gateway ended by itself: {gateway.popen.returncode}")
                 break
-            share = (time.monotonic() - begun_s) / (60 * self.plan.minutes)
-            if self.plan.num_requests:
-                share = max(share, tally.num_requests / self.plan.num_requests)
+            share = (time.monotonic() - begun_s) / (60 * self.asked.minutes)
+            if self.asked.requests:
+                share = max(share, tally.num_requests / self.asked.requests)
             self.progress = min(share, 1.0)
             self.show(self.progress, self._told(faults))
             await asyncio.sleep(0.2)
@@ -134,8 +129,8 @@ class Soak:
         places = int(str(SETTINGS["max_running"])) + int(str(SETTINGS["max_queued"]))
         return Clients(
             gateway.port,
-            f"{self.plan.seed} 0",
-            self.plan.num_clients,
+            f"{self.asked.seed} 0",
+            self.asked.clients,
             num_flood=int(2.5 * places),
             num_crowd=0 if is_real else int(str(SETTINGS["max_connections"])),
             is_real=is_real,
@@ -144,8 +139,8 @@ class Soak:
 
     async def _break(self, gateway: Gateway, faults: Faults, is_real: bool) -> None:
         """Brings the faults about, spread over the run, each once the last has been got over."""
-        planned = faults.plan(self.plan.seed, self.plan.num_faults)
-        draw = random.Random(f"{self.plan.seed} details")
+        planned = faults.plan(self.asked.seed, self.asked.faults)
+        draw = random.Random(f"{self.asked.seed} details")
         for place, kind in enumerate(planned):
             while self.progress < (place + 0.5) / (len(planned) + 1):
                 await asyncio.sleep(0.1)
@@ -218,7 +213,7 @@ class Soak:
 
     def _figures(self, tally: Tally, faults: Faults, is_real: bool) -> dict[str, Any]:
         figures: dict[str, Any] = {
-            "seed": self.plan.seed,
+            "seed": self.asked.seed,
             "workers": "real" if is_real else "fake",
             "num_requests": tally.num_requests,
             "num_answers_by_code": dict(_by_code(tally)),

@@ -101,10 +101,6 @@ def test_a_large_body_arrives_whole() -> None:
         assert found.json()["tokens"] == [ord("é") % 100] * 600_000
 
 
-def test_connections_are_kept_for_less_than_a_server_keeps_them() -> None:
-    assert client_module.KEEP_ALIVE_S < 5  # vLLM's own limit
-
-
 def test_a_connection_is_not_used_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is used for goes on; a new request gets a new one, and in the end it is closed."""
     monkeypatch.setattr(client_module, "RENEW_S", 0.05)
