@@ -161,13 +161,7 @@ class Admission:
 
 
 class Places:
-    """The places of every variant.
-
-    Args:
-        variants: by name.
-        max_running: how many requests may run at a replica that is up.
-        max_queued: how many may wait for a variant.
-    """
+    """Each variant's places: `max_running` per replica that is up, `max_queued` in its queue."""
 
     def __init__(self, variants: Mapping[str, Variant], max_running: int, max_queued: int) -> None:
         self._variants = variants

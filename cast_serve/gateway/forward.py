@@ -88,7 +88,7 @@ class Forwarder:
         """One try at one replica: its whole answer, or a stream whose first event has come.
 
         Args:
-            replica: who is asked.
+            replica: the one to ask.
             exchange: a client's request.
             stack: what is held for the request; a stream takes it over and closes it at its end.
 

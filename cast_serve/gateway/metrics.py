@@ -132,12 +132,7 @@ class Metrics:
         self.output_tokens.labels(variant).inc(timing.output_tokens or 0)
 
     async def expose(self, client: Client, variants: Iterable[Variant]) -> bytes:
-        """One exposition of our metrics and those of every replica that is up and can be read.
-
-        Args:
-            client: to the workers.
-            variants: whose samples get the labels ``variant`` and ``replica``.
-        """
+        """One exposition of our metrics and those of every replica that is up and can be read."""
         replicas = [  # with its place, which another may have by the time that it answers
             (replica, {"replica": str(place), "variant": variant.name})
             for variant in variants

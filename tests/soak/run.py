@@ -64,16 +64,15 @@ class Soak:
 
     async def run(self) -> dict[str, Any]:
         """Everything, in order; the figures."""
-        real, is_real = self.asked.real, bool(self.asked.real)
         disk = SmallDisk(self.folder / "workers")
-        settings = SETTINGS | (REAL_SETTINGS if is_real else FAKE_SETTINGS)
+        settings = SETTINGS | (REAL_SETTINGS if self.is_real else FAKE_SETTINGS)
         environment = clock_environment(self.folder)
-        gateway = gateways.start(self.folder, real, settings, environment)
+        gateway = gateways.start(self.folder, self.asked.real, settings, environment)
         try:
-            faults = Faults(gateway, self.folder, is_real, disk)
-            if not await gateway.wait_until_ready(START_S[is_real]):
+            faults = Faults(gateway, self.folder, self.is_real, disk)
+            if not await gateway.wait_until_ready(START_S[self.is_real]):
                 raise RuntimeError(f"the gateway did not come up; {gateway.log} has the cause")
-            tally = await self._load(gateway, faults, is_real)
+            tally = await self._load(gateway, faults)
             exit_status = await asyncio.to_thread(gateway.stop)
         finally:
             if gateway.popen.poll() is None:
@@ -84,16 +83,20 @@ class Soak:
         self.findings += audit_log(tally, gateway.log, self.metrics)
         samples = [vars(sample) for sample in self.samples]
         (self.folder / "samples.json").write_text(json.dumps(samples))
-        return self._figures(tally, faults, is_real)
+        return self._figures(tally, faults)
 
-    async def _load(self, gateway: Gateway, faults: Faults, is_real: bool) -> Tally:
+    @property
+    def is_real(self) -> bool:
+        return bool(self.asked.real)
+
+    async def _load(self, gateway: Gateway, faults: Faults) -> Tally:
         before = await gateway.sample(0)
-        chat_status = await _ask_chat(gateway) if is_real else 200
-        clients = self._clients(gateway, is_real, chat_status == 200)
+        chat_status = await _ask_chat(gateway) if self.is_real else 200
+        clients = self._clients(gateway, chat_status == 200)
         tally = self.tally = clients.tally
         asking = asyncio.create_task(clients.run())
         beside = [
-            asyncio.create_task(self._break(gateway, faults, is_real)),
+            asyncio.create_task(self._break(gateway, faults)),
             asyncio.create_task(self._scrape(gateway)),
             asyncio.create_task(self._sample(gateway)),
         ]
@@ -110,13 +113,13 @@ class Soak:
             await asyncio.sleep(0.2)
         clients.is_over = True
         await asking
-        tally.seen[CHAT, chat_status] += is_real
+        tally.seen[CHAT, chat_status] += self.is_real
         for task in beside:
             task.cancel()
         for result in await asyncio.gather(*beside, return_exceptions=True):
             if isinstance(result, Exception):
                 self.findings.append(f"the soak itself failed: {result!r}")
-        await self._rest(gateway, before, tally, is_real)
+        await self._rest(gateway, before, tally)
         self._judge_lost(tally, faults)
         return tally
 
@@ -125,19 +128,19 @@ class Soak:
         num_faults = faults.counts.total()
         return f"{self.tally.num_requests} requests, {num_faults} faults, {wrong} wrong"
 
-    def _clients(self, gateway: Gateway, is_real: bool, has_chat: bool) -> Clients:
+    def _clients(self, gateway: Gateway, has_chat: bool) -> Clients:
         places = int(str(SETTINGS["max_running"])) + int(str(SETTINGS["max_queued"]))
         return Clients(
             gateway.port,
             f"{self.asked.seed} 0",
             self.asked.clients,
             num_flood=int(2.5 * places),
-            num_crowd=0 if is_real else int(str(SETTINGS["max_connections"])),
-            is_real=is_real,
+            num_crowd=0 if self.is_real else int(str(SETTINGS["max_connections"])),
+            is_real=self.is_real,
             has_chat=has_chat,
         )
 
-    async def _break(self, gateway: Gateway, faults: Faults, is_real: bool) -> None:
+    async def _break(self, gateway: Gateway, faults: Faults) -> None:
         """Brings the faults about, spread over the run, each once the last has been got over."""
         planned = faults.plan(self.asked.seed, self.asked.faults)
         draw = random.Random(f"{self.asked.seed} details")
@@ -145,8 +148,8 @@ class Soak:
             while self.progress < (place + 0.5) / (len(planned) + 1):
                 await asyncio.sleep(0.1)
             await faults.bring(kind, draw)
-            if not await gateway.wait_until_ready(RECOVERY_S[is_real]):
-                self.findings.append(f"{kind}: not ready {RECOVERY_S[is_real]} s later")
+            if not await gateway.wait_until_ready(RECOVERY_S[self.is_real]):
+                self.findings.append(f"{kind}: not ready {RECOVERY_S[self.is_real]} s later")
 
     async def _scrape(self, gateway: Gateway) -> None:
         """Reads what monitoring reads; every answer must be whole."""
@@ -177,13 +180,11 @@ class Soak:
                         self.samples.append(sample)
             await asyncio.sleep(SAMPLE_S)
 
-    async def _rest(
-        self, gateway: Gateway, before: Sample | None, tally: Tally, is_real: bool
-    ) -> None:
+    async def _rest(self, gateway: Gateway, before: Sample | None, tally: Tally) -> None:
         """The gateway once no request is left."""
         if gateway.popen.poll() is not None:
             return
-        if not await gateway.wait_until_ready(RECOVERY_S[is_real]):
+        if not await gateway.wait_until_ready(RECOVERY_S[self.is_real]):
             self.findings.append("not ready after the run")
         await asyncio.sleep(REST_S)
         _, body = await get(gateway.port, "/metrics")
@@ -211,10 +212,10 @@ class Soak:
         if tally.num_plain and not (tally.kinds["crowd"] or tally.kinds["attack"]):
             self.findings.append(f"{tally.num_plain} answers of the HTTP server without a crowd")
 
-    def _figures(self, tally: Tally, faults: Faults, is_real: bool) -> dict[str, Any]:
+    def _figures(self, tally: Tally, faults: Faults) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "seed": self.asked.seed,
-            "workers": "real" if is_real else "fake",
+            "workers": "real" if self.is_real else "fake",
             "num_requests": tally.num_requests,
             "num_answers_by_code": dict(_by_code(tally)),
             "num_left": tally.left.total() + tally.left_early.total(),

@@ -62,12 +62,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def unavailable(variant: str, status: str | None = None) -> APIError:
-    """503.
-
-    Args:
-        variant: its name.
-        status: why, as `Variant.status`.
-    """
+    """503 of a variant, by its name; status says why, as `Variant.status`."""
     state = f"is {status}" if status else "does not answer at present"
     return APIError(
         503,

@@ -42,11 +42,7 @@ FAILURES = {
 
 
 def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
-    """OpenAPI 3.1, made once.
-
-    Args:
-        models: what ``model`` may be.
-    """
+    """OpenAPI 3.1, made once; models are what ``model`` may be."""
     if app.openapi_schema is None:
         schema = get_openapi(
             title="cast-serve gateway",
@@ -69,11 +65,7 @@ def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
 
 
 def page(schema: dict[str, Any]) -> str:
-    """GET /docs: each route and the fields of its body, as HTML that loads nothing.
-
-    Args:
-        schema: of `describe`.
-    """
+    """GET /docs, of `describe`: each route and its body's fields, as HTML that loads nothing."""
     parts = []
     for path, methods in schema["paths"].items():
         for method in methods:

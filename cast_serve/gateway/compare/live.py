@@ -97,13 +97,8 @@ class Comparison:
     def speedups(self) -> Iterator[tuple[str, float, float]]:
         """(metric, quantile, baseline over candidate) where both have at least 5 requests."""
         for metric in METRICS:
-            baseline, candidate, num_requests = self._sides(metric)
-            if num_requests < MIN_SAMPLES:
-                continue
-            for quantile in QUANTILES:
-                divisor = np.quantile(candidate, quantile)
-                if divisor > 0:
-                    yield metric, quantile, float(np.quantile(baseline, quantile) / divisor)
+            for quantile, found in _speedups(*self._sides(metric), has_interval=False).items():
+                yield metric, quantile, found["ratio"]
 
     def snapshot(self) -> dict[str, Any]:
         """The body of GET /v1/comparison.
@@ -129,7 +124,12 @@ class Comparison:
                 for name, samples in self._samples.items()
             },
             "speedups": {
-                metric: _speedups(*self._sides(metric), has_interval=metric != "itl")
+                metric: {
+                    f"p{quantile * 100:.0f}": found
+                    for quantile, found in _speedups(
+                        *self._sides(metric), has_interval=metric != "itl"
+                    ).items()
+                }
                 for metric in METRICS
             },
             "agreement": self.agreement(),
@@ -160,24 +160,24 @@ def _distribution(requests: Sequence[tuple[float, ...]]) -> dict[str, Any]:
 
 def _speedups(
     baseline: Array, candidate: Array, num_units: int, has_interval: bool
-) -> dict[str, dict[str, float | None]]:
+) -> dict[float, dict[str, Any]]:
     """By quantile, baseline over candidate; of ascending values of so many requests a side."""
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[float, dict[str, Any]] = {}
     if num_units < MIN_SAMPLES:
         return found
     rng = np.random.default_rng(SEED)
     for quantile in QUANTILES:
-        above = resampled_order_statistic(baseline, quantile, NUM_RESAMPLES, rng)
-        below = resampled_order_statistic(candidate, quantile, NUM_RESAMPLES, rng)
-        if below.min() <= 0:  # as the TPOT of an answer that came in one event
+        divisor = np.quantile(candidate, quantile)
+        if divisor <= 0:  # as the TPOT of an answer that came in one event
             continue
-        value = np.quantile(baseline, quantile) / np.quantile(candidate, quantile)
-        ratio = Ratio.of(float(value), above / below, num_units)
-        name = f"p{quantile * 100:.0f}"
+        value = float(np.quantile(baseline, quantile) / divisor)
+        found[quantile] = {"ratio": value}
         if has_interval and num_units >= MIN_FOR_INTERVAL:
-            found[name] = {**ratio.about(), "confidence": CONFIDENCE}
-        else:
-            found[name] = {"ratio": ratio.value}
+            above = resampled_order_statistic(baseline, quantile, NUM_RESAMPLES, rng)
+            below = resampled_order_statistic(candidate, quantile, NUM_RESAMPLES, rng)
+            if below.min() > 0:
+                interval = Ratio.of(value, above / below, num_units).about()
+                found[quantile] = {**interval, "confidence": CONFIDENCE}
     return found
 
 

@@ -113,11 +113,7 @@ class _Connections:
 
 
 class Client:
-    """Connections to the workers, each used for one request after the other, for RENEW_S.
-
-    Args:
-        worker_key: sent with every request; empty: none.
-    """
+    """Connections to the workers, each used for one request after the other, for RENEW_S."""
 
     def __init__(self, worker_key: str = "") -> None:
         self._headers = bearer(worker_key)
@@ -174,14 +170,8 @@ class Client:
     async def ask(self, url: str, timeout_s: float, body: object = None) -> Reply:
         """A question: GET, or POST with a body of JSON.
 
-        Args:
-            url: with the path.
-            timeout_s: for the whole answer: a worker that sends a byte now and then has not
-                answered.
-            body: None: GET.
-
         Raises:
-            WorkerError: if there is no whole answer in time.
+            WorkerError: if the whole answer has not come within `timeout_s`.
         """
         async with self.asking(url, timeout_s, body) as upstream:
             content = b"".join([piece async for piece in pieces(upstream, LARGE_BYTES)])

@@ -73,13 +73,10 @@ def local_variants(
 
 
 def remote_variants(urls: Mapping[str, Sequence[str]]) -> list[Variant]:
-    """Variants for servers that run elsewhere.
-
-    Args:
-        urls: one or more per variant, as ``http://HOST:PORT``.
+    """Variants for servers that run elsewhere, each with one URL or more.
 
     Raises:
-        UsageError: if one is not a URL.
+        UsageError: if one is not ``http://HOST:PORT``.
     """
     return [
         Variant(name, [Replica(name, _checked_url(name, url)) for url in given])
