@@ -130,8 +130,8 @@ async def send_canary(client: Client, url: str, model: str, timeout_s: float) ->
 
 def _is_aborted(response: Reply) -> bool:
     try:
-        return answers.is_aborted(answers.parsed(response.content))
-    except ValueError:  # not an OpenAI server
+        return answers.is_aborted(response.json())
+    except (ValueError, AttributeError, TypeError):  # a refusal, or not an OpenAI server
         return False
 
 
