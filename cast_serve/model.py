@@ -43,7 +43,7 @@ class Linear24(nn.Module):
         self.scale_group = linear.scale_group
         scale = linear.scale
         values = linear.values.to(dtype) if scale is None else linear.values
-        packed = kernels.pack24(values, linear.bitmask, scale, self.scale_group)
+        packed = kernels.pack_sparse(values, linear.bitmask, scale, self.scale_group)
         self.register_buffer("packed", packed)
         has_row_scales = scale is not None and self.scale_group is None  # else packed too
         # Not a buffer: `model.to(dtype)` would round it, and the kernel takes fp32.
@@ -63,7 +63,7 @@ class Linear24(nn.Module):
                 f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
             )
         scale, group = self.scale, self.scale_group
-        return kernels.multiply24(
+        return kernels.multiply(
             x, self.packed, self.out_features, self.bias, scale=scale, scale_group=group
         )
 

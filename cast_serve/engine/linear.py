@@ -1,4 +1,4 @@
-"""One 2:4 linear of a checkpoint -> a vLLM linear that runs ``cast::linear24(_int8, _int4)``.
+"""One sparse linear of a checkpoint -> a vLLM linear that runs ``cast::linear24*`` or ``linear64``.
 
 It creates parameters for the tensors on disk, so that vLLM's own loaders merge qkv and gate_up and
 narrow for tensor parallelism. After loading it packs them into the kernel's layout and deletes
@@ -35,7 +35,7 @@ from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
 
 @dataclass(frozen=True)
 class Stored:
-    """How a checkpoint stores its 2:4 weights.
+    """How a checkpoint stores its sparse weights.
 
     Attributes:
         dtype: int8 or float8_e4m3fn, with scales; None: the model's.
@@ -45,6 +45,7 @@ class Stored:
             ``shape`` stand for it.
         scale_group: of 4 bits, the columns that share a scale: dtype is int8 and ``weight_packed``
             stands for ``compressed``; else None.
+        kept: of each 64 columns, on a CPU; None: 2:4.
     """
 
     dtype: torch.dtype | None = None
@@ -52,11 +53,16 @@ class Stored:
     has_input_scale: bool = False
     has_zeros: bool = False
     scale_group: int | None = None
+    kept: int | None = None
+
+    def num_kept(self, in_features: int) -> int:
+        """Of so many columns."""
+        return in_features // 2 if self.kept is None else in_features * self.kept // 64
 
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
-    """A linear, possibly a merged one, whose weight is packed 2:4.
+    """A linear, possibly a merged one, whose weight is packed.
 
     Args:
         prefix: the layer's name.
@@ -97,14 +103,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         is_sharded = input_size_per_partition != input_size
         scale_group = self.stored.scale_group
         unit = 8 if is_sharded and not self.stored.has_zeros else 4
+        if self.stored.kept is not None:
+            unit = 64
         if is_sharded and scale_group is not None:
-            unit = scale_group
+            unit = max(unit, scale_group)
         if input_size_per_partition % unit:
             smaller = "" if scale_group is None else ", or convert with a smaller --scale-group"
             raise UsageError(
                 f"{self.prefix}: in_features {input_size} over "
                 f"{input_size // input_size_per_partition} tensor-parallel ranks leaves "
-                f"{input_size_per_partition} per rank, no multiple of {unit}; use fewer ranks"
+                f"{input_size_per_partition} per rank, not a multiple of {unit}; use fewer ranks"
                 f"{smaller}"
             )
         rows = sum(output_partition_sizes)
@@ -130,13 +138,14 @@ class Sparse24LinearMethod(LinearMethodBase):
             weight = on_disk(input_size_per_partition, dtype, load_values)
             layer.register_parameter("weight", weight)
         else:
-            half = input_size_per_partition // 2
+            num_kept = self.stored.num_kept(input_size_per_partition)
             if scale_group is None:
-                layer.register_parameter("compressed", on_disk(half, dtype, load_values))
+                layer.register_parameter("compressed", on_disk(num_kept, dtype, load_values))
             else:
-                words = on_disk(-(-half // NIBBLES), torch.int32, load_values)
+                words = on_disk(-(-num_kept // NIBBLES), torch.int32, load_values)
                 layer.register_parameter("weight_packed", words)
-            layer.register_parameter("bitmask", on_disk(-(-half // 4), torch.uint8))
+            num_bytes = -(-input_size_per_partition // 8)
+            layer.register_parameter("bitmask", on_disk(num_bytes, torch.uint8))
             shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
             shape.weight_loader = _shape_checker(self.prefix, input_size)
             layer.register_parameter("shape", shape)
@@ -157,14 +166,15 @@ class Sparse24LinearMethod(LinearMethodBase):
         layer.cast_out_features = rows
         layer.cast_in_features = input_size_per_partition
         layer.cast_out_sizes = output_partition_sizes
+        layer.cast_kept = self.stored.kept
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Packs into the kernel's layout and deletes the loaded parameters.
 
         Raises:
-            PatternError: if a group of the bitmask has not exactly two bits (a bitmask that was
-                not in the checkpoint is all zeros), or a group of a weight with its zeros has more
-                than two non-zeros.
+            PatternError: if a group of the bitmask has another number of bits than the pattern (a
+                bitmask that was not in the checkpoint is all zeros), or a group of a weight with
+                its zeros has more than two non-zeros.
             UsageError: if a scale is not positive and finite (one that was not in the checkpoint
                 is zero), a float8 weight is NaN, or int8 weights are to run in fp32 on a GPU.
         """
@@ -180,7 +190,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if scale_group is not None:
             check_dtype(layer, self.prefix, values.is_cuda)
             _check_words(self.prefix, values)
-            values = unpack_nibbles(values, layer.cast_in_features // 2)
+            values = unpack_nibbles(values, self.stored.num_kept(layer.cast_in_features))
             scale = take_scales(layer, self.prefix, scale_group=scale_group)
             layer.cast_scale_group = scale_group
         elif self.stored.dtype:
@@ -195,7 +205,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         else:
             bitmask = layer.bitmask.data
         try:
-            packed = kernels.pack24(values, bitmask, scale, scale_group)
+            packed = kernels.pack_sparse(values, bitmask, scale, scale_group, self.stored.kept)
         except ValueError as error:
             raise type(error)(f"{self.prefix}: {error}") from None
         _keep_packed(layer, packed)
@@ -206,8 +216,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         group = self.stored.scale_group
         is_int8 = self.stored.dtype == torch.int8 and group is None
         scale = layer.scale if is_int8 else None
-        return kernels.multiply24(
-            x, layer.packed, layer.cast_out_features, bias, scale=scale, scale_group=group
+        return kernels.multiply(
+            x,
+            layer.packed,
+            layer.cast_out_features,
+            bias,
+            scale=scale,
+            scale_group=group,
+            kept=self.stored.kept,
         )
 
 

@@ -111,6 +111,8 @@ def kernel_of(layer: nn.Module) -> tuple[str, str]:
     op = "cast::linear24_int8" if hasattr(layer, "scale") else "cast::linear24"
     if hasattr(layer, "cast_scale_group"):
         op = "cast::linear24_int4"
+    if layer.cast_kept is not None:
+        op = "cast::linear64"
     packed: Tensor = layer.packed
     if not packed.is_cuda:
         return op, tuning.description()

@@ -1,9 +1,10 @@
-"""2:4 kernels: a packed weight and activations -> the linear's output, on the device of x.
+"""Sparse kernels: a packed weight and activations -> the linear's output, on the device of x.
 
-`pack` turns a compressed weight (values, bitmask) into the kernels' layout once, at load;
-`linear24` and `linear24_int8` multiply, `pack_int4` and `linear24_int4` those of 4 bits; `pack24`
-and `multiply24` take any of them. `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one).
-gpu/dispatch.py is the GPU's side.
+`pack_sparse` turns a compressed weight (values, bitmask) of any kind into the kernels' layout once,
+at load, and `multiply` multiplies it. They choose among `linear24`, `linear24_int8` and
+`linear24_int4` for 2:4 weights, and `linear64` for weights that keep n of 64 columns, which CPUs
+alone have. `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one). gpu/dispatch.py is the
+GPU's side.
 """
 
 import torch
@@ -17,6 +18,7 @@ from cast_serve.kernels.reference import (
     packed_shape,
     unpack,
 )
+from cast_serve.kernels.reference64 import pack64, packed_shape64, unpack64
 from cast_serve.kernels.reference_int4 import int4_packed_shape, pack_int4, unpack_int4
 
 __all__ = [
@@ -27,39 +29,50 @@ __all__ = [
     "linear24_int8",
     "linear_int8",
     "load",
-    "multiply24",
+    "multiply",
     "pack",
-    "pack24",
+    "pack64",
     "pack_dense",
     "pack_int4",
+    "pack_sparse",
     "packed_dense_shape",
     "packed_shape",
+    "packed_shape64",
     "supported_isas",
     "unpack",
+    "unpack64",
     "unpack_int4",
 ]
 
 
-def pack24(
-    values: Tensor, bitmask: Tensor, scale: Tensor | None = None, scale_group: int | None = None
+def pack_sparse(
+    values: Tensor,
+    bitmask: Tensor,
+    scale: Tensor | None = None,
+    scale_group: int | None = None,
+    kept: int | None = None,
 ) -> Tensor:
-    """A compressed weight of any kind -> what `multiply24` multiplies.
+    """A compressed weight of any kind -> what `multiply` multiplies.
 
     Args:
-        values: [out_features, in_features / 2], bf16, fp16, fp32 or int8.
+        values: kept weights, [out_features, in_features / 2] or [.., in_features * kept / 64], bf16,
+            fp16, fp32 or int8.
         bitmask: uint8 [out_features, ceil(in_features / 8)].
         scale: of 4 bits, [out_features, num_groups]; packed too.
         scale_group: of 4 bits, the columns that share a scale; else None.
+        kept: of 64 columns; None: the weight is 2:4.
 
     Raises:
-        PatternError, ValueError: as `pack` and `pack_int4` do.
+        PatternError, ValueError: as `pack`, `pack_int4` and `pack64` do.
     """
+    if kept is not None:
+        return pack64(values, bitmask, scale if scale_group else None, scale_group)
     if scale_group is None or scale is None:
         return pack(values, bitmask)
     return pack_int4(values, bitmask, scale, scale_group)
 
 
-def multiply24(
+def multiply(
     x: Tensor,
     packed: Tensor,
     out_features: int,
@@ -67,13 +80,19 @@ def multiply24(
     *,
     scale: Tensor | None = None,
     scale_group: int | None = None,
+    kept: int | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias for what `pack24` made; the kernels are loaded already.
+    """x @ weight.T + bias for what `pack_sparse` made; the kernels are loaded already.
 
     Args:
         scale: fp32 [out_features] of int8 values; else None.
-        scale_group: of 4 bits, as `pack24` had it; else None.
+        scale_group: of 4 bits, as `pack_sparse` had it; else None.
+        kept: as `pack_sparse` had it.
     """
+    if kept is not None:
+        return torch.ops.cast.linear64(
+            x, packed, kept, out_features, bias, scale, scale_group or 0
+        )
     if scale_group is not None:
         return torch.ops.cast.linear24_int4(x, packed, scale_group, out_features, bias)
     if scale is not None:

@@ -1,10 +1,11 @@
-"""The ops of ``torch.ops.cast``: linear24, linear24_int8, linear24_int4, linear_int8."""
+"""The ops of ``torch.ops.cast``: linear24, linear24_int8, linear24_int4, linear_int8, linear64."""
 
 import torch
 from torch import Tensor
 
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import packed_dense_shape, packed_shape
+from cast_serve.kernels.reference64 import packed_shape64
 from cast_serve.kernels.reference_int4 import int4_packed_shape
 
 
@@ -34,6 +35,7 @@ def _register() -> None:
     torch.library.register_fake("cast::linear24_int8")(_linear24_int8_fake)
     torch.library.register_fake("cast::linear24_int4")(_linear24_int4_fake)
     torch.library.register_fake("cast::linear_int8")(_linear_int8_fake)
+    torch.library.register_fake("cast::linear64")(_linear64_fake)
     if torch.cuda.is_available():
         dispatch.register()
 
@@ -60,6 +62,20 @@ def _linear_int8_fake(
     x: Tensor, packed: Tensor, scale: Tensor, out_features: int, bias: Tensor | None = None
 ) -> Tensor:
     return _fake(x, packed, out_features, packed_dense_shape(out_features, x.shape[-1]))
+
+
+def _linear64_fake(
+    x: Tensor,
+    packed: Tensor,
+    kept: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale_group: int = 0,
+) -> Tensor:
+    dtype = torch.int8 if scale is not None or scale_group else x.dtype
+    shape = packed_shape64(out_features, x.shape[-1], kept, dtype, scale_group or None)
+    return _fake(x, packed, out_features, shape)
 
 
 def _fake(x: Tensor, packed: Tensor, out_features: int, expected: tuple[int, int, int]) -> Tensor:

@@ -34,7 +34,7 @@ COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-DNDEBUG", "-Wall", "
 AVX512_FLAGS = ["-mavx512f", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VNNI_FLAGS = [
     *AVX512_FLAGS,
-    *(f"-mavx512{extension}" for extension in ("vnni", "vbmi", "bw", "vl", "dq")),
+    *(f"-mavx512{extension}" for extension in ("vnni", "vbmi", "vbmi2", "bw", "vl", "dq")),
     "-mbmi2",
     "-mgfni",
 ]
@@ -46,8 +46,8 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512vnni": VNNI_FLAGS,
     "avx512bf16": BF16_FLAGS,
-    "amx": [*BF16_FLAGS, "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
-    "amx_emulated": [*BF16_FLAGS, "-mavx512vbmi2"],
+    "amx": [*BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx_emulated": BF16_FLAGS,
 }
 
 

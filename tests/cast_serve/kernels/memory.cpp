@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "linear24.h"
+#include "linear64.h"
 
 namespace {
 
@@ -150,7 +150,7 @@ std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packe
 // The weight and x as a library's dense product takes them; dense and seen as in `check`.
 bool is_expansion_right(const cast::Kernel& kernel, const Linear24& p,
                         const std::vector<double>& dense, const std::vector<double>& seen) {
-  const int64_t columns = p.padded_in_features(), num_rows = p.num_tile_rows() * kTileRows;
+  const int64_t columns = p.padded_in_features(), num_rows = p.num_tile_rows() * p.tile_rows();
   Buffer rows(num_rows * columns * sizeof(float)), bf16_rows(num_rows * columns * 2);
   Buffer x(p.num_tokens * columns * sizeof(float));
   const bool has_integers = p.has_integers();
@@ -175,7 +175,11 @@ bool is_expansion_right(const cast::Kernel& kernel, const Linear24& p,
   return is_right;
 }
 
-const cast::Product& product_of(const cast::Kernel& kernel, Weights weights) {
+const cast::Product& product_of(const cast::Kernel& kernel, Weights weights, int64_t kept) {
+  if (kept != 0 && weights != Weights::kDenseInt8)
+    return weights == Weights::kInt8   ? *kernel.linear64_int8
+           : weights == Weights::kInt4 ? *kernel.linear64_int4
+                                       : *kernel.linear64;
   switch (weights) {
     case Weights::kInt8:
       return *kernel.linear24_int8;
@@ -188,30 +192,35 @@ const cast::Product& product_of(const cast::Kernel& kernel, Weights weights) {
   }
 }
 
+std::vector<double> fill64(const Linear24& p, uint8_t* packed);
+
+// kept: of 64 columns; 0: 2:4.
 bool check(const cast::Kernel& kernel, Weights weights, int64_t scale_group, DType dtype,
-           const cast::Tuning& tuning, int64_t m, int64_t n, int64_t k) {
-  const cast::Product& product = product_of(kernel, weights);
+           const cast::Tuning& tuning, int64_t m, int64_t n, int64_t k, int64_t kept = 0) {
+  const cast::Product& product = product_of(kernel, weights, kept);
   const size_t size = dtype == DType::kFloat32 ? 4 : 2;
   const Format format = {weights, static_cast<int64_t>(size), scale_group};
   Linear24 p;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype, p.tuning = tuning;
-  p.x_stride = k + 3, p.scale_group = scale_group;
+  p.x_stride = k + 3, p.scale_group = scale_group, p.kept = kept;
   // malloc, not Buffer: the last token's row ends where the buffer ends.
   void* x = std::malloc(((m - 1) * p.x_stride + k) * size);
   void* out = std::malloc(m * n * size);
   float* bias = static_cast<float*>(std::malloc(n * sizeof(float)));
   float* scale = static_cast<float*>(std::malloc(n * sizeof(float)));
+  p.scale = format.has_integers() && !scale_group ? scale : nullptr;
   const int64_t row_tiles = (k + format.tile_columns() - 1) / format.tile_columns();
-  Buffer packed(p.num_tile_rows() * row_tiles * format.tile_bytes());
+  const int64_t tile_bytes = kept != 0 ? cast::tile_bytes64(p) : format.tile_bytes();
+  Buffer packed(p.num_tile_rows() * row_tiles * tile_bytes);
   std::normal_distribution<float> normal;
   for (int64_t token = 0; token < m; ++token)
     for (int64_t i = 0; i < k; ++i) store(x, token * p.x_stride + i, dtype, normal(random_bits));
   for (int64_t i = 0; i < n; ++i) bias[i] = normal(random_bits), scale[i] = 1.0f / (1 + i % 7);
   for (int64_t i = 0; i < m * n; ++i) store(out, i, dtype, 12345.0f);
-  p.x = x, p.out = out, p.bias = bias,
-  p.scale = format.has_integers() && !scale_group ? scale : nullptr;
+  p.x = x, p.out = out, p.bias = bias;
   p.packed = static_cast<const uint8_t*>(packed.data);
-  const std::vector<double> dense = fill(p, format, static_cast<uint8_t*>(packed.data));
+  uint8_t* bytes = static_cast<uint8_t*>(packed.data);
+  const std::vector<double> dense = kept != 0 ? fill64(p, bytes) : fill(p, format, bytes);
 
   Buffer workspace(product.workspace_bytes(p));
   product.prepare(p, workspace.data);
@@ -233,10 +242,62 @@ bool check(const cast::Kernel& kernel, Weights weights, int64_t scale_group, DTy
   std::free(x), std::free(out), std::free(bias), std::free(scale);
   const bool is_right = is_expanded && std::sqrt(error / norm) < 5e-3;
   if (!is_right)
-    std::printf("%s, weights %d, m=%ld n=%ld k=%ld group=%ld: relative error %g, expansion %s\n",
-                kernel.isa, static_cast<int>(weights), long(m), long(n), long(k), long(scale_group),
-                std::sqrt(error / norm), is_expanded ? "right" : "wrong");
+    std::printf(
+        "%s, weights %d, m=%ld n=%ld k=%ld group=%ld kept=%ld: relative error %g, expansion %s\n",
+        kernel.isa, static_cast<int>(weights), long(m), long(n), long(k), long(scale_group),
+        long(kept), std::sqrt(error / norm), is_expanded ? "right" : "wrong");
   return is_right;
+}
+
+// A random weight that keeps p.kept of 64, packed; returns it densely.
+std::vector<double> fill64(const Linear24& p, uint8_t* packed) {
+  std::vector<double> dense(p.out_features * p.in_features);
+  std::normal_distribution<float> normal;
+  const int64_t columns = cast::tile_columns64(p), num_tiles = cast::num_tiles64(p);
+  const int64_t step =
+      p.has_integers() || p.dtype == DType::kFloat32 ? (p.has_integers() ? 4 : 1) : 2;
+  for (int64_t row_tile = 0; row_tile < p.num_tile_rows(); ++row_tile)
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      uint8_t* tile = packed + (row_tile * num_tiles + i) * cast::tile_bytes64(p);
+      uint8_t *masks = tile + cast::values_bytes64(p), *scales = tile + cast::scales_at64(p);
+      std::memset(tile, 0, cast::tile_bytes64(p));
+      bool is_kept[cast::kTileRows64][cast::kInt8TileColumns] = {};
+      for (auto& row : is_kept)
+        for (int64_t word = 0; word < columns; word += 64) {
+          std::fill_n(row + word, p.kept, true);
+          std::shuffle(row + word, row + word + 64, random_bits);
+        }
+      const int64_t groups = p.scale_group ? p.num_scale_groups() : 0;
+      for (int64_t j = 0; j < groups * cast::kTileRows64; ++j)
+        store(scales, j, DType::kBFloat16, 1.0f / (1 + j % 7));
+      int64_t bit = 0, next = 0;
+      for (int64_t first = 0; first < columns; first += step) {
+        if (p.scale_group && first == 64) next = 0;
+        for (int64_t row = 0; row < cast::kTileRows64; ++row)
+          for (int64_t column = first; column < first + step; ++column, ++bit) {
+            if (!is_kept[row][column]) continue;
+            masks[bit / 8] |= 1 << bit % 8;
+            const int64_t n = row_tile * cast::kTileRows64 + row, k = i * columns + column;
+            const bool is_inside = n < p.out_features && k < p.in_features;
+            double value;
+            if (p.scale_group) {
+              const int integer = is_inside ? static_cast<int>(random_bits() % 16) : 8;
+              tile[next++] |= column < 64 ? integer : integer << 4;
+              const int64_t number = column / p.scale_group * cast::kTileRows64 + row;
+              value = (integer - 8) * load(scales, number, DType::kBFloat16);
+            } else if (p.has_integers()) {
+              const int integer = is_inside ? 1 + static_cast<int>(random_bits() % 255) : 128;
+              tile[next++] = static_cast<uint8_t>(integer);
+              value = is_inside ? (integer - 128) * double(p.scale[n]) : 0;
+            } else {
+              store(tile, next, p.dtype, is_inside ? normal(random_bits) : 0.0f);
+              value = load(tile, next++, p.dtype);
+            }
+            if (is_inside) dense[n * p.in_features + k] = value;
+          }
+      }
+    }
+  return dense;
 }
 
 }  // namespace
@@ -249,6 +310,7 @@ int main() {
 #endif
       &cast::kPortable};
   const int64_t shapes[][2] = {{1, 4}, {7, 60}, {8, 64}, {33, 260}, {129, 68}, {1049, 132}};
+  const int64_t shapes64[][3] = {{1, 64, 1}, {16, 128, 63}, {33, 320, 40}, {129, 192, 32}};
   const cast::Tuning tunings[] = {{8, 8, 8, cast::Prefetch::kT1}, {0, 0, 0, cast::Prefetch::kNone}};
   const std::pair<Weights, int64_t> kinds[] = {{Weights::kOfXsDType, 0}, {Weights::kInt8, 0},
                                                {Weights::kInt4, 128},    {Weights::kInt4, 64},
@@ -269,6 +331,14 @@ int main() {
               is_right &= check(*kernel, weights, scale_group, dtype, tuning, m, n, k);
               ++num_checked;
             }
+    for (const auto& [weights, scale_group] : kinds)
+      for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
+        for (const auto& [n, k, kept] : shapes64)
+          for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 64, 130, 257}) {
+            if (weights == Weights::kDenseInt8) continue;
+            is_right &= check(*kernel, weights, scale_group, dtype, tunings[0], m, n, k, kept);
+            ++num_checked;
+          }
     std::printf("%s: checked\n", kernel->isa);
   }
   std::printf("%d products, %s\n", num_checked, is_right ? "all right" : "SOME WRONG");

@@ -17,6 +17,7 @@ OTHERS = [isa for isa in kernels.supported_isas() if isa != kernels.isa()]
 TESTS = [
     "test_linear24.py",
     "test_linear24_int8.py",
+    "test_linear64.py",
     "test_linear_int8.py",
     # Of the library's tests those that depend on how a kernel expands weights.
     "test_library.py::test_parity",

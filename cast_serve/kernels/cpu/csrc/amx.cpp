@@ -9,7 +9,7 @@ namespace {
 
 bool is_supported() {
   static const bool is_granted = [] {
-    if (!kAvx512Bf16.is_supported() || !__builtin_cpu_supports("avx512vbmi2")) return false;
+    if (!kAvx512Bf16.is_supported()) return false;
     unsigned eax = 7, ebx, ecx = 0, edx;
     asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
     const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
@@ -30,6 +30,9 @@ const Kernel kAmx = {"amx",
                      &Products::kLinear24Int8,
                      &Products::kLinear24Int4,
                      &Products::kLinearInt8,
+                     &kAvx512Bf16Linear64,
+                     &kVnniLinear64Int8,
+                     &kVnniLinear64Int4,
                      &kAvx512Expansion,
                      true};
 

@@ -16,6 +16,9 @@ const Kernel kAvx2 = {"avx2",
                       &avx2::kLinear24Int8,
                       &avx2::kLinear24Int4,
                       &avx2::kLinearInt8,
+                      &avx2::kLinear64,
+                      &avx2::kLinear64,
+                      &avx2::kLinear64,
                       &avx2::kExpansion,
                       false};
 }  // namespace cast

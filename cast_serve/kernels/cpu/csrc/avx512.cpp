@@ -10,6 +10,7 @@ static bool is_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("f16c");
 }
 const Product kAvx512Linear24 = avx512::kLinear24;
+const Product kAvx512Linear64 = avx512::kLinear64;
 const Expansion kAvx512Expansion = avx512::kExpansion;
 const Kernel kAvx512 = {"avx512",
                         is_supported,
@@ -17,6 +18,9 @@ const Kernel kAvx512 = {"avx512",
                         &avx512::kLinear24Int8,
                         &avx512::kLinear24Int4,
                         &avx512::kLinearInt8,
+                        &kAvx512Linear64,
+                        &kAvx512Linear64,
+                        &kAvx512Linear64,
                         &kAvx512Expansion,
                         false};
 }  // namespace cast

@@ -1,9 +1,10 @@
-// The 2:4 linear for x86 with AVX-512 VNNI, VBMI and GFNI: 8-bit and 4-bit weights by the kernels
-// for few and for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by
+// The 2:4 linear for x86 with AVX-512 VNNI, VBMI, VBMI2 and GFNI: 8-bit and 4-bit weights by the
+// kernels for few and for many tokens, 16-bit and 32-bit weights, which gain nothing from these, by
 // avx512.cpp. Dense int8 weights, the head's, are for few tokens too: of many prompt tokens it sees
 // the last alone.
 #include <algorithm>
 
+#include "avx512vnni64.h"
 #include "avx512vnni_few.h"
 #include "avx512vnni_many.h"
 #include "avx512vnni_x.h"
@@ -84,9 +85,10 @@ void run_dense(const Linear24& p, const void* workspace, int64_t begin, int64_t 
 
 bool is_supported() {
   return kAvx512.is_supported() && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("gfni");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("gfni");
 }
 
 }  // namespace
@@ -94,8 +96,18 @@ bool is_supported() {
 const Product kVnniLinear24Int8 = {workspace_bytes, prepare, run};
 const Product kVnniLinear24Int4 = {workspace_bytes, prepare, run_int4};
 const Product kVnniLinearInt8 = {dense_workspace_bytes, prepare_dense, run_dense};
-const Kernel kAvx512Vnni = {
-    "avx512_vnni",      is_supported,     &kAvx512Linear24,  &kVnniLinear24Int8,
-    &kVnniLinear24Int4, &kVnniLinearInt8, &kAvx512Expansion, false};
+const Product kVnniLinear64Int8 = {integer_x_bytes, prepare_integer_x, run_integers64<0>};
+const Product kVnniLinear64Int4 = {integer_x_bytes, prepare_integer_x, run_int4_of_64};
+const Kernel kAvx512Vnni = {"avx512_vnni",
+                            is_supported,
+                            &kAvx512Linear24,
+                            &kVnniLinear24Int8,
+                            &kVnniLinear24Int4,
+                            &kVnniLinearInt8,
+                            &kAvx512Linear64,
+                            &kVnniLinear64Int8,
+                            &kVnniLinear64Int4,
+                            &kAvx512Expansion,
+                            false};
 
 }  // namespace cast

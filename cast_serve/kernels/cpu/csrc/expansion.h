@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "elements.h"
+#include "generic64.h"
 #include "linear24.h"
 
 namespace cast {
@@ -67,6 +68,11 @@ inline void expand_int4_rows(const Linear24& p, int64_t begin, int64_t end, floa
 }
 
 inline void expand_to_float(const Linear24& p, int64_t begin, int64_t end, float* rows) {
+  if (p.kept != 0) {
+    if (p.dtype == DType::kBFloat16) return expand_rows64<BFloat16>(p, begin, end, rows);
+    if (p.dtype == DType::kFloat16) return expand_rows64<_Float16>(p, begin, end, rows);
+    return expand_rows64<float>(p, begin, end, rows);
+  }
   if (p.scale_group != 0) return expand_int4_rows(p, begin, end, rows);
   if (p.scale != nullptr) return expand_rows<int8_t>(p, begin, end, rows);
   switch (p.dtype) {
@@ -80,7 +86,9 @@ inline void expand_to_float(const Linear24& p, int64_t begin, int64_t end, float
 }
 
 inline void expand_bf16(const Linear24& p, int64_t begin, int64_t end, void* rows) {
-  return expand_rows<BFloat16>(p, begin, end, static_cast<BFloat16*>(rows));
+  BFloat16* to = static_cast<BFloat16*>(rows);
+  if (p.kept != 0) return expand_rows64<BFloat16>(p, begin, end, to);
+  return expand_rows<BFloat16>(p, begin, end, to);
 }
 
 template <typename T>

@@ -1,6 +1,6 @@
-// The 2:4 linears for many tokens by torch's dense product (oneDNN's or MKL's): blocks of rows are
-// expanded to dense in the cache, and multiplied there. Beside ops.cpp, which includes it, it is
-// the only file that knows torch.
+// The sparse linears for many tokens by torch's dense product (oneDNN's or MKL's): blocks of rows
+// are expanded to dense in the cache, and multiplied there. Beside ops.cpp, which includes it, it
+// is the only file that knows torch.
 //
 // bf16 weights are multiplied in bf16 with fp32 sums where the kernel's CPUs have instructions for
 // that; a bias is rounded to bf16 there. All else is multiplied in fp32, where 8-bit and 16-bit
@@ -28,7 +28,7 @@ namespace cast {
 
 // Of a thread's block, at least, where it has as many: a few MiB, in L2 or L3. For fewer rows MKL
 // takes longer for each.
-constexpr int64_t kLibraryBlockTileRows = 32;
+constexpr int64_t kLibraryBlockRows = 256;
 
 // A dropped weight is multiplied here, and 0 * Inf would be NaN. (x that is quantised may hold
 // anything: Inf and NaN make the whole token NaN anyway.)
@@ -57,12 +57,14 @@ inline void multiply_by_library(const Kernel& kernel, const Linear24& p, const a
     at::AutoDispatchBelowADInplaceOrView guard;  // these threads are not in x's inference mode
     // Nor in the caller's autocast, which would multiply the caller's own share in 16 bits.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const int64_t num_blocks = std::max<int64_t>((end - begin) / kLibraryBlockTileRows, 1);
+    const int64_t num_blocks =
+        std::max<int64_t>((end - begin) * p.tile_rows() / kLibraryBlockRows, 1);
     const int64_t block = (end - begin + num_blocks - 1) / num_blocks;
-    const at::Tensor dense = at::empty({block * kTileRows, p.padded_in_features()}, x.options());
+    const at::Tensor dense =
+        at::empty({block * p.tile_rows(), p.padded_in_features()}, x.options());
     for (int64_t tile_row = begin; tile_row < end; tile_row += block) {
-      const int64_t block_end = std::min(tile_row + block, end), first = tile_row * kTileRows;
-      const int64_t num_rows = std::min(block_end * kTileRows, p.out_features) - first;
+      const int64_t block_end = std::min(tile_row + block, end), first = tile_row * p.tile_rows();
+      const int64_t num_rows = std::min(block_end * p.tile_rows(), p.out_features) - first;
       if (is_bf16)
         kernel.expansion->bf16(p, tile_row, block_end, dense.mutable_data_ptr());
       else

@@ -25,6 +25,7 @@
 namespace cast {
 
 constexpr int64_t kTileRows = 8;
+constexpr int64_t kTileRows64 = 16;  // of weights that keep n of 64
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kTileKept = kTileColumns / 2;
 
@@ -40,7 +41,7 @@ constexpr int64_t kMostScaleGroups = 4;  // of a tile
 
 enum class DType { kBFloat16, kFloat16, kFloat32 };
 
-enum class Weights { kOfXsDType, kInt8, kInt4, kDenseInt8 };  // 2:4, but the last
+enum class Weights { kOfXsDType, kInt8, kInt4, kDenseInt8 };  // the last has no zeros
 
 // What is chosen by measurement (cpu/tuning.py); defaults in ops.cpp.
 // Of the weights, for few tokens: into no cache, L1, L2. For many, kT0 is L1 and else L2.
@@ -62,15 +63,17 @@ struct Linear24 {
   const void* x;     // [M, K], dtype; a token's K values are contiguous
   int64_t x_stride;  // elements from one token to the next
   const uint8_t* packed;
-  const float* scale;  // [N], of int8 weights; else null
-  const float* bias;   // [N] or null
-  void* out;           // [M, N], dtype, contiguous
+  const float* scale = nullptr;  // [N], of int8 weights; else null
+  const float* bias;             // [N] or null
+  void* out;                     // [M, N], dtype, contiguous
   int64_t num_tokens, out_features, in_features;
   DType dtype;
   Tuning tuning;
   int64_t scale_group = 0;  // columns that share a scale, 128, 64 or 32, of 4-bit weights; else 0
+  int64_t kept = 0;         // of 64 columns, in the layout of linear64.h; 0: 2:4
 
-  int64_t num_tile_rows() const { return (out_features + kTileRows - 1) / kTileRows; }
+  int64_t tile_rows() const { return kept == 0 ? kTileRows : kTileRows64; }
+  int64_t num_tile_rows() const { return (out_features + tile_rows() - 1) / tile_rows(); }
   int64_t num_tile_columns() const { return (in_features + kTileColumns - 1) / kTileColumns; }
   int64_t num_int8_tile_columns() const {
     return (in_features + kInt8TileColumns - 1) / kInt8TileColumns;
@@ -97,10 +100,10 @@ struct Product {
   void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
 };
 
-// What a library's dense product takes: the tile rows [begin, end) of 2:4 weights as dense rows,
-// [8 * (end - begin)][padded_in_features()], in fp32 without their scale (of 4-bit weights: with
-// it), or in bf16 for bf16 weights; and x for 8-bit and 4-bit weights, quantised and times its
-// scales, [M][padded_in_features()].
+// What a library's dense product takes: the tile rows [begin, end) of sparse weights as dense rows,
+// [tile_rows() * (end - begin)][padded_in_features()], in fp32 without their scale (of 4-bit
+// weights: with it), or in bf16 for bf16 weights; and x for 8-bit and 4-bit weights, quantised and
+// times its scales, [M][padded_in_features()].
 struct Expansion {
   void (*floats)(const Linear24&, int64_t begin, int64_t end, float* rows);
   void (*bf16)(const Linear24&, int64_t begin, int64_t end, void* rows);
@@ -112,6 +115,7 @@ struct Kernel {
   const char* isa;
   bool (*is_supported)();
   const Product *linear24, *linear24_int8, *linear24_int4, *linear_int8;
+  const Product *linear64, *linear64_int8, *linear64_int4;
   const Expansion* expansion;
   bool has_bf16;
 };
@@ -127,6 +131,7 @@ extern const Kernel kAmxEmulated;
 // Other kernels use these too.
 extern const Product kAvx512Linear24, kAvx512Bf16Linear24;
 extern const Product kVnniLinear24Int8, kVnniLinear24Int4, kVnniLinearInt8;
+extern const Product kAvx512Linear64, kAvx512Bf16Linear64, kVnniLinear64Int8, kVnniLinear64Int4;
 extern const Expansion kAvx512Expansion;
 #endif
 

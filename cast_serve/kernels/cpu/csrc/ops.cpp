@@ -8,7 +8,7 @@
 #include <string>
 
 #include "library.h"
-#include "linear24.h"
+#include "linear64.h"
 
 namespace {
 
@@ -117,6 +117,7 @@ struct Call {
 using cast::Weights;
 
 int64_t tile_bytes_of(const cast::Linear24& p, Weights weights) {
+  if (p.kept != 0) return cast::tile_bytes64(p);
   switch (weights) {
     case Weights::kInt8:
       return cast::kInt8TileBytes;
@@ -129,18 +130,27 @@ int64_t tile_bytes_of(const cast::Linear24& p, Weights weights) {
   }
 }
 
-// scale_group: of 4-bit weights, else 0.
+// What only some weights have.
+struct More {
+  int64_t scale_group = 0;       // of 4-bit weights
+  int64_t kept = 0;              // of 64 columns; 0: 2:4
+  const float* scale = nullptr;  // of 8-bit weights
+};
+
 Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
-             const std::optional<Tensor>& bias, Weights weights, int64_t scale_group = 0) {
+             const std::optional<Tensor>& bias, Weights weights, const More& more = {}) {
   Call call;
   cast::Linear24& p = call.p;
   p.dtype = dtype_of(op, x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x has no dimension; [..., in_features] is needed");
   p.in_features = x.size(-1);
   p.out_features = out_features;
-  TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % 4 == 0, op, ": in_features ",
-                    p.in_features, " is no positive multiple of 4");
-  p.scale_group = scale_group;
+  const int64_t multiple = more.kept == 0 ? 4 : cast::kTileColumns;
+  TORCH_CHECK_VALUE(p.in_features > 0 && p.in_features % multiple == 0, op, ": in_features ",
+                    p.in_features, " is not a positive multiple of ", multiple);
+  p.scale_group = more.scale_group;
+  p.kept = more.kept;
+  p.scale = more.scale;
   const int64_t tile_columns =
       weights == Weights::kOfXsDType ? p.num_tile_columns() : p.num_int8_tile_columns();
   const int64_t tile_bytes = tile_bytes_of(p, weights);
@@ -167,7 +177,6 @@ Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_
   p.x = call.rows.const_data_ptr();
   p.x_stride = call.rows.stride(0);
   p.packed = packed.const_data_ptr<uint8_t>();
-  p.scale = nullptr;
   p.bias = bias.has_value() ? call.float_bias.const_data_ptr<float>() : nullptr;
   p.out = call.out.mutable_data_ptr();
   p.num_tokens = call.rows.size(0);
@@ -203,15 +212,18 @@ Tensor linear24(const Tensor& x, const Tensor& packed, int64_t out_features,
   return computed(*kernel().linear24, call);
 }
 
-Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
-                  int64_t out_features, const std::optional<Tensor>& bias, Weights weights) {
-  Call call = checked(op, x, packed, out_features, bias, weights);
+const float* row_scales(const char* op, const Tensor& scale, int64_t out_features) {
   TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 &&
                         scale.size(0) == out_features && scale.is_contiguous(),
                     op, ": scale is ", scale.scalar_type(), " ", scale.sizes(),
                     "; a contiguous float32 [", out_features, "] is needed");
-  call.p.scale = scale.const_data_ptr<float>();
-  return call;
+  return scale.const_data_ptr<float>();
+}
+
+Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                  int64_t out_features, const std::optional<Tensor>& bias, Weights weights) {
+  return checked(op, x, packed, out_features, bias, weights,
+                 {.scale = row_scales(op, scale, out_features)});
 }
 
 Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
@@ -222,13 +234,44 @@ Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
   return computed(*kernel().linear24_int8, call);
 }
 
+void check_scale_group(const char* op, int64_t group) {
+  TORCH_CHECK_VALUE(group == 128 || group == 64 || group == 32, op, ": a scale group of ", group,
+                    " columns is none of 128, 64 and 32");
+}
+
 Tensor linear24_int4(const Tensor& x, const Tensor& packed, int64_t group, int64_t out_features,
                      const std::optional<Tensor>& bias) {
-  TORCH_CHECK_VALUE(group == 128 || group == 64 || group == 32, "linear24_int4: a scale group of ",
-                    group, " columns is none of 128, 64 and 32");
-  const Call call = checked("linear24_int4", x, packed, out_features, bias, Weights::kInt4, group);
+  check_scale_group("linear24_int4", group);
+  const Call call = checked("linear24_int4", x, packed, out_features, bias, Weights::kInt4,
+                            {.scale_group = group});
   if (is_for_library(call.p, call.p.tuning.library_tokens_int8)) return computed_by_library(call);
   return computed(*kernel().linear24_int4, call);
+}
+
+// scale: of 8-bit weights; scale_group: of 4-bit weights, else 0.
+Tensor linear64(const Tensor& x, const Tensor& packed, int64_t kept, int64_t out_features,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                int64_t scale_group) {
+  const char* op = "linear64";
+  TORCH_CHECK_VALUE(0 < kept && kept < 64, op, ": ", kept,
+                    " of 64 columns are kept; 1 to 63 is needed");
+  TORCH_CHECK_VALUE(!scale.has_value() || scale_group == 0, op,
+                    ": scale is of 8-bit weights and scale_group of 4-bit ones; pass one of them");
+  if (scale_group != 0) check_scale_group(op, scale_group);
+  More more = {.scale_group = scale_group, .kept = kept};
+  if (scale.has_value()) more.scale = row_scales(op, *scale, out_features);
+  const bool has_integers = scale_group != 0 || scale.has_value();
+  // Any integer weights: it says how many columns a tile has.
+  const Weights weights = has_integers ? Weights::kInt8 : Weights::kOfXsDType;
+  const Call call = checked(op, x, packed, out_features, bias, weights, more);
+  const cast::Tuning& now = call.p.tuning;
+  if (is_for_library(call.p, has_integers ? now.library_tokens_int8 : now.library_tokens) &&
+      (has_integers || cast::is_finite(call.rows)))
+    return computed_by_library(call);
+  return computed(scale_group != 0    ? *kernel().linear64_int4
+                  : scale.has_value() ? *kernel().linear64_int8
+                                      : *kernel().linear64,
+                  call);
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t out_features,
@@ -257,6 +300,9 @@ TORCH_LIBRARY(cast, m) {
   m.def(
       "linear_int8(Tensor x, Tensor packed, Tensor scale, int out_features, Tensor? bias=None) "
       "-> Tensor");
+  m.def(
+      "linear64(Tensor x, Tensor packed, int kept, int out_features, Tensor? bias=None, "
+      "Tensor? scale=None, int scale_group=0) -> Tensor");
   m.def("cpu_isas() -> str[]", &cpu_isas);
   m.def("cpu_tuning() -> (int, int, int, str, int, int)", &cpu_tuning);
   m.def(
@@ -270,4 +316,5 @@ TORCH_LIBRARY_IMPL(cast, CPU, m) {
   m.impl("linear24_int8", &linear24_int8);
   m.impl("linear24_int4", &linear24_int4);
   m.impl("linear_int8", &linear_int8);
+  m.impl("linear64", &linear64);
 }

@@ -13,6 +13,9 @@ const Kernel kPortable = {"portable",
                           &portable::kLinear24Int8,
                           &portable::kLinear24Int4,
                           &portable::kLinearInt8,
+                          &portable::kLinear64,
+                          &portable::kLinear64,
+                          &portable::kLinear64,
                           &portable::kExpansion,
                           false};
 }  // namespace cast

@@ -1,0 +1,109 @@
+// What the AVX-512 kernels for weights that keep n of 64 (linear64.h) share: where a panel's rows
+// and tokens are cut, and the output.
+//
+// Up to eight tokens are multiplied with each step as it is expanded. More meet a panel of two tile
+// rows, of which one tile each is expanded into L1 and multiplied with up to twelve tokens at a
+// time; their sums, of up to 256 tokens, stay in L1 and L2.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "avx512_common.h"
+#include "linear64.h"
+
+namespace cast {
+namespace {
+
+constexpr int64_t kFewTokens64 = 8;
+constexpr int kPanelTileRows = 2;
+constexpr int64_t kPanelTokens = 256;  // that share an expanded tile
+constexpr int64_t kMostBlockTokens = 12;
+constexpr int kSteps64 = 32;                // of a tile
+constexpr int64_t kStepBytes64 = 64;        // dense
+constexpr int64_t kBytesAhead64 = 8 << 10;  // of the packed weights that are prefetched
+
+// The weights of a panel's tile as dense products take them, [tile row][step].
+using PanelTile = uint8_t[kPanelTileRows][kSteps64][kStepBytes64];
+
+inline uint64_t load_8_bytes(const uint8_t* from) {
+  uint64_t bits;
+  std::memcpy(&bits, from, 8);
+  return bits;
+}
+
+inline __m512i broadcast_4_bytes(const void* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Sixteen rows of a token from out_feature n on -> x's dtype, with scale and bias.
+inline void store_rows(const Linear24& p, int64_t n, int64_t token, __m512 sum) {
+  const int64_t left = std::min(p.out_features - n, kTileRows64), size = element_bytes(p.dtype);
+  if (left <= 0) return;
+  const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
+  if (p.scale != nullptr) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(inside, p.scale + n));
+  if (p.bias != nullptr) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, p.bias + n));
+  uint8_t* out = static_cast<uint8_t*>(p.out) + (token * p.out_features + n) * size;
+  alignas(64) uint8_t rounded[64];
+  uint8_t* to = left == kTileRows64 ? out : rounded;
+  store_8(p.dtype, _mm512_castps512_ps256(sum), to);
+  store_8(p.dtype, _mm512_extractf32x8_ps(sum, 1), to + 8 * size);
+  if (to == rounded) std::memcpy(out, rounded, left * size);
+}
+
+// f<count>() for a count from 1 to kMost that is known when it runs.
+template <int kMost, typename Function>
+inline void with_constant(int64_t count, const Function& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    ((count == kIndex + 1 ? f.template operator()<kIndex + 1>() : void()), ...);
+  }(std::make_integer_sequence<int, kMost>());
+}
+
+// f<tokens>(first) for blocks of up to kMostBlockTokens of `tokens`, as even as can be.
+template <typename Function>
+inline void for_each_block(int64_t tokens, const Function& f) {
+  const int64_t num_blocks = (tokens + kMostBlockTokens - 1) / kMostBlockTokens;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t first = tokens * block / num_blocks;
+    with_constant<kMostBlockTokens>(tokens * (block + 1) / num_blocks - first,
+                                    [&]<int kTokens>() { f.template operator()<kTokens>(first); });
+  }
+}
+
+// Many tokens. expand(tile bytes, to[step]) expands one tile; multiply<kTokens>(panel, tile number,
+// the panel's tiles' bytes, first token, sums) adds to sums, [token][tile row][16 rows].
+template <typename Expand, typename Multiply>
+inline void run_panels(const Linear24& p, int64_t begin, int64_t end, const Expand& expand,
+                       const Multiply& multiply) {
+  const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
+  const int64_t row_bytes = num_tiles * tile_bytes;
+  alignas(64) float sums[kPanelTokens * kPanelTileRows * kTileRows64];
+  alignas(64) PanelTile panel;
+  for (int64_t row = begin; row < end; row += kPanelTileRows)
+    for (int64_t first = 0; first < p.num_tokens; first += kPanelTokens) {
+      const int64_t tokens = std::min(p.num_tokens - first, kPanelTokens);
+      std::memset(sums, 0, tokens * kPanelTileRows * kTileRows64 * sizeof(float));
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        const uint8_t* tiles[kPanelTileRows];
+        for (int j = 0; j < kPanelTileRows; ++j) {  // after the last row it is taken twice
+          tiles[j] = p.packed + std::min(row + j, end - 1) * row_bytes + i * tile_bytes;
+          for (int64_t line = 0; line < tile_bytes; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(tiles[j] + tile_bytes + line), _MM_HINT_T1);
+          expand(tiles[j], panel[j]);
+        }
+        for_each_block(tokens, [&]<int kTokens>(int64_t block) {
+          multiply.template operator()<kTokens>(panel, i, tiles, first + block,
+                                                sums + block * kPanelTileRows * kTileRows64);
+        });
+      }
+      for (int64_t token = 0; token < tokens; ++token)
+        for (int j = 0; j < kPanelTileRows && row + j < end; ++j)
+          store_rows(p, (row + j) * kTileRows64, first + token,
+                     _mm512_load_ps(sums + (token * kPanelTileRows + j) * kTileRows64));
+    }
+}
+
+}  // namespace
+}  // namespace cast

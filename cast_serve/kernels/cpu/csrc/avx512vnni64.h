@@ -1,0 +1,246 @@
+// 8-bit and 4-bit weights that keep n of 64, by vpexpandb and vpdpbusd.
+//
+// vpdpbusd takes one side unsigned: here the weights, stored plus 128 or 8. What a row drops
+// becomes 128 or 8 too, not 0, so that all rows are too large by that times the sum of x alone: a
+// token's sums begin at minus that, a number for each scale group.
+#pragma once
+#include "avx512_64.h"
+#include "avx512vnni_x.h"
+
+namespace cast {
+namespace {
+
+// x, int8 [tile][token][128]; starts of the integer sums, [tile][scale group of the
+// weights][token]; scales, [tile][token].
+struct IntegerX {
+  const uint8_t* integers;
+  const int32_t* starts;
+  const float* scales;
+};
+
+inline int64_t groups64(const Linear24& p) { return p.scale_group != 0 ? p.num_scale_groups() : 1; }
+
+inline IntegerX integer_x(const Linear24& p, const void* workspace) {
+  const uint8_t* integers = static_cast<const uint8_t*>(workspace);
+  const int64_t pairs = num_tiles64(p) * p.num_tokens;  // of a tile and a token
+  const auto* starts = reinterpret_cast<const int32_t*>(integers + pairs * kInt8TileColumns);
+  return {integers, starts, reinterpret_cast<const float*>(starts + pairs * groups64(p))};
+}
+
+inline int64_t integer_x_bytes(const Linear24& p) {
+  return num_tiles64(p) * p.num_tokens * (kInt8TileColumns + 4 * groups64(p) + 4);
+}
+
+inline void prepare_integer_x(const Linear24& p, void* workspace) {
+  const IntegerX x = integer_x(p, workspace);
+  uint8_t* integers = static_cast<uint8_t*>(workspace);
+  int32_t* starts = const_cast<int32_t*>(x.starts);
+  float* scales = const_cast<float*>(x.scales);
+  const int64_t groups = groups64(p), quarters = 4 / groups;  // of a tile, in a scale group
+  const int32_t offset = p.scale_group != 0 ? 8 : 128;
+  for (int64_t tile = 0; tile < num_tiles64(p); ++tile)
+    for (int64_t token = 0; token < p.num_tokens; ++token, integers += kInt8TileColumns) {
+      *scales++ = quantize(p, token, tile, integers);
+      int32_t sums[4];
+      for (int half = 0; half < 2; ++half) {
+        const __m512i plus_zero = _mm512_loadu_si512(integers + half * 64);
+        _mm512_storeu_si512(integers + half * 64,
+                            _mm512_xor_si512(plus_zero, _mm512_set1_epi8(-128)));
+        const __m512i of_four =
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), plus_zero, _mm512_set1_epi8(1));
+        sums[half * 2] = _mm512_mask_reduce_add_epi32(0x00FF, of_four) - 32 * kZero;
+        sums[half * 2 + 1] = _mm512_mask_reduce_add_epi32(0xFF00, of_four) - 32 * kZero;
+      }
+      for (int64_t group = 0; group < groups; ++group) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < quarters; ++i) sum += sums[group * quarters + i];
+        starts[(tile * groups + group) * p.num_tokens + token] = -offset * sum;
+      }
+    }
+}
+
+// kGroups: scale groups of a tile of 4-bit weights; 0: 8-bit weights.
+template <int kGroups>
+struct Expander64 {
+  static constexpr bool kIsInt4 = kGroups != 0;
+  const __m512i dropped = _mm512_set1_epi8(kIsInt4 ? 8 : -128);
+  const __m512i low_bits = _mm512_set1_epi8(15);
+  const __m512i upper = _mm512_set1_epi64(0x1020408000000000);  // of GFNI: a byte's upper half
+  const uint8_t* values[2];                                     // of both halves of a tile
+  const uint8_t* masks;
+
+  Expander64(const Linear24& p, const uint8_t* tile) : masks(tile + values_bytes64(p)) {
+    values[0] = tile, values[1] = kIsInt4 ? tile : tile + kTileRows64 * p.kept;
+  }
+  // The next step of a half.
+  template <int kHalf>
+  __m512i next(int step) {
+    const uint64_t mask = load_8_bytes(masks + (kHalf * kSteps64 / 2 + step) * 8);
+    __m512i kept = _mm512_loadu_si512(values[kHalf]);  // and what follows: masks at the end
+    values[kHalf] += __builtin_popcountll(mask);
+    if constexpr (kIsInt4)
+      kept = kHalf == 0 ? _mm512_and_si512(kept, low_bits)
+                        : _mm512_gf2p8affine_epi64_epi8(kept, upper, 0);
+    return _mm512_mask_expand_epi8(dropped, mask, kept);
+  }
+};
+
+// The scales of a tile's rows.
+inline __m512 row_scales64(const uint8_t* scales, int group) {
+  const __m256i words =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + group * kTileRows64 * 2));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+using Dots64 = __v16si;  // GCC 12 copies an __m512i to and fro in loops of vpdpbusd
+
+inline Dots64 add_step64(Dots64 dots, __m512i weights, const uint8_t* four) {
+  return (Dots64)_mm512_dpbusd_epi32((__m512i)dots, weights, broadcast_4_bytes(four));
+}
+
+template <int kGroups, int kTokens>
+__attribute__((noinline)) void run_few_integers64(const Linear24& p, const IntegerX& all_x,
+                                                  int64_t begin, int64_t end) {
+  constexpr int kHalfSteps = kSteps64 / 2, kPhases = kGroups == 4 ? 2 : 1;
+  constexpr int kStarts = kGroups == 0 ? 1 : kGroups;
+  const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
+  const int64_t scales_at = scales_at64(p), ahead_step = (tile_bytes + kHalfSteps - 1) / kHalfSteps;
+  const uint8_t* tile = p.packed + begin * num_tiles * tile_bytes;
+  for (int64_t row = begin; row < end; ++row) {
+    __m512 sums[kTokens] = {};
+    IntegerX x = all_x;
+    for (int64_t i = 0; i < num_tiles; ++i, tile += tile_bytes) {
+      Expander64<kGroups> steps(p, tile);
+      const uint8_t* ahead = tile + kBytesAhead64;
+#pragma GCC unroll 2
+      for (int phase = 0; phase < kPhases; ++phase) {
+        Dots64 dots[2][kTokens];
+#pragma GCC unroll 8
+        for (int token = 0; token < kTokens; ++token)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const int group = kGroups == 4 ? half * 2 + phase : half;
+            dots[half][token] = group < kStarts
+                                    ? (Dots64)_mm512_set1_epi32(x.starts[group * kTokens + token])
+                                    : Dots64{};
+          }
+#pragma GCC unroll 4
+        for (int i_step = 0; i_step < kHalfSteps / kPhases; ++i_step) {
+          const int step = phase * (kHalfSteps / kPhases) + i_step;
+          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T0);
+          ahead += ahead_step;
+          const __m512i first = steps.template next<0>(step);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token)
+            dots[0][token] =
+                add_step64(dots[0][token], first, x.integers + token * kInt8TileColumns + step * 4);
+          const __m512i second = steps.template next<1>(step);
+#pragma GCC unroll 8
+          for (int token = 0; token < kTokens; ++token)
+            dots[1][token] = add_step64(dots[1][token], second,
+                                        x.integers + token * kInt8TileColumns + 64 + step * 4);
+        }
+#pragma GCC unroll 8
+        for (int token = 0; token < kTokens; ++token) {
+          const __m512 scale = _mm512_set1_ps(x.scales[token]);
+          if constexpr (kGroups <= 1) {
+            const __m512 dot = _mm512_cvtepi32_ps((__m512i)(dots[0][token] + dots[1][token]));
+            const __m512 both =
+                kGroups == 0 ? scale : _mm512_mul_ps(scale, row_scales64(tile + scales_at, 0));
+            sums[token] = _mm512_fmadd_ps(dot, both, sums[token]);
+          } else {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              const int group = kGroups == 4 ? half * 2 + phase : half;
+              const __m512 both = _mm512_mul_ps(scale, row_scales64(tile + scales_at, group));
+              sums[token] = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots[half][token]), both,
+                                            sums[token]);
+            }
+          }
+        }
+      }
+      x.integers += kTokens * kInt8TileColumns;
+      x.starts += kTokens * kStarts;
+      x.scales += kTokens;
+    }
+    for (int token = 0; token < kTokens; ++token)
+      store_rows(p, row * kTileRows64, token, sums[token]);
+  }
+}
+
+template <int kGroups, int kTokens>
+inline void multiply_integers64(const Linear24& p, const PanelTile& panel, const IntegerX& all_x,
+                                int64_t tile, const uint8_t* const (&tiles)[kPanelTileRows],
+                                int64_t first, float* sums) {
+  constexpr int kStarts = kGroups == 0 ? 1 : kGroups, kGroupSteps = kSteps64 / kStarts;
+  const uint8_t* x = all_x.integers + (tile * p.num_tokens + first) * kInt8TileColumns;
+  const float* scales = all_x.scales + tile * p.num_tokens + first;
+  for (int group = 0; group < kStarts; ++group) {
+    const int32_t* starts = all_x.starts + (tile * kStarts + group) * p.num_tokens + first;
+    Dots64 dots[kPanelTileRows][kTokens];
+#pragma GCC unroll 12
+    for (int token = 0; token < kTokens; ++token)
+      dots[0][token] = dots[1][token] = (Dots64)_mm512_set1_epi32(starts[token]);
+#pragma GCC unroll 2
+    for (int step = group * kGroupSteps; step < (group + 1) * kGroupSteps; ++step) {
+      const __m512i above = _mm512_load_si512(panel[0][step]);
+      const __m512i below = _mm512_load_si512(panel[1][step]);
+#pragma GCC unroll 12
+      for (int token = 0; token < kTokens; ++token) {
+        const __m512i four = broadcast_4_bytes(x + token * kInt8TileColumns + step * 4);
+        dots[0][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[0][token], above, four);
+        dots[1][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[1][token], below, four);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kPanelTileRows; ++j) {
+      __m512 of_rows = _mm512_setzero_ps();
+      if constexpr (kGroups != 0) of_rows = row_scales64(tiles[j] + scales_at64(p), group);
+#pragma GCC unroll 12
+      for (int token = 0; token < kTokens; ++token) {
+        float* sum = sums + (token * kPanelTileRows + j) * kTileRows64;
+        __m512 scale = _mm512_set1_ps(scales[token]);
+        if constexpr (kGroups != 0) scale = _mm512_mul_ps(scale, of_rows);
+        const __m512 dot = _mm512_cvtepi32_ps((__m512i)dots[j][token]);
+        _mm512_store_ps(sum, _mm512_fmadd_ps(dot, scale, _mm512_load_ps(sum)));
+      }
+    }
+  }
+}
+
+template <int kGroups>
+void run_integers64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  const IntegerX x = integer_x(p, workspace);
+  if (p.num_tokens <= kFewTokens64)
+    return with_constant<kFewTokens64>(p.num_tokens, [&]<int kTokens>() {
+      run_few_integers64<kGroups, kTokens>(p, x, begin, end);
+    });
+  run_panels(
+      p, begin, end,
+      [&](const uint8_t* tile, uint8_t(&to)[kSteps64][kStepBytes64]) {
+        Expander64<kGroups> steps(p, tile);
+        for (int step = 0; step < kSteps64 / 2; ++step) {
+          _mm512_store_si512(to[step], steps.template next<0>(step));
+          _mm512_store_si512(to[kSteps64 / 2 + step], steps.template next<1>(step));
+        }
+      },
+      [&]<int kTokens>(const PanelTile& panel, int64_t tile,
+                       const uint8_t* const(&tiles)[kPanelTileRows], int64_t first, float* sums) {
+        multiply_integers64<kGroups, kTokens>(p, panel, x, tile, tiles, first, sums);
+      });
+}
+
+inline void run_int4_of_64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  switch (p.scale_group) {
+    case 128:
+      return run_integers64<1>(p, workspace, begin, end);
+    case 64:
+      return run_integers64<2>(p, workspace, begin, end);
+    default:
+      return run_integers64<4>(p, workspace, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace cast

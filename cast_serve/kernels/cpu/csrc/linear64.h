@@ -1,0 +1,41 @@
+// Weights that keep n of each 64 columns of a row, whichever n: their packed layout.
+//
+// A tile is 16 out_features x 64 in_features, or x 128 of 8-bit and 4-bit weights. It is cut into
+// steps of as many columns as have 4 bytes in a dense weight: 4 of 8 and of 4 bits, 2 of 16, 1 of
+// 32. So a step's dense weights are 64 bytes, a register: row after row, in a row column by column.
+//
+//     values  the kept weights, step after step in that order; 8 bits plus 128, 4 bits plus 8
+//     masks   a bit for each weight in that order, 1 = kept: 128 bytes, or 256 for 128 columns
+//     scales  of 4-bit weights: a bf16 number for each scale group and row, [scale group][16]
+//
+// Byte j of 4-bit values has the j-th kept weight of the tile's first 64 columns in its lower half,
+// and of the second 64 columns in its upper half. 64 columns of a tile keep 16 n weights, so all
+// tiles have the same size; where in it a step's values begin is the number of bits before it.
+// N and K are padded to whole tiles with zero values in the first n of 64 columns.
+//
+// One instruction (vpexpandb, vpexpandw) turns values and a mask into the register, which is then
+// multiplied as a dense product's: rows in lanes, each token's columns broadcast.
+#pragma once
+#include "linear24.h"
+
+namespace cast {
+
+inline int64_t tile_columns64(const Linear24& p) {
+  return p.has_integers() ? kInt8TileColumns : kTileColumns;
+}
+inline int64_t num_tiles64(const Linear24& p) {  // of a tile row
+  return p.padded_in_features() / tile_columns64(p);
+}
+inline int64_t values_bytes64(const Linear24& p) {  // of a tile
+  if (p.scale_group != 0) return kTileRows64 * p.kept;
+  if (p.scale != nullptr) return kTileRows64 * p.kept * 2;
+  return kTileRows64 * p.kept * (p.dtype == DType::kFloat32 ? 4 : 2);
+}
+inline int64_t scales_at64(const Linear24& p) {
+  return values_bytes64(p) + kTileRows64 * tile_columns64(p) / 8;
+}
+inline int64_t tile_bytes64(const Linear24& p) {
+  return scales_at64(p) + (p.scale_group != 0 ? p.num_scale_groups() * kTileRows64 * 2 : 0);
+}
+
+}  // namespace cast
