@@ -1,7 +1,8 @@
-"""Layer shapes and token counts -> the 2:4 op's times beside other ops': table, JSON, picture.
+"""Layer shapes and token counts -> the sparse op's times beside other ops': table, JSON, picture.
 
     .venv/bin/python -m benchmarks.kernels [--shapes llama-1b] [--tokens 1,4,8,16,64] [--threads 1]
-        [--device cpu|cuda] [--weights bf16|int8|int4|int4-64|int4-32] [--out DIR]
+        [--device cpu|cuda] [--weights bf16|int8|int4|int4-64|int4-32]
+        [--sparsity 2:4|32:64] [--out DIR]
 
 `cast-loadtest kernels` is the same. How it is measured: cpu.py and gpu.py.
 """
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from benchmarks.kernels.shapes import check_weights, parse_tokens, shapes_of
+from benchmarks.kernels.shapes import check_weights, parse_sparsity, parse_tokens, shapes_of
 from cast_serve.options import option
 from loadtest.report import commands
 from loadtest.report.directory import check_out
@@ -32,13 +33,16 @@ def kernels(
     threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
     device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
     weights: Annotated[
-        str, option("NAME", "Of the 2:4 op: bf16, int8, int4, int4-64 or int4-32.")
+        str, option("NAME", "Of the sparse op: bf16, int8, int4, int4-64 or int4-32.")
     ] = "bf16",
+    sparsity: Annotated[
+        str, option("N:M", "Of a CPU, any with M dividing 64; then 2:4 is timed beside it.")
+    ] = "2:4",
     out: Annotated[
         Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
     ] = None,
 ) -> None:
-    """Times the 2:4 op, interleaved, without a server.
+    """Times the sparse op, interleaved, without a server.
 
     On a CPU against vLLM's dense op and torch's, with int8 or int4 also against vLLM's int8 op; on
     a GPU against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
@@ -49,6 +53,7 @@ def kernels(
         if device not in ("cpu", "cuda"):
             raise ValueError(f"--device {device} is not known; choose cpu or cuda")
         check_weights(weights, device)
+        kept = parse_sparsity(sparsity, device)
         if out is not None:
             check_out(out)
     except ValueError as error:
@@ -67,7 +72,8 @@ def kernels(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("shapes x tokens", total=len(linears) * len(counts))
         try:
-            result = bench.run(linears, counts, lambda: progress.advance(task), weights)
+            more = {} if kept is None else {"kept": kept}
+            result = bench.run(linears, counts, lambda: progress.advance(task), weights, **more)
         except (RuntimeError, ValueError) as error:
             print(f"benchmarks.kernels: {error}", file=sys.stderr)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None

@@ -1,18 +1,18 @@
-"""Layer shapes and token counts -> 2:4 against dense times, interleaved on one machine.
+"""Layer shapes and token counts -> sparse against dense times, interleaved on one machine.
 
-Every repetition times the 2:4 op, vLLM's own dense op (oneDNN), torch's plain dense linear and, if
-AMD's zentorch is installed, the op that vLLM then takes, one after the other. Each is timed over
+Every repetition times the sparse op, vLLM's own dense op (oneDNN), torch's plain dense linear and,
+if AMD's zentorch is installed, the op that vLLM then takes, one after the other. Each is timed over
 layers that together exceed the caches. So drift of a shared machine meets all of them. A ratio is
 that of the medians over the repetitions, with a bootstrap interval over them.
 
-With int8 weights the 2:4 op is linear24_int8, with int4 linear24_int4, and ops for dense int8
-weights are timed too. The ops are those of ops_cpu.py, which checks their outputs before anything
-is timed.
+The sparse op multiplies 2:4 weights, or any n of 64, beside which the 2:4 op is timed then. With
+int8 and int4 weights ops for dense int8 weights are timed too. The ops are those of ops_cpu.py,
+which checks their outputs before anything is timed.
 
-Read bandwidth and multiply rate of the same run give the roof: no 2:4 op can be faster than reading
-its bytes, or than half of the dense multiplies. The bandwidth is the best that any reader reached:
-plain streaming reads before and after the run, and the ops in it. The multiply rate is that of a
-dense product of integers for int8 and int4 weights, and of bf16 otherwise.
+Read bandwidth and multiply rate of the same run give the roof: no sparse op can be faster than
+reading its bytes, or than the multiplies of its kept weights. The bandwidth is the best that any
+reader reached: plain streaming reads before and after the run, and the ops in it. The multiply rate
+is that of a dense product of integers for int8 and int4 weights, and of bf16 otherwise.
 
 Layers of a few megabytes are read more slowly than one large array, by whatever reads them. So a
 plain read of as many layers of the same packed size takes its turn among the ops.
@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.kernels.ops_cpu import Linear, layers_of
+from benchmarks.kernels.shapes import scale_group_of
 from cast_serve import kernels
 from cast_serve.intervals import Ratio, draws, ratio_of_quantiles
 from cast_serve.kernels.cpu import tuning
@@ -42,15 +43,7 @@ from loadtest.report.directory import new_directory
 CACHE_BYTES = 320 << 20  # an op's layers of one shape together; the largest L3 seen is 260 MiB
 NUM_REPETITIONS = 7
 MIN_TIMED_S = 0.02  # of one measurement
-# Per weight of the dense shape: values, positions, and with 4 bits scales.
-PACKED_BYTES = {
-    "bf16": 1.125,
-    "int8": 0.625,
-    "int4": 0.390625,
-    "int4-64": 0.40625,
-    "int4-32": 0.4375,
-}
-TABLE_WIDTH = 151  # characters
+TABLE_WIDTH = 170  # characters
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,7 @@ class Timing:
     """Milliseconds of one shape at one number of tokens, per repetition, of each op.
 
     weights: of shapes.WEIGHTS. The int8 ops are None for bf16, zentorch's without it.
+    kept: of 64 columns; None: 2:4, and then `sparse24_ms`, of the 2:4 op beside it, too.
     read_ms: of a plain read of as many bytes as the packed weight has.
     """
 
@@ -71,13 +65,17 @@ class Timing:
     zentorch_ms: list[float] | None = None
     vllm_int8_ms: list[float] | None = None
     zentorch_int8_ms: list[float] | None = None
+    sparse24_ms: list[float] | None = None
     weights: str = "bf16"
+    kept: int | None = None
 
     def best_gb_s(self) -> float:
         """How fast the fastest reader of these ops read its weight, by its median."""
+        packed = packed_bytes(self.weights, self.kept)
         of_each = (
-            (self.sparse_ms, PACKED_BYTES[self.weights]),
-            (self.read_ms, PACKED_BYTES[self.weights]),
+            (self.sparse_ms, packed),
+            (self.read_ms, packed),
+            (self.sparse24_ms, packed_bytes(self.weights)),
             (self.vllm_dense_ms, 2),
             (self.plain_dense_ms, 2),
             (self.zentorch_ms, 2),
@@ -94,11 +92,12 @@ class Timing:
             read_bandwidth_gb_s: of this machine, for the roof.
             peak_gflop_s: of dense multiplies on this machine, for the roof.
         """
-        packed_bytes = self.in_features * self.out_features * PACKED_BYTES[self.weights]
+        num_bytes = self.in_features * self.out_features * packed_bytes(self.weights, self.kept)
         sparse_ms = statistics.median(self.sparse_ms)
         over_vllm = _ratio(self.vllm_dense_ms, self.sparse_ms)
         flops = 2 * self.in_features * self.out_features * self.num_tokens
-        roof_ms = max(packed_bytes / read_bandwidth_gb_s, flops / 2 / peak_gflop_s) / 1e6
+        kept_flops = flops * (self.kept or 32) / 64
+        roof_ms = max(num_bytes / read_bandwidth_gb_s, kept_flops / peak_gflop_s) / 1e6
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -113,7 +112,8 @@ class Timing:
             **self._over("zentorch", self.zentorch_ms),
             **self._over("vllm_int8", self.vllm_int8_ms),
             **self._over("zentorch_int8", self.zentorch_int8_ms),
-            "gb_s": packed_bytes / sparse_ms / 1e6,
+            **self._over("sparse24", self.sparse24_ms),
+            "gb_s": num_bytes / sparse_ms / 1e6,
             "dense_equivalent_gflop_s": flops / sparse_ms / 1e6,
             "roof_ms": roof_ms,
             "read_ms": statistics.median(self.read_ms),
@@ -131,6 +131,18 @@ class Timing:
         }
 
 
+def packed_bytes(weights: str, kept: int | None = None) -> float:
+    """Per weight of the dense shape: values, a bit for its position, and with 4 bits scales.
+
+    Args:
+        weights: of shapes.WEIGHTS.
+        kept: of 64 columns; None: 2:4.
+    """
+    group = scale_group_of(weights)
+    value_bytes = 2 if weights == "bf16" else 0.5 if group else 1
+    return value_bytes * (kept or 32) / 64 + 1 / 8 + (2 / group if group else 0)
+
+
 def _ratio(dense_ms: Sequence[float], sparse_ms: Sequence[float]) -> Ratio:
     """The ratio of the medians; a repetition of both is one unit."""
     return ratio_of_quantiles(
@@ -146,6 +158,7 @@ def run(
     tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
     weights: str = "bf16",
+    kept: int | None = None,
 ) -> dict[str, Any]:
     """Measures with torch's number of threads; keys as in `Timing.row` and `geomean_ratios`.
 
@@ -154,6 +167,7 @@ def run(
         tokens: rows of the activation.
         on_done: called after each shape and number of tokens.
         weights: of shapes.WEIGHTS.
+        kept: of 64 columns; None: 2:4.
 
     Raises:
         RuntimeError: if an op's output is wrong.
@@ -162,13 +176,14 @@ def run(
     begun = origin()
     kernels.load(tune=True)
     before_gb_s, peak = read_bandwidth_gb_s(), peak_gflop_s(weights)
-    timings = measure(shapes, tokens, on_done, weights)
+    timings = measure(shapes, tokens, on_done, weights, kept)
     bandwidth = max(before_gb_s, read_bandwidth_gb_s(), *(t.best_gb_s() for t in timings))
     rows = [timing.row(bandwidth, peak) for timing in timings]
     result = {
         **begun,
         "num_launches": 1,
         "weights": weights,
+        "sparsity": "2:4" if kept is None else f"{kept}:64",
         "isa": kernels.isa(),
         "tuning": asdict(tuning.current()),
         "threads": torch.get_num_threads(),
@@ -181,6 +196,8 @@ def run(
     if weights != "bf16":
         for name in ("vllm_int8", "zentorch_int8"):
             result[f"geomean_ratio_{name}"] = geomean_ratios(rows, f"ratio_{name}")
+    if kept is not None:
+        result["geomean_ratio_sparse24"] = geomean_ratios(rows, "ratio_sparse24")
     return result
 
 
@@ -188,8 +205,9 @@ def table_of(result: dict[str, Any]) -> Table:
     """The result for people."""
     has_int8 = result["weights"] != "bf16"
     table = Table(
-        title=f"2:4 {result['weights']} ({result['isa']}, {result['threads']} thread(s)) against "
-        f"dense bf16{' and int8' if has_int8 else ''}; this machine reads "
+        title=f"{result['sparsity']} {result['weights']} ({result['isa']}, "
+        f"{result['threads']} thread(s)) against dense bf16"
+        f"{' and int8' if has_int8 else ''}; this machine reads "
         f"{result['read_bandwidth_gb_s']:.1f} GB/s and multiplies dense "
         f"{'int8' if has_int8 else 'bf16'} at "
         f"{result['peak_gflop_s']:.0f} GFLOP/s",
@@ -202,8 +220,11 @@ def table_of(result: dict[str, Any]) -> Table:
     )
     for heading in headings.split(","):
         table.add_column(heading, justify="right", no_wrap=True)
+    has_24 = result["sparsity"] != "2:4"
     if has_int8:
         table.add_column("vLLM int8/sparse", justify="right", no_wrap=True)
+    if has_24:
+        table.add_column("2:4/sparse", justify="right", no_wrap=True)
     for row in result["results"]:
         table.add_row(
             f"{row['in_features']} x {row['out_features']}",
@@ -216,6 +237,7 @@ def table_of(result: dict[str, Any]) -> Table:
             f"{row['roof_ms'] / row['sparse_ms']:.0%}",
             f"{row['read_ms'] / row['sparse_ms']:.0%}",
             *([_with_interval(row, "ratio_vllm_int8")] if has_int8 else []),
+            *([_with_interval(row, "ratio_sparse24")] if has_24 else []),
         )
     return table
 
@@ -229,6 +251,7 @@ def measure(
     tokens: Sequence[int],
     on_done: Callable[[], None] = lambda: None,
     weights: str = "bf16",
+    kept: int | None = None,
 ) -> list[Timing]:
     """Times every shape at every number of tokens with the current number of threads.
 
@@ -237,15 +260,16 @@ def measure(
         tokens: rows of the activation.
         on_done: called after each timing.
         weights: of shapes.WEIGHTS.
+        kept: of 64 columns; None: 2:4.
 
     Raises:
         RuntimeError: if an op's output is wrong.
     """
     timings = []
     for in_features, out_features in shapes:
-        layers = layers_of(in_features, out_features, weights, CACHE_BYTES)
-        packed_bytes = int(in_features * out_features * PACKED_BYTES[weights])
-        readers = [_reader(packed_bytes) for _ in layers["sparse"]]
+        layers = layers_of(in_features, out_features, weights, CACHE_BYTES, kept)
+        num_bytes = int(in_features * out_features * packed_bytes(weights, kept))
+        readers = [_reader(num_bytes) for _ in layers["sparse"]]
         ops = {name: _Round(of_op) for name, of_op in (layers | {"read": readers}).items()}
         for num_tokens in tokens:
             x = torch.randn(num_tokens, in_features).bfloat16()
@@ -255,7 +279,9 @@ def measure(
             for _ in range(NUM_REPETITIONS):
                 for name, op in ops.items():
                     times[f"{name}_ms"].append(op.ms_per_call(x))
-            timings.append(Timing(in_features, out_features, num_tokens, **times, weights=weights))
+            timings.append(
+                Timing(in_features, out_features, num_tokens, **times, weights=weights, kept=kept)
+            )
             on_done()
     return timings
 
@@ -355,8 +381,8 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         )
         flops = [2 * row["in_features"] * row["out_features"] * row["num_tokens"] for row in rows]
         for key, style, name in (
-            ("sparse_ms", "o-", "2:4"),
-            ("roof_ms", ":", "roof of 2:4"),
+            ("sparse_ms", "o-", result["sparsity"]),
+            ("roof_ms", ":", f"roof of {result['sparsity']}"),
             ("vllm_dense_ms", "x--", "dense bf16, vLLM"),
             ("vllm_int8_ms", "+-.", "dense int8, vLLM"),
         ):
@@ -366,7 +392,7 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
             label = name if number == 0 else None
             speeds.plot(tokens, rates, style, color=f"C{number}", label=label)
     ratios.axhline(1, color="grey", linewidth=1)
-    ratios.set(ylabel="vLLM's dense time / 2:4 time", ylim=(0, None))
+    ratios.set(ylabel="vLLM's dense time / sparse time", ylim=(0, None))
     speeds.set(ylabel="GFLOP/s as if dense", yscale="log")
     for axes in (ratios, speeds):
         axes.set_xscale("log", base=2)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.shapes import parse_tokens, random_int8_weight, random_weight, shapes_of
+from benchmarks.kernels.shapes import parse_tokens, random_weight, shapes_of
 from cast_serve.kernels.gpu import dispatch
 from cast_serve.kernels.reference import pack, unpack
 from cast_serve.provenance import origin
@@ -177,7 +177,8 @@ def _layers(
     in_features: int, out_features: int, forms: Sequence[str], num_bytes: int
 ) -> tuple[Tensor, dict[str, Layers]]:
     """A random 2:4 weight, bf16 [out_features, in_features], and the layers of each op."""
-    packed = pack(*(part.cuda() for part in random_weight(in_features, out_features)))
+    values, bitmask, _ = random_weight(in_features, out_features)
+    packed = pack(values.cuda(), bitmask.cuda())
     values, bitmask = unpack(packed, out_features, in_features, torch.bfloat16)
     dense = decompress(values, bitmask, in_features)
     made = {"packed": ([packed], _bf16_op(out_features)), "cublas": ([dense], _second_op("dense"))}
@@ -189,7 +190,8 @@ def _int8_layers(
     in_features: int, out_features: int, num_bytes: int
 ) -> tuple[Tensor, dict[str, Layers]]:
     """As `_layers` for int8 values; the weight is fp32, as it is dequantised."""
-    values, bitmask, scale = (part.cuda() for part in random_int8_weight(in_features, out_features))
+    parts = random_weight(in_features, out_features, "int8")
+    values, bitmask, scale = (part.cuda() for part in parts if part is not None)
     dequantized = values.float() * scale[:, None]
     packed_bf16 = pack(dequantized.bfloat16(), bitmask)
     weight = decompress(dequantized, bitmask, in_features)

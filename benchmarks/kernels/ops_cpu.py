@@ -1,7 +1,7 @@
 """A layer's shape -> the CPU ops that are timed, each with copies of one random weight; checked.
 
-The dense ops hold the 2:4 weight with zeros in it, so all must agree with its product in fp32; the
-int8 ops beside a 4-bit weight hold what is left of it in 8 bits and one scale a row. They
+The dense ops hold the sparse weight with zeros in it, so all must agree with its product in fp32;
+the int8 ops beside a 4-bit weight hold what is left of it in 8 bits and one scale a row. They
 are what vLLM takes: oneDNN's ops; on CPUs with AMX SGLang's for int8 weights (W8A8) and for small
 bf16 ones; on AMD where zentorch is installed, zentorch's. All int8 ops quantise the activations in
 the timed call, of each token anew.
@@ -14,14 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.shapes import (
-    random_int4_weight,
-    random_int8_weight,
-    random_weight,
-    scale_group_of,
-)
+from benchmarks.kernels.shapes import random_weight, scale_group_of
 from cast_serve import kernels
-from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.quantize import quantize_rows
 
 MAX_ERROR = 0.02  # relative, of an op's output; quantised activations have 0.008 to 0.01
@@ -30,7 +24,7 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def layers_of(
-    in_features: int, out_features: int, weights: str, cache_bytes: int
+    in_features: int, out_features: int, weights: str, cache_bytes: int, kept: int | None = None
 ) -> dict[str, list[Linear]]:
     """Makes the layers of each op.
 
@@ -39,10 +33,12 @@ def layers_of(
         out_features: of the weight.
         weights: of shapes.WEIGHTS.
         cache_bytes: the layers of an op together are larger than this.
+        kept: of 64 columns; None: 2:4.
 
     Returns:
         sparse, vllm_dense, plain_dense; where it is installed, zentorch; for int8 and int4 also
-        vllm_int8 and zentorch_int8 -> the op's layers, at least two.
+        vllm_int8 and zentorch_int8; with `kept` also sparse24, a 2:4 weight of its own -> the op's
+        layers, at least two.
 
     Raises:
         RuntimeError: if an op's output is wrong.
@@ -55,31 +51,11 @@ def layers_of(
     has_zentorch = importlib.util.find_spec("zentorch") is not None
     if has_zentorch:
         import zentorch  # noqa: F401, registers its ops
-    group = scale_group_of(weights)
-    if group:
-        values, bitmask, group_scale = random_int4_weight(in_features, out_features, group)
-        columns = group_scale.float().repeat_interleave(group, dim=1)[:, :in_features]
-        exact = decompress(values, bitmask, in_features) * columns
-        packed = kernels.pack_int4(values, bitmask, group_scale, group)
+    exact, packed, sparse = _sparse(in_features, out_features, weights, kept)
+    if weights != "bf16":
         integers, row_scale = quantize_rows(exact)
         scale = row_scale.squeeze(1)
-    elif weights == "int8":
-        values, bitmask, scale = random_int8_weight(in_features, out_features)
-        integers = decompress(values, bitmask, in_features)
-        exact, packed = integers.float() * scale.unsqueeze(1), kernels.pack(values, bitmask)
-    else:
-        values, bitmask = random_weight(in_features, out_features)
-        exact = decompress(values, bitmask, in_features).float()
-        packed = kernels.pack(values, bitmask)
     dense = exact.bfloat16()
-
-    def sparse() -> Linear:
-        copy = packed.clone()
-        if group:
-            return lambda x: torch.ops.cast.linear24_int4(x, copy, group, out_features)
-        if weights == "int8":
-            return lambda x: torch.ops.cast.linear24_int8(x, copy, scale, out_features)
-        return lambda x: torch.ops.cast.linear24(x, copy, out_features)
 
     def vllm_dense() -> Linear:
         if check_cpu_sgl_kernel(out_features, in_features, torch.bfloat16):
@@ -135,12 +111,45 @@ def layers_of(
         made["vllm_int8"] = (vllm_int8, integers)
         if has_zentorch:
             made["zentorch_int8"] = (zentorch_int8, integers)
+    if kept is not None:
+        exact24, packed24, sparse24 = _sparse(in_features, out_features, weights, None)
+        made["sparse24"] = (sparse24, packed24)
     layers = {
         name: [make() for _ in range(max(2, math.ceil(cache_bytes / weight.nbytes)))]
         for name, (make, weight) in made.items()
     }
-    check(layers, exact)
+    if kept is not None:
+        check({"sparse24": layers["sparse24"]}, exact24)
+    check({name: of_op for name, of_op in layers.items() if name != "sparse24"}, exact)
     return layers
+
+
+def _sparse(
+    in_features: int, out_features: int, weights: str, kept: int | None
+) -> tuple[Tensor, Tensor, Callable[[], Linear]]:
+    """A random weight: fp32 with its zeros, packed, and what makes a layer with a copy of it."""
+    values, bitmask, scale = random_weight(in_features, out_features, weights, kept)
+    group = scale_group_of(weights) or None
+    row_scale = None if group else scale
+    exact = values.new_zeros(out_features, in_features, dtype=torch.float32)
+    exact[_mask_of(bitmask)] = values.float().flatten()
+    if group and scale is not None:
+        exact *= scale.float().repeat_interleave(group, dim=1)[:, :in_features]
+    elif scale is not None:
+        exact *= scale.unsqueeze(1)
+    packed = kernels.pack_sparse(values, bitmask, scale, group, kept)
+
+    def make() -> Linear:
+        copy = packed.clone()
+        return lambda x: kernels.multiply(
+            x, copy, out_features, scale=row_scale, scale_group=group, kept=kept
+        )
+
+    return exact, packed, make
+
+
+def _mask_of(bitmask: Tensor) -> Tensor:
+    return (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)
 
 
 def check(layers: dict[str, list[Linear]], exact: Tensor) -> None:

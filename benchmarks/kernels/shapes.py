@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from cast_serve.sparsity.bitmask import pack_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
+
 # (in_features, out_features) of the linears as vLLM merges them.
 SHAPES = {
     "smollm2-135m": ((576, 960), (576, 576), (576, 3072), (1536, 576)),
@@ -53,43 +56,54 @@ def parse_tokens(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def random_weight(in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A random compressed 2:4 weight, every pattern of a group equally likely.
+def parse_sparsity(text: str, device: str) -> int | None:
+    """Parses ``--sparsity``.
 
     Returns:
-        values, bf16 [out_features, in_features / 2], and bitmask, uint8 [.., in_features / 8].
+        kept weights of 64 columns; None: 2:4.
+
+    Raises:
+        ValueError: if it is not N:M with M dividing 64, or not 2:4 on a GPU.
     """
-    values = torch.randn(out_features, in_features // 2).bfloat16()
-    return values, _random_bitmask(in_features, out_features)
+    pattern = Pattern.parse(text)
+    if pattern == TWO_FOUR:
+        return None
+    if device != "cpu" or 64 % pattern.m:
+        raise ValueError(
+            f"--sparsity {text} is not known with --device {device}; a CPU takes N:M with M "
+            "dividing 64, such as 32:64, and a GPU 2:4"
+        )
+    return pattern.n * 64 // pattern.m
 
 
-def random_int8_weight(in_features: int, out_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `random_weight`, quantised.
+def random_weight(
+    in_features: int, out_features: int, weights: str = "bf16", kept: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A random compressed weight, every pattern equally likely.
+
+    Args:
+        in_features: of the weight.
+        out_features: of the weight.
+        weights: of WEIGHTS.
+        kept: of 64 columns; None: 2:4.
 
     Returns:
-        values, int8 [out_features, in_features / 2] within +-127, bitmask as there, and scale,
-        fp32 [out_features], 0.004 to 0.012, exact in bf16.
+        values [out_features, number kept], bf16, or int8 within +-127, of 4 bits within +-7;
+        bitmask uint8 [out_features, in_features / 8]; and scale: of int8 fp32 [out_features],
+        0.004 to 0.012 and exact in bf16, of 4 bits bf16 [out_features, ceil(in_features / scale
+        group)], 0.06 to 0.19, of bf16 None.
     """
-    values = torch.randint(-127, 128, (out_features, in_features // 2), dtype=torch.int8)
-    scale = (torch.rand(out_features) + 0.5).bfloat16().float() / 128
-    return values, _random_bitmask(in_features, out_features), scale
-
-
-def random_int4_weight(
-    in_features: int, out_features: int, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `random_weight`, quantised to 4 bits.
-
-    Returns:
-        values, int8 [out_features, in_features / 2] within +-7, bitmask as there, and scale, bf16
-        [out_features, ceil(in_features / group)], 0.06 to 0.19.
-    """
-    values = torch.randint(-7, 8, (out_features, in_features // 2), dtype=torch.int8)
+    n, m = (2, 4) if kept is None else (kept, 64)
+    scores = torch.rand(out_features, in_features // m, m)
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    bitmask = pack_mask(mask.scatter_(-1, scores.topk(n, dim=-1).indices, True).flatten(1))
+    num_kept = (out_features, in_features // m * n)
+    if weights == "bf16":
+        return torch.randn(num_kept).bfloat16(), bitmask, None
+    group = scale_group_of(weights)
+    most = 7 if group else 127
+    values = torch.randint(-most, most + 1, num_kept, dtype=torch.int8)
+    if not group:
+        return values, bitmask, (torch.rand(out_features) + 0.5).bfloat16().float() / 128
     scale = (torch.rand(out_features, -(-in_features // group)) + 0.5).bfloat16() / 8
-    return values, _random_bitmask(in_features, out_features), scale
-
-
-def _random_bitmask(in_features: int, out_features: int) -> Tensor:
-    patterns = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
-    nibbles = patterns[torch.randint(6, (out_features, in_features // 4))]
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return values, bitmask, scale

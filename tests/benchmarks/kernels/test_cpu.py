@@ -8,7 +8,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.kernels import cpu, ops_cpu, shapes
-from cast_serve.kernels import int4_packed_shape, packed_shape
+from cast_serve.kernels import int4_packed_shape, packed_shape, packed_shape64
 from loadtest.__main__ import app
 from tests.benchmarks.conftest import LoadOf
 
@@ -50,12 +50,15 @@ def test_a_row_of_int8_counts_its_own_bytes_and_has_ratios_of_its_own() -> None:
     assert reader.best_gb_s() == pytest.approx(64 * 32 * 0.625 / 1e-5 / 1e9)
 
 
+@pytest.mark.parametrize("kept", [None, 32, 40])
 @pytest.mark.parametrize("weights", shapes.WEIGHTS)
-def test_packed_bytes_are_those_that_are_packed(weights: str) -> None:
+def test_packed_bytes_are_those_that_are_packed(weights: str, kept: int | None) -> None:
     group = shapes.scale_group_of(weights)
     dtype = torch.int8 if weights == "int8" else torch.bfloat16
     shape = int4_packed_shape(64, 512, group) if group else packed_shape(64, 512, dtype)
-    assert cpu.PACKED_BYTES[weights] == math.prod(shape) / (64 * 512)
+    if kept is not None:
+        shape = packed_shape64(64, 512, kept, torch.int8 if group else dtype, group or None)
+    assert cpu.packed_bytes(weights, kept) == math.prod(shape) / (64 * 512)
 
 
 def test_the_geometric_mean_is_per_number_of_tokens() -> None:
@@ -100,13 +103,22 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4-32"])
-def test_every_shape_and_number_of_tokens_is_measured(weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "sparsity"),
+    [("bf16", "2:4"), ("int8", "2:4"), ("int4-32", "2:4"), ("int8", "5:8")],
+)
+def test_every_shape_and_number_of_tokens_is_measured(
+    weights: str, sparsity: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     flags = ["--shapes", "tiny", "--tokens", "1,20", "--weights", weights, "--out", str(out)]
-    done = CliRunner().invoke(app, ["kernels", *flags])
+    done = CliRunner().invoke(app, ["kernels", *flags, "--sparsity", sparsity])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
+    assert result["sparsity"] == {"5:8": "40:64"}.get(sparsity, sparsity)
+    assert set(result.get("geomean_ratio_sparse24", {})) == (
+        {"1", "20"} if sparsity == "5:8" else set()
+    )
     measured = [(row["in_features"], row["num_tokens"]) for row in result["results"]]
     assert measured == [(64, 1), (64, 20), (128, 1), (128, 20)]
     assert set(result["geomean_ratio_vllm"]) == {"1", "20"}

@@ -17,8 +17,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
     ("weights", "num_layers"),
     [("bf16", 3), ("int8", 4), ("int4", 7), ("int4-32", 6)],
 )
-def test_every_op_has_layers_of_the_same_product(weights: str, num_layers: int) -> None:
-    layers = ops_cpu.layers_of(192, 64, weights, cache_bytes=40_000)
+@pytest.mark.parametrize("kept", [None, 32])
+def test_every_op_has_layers_of_the_same_product(
+    weights: str, num_layers: int, kept: int | None
+) -> None:
+    layers = ops_cpu.layers_of(192, 64, weights, cache_bytes=40_000, kept=kept)
+    if kept is not None:  # another weight, in the same bytes
+        assert len(layers.pop("sparse24")) == num_layers
     names = {"sparse", "vllm_dense", "plain_dense"}
     names |= {"vllm_int8"} if weights != "bf16" else set()
     if importlib.util.find_spec("zentorch") is not None:
@@ -50,7 +55,8 @@ def test_an_op_with_another_product_is_named(factor: float) -> None:
 
 
 def test_a_random_int8_weight_is_2_4_with_scales_that_bf16_has() -> None:
-    values, bitmask, scale = shapes.random_int8_weight(64, 32)
+    values, bitmask, scale = shapes.random_weight(64, 32, "int8")
+    assert scale is not None
     assert (values.shape, values.dtype) == ((32, 32), torch.int8)
     assert int(values.abs().max()) <= 127
     assert int(values.abs().max()) > 100
@@ -62,8 +68,8 @@ def test_a_random_int8_weight_is_2_4_with_scales_that_bf16_has() -> None:
 
 @pytest.mark.parametrize("weights", ["int4", "int4-32"])
 def test_a_random_int4_weight_is_2_4_with_a_scale_for_each_group(weights: str) -> None:
-    group = shapes.scale_group_of(weights)
-    values, bitmask, scale = shapes.random_int4_weight(192, 32, group)
+    values, bitmask, scale = shapes.random_weight(192, 32, weights)
+    assert scale is not None
     assert (int(values.min()), int(values.max())) == (-7, 7)
     assert (scale.shape, scale.dtype) == ((32, {"int4": 2, "int4-32": 6}[weights]), torch.bfloat16)
     dense = decompress(values, bitmask, 192)  # raises where a group has not exactly two bits
