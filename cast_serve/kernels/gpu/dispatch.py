@@ -158,7 +158,7 @@ def _checked_rows(
         raise ValueError(f"{op}: x has no dimension; [..., in_features] is needed")
     in_features = x.shape[-1]
     if in_features == 0 or in_features % 4:
-        raise ValueError(f"{op}: in_features {in_features} is no positive multiple of 4")
+        raise ValueError(f"{op}: in_features {in_features} is not a positive multiple of 4")
     shape = shape_of(out_features, in_features)
     if packed.dtype != torch.uint8 or packed.shape != shape or not packed.is_contiguous():
         raise ValueError(

@@ -180,7 +180,7 @@ def test_ranks_that_would_cut_a_scale_group_are_refused(config_class: Any, size:
     """SmolLM2's 576 columns over two ranks are 288 each."""
     from cast_serve.engine.linear import Sparse24LinearMethod, Stored
 
-    with pytest.raises(ValueError, match=f"no multiple of {size}; .*smaller --scale-group"):
+    with pytest.raises(ValueError, match=f"not a multiple of {size}; .*smaller --scale-group"):
         Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=size)).create_weights(
             nn.Module(), 288, [8], 576, 8, torch.bfloat16, weight_loader=None
         )

@@ -143,7 +143,7 @@ def test_an_unaligned_weight_is_refused() -> None:
     ("x", "out_features", "bias", "error", "message"),
     [
         (torch.zeros(1, 64, dtype=torch.float64), 40, None, TypeError, "x is Double"),
-        (torch.zeros(1, 62).bfloat16(), 40, None, ValueError, "in_features 62 is no positive"),
+        (torch.zeros(1, 62).bfloat16(), 40, None, ValueError, "in_features 62 is not a positive"),
         (torch.zeros(1, 128).bfloat16(), 40, None, ValueError, r"need a contiguous uint8 \[5, 2,"),
         (torch.zeros(1, 64).bfloat16(), 41, None, ValueError, r"need a contiguous uint8 \[6, 1,"),
         (torch.zeros(1, 64), 40, None, ValueError, r"need a contiguous uint8 \[5, 1, 1088\]"),

@@ -222,8 +222,9 @@ const float* row_scales(const char* op, const Tensor& scale, int64_t out_feature
 
 Call checked_int8(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                   int64_t out_features, const std::optional<Tensor>& bias, Weights weights) {
-  return checked(op, x, packed, out_features, bias, weights,
-                 {.scale = row_scales(op, scale, out_features)});
+  Call call = checked(op, x, packed, out_features, bias, weights);
+  call.p.scale = row_scales(op, scale, out_features);
+  return call;
 }
 
 Tensor linear24_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,

@@ -52,7 +52,7 @@ def test_an_old_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("x", "out_features", "bias", "error", "message"),
     [
         (torch.zeros(1, 64), 40, None, TypeError, "x is torch.float32; bfloat16 or float16"),
-        (torch.zeros(1, 62).bfloat16(), 40, None, ValueError, "in_features 62 is no positive"),
+        (torch.zeros(1, 62).bfloat16(), 40, None, ValueError, "in_features 62 is not a positive"),
         (torch.zeros(1, 128).bfloat16(), 40, None, ValueError, r"contiguous uint8 \[5, 2, 576\]"),
         (torch.zeros(1, 64).bfloat16(), 41, None, ValueError, r"contiguous uint8 \[6, 1, 576\]"),
         (torch.zeros(1, 64).bfloat16(), 40, torch.zeros(39), ValueError, r"bias is \[39\]"),
