@@ -1,7 +1,17 @@
 """Scores per weight -> soft masks that keep N of every M consecutive scores, with exact gradients.
 
-A soft mask is the marginal of a choice. Of all ways to keep N of the M weights of a group, way A is
-drawn with probability proportional to prod_{i in A} x_i, x_i = exp(score_i / tau). Then
+**Any N:M but 2:4**: p_i = sigmoid((s_i - theta) / tau), with the theta of each group for which its
+p sum to N. Newton's method solves log(sum of 1 - p over the N largest) = log(sum of p over the
+others), both sums of positive numbers: nearly linear where the group is decided, and steep
+everywhere. By the implicit function, with v = p (1 - p),
+
+    dL/ds_i = v_i (g_i - sum(v g) / sum(v)) / tau
+
+Logits are taken relative to the middle between the N-th and the next largest score and clipped to
++-80, so v is above 1e-35: a decided group's gradient is 0 to any purpose, and never 0 / 0.
+
+**2:4**: a soft mask is the marginal of a choice. Of all ways to keep N of the M weights of a group,
+way A is drawn with probability proportional to prod_{i in A} x_i, x_i = exp(score_i / tau). Then
 
     p_i      = P(i is kept)         = x_i e_{N-1}(x without i) / e_N(x)
     P_ij     = P(i and j are kept)  = x_i x_j e_{N-2}(x without i, j) / e_N(x)
@@ -10,7 +20,7 @@ drawn with probability proportional to prod_{i in A} x_i, x_i = exp(score_i / ta
 where e_k is the k-th elementary symmetric polynomial. The p of a group sum to exactly N, equal
 scores give N/M, and tau -> 0 gives the hard mask. Nothing is drawn: the operator is deterministic.
 
-Numbers that stay finite:
+Numbers that stay finite in 2:4:
   * e_N is never made by subtraction such as (E^2 - sum x^2) / 2, which loses every digit once one x
     dominates; it is a sum of products of positive numbers.
   * Scores are taken relative to the N-th largest of their group and clipped to +-40 tau. A weight
@@ -35,10 +45,12 @@ from torch.utils.checkpoint import checkpoint
 from cast_serve.sparsity.pattern import Pattern, PatternError, groups, hard_mask, patterns_of
 
 CLIP = 40.0
+WIDE_CLIP = 80.0
+NEWTON_STEPS = 6
 
 
 def soft_topk(scores: Tensor, n: int, m: int, tau: float) -> Tensor:
-    """The exact marginals of "keep N of M with weight prod exp(score / tau)".
+    """A soft mask of N of M: 2:4's is the marginal of a choice, others' a threshold's.
 
     Args:
         scores: fp32 or fp64 [..., K], K a multiple of m; any finite values.
@@ -60,7 +72,7 @@ def soft_topk(scores: Tensor, n: int, m: int, tau: float) -> Tensor:
     grouped = groups(scores, m)
     if (n, m) == (2, 4):
         return _SoftTwoOfFour.apply(grouped, tau).flatten(-2)
-    return _soft_n_of_m(grouped, n, tau).flatten(-2)
+    return _SoftNOfM.apply(grouped, n, tau).flatten(-2)
 
 
 def hard(scores: Tensor, n: int, m: int) -> Tensor:
@@ -125,34 +137,46 @@ def _weights_of_four(scores: Tensor, tau: float) -> list[Tensor]:
     return [(plane - border).mul_(1 / tau).clamp_(-CLIP, CLIP).exp_() for plane in planes]
 
 
-def _soft_n_of_m(scores: Tensor, n: int, tau: float) -> Tensor:
-    """`soft_topk` for any N:M, in log space; autograd differentiates it."""
-    border = scores.detach().topk(n, dim=-1).values[..., -1:]
-    logits = ((scores - border) / tau).clamp(-CLIP, CLIP).unbind(-1)
-    before, after = _log_polynomials(logits, n), _log_polynomials(logits[::-1], n)[::-1]
-    total = before[-1][n]
-    marginals = []
-    for i, logit in enumerate(logits):
-        left, right = before[i], after[i + 1]
-        ways = [
-            left[k] + right[n - 1 - k] for k in range(n) if k < len(left) and n - 1 - k < len(right)
-        ]
-        log_p = logit + torch.stack(ways).logsumexp(0) - total
-        marginals.append(log_p.clamp(max=0).exp())  # rounding can lift it to 1e-5
-    return torch.stack(marginals, dim=-1)
+class _SoftNOfM(torch.autograd.Function):
+    """`soft_topk` for any N:M but 2:4: grouped scores [..., K / M, M] -> p of the same shape."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, n: int, tau: float) -> Tensor:
+        largest = scores.sort(dim=-1, descending=True).values
+        middle = (largest[..., n - 1 : n] + largest[..., n : n + 1]) / 2
+        theta = _threshold(_relative(largest, middle, tau), n)
+        logits = _relative(scores, middle, tau).sub_(theta)
+        ctx.save_for_backward(logits)
+        ctx.tau = tau
+        return logits.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        slope = logits.sigmoid().mul_((-logits).sigmoid_())  # p (1 - p) without cancellation
+        mean = (slope * grad_p).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
+        return slope.mul_(grad_p - mean).div_(ctx.tau), None, None
 
 
-def _log_polynomials(logits: tuple[Tensor, ...], n: int) -> list[list[Tensor]]:
-    """Item i: log e_k(exp(logits[:i])) for k = 0 .. min(i, n)."""
-    table = [[torch.zeros_like(logits[0])]]
-    for logit in logits:
-        old = table[-1]
-        new = [old[0]]
-        for k in range(1, min(len(old), n) + 1):
-            taken = old[k - 1] + logit
-            new.append(torch.logaddexp(old[k], taken) if k < len(old) else taken)
-        table.append(new)
-    return table
+def _relative(scores: Tensor, middle: Tensor, tau: float) -> Tensor:
+    return (scores - middle).div_(tau).clamp_(-WIDE_CLIP, WIDE_CLIP)
+
+
+def _threshold(logits: Tensor, n: int) -> Tensor:
+    """theta [..., 1] for which the sigmoids of logits - theta sum to n.
+
+    Args:
+        logits: [..., M], in descending order, the border between the n-th and the next near 0.
+    """
+    theta = torch.zeros_like(logits[..., :1])
+    for _ in range(NEWTON_STEPS):
+        dropped = (theta - logits[..., :n]).sigmoid_()  # of the n largest
+        kept = (logits[..., n:] - theta).sigmoid_()  # of the others
+        lost, gained = dropped.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+        falling = (dropped.square_().sum(-1, keepdim=True).neg_() + lost) / lost
+        rising = (kept.square_().sum(-1, keepdim=True).neg_() + gained) / gained
+        theta = theta - (lost.log() - gained.log()) / (falling + rising)
+    return theta
 
 
 def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Tensor:
