@@ -1,5 +1,7 @@
 """A compressed directory -> a transformers model whose 2:4 linears run the kernels, for Python.
 
+Linears of N:64 are decompressed and multiplied densely.
+
     from cast_serve.model import load
 
     model = load("DIR")
@@ -9,6 +11,7 @@ Everything else in it is the ordinary model, so `generate`, pipelines and evalua
 it. It is for inference: the packed weights have no gradient. vLLM serves faster.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from cast_serve.checkpoint.architecture import empty_model
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_serve.sparsity.quantize import rounded
 
 
 class Linear24(nn.Module):
@@ -108,13 +113,14 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         dtype: bf16, fp16 or fp32; None: what its config.json says.
 
     Returns:
-        the transformers model of its architecture. Its 2:4 linears are `Linear24`, an int8 head is
+        the transformers model of its architecture. Its 2:4 linears are `Linear24`, those of N:64
+        stay dense and round x where their values are integers, as if served; an int8 head is
         `Int8Head`.
 
     Raises:
         CheckpointError: if it is not compressed, damaged, or of another program and not converted;
             or if it cannot be fetched.
-        PatternError: if a bitmask is not 2:4.
+        PatternError: if a bitmask is damaged.
         ValueError: if ``CAST_CPU_TUNING`` has no such value.
     """
     source = ModelDirectory(hub.fetch(directory))
@@ -125,18 +131,24 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     kernels.load(tune=True)
     dtype = dtype or source.model_dtype
     model = empty_model(source.path, dtype).eval().requires_grad_(False)
+    replaced: set[str] = set()
+    decompressed: dict[str, Tensor] = {}
     for name in source.targets:
-        linear = CompressedLinear.from_parts(name, source.parts(name))
+        linear = CompressedLinear.from_parts(name, source.parts(name), source.pattern_of(name))
+        if linear.pattern != TWO_FOUR:
+            decompressed[f"{name}.weight"] = _decompressed(linear, model.get_submodule(name), dtype)
+            continue
         bias = source.get(f"{name}.bias") if f"{name}.bias" in source.files else None
         model.set_submodule(name, Linear24(linear, bias, dtype))
-    replaced = set(source.targets)
+        replaced.add(name)
     if source.head_dtype:
         parts = source.parts(str(source.head))
         values = parts["weight"]
         scale = check_scale(str(source.head), parts.get("weight_scale"), values.shape[0])
         model.set_submodule(str(source.head), Int8Head(values, scale, parts.get("bias"), dtype))
         replaced.add(str(source.head))
-    state = {key: source.get(key) for key in source.files if key.rpartition(".")[0] not in replaced}
+    state = {key: source.get(key) for key in source.files if _is_plain(key, replaced, decompressed)}
+    state |= decompressed
     missing, unexpected = model.load_state_dict(state, strict=False)
     if not source.head_dtype:
         model.tie_weights()
@@ -149,6 +161,20 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
             f"{directory} lacks {sorted(lacking)} or holds unknown {sorted(unexpected)}"
         )
     return model
+
+
+def _decompressed(linear: CompressedLinear, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight as its module stores it, which rounds x where the values are integers."""
+    weight = linear.dense(dtype)
+    if linear.scale is not None:
+        module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    return weight if isinstance(module, nn.Linear) else weight.T  # GPT-2's Conv1D
+
+
+def _is_plain(key: str, replaced: set[str], decompressed: Mapping[str, Tensor]) -> bool:
+    """Whether a stored tensor is the model's own."""
+    name, _, part = key.rpartition(".")
+    return name not in replaced and (part == "bias" or f"{name}.weight" not in decompressed)
 
 
 def _row_scales(scale: Tensor) -> Tensor:

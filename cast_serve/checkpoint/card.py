@@ -4,6 +4,7 @@ The source's own card, if it has one, stands below, and its front matter (licenc
 is kept. Figures are those of cast.json; what was not measured is not said.
 """
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from cast_serve.checkpoint.declared import BITMASK_24, BITMASK_64
 from cast_serve.checkpoint.record import CheckpointError
 
 CARD = "README.md"
-TITLE = "# A 2:4-sparse language model\n"
+TITLE = "# A {}-sparse language model\n"
+OUR_TITLE = re.compile(r"\s*# A [\d:]+(?: to [\d:]+)?-sparse language model\n")
 DENSE_CARD = "\n## The card of the dense model\n"
 SERVING = """## How to serve it
 
@@ -28,7 +31,7 @@ cast-serve up --variant dense=DENSE_DIR --variant sparse=DIR
 In Python: `from cast_serve.model import load; model = load("DIR")`.
 """
 BITS = {None: "", "int8": ", in 8 bits", "int4": ", in 4 bits"}
-TAGS = ("2:4", "sparse", "compressed-tensors")
+TAGS = ("sparse", "compressed-tensors")
 
 
 def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -59,7 +62,8 @@ def _written(card: str, record: dict[str, Any], summary: dict[str, Any]) -> str:
     known = data.tags or []
     if "/" in (dense_model := (record.get("source") or {}).get("model", "")):
         data.base_model = dense_model  # a hub's name
-    data.tags = [*known, *(tag for tag in TAGS if tag not in known)]
+    tags = (*summary["pattern"].split(" to "), *TAGS)
+    data.tags = [*known, *(tag for tag in tags if tag not in known)]
     parts = [_about(summary), _figures(summary), _training(record), SERVING]
     text = "\n".join(part for part in parts if part)
     if dense:
@@ -75,16 +79,22 @@ def _read(card: str) -> tuple[Any, str]:
         with suppress(ValueError, yaml.YAMLError):  # front matter that cannot be read is text
             found = ModelCard(card, ignore_metadata_errors=True)
             data, text = found.data, found.text
-    is_ours = text.lstrip().startswith(TITLE)
+    is_ours = OUR_TITLE.match(text)
     return data, (text.partition(DENSE_CARD)[2] if is_ours else text).strip()
 
 
 def _about(summary: dict[str, Any]) -> str:
+    pattern = summary["pattern"]
+    form, rule = BITMASK_64, f"Of every 64 consecutive weights along in_features {pattern} are kept"
+    if " to " not in pattern:
+        n, m = map(int, pattern.split(":"))
+        form = BITMASK_24 if (n, m) == (2, 4) else BITMASK_64
+        four, two = ("four", "two") if (n, m) == (2, 4) else (m, m - n)
+        rule = f"Of every {four} consecutive weights along in_features {two} are zero"
     return (
-        f"{TITLE}\n"
-        "Of every four consecutive weights along in_features two are zero, in "
+        f"{TITLE.format(pattern)}\n{rule}, in "
         f"{summary['num_sparse_layers']} linears; {summary['num_dense_layers']} are dense. "
-        "The kept weights are stored with a bitmask (`sparse-24-bitmask`)"
+        f"The kept weights are stored with a bitmask (`{form}`)"
         f"{BITS[summary['quantized']]}. Made by cast-serve.\n"
     )
 

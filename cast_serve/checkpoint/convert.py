@@ -29,6 +29,7 @@ from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.declared import OLD_KEY
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.form import SCALE_PARTS
+from cast_serve.checkpoint.formats.ragged import MOST_KEPT, Ragged
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import check_scale
 from cast_serve.checkpoint.quantization import Quantization, check_recorded
@@ -45,7 +46,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.checkpoint.scheme import quantization_config, resolved
 from cast_serve.checkpoint.target import Calibrated, Plan
 from cast_serve.sparsity.nibbles import PACKED
-from cast_serve.sparsity.pattern import TWO_FOUR, PatternError
+from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import (
     SCALES_TAKEN_OVER,
     dequantize,
@@ -58,7 +59,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 # The tensor that stands for a target in its shard.
 WEIGHTS = (".weight", ".compressed", f".{PACKED}")
-TARGET_PARTS = ("gate", "scale", "bitmask", "shape", *SCALE_PARTS)  # read with it, not copied
+BITMASK_PARTS = ("bitmask", "row_offsets", "shape")
+TARGET_PARTS = ("gate", "scale", *BITMASK_PARTS, *SCALE_PARTS)  # read with it, not copied
 
 
 def convert(
@@ -73,8 +75,9 @@ def convert(
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
-        source: gated checkpoint, or an HF directory whose targets are 2:4 already, also in a
-            quantised form of formats/; to quantise also a compressed directory. Or its hub name.
+        source: gated checkpoint, or an HF directory whose targets have the pattern of its cast.json
+            (without one, 2:4) already, also in a quantised form of formats/; to quantise also a
+            compressed directory. Or its hub name.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
@@ -91,7 +94,8 @@ def convert(
     Raises:
         CheckpointError: if the source cannot be read or is quantised already, an output exists,
             vLLM cannot load the output layer's form, or a weight to quantise is Inf or NaN.
-        PatternError: if the pattern is not 2:4, or a group of a target does not have it.
+        PatternError: if the pattern or a target's in_features has no compressed form, or a group
+            of a target does not have the pattern.
     """
     check_outputs([folder for folder in (out, dense_twin) if folder])
     source = hub.fetch(source)
@@ -132,11 +136,14 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
         )
     if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
-    if directory.pattern != TWO_FOUR:
-        raise PatternError(
-            f"{source} is {directory.pattern}, but only 2:4 has compressed weights and kernels; "
-            "serve it dense, or train with --sparsity 2:4"
-        )
+    for name in directory.targets:
+        stored = directory.pattern_of(name).stored
+        if directory.in_features(name) % stored.m:
+            raise PatternError(
+                f"{name}: in_features {directory.in_features(name)} is not a multiple of "
+                f"{stored.m}, so it cannot be stored as {stored}; train again, which leaves it "
+                "dense, or with --sparsity 2:4"
+            )
 
 
 def check_outputs(outputs: Sequence[Path]) -> None:
@@ -202,6 +209,7 @@ def _write(
     stored = {name.rpartition(".")[0] for name in source.files if name.endswith(WEIGHTS)}
     if missing := sorted(targets - stored):
         raise CheckpointError(f"{source.path} has no weight for its targets {missing[:5]}")
+    stored_otherwise = targets | set(source.form.dense)
     head_weight = _head_weight(source, targets) if head else None
     done = dense_bytes = sparse_bytes = 0
     written: dict[str, str] = {}
@@ -220,7 +228,11 @@ def _write(
                     weight = target.dense()  # is stored transposed in GPT-2
                     weight = weight.T.contiguous() if source.linears[linear] else weight
                     dense_tensors[f"{linear}.weight"] = weight
-            elif not (linear in targets and part in TARGET_PARTS):
+            elif linear in source.form.dense and part == "compressed":
+                weight = {f"{linear}.weight": source.form.dense_weight(linear)}
+                tensors |= weight
+                dense_tensors |= weight if dense else {}
+            elif not (linear in stored_otherwise and part in TARGET_PARTS):
                 kept, twin = _other_tensors(source, name, head_weight, has_twin=dense is not None)
                 tensors |= kept
                 dense_tensors |= twin
@@ -241,8 +253,9 @@ def _write(
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
     record = {
         "method": None,
-        "n": 2,
-        "m": 4,
+        "n": source.pattern.n,
+        "m": source.pattern.m,
+        **({"kept_of_64": dict(source.kept_of_64)} if source.kept_of_64 else {}),
         "targets": sorted(targets),
         **source.record,
         "converted_from": {file.name: sha256(file) for file in names_of},
@@ -288,6 +301,18 @@ def _warn_of_changes(source: ModelDirectory) -> None:
     """Says what of the source is not served as it was (formats/), or not by vLLM."""
     if reason := not_by_vllm(source.targets, source.linears.keys() - set(source.targets)):
         logger.warning("%s: %s", source.path, reason)
+    if isinstance(source.form, Ragged):
+        if source.form.costs:
+            logger.warning("%s: %s", source.path, source.form.costs)
+        if large := [name for name in source.form.dense if name in source.candidates]:
+            logger.warning(
+                "%s: %d linears become dense, such as %s: more than %d of 64 weights are kept, or "
+                "in_features is not a multiple of 64",
+                source.path,
+                len(large),
+                large[0],
+                MOST_KEPT,
+            )
     is_integer = source.quantized is not None and not source.form.is_widened
     num_static = sum(name.endswith(".input_scale") for name in source.files)
     if num_static:
@@ -338,6 +363,11 @@ def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
         which = "no output layer" if source.head is None else f"{source.head} among its targets"
         raise CheckpointError(f"{source.path} has {which}; give --head none")
     name = f"{source.tied_embedding or source.head}.weight"
+    if name.removesuffix(".weight") in source.form.dense:
+        raise CheckpointError(
+            f"{source.path} stores {name} as a bitmask; convert it without --quantize, then OUT "
+            "with it"
+        )
     if name not in source.files:
         raise CheckpointError(f"{source.path} has no tensor {name}; the checkpoint is incomplete")
     return name

@@ -1,16 +1,68 @@
 """config.json -> what it says of compression and quantisation; what is not read is refused."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.checkpoint.record import CheckpointError, checked_kept
+from cast_serve.sparsity.pattern import TWO_FOUR, WORD, Pattern, PatternError
 
 OLD_KEY = "compression_config"  # of config.json, in place of quantization_config
 PACK_QUANTIZED = "pack-quantized"
 MARLIN = "marlin-24"
 PACKED_FORMATS = (PACK_QUANTIZED, MARLIN)
 FORMATS = ("dense", "int-quantized", "float-quantized", *PACKED_FORMATS)
-SPARSE_FORMATS = ("dense", "sparse-24-bitmask")
+# Of sparsity_config: 2:4 as compressed-tensors wrote it, ours of N:64, and rows of any count.
+BITMASK_24, BITMASK_64, RAGGED = "sparse-24-bitmask", "sparse-64-bitmask", "sparse-bitmask"
+SPARSE_FORMATS = ("dense", BITMASK_24, BITMASK_64, RAGGED)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the compressed linears of a directory are stored as.
+
+    Attributes:
+        pattern: 2:4 or N:64.
+        kept_of_64: N by name, of the linears that differ from it.
+    """
+
+    pattern: Pattern
+    kept_of_64: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, name: str) -> Pattern:
+        """2:4 or N:64 of a linear."""
+        kept = self.kept_of_64.get(name)
+        return self.pattern if kept is None else Pattern(kept, WORD)
+
+
+def structure_of(path: Path, quantization: dict[str, Any]) -> Structure | None:
+    """What config.json says the bitmasks of a directory are; None if it has none of ours.
+
+    Raises:
+        CheckpointError: if that is not N:M, or not of its format.
+    """
+    sparsity = quantization.get("sparsity_config") or {}
+    form, text = sparsity.get("format"), sparsity.get("sparsity_structure")
+    where = f"{path}/config.json: sparsity_structure"
+    if form == BITMASK_24:
+        if text not in (None, "unstructured", str(TWO_FOUR)):  # older programs wrote no structure
+            raise CheckpointError(
+                f"{where} is {text!r:.100}, but the format {form} stores 2:4; "
+                "copy config.json again"
+            )
+        return Structure(TWO_FOUR)
+    if form != BITMASK_64:
+        return None
+    try:
+        pattern = Pattern.parse(str(text))
+    except PatternError as error:
+        raise CheckpointError(f"{where}: {error}; copy config.json again") from None
+    if pattern.m != WORD:
+        raise CheckpointError(
+            f"{where} is {pattern}, but the format {BITMASK_64} stores N:64; copy config.json again"
+        )
+    return Structure(pattern, checked_kept(where, sparsity.get("kept_of_64")))
 
 
 def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -22,6 +74,8 @@ def quantization_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     found = config.get("quantization_config") or config.get(OLD_KEY) or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}/config.json: quantization_config is {found!r:.100}")
+    if found.get("format") in (BITMASK_24, RAGGED):  # of the oldest files: it is all there is
+        found = {"sparsity_config": found}
     return found
 
 

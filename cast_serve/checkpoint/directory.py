@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from cast_serve.checkpoint.declared import BITMASK_64, RAGGED
 from cast_serve.checkpoint.formats import packed
-from cast_serve.checkpoint.formats.bitmask24 import Bitmask24
+from cast_serve.checkpoint.formats.bitmask import Bitmask
 from cast_serve.checkpoint.formats.eight_bits import EightBits
 from cast_serve.checkpoint.formats.form import Form
 from cast_serve.checkpoint.formats.marlin24 import Marlin24
 from cast_serve.checkpoint.formats.pack_quantized import PackQuantized
 from cast_serve.checkpoint.formats.plain import Dense, Gated, Pruned
+from cast_serve.checkpoint.formats.ragged import Ragged
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CAST_JSON, CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
@@ -31,9 +33,14 @@ class ModelDirectory(StoredModel):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.form = form_of(self)
+        if self.form.structure is not None:
+            self.pattern = self.form.structure.pattern
+            self.kept_of_64 = self.form.structure.kept_of_64
         self.kind = self.form.kind
         self.quantized = self.form.quantized
-        self.targets: list[str] = self.record.get("targets") or self.form.linears or self.candidates
+        self.targets: list[str] = self.record.get("targets") or self.form.linears
+        if not (self.targets or self.form.dense):
+            self.targets = self.candidates
         if unknown := sorted(set(self.targets) - set(self.linears)):
             raise CheckpointError(
                 f"{path} has targets that are not linears of its model: {unknown[:5]}"
@@ -44,7 +51,7 @@ class ModelDirectory(StoredModel):
 
         Raises:
             CheckpointError: if it is damaged.
-            PatternError: if it is not 2:4.
+            PatternError: if it has another pattern.
         """
         return self.form.read(name)
 
@@ -60,16 +67,24 @@ def form_of(source: StoredModel) -> Form:
         is_marlin = source.quantization.get("format") == Marlin24.declared_format
         return Marlin24(source) if is_marlin else PackQuantized(source)
     kind = source.record.get("kind", Dense.kind)
-    if Bitmask24.find(source):
-        return Bitmask24(source)
+    if Ragged.find(source):
+        return Ragged(source)
+    declared = (source.quantization.get("sparsity_config") or {}).get("format")
+    if Bitmask.find(source) or declared == BITMASK_64:
+        return Bitmask(source)
+    if declared == RAGGED:
+        raise CheckpointError(
+            f"{source.path}/config.json names the format {RAGGED}, but no tensor is called "
+            "row_offsets; copy the whole directory again"
+        )
     if EightBits.find(source):
         return EightBits(source)
-    if kind == Bitmask24.kind:  # on record, though its tensors are missing
-        return Bitmask24(source)
+    if kind == Bitmask.kind:  # on record, though its tensors are missing
+        return Bitmask(source)
     if kind not in PLAIN:
         raise CheckpointError(
             f"{source.path / CAST_JSON}: kind is {kind!r}, but {', '.join(PLAIN)} or "
-            f"{Bitmask24.kind} is needed; use the release that wrote it"
+            f"{Bitmask.kind} is needed; use the release that wrote it"
         )
     return PLAIN[kind](source)
 

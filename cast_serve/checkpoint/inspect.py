@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cast_serve.checkpoint.declared import MARLIN, quantization_of
+from cast_serve.checkpoint.declared import MARLIN, RAGGED, quantization_of
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import (
     CompressedLinear,
@@ -29,9 +29,10 @@ def inspect(path: Path) -> dict[str, Any]:
     """What a directory holds; verifies every group and scale of every compressed linear.
 
     Returns:
-        kind (dense, pruned, gated or compressed), pattern, quantized (int8, int4 or None: the
-        values of the compressed linears), head (int8 or None: the output layer), scale_group (of
-        int4, the columns that share a scale, else None), num_sparse_layers, num_dense_layers;
+        kind (dense, pruned, gated or compressed), pattern (as 2:4, or 16:64 to 40:64), quantized
+        (int8, int4 or None: the values of the compressed linears), head (int8 or None: the output
+        layer), scale_group (of int4, the columns that share a scale, else None),
+        num_sparse_layers, num_dense_layers;
         of the targets, and of what training left dense for fewer zeros than the pattern has: zeros
         (their share; None if nothing is pruned), linear_weight_bytes (with bitmasks and scales),
         dense_linear_weight_bytes (in the model's dtype), linear_bytes_ratio and bits_per_weight
@@ -43,25 +44,27 @@ def inspect(path: Path) -> dict[str, Any]:
         PatternError: if a compressed linear is damaged.
     """
     directory = ModelDirectory(path)
-    if directory.kind == "quantised":
+    if directory.kind in ("quantised", "ragged"):
         raise CheckpointError(
-            f"{path} is quantised by another program, and stored as it does it; "
+            f"{path} is {directory.kind}, by another program, and stored as it does it; "
             "convert it first (cast-serve convert SRC OUT)"
         )
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
     is_quantized_here = scales != SCALES_TAKEN_OVER
     kept_dense = directory.record.get("kept_dense") or []
     without_values = set(directory.targets) if directory.kind == "compressed" else set()
-    num_sparse = num_weights = num_kept_dense = sparse_bytes = dense_bytes = total_bytes = 0
+    num_sparse = num_weights = num_kept = sparse_bytes = dense_bytes = total_bytes = 0
     for name in directory.files:
         linear, _, part = name.rpartition(".")
         if part in ("compressed", PACKED):
-            compressed = CompressedLinear.from_parts(linear, directory.parts(linear))
+            pattern = directory.pattern_of(linear)
+            compressed = CompressedLinear.from_parts(linear, directory.parts(linear), pattern)
             if compressed.scale is not None and is_quantized_here:
                 check_integers(name, compressed.values, MAX_INT4 if part == PACKED else MAX_INTEGER)
             num_sparse += 1
             without_values.discard(linear)
             num_weights += compressed.num_weights
+            num_kept += compressed.values.numel()
             sparse_bytes += compressed.nbytes
             dense_bytes += compressed.dense_nbytes
             total_bytes += compressed.values_nbytes
@@ -70,7 +73,8 @@ def inspect(path: Path) -> dict[str, Any]:
         total_bytes += tensor.nbytes
         if part == "weight" and (linear in directory.targets or linear in kept_dense):
             num_weights += tensor.numel()
-            num_kept_dense += tensor.numel() if linear in kept_dense else 0
+            zeros_of = 0.0 if linear in kept_dense else directory.pattern_of(linear).zeros
+            num_kept += round(tensor.numel() * (1 - zeros_of))
             sparse_bytes += tensor.nbytes
             dense_bytes += tensor.nbytes
     if without_values:
@@ -80,7 +84,7 @@ def inspect(path: Path) -> dict[str, Any]:
         )
     zeros = None
     if num_weights and directory.kind != "dense":
-        zeros = round(directory.pattern.zeros * (1 - num_kept_dense / num_weights), 4)
+        zeros = round(1 - num_kept / num_weights, 4)
     quality = directory.record.get("quality")
     head = directory.head_dtype
     if head:
@@ -93,7 +97,7 @@ def inspect(path: Path) -> dict[str, Any]:
         is_quantized_here = False
     return {
         "kind": directory.kind,
-        "pattern": str(directory.pattern) if directory.kind != "dense" else None,
+        "pattern": _described(directory) if directory.kind != "dense" else None,
         "quantized": directory.quantized,
         "head": head,
         "scale_group": directory.form.scale_group,
@@ -110,8 +114,16 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
+def _described(directory: ModelDirectory) -> str:
+    if not directory.kept_of_64:
+        return str(directory.pattern)
+    patterns = [directory.pattern_of(name).stored for name in directory.targets]
+    least, most = (find(patterns, key=lambda pattern: pattern.n) for find in (min, max))
+    return str(least) if least == most else f"{least} to {most}"
+
+
 def count_sparse(path: Path) -> tuple[int, bool]:
-    """How many linears of a model directory are served 2:4-sparse, and whether with stored zeros.
+    """How many linears of a model directory are served sparse, and whether with stored zeros.
 
     Reads file headers, and the first weight where another program stored 8-bit weights with their
     zeros: if that is 2:4 all must be, which is checked when they are loaded. 2:4 weights with their
@@ -122,6 +134,11 @@ def count_sparse(path: Path) -> tuple[int, bool]:
             does not belong to its weight.
     """
     files = tensor_files(path)
+    if any(name.endswith(".row_offsets") for name in files):
+        raise CheckpointError(
+            f"{path} is in the format {RAGGED}, which vLLM does not serve any more; "
+            "convert it first (cast-serve convert SRC OUT)"
+        )
     for part in ("compressed", PACKED):
         stored = [name.removesuffix(f".{part}") for name in files if name.endswith(f".{part}")]
         compressed = [name for name in stored if f"{name}.bitmask" in files]
@@ -158,8 +175,9 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
             continue  # of a weight that is not quantised, or refused when it is loaded
         scale, weight = (shape_of(files, f"{name}.{tensor}") for tensor in ("weight_scale", part))
         wanted = [[*weight[:1], 1], [1]]
-        if part == PACKED and len(weight) == 2:  # words of the kept values of 16 columns
-            wanted = [[weight[0], -(-weight[1] * 16 // group)] for group in INT4_SCALE_GROUPS]
+        bitmask = shape_of(files, f"{name}.bitmask")
+        if part == PACKED and len(bitmask) == 2:  # a byte of 8 columns, the last maybe of 4
+            wanted = [[bitmask[0], -(-bitmask[1] * 8 // group)] for group in INT4_SCALE_GROUPS]
         if scale not in wanted and (scale or part == PACKED):
             raise CheckpointError(
                 f"{name}.weight_scale is {scale}, but {' or '.join(map(str, wanted))} belongs "

@@ -18,7 +18,7 @@ from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
 from cast_serve.sparsity.nibbles import PACKED, pack_nibbles, unpack_nibbles
-from cast_serve.sparsity.pattern import PatternError
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
 from cast_serve.sparsity.quantize import (
     INT4_SCALE_GROUPS,
     MAX_INTEGER,
@@ -34,16 +34,17 @@ PARTS = ("compressed", "bitmask", "shape")
 
 @dataclass(frozen=True)
 class CompressedLinear:
-    """A 2:4 weight [out_features, in_features].
+    """A weight [out_features, in_features] that keeps N of 64, or 2 of 4.
 
     Attributes:
         name: the linear's, for error messages and tensor names.
-        values: [out_features, in_features / 2], bf16, fp16, fp32 or int8.
+        values: [out_features, in_features N / M], bf16, fp16, fp32 or int8.
         bitmask: uint8 [out_features, ceil(in_features / 8)].
-        in_features: a multiple of 4.
+        in_features: a multiple of the pattern's M.
         scale: in the model's dtype if the values are int8, else None: [out_features, 1], or of 4
             bits [out_features, ceil(in_features / scale_group)].
         scale_group: of 4 bits, the columns that share a scale; else None.
+        pattern: as stored: 2:4, or N:64.
     """
 
     name: str
@@ -52,30 +53,38 @@ class CompressedLinear:
     in_features: int
     scale: Tensor | None = None
     scale_group: int | None = None
+    pattern: Pattern = TWO_FOUR
 
     @classmethod
-    def from_weight(cls, name: str, weight: Tensor) -> "CompressedLinear":
-        """Compresses a 2:4 weight [out_features, in_features] with its zeros.
+    def from_weight(
+        cls, name: str, weight: Tensor, pattern: Pattern = TWO_FOUR
+    ) -> "CompressedLinear":
+        """Compresses a weight [out_features, in_features] with its zeros.
 
         Raises:
-            PatternError: if a group has more than two non-zeros.
+            PatternError: if a group has more than N non-zeros, or in_features no whole words.
         """
-        values, bitmask = compress(weight, name)
-        return cls(name, values, bitmask, weight.shape[1])
+        values, bitmask = compress(weight, name, pattern)
+        return cls(name, values, bitmask, weight.shape[1], pattern=pattern.stored)
 
     @classmethod
-    def from_parts(cls, name: str, parts: Mapping[str, Tensor]) -> "CompressedLinear":
+    def from_parts(
+        cls, name: str, parts: Mapping[str, Tensor], pattern: Pattern = TWO_FOUR
+    ) -> "CompressedLinear":
         """Checks the stored tensors of a linear and puts them together.
 
         Args:
             name: the linear's.
             parts: compressed or weight_packed, bitmask, shape and, if quantised, weight_scale.
+            pattern: what config.json says of it.
 
         Raises:
             CheckpointError: if one is missing, or of another dtype or shape than it must be, or a
                 scale is not finite and positive; naming the tensor, and the row.
-            PatternError: if the bitmask does not keep exactly two of each four.
+            PatternError: if the shapes do not belong to the pattern, or a word of the bitmask (2:4:
+                a group) does not keep exactly N.
         """
+        pattern = pattern.stored
         is_packed = PACKED in parts
         stored = PACKED if is_packed else "compressed"
         if missing := [part for part in (stored, *PARTS[1:]) if part not in parts]:
@@ -88,17 +97,23 @@ class CompressedLinear:
                 "the checkpoint is damaged"
             )
         out_features, in_features = shape
-        kept = in_features // 2
+        kept = in_features * pattern.n // pattern.m
         needed = (
             [out_features, -(-kept // 8) if is_packed else kept],
             [out_features, -(-in_features // 8)],
         )
-        if in_features % 4 or (list(values.shape), list(bitmask.shape)) != needed:
+        if in_features % pattern.m:
+            raise PatternError(
+                f"{name}: in_features {in_features} is not a multiple of {pattern.m}, which "
+                f"{pattern}, the structure in config.json, needs; copy the directory again"
+            )
+        if (list(values.shape), list(bitmask.shape)) != needed:
             raise PatternError(
                 f"{name}: {stored} {list(values.shape)} and bitmask {list(bitmask.shape)} do not "
-                f"belong to shape [{out_features}, {in_features}]; {needed[0]} and {needed[1]} do"
+                f"belong to shape [{out_features}, {in_features}] in {pattern}, the structure in "
+                f"config.json; {needed[0]} and {needed[1]} do: copy the directory again"
             )
-        unpack_mask(bitmask, in_features, name)
+        unpack_mask(bitmask, in_features, name, pattern)
         scale = parts.get("weight_scale")
         if is_packed:
             if values.dtype != torch.int32:
@@ -108,7 +123,8 @@ class CompressedLinear:
                 )
             group = scale_group_of(name, scale, in_features)
             scale = check_scale(name, scale, out_features, -(-in_features // group))
-            return cls(name, unpack_nibbles(values, kept), bitmask, in_features, scale, group)
+            values = unpack_nibbles(values, kept)
+            return cls(name, values, bitmask, in_features, scale, group, pattern)
         if values.dtype == torch.int8:
             scale = check_scale(name, scale, out_features)
         elif values.dtype not in SCALE_DTYPES or scale is not None:
@@ -117,7 +133,12 @@ class CompressedLinear:
                 ", but int8 with a scale, or bf16, fp16 or fp32 without one is needed; "
                 "convert the directory first (cast-serve convert SRC OUT)"
             )
-        return cls(name, values, bitmask, in_features, scale)
+        return cls(name, values, bitmask, in_features, scale, pattern=pattern)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [out_features, in_features], True = kept."""
+        return unpack_mask(self.bitmask, self.in_features, self.name, self.pattern)
 
     def quantize(
         self,
@@ -138,7 +159,15 @@ class CompressedLinear:
             if scale_group is None:
                 values, scale = quantize_rows(self.values, self.name, importance)
                 return replace(self, values=values, scale=scale)
-            values, scale = quantize_values_int4(self.values, scale_group, self.name, importance)
+            important = None if importance is None else self._spread(importance)
+            values, scale = quantize_values_int4(
+                self._spread(self.values),
+                scale_group,
+                self.name,
+                important,
+                has_zeros=self._has_spread,
+            )
+            values = self._gathered(values)
             return replace(self, values=values, scale=scale, scale_group=scale_group)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
@@ -157,17 +186,42 @@ class CompressedLinear:
         scale = check_scale(self.name, scale, self.values.shape[0], num_groups)
         if not torch.isfinite(self.values).all():
             raise CheckpointError(f"{self.name} holds Inf or NaN; the file is damaged")
-        values = nearest_integers(self.values, scale, scale_group)
+        if scale_group is None:
+            values = nearest_integers(self.values, scale, None)
+        else:
+            spread = self._spread(self.values)
+            values = nearest_integers(spread, scale, scale_group, has_zeros=self._has_spread)
+            values = self._gathered(values)
         return replace(self, values=values, scale=scale, scale_group=scale_group)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features], dequantised to dtype (None: the model's)."""
         values = self.values
         if self.scale_group is not None and self.scale is not None:
-            values = dequantize_int4(values, self.scale, self.scale_group, dtype)
+            spread, has_zeros = self._spread(values), self._has_spread
+            values = dequantize_int4(
+                spread, self.scale, self.scale_group, dtype, has_zeros=has_zeros
+            )
+            if has_zeros:
+                return values
         elif self.scale is not None:
             values = dequantize(values, self.scale, dtype)
-        return decompress(values, self.bitmask, self.in_features, self.name)
+        return decompress(values, self.bitmask, self.in_features, self.name, self.pattern)
+
+    # A scale group of columns is a slice of 2:4's kept values, but not of N of 64's: those are
+    # spread to all columns first.
+
+    @property
+    def _has_spread(self) -> bool:
+        return self.pattern != TWO_FOUR
+
+    def _spread(self, values: Tensor) -> Tensor:
+        if not self._has_spread:
+            return values
+        return decompress(values, self.bitmask, self.in_features, self.name, self.pattern)
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        return values[self.mask].view(self.values.shape) if self._has_spread else values
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored, by tensor name."""

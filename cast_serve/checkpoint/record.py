@@ -92,7 +92,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
     """Refuses fields of another kind than they must be, where they are there."""
     kinds = {"kind": str, "n": int, "m": int, "targets": list, "kept_dense": list, "sha256": dict}
-    objects = ("quality", "quantization", "source", "trained_as", "converted_from")
+    objects = ("quality", "quantization", "source", "trained_as", "converted_from", "kept_of_64")
     kinds |= dict.fromkeys(objects, dict)
     for name, kind in kinds.items():
         value = record.get(name)
@@ -106,11 +106,36 @@ def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
     names = [*(record.get("targets") or ()), *(record.get("kept_dense") or ())]
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: targets and kept_dense must be names of linears")
-    n, m = (2 if record.get("n") is None else record["n"]), record.get("m") or 4
+    n, m = pattern_of(record)
     if record.get("kind") != "dense" and not 0 < n < m:
-        raise CheckpointError(f"{path}: {n}:{m} is not N:M with 0 < N < M")
+        raise CheckpointError(
+            f"{path}: {n}:{m} is not N:M with 0 < N < M; copy the directory again"
+        )
+    checked_kept(path, record.get("kept_of_64"))
     if wrong := [name for name in record.get("sha256") or () if not is_file_name(name)]:
         raise CheckpointError(f"{path} lists {wrong[0]!r:.200}, which is not a file beside it")
+
+
+def pattern_of(record: Mapping[str, Any]) -> tuple[int, int]:
+    """n and m of cast.json; 2 and 4 where it does not say."""
+    n, m = record.get("n"), record.get("m")
+    return 2 if n is None else n, 4 if m is None else m
+
+
+def checked_kept(where: str | Path, kept: Any) -> dict[str, int]:
+    """``kept_of_64`` of cast.json or config.json: N of N:64 by name of a linear; empty if None.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
+    if kept is None:
+        return {}
+    if not isinstance(kept, dict) or not all(type(n) is int and 0 < n < 64 for n in kept.values()):
+        raise CheckpointError(
+            f"{where}: kept_of_64 is {kept!s:.200}, but has a number from 1 to 63 for each linear "
+            "that it names; copy the directory again"
+        )
+    return kept
 
 
 def is_gated(directory: Path) -> bool:

@@ -2,7 +2,8 @@
 
 It is what compressed-tensors 0.12 writes for bf16 and int8. 4 bits are ``pack-quantized`` under the
 sparsity format ``sparse-24-bitmask``: compressed-tensors packs integers so, but always with the
-zeros, which takes 4.125 bits a weight in place of 3.125.
+zeros, which takes 4.125 bits a weight in place of 3.125. N:64 is ``sparse-64-bitmask``, which is
+ours alone: compressed-tensors stores other patterns than 2:4 in rows of any length.
 """
 
 import logging
@@ -10,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cast_serve.checkpoint.declared import BITMASK_24, BITMASK_64
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError, read_json
+from cast_serve.sparsity.pattern import TWO_FOUR
 
 logger = logging.getLogger(__name__)
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -55,6 +58,7 @@ def quantization_config(
         quantization: as cast.json has it.
     """
     dense_linears = sorted(set(source.linears) - set(source.targets))
+    stored = source.pattern.stored
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "dense",
@@ -82,11 +86,20 @@ def quantization_config(
                 own = {**group, "targets": [head], "format": "int-quantized"}
                 config["config_groups"]["group_1"] = own
     config["sparsity_config"] = {
-        "format": "sparse-24-bitmask",
-        "sparsity_structure": "2:4",
-        "global_sparsity": 0.5,
+        "format": BITMASK_24 if stored == TWO_FOUR else BITMASK_64,
+        "sparsity_structure": str(stored),
+        "global_sparsity": _zeros(source),
         "targets": ["Linear"],
         "ignore": dense_linears,
         "registry_requires_subclass": False,
     }
+    if source.kept_of_64:
+        config["sparsity_config"]["kept_of_64"] = dict(source.kept_of_64)
     return config
+
+
+def _zeros(source: ModelDirectory) -> float:
+    """The share of zeros in all targets."""
+    sizes = {name: source.num_weights(name) for name in source.targets}
+    zeros = sum(source.pattern_of(name).zeros * size for name, size in sizes.items())
+    return round(zeros / sum(sizes.values()), 6)

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from cast_serve.checkpoint.architecture import linears_of, meta_model, name_of
-from cast_serve.checkpoint.declared import check_declared, quantization_of
+from cast_serve.checkpoint.declared import (
+    Structure,
+    check_declared,
+    quantization_of,
+    structure_of,
+)
 from cast_serve.checkpoint.record import (
     CAST_JSON,
     GATED_METHOD,
     CheckpointError,
     check_listed,
+    pattern_of,
     read_json,
     read_record,
     shards,
@@ -30,7 +36,8 @@ class StoredModel:
     """A model directory for reading, whatever the form of its weights; `get` loads a tensor.
 
     Attributes:
-        pattern: N:M of the record; 2:4 if there is none.
+        pattern: N:M of the record, or else of config.json; 2:4 if neither says.
+        kept_of_64: N by name, of the linears that differ from it.
         config: config.json.
         quantization: what it says of compression and quantisation; empty if nothing.
         record: cast.json, after the shards that it lists were checked; empty if there is none.
@@ -64,7 +71,6 @@ class StoredModel:
         check_listed(path, self.record)
         self._model = meta_model(path, len(self.files))
         self.linears = linears_of(self._model)
-        self.pattern = Pattern(self.record.get("n") or 2, self.record.get("m") or 4)
         self.head = name_of(self._model, self._model.get_output_embeddings())
         is_tied = self._model.config.get_text_config().tie_word_embeddings
         embedding = name_of(self._model, self._model.get_input_embeddings())
@@ -79,6 +85,38 @@ class StoredModel:
             raise CheckpointError(
                 f"{path}/config.json: quantization_config is malformed: {self.quantization!s:.300}"
             ) from None
+        self.pattern, self.kept_of_64 = self._patterns()
+
+    def _patterns(self) -> tuple[Pattern, Mapping[str, int]]:
+        """Raises CheckpointError if cast.json and config.json say different things."""
+        n, m = pattern_of(self.record)
+        recorded = Structure(Pattern(n, m), self.record.get("kept_of_64") or {})
+        declared = structure_of(self.path, self.quantization)
+        if declared is None:
+            return recorded.pattern, recorded.kept_of_64
+        if self.record.get("m") is None:
+            return declared.pattern, declared.kept_of_64
+        if recorded.pattern.stored != declared.pattern or dict(recorded.kept_of_64) != dict(
+            declared.kept_of_64
+        ):
+            raise CheckpointError(
+                f"{self.path}: cast.json says {recorded.pattern}, which is stored as "
+                f"{recorded.pattern.stored}, but config.json says {declared.pattern}"
+                f"{', or another kept_of_64' if recorded.kept_of_64 else ''}; copy both again"
+            )
+        return recorded.pattern, recorded.kept_of_64
+
+    def pattern_of(self, name: str) -> Pattern:
+        """A linear's pattern."""
+        return Structure(self.pattern, self.kept_of_64).of(name)
+
+    def in_features(self, name: str) -> int:
+        """Of a linear of the model."""
+        return int(self._model.get_submodule(name).weight.shape[0 if self.linears[name] else 1])
+
+    def num_weights(self, name: str) -> int:
+        """Of a linear of the model, zeros counted."""
+        return int(self._model.get_submodule(name).weight.numel())
 
     def _check_complete(self) -> None:
         """Refuses a directory that lacks what the model needs, such as one without its last shard.

@@ -6,7 +6,7 @@ Apart from config.py, since it must be known also where that cannot be imported.
 from typing import Any
 
 METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
-FORMAT = "sparse-24-bitmask"
+FORMATS = ("sparse-24-bitmask", "sparse-64-bitmask")  # 2:4; N:64, which config.py refuses
 
 
 def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:
@@ -21,7 +21,7 @@ def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:
     is_refused_by_vllm = sparsity.get("format") == "dense" and bool(sparsity.get("targets"))
     is_asked_for = user_quant == METHOD and config.get("quant_method") == "compressed-tensors"
     return (
-        sparsity.get("format") == FORMAT
+        sparsity.get("format") in FORMATS
         or is_asked_for
         or (is_refused_by_vllm and user_quant is None)
     )

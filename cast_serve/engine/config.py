@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from cast_serve.engine.claims import FORMAT, METHOD, claims
+from cast_serve.engine.claims import FORMATS, METHOD, claims
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import Sparse24LinearMethod, Stored
 from cast_serve.engine.report import kernel_of
@@ -101,7 +101,7 @@ class Sparse24Config(QuantizationConfig):
                 targets other layers than linears.
         """
         sparsity = config.get("sparsity_config") or {}
-        has_zeros = sparsity.get("format") != FORMAT
+        has_zeros = sparsity.get("format") not in FORMATS
         form, scheme = config.get("format", "dense"), config.get("config_groups") or {}
         unquantized = list(config.get("ignore") or [])
         if has_zeros and form not in DTYPES:
@@ -115,7 +115,8 @@ class Sparse24Config(QuantizationConfig):
         if sparsity.get("sparsity_structure") != "2:4" or sparsity.get("targets") != ["Linear"]:
             raise UsageError(
                 f"sparsity_structure {sparsity.get('sparsity_structure')!r} with targets "
-                f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed"
+                f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed, or the "
+                "dense twin: cast-serve convert SRC OUT --dense-twin DIR"
             )
         ignore = list(sparsity.get("ignore") or [])
         if form == "dense" and not scheme:

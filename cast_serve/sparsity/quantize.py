@@ -14,9 +14,9 @@ taken over the row or scale group that it belongs to. A smaller scale cuts the l
 and rounds all others more finely; 4 bits gain from cutting off much more. Each candidate is first
 rounded to the weight's dtype (int4: to bf16, which its kernel holds), then the integers are chosen
 for it: in bf16 neighbouring scales differ by 0.4 to 0.8 %, so a much finer grid would try the same
-scales twice. Values that are 0 add no error whatever the scale is, so kept weights [N, K / 2] get
-the scales of the whole rows. An *importance* of each weight, such as the mean square of what it
-multiplies, makes the error a weighted sum.
+scales twice. Values that are 0 add no error whatever the scale is, so a row's kept weights get the
+scale of the whole row, and weights with their zeros the scales of the kept ones. An *importance* of
+each weight, such as the mean square of what it multiplies, makes the error a weighted sum.
 """
 
 from collections.abc import Iterator
@@ -87,14 +87,18 @@ def quantize_values_int4(
     scale_group: int = SCALE_GROUP,
     name: str = "weight",
     importance: Tensor | None = None,
+    *,
+    has_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Quantises the kept weights of a 2:4 weight to 4 bits, each scale group of a row by itself.
+    """Quantises a weight to 4 bits, each scale group of a row by itself.
 
-    Every four dense columns keep two, so the scale group of a kept value is its own column in
-    `values` divided by scale_group / 2, whatever the mask is.
+    Of 2:4 it takes the kept weights: every four dense columns keep two, so the scale group of a
+    kept value is its own column in `values` divided by scale_group / 2, whatever the mask is. Of N
+    of 64 it takes the weight with its zeros, since half a word keeps any number.
 
     Args:
-        values: kept weights [out_features, in_features / 2], bf16, fp16 or fp32.
+        values: kept weights [out_features, in_features / 2], bf16, fp16 or fp32, or with has_zeros
+            the weight [out_features, in_features].
         scale_group: dense columns that share a scale, one of INT4_SCALE_GROUPS; the last group of
             a row may have fewer.
         name: for error messages.
@@ -107,36 +111,44 @@ def quantize_values_int4(
     Raises:
         ValueError: if a weight is Inf or NaN, or for another scale_group.
     """
-    groups = _kept_groups(values, scale_group)
+    groups = _scale_groups(values, scale_group, has_zeros)
     num_rows, num_groups, kept = groups.shape
     if importance is not None:
-        importance = _kept_groups(importance, scale_group).flatten(0, 1)
+        importance = _scale_groups(importance, scale_group, has_zeros).flatten(0, 1)
     integers, scale = _quantize(groups.flatten(0, 1), importance, INT4, name, num_groups)
     integers = integers.view(num_rows, num_groups * kept)[:, : values.shape[1]]
     return integers.contiguous(), scale.view(num_rows, num_groups)
 
 
-def nearest_integers(values: Tensor, scale: Tensor, scale_group: int | None) -> Tensor:
-    """The integers of kept weights whose scales are given, int8 of the same shape.
+def nearest_integers(
+    values: Tensor, scale: Tensor, scale_group: int | None, *, has_zeros: bool = False
+) -> Tensor:
+    """The integers of weights whose scales are given, int8 of the same shape.
 
     Args:
-        values: kept weights [out_features, in_features / 2].
+        values: of int4 as `quantize_values_int4` takes them, of int8 any weights of each row.
         scale: as `quantize_values_int4` gives it, or with scale_group None `quantize_rows`.
         scale_group: of int4, the dense columns that share a scale; None: int8.
+        has_zeros: as `quantize_values_int4` takes it.
     """
     if scale_group is None:
         return _integers(values.float(), scale.float(), INT8).to(torch.int8)
-    groups = _kept_groups(values, scale_group).float()
+    groups = _scale_groups(values, scale_group, has_zeros).float()
     integers = _integers(groups, scale.float().unsqueeze(-1), INT4).to(torch.int8).flatten(1)
     return integers[:, : values.shape[1]].contiguous()
 
 
 def dequantize_int4(
-    values: Tensor, scale: Tensor, scale_group: int, dtype: torch.dtype | None = None
+    values: Tensor,
+    scale: Tensor,
+    scale_group: int,
+    dtype: torch.dtype | None = None,
+    *,
+    has_zeros: bool = False,
 ) -> Tensor:
     """The inverse of `quantize_values_int4`: multiplied in fp32, rounded to `dtype` (None: the
-    scale's); [out_features, in_features / 2]."""
-    groups = _kept_groups(values, scale_group)
+    scale's); of the values' shape."""
+    groups = _scale_groups(values, scale_group, has_zeros)
     kept = dequantize(groups, scale.unsqueeze(-1), dtype).flatten(1)
     return kept[:, : values.shape[1]].contiguous()
 
@@ -190,8 +202,9 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype | None = None) 
     return (values.float() * scale.float()).to(dtype or scale.dtype)
 
 
-def _kept_groups(values: Tensor, scale_group: int) -> Tensor:
-    """Kept values [N, K / 2] -> [N, num_groups, scale_group / 2], padded with 0.
+def _scale_groups(values: Tensor, scale_group: int, has_zeros: bool) -> Tensor:
+    """Kept values [N, K / 2] of 2:4 -> [N, num_groups, scale_group / 2], padded with 0; weights
+    with their zeros [N, K] -> [N, num_groups, scale_group].
 
     Raises:
         ValueError: for a scale_group that is not one of INT4_SCALE_GROUPS.
@@ -199,7 +212,7 @@ def _kept_groups(values: Tensor, scale_group: int) -> Tensor:
     if scale_group not in INT4_SCALE_GROUPS:
         known = ", ".join(map(str, INT4_SCALE_GROUPS))
         raise ValueError(f"a scale group of {scale_group} columns does not exist; use {known}")
-    kept = scale_group // 2
+    kept = scale_group if has_zeros else scale_group // 2
     return torch.nn.functional.pad(values, (0, -values.shape[1] % kept)).unflatten(1, (-1, kept))
 
 

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint.architecture import empty_model
-from cast_serve.checkpoint.declared import quantization_of
+from cast_serve.checkpoint.declared import (
+    BITMASK_24,
+    BITMASK_64,
+    quantization_of,
+    structure_of,
+)
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
 from cast_serve.checkpoint.record import (
     CheckpointError,
@@ -21,7 +26,7 @@ from cast_train.gates import gating
 
 
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A sparse-24-bitmask directory, decompressed into the dense model.
+    """A directory of bitmasks, decompressed into the dense model.
 
     int8 and int4 weights are dequantised, and the activations that they multiply are rounded as
     they are where the model is served (sparsity/quantize.py): the quality found here is that of
@@ -30,13 +35,14 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     Raises:
         CheckpointError: if it is missing, of another format, or lacks tensors, or a scale is
             damaged.
-        PatternError: if a bitmask is not 2:4.
+        PatternError: if a bitmask is damaged.
     """
     found = quantization_of(directory, read_json(directory / "config.json"))
-    method = found.get("sparsity_config", found).get("format")
-    if method != "sparse-24-bitmask":
+    structure = structure_of(directory, found)
+    if structure is None:
+        method = found.get("sparsity_config", found).get("format")
         raise CheckpointError(
-            f"{directory} is compressed as {method!r}, not as sparse-24-bitmask; "
+            f"{directory} is compressed as {method!r}, not as {BITMASK_24} or {BITMASK_64}; "
             "convert it first (cast-serve convert SRC OUT)"
         )
     model = empty_model(directory, dtype)
@@ -60,7 +66,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
             state[key] = dequantize(state[key], scale, dtype)
             continue
-        weight = CompressedLinear.from_parts(name, found_parts).dense(dtype)
+        weight = CompressedLinear.from_parts(name, found_parts, structure.of(name)).dense(dtype)
         transposed = gating.is_transposed(model.get_submodule(name))
         state[key] = weight.t() if transposed else weight
     try:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
-from cast_serve.sparsity.bitmask import unpack_mask
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
@@ -64,8 +63,7 @@ def read_masks(
         found = {name: gate.mask_rows() for name, gate in gates.items()}
     elif kind == "compressed":  # whose bitmask says more than its values, some of which may be 0
         source = ModelDirectory(directory)
-        linears = {name: source.target(name) for name in source.targets}
-        found = {k: unpack_mask(w.bitmask, w.in_features, k) for k, w in linears.items()}
+        found = {name: source.target(name).mask for name in source.targets}
     else:
         model = models.load_unmasked(directory, torch.float32)
         known = dict(model.named_modules())

@@ -29,7 +29,6 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.scheme import resolved
 from cast_serve.checkpoint.target import Calibrated
-from cast_serve.sparsity.bitmask import unpack_mask
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, one_thread
 from cast_train.checkpoint import identity, models
 from cast_train.gates.gating import is_transposed
@@ -102,7 +101,7 @@ def quantize_linear(
         hessian: X^T X of its inputs, fp32 [in_features, in_features].
         quantization: to 8 or to 4 bits.
     """
-    mask = unpack_mask(linear.bitmask, linear.in_features, linear.name)
+    mask = linear.mask
     hessian = damped(hessian, DAMPING)
     importance = hessian.diagonal().expand(mask.shape)[mask].view(linear.values.shape)
     nearest = linear.quantize(quantization, importance)

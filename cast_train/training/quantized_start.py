@@ -53,7 +53,8 @@ def start_quantized(
     def quantized(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         mask = gates[name].mask_rows()
         kept = weight[mask].view(len(weight), -1).to(quantizing.STORED_DTYPE)
-        linear = CompressedLinear(name, kept, pack_mask(mask), weight.shape[1])
+        pattern = gates[name].pattern.stored
+        linear = CompressedLinear(name, kept, pack_mask(mask), weight.shape[1], pattern=pattern)
         found = quantize_linear(linear, hessian, quantization)
         assert found.scale is not None
         scale = quantizing.quantizer_of(targets[name]).scale.copy_(found.scale)

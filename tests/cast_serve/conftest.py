@@ -48,13 +48,22 @@ def save_gated(tmp_path: Path) -> Save:
 
 @pytest.fixture
 def save_pruned(tmp_path: Path) -> Save:
-    """`folder = save_pruned(model)`: an ordinary HF directory whose targets are 2:4."""
+    """`folder = save_pruned(model)`: an ordinary HF directory whose targets have the pattern."""
 
-    def save(model: PreTrainedModel, max_shard_size: str = "1GB") -> Path:
-        for module in find_targets(model, TWO_FOUR)[0].values():
-            module.weight.data *= hard_mask(module.weight.data.float().abs())
+    def save(
+        model: PreTrainedModel,
+        max_shard_size: str = "1GB",
+        pattern: Pattern = TWO_FOUR,
+        is_on_record: bool = False,
+    ) -> Path:
+        for module in find_targets(model, pattern)[0].values():
+            module.weight.data *= hard_mask(module.weight.data.float().abs(), pattern)
         folder = tmp_path / "pruned"
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if is_on_record:
+            n, m = pattern.n, pattern.m
+            cast = {"format_version": 1, "kind": "pruned", "method": "magnitude", "n": n, "m": m}
+            (folder / "cast.json").write_text(json.dumps(cast))
         return folder
 
     return save

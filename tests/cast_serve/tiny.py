@@ -4,11 +4,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama(hidden_size: int = 32) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -18,6 +18,7 @@ def tiny_llama() -> PreTrainedModel:
     return LlamaForCausalLM(config).bfloat16()
 
 
-def tiny_gpt2() -> PreTrainedModel:
+def tiny_gpt2(hidden_size: int = 32) -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96)).bfloat16()
+    config = GPT2Config(n_embd=hidden_size, n_layer=1, n_head=2, vocab_size=96)
+    return GPT2LMHeadModel(config).bfloat16()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as some
 from torch import Tensor
 
-from cast_serve.checkpoint.formats import bitmask24, eight_bits
+from cast_serve.checkpoint.formats import bitmask, eight_bits
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.bitmask import compress, decompress, unpack_mask
@@ -69,7 +69,7 @@ def check_linear(drawn: tuple[dict[str, Tensor], torch.dtype]) -> None:
     found, dtype = drawn
     for read in (
         lambda: CompressedLinear.from_parts("x", found),
-        lambda: bitmask24.read("x", found, dtype),
+        lambda: bitmask.read("x", found, dtype),
         lambda: eight_bits.read("x", found, dtype),
     ):
         try:

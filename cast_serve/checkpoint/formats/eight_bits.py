@@ -4,7 +4,7 @@ A linear has ``weight`` [out_features, in_features], int8 or float8 (e4m3), and 
 one a row or one in all. The mask is that of the values; a group with fewer than two keeps its
 lowest columns too. Integers stay as they are, -128 included, and so do their scales, each repeated
 for the rows that it stands for. float8 is widened: multiplied by its scales in fp32 and rounded
-once to the model's dtype, it becomes an unquantised 2:4 weight. ``input_scale`` of static
+once to the model's dtype, it becomes an unquantised weight. ``input_scale`` of static
 activations is left out: activations of integers are quantised for each token, those of widened
 weights not at all.
 """
@@ -20,6 +20,7 @@ from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
 from cast_serve.sparsity.float8 import widen_float8
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 
 DTYPES = (torch.int8, torch.float8_e4m3fn)
 
@@ -45,21 +46,25 @@ class EightBits(Form):
         ]
 
     def read(self, name: str) -> CompressedLinear:
-        return read(name, self.source.parts(name), self.source.model_dtype)
+        pattern = self.source.pattern_of(name)
+        return read(name, self.source.parts(name), self.source.model_dtype, pattern)
 
 
-def read(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> CompressedLinear:
+def read(
+    name: str, parts: Mapping[str, Tensor], dtype: torch.dtype, pattern: Pattern = TWO_FOUR
+) -> CompressedLinear:
     """One linear out of its stored tensors.
 
     Args:
         name: the linear's.
         parts: its tensors by the last word of their names.
         dtype: the model's, which float8 is widened to.
+        pattern: the linear's.
 
     Raises:
         CheckpointError: if a tensor is missing or damaged, or it is quantised asymmetrically or
             with scale groups that are not read; naming it.
-        PatternError: if it is not 2:4.
+        PatternError: if it has another pattern.
     """
     if "weight" not in parts or parts["weight"].dtype not in DTYPES:
         found = parts["weight"].dtype if "weight" in parts else "missing"
@@ -68,7 +73,7 @@ def read(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Compress
             "the checkpoint is incomplete: copy the directory again"
         )
     values, scale = rows(name, parts["weight"], parts, dtype)
-    return replace(CompressedLinear.from_weight(name, values), scale=scale)
+    return replace(CompressedLinear.from_weight(name, values, pattern), scale=scale)
 
 
 def rows(

@@ -1,10 +1,12 @@
 """What `ModelDirectory` asks a form on disk: which linears it stores, and one of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from cast_serve.checkpoint.declared import weights_of
+from torch import Tensor
+
+from cast_serve.checkpoint.declared import Structure, weights_of
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.stored import StoredModel
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
@@ -26,20 +28,24 @@ class Form(ABC):
     """How a directory stores the weights of its targets.
 
     Attributes:
-        kind: dense, pruned, gated, compressed, or quantised: by another program, with its zeros
-            stored or as marlin-24.
+        kind: dense, pruned, gated, compressed; by another program: quantised, with its zeros
+            stored or as marlin-24, or ragged, rows of any count.
         source: the directory.
         linears: those that are stored so; of a form that any linear may have, none.
         quantized: int8, int4 or float8 if their weights are, else None.
         is_widened: whether quantised weights can only become unquantised ones: float8, and integers
             whose scale groups no kernel has.
         is_foreign: whether it is not as `convert` writes it.
+        structure: what the linears become, where neither cast.json nor config.json says; else None.
+        dense: modules in another form than the model's that become dense, by `dense_weight`.
     """
 
     kind: ClassVar[str]
     quantized: str | None = None
     is_widened = False
     is_foreign = False
+    structure: Structure | None = None
+    dense: Sequence[str] = ()
 
     def __init__(self, source: StoredModel, linears: Iterable[str] = ()) -> None:
         self.source = source
@@ -51,8 +57,12 @@ class Form(ABC):
 
         Raises:
             CheckpointError: if it is damaged, or stored in a way that is not read; naming it.
-            PatternError: if it is not 2:4.
+            PatternError: if it has another pattern.
         """
+
+    def dense_weight(self, name: str) -> Tensor:
+        """The weight of a module of `dense`, as the model stores it."""
+        raise NotImplementedError
 
     @property
     def scale_group(self) -> int | None:

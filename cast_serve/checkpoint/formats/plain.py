@@ -15,13 +15,13 @@ from cast_serve.sparsity.pattern import PatternError, check_weight, hard_mask
 
 
 class Dense(Form):
-    """``weight``, in a directory that nobody has pruned on record; it may be 2:4."""
+    """``weight``, in a directory that nobody has pruned on record; it may have the zeros."""
 
     kind = "dense"
 
     def read(self, name: str) -> CompressedLinear:
         weight = hardened(self.source, name, is_gated=self.kind == "gated")
-        return CompressedLinear.from_weight(name, weight)
+        return CompressedLinear.from_weight(name, weight, self.source.pattern_of(name))
 
 
 class Pruned(Dense):
@@ -41,13 +41,14 @@ def hardened(source: StoredModel, name: str, *, is_gated: bool) -> Tensor:
 
     Raises:
         CheckpointError: if its gates or scales do not fit.
-        PatternError: if it is not 2:4.
+        PatternError: if it has another pattern.
     """
     weight, is_transposed = source.get(f"{name}.weight"), source.linears[name]
+    pattern = source.pattern_of(name)
     if is_transposed:
         weight = weight.T.contiguous()
     if not is_gated:
-        check_weight(weight, source.pattern, name)
+        check_weight(weight, pattern, name)
         return weight
     if source.record.get("method") == "adams":  # it has no gates: |W| ranks the weights
         gate = weight.float().abs()
@@ -61,13 +62,13 @@ def hardened(source: StoredModel, name: str, *, is_gated: bool) -> Tensor:
                 "checkpoint is damaged"
             )
     try:
-        mask = hard_mask(gate, source.pattern)
+        mask = hard_mask(gate, pattern)
     except PatternError as error:
         raise PatternError(f"{name}.gate: {error}") from None
     if gate.dtype == torch.bool and not torch.equal(mask, gate):
         raise PatternError(
-            f"{name}.gate is a mask that does not keep {source.pattern.n} of every "
-            f"{source.pattern.m} weights; the checkpoint is damaged"
+            f"{name}.gate is a mask that does not keep {pattern.n} of every {pattern.m} weights; "
+            "the checkpoint is damaged"
         )
     weight = torch.where(mask, weight, torch.zeros_like(weight))
     if f"{name}.scale" not in source.files:

@@ -16,6 +16,7 @@ from cast_serve.checkpoint.record import (
     CAST_JSON,
     SCALES_TRAINED,
     CheckpointError,
+    pattern_of,
     read_json,
     read_record,
     shards,
@@ -25,9 +26,8 @@ from cast_serve.gateway.upstream.replica import Variant
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_PARTS = ("weight", "compressed")
 PACKED = "weight_packed"  # 4-bit values, eight to a word
-STORED_PARTS = (*WEIGHT_PARTS, PACKED, "bitmask", "weight_scale")
+STORED_PARTS = ("weight", "compressed", PACKED, "bitmask", "weight_scale")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -77,7 +77,7 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     is_trained_so = quantization.get("scales") == SCALES_TRAINED and not quantization.get("head")
     found: dict[str, Any] = {
         "kind": kind,
-        "pattern": None if kind == "dense" else f"{record['n']}:{record['m']}",
+        "pattern": None if kind == "dense" else _pattern(record),
         "quantized": quantization.get("quantize"),
     }
     source = (record.get("source") or {}).get("model")
@@ -94,6 +94,16 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _pattern(record: dict[str, Any]) -> str:
+    """As `cast-serve inspect` has it."""
+    n, m = record["n"], record["m"]
+    if not (kept := record.get("kept_of_64")):
+        return f"{n}:{m}"
+    of_64 = [kept.get(name, n * 64 // m) for name in record["targets"]]
+    least, most = min(of_64), max(of_64)
+    return f"{least}:64" if least == most else f"{least}:64 to {most}:64"
+
+
 def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Share of zeros and stored bits, of the shards' headers."""
     tensors: dict[str, Any] = {}
@@ -104,25 +114,27 @@ def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     }
     kept_dense = set(record.get("kept_dense") or ())
     linears = {*compressed, *(record.get("targets") or ()), *kept_dense}
-    num_weights = num_kept_dense = num_bytes = 0
+    num_weights = num_bytes = 0
+    num_zeros = 0.0
+    n, m = pattern_of(record)
+    kept_of_64 = record.get("kept_of_64") or {}
     for name, tensor in tensors.items():
         linear, _, part = name.rpartition(".")
         if linear not in linears or part not in STORED_PARTS:
             continue
         num_bytes += tensor["data_offsets"][1] - tensor["data_offsets"][0]
-        if part == "bitmask" and f"{linear}.{PACKED}" in tensors:
-            num_weights += math.prod(tensor["shape"]) * 8  # at most 4 a row too many
-        elif part in WEIGHT_PARTS:
-            num = math.prod(tensor["shape"]) * (2 if part == "compressed" else 1)
-            num_weights += num
-            num_kept_dense += num if linear in kept_dense else 0
+        if part not in ("bitmask", "weight"):
+            continue
+        num = math.prod(tensor["shape"])
+        num *= 8 if part == "bitmask" else 1  # of 2:4 at most 4 a row too many
+        num_weights += num
+        if linear not in kept_dense:
+            num_zeros += num * (1 - (kept_of_64[linear] / 64 if linear in kept_of_64 else n / m))
     if not num_weights:
         return {"bits_per_weight": _dense_bits(path)}
     zeros = None
     if compressed or record.get("kind") in ("dense", "pruned"):
-        n, m = (record["n"], record["m"]) if record else (2, 4)
-        is_dense = record.get("kind") == "dense"
-        zeros = 0.0 if is_dense else (1 - n / m) * (1 - num_kept_dense / num_weights)
+        zeros = 0.0 if record.get("kind") == "dense" else num_zeros / num_weights
     return {"zeros": zeros, "bits_per_weight": 8 * num_bytes / num_weights}
 
 

@@ -11,7 +11,7 @@ from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_serve.sparsity.bitmask import decompress
-from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
+from cast_serve.sparsity.pattern import PatternError, hard_mask
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
 
@@ -245,9 +245,16 @@ def test_refuses_another_format_version(save_gated: Save, tmp_path: Path) -> Non
     assert_refused(source, tmp_path, CheckpointError, "format_version 7, but this program reads 1")
 
 
-def test_refuses_other_patterns(save_gated: Save, tmp_path: Path) -> None:
-    source = save_gated(tiny_llama(), Pattern(4, 8))
-    assert_refused(source, tmp_path, PatternError, "is 4:8, but only 2:4")
+def test_refuses_columns_and_groups_that_have_no_compressed_form(
+    save_gated: Save, tmp_path: Path
+) -> None:
+    """As earlier releases trained them: groups of 8 in 32 columns, and groups of 16 / 3."""
+    source = save_gated(tiny_llama())
+    edit_json(source / "cast.json", n=4, m=8)
+    message = r"_proj: in_features 32 is not a multiple of 64, so it cannot be stored as 32:64; "
+    assert_refused(source, tmp_path, PatternError, message)
+    edit_json(source / "cast.json", n=3, m=5)
+    assert_refused(source, tmp_path, PatternError, "3:5 has no .* 5 does not divide 64")
 
 
 def test_refuses_a_missing_gate(save_gated: Save, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
-from cast_serve.checkpoint.formats.bitmask24 import Bitmask24
+from cast_serve.checkpoint.formats.bitmask import Bitmask
 from cast_serve.checkpoint.formats.eight_bits import EightBits
 from cast_serve.checkpoint.formats.form import Form
 from cast_serve.checkpoint.formats.marlin24 import Marlin24
@@ -70,7 +70,7 @@ def test_each_fixture_has_the_form_that_its_config_says(name: str) -> None:
     said = json.loads((FIXTURES / name / "config.json").read_text())
     said = said.get("quantization_config") or said["compression_config"]
     if (said.get("sparsity_config") or {}).get("format") == "sparse-24-bitmask":
-        expected: type[Form] = Bitmask24
+        expected: type[Form] = Bitmask
     else:
         forms = {"pack-quantized": PackQuantized, "marlin-24": Marlin24}
         expected = forms.get(said["format"], EightBits)

@@ -64,6 +64,8 @@ def test_claims_our_format_and_no_other(config_class: Any) -> None:
     refused_by_vllm = zeros | {"sparsity_config": {"format": "dense", "targets": ["Linear"]}}
     assert claim(refused_by_vllm, None) == "cast_sparse24"
     assert claim(refused_by_vllm, "compressed-tensors") is None
+    wide = {"sparsity_config": {"format": "sparse-64-bitmask"}}
+    assert claim(CHECKPOINT | wide, None) == "cast_sparse24"
     assert claim({"quant_method": "gptq"}, "cast_sparse24") is None
     assert claim({"quant_method": "gptq", "sparsity_config": None}, None) is None
 
@@ -78,6 +80,10 @@ def test_claims_our_format_and_no_other(config_class: Any) -> None:
         ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
         ({"sparsity_config": {"targets": []}}, r"targets \[\] is not served"),
         ({"sparsity_config": {"sparsity_structure": "4:8"}}, "'4:8' with targets"),
+        (
+            {"sparsity_config": {"format": "sparse-64-bitmask", "sparsity_structure": "32:64"}},
+            "'32:64' with targets .* is not served; .* dense twin",
+        ),
         (
             {"sparsity_config": {"format": "dense"}},
             "stores the zeros of its weights, in the format 'dense', .*; run `cast-serve convert",

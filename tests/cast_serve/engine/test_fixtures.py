@@ -26,7 +26,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from cast_serve.checkpoint.convert import convert  # noqa: E402
 from cast_serve.checkpoint.directory import ModelDirectory  # noqa: E402
-from cast_serve.checkpoint.formats import bitmask24, eight_bits  # noqa: E402
+from cast_serve.checkpoint.formats import bitmask, eight_bits  # noqa: E402
 from cast_serve.checkpoint.inspect import count_sparse, inspect  # noqa: E402
 from cast_serve.checkpoint.record import CheckpointError  # noqa: E402
 from cast_serve.engine import plugin  # noqa: E402
@@ -150,7 +150,7 @@ def weight_of(folder: Path, name: str) -> Tensor:
     directory = ModelDirectory(folder)
     parent, _, last = name.rpartition(".")
     linears = [f"{parent}.{part}" for part in MERGED.get(last, (last,))]
-    form = eight_bits if directory.kind == "quantised" else bitmask24
+    form = eight_bits if directory.kind == "quantised" else bitmask
     parts = (form.read(linear, directory.parts(linear), torch.float32) for linear in linears)
     return torch.cat([linear.dense(torch.float32).float() for linear in parts])
 

@@ -213,7 +213,7 @@ def test_unquantised_activations_are_warned_of(
     [
         ({"format": "mixed-precision"}, "in the format mixed-precision, but only dense, .*start"),
         ({"format": "nvfp4-pack-quantized"}, "in the format nvfp4-pack-quantized, but only"),
-        ({"sparsity_config": {"format": "sparse-bitmask"}}, "in the format sparse-bitmask, but on"),
+        ({"sparsity_config": {"format": "sparse-blocks"}}, "in the format sparse-blocks, but only"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "quantised KV cache; start from"),
         ({"quant_method": "gptq"}, r"is quantised \(gptq\), which is not read"),
         ({"config_groups": {"a": {"weights": {"strategy": "group"}}}}, "a scale for each group of"),

@@ -16,6 +16,7 @@ from cast_serve.gateway.upstream.replica import Replica, Variant
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 
+FIXTURES = Path(__file__).parents[2] / "checkpoint/fixtures"
 QUALITY = {
     "text": "heldout.txt",
     "perplexity_soft": 20.0,
@@ -54,6 +55,18 @@ def test_a_compressed_directory_as_inspect_has_it(
     foreign = describe_directory(out)
     assert foreign["bits_per_weight"] == found["bits_per_weight"]
     assert (foreign["zeros"], foreign["quality"]) == (0.5, None)
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_n_of_64_of_one_and_of_several_n(tmp_path: Path, quantize: Any) -> None:
+    for name in ("bf16-ragged-16-32", "bf16-ragged"):
+        out = tmp_path / name
+        convert(FIXTURES / name, out, quantization=Quantization.asked(quantize))
+        found, inspected = describe_directory(out), inspect(out)
+        assert found["pattern"] == inspected["pattern"]
+        for key in ("zeros", "bits_per_weight"):
+            assert found[key] == pytest.approx(inspected[key], abs=1e-4)
+    assert " to " in found["pattern"]
 
 
 def test_what_stays_dense_counts(save_gated: Save, tmp_path: Path) -> None:

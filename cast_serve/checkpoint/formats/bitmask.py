@@ -1,4 +1,6 @@
-"""A directory of sparse-24-bitmask, `convert`'s or another program's -> kept values and bitmask.
+"""A directory of bitmasks, `convert`'s or another program's -> kept values and bitmask.
+
+It is ``sparse-24-bitmask``, or ``sparse-64-bitmask`` of N:64, which `convert` alone writes.
 
 A linear has ``compressed`` or ``weight_packed``, ``bitmask``, ``shape`` and, if it is quantised,
 ``weight_scale`` (linear.py). Another program may store 8-bit linears beside them with their zeros.
@@ -15,9 +17,10 @@ from cast_serve.checkpoint.formats.form import Form
 from cast_serve.checkpoint.linear import PARTS, CompressedLinear
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel, shape_of
 from cast_serve.sparsity.nibbles import PACKED
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
 
 
-class Bitmask24(Form):
+class Bitmask(Form):
     """Kept values beside the mask of what they are; `convert` writes this form."""
 
     kind = "compressed"
@@ -49,16 +52,19 @@ class Bitmask24(Form):
 
     def read(self, name: str) -> CompressedLinear:
         read_one = eight_bits.read if name in self.with_zeros else read
-        return read_one(name, self.source.parts(name), self.source.model_dtype)
+        pattern = self.source.pattern_of(name)
+        return read_one(name, self.source.parts(name), self.source.model_dtype, pattern)
 
 
-def read(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> CompressedLinear:
+def read(
+    name: str, parts: Mapping[str, Tensor], dtype: torch.dtype, pattern: Pattern = TWO_FOUR
+) -> CompressedLinear:
     """One linear out of its stored tensors; arguments and errors are those of `eight_bits.read`."""
     values = parts.get("compressed")
     if PACKED in parts or values is None or values.dtype not in eight_bits.DTYPES:
-        return CompressedLinear.from_parts(name, parts)
+        return CompressedLinear.from_parts(name, parts, pattern)
     values, scale = eight_bits.rows(name, values, parts, dtype)
     stored = {part: parts[part] for part in PARTS if part in parts} | {"compressed": values}
     if scale is not None:
         stored["weight_scale"] = scale
-    return CompressedLinear.from_parts(name, stored)
+    return CompressedLinear.from_parts(name, stored, pattern)
