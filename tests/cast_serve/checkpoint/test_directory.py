@@ -15,6 +15,7 @@ from cast_serve.checkpoint.formats.form import Form
 from cast_serve.checkpoint.formats.marlin24 import Marlin24
 from cast_serve.checkpoint.formats.pack_quantized import PackQuantized
 from cast_serve.checkpoint.formats.plain import Gated
+from cast_serve.checkpoint.formats.ragged import Ragged
 from cast_serve.checkpoint.record import CheckpointError
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
@@ -69,11 +70,14 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def test_each_fixture_has_the_form_that_its_config_says(name: str) -> None:
     said = json.loads((FIXTURES / name / "config.json").read_text())
     said = said.get("quantization_config") or said["compression_config"]
-    if (said.get("sparsity_config") or {}).get("format") == "sparse-24-bitmask":
-        expected: type[Form] = Bitmask
-    else:
-        forms = {"pack-quantized": PackQuantized, "marlin-24": Marlin24}
-        expected = forms.get(said["format"], EightBits)
+    forms: dict[str, type[Form]] = {
+        "sparse-24-bitmask": Bitmask,
+        "sparse-bitmask": Ragged,
+        "pack-quantized": PackQuantized,
+        "marlin-24": Marlin24,
+    }
+    found = (said.get("sparsity_config") or said)["format"]
+    expected = forms.get(found, EightBits)
     try:
         directory = ModelDirectory(FIXTURES / name)
     except CheckpointError as error:
