@@ -35,7 +35,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Gated checkpoint, or an HF model that is 2:4, also in 8 bits: a directory, or "
+            help="Gated checkpoint, or an HF model that is sparse, also in 8 bits: a directory, or "
             "ORG/NAME[@REVISION] of a hub.",
         ),
     ],
@@ -59,6 +59,14 @@ def convert(
             "int8 with --quantize where vLLM has one, else none",
         ),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        option(
+            "N:M",
+            "Pattern of a SOURCE whose files do not say it, as 16:32.",
+            "what cast.json or config.json says, else 2:4",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -76,7 +84,7 @@ def convert(
         typer.Option("--dry-run", help="Check options, outputs and hub without reading SOURCE."),
     ] = False,
 ) -> None:
-    """Harden the gates to an exact 2:4 mask and write compressed weights.
+    """Harden the gates to an exact mask, 2:4 or N of 64, and write compressed weights.
 
     With --quantize a compressed bf16 directory can be SOURCE too.
     """
@@ -87,8 +95,10 @@ def convert(
     from cast_serve.checkpoint import hub
     from cast_serve.checkpoint import inspect as inspection
     from cast_serve.checkpoint.quantization import Quantization
+    from cast_serve.sparsity.pattern import Pattern
 
     asked = Quantization.asked(quantize, scale_group, head)
+    pattern = None if sparsity is None else Pattern.parse(sparsity)
     outputs = [out] if dense_twin is None else [out, dense_twin]
     is_there = resume and all(folder.exists() for folder in outputs)
     if not is_there:
@@ -104,7 +114,7 @@ def convert(
     source = hub.fetch(source)  # which shows its own progress
     if is_there:
         for folder in outputs:
-            converter.check_converted(source, folder, asked)
+            converter.check_converted(source, folder, asked, pattern)
         summary = inspection.inspect(out)
     else:
         with Progress(console=Console(stderr=True)) as bar:
@@ -115,6 +125,7 @@ def convert(
                 dense_twin,
                 lambda done, total: bar.update(task, completed=done, total=total),
                 quantization=asked,
+                pattern=pattern,
             )
     _say(f"{out}: {_describe(summary)}")
     pushed = {}
@@ -182,7 +193,8 @@ app.command()(commands.roll)
 
 
 def _describe(summary: dict[str, Any]) -> str:
-    text = f"{summary['kind']}, {summary['num_sparse_layers']} sparse and "
+    text = " ".join(filter(None, (summary["kind"], summary["pattern"])))
+    text += f", {summary['num_sparse_layers']} sparse and "
     text += f"{summary['num_dense_layers']} dense linear layers"
     if summary["zeros"] is not None:
         text += f", {summary['zeros']:.1%} zeros"

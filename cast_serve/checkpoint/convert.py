@@ -38,6 +38,7 @@ from cast_serve.checkpoint.record import (
     CheckpointError,
     check_new,
     new_directory,
+    pattern_of,
     read_record,
     sha256,
     shards,
@@ -46,7 +47,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.checkpoint.scheme import quantization_config, resolved
 from cast_serve.checkpoint.target import Calibrated, Plan
 from cast_serve.sparsity.nibbles import PACKED
-from cast_serve.sparsity.pattern import PatternError
+from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.quantize import (
     SCALES_TAKEN_OVER,
     dequantize,
@@ -71,13 +72,14 @@ def convert(
     *,
     quantization: Quantization | None = None,
     calibrated: Calibrated | None = None,
+    pattern: Pattern | None = None,
 ) -> dict[str, Any]:
     """Writes the compressed directory and, if asked, its dense twin.
 
     Args:
         source: gated checkpoint, or an HF directory whose targets have the pattern of its cast.json
-            (without one, 2:4) already, also in a quantised form of formats/; to quantise also a
-            compressed directory. Or its hub name.
+            (without one, `pattern`) already, also in a quantised form of formats/; to quantise also
+            a compressed directory. Or its hub name.
         out: the directory to make; must not exist.
         dense_twin: a second directory to make, with the hardened, dequantised weights stored
             densely.
@@ -87,6 +89,8 @@ def convert(
             the output layer gets an int8 copy of its own.
         calibrated: the targets quantised already, as asked for; None: each value is rounded to the
             nearest integer.
+        pattern: of a source whose files do not say one, such as another program's with its zeros;
+            None: 2:4.
 
     Returns:
         `inspect` of the output.
@@ -99,7 +103,7 @@ def convert(
     """
     check_outputs([folder for folder in (out, dense_twin) if folder])
     source = hub.fetch(source)
-    directory = ModelDirectory(source)
+    directory = ModelDirectory(source, pattern)
     quantization = resolved(quantization, source)
     check_source(directory, quantization)
     new_twin: AbstractContextManager[Path | None] = (
@@ -161,13 +165,18 @@ def check_outputs(outputs: Sequence[Path]) -> None:
         check_new(folder)
 
 
-def check_converted(source: Path, out: Path, quantization: Quantization | None = None) -> None:
+def check_converted(
+    source: Path,
+    out: Path,
+    quantization: Quantization | None = None,
+    pattern: Pattern | None = None,
+) -> None:
     """Refuses an output of other shards than the source has now, or of other settings.
 
     Args:
         source: a directory as `convert` takes it.
         out: a directory that `convert` made.
-        quantization: as `convert` takes it.
+        quantization, pattern: as `convert` takes them.
 
     Raises:
         CheckpointError: naming the shards or settings that differ.
@@ -188,6 +197,8 @@ def check_converted(source: Path, out: Path, quantization: Quantization | None =
             f"{out} was not converted from what {source} holds now: {', '.join(differ)} "
             f"differ; {remedy}"
         )
+    if pattern is not None and (pattern.n, pattern.m) != pattern_of(record):
+        raise CheckpointError(f"{out} is not {pattern}, as --sparsity asks for; {remedy}")
     recorded = record.get("quantization") or {}
     if recorded.get("scales") == SCALES_TAKEN_OVER:  # nothing was asked for
         recorded = {}

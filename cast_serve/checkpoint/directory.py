@@ -15,12 +15,17 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CAST_JSON, CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
 from cast_serve.sparsity.nibbles import PACKED
+from cast_serve.sparsity.pattern import Pattern
 
 PLAIN = {form.kind: form for form in (Dense, Pruned, Gated)}  # by cast.json's kind
 
 
 class ModelDirectory(StoredModel):
     """A model directory for reading.
+
+    Args:
+        path: the directory.
+        pattern: its weights', where neither cast.json nor config.json says; None: 2:4.
 
     Attributes:
         form: how its targets are stored; `kind` and `quantized` are its.
@@ -30,10 +35,14 @@ class ModelDirectory(StoredModel):
         CheckpointError, PatternError: as `StoredModel` does.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, pattern: Pattern | None = None) -> None:
+        super().__init__(path, pattern)
         self.form = form_of(self)
         if self.form.structure is not None:
+            if pattern is not None:
+                raise CheckpointError(
+                    f"{path} is in the format {RAGGED}, of which N is counted; leave --sparsity out"
+                )
             self.pattern = self.form.structure.pattern
             self.kept_of_64 = self.form.structure.kept_of_64
         self.kind = self.form.kind

@@ -122,7 +122,7 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repo, private=is_private or None, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add a 2:4 model")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add a sparse model")
     except Exception as error:  # whatever it is, the directory is complete
         private = " --private" if is_private else ""
         raise PushError(

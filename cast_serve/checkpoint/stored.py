@@ -36,7 +36,7 @@ class StoredModel:
     """A model directory for reading, whatever the form of its weights; `get` loads a tensor.
 
     Attributes:
-        pattern: N:M of the record, or else of config.json; 2:4 if neither says.
+        pattern: N:M of the record, or else of config.json; if neither says, as asked for, or 2:4.
         kept_of_64: N by name, of the linears that differ from it.
         config: config.json.
         quantization: what it says of compression and quantisation; empty if nothing.
@@ -54,7 +54,7 @@ class StoredModel:
         PatternError: if no linear can have the pattern.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pattern: Pattern | None = None) -> None:
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path} holds no model: there is no config.json; name an HF directory"
@@ -85,17 +85,26 @@ class StoredModel:
             raise CheckpointError(
                 f"{path}/config.json: quantization_config is malformed: {self.quantization!s:.300}"
             ) from None
-        self.pattern, self.kept_of_64 = self._patterns()
+        said = self._said()
+        self.pattern, self.kept_of_64 = said.pattern, said.kept_of_64
+        if pattern is not None and pattern != self.pattern:
+            declared = structure_of(path, self.quantization)
+            if declared is not None or self.record.get("m") is not None:
+                raise CheckpointError(
+                    f"{path} is {self.pattern} by its cast.json or config.json, but --sparsity is "
+                    f"{pattern}; leave it out"
+                )
+            self.pattern = pattern
 
-    def _patterns(self) -> tuple[Pattern, Mapping[str, int]]:
+    def _said(self) -> Structure:
         """Raises CheckpointError if cast.json and config.json say different things."""
         n, m = pattern_of(self.record)
         recorded = Structure(Pattern(n, m), self.record.get("kept_of_64") or {})
         declared = structure_of(self.path, self.quantization)
         if declared is None:
-            return recorded.pattern, recorded.kept_of_64
+            return recorded
         if self.record.get("m") is None:
-            return declared.pattern, declared.kept_of_64
+            return declared
         if recorded.pattern.stored != declared.pattern or dict(recorded.kept_of_64) != dict(
             declared.kept_of_64
         ):
@@ -104,7 +113,7 @@ class StoredModel:
                 f"{recorded.pattern.stored}, but config.json says {declared.pattern}"
                 f"{', or another kept_of_64' if recorded.kept_of_64 else ''}; copy both again"
             )
-        return recorded.pattern, recorded.kept_of_64
+        return recorded
 
     def pattern_of(self, name: str) -> Pattern:
         """A linear's pattern."""

@@ -90,9 +90,7 @@ def multiply(
         kept: as `pack_sparse` had it.
     """
     if kept is not None:
-        return torch.ops.cast.linear64(
-            x, packed, kept, out_features, bias, scale, scale_group or 0
-        )
+        return torch.ops.cast.linear64(x, packed, kept, out_features, bias, scale, scale_group or 0)
     if scale_group is not None:
         return torch.ops.cast.linear24_int4(x, packed, scale_group, out_features, bias)
     if scale is not None:

@@ -246,6 +246,21 @@ def test_what_does_not_belong_together_is_named(
         load(wide_dir)
 
 
+def test_the_pattern_of_a_directory_that_does_not_say_it(save_pruned: Save, tmp_path: Path) -> None:
+    source = save_pruned(tiny_llama(64), pattern=Pattern(16, 32))
+    with pytest.raises(PatternError, match="do not have at most 2 non-zeros"):
+        convert(source, tmp_path / "out")
+    summary = convert(source, tmp_path / "out", pattern=Pattern(16, 32))
+    assert (summary["pattern"], summary["bits_per_weight"]) == ("16:32", 9.0)
+    check_converted(source, tmp_path / "out", pattern=Pattern(16, 32))
+    with pytest.raises(CheckpointError, match="is not 32:64, as --sparsity asks for; remove"):
+        check_converted(source, tmp_path / "out", pattern=Pattern(32, 64))
+    asked = Quantization("int8")
+    convert(tmp_path / "out", tmp_path / "int8", quantization=asked, pattern=Pattern(16, 32))
+    with pytest.raises(CheckpointError, match="is 16:32 by its cast.json .* --sparsity is 2:4; l"):
+        convert(tmp_path / "out", tmp_path / "2", quantization=asked, pattern=Pattern(2, 4))
+
+
 def test_other_weights_than_the_record_s_are_not_pruned(save_pruned: Save, tmp_path: Path) -> None:
     source = save_pruned(tiny_llama(64), pattern=WIDE, is_on_record=True)
     edit_json(source / "cast.json", n=36)

@@ -7,7 +7,7 @@ from cast_serve.checkpoint.convert import check_converted, convert
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
-from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import load_any, load_tokenizer
 from cast_train.config import TrainConfig
@@ -22,19 +22,20 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(oneshot, "TrainConfig", lambda: settings)
 
 
-def compressed(num_columns=160):
+def compressed(num_columns=160, pattern=TWO_FOUR):
     weight, inputs = random_problem(8, num_columns)
     inputs[:, 1] = 0  # an input that says nothing
-    weight = (weight * hard_mask(weight.abs(), TWO_FOUR)).bfloat16()
-    return CompressedLinear.from_weight("q", weight), inputs.float()
+    weight = (weight * hard_mask(weight.abs(), pattern)).bfloat16()
+    return CompressedLinear.from_weight("q", weight, pattern), inputs.float()
 
 
 @pytest.mark.parametrize(
     ("kind", "scale_group", "share"),
     [("int4", 128, 0.6), ("int4", 32, 0.6), ("int8", 128, 0.6)],
 )
-def test_the_outputs_are_nearer_than_those_of_rounding(kind, scale_group, share):
-    linear, inputs = compressed()
+@pytest.mark.parametrize(("columns", "pattern"), [(160, TWO_FOUR), (192, Pattern(40, 64))])
+def test_the_outputs_are_nearer_than_those_of_rounding(kind, scale_group, share, columns, pattern):
+    linear, inputs = compressed(columns, pattern)
     asked = Quantization(kind, scale_group)
     found = quantize_linear(linear, inputs.t() @ inputs, asked)
     nearest = linear.quantize(asked)

@@ -22,7 +22,7 @@ from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.model import load
 from cast_serve.sparsity.bitmask import pack_mask
-from cast_serve.sparsity.pattern import PatternError, hard_mask
+from cast_serve.sparsity.pattern import Pattern, PatternError, hard_mask
 from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 from tests.cast_serve.checkpoint.test_convert import all_tensors, edit_json
 
@@ -231,6 +231,8 @@ def test_it_is_converted_before_it_is_served_or_counted(copy: Copy, tmp_path: Pa
         inspect(FIXTURES / "bf16-ragged")
     with pytest.raises(CheckpointError, match="is ragged; convert it first"):
         load(FIXTURES / "bf16-ragged")
+    with pytest.raises(CheckpointError, match="of which N is counted; leave --sparsity out"):
+        convert(FIXTURES / "bf16-ragged", tmp_path / "out", pattern=Pattern(32, 64))
     source = copy("int8-zeros")
     config = json.loads((source / "config.json").read_text())["quantization_config"]
     config["sparsity_config"] = {"format": "sparse-bitmask"}
