@@ -106,7 +106,7 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(
 def test_coverage_says_before_it_simulates_where_it_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loadtest.judge.coverage.coverage", lambda *_: pytest.fail("simulated"))
+    monkeypatch.setattr("benchmarks.coverage.coverage", lambda *_: pytest.fail("simulated"))
     done = cast_loadtest("coverage", "--out", tmp_path / "none" / "x.json")
     assert done.exit_code == 2
     assert "x.json cannot be written: " in done.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.judge.coverage import NOISES, coverage
+from benchmarks.coverage import NOISES, coverage
 
 
 @pytest.fixture(scope="module")
