@@ -1,4 +1,8 @@
-"""Kinds of noise -> how often a report's intervals hold the truth: `cast-loadtest coverage`.
+"""Kinds of noise -> how often a load test's intervals hold the truth.
+
+    .venv/bin/python -m benchmarks.coverage [--runs 1000] [--out FILE]
+
+`cast-loadtest coverage` is the same.
 
 Runs are simulated whose true speed-up is known, with the default of six block pairs, and intervals
 are made of them as judge/statistics.py makes them. A 95 % interval should hold the truth in 95 of
@@ -14,13 +18,23 @@ are made of them as judge/statistics.py makes them. A 95 % interval should hold 
     few blocks    as blocks, with four block pairs, the fewest that have an interval
 """
 
-from collections.abc import Callable
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
+from cast_serve.options import option
+from cast_serve.provenance import origin
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES
+from loadtest.report import commands
+from loadtest.report.directory import check_file
 
 TRUTH = 1.3
 NUM_PAIRS = 6
@@ -30,6 +44,8 @@ NOISES = (
     *("independent", "blocks", "correlated", "heavy tails", "disturbed", "few blocks"),
     *LAUNCHES,
 )
+
+app = typer.Typer(add_completion=False)
 
 
 def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, Any]:
@@ -103,3 +119,45 @@ def _intervals(times: Array, num_launches: int) -> dict[str, Ratio]:
     rates = [[(float(NUM_PROMPTS), float(block.sum())) for block in side] for side in times]
     found["rate"] = ratio_of_rates(rates[1], rates[0], resamples)
     return found
+
+
+@app.command()
+def simulate(
+    runs: Annotated[int, option("N", "Simulated runs of each kind of noise.", min=1)] = 1000,
+    seed: Annotated[int, option("N", "Same seed, same result.")] = 0,
+    out: Annotated[Path | None, option("FILE", "JSON to write.", "none")] = None,
+) -> None:
+    """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
+    try:
+        if out is not None:
+            check_file("--out", out)
+    except ValueError as error:
+        commands.refuse(error)
+    begun = origin()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("runs", total=runs * len(NOISES))
+        found = {**begun, **coverage(runs, seed, lambda: progress.advance(task))}
+    table = Table(caption="share of runs whose interval holds the truth; it should be 95 %")
+    for heading in ("noise", *next(iter(found["coverage"].values()))):
+        table.add_column(heading)
+    for noise, shares in found["coverage"].items():
+        table.add_row(noise, *(f"{share:.1%}" for share in shares.values()))
+    Console().print(table)
+    failures = []
+    if out is not None:
+        text = json.dumps(found, indent=2) + "\n"
+        failures = commands.attempt(f"--out {out}", lambda: out.write_text(text, encoding="utf-8"))
+    commands.finish(found, failures)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends the process with the exit code.
+
+    Args:
+        arguments: None for those of this process.
+    """
+    app(arguments, prog_name="python -m benchmarks.coverage")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@ them becomes one record. Quality is measured first, and in the first launch only
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,65 +16,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cast_serve.questions import Question
+from loadtest.job import Job, Load
+from loadtest.provenance import told_by
 from loadtest.quality import agreement, choices
+from loadtest.quality.ask import asking
 from loadtest.record import Recorder, Request
 from loadtest.send.client import Client, UnreachableError
 from loadtest.send.launches import LaunchError, served
 from loadtest.send.paired import Plan, run_paired, worst
 from loadtest.send.processes import Processes
-from loadtest.send.sweep import Load
-from loadtest.send.workload import Prompt, Workload, new_run_number
+from loadtest.send.workload import Prompt, new_run_number
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to measure, and where.
-
-    Attributes:
-        loads: at least one, of the same two variants.
-        workload: where prompts come from; every run gets a number of its own.
-        timeout_s: for one request.
-        api_key: bearer token, or None.
-        num_processes: client processes.
-        quality_workload: where the prompts come from on which agreement is measured.
-        num_quality_prompts: how many; 0: it is not measured.
-        questions: on which accuracy is measured; none: it is not.
-        choices_file: the questions' file.
-        url: of a server that has both variants; None: `models` are served.
-        models: directory of each variant.
-        num_launches: how often `models` are served.
-        vllm_flags: for their vLLM servers.
-    """
-
-    loads: Sequence[Load]
-    workload: Workload
-    timeout_s: float
-    api_key: str | None
-    num_processes: int
-    quality_workload: Workload
-    num_quality_prompts: int
-    questions: Sequence[Question]
-    choices_file: Path | None
-    url: str | None
-    models: Mapping[str, Path]
-    num_launches: int
-    vllm_flags: Sequence[str]
-
-
-def measure(
-    job: Job,
-    about: Mapping[str, Any],
-    told_by: Callable[[str], Mapping[str, Any]],
-    recorder_of: Callable[[Load, Mapping[str, Any]], Recorder],
-) -> Iterator[Load]:
+def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
     """Measures each load; it comes as soon as its record is complete, or something ends the run.
 
     Args:
         job: what and where.
         about: what run.json says that is known before: the limits, and where the record is from.
-        told_by: URL -> what run.json says of the server there.
-        recorder_of: a load, and what its run.json says from the start -> what writes its record.
+        folder: for the records.
 
     Raises:
         UnreachableError: if the server does not have both variants.
@@ -82,26 +42,33 @@ def measure(
         LaunchError: if servers do not start.
         RecordError: if a record cannot be written.
     """
-    loads = list(job.loads)
+    loads, num_launches = list(job.loads), job.options.launches
     recorders: list[Recorder] = []
     harnesses: list[list[Mapping[str, Any]]] = [[] for _ in loads]
     try:
-        for number in range(job.num_launches):
-            server = served(job.models, number, job.vllm_flags)
-            with server if job.url is None else nullcontext(job.url) as url:
+        for number in range(num_launches):
+            given = job.options.url
+            server = served(job.models, number, job.options.vllm_flags.split())
+            with server if given is None else nullcontext(given) as url:
                 asyncio.run(_check_served(job, url))
                 if number == 0:
-                    about = {**about, **told_by(url), **_quality(job, url)}
+                    about = {
+                        **about,
+                        **told_by(job.options.api_key, url),
+                        **asyncio.run(_quality(job, url)),
+                    }
                 for place, load in enumerate(loads):
                     if number == 0:
-                        recorders.append(recorder_of(load, {**about, **_begun(job, about)}))
+                        recorders.append(
+                            Recorder(load.out(folder), {**about, **_begun(job, about)})
+                        )
                     recorder = recorders[place]
                     recorder.begin_launch()
                     harness = asyncio.run(_run(job, url, load, recorder, harnesses[place]))
                     harnesses[place].append(harness)
                     # The first launch whose warm-up succeeds settles the size of a block.
                     loads[place] = replace(load, plan=Plan(**recorder.about["plan"]))
-                    if number == job.num_launches - 1:
+                    if number == num_launches - 1:
                         recorder.complete(_ended(recorder.about))
                         yield load
     except (LaunchError, ChildProcessError, UnreachableError, KeyboardInterrupt):
@@ -109,6 +76,19 @@ def measure(
             if recorder.num_requests and not recorder.about["is_complete"]:
                 yield load
         raise
+    finally:
+        for recorder in recorders:
+            recorder.discard_if_empty()
+
+
+def _begun(job: Job, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json says of a load from its beginning."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {**about["machine"], "load_average": [os.getloadavg()[0]]},
+        "num_launches": job.options.launches,
+        "timeout_s": job.options.timeout_s,
+    }
 
 
 def _ended(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,21 +97,14 @@ def _ended(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"machine": {**about["machine"], "load_average": averages}}
 
 
-def _begun(job: Job, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.json says of a load from its begin."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**about["machine"], "load_average": [os.getloadavg()[0]]},
-        "num_launches": job.num_launches,
-        "timeout_s": job.timeout_s,
-    }
+def _client(job: Job, url: str) -> Client:
+    return Client(url, timeout_s=job.options.timeout_s, api_key=job.options.api_key)
 
 
 async def _check_served(job: Job, url: str) -> None:
-    plan = job.loads[0].plan
-    async with Client(url, timeout_s=job.timeout_s, api_key=job.api_key) as client:
+    async with _client(job, url) as client:
         known = await client.variants()
-    for variant in (plan.baseline, plan.candidate):
+    for variant in job.variants:
         if variant not in known:
             raise UnreachableError(
                 f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
@@ -142,73 +115,62 @@ async def _run(
     job: Job, url: str, load: Load, recorder: Recorder, earlier: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """Measures a load in one launch; returns how the harness kept up, as in those before."""
-    plan, workload = load.plan, replace(job.workload, run_number=new_run_number())
+    options, workload = job.options, replace(job.workload, run_number=new_run_number())
 
     def record(requests: Sequence[Request], sending: Mapping[str, Any]) -> None:
         harness = worst([*earlier, sending["harness"]])
         recorder.add(requests, {**sending, "harness": harness, "workload": workload.about()})
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(load.name or "requests", total=plan.num_requests)
-        async with (
-            Client(url, timeout_s=job.timeout_s, api_key=job.api_key)
-            if job.num_processes == 1
-            else Processes(job.num_processes, url, timeout_s=job.timeout_s, api_key=job.api_key)
-        ) as sender:
+    sender = (
+        _client(job, url)
+        if options.processes == 1
+        else Processes(options.processes, url, timeout_s=options.timeout_s, api_key=options.api_key)
+    )
+    with _progress(load.name or "requests", load.plan.num_requests) as (advance, resize):
+        async with sender:
             sent = await run_paired(
                 sender,
-                plan,
+                load.plan,
                 workload,
-                lambda: progress.advance(task),
+                advance,
                 load.schedule,
-                lambda sized: progress.update(task, total=sized.num_requests),
+                lambda sized: resize(sized.num_requests),
                 record,
             )
     harness: Mapping[str, Any] = sent.about["harness"]
     return harness
 
 
-def _quality(job: Job, url: str) -> dict[str, Any]:
-    agreements = asyncio.run(_agreements(job, url))
-    chosen = asyncio.run(_choices(job, url))
-    return {
-        "quality": agreements,
-        "quality_source": job.quality_workload.source if agreements else None,
-        "choices": choices.about(job.choices_file, chosen) if job.choices_file else None,
-    }
-
-
-async def _agreements(job: Job, url: str) -> list[dict[str, Any]] | None:
-    if not job.num_quality_prompts:
-        return None
-    plan = job.loads[0].plan
-    numbers = range(job.num_quality_prompts)
-    prompts = [_text(job.quality_workload.prompt(number)) for number in numbers]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("quality", total=len(prompts))
-        async with agreement.gateway(url, job.api_key, job.timeout_s) as compare:
-            return await agreement.measure(
-                compare,
-                prompts,
-                plan.baseline,
-                plan.candidate,
-                plan.output_tokens,
-                lambda: progress.advance(task),
-            )
-
-
-async def _choices(job: Job, url: str) -> list[dict[str, Any]]:
-    if not job.questions:
-        return []
-    plan = job.loads[0].plan
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+async def _quality(job: Job, url: str) -> dict[str, Any]:
+    options, agreements, chosen = job.options, None, None
+    url, key, timeout_s = url.rstrip("/"), options.api_key, options.timeout_s
+    if num := options.quality_prompts:
+        prompts = [_text(job.quality_workload.prompt(number)) for number in range(num)]
+        with _progress("quality", num) as (advance, _):
+            place, longest_s = url + agreement.PATH, agreement.NUM_ANSWERS * timeout_s
+            async with asking(place, key, longest_s, agreement.REMEDY) as ask:
+                agreements = await agreement.measure(
+                    ask, prompts, *job.variants, options.output_tokens, advance
+                )
+    if options.choices is not None:
         total = 2 * sum(len(question.choices) for question in job.questions)
-        task = progress.add_task("choices", total=total)
-        async with choices.server(url, job.api_key, job.timeout_s) as ask:
-            return await choices.measure(
-                ask, job.questions, plan.baseline, plan.candidate, lambda: progress.advance(task)
-            )
+        with _progress("choices", total) as (advance, _):
+            async with asking(url + choices.PATH, key, timeout_s, choices.REMEDY) as ask:
+                each = await choices.measure(ask, job.questions, *job.variants, advance)
+        chosen = choices.about(options.choices, each)
+    source = job.quality_workload.source if agreements else None
+    return {"quality": agreements, "quality_source": source, "choices": chosen}
+
+
+@contextmanager
+def _progress(
+    name: str, total: int | None
+) -> Iterator[tuple[Callable[[], None], Callable[[int | None], None]]]:
+    """A progress bar on stderr: what advances it, and what changes its total."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda: progress.advance(task), lambda new: progress.update(task, total=new)
 
 
 def _text(prompt: Prompt) -> str:

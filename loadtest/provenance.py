@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def provenance(context: typer.Context, models: Mapping[str, Path]) -> dict[str, 
 
 
 def told_by(api_key: str | None, url: str) -> dict[str, Any]:
-    """What a server says about itself, for run.json; `api_key` is for its /metrics."""
+    """What a server says about itself, for run.json; `api_key` opens its /metrics."""
     return {
         "url": url,
         "served": served_at(url, api_key),
@@ -68,9 +69,8 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
     If the server wants another key, that is printed on stderr: without its metrics no one would
     notice that dense was measured against dense.
     """
-    try:
-        response = _get(url, "/metrics", api_key)
-    except (httpx.HTTPError, httpx.InvalidURL):
+    response = _get(url, "/metrics", api_key)
+    if response is None:
         return {}
     if response.status_code in (401, 403):
         typer.echo(
@@ -94,16 +94,17 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
 
 def directories_at(url: str, api_key: str | None = None) -> dict[str, dict[str, Any]]:
     """By variant: what our gateway says of the directory it serves; empty of another server."""
+    response = _get(url, "/v1/comparison", api_key)
     try:
-        response = _get(url, "/v1/comparison", api_key)
-        found = response.json()["models"] if response.is_success else {}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
-        return {}
-    if not isinstance(found, dict):
+        found = dict(response.json()["models"]) if response and response.is_success else {}
+    except (ValueError, KeyError, TypeError):
         return {}
     return {name: about for name, about in found.items() if isinstance(about, dict)}
 
 
-def _get(url: str, path: str, api_key: str | None) -> httpx.Response:
+def _get(url: str, path: str, api_key: str | None) -> httpx.Response | None:
+    """The answer, or None without one."""
     headers = authorization(api_key)
-    return httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=5, trust_env=False)
+    with suppress(httpx.HTTPError, httpx.InvalidURL):
+        return httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=5, trust_env=False)
+    return None

@@ -113,15 +113,28 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
             `choices`.
         guard: what to keep to.
     """
-    checks = [*_completeness(result)]
+    why = unsound(result)
+    checks = []
+    if "complete" in why:
+        checks.append(Check("complete", True, False, False, why["complete"]))
+    if "warmup" in why:
+        checks.append(Check("warmup", 0, result["num_warmup_errors"], False, why["warmup"]))
     if result["num_requests"]:
-        checks += [*_warmup(result), *_validity(result, guard), *_speed(result, guard)]
-        checks += [*_agreement(result, guard), *_accuracy(result, guard)]
-    elif result["num_warmup_errors"] or not checks:
-        why = (
-            f"the warm-up failed, so nothing was measured: {_classes(result)}; see the server's log"
-        )
-        checks.append(Check("warmup", 0, result["num_warmup_errors"], False, why))
+        rate, unequal = max(result["error_rate"].values()), result["num_unequal_lengths"]
+        is_void = result["harness"]["is_void"]
+        for name, limit, found, passed, fine in (
+            (
+                *("error_rate", guard.max_error_rate, rate, rate <= guard.max_error_rate),
+                "no request failed",
+            ),
+            ("unequal_lengths", 0, unequal, not unequal, "every answer has the length asked for"),
+            (
+                *("void", guard.allow_void, is_void, guard.allow_void or not is_void),
+                "the harness kept up",
+            ),
+        ):
+            checks.append(Check(name, limit, found, passed, why.get(name, fine)))
+        checks += [*_speed(result, guard), *_agreement(result, guard), *_accuracy(result, guard)]
     return {
         "passed": all(check.passed for check in checks),
         "has_guard": guard.is_set,
@@ -129,51 +142,45 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
     }
 
 
-def _completeness(result: Mapping[str, Any]) -> Iterator[Check]:
-    """Whether the run was stopped before its end."""
+def unsound(result: Mapping[str, Any]) -> dict[str, str]:
+    """What takes meaning from the figures, by the name of its check, the most serious first."""
+    found = {}
+    num_requests, num_warmup_errors = result["num_requests"], result["num_warmup_errors"]
+    classes = ", ".join(
+        f"{variant} {error} x{number}"
+        for variant, errors in result["errors"].items()
+        for error, number in errors.items()
+    )
     if not result["is_complete"]:
-        why = (
+        found["complete"] = (
             f"the run was stopped: {result['num_block_pairs']} of {result['num_planned_pairs']} "
             "block pairs were measured; run it again"
         )
-        yield Check("complete", True, False, False, why)
-
-
-def _warmup(result: Mapping[str, Any]) -> Iterator[Check]:
-    """Whether a launch of the servers is missing: nothing is sent after a failed warm-up."""
-    if number := result["num_warmup_errors"]:
-        why = (
-            f"{number} warm-up requests failed, so their launches of the servers were not "
-            f"measured; all that failed: {_classes(result)}; see the server's log"
+    if num_requests and result["harness"]["is_void"]:
+        found["void"] = result["harness"]["why"]
+    if not num_requests and (num_warmup_errors or not found):
+        found["warmup"] = (
+            f"the warm-up failed, so nothing was measured: {classes}; see the server's log"
         )
-        yield Check("warmup", 0, number, False, why)
-
-
-def _validity(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
-    """Whether the figures mean anything: no failures, equal work, a harness that kept up."""
-    rate, limit = max(result["error_rate"].values()), guard.max_error_rate
-    why = "no request failed"
+    elif num_warmup_errors:
+        found["warmup"] = (
+            f"{num_warmup_errors} warm-up requests failed, so their launches of the servers were "
+            f"not measured, and {result['num_launches']} were; all failures: {classes}; see the "
+            "server's log"
+        )
     if result["num_errors"]:
-        why = (
-            f"{result['num_errors']} of {result['num_requests']} requests failed: "
-            f"{_classes(result)}; see the server's log, or send less at a time"
+        found["error_rate"] = (
+            f"{result['num_errors']} of {num_requests} requests failed: {classes}; they count as "
+            "longer than any answered one, so a percentile among them reads “failed”; see the "
+            "server's log, or send fewer at a time"
         )
-    yield Check("error_rate", limit, rate, rate <= limit, why)
-
-    unequal = result["num_unequal_lengths"]
-    why = "every answer has the length asked for"
-    if unequal:
-        why = (
-            f"{unequal} of {result['num_requests']} responses do not have "
+    if result["num_unequal_lengths"]:
+        found["unequal_lengths"] = (
+            f"{result['num_unequal_lengths']} of {num_requests} responses do not have "
             f"{result['output_tokens_per_request']} tokens, so the variants did unequal work; "
             "lower --output-tokens, or make the server honour ignore_eos"
         )
-    yield Check("unequal_lengths", 0, unequal, unequal == 0, why)
-
-    harness = result["harness"]
-    why = harness["why"] if harness["is_void"] else "the harness kept up"
-    passed = guard.allow_void or not harness["is_void"]
-    yield Check("void", guard.allow_void, harness["is_void"], passed, why)
+    return found
 
 
 def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
@@ -248,11 +255,3 @@ def _unknown(metric: str, result: Mapping[str, Any]) -> str:
             "has no interval: too few block pairs or requests; give more --blocks, or a longer run"
         )
     return "cannot be told: too many requests failed"
-
-
-def _classes(result: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{variant} {error} x{number}"
-        for variant, errors in result["errors"].items()
-        for error, number in errors.items()
-    )

@@ -7,33 +7,18 @@ token. Means are over tokens; their intervals are bootstraps with prompts as the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
-from loadtest.quality.ask import Ask, QualityError, asking
+from loadtest.quality.ask import Ask, QualityError
 
 MEASURES = ("token_agreement", "kl_nats_per_token")
-MAX_TOKENS = 512
-"""The gateway lets an answer be no longer."""
-
-
-def gateway(url: str, api_key: str | None, timeout_s: float) -> AbstractAsyncContextManager[Ask]:
-    """Opens connections to a gateway's POST /v1/compare.
-
-    Args:
-        url: the gateway's root, without `/v1`.
-        api_key: sent as a bearer token; None sends none.
-        timeout_s: longest time for one request to a variant.
-    """
-    return asking(
-        f"{url.rstrip('/')}/v1/compare",
-        api_key,
-        4 * timeout_s,  # both variants answer, and both score the baseline's answer
-        "it needs our gateway (cast-serve up), or leave --quality-prompts out",
-    )
+MAX_TOKENS = 512  # the gateway's limit for an answer
+PATH = "/v1/compare"
+NUM_ANSWERS = 4  # within one request: both variants answer, and both score the baseline's answer
+REMEDY = "it needs our gateway (cast-serve up), or leave --quality-prompts out"
 
 
 async def measure(
@@ -47,12 +32,12 @@ async def measure(
     """Compares the variants on each prompt, one after the other.
 
     Args:
-        compare: as from `gateway`.
+        compare: posts to a gateway's PATH.
         prompts: texts.
         baseline: must be the gateway's own baseline, which gives the answer.
-        candidate: who is compared with it.
+        candidate: compared with it.
         output_tokens: length of an answer; no more than MAX_TOKENS are asked for.
-        on_answer: called after each prompt, for a progress bar.
+        on_answer: called after each prompt.
 
     Returns:
         MEASURES and `num_tokens` of each prompt, None and 0 where tokens cannot be compared.

@@ -19,7 +19,6 @@ times the standard error; its width is 0 if both chose the same answer to every 
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -27,10 +26,12 @@ from typing import Any
 
 from cast_serve.intervals import student
 from cast_serve.questions import Question, paired_difference, share
-from loadtest.quality.ask import Ask, QualityError, asking
+from loadtest.quality.ask import Ask, QualityError
 
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """Name of the share, and of the choices in run.json that it counts."""
+PATH = "/v1/completions"
+REMEDY = "see the server's log, raise --timeout-s if it was too slow, or leave --choices out"
 NUM_IN_FLIGHT = 8
 ROUNDING = 1e-6  # a log likelihood is at most 0, but for rounding
 
@@ -39,22 +40,6 @@ def about(path: Path, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As run.json has it: where the questions are from, and what `measure` returned."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"source": str(path), "source_sha256": digest, "each": list(each)}
-
-
-def server(url: str, api_key: str | None, timeout_s: float) -> AbstractAsyncContextManager[Ask]:
-    """Opens connections to a server's POST /v1/completions.
-
-    Args:
-        url: the server's root, without `/v1`.
-        api_key: sent as a bearer token; None sends none.
-        timeout_s: longest time for one request.
-    """
-    return asking(
-        f"{url.rstrip('/')}/v1/completions",
-        api_key,
-        timeout_s,
-        "see the server's log, raise --timeout-s if it was too slow, or leave --choices out",
-    )
 
 
 async def measure(
@@ -67,11 +52,11 @@ async def measure(
     """Lets both variants score every answer, at most NUM_IN_FLIGHT at a time.
 
     Args:
-        ask: as from `server`.
+        ask: posts to a server's PATH.
         questions: one or more.
         baseline: a variant's name.
         candidate: likewise.
-        on_answer: called after each answer, for a progress bar.
+        on_answer: called after each answer.
 
     Returns:
         For each question `right`, the index of the right answer, `num_choices`, and `by_sum` and

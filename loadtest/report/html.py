@@ -6,9 +6,10 @@ or dark setting; charts are always light. In them, variants differ by dash and n
 colour.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from loadtest.judge.statistics import THROUGHPUT
@@ -30,73 +31,7 @@ from loadtest.report.words import (
 
 SPEEDUPS_INCHES = (5.6, 4.2)
 STATES = {"PASSED": "passed", "NOT PASSED": "not-passed"}
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f6f6f3; --surface: #fff; --ink: #1b1f24; --muted: #59616b; --line: #deded8;
-  --link: #0f766e; --better: #0f766e; --worse: #b42318;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #131618; --surface: #1b1f22; --ink: #e8e9e7; --muted: #a2a9b0; --line: #30363a;
-    --link: #4cc9b8; --better: #4cc9b8; --worse: #ff9d92;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 74rem; padding: 2rem clamp(1rem, 4vw, 2.5rem) 4rem;
-  background: var(--page); color: var(--ink); font-variant-numeric: tabular-nums;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-h1 { margin: 0; max-width: 60rem; font-size: clamp(1.4rem, 3.2vw, 2rem); line-height: 1.25;
-  letter-spacing: -0.02em; text-wrap: balance; }
-h3 { margin: 2rem 0 0.75rem; font-size: 1rem; }
-h2 { margin: 2.5rem 0 0.75rem; font-size: 1.25rem; letter-spacing: -0.01em; }
-p { max-width: 54rem; }
-.muted, figcaption, dt { color: var(--muted); font-size: 0.875rem; }
-header p { margin: 0.25rem 0 1.25rem; }
-.warnings { margin: 0 0 1.5rem; padding: 0; list-style: none; display: grid; gap: 0.75rem; }
-.warnings li { padding: 0.75rem 1.25rem; border-left: 0.4rem solid var(--worse);
-  background: var(--surface); }
-.verdict { display: inline-block; margin: 0; padding: 0.125rem 0.75rem; font-weight: 650;
-  border-radius: 1rem; border: 1.5px solid currentColor; }
-.lead { margin: 0.75rem 0; max-width: 60rem; font-size: 1.25rem; line-height: 1.35; }
-.rails { margin: 0 0 1.5rem; padding-left: 1.25rem; }
-.passed { color: var(--better); } .not-passed { color: var(--worse); }
-.panel { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem;
-  background: var(--surface); overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; }
-th, td { padding: 0.3rem 0.75rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } thead th { color: var(--muted); font-size: 0.875rem; }
-th:first-child, .text, .models * { text-align: left; }
-.models td { white-space: normal; overflow-wrap: anywhere; } .models { width: auto; }
-.text { min-width: 14rem; white-space: normal; }
-tbody tr.first > * { border-top: 1px solid var(--line); }
-.charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; min-width: 0; } .only { max-width: 44rem; margin-top: 1rem; }
-a { color: var(--link); }
-.chart { display: block; width: 100%; height: auto; border-radius: 0.375rem; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 0.375rem 1.25rem; margin: 0; }
-dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-code { font-size: 0.9em; }
-summary { padding: 0.625rem 0; min-height: 2.75rem; font-weight: 600; cursor: pointer; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-@media (max-width: 30rem) {
-  body { padding-top: 1.25rem; }
-  .panel { padding: 0.75rem; }
-  th, td { padding: 0.25rem 0.3rem; font-size: 0.8125rem; white-space: normal; }
-  .n { display: none; }
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; }
-}
-/* Where there is room, what is folded on a phone is open and has no handle. */
-@supports selector(::details-content) {
-  @media (min-width: 40.001rem), print {
-    summary { display: none; }
-    details::details-content { content-visibility: visible; block-size: auto; }
-  }
-}
-"""
+STYLE = Path(__file__).with_name("report.css")
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -104,7 +39,7 @@ def page(title: str, body: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -171,12 +106,8 @@ def _first_screen(result: dict[str, Any]) -> list[str]:
 
 def _models(result: dict[str, Any]) -> str:
     columns = ("model of", result["baseline"], result["candidate"])
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = ""
-    for name, *cells in models.rows(result):
-        body += f'<tr><th scope="row">{escape(name)}</th>'
-        body += "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    return _panel("Models", head, body, "models")
+    lines = [("", line) for line in models.rows(result)]
+    return _panel("Models", columns, lines, "models")
 
 
 def folded(handle: str, body: Iterable[str]) -> list[str]:
@@ -220,35 +151,38 @@ def chart(draw: figures.Draw, size: tuple[float, float] = figures.CHART_INCHES) 
 
 
 def _table(result: dict[str, Any]) -> str:
-    columns = ("figure", result["baseline"], result["candidate"], "speed-up")
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    head += '<th scope="col" class="n">n</th>'
     lines = []
     for row in rows(result):
         n = "" if row.n is None else " / ".join(str(number) for number in dict.fromkeys(row.n))
-        kind = ' class="first"' if row.label.split()[1] in ("p50,", "tokens/s") else ""
-        cells = (row.baseline, row.candidate, row.speedup)
-        body = "".join(f"<td>{escape(cell)}</td>" for cell in cells) + f'<td class="n">{n}</td>'
-        lines.append(f'<tr{kind}><th scope="row">{escape(row.label)}</th>{body}</tr>')
-    return _panel("Figures", head, "".join(lines))
+        is_first = row.label.split()[1] in ("p50,", "tokens/s")
+        cells = (row.label, row.baseline, row.candidate, row.speedup, n)
+        lines.append(("first" if is_first else "", cells))
+    columns = ("figure", result["baseline"], result["candidate"], "speed-up", "n")
+    return _panel("Figures", columns, lines, "numbers figures")
 
 
-def plain_table(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def plain_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Text in rows and columns; the last column is prose."""
-    *names, prose = columns
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    head += f'<th scope="col" class="text">{escape(prose)}</th>'
+    return _panel(f"By {columns[0]}", columns, [("", line) for line in lines], "numbers prose")
+
+
+def _panel(
+    name: str, columns: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], kind: str
+) -> str:
+    """A table that scrolls to the side in its panel, by keyboard too.
+
+    Args:
+        name: for screen readers.
+        columns: their heads.
+        lines: the class of each row, and its cells.
+        kind: the table's classes.
+    """
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = ""
-    for line in lines:
-        first, *cells, last = line
-        body += f'<tr><th scope="row">{escape(first)}</th>'
-        body += "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f'<td class="text">{escape(last)}</td></tr>'
-    return _panel(f"By {names[0]}", head, body)
-
-
-def _panel(name: str, head: str, body: str, kind: str = "numbers") -> str:
-    """A table that scrolls to the side in its panel, by keyboard too."""
+    for of_row, (first, *cells) in lines:
+        body += f'<tr class="{of_row}">' if of_row else "<tr>"
+        body += f'<th scope="row">{escape(first)}</th>'
+        body += "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     about = f'tabindex="0" role="region" aria-label="{escape(name)}"'
     return f'<div class="panel scrolls" {about}>{table}</div>'

@@ -5,6 +5,7 @@ carried, too few block pairs, drift.
 """
 
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS
+from loadtest.judge.verdict import unsound
 from loadtest.report.words import NAMES, Result
 
 MAX_DRIFT = 0.10
@@ -14,45 +15,10 @@ MIN_TPOT_S = 1e-4  # no server writes 10,000 tokens a second to one client
 
 def warnings(result: Result) -> list[str]:
     """The warnings of a result, the most serious first."""
-    found = []
-    classes = "; ".join(
-        f"{variant}: {', '.join(f'{error} x{number}' for error, number in errors.items())}"
-        for variant, errors in result["errors"].items()
-        if errors
-    )
-    if not result["is_complete"]:
-        found.append(
-            f"INCOMPLETE. The run was stopped: {result['num_block_pairs']} of "
-            f"{result['num_planned_pairs']} block pairs were measured."
-        )
+    starts = {"complete": "INCOMPLETE: ", "void": "VOID: the harness did not keep up: "}
+    found = [starts.get(name, "") + why for name, why in unsound(result).items()]
     if not result["num_requests"]:
-        if result["num_warmup_errors"] or not found:
-            found.append(
-                f"The warm-up failed ({classes}). Nothing was measured; see the server's log."
-            )
         return found
-    if result["harness"]["is_void"]:
-        found.append(
-            f"VOID. The harness did not keep up: {result['harness']['why']}. "
-            "The figures are as much about it as about the server."
-        )
-    if result["num_warmup_errors"]:
-        found.append(
-            f"{result['num_warmup_errors']} warm-up requests failed, so their launches of the "
-            f"servers were not measured; {result['num_launches']} were (all that failed: "
-            f"{classes}). See the server's log."
-        )
-    if result["num_errors"]:
-        found.append(
-            f"{result['num_errors']} of {result['num_requests']} requests failed ({classes}). "
-            "They count as longer than any answered one; a percentile among them reads “failed”."
-        )
-    if result["num_unequal_lengths"]:
-        found.append(
-            f"{result['num_unequal_lengths']} of {result['num_requests']} answers do not have the "
-            f"{result['output_tokens_per_request']} tokens asked for: the variants did unequal "
-            "work. The server must honour ignore_eos."
-        )
     behind = [
         f"{variant} {growth:.1f}x"
         for variant, growth in (result["ttft_growth"] or {}).items()

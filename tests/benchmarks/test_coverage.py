@@ -1,8 +1,12 @@
 """The simulation finds intervals that hold, and those that cannot."""
 
+from pathlib import Path
+
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.coverage import NOISES, coverage
+from loadtest.__main__ import app
 
 
 @pytest.fixture(scope="module")
@@ -25,5 +29,10 @@ def test_one_launch_cannot_know_what_a_launch_does(found: dict[str, dict[str, fl
     assert found["launches, 6 launches"]["p50"] >= 0.88
 
 
-def test_the_same_seed_gives_the_same_shares() -> None:
+def test_the_command_gives_the_same_for_a_seed_and_checks_its_file_first(tmp_path: Path) -> None:
     assert coverage(2, 3, lambda: None) == coverage(2, 3, lambda: None)
+    absent = str(tmp_path / "none" / "x.json")
+    done = CliRunner().invoke(app, ["coverage", "--runs", "1000000000", "--out", absent])
+    assert done.exit_code == 2
+    assert "x.json cannot be written: " in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -97,14 +97,6 @@ def test_dense_against_dense_is_noticed_behind_a_key(serve: Serve, is_flag: bool
     assert any("dense was measured against dense" in text for text in figures["warnings"])
 
 
-def test_the_slower_candidate_has_ratios_below_one(serve: Serve, guard: Path) -> None:
-    url, _ = serve(a=MockVariant(0.02, 0.01), b=MockVariant(0.08, 0.04))
-    flags = ("--baseline", "a", "--candidate", "b", "--guard", str(guard))
-    result = cast_loadtest("--url", url, *SMALL, *flags)
-    assert result.exit_code == 0, result.output
-    assert last_line(result)["ratio"]["e2e"]["max"] < 1
-
-
 def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
     url, _ = serve(dense=MockVariant(0.02, 0.001), sparse=MockVariant(0.02, 0.001))
     out = tmp_path / "out"
@@ -162,33 +154,32 @@ def test_chats_from_a_file(serve: Serve, tmp_path: Path) -> None:
     assert all(prompt.endswith("\nwhat is this?") for _, prompt in app.state.requests)
 
 
-def test_failed_requests_are_counted_and_exit_1(serve: Serve) -> None:
-    # Ten requests to sparse, two of them warm-up: the fourth and the eighth fail.
-    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, fail_every=4))
+@pytest.mark.parametrize(
+    ("sick", "count", "message"),
+    [
+        # Ten requests to sparse, two of them warm-up: the fourth and the eighth fail.
+        ({"fail_every": 4}, ("num_errors", 2), "2 of 16 requests failed: sparse http_503 x2"),
+        ({"is_cut_off": True}, ("num_requests", 0), "measured: sparse incomplete_stream x2"),
+        ({"missing_tokens": 2}, ("num_unequal_lengths", 8), "8 of 16 responses do not have 6"),
+    ],
+)
+def test_what_makes_a_run_unsound_is_counted_and_exits_1(
+    serve: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sick: dict[str, Any],
+    count: tuple[str, int],
+    message: str,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, **sick))
     result = cast_loadtest("--url", url, *SMALL, "--num-prompts", "4")
     assert result.exit_code == 1
     figures = last_line(result)
-    assert figures["num_errors"] == 2
-    assert figures["errors"] == {"dense": {}, "sparse": {"http_503": 2}}
+    assert figures[count[0]] == count[1]
     assert not figures["passed"]
-    assert "2 of 16 requests failed: sparse http_503 x2" in result.stderr
-
-
-def test_failed_warmup_exits_1(serve: Serve) -> None:
-    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, is_cut_off=True))
-    result = cast_loadtest("--url", url, *SMALL)
-    assert result.exit_code == 1
-    assert last_line(result)["num_requests"] == 0
-    assert "warm-up failed" in result.stderr
-    assert "sparse incomplete_stream x2" in result.stderr
-
-
-def test_unequal_lengths_exit_1(serve: Serve) -> None:
-    url, _ = serve(dense=QUICK, sparse=MockVariant(0.0, 0.0, missing_tokens=2))
-    result = cast_loadtest("--url", url, *SMALL)
-    assert result.exit_code == 1
-    assert last_line(result)["num_unequal_lengths"] == 6
-    assert "6 of 12 responses do not have 6 tokens" in result.stderr
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []  # without --out nothing is left behind
 
 
 @pytest.mark.parametrize(
@@ -205,8 +196,17 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
         (["--prompts", "/absent"], "prompts /absent cannot be read"),
         (["--trace", "/absent"], "trace /absent cannot be read"),
         (["--schedule", "poisson"], "--schedule poisson needs --rate"),
-        (["--rate", "fast"], "--rate fast is no list of numbers"),
-        (["--concurrency", "1,x"], "--concurrency 1,x is no list of whole numbers"),
+        (["--schedule", "poisson", "--rate", "fast"], "--rate fast is not a list of numbers"),
+        (["--schedule", "poisson", "--rate", "1,inf"], "--rate 1,inf is not a list of numbers"),
+        (["--schedule", "poisson", "--rate", "1,-1"], "--rate -1.0 is out of range"),
+        (["--concurrency", "1,,2"], "--concurrency 1,,2 is not a list of whole numbers"),
+        (["--concurrency", "1.5"], "--concurrency 1.5 is not a list of whole numbers"),
+        (["--concurrency", "1,2,1"], "--concurrency 1,2,1 has a number twice"),
+        (["--concurrency", "1,4", "--rate", "1,2"], "--concurrency 1,4 is a sweep of closed loops"),
+        (
+            ["--concurrency", "1,4", "--schedule", "poisson", "--rate", "1"],
+            "--concurrency 1,4 is a sweep of closed loops",
+        ),
         (
             ["--concurrency", "1,16", "--num-prompts", "8"],
             "--num-prompts 8 is too small; give at least 16",
@@ -221,7 +221,14 @@ def test_unequal_lengths_exit_1(serve: Serve) -> None:
             "--prompt-tokens 64 has no effect on the prompts of --prompts",
         ),
         (["--num-prompts", "8", "--block-s", "5"], "--block-s 5 has no effect"),
-        (["--guard", "GOODPUT"], "limits goodput, but nothing says which requests are good"),
+        (["--guard", "GOODPUT"], "limits goodput, but nothing measures it; give --slo-ttft-ms"),
+        (["--guard", "AGREEMENT"], "limits min_token_agreement, but nothing measures it; give --q"),
+        (["--guard", "ACCURACY"], "limits max_accuracy_loss, but nothing measures it; give --cho"),
+        (["--slo-ttft-ms", "0"], "--slo-ttft-ms 0 is too small"),
+        (["--quality-prompts", "-1"], "--quality-prompts -1 is too small"),
+        (["--choices", "/absent"], "questions /absent cannot be read"),
+        (["--choices-limit", "3"], "--choices-limit 3 limits nothing; give --choices too"),
+        (["--choices", "CHOICES", "--choices-limit", "0"], "--choices-limit 0 is too small"),
         (["--guard", "SPEED", "--blocks", "2"], "but 2 block pairs give no interval"),
     ],
 )
@@ -238,6 +245,9 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
         "PROMPTS": '{"prompt": "a prompt"}\n',
         "GOODPUT": "min_speedup = {goodput = 1.1}\n",
         "SPEED": "max_slowdown = {ttft_p50 = 1.1}\n",
+        "AGREEMENT": "min_token_agreement = 0.5\n",
+        "ACCURACY": "max_accuracy_loss = 0.02\n",
+        "CHOICES": '{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}\n',
     }
     for name, content in texts.items():
         (files / f"{name}.jsonl").write_text(content)
@@ -314,15 +324,6 @@ def test_a_fault_in_the_statistics_costs_no_record(
     assert figures["is_complete"]
 
 
-def test_a_run_without_out_leaves_nothing(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    url, _ = serve(dense=QUICK, sparse=QUICK)
-    assert last_line(cast_loadtest("--url", url, *SMALL))["num_requests"] == 12
-    assert list(tmp_path.iterdir()) == []
-
-
 def stopped_run(url: str, out: Path, by: signal.Signals) -> tuple[int, str]:
     """A run that is sent a signal while its ninth block or a later one is measured."""
     words = ["run", "--url", url, *SMALL, "--blocks", "200", "--out", str(out)]
@@ -354,7 +355,7 @@ def test_a_run_that_is_ended_leaves_what_it_measured(
     assert again.exit_code == 1  # a run that was stopped does not pass
     assert figures["num_requests"] == 6 * figures["num_block_pairs"]
     assert not figures["is_complete"]
-    text = f"The run was stopped: {figures['num_block_pairs']} of 200 block pairs were measured."
+    text = f"INCOMPLETE: the run was stopped: {figures['num_block_pairs']} of 200 block pairs"
     assert any(text in warning for warning in figures["warnings"])
     assert text in (out / "report.md").read_text()
     assert "complete: the run was stopped" in again.stderr
@@ -378,10 +379,7 @@ def test_a_full_disk_is_found_before_anything_is_sent(serve: Serve, tmp_path: Pa
     with small_disk(1 << 20):
         result = cast_loadtest("--url", url, *SMALL, "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
-    assert (
-        f"--out {tmp_path / 'out'} cannot be written: {tmp_path}: File too large" in result.stderr
-    )
-    assert "64 MiB free" in result.stderr
+    assert "cannot be written" in result.stderr
     assert server.state.requests == []
     assert list(tmp_path.iterdir()) == []
 
@@ -439,9 +437,3 @@ def test_where_a_record_is_from_is_known_before_anything_is_sent(
     machine = {**after["machine"], "load_average": after["machine"]["load_average"][:1]}
     assert found[0]["machine"] == machine
     assert (found[0]["is_complete"], after["is_complete"]) == (False, True)
-
-
-def test_python_m_loadtest() -> None:
-    command = [sys.executable, "-m", "loadtest", "run", "--help"]
-    completed = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--output-tokens" in completed.stdout

@@ -19,6 +19,7 @@ RESULT: dict[str, Any] = {
     "error_rate": {"dense": 0.0, "sparse": 0.02},
     "speedups": {"tpot_p50": SPEEDUP, "ttft_p99": {"ratio": 1.0, "low": 0.8, "high": 1.25}},
     "harness": {"is_void": False, "why": None},
+    "num_launches": 1,
     "slo": None,
     "quality": None,
 }

@@ -1,15 +1,12 @@
-"""Agreement and KL by hand, with a gateway's answers made up and over a socket."""
+"""Agreement and KL by hand, of made-up answers of a gateway."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 
-from loadtest.quality.agreement import gateway, measure, summarise
-from tests.loadtest.conftest import ServeApp
+from loadtest.quality.agreement import measure, summarise
 
 EACH = [
     {"token_agreement": 0.5, "kl_nats_per_token": 0.4, "num_tokens": 10},
@@ -59,30 +56,3 @@ def test_other_variants_are_refused() -> None:
 
     with pytest.raises(ValueError, match="compares sparse with dense, not dense with sparse"):
         asyncio.run(measure(compare, ["a"], "sparse", "dense", 8))
-
-
-def test_over_a_socket(serve_app: ServeApp) -> None:
-    app = FastAPI()
-
-    @app.post("/v1/compare")
-    async def compare(body: dict[str, Any]) -> JSONResponse:
-        if body["prompt"] == "bad":
-            return JSONResponse({"error": {"message": "no such thing"}}, 400)
-        return JSONResponse(answer(0))
-
-    url = serve_app(app)
-
-    async def ask(url: str, prompt: str) -> list[dict[str, Any]]:
-        async with gateway(url, "key", 5.0) as compare:
-            return await measure(compare, [prompt], "dense", "sparse", 8)
-
-    def over_http(url: str, prompt: str) -> list[dict[str, Any]]:
-        return asyncio.run(ask(url, prompt))
-
-    assert over_http(url, "good") == EACH[:1]
-    with pytest.raises(
-        ValueError, match="quality cannot be .*/v1/compare gave 400 .*no such thing"
-    ):
-        over_http(url, "bad")
-    with pytest.raises(ValueError, match="gave ConnectError"):
-        over_http("http://127.0.0.1:1", "good")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from cast_serve.questions import Question
 from loadtest.judge.verdict import Guard, judge
@@ -17,7 +17,6 @@ from loadtest.quality import choices
 from loadtest.quality.ask import asking
 from loadtest.quality.choices import log_likelihood, measure, summarise
 from loadtest.record import Recorded
-from loadtest.report.commands import terms_of
 from loadtest.report.files import markdown_of
 from loadtest.report.result import result_of
 from loadtest.report.words import accuracy_text
@@ -216,23 +215,23 @@ def test_the_lower_end_must_not_lose_more_than_the_guard_allows() -> None:
     assert (unknown["found"], unknown["passed"]) == (None, False)
 
 
-def test_a_guard_needs_choices(tmp_path: Path) -> None:
-    guard = tmp_path / "guard.toml"
-    guard.write_text("max_accuracy_loss = 0.02")
-    with pytest.raises(
-        ValueError, match="sets max_accuracy_loss, but nothing .*give --choices, or"
-    ):
-        terms_of(guard, None, None, 0, is_aa=False)
-
-
-def test_the_answer_of_another_variant_is_none(serve_app: ServeApp) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/ask", "answer of another variant, since sparse is down; start it again"),
+        ("/absent", "/absent gave 404 .*; start it again"),
+        ("/broken", "gave JSONDecodeError .*; start it again"),
+    ],
+)
+def test_what_is_not_an_answer_is_refused(serve_app: ServeApp, path: str, message: str) -> None:
     app = FastAPI()
     headers = {"X-Cast-Fallback": "sparse"}
     app.add_api_route("/ask", lambda: JSONResponse({}, headers=headers), methods=["POST"])
+    app.add_api_route("/broken", lambda: Response("{"), methods=["POST"])
 
     async def ask() -> None:
-        async with asking(f"{serve_app(app)}/ask", None, 10.0, "start it again") as one:
+        async with asking(f"{serve_app(app)}{path}", None, 10.0, "start it again") as one:
             await one({})
 
-    with pytest.raises(ValueError, match="answer of another variant, since sparse is down; start"):
+    with pytest.raises(ValueError, match=message):
         asyncio.run(ask())

@@ -24,11 +24,12 @@ from cast_train.evaluate.choices import choice_accuracy
 from loadtest import mock_server
 from loadtest.__main__ import app as command
 from loadtest.quality import choices
+from loadtest.quality.ask import asking
 from loadtest.quality.choices import measure, summarise
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from tests.loadtest.conftest import ServeApp
-from tests.loadtest.quality.answers import GOOD, each, echoed
+from tests.loadtest.quality.answers import each, echoed
 
 
 def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -86,7 +87,7 @@ def worker(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> FastA
 async def over_http(
     url: str, api_key: str | None, questions: list[Question], baseline: str, candidate: str
 ) -> list[dict[str, Any]]:
-    async with choices.server(url, api_key, 30.0) as ask:
+    async with asking(url + choices.PATH, api_key, 30.0, choices.REMEDY) as ask:
         return await measure(ask, questions, baseline, candidate)
 
 
@@ -117,33 +118,6 @@ def test_the_same_as_in_training_through_our_gateway(serve_app: ServeApp) -> Non
     assert found == pytest.approx(wanted.about())
     assert any(row["by_sum"] != row["by_byte"] for row in rows)
     assert any(row["by_byte"]["dense"] != row["by_byte"]["sparse"] for row in rows)
-
-
-def test_over_a_socket(serve_app: ServeApp) -> None:
-    app = FastAPI()
-
-    @app.post("/v1/completions")
-    async def complete(body: dict[str, Any]) -> JSONResponse:
-        if body["model"] == "absent":
-            return JSONResponse({"error": {"message": "no such thing"}}, 404)
-        score = None if body["model"] == "silent" else -1.0
-        tokens = ((body["prompt"][:-4], None), (body["prompt"][-4:], score), ("!", -0.1))
-        return JSONResponse(echoed(*tokens, num_generated=1))
-
-    url = serve_app(app)
-
-    def answer(url: str, baseline: str) -> list[dict[str, Any]]:
-        question = Question("Is it?", ("yes", "yet"), 1)
-        return asyncio.run(over_http(url, "key", [question], baseline, "fine"))
-
-    both = {"good": 0, "fine": 0}
-    assert answer(url, "good") == [{"right": 1, "num_choices": 2, "by_sum": both, "by_byte": both}]
-    with pytest.raises(ValueError, match="variant absent: .*/completions gave 404 .*no such thing"):
-        answer(url, "absent")
-    with pytest.raises(ValueError, match="variant silent: .* no log probability to a part"):
-        answer(url, "silent")
-    with pytest.raises(ValueError, match="gave ConnectError .*leave --choices out"):
-        answer("http://127.0.0.1:1", "good")
 
 
 class Echoing:
@@ -208,23 +182,3 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
     assert recorded.about["choices"]["source"] == str(path)
     assert "--choices-limit 3" in recorded.about["command"]
     assert result_of(recorded) == found == json.loads((out / "result.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--choices", "/absent"], "questions /absent cannot be read"),
-        (["--choices-limit", "3"], "--choices-limit 3 limits nothing; give --choices too"),
-        (["--choices", "SET", "--choices-limit", "0"], "--choices-limit 0 is too small"),
-        (["--choices", "SET"], "http://127.0.0.1:1/v1/models cannot be read"),
-    ],
-)
-def test_wrong_use_exits_2_with_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "set.jsonl"
-    path.write_text(GOOD + "\n")
-    flags = [str(path) if flag == "SET" else flag for flag in flags]
-    done = CliRunner().invoke(command, ["run", "--url", "http://127.0.0.1:1", *flags])
-    assert done.exit_code == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""

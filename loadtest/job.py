@@ -1,0 +1,317 @@
+"""The flags of `cast-loadtest run` -> what to measure, checked before anything is sent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cast_serve.options import option
+from cast_serve.questions import Question, read_questions
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS
+from loadtest.judge.verdict import Guard
+from loadtest.report.directory import check_out
+from loadtest.send.launches import parse_variants
+from loadtest.send.paired import Plan, check_fit
+from loadtest.send.schedule import KINDS, Schedule, read_trace
+from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every flag, with its help text."""
+
+    url: Annotated[str | None, option("URL", "Root of the server, without /v1.", "none")] = None
+    variant: Annotated[
+        list[str] | None,
+        option("NAME=DIR", "For both, in place of --url: `cast-serve up` serves them.", "none"),
+    ] = None
+    launches: Annotated[
+        int, option("N", "With --variant: number of launches; cores alternate.", min=1)
+    ] = 1
+    vllm_flags: Annotated[
+        str, option("FLAGS", "With --variant: for both vLLM servers, in one word.", "none")
+    ] = ""
+    baseline: Annotated[str, option("NAME", "Variant compared against.")] = Plan.baseline
+    candidate: Annotated[str, option("NAME", "Variant that should be better.")] = Plan.candidate
+    concurrency: Annotated[
+        str, option("N,N", "Closed loop: requests in flight; 1,4,16 makes a run for each.")
+    ] = str(Plan.concurrency)
+    schedule: Annotated[str, option("NAME", f"When requests leave: {', '.join(KINDS)}.")] = (
+        Schedule.kind
+    )
+    rate: Annotated[
+        str | None, option("RATE,RATE", "Requests a second; 1,2,4 makes a run for each.", "none")
+    ] = None
+    rate_to: Annotated[float | None, option("RATE", "Ramp: the rate at a block's end.", "none")] = (
+        None
+    )
+    burst: Annotated[
+        int | None,
+        option("N", "Burst: requests that leave at once, every BURST/RATE s.", "none"),
+    ] = None
+    trace: Annotated[
+        Path | None, option("FILE", "Trace: seconds from a block's start, one a line.", "none")
+    ] = None
+    processes: Annotated[
+        int, option("N", "Client processes, if one is too slow for the load.", min=1)
+    ] = 1
+    num_prompts: Annotated[
+        int | None, option("N", "Prompts in a block.", "as many as --block-s needs")
+    ] = None
+    block_s: Annotated[float, option("SECONDS", "How long a block keeps up its load.")] = (
+        Plan.block_s
+    )
+    blocks: Annotated[int, option("N", "Block pairs, in ABBA order; even.")] = Plan.num_block_pairs
+    warmup: Annotated[int, option("N", "Requests to each variant before anything is counted.")] = (
+        Plan.num_warmup
+    )
+    output_tokens: Annotated[int, option("N", "Tokens that every response must have.")] = (
+        Plan.output_tokens
+    )
+    prompt_tokens: Annotated[int, option("N", "Length of a prompt, counted in words.")] = (
+        Workload.prompt_words
+    )
+    text: Annotated[
+        Path | None, option("FILE", "Text to cut prompts from.", "prompts are made up")
+    ] = None
+    prompts: Annotated[
+        str | None,
+        option(
+            "NAME", "Ready prompts: sharegpt, gsm8k, or a .jsonl of prompts or messages.", "none"
+        ),
+    ] = None
+    seed: Annotated[int, option("N", "Same seed, same words and times.")] = Workload.seed
+    timeout_s: Annotated[float, option("SECONDS", "Longest time for one request.")] = 120.0
+    api_key: Annotated[
+        str | None, option("KEY", "Bearer token.", "none", envvar="CAST_LOADTEST_API_KEY")
+    ] = None
+    guard: Annotated[
+        Path | None, option("FILE", "TOML of guard rails.", "nothing may fail or be void")
+    ] = None
+    slo_ttft_ms: Annotated[
+        float | None, option("MS", "Goodput: a good request has this TTFT at most.", "none")
+    ] = None
+    slo_tpot_ms: Annotated[
+        float | None, option("MS", "Goodput: a good request has this TPOT at most.", "none")
+    ] = None
+    quality_prompts: Annotated[
+        int,
+        option(
+            "N",
+            "Prompts on which agreement and KL are measured, before the load: those of "
+            "--prompts or --text, else of ShareGPT (scripts/data).",
+        ),
+    ] = 0
+    choices: Annotated[
+        Path | None,
+        option("FILE", "Questions on which accuracy is measured, before the load.", "none"),
+    ] = None
+    choices_limit: Annotated[
+        int | None, option("N", "Take only this many questions, from the file's start.", "all")
+    ] = None
+    same_model: Annotated[
+        bool,
+        typer.Option("--same-model", help="A/A: both names serve one model, so ratios must be 1."),
+    ] = False
+    out: Annotated[
+        Path | None, option("DIR", "New, for the record, the result and reports.", "none")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """One paired run of a sweep.
+
+    Attributes:
+        name: of its sub-directory; None when it is the only one.
+        plan: what to send.
+        schedule: when.
+    """
+
+    name: str | None
+    plan: Plan
+    schedule: Schedule
+
+    def out(self, out: Path) -> Path:
+        """Where it is written to: a sweep has a sub-directory for each load."""
+        return out / self.name if self.name else out
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure, and where.
+
+    Attributes:
+        options: as given.
+        loads: at least one, of the same two variants.
+        workload: where prompts come from; every run gets a number of its own.
+        quality_workload: where the prompts come from on which agreement is measured.
+        questions: on which accuracy is measured; none: it is not.
+        models: directory of each variant, to be served; empty with --url.
+        terms: the limits that a run is judged by, as run.json has them.
+    """
+
+    options: Options
+    loads: Sequence[Load]
+    workload: Workload
+    quality_workload: Workload
+    questions: Sequence[Question]
+    models: Mapping[str, Path]
+    terms: Mapping[str, Any]
+
+    @property
+    def variants(self) -> tuple[str, str]:
+        """Baseline, candidate."""
+        return self.options.baseline, self.options.candidate
+
+    @classmethod
+    def of(cls, options: Options) -> "Job":
+        """Reads the files that the options name.
+
+        Raises:
+            ValueError: if an option is wrong, has no effect, or does not go with another.
+        """
+        if (options.url is None) == (options.variant is None):
+            raise ValueError("give either --url, or --variant NAME=DIR for both variants")
+        if options.url is not None and (options.launches > 1 or options.vllm_flags):
+            raise ValueError("--launches and --vllm-flags start servers; give --variant, not --url")
+        loads = _loads(options)
+        names = (options.baseline, options.candidate)
+        models = parse_variants(options.variant, names) if options.variant else {}
+        workload = _workload(options)
+        if (options.num_prompts or options.trace) and options.block_s != Plan.block_s:
+            raise ValueError(
+                f"--block-s {options.block_s:g} has no effect where --num-prompts or --trace say "
+                "how many prompts a block has; leave one of them out"
+            )
+        # Made-up words say nothing about quality: a model that reads them repeats itself.
+        quality_workload = workload
+        if options.quality_prompts > 0 and not (options.prompts or options.text):
+            real = read_prompts(PACKAGED[0])
+            quality_workload = replace(workload, prompts=real, source=PACKAGED[0])
+        if options.timeout_s <= 0:
+            raise ValueError(f"--timeout-s {options.timeout_s:g} is too small; give more than 0")
+        if options.out is not None:
+            check_out(options.out)
+        terms, limit = _terms(options), options.choices_limit
+        if options.choices is None and limit is not None:
+            raise ValueError(f"--choices-limit {limit} limits nothing; give --choices too")
+        if limit is not None and limit < 1:
+            raise ValueError(f"--choices-limit {limit} is too small; give 1 or more")
+        questions = read_questions(options.choices, limit) if options.choices else []
+        return cls(options, loads, workload, quality_workload, questions, models, terms)
+
+
+def _loads(options: Options) -> list[Load]:
+    """One load for each concurrency, or for each rate."""
+    places = [int(number) for number in _numbers("--concurrency", options.concurrency, int)]
+    rates = [] if options.rate is None else _numbers("--rate", options.rate, float)
+    if len(places) > 1 and (len(rates) > 1 or options.schedule != "closed"):
+        raise ValueError(
+            f"--concurrency {options.concurrency} is a sweep of closed loops; give one number, or "
+            "drop --schedule and --rate"
+        )
+    plan = Plan(
+        baseline=options.baseline,
+        candidate=options.candidate,
+        concurrency=places[0],
+        num_prompts=options.num_prompts,
+        block_s=options.block_s,
+        num_block_pairs=options.blocks,
+        num_warmup=options.warmup,
+        output_tokens=options.output_tokens,
+    )
+    schedule = Schedule(
+        kind=options.schedule,
+        rate_per_s=rates[0] if rates else None,
+        rate_to_per_s=options.rate_to,
+        burst=options.burst,
+        trace_s=read_trace(options.trace) if options.trace else (),
+        seed=options.seed,
+    )
+    loads = [Load(None, plan, schedule)]
+    if len(places) > 1:
+        loads = [
+            Load(f"concurrency-{number}", replace(plan, concurrency=number), schedule)
+            for number in places
+        ]
+    elif len(rates) > 1:
+        loads = [Load(f"rate-{rate:g}", plan, replace(schedule, rate_per_s=rate)) for rate in rates]
+    for load in loads:
+        check_fit(load.plan, load.schedule, options.processes)
+    return loads
+
+
+def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    """Parses `4` or `1,4,16`."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(-inf < number < inf for number in found):
+        of_whole = "whole " if kind is int else ""
+        raise ValueError(f"{flag} {text} is not a list of {of_whole}numbers; write 4 or 1,4,16")
+    if len(set(found)) < len(found):
+        raise ValueError(f"{flag} {text} has a number twice; drop one")
+    return list(found)
+
+
+def _workload(options: Options) -> Workload:
+    if options.prompts and options.prompt_tokens != Workload.prompt_words:
+        raise ValueError(
+            f"--prompt-tokens {options.prompt_tokens} has no effect on the prompts of --prompts; "
+            "leave one of them out"
+        )
+    return Workload(
+        prompt_words=options.prompt_tokens,
+        seed=options.seed,
+        text=read_words(options.text) if options.text else (),
+        prompts=read_prompts(options.prompts) if options.prompts else (),
+        source=str(options.prompts or options.text or Workload.source),
+    )
+
+
+def _terms(options: Options) -> dict[str, Any]:
+    """The limits, which must all be of something that is measured."""
+    slo_ms = {"ttft_s": options.slo_ttft_ms, "tpot_s": options.slo_tpot_ms}
+    for name, limit_ms in slo_ms.items():
+        if limit_ms is not None and limit_ms <= 0:
+            flag = f"--slo-{name.removesuffix('_s')}-ms"
+            raise ValueError(f"{flag} {limit_ms:g} is too small; give more than 0")
+    if options.quality_prompts < 0:
+        raise ValueError(
+            f"--quality-prompts {options.quality_prompts} is too small; give 0 or more"
+        )
+    limits = Guard() if options.guard is None else Guard.read(options.guard)
+    speed = {**limits.min_speedup, **limits.max_slowdown}
+    has_slo = slo_ms != dict.fromkeys(slo_ms)
+    for name, limit, is_measured, flag in (
+        (
+            "min_token_agreement",
+            limits.min_token_agreement,
+            options.quality_prompts,
+            "--quality-prompts",
+        ),
+        ("max_accuracy_loss", limits.max_accuracy_loss, options.choices, "--choices"),
+        ("goodput", speed.get("goodput"), has_slo, "--slo-ttft-ms or --slo-tpot-ms"),
+    ):
+        if limit is not None and not is_measured:
+            raise ValueError(
+                f"guard {options.guard} limits {name}, but nothing measures it; give {flag}, or "
+                "drop the limit"
+            )
+    num_pairs = options.blocks * options.launches
+    if speed and num_pairs < MIN_BLOCK_PAIRS:
+        raise ValueError(
+            f"guard {options.guard} limits {next(iter(speed))}, but {num_pairs} block pairs give "
+            f"no interval; give --blocks {MIN_BLOCK_PAIRS} or more"
+        )
+    slo = {name: None if limit is None else limit / 1e3 for name, limit in slo_ms.items()}
+    return {
+        "guard": limits.about(),
+        "slo": slo if has_slo else None,
+        "is_aa": options.same_model,
+    }
