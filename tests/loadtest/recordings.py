@@ -1,6 +1,6 @@
 """Figures -> recorded runs, made by hand or from a seed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,7 +68,9 @@ def request(
 ) -> Request:
     """An answer that came a token at a time, or an error one second after it left."""
     answered = ttft_s is not None
-    events = [sent_s + ttft_s + n * tpot_s for n in range(output_tokens)] if answered else []
+    events = []
+    if ttft_s is not None:
+        events = [sent_s + ttft_s + n * tpot_s for n in range(output_tokens)]
     return Request(
         block=block,
         block_pair=pair,
@@ -90,7 +92,7 @@ def recorded(requests: Iterable[Request], **changes: Any) -> Recorded:
     return Recorded(about(**changes), tuple(requests))
 
 
-def joined(launches: Sequence[Recorded], about: dict[str, Any]) -> Recorded:
+def joined(launches: Sequence[Recorded], about: Mapping[str, Any]) -> Recorded:
     """The runs of several launches of the same servers, recorded as one."""
     with TemporaryDirectory() as folder:
         recorder = Recorder(Path(folder), about)

@@ -388,7 +388,7 @@ def test_a_disk_that_fills_up_ends_the_run(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, server = serve(dense=QUICK, sparse=QUICK)
-    monkeypatch.setattr("loadtest.__main__.check_out", lambda out: None)  # it had room then
+    monkeypatch.setattr("loadtest.job.check_out", lambda out: None)  # it had room then
     out = tmp_path / "out"
     with small_disk(8 << 10):
         result = cast_loadtest("--url", url, *SMALL, "--blocks", "200", "--out", str(out))

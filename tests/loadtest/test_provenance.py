@@ -1,8 +1,6 @@
 """What a record says about its origin."""
 
-import hashlib
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 import typer
@@ -10,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from typer.testing import CliRunner
 
-from loadtest.provenance import command_of, directories_at, hashes_of, served_at
+from loadtest.provenance import command_of, directories_at, served_at
 from tests.loadtest.conftest import ServeApp
 
 METRICS = """# TYPE cast_variant_info gauge
@@ -42,27 +40,23 @@ def test_the_command_without_defaults_and_secrets() -> None:
     ]
 
 
-def keyed(key: str, status: int) -> FastAPI:
-    """A gateway's /metrics, behind a key."""
+def gateway(status: int) -> FastAPI:
+    """Our gateway's /metrics and /v1/comparison, which open to the key "right"."""
     app = FastAPI()
+    comparison = JSONResponse({"models": {"sparse": {"path": "runs/sparse"}, "other": 3}})
+    for path, answer in (("/metrics", PlainTextResponse(METRICS)), ("/v1/comparison", comparison)):
 
-    @app.get("/metrics")
-    def metrics(request: Request) -> Response:
-        if request.headers.get("authorization") != f"Bearer {key}":
-            return Response('{"error": {}}', status)
-        return PlainTextResponse(METRICS)
+        def tell(request: Request, answer: Response = answer) -> Response:
+            is_known = request.headers.get("authorization") == "Bearer right"
+            return answer if is_known else Response('{"error": {}}', status)
 
+        app.add_api_route(path, tell, response_model=None)
     return app
 
 
-def test_what_our_gateway_tells_about_its_variants(serve_app: ServeApp) -> None:
-    app = FastAPI()
-    app.add_api_route("/metrics", lambda: PlainTextResponse(METRICS))
-    assert served_at(serve_app(app)) == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
-
-
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize(("api_key", "is_told"), [("right", True), ("wrong", False), (None, False)])
+@pytest.mark.parametrize(
+    ("status", "api_key", "is_told"), [(401, "right", True), (401, None, False), (403, "no", False)]
+)
 def test_a_gateway_with_keys(
     serve_app: ServeApp,
     capsys: pytest.CaptureFixture[str],
@@ -70,14 +64,16 @@ def test_a_gateway_with_keys(
     api_key: str | None,
     is_told: bool,
 ) -> None:
-    found = served_at(serve_app(keyed("right", status)), api_key)
+    url = serve_app(gateway(status))
+    served, directories = served_at(url, api_key), directories_at(url, api_key)
     said = capsys.readouterr().err
     if is_told:
-        assert found == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
+        assert served == {"sparse": {"kernel": "cast", "num_sparse_layers": "210"}}
+        assert directories == {"sparse": {"path": "runs/sparse"}}
         assert said == ""
     else:
-        assert found == {}
-        assert f"/metrics answered {status}, so" in said
+        assert served == directories == {}
+        assert f"/metrics answered {status}" in said
         assert "--api-key (CAST_LOADTEST_API_KEY)" in said
 
 
@@ -86,31 +82,7 @@ def test_other_servers_tell_nothing(
 ) -> None:
     app = FastAPI()
     app.add_api_route("/metrics", lambda: PlainTextResponse("{no metrics"))
-    assert served_at(serve_app(app)) == {}
-    assert served_at(serve_app(FastAPI())) == {}
-    assert served_at("http://127.0.0.1:1") == {}
+    app.add_api_route("/v1/comparison", lambda: {"models": "others"})
+    for url in (serve_app(app), serve_app(FastAPI()), "http://127.0.0.1:1"):
+        assert served_at(url) == directories_at(url) == {}
     assert capsys.readouterr().err == ""
-
-
-def test_the_hashes_of_a_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "folder").mkdir()
-    wanted = {"config.json": hashlib.sha256(b"{}").hexdigest()}
-    assert hashes_of(tmp_path) == wanted
-
-
-def test_what_our_gateway_tells_about_directories(serve_app: ServeApp) -> None:
-    app = FastAPI()
-    content: dict[str, Any] = {"models": {"sparse": {"path": "runs/sparse"}, "other": 3}}
-
-    @app.get("/v1/comparison")
-    def comparison(request: Request) -> Response:
-        is_known = request.headers.get("authorization") == "Bearer hush"
-        return JSONResponse(content if is_known else {}, 200 if is_known else 401)
-
-    url = serve_app(app)
-    assert directories_at(url, "hush") == {"sparse": {"path": "runs/sparse"}}
-    assert directories_at(url) == {}
-    content["models"] = "others"
-    assert directories_at(url, "hush") == {}
-    assert directories_at("http://127.0.0.1:9") == {}

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 
+from cast_serve.intervals import Ratio
 from loadtest.judge.statistics import (
     THROUGHPUT,
-    distribution,
     ratios,
     speedups,
     summarise,
     throughput_of,
-    values,
 )
 from loadtest.record import Recorded
 from tests.loadtest.recordings import four_pairs, joined, recorded, request, simulated, two_pairs
@@ -106,28 +105,14 @@ def test_failed_requests_are_longer_than_any_answered_one() -> None:
     assert summary["ratio"]["ttft"]["num_block_pairs"] == 1  # pair 0: sparse has no median
 
 
-def test_answers_of_one_token_have_no_tpot() -> None:
+def test_what_has_no_values_has_no_figures() -> None:
+    summary = summary_of(recorded([request(None, None, "dense", None)]))
+    assert (summary["num_warmup_errors"], summary["speedups"]) == (1, {})
+    assert summary["error_rate"] == {"dense": None, "sparse": None}
     run = recorded([request(n, 0, v, 1.0, output_tokens=1) for n, v in enumerate(SIDES)])
-    assert len(values(run.requests, "ttft", 3)) == 2
-    assert distribution(values(run.requests, "tpot", 3)) == {
-        "median": None,
-        "p95": None,
-        "p99": None,
-        "n": 0,
-        "num_failed": 0,
-    }
+    assert summary_of(run)["tpot_s"]["dense"]["median"] is None  # of one token
     assert summary_of(run)["num_unequal_lengths"] == 2
     assert "tpot_p50" not in speedups(run)
-
-
-def test_failed_warmup_gives_empty_figures() -> None:
-    summary = summary_of(recorded([request(None, None, "dense", None)]))
-    assert summary["num_warmup_errors"] == 1
-    assert summary["errors"]["dense"] == {"http_503": 1}
-    assert summary["error_rate"] == {"dense": None, "sparse": None}
-    assert summary["output_tokens_per_s"] == {"dense": None, "sparse": None}
-    assert summary["ratio"]["tpot"]["median"] is None
-    assert summary["speedups"] == {}
 
 
 def test_drift_by_hand() -> None:
@@ -138,13 +123,6 @@ def test_drift_by_hand() -> None:
         "second_half_over_first": 9 / 4,
         "slope_per_minute": pytest.approx(1 / 6.5),
     }
-
-
-def test_drift_of_a_machine_that_gets_slower() -> None:
-    drift = summary_of(simulated(0, drift=0.5))["drift"]
-    for variant in ("dense", "sparse"):
-        assert 1.1 < drift["tpot"][variant]["second_half_over_first"] < 1.35
-        assert drift["tpot"][variant]["slope_per_minute"] > 0
 
 
 def test_goodput_by_hand() -> None:
@@ -175,6 +153,12 @@ def test_goodput_of_an_open_loop_is_the_rate_that_was_offered(sends_s: tuple[flo
     assert summary_of(run)["goodput"]["dense"]["requests_per_s"] == pytest.approx(2.0)
 
 
+def holds(ratio: Ratio, truth: float) -> bool:
+    assert ratio.low is not None
+    assert ratio.high is not None
+    return ratio.low <= truth <= ratio.high
+
+
 JUDGED = ("ttft_p50", "tpot_p50", "tpot_p95", "tpot_p99", "throughput")
 
 
@@ -185,15 +169,15 @@ def test_intervals_of_equal_variants_cover_one(num_block_pairs: int) -> None:
         for seed in range(20)
     ]
     for name in JUDGED:
-        covering = sum(found[name].low <= 1 <= found[name].high for found in runs)
+        covering = sum(holds(found[name], 1) for found in runs)
         assert covering >= 18, (name, covering)
 
 
 def test_a_true_difference_of_5_percent_is_found_in_20_block_pairs() -> None:
     # Requests 5 % noisy, blocks 2 %, eight requests a block, and 20 % drift over the run.
     runs = [speedups(simulated(seed, speedup=1.05)) for seed in range(100, 120)]
-    found = sum(run["tpot_p50"].low > 1 for run in runs)
-    covering = sum(run["tpot_p50"].low <= 1.05 <= run["tpot_p50"].high for run in runs)
+    found = sum((run["tpot_p50"].low or 0) > 1 for run in runs)
+    covering = sum(holds(run["tpot_p50"], 1.05) for run in runs)
     assert found >= 18
     assert covering >= 18
 

@@ -23,6 +23,8 @@ RESULT: dict[str, Any] = {
     "slo": None,
     "quality": None,
 }
+VOID = {"harness": {"is_void": True, "why": "slip p99 30 ms"}}
+FEW = {"speedups": {"tpot_p50": {"ratio": 1.5, "low": None, "high": None}}}
 FINE = {**RESULT, "num_errors": 0, "error_rate": {"dense": 0.0, "sparse": 0.0}}
 
 
@@ -30,12 +32,6 @@ def found(result: dict[str, Any], **guard: Any) -> dict[str, Any]:
     verdict = judge({**FINE, **result}, Guard.of(guard))
     assert verdict["passed"] == all(check["passed"] for check in verdict["checks"])
     return {check["name"]: check for check in verdict["checks"]}
-
-
-def test_without_guard_rails_soundness_is_judged() -> None:
-    checks = found({})
-    assert list(checks) == ["error_rate", "unequal_lengths", "void"]
-    assert all(check["passed"] for check in checks.values())
 
 
 @pytest.mark.parametrize(
@@ -59,69 +55,51 @@ def test_a_run_that_was_stopped_does_not_pass() -> None:
     stopped = {"is_complete": False, "num_block_pairs": 5, "num_planned_pairs": 12}
     check = found(stopped, min_speedup={"tpot_p50": 1.1})["complete"]
     assert not check["passed"]
-    assert check["why"].startswith("the run was stopped: 5 of 12 block pairs were measured")
+    assert "5 of 12 block pairs" in check["why"]
     nothing = {**stopped, "num_requests": 0, "num_block_pairs": 0}
     assert list(found(nothing)) == ["complete"]
 
 
-def test_too_few_pairs_do_not_pass() -> None:
-    few = {"tpot_p50": {"ratio": 1.5, "low": None, "high": None}}
-    check = found({"speedups": few}, min_speedup={"tpot_p50": 1.2})["min_speedup.tpot_p50"]
-    assert not check["passed"]
-    assert "too few block pairs or requests" in check["why"]
+@pytest.mark.parametrize(
+    ("change", "guard", "name", "passed", "why"),
+    [
+        ({}, {}, "error_rate", True, "no request failed"),
+        (RESULT, {}, "error_rate", False, "1 of 100 requests failed: sparse timeout x1"),
+        (RESULT, {"max_error_rate": 0.02}, "error_rate", True, "1 of 100"),
+        (RESULT, {"max_error_rate": 0.019}, "error_rate", False, "1 of 100"),
+        ({"num_unequal_lengths": 2}, {"max_error_rate": 1.0}, "unequal_lengths", False, "2 of 100"),
+        (VOID, {}, "void", False, "slip p99 30 ms"),
+        (VOID, {"allow_void": True}, "void", True, "slip p99 30 ms"),
+        ({"num_warmup_errors": 1}, {}, "warmup", False, "1 warm-up requests failed"),
+        ({"num_requests": 0}, {}, "warmup", False, "so nothing was measured"),
+        (FEW, {"min_speedup": {"tpot_p50": 1}}, "min_speedup.tpot_p50", False, "too few block"),
+        ({}, {"min_speedup": {"goodput": 1}}, "min_speedup.goodput", False, "give --slo-ttft-ms"),
+    ],
+)
+def test_what_is_judged(
+    change: dict[str, Any], guard: dict[str, Any], name: str, passed: bool, why: str
+) -> None:
+    check = found(change, **guard)[name]
+    assert check["passed"] == passed
+    assert why in check["why"]
 
 
-def test_errors() -> None:
-    check = found(RESULT)["error_rate"]
-    assert (check["limit"], check["found"], check["passed"]) == (0.0, 0.02, False)
-    assert "1 of 100 requests failed: sparse timeout x1" in check["why"]
-    assert found(RESULT, max_error_rate=0.02)["error_rate"]["passed"]
-    assert not found(RESULT, max_error_rate=0.019)["error_rate"]["passed"]
-
-
-def test_unequal_lengths_never_pass() -> None:
-    check = found({"num_unequal_lengths": 2}, max_error_rate=1.0)["unequal_lengths"]
-    assert not check["passed"]
-    assert "2 of 100 responses do not have 32 tokens" in check["why"]
-
-
-def test_void() -> None:
-    void = {"harness": {"is_void": True, "why": "slip p99 30 ms"}}
-    assert not found(void)["void"]["passed"]
-    assert found(void)["void"]["why"] == "slip p99 30 ms"
-    assert found(void, allow_void=True)["void"]["passed"]
-
-
-def test_a_failed_warmup_is_the_only_check() -> None:
-    checks = found({**RESULT, "num_requests": 0}, min_speedup={"tpot_p50": 1})
-    assert list(checks) == ["warmup"]
-    assert (
-        "the warm-up failed, so nothing was measured: sparse timeout x1"
-        in (checks["warmup"]["why"])
-    )
-
-
-def test_a_launch_whose_warmup_failed_does_not_pass() -> None:
-    errors = {"dense": {}, "sparse": {"timeout": 1}}
-    checks = found({"num_warmup_errors": 1, "errors": errors})
-    assert list(checks) == ["warmup", "error_rate", "unequal_lengths", "void"]
-    check = checks["warmup"]
-    assert (check["limit"], check["found"], check["passed"]) == (0, 1, False)
-    assert "1 warm-up requests failed, so their launches of the servers were not" in check["why"]
-    assert "sparse timeout x1" in check["why"]
+def test_which_checks_there_are() -> None:
+    assert list(found({})) == ["error_rate", "unequal_lengths", "void"]
+    assert list(found({"num_requests": 0}, min_speedup={"tpot_p50": 1})) == ["warmup"]
+    checks = ["warmup", "error_rate", "unequal_lengths", "void"]
+    assert list(found({"num_warmup_errors": 1})) == checks
 
 
 def test_the_lower_end_must_reach_the_least_speedup() -> None:
     check = found({}, min_speedup={"tpot_p50": 1.2})["min_speedup.tpot_p50"]
     assert (check["limit"], check["found"], check["passed"]) == (1.2, 1.2, True)
-    assert check["why"] == "1.250 (1.200 to 1.300): its lower end must reach 1.2"
     assert not found({}, min_speedup={"tpot_p50": 1.21})["min_speedup.tpot_p50"]["passed"]
 
 
 def test_the_upper_end_must_keep_to_the_greatest_slowdown() -> None:
     check = found({}, max_slowdown={"ttft_p99": 1.25})["max_slowdown.ttft_p99"]
     assert (check["found"], check["passed"]) == (1.25, True)  # 1 / 0.8
-    assert "1.000 (0.800 to 1.250): its upper end may be 1.25" in check["why"]
     assert not found({}, max_slowdown={"ttft_p99": 1.24})["max_slowdown.ttft_p99"]["passed"]
 
 
@@ -138,12 +116,6 @@ def test_what_failed_requests_leave_unknown_does_not_pass(kind: str, ends: dict[
     check = found({"speedups": {"e2e_p99": ends}}, **{kind: {"e2e_p99": 1.1}})[f"{kind}.e2e_p99"]
     assert (check["found"], check["passed"]) == (None, False)
     assert "too many requests failed" in check["why"]
-
-
-def test_goodput_needs_limits() -> None:
-    check = found({}, min_speedup={"goodput": 1.1})["min_speedup.goodput"]
-    assert not check["passed"]
-    assert "give --slo-ttft-ms" in check["why"]
 
 
 def test_token_agreement() -> None:
@@ -188,6 +160,7 @@ def test_a_file_is_read_and_goes_through_json(tmp_path: Path) -> None:
         ("max_slowdown = {ttft_p99 = true}", "is True; give a number above 0"),
         ("max_error_rate = 1.5", "max_error_rate is 1.5; give a number from 0 to 1"),
         ("min_token_agreement = 'a'", "min_token_agreement is 'a'; give a number from 0 to 1"),
+        ("max_accuracy_loss = -0.1", "max_accuracy_loss is -0.1; give a number from 0 to 1"),
         ("allow_void = 1", "allow_void is 1; give true or false"),
         ("min_speedup =", "Invalid value"),
     ],
@@ -197,8 +170,3 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=f"guard {path}: .*{message}"):
         Guard.read(path)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="No such file"):
-        Guard.read(tmp_path / "absent")

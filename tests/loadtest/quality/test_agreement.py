@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.quality.agreement import measure, summarise
 
-EACH = [
+EACH: list[dict[str, Any]] = [
     {"token_agreement": 0.5, "kl_nats_per_token": 0.4, "num_tokens": 10},
     {"token_agreement": None, "kl_nats_per_token": None, "num_tokens": 0},
     {"token_agreement": 1.0, "kl_nats_per_token": 0.1, "num_tokens": 30},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -130,7 +130,8 @@ class Echoing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != "/v1/completions":
             return await self.app(scope, receive, send)
-        message = await receive()
+        message: Message | None = await receive()
+        assert message is not None
         body = json.loads(message["body"])
 
         async def again() -> Any:
@@ -156,10 +157,8 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
     echoes: list[dict[str, Any]] = []
     app.add_middleware(Echoing, echoes=echoes)
     path, guard = tmp_path / "set.jsonl", tmp_path / "guard.toml"
-    rows = [{"question": "?", "choices": ["wrong", "right"], "answer": n != 1} for n in range(4)]
-    path.write_text(
-        "".join(json.dumps(row | {"answer": int(row["answer"])}) + "\n" for row in rows)
-    )
+    rows = [{"question": "?", "choices": ["wrong", "right"], "answer": n} for n in (1, 0, 1, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     guard.write_text("max_accuracy_loss = 0.5\nallow_void = true")
     flags = ("run", "--url", serve_app(app), *SMALL, "--choices", str(path), "--guard", str(guard))
     out = tmp_path / "out"

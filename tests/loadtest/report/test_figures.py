@@ -44,12 +44,13 @@ def test_a_distribution_by_hand() -> None:
     assert {line.get_drawstyle() for line in axes.get_lines()} == {"steps-post"}
     assert axes.get_xscale() == "linear"
     assert caption == "Further left is faster."
-
-
-def test_failed_requests_are_missing_at_the_end_of_a_distribution() -> None:
     lost = request(0, 0, "dense", None)
     axes, _ = drawn(figures.distribution, recorded([*RUN.requests, lost]), "ttft")
     assert lines_of(axes)["dense, n = 7, 1 failed"][-1] == pytest.approx((9000, 6 / 7))
+    few, many = request(0, 0, "dense", 0.1), request(0, 0, "dense", 2.0)
+    run = recorded([few, many, request(1, 0, "sparse", 0.2)])
+    axes, _ = drawn(figures.distribution, run, "ttft")
+    assert axes.get_xscale() == "log"  # they span more than tenfold
 
 
 def test_block_pairs_and_the_run_by_hand() -> None:
@@ -60,19 +61,11 @@ def test_block_pairs_and_the_run_by_hand() -> None:
     speedup = result["speedups"]["ttft_p50"]
     box = axes.patches[0].get_bbox()
     assert (box.y0, box.y1) == pytest.approx((speedup["low"], speedup["high"]))
-    assert caption == (
-        "Line and band: 2.83x (1.85 to 4.33) over the whole run. Dots: each pair's medians."
-    )
+    assert "2.83x (1.85 to 4.33)" in caption
     assert all(tick == round(tick) for tick in axes.get_xticks())
-
-
-def test_block_pairs_without_an_interval_have_no_band() -> None:
     axes, caption = drawn(figures.block_pairs, RESULT, "ttft")
-    assert [(1.0, 2.0), (2.0, 3.0)] in lines_of(axes).values()
-    assert len(axes.patches) == 0
-    assert caption.startswith("Line: 2.83x (no interval) over the whole run.")
-    _, caption = drawn(figures.speedups, RESULT)
-    assert caption == "No speed-up has an interval."
+    assert "2.83x (no interval)" in caption
+    assert len(axes.patches) == 0  # no band
 
 
 def test_drift_by_hand() -> None:
@@ -81,7 +74,7 @@ def test_drift_by_hand() -> None:
         "dense": [(0.0, 4000.0), (300.0, 9000.0)],
         "sparse": [(100.0, 2000.0), (200.0, 3000.0)],
     }
-    assert caption == "Later half of the blocks over the earlier: dense 2.250x, sparse 1.500x."
+    assert "dense 2.250x, sparse 1.500x" in caption
 
 
 def test_a_timeline_counts_from_each_blocks_start_and_crosses_what_failed() -> None:
@@ -90,9 +83,7 @@ def test_a_timeline_counts_from_each_blocks_start_and_crosses_what_failed() -> N
     lines = list(lines_of(axes).values())
     assert sorted(lines[0]) == sorted((0.0, 1e3 * s) for s in (3, 4, 8, 9, 9, 9))
     assert lines[-1] == [(2.0, 0.98)]
-    assert (
-        caption == "13 of 13 requests, all blocks laid over each other. Crosses at the top failed."
-    )
+    assert "13 of 13 requests" in caption
 
 
 @pytest.mark.parametrize(
@@ -118,24 +109,6 @@ def test_a_front_names_its_points_on_the_side_with_more_room() -> None:
     assert lines_of(axes)["a"] == front
 
 
-def test_values_that_span_tenfold_have_a_logarithmic_scale_with_plain_digits() -> None:
-    few, many = request(0, 0, "dense", 0.1), request(0, 0, "dense", 2.0)
-    run = recorded([few, many, request(1, 0, "sparse", 0.2)])
-    axes, _ = drawn(figures.distribution, run, "ttft")
-    assert axes.get_xscale() == "log"
-    axes.figure.canvas.draw()
-    labels = {label.get_text() for label in axes.get_xticklabels()}
-    assert {"100", "200", "500", "1000", "2000"} <= labels
-
-
-def test_thinning_keeps_both_ends() -> None:
-    assert figures.thinned(range(5)) == [0, 1, 2, 3, 4]
-    found = figures.thinned(range(10_000))
-    assert len(found) == figures.MAX_POINTS
-    assert (found[0], found[-1]) == (0, 9999)
-    assert found == sorted(set(found))
-
-
 def one_chart(axes: Any) -> str:
     axes.set_title('a < b & "c"')
     axes.plot([1, 2], [1, 2], marker="o", label="<line>")
@@ -143,17 +116,15 @@ def one_chart(axes: Any) -> str:
     return "caption & all"
 
 
-def test_svg_parses_and_keeps_its_text() -> None:
-    text, caption = figures.svg(one_chart)
-    assert caption == "caption & all"
-    assert text.startswith('<svg class="chart" role="img" aria-label="a &lt; b &amp; ')
+def test_svg_keeps_its_text_is_always_the_same_and_has_ids_of_its_own() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    text, _ = figures.svg(one_chart)
+    assert dict(matplotlib.rcParams) == before
     root = ElementTree.fromstring(text)
     found = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {'a < b & "c"', "<line>", "1.0"} <= found
-
-
-def test_svg_is_always_the_same_and_its_ids_are_its_own() -> None:
-    text, _ = figures.svg(one_chart)
     assert text == figures.svg(one_chart)[0]
     assert not re.search(r"Matplotlib|20\d\d-\d\d-\d\d", text)
 
@@ -184,14 +155,6 @@ def test_runs_without_values_say_so() -> None:
         assert caption == axes.texts[0].get_text()
 
 
-def test_settings_do_not_leak() -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    figures.svg(one_chart)
-    assert dict(matplotlib.rcParams) == before
-
-
 def test_matplotlib_is_not_imported_before_a_chart_is_drawn() -> None:
     code = "import sys, loadtest.__main__; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
@@ -203,4 +166,4 @@ def test_a_large_run_is_drawn(tmp_path: Path) -> None:
     figures.write_png(tmp_path / "report.png", run, result)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     axes, caption = drawn(figures.timeline, run, "ttft")
-    assert caption == "800 of 4000 requests, all blocks laid over each other."
+    assert "800 of 4000 requests" in caption

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from loadtest.record import Recorded
 from loadtest.report.files import markdown_of
-from loadtest.report.result import result_of
+from loadtest.report.result import result_of, table_of
 from tests.loadtest.recordings import broken_runs, two_pairs, write_out
 
 RUN = two_pairs()
@@ -38,14 +39,23 @@ def test_broken_runs_are_written_too(tmp_path: Path, run: Recorded) -> None:
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result_of(run)
 
 
-def test_markdown() -> None:
+def test_markdown_has_verdict_figures_models_and_checks() -> None:
     text = markdown_of(RESULT)
-    assert text.startswith(
-        "# sparse against dense\n\nLoad test of 2026-11-25 10:00 UTC, machine not"
-    )
-    assert "**NO GUARD RAIL SET**: sparse is 2.00x (no interval) as fast per token" in text
-    assert "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (no interval) |" in text
-    assert "| model of | dense | sparse |" in text
-    assert "| perplexity | not recorded | not recorded |" in text
-    assert "> **2 block pairs are too few" in text
-    assert "- passed: error_rate: no request failed" in text
+    for part in (
+        "**NO GUARD RAIL SET**: sparse is 2.00x (no interval)",
+        "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (no interval) |",
+        "| perplexity | not recorded | not recorded |",
+        "> **2 block pairs are too few",
+        "- passed: error_rate: no request failed",
+    ):
+        assert part in text
+
+
+def test_the_table_fits_a_narrow_terminal() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table_of(RESULT))
+    text = capture.get()
+    assert "2.83x (no interval)" in text
+    assert "8500" in text
+    assert "…" not in text

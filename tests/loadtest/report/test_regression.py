@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from rich.console import Console
 
-from cast_serve.intervals import SEED, Ratio
-from loadtest.judge.statistics import speedups
 from loadtest.record import Recorded
 from loadtest.report.regression import TABLE_WIDTH, compare, table_of
 from tests.loadtest.recordings import joined, recorded, request, simulated, two_pairs
@@ -32,21 +29,19 @@ def test_two_runs_of_the_same_are_the_same() -> None:
     changes = found["changes"].values()
     covering = sum(each["change"]["low"] <= 1 <= each["change"]["high"] for each in changes)
     assert covering >= len(changes) - 1
-
-
-def test_a_run_against_itself_still_has_an_interval() -> None:
     change = compare(simulated(1), simulated(1))["changes"]["tpot_p50"]["change"]
     assert change["ratio"] == 1
-    assert change["low"] < 0.999 < 1.001 < change["high"]
+    assert change["low"] < 0.999 < 1.001 < change["high"]  # it still has an interval
 
 
-def test_launches_widen_a_change_and_not_their_many_pairs() -> None:
+def test_two_launches_widen_a_change_more_than_their_many_pairs_narrow_it() -> None:
     two = joined([simulated(1), simulated(2)], simulated(1).about)
     one = Recorded(two.about, tuple(replace(each, launch=0) for each in two.requests))
-    change = compare(two, one)["changes"]["ttft_p50"]["change"]  # the first to be shuffled
-    before, after = (speedups(run)["ttft_p50"].resampled for run in (two, one))
-    expected = Ratio.of_quantiles(1.0, after / np.random.default_rng(SEED).permutation(before), 2)
-    assert (change["low"], change["high"]) == (expected.low, expected.high)
+    widths = []
+    for old in (two, one):
+        change = compare(old, one)["changes"]["ttft_p50"]["change"]
+        widths.append(change["high"] - change["low"])
+    assert widths[0] > 2 * widths[1]
 
 
 def test_a_percentile_of_too_few_values_has_no_interval() -> None:

@@ -115,7 +115,7 @@ def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
         assert [block.launch for block in recorded.blocks] == [0] * 4 + [1] * 4
         assert not recorded.is_complete
         report = (out / load / "report.md").read_text()
-        assert "The run was stopped: 4 of 6 block pairs were measured." in report
+        assert "INCOMPLETE: the run was stopped: 4 of 6 block pairs" in report
     again = CliRunner().invoke(app, ["report", str(out)])
     assert again.exit_code == 1  # it was stopped
     sweep = json.loads(again.stdout.splitlines()[-1])

@@ -34,12 +34,6 @@ def run(
     return asyncio.run(measure())
 
 
-def test_blocks_run_in_abba_order() -> None:
-    order = Plan("a", "b", num_block_pairs=4).block_order()
-    assert "".join(variant for _, variant in order) == "abbaabba"
-    assert [pair for pair, _ in order] == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
 def test_what_the_server_saw(serve: Serve) -> None:
     url, app = serve(dense=QUICK, sparse=QUICK)
     workload = Workload(prompt_words=5, run_number=1)
@@ -61,27 +55,6 @@ def test_what_the_server_saw(serve: Serve) -> None:
     starts_s = [paired.warmup[0].intended_send_s, *(b.started_s for b in paired.blocks)]
     assert starts_s[0] == 0.0
     assert starts_s == sorted(starts_s)
-
-
-def test_all_blocks_have_one_timetable(serve: Serve) -> None:
-    url, _ = serve(dense=QUICK, sparse=QUICK)
-    paired = run(url, schedule=Schedule("poisson", rate_per_s=100.0))
-    times_s = [
-        [request.intended_send_s - block.started_s for request in block.requests]
-        for block in paired.blocks
-    ]
-    assert times_s == [pytest.approx(times_s[0])] * 4
-    assert (paired.about["schedule"], paired.about["rate_per_s"]) == ("poisson", 100.0)
-
-
-def test_concurrency_keeps_that_many_in_flight(serve: Serve) -> None:
-    url, _ = serve(dense=MockVariant(0.05, 0.0), sparse=MockVariant(0.05, 0.0))
-    block = run(url, replace(PLAN, concurrency=3)).blocks[0]
-    timings = [request.timing for request in block.requests]
-    assert all(timings)
-    latest_send = max(timing.intended_send_s for timing in timings if timing)
-    assert latest_send < min(timing.last_s for timing in timings if timing)
-    assert [request.prompt_index for request in block.requests] == [1, 2, 3]
 
 
 def test_a_failed_warmup_measures_nothing(serve: Serve) -> None:
@@ -134,12 +107,6 @@ def test_a_harness_that_does_not_keep_up_voids_the_run(
     assert harness.cpu_share == pytest.approx(max(4.0, cpu_s) / 10)
     assert harness.is_void == (why is not None)
     assert harness.why is None if why is None else why in (harness.why or "")
-
-
-def test_slip_is_a_99th_percentile() -> None:
-    # Ranks 0 to 200, of which 199 and 200 are late: the 99th percentile is rank 198.
-    requests = tuple(late(0.1 if place > 198 else 0.0, 0.01, 1.0) for place in range(201))
-    assert Harness.of([Sent(0.0, requests, (0.1,))]).slip_p99_s == 0
 
 
 @pytest.mark.parametrize(
