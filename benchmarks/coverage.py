@@ -10,9 +10,9 @@ are made of them as judge/statistics.py makes them. A 95 % interval should hold 
 
     independent   every request by itself, log-normal, 5 %
     blocks        5 % a request, and 5 % on top that a block's requests share
-    correlated    5 % a request, and 8 % that goes on from block to block (correlation 0.8)
+    correlated    5 % a request, and 8 % that carries over from block to block (correlation 0.8)
     heavy tails   every request by itself, Student's t with 2 degrees of freedom times 5 %
-    disturbed     5 % a request, and one block in six is 1.5 times as slow
+    disturbed     5 % a request, and one block in six takes 1.5 times as long
     launches      5 % a request, 2 % a block, and 4 % by which each variant differs from launch to
                   launch of the servers: with one launch no interval can know it
     few blocks    as blocks, with four block pairs, the fewest that have an interval

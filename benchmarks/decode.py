@@ -213,31 +213,30 @@ def main() -> None:
     parser.add_argument("--cores", default="0", help="of the server (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=256, help="a request (default: %(default)s)")
     parser.add_argument("--vllm-flags", default="", help="more flags for the vLLM server")
-    parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     if args.tokens < 32:
         parser.error(f"--tokens {args.tokens} is too few to look at; give 32 or more")
     for model in args.models:
         if not (model / "config.json").is_file():
-            parser.error(f"{model} holds no model: there is no config.json")
+            parser.error(f"{model} is not a model directory: there is no config.json")
     try:
         cores = parse_cores(args.cores)
         if args.out is not None:
             check_file("--out", args.out)
     except ValueError as error:
         parser.error(str(error))
-    profiles = []
+    command = shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "profiles": []}
     try:
         for model in args.models:
             flags = shlex.split(args.vllm_flags)
-            profiles.append(profile(model, cores, args.tokens, flags))
+            result["profiles"].append(profile(model, cores, args.tokens, flags))
+            if args.out is not None:  # after each, so that a later one's failure costs none
+                args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (PeerError, RuntimeError) as error:
         sys.exit(f"benchmarks.decode: {error}")
-    command = shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]])
-    result = json.dumps({"command": command, "profiles": profiles}, indent=2)
-    if args.out is not None:
-        args.out.write_text(result + "\n", encoding="utf-8")
-    print(result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

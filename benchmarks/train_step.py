@@ -84,7 +84,7 @@ class Way:
         return time.perf_counter() - began
 
     def kept_bytes(self, batch: Tensor) -> int:
-        """What a forward keeps for its backward besides the parameters."""
+        """Bytes that a forward keeps for its backward, without the parameters."""
         kept: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
 

@@ -1,6 +1,6 @@
 """A TTFT and an ITL for each variant -> an OpenAI-compatible server with these latencies.
 
-The load test is checked against it: `python -m loadtest.mock_server`, or `create_app` in a test.
+The load test is tested against it: `python -m loadtest.mock_server`, or `create_app` in a test.
 Its output is numbered, made-up tokens. It can vary its latencies, queue, stall and fail, and it
 records when each request arrived and when each token left: `GET /truth`.
 """
@@ -34,7 +34,7 @@ class MockVariant:
         fail_every: every n-th request is answered 503; 0 = none.
         missing_tokens: how many tokens fewer than asked for are sent.
         is_cut_off: the stream ends without usage and `[DONE]`.
-        noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal and new each
+        noise: TTFT and each ITL are multiplied by exp(noise * z), z standard normal, drawn each
             time: the medians stay, the mean ITL, and so TPOT, grows by exp(noise^2 / 2).
         seed: the same seed gives the n-th request the same factors.
         max_concurrency: how many requests are worked on at once, the others wait; 0 = all.
@@ -58,7 +58,7 @@ class MockVariant:
 
 @dataclass
 class Answer:
-    """What the mock did for one request.
+    """What the mock did with one request.
 
     Attributes:
         variant: the name asked for.

@@ -7,8 +7,8 @@ requests.jsonl  one line a request; times in seconds from the run's start
 What sends requests returns them in this form, and statistics, verdict and reports read a run only
 in this form. So the two files are enough to compute everything again.
 
-They are written while the run goes on, block by block (`Recorder`). Whatever ends it leaves a
-record: `is_complete` in run.json is false then, and only whole block pairs are read.
+They are written during the run, block by block (`Recorder`), so a run that is stopped leaves a
+record too: `is_complete` in run.json is then false, and only whole block pairs are read.
 """
 
 import json
@@ -256,15 +256,15 @@ class Recorded:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is no record of a run: {reason}; run it again") from error
+            raise ValueError(f"{path} is not a record of a run: {reason}; run it again") from error
         return recorded
 
 
 class Recorder:
     """A record that grows with its run.
 
-    Blocks and block pairs are numbered on from launch to launch; time goes on too, without the time
-    between launches.
+    Numbers of blocks and block pairs continue from launch to launch, and so does the clock, without
+    the time between launches.
 
     Args:
         directory: for the two files; made with what is added first.
@@ -281,7 +281,7 @@ class Recorder:
         self._start_s = self._end_s = 0.0
 
     def begin_launch(self) -> None:
-        """What is added from now on was sent to the next launch of the servers."""
+        """Counts what is added from now on as sent to the next launch of the servers."""
         self._launch += 1
         self._first_block, self._first_pair = self._num_blocks, self._num_pairs
         self._start_s = self._end_s
@@ -311,12 +311,12 @@ class Recorder:
         self._write(placed)
 
     def complete(self, about: Mapping[str, Any]) -> None:
-        """Says that the run came to its end; as `add` without requests."""
+        """Marks the run as complete; otherwise as `add` without requests."""
         self.about |= {**about, "is_complete": True}
         self._write(())
 
     def discard_if_empty(self) -> None:
-        """Removes a record of nothing, so that its directory can be named again."""
+        """Removes a record that holds nothing, so that its directory can be used again."""
         if not (self.num_requests or self.about["quality"] or self.about["choices"]):
             for name in (RUN_FILE, REQUESTS_FILE):
                 (self.directory / name).unlink(missing_ok=True)

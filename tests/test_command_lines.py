@@ -19,13 +19,9 @@ APPS = pytest.mark.parametrize("app", [cast_serve, cast_train, cast_loadtest])
 
 
 @APPS
-def test_version(app: typer.Typer) -> None:
+def test_version_and_help_which_names_every_command(app: typer.Typer) -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.stdout.strip()) == (0, version("cast-serve"))
-
-
-@APPS
-def test_help_names_every_command(app: typer.Typer) -> None:
     done = CliRunner().invoke(app, ["--help"])
     assert done.exit_code == 0
     for command in app.registered_commands:
@@ -71,16 +67,3 @@ def test_the_defaults_in_the_help_are_the_settings_own() -> None:
             assert option.show_default == f"CAST_{option.name.upper()}, else {default}"
             checked.add(option.name)
     assert {"host", "port", "split", "fallback", "log_level"} <= checked
-
-
-@pytest.mark.parametrize(
-    ("app", "name"),
-    [(cast_serve, "cast-serve"), (cast_train, "cast-train"), (cast_loadtest, "cast-loadtest")],
-)
-def test_a_shell_can_complete_the_words(app: typer.Typer, name: str) -> None:
-    variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
-    done = CliRunner().invoke(app, [], env={variable: "source_bash"}, prog_name=name)
-    assert done.exit_code == 0
-    assert f"complete -o default -F _{name.replace('-', '_')}_completion {name}" in " ".join(
-        done.stdout.split()
-    )

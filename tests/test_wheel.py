@@ -64,6 +64,7 @@ def test_it_holds_one_library_that_knows_no_python(wheel: Path) -> None:
     assert not re.search(rb"libtorch_python|libpython|\0_?Py\w*_\w+\0", library)
     sources = {f"cast_serve/kernels/cpu/csrc/{path.name}" for path in build.SOURCES.iterdir()}
     assert sources <= set(names)  # what is compiled with another torch
+    assert "loadtest/report/report.css" in names
 
 
 def test_its_kernels_run_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
@@ -85,7 +86,11 @@ def test_its_kernels_run_without_a_compiler(wheel: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("words", "module"),
-    [("loadtest kernels", "benchmarks.kernels"), ("cast_train study", "benchmarks.studies")],
+    [
+        ("loadtest kernels", "benchmarks.kernels"),
+        ("loadtest coverage", "benchmarks.coverage"),
+        ("cast_train study", "benchmarks.studies"),
+    ],
 )
 def test_benchmarks_stay_in_the_source_tree(
     wheel: Path, tmp_path: Path, words: str, module: str

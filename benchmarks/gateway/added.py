@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.gateway.added GATEWAY_URL WORKER_URL MODEL [--pairs 60]
 
-The same prompt goes both ways, one after the other, in turned order from pair to pair (ABBA), one
+The same prompt goes both ways, one after the other, in ABBA order, one
 request at a time; times are those of loadtest/send/client.py. A prompt has its own number, and the
 second of a pair finds the first's prefix cached: so each pair is preceded by one that warms it up.
 Any two URLs can be compared so, for instance a gateway with and without shadow traffic.

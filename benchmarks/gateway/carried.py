@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
     parser.add_argument("--load-s", type=float, default=Plan.load_s, help="of a load and way")
-    parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     if args.out is not None:
         try:

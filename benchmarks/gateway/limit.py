@@ -2,7 +2,7 @@
 
 All streams get a token in one step, as those of one engine that batches: the last token of a step
 waits for all others, which is the worst that so many streams can do. Each number of streams goes
-through the gateway and directly, in turned order from round to round; what is added is the median
+through the gateway and directly, in alternating order; what is added is the median
 over rounds of the difference.
 """
 

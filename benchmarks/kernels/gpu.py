@@ -189,7 +189,7 @@ def _layers(
 def _int8_layers(
     in_features: int, out_features: int, num_bytes: int
 ) -> tuple[Tensor, dict[str, Layers]]:
-    """As `_layers` for int8 values; the weight is fp32, as it is dequantised."""
+    """As `_layers` for int8 values; the weight is fp32, dequantised."""
     parts = random_weight(in_features, out_features, "int8")
     values, bitmask, scale = (part.cuda() for part in parts if part is not None)
     dequantized = values.float() * scale[:, None]

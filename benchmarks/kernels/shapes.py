@@ -48,11 +48,13 @@ def parse_tokens(text: str) -> list[int]:
     """Parses ``1,4,16``.
 
     Raises:
-        ValueError: if it is no list of whole numbers above 0.
+        ValueError: if it is not a list of whole numbers above 0.
     """
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--tokens {text!r} is no list of numbers above 0; write for instance 1,8")
+        raise ValueError(
+            f"--tokens {text!r} is not a list of numbers above 0; write for instance 1,8"
+        )
     return [int(part) for part in parts]
 
 

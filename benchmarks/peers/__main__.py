@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers import compare, files, names, picture
 from benchmarks.peers.names import PeerError
@@ -48,7 +49,7 @@ def main() -> None:
         parser.add_argument(
             flag, type=type(default), default=default, help="(default: %(default)s)"
         )
-    parser.add_argument("--out", type=Path, help="file that gets the JSON, too")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--picture", type=Path, help="PNG of perplexity against bytes and TPOT")
     args = parser.parse_args()
     models = [(name, Path(path)) for name, _, path in (x.partition("=") for x in args.model)]
@@ -68,18 +69,23 @@ def main() -> None:
             raise PeerError("--picture shows perplexity; give --text FILE and --blocks NUMBER")
     except (PeerError, ValueError) as error:
         parser.error(str(error))
+    shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name
+    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
+
+    def result_of(found: dict[str, Any]) -> dict[str, Any]:
+        """Writes it to --out too: after each round, so that a failure costs only the rest."""
+        result = {"command": command, "shape": shape, **found}
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
+
     try:
         files.install(asked)
         found_files = [files.file_of(kind, args.peers_of) for kind in kinds]
         peers = [*models, *zip(asked, found_files, strict=True)]
-        found = compare.compare(peers, plan, blocks)
+        result = result_of(compare.compare(peers, plan, blocks, result_of))
     except PeerError as error:
         sys.exit(f"benchmarks.peers: {error}")
-    shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name
-    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
-    result = {"command": command, "shape": shape, **found}
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.picture is not None:
         picture.write_png(result, args.picture)
     print(json.dumps(result))

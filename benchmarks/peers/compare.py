@@ -19,7 +19,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class Plan:
         prompt_words: of each prompt.
         output_tokens: of each answer.
         seed: of the prompts' opening numbers.
-        vllm_flags: of our servers besides, separated by blanks.
+        vllm_flags: more flags for our servers, separated by blanks.
         blocks: of the text whose perplexity is measured; 0: none.
         block_size: tokens of a block.
     """
@@ -104,7 +104,10 @@ Peer = Server | Process
 
 
 def compare(
-    models: Sequence[tuple[str, Path]], plan: Plan, blocks: Sequence[Sequence[int]] = ()
+    models: Sequence[tuple[str, Path]],
+    plan: Plan,
+    blocks: Sequence[Sequence[int]] = (),
+    on_round: Callable[[dict[str, Any]], object] = lambda summary: None,
 ) -> dict[str, Any]:
     """Runs all servers and measures them.
 
@@ -112,6 +115,7 @@ def compare(
         models: names, and directories or GGUF files; the name of a file as in names.py.
         plan: what is asked of each.
         blocks: of tokens, whose perplexity is measured.
+        on_round: gets the summary of the rounds so far after each, with `num_rounds`.
 
     Returns:
         Where it is from, prompt_tokens of the first prompt by server, and what `summary` returns,
@@ -120,7 +124,7 @@ def compare(
     Raises:
         PeerError: if a name is given twice, a server fails, or they count a prompt's tokens
             differently.
-        ValueError: if the cores are none of this process.
+        ValueError: if this process may not use the cores.
     """
     names = [name for name, _ in models]
     if len(set(names)) < len(names):
@@ -134,7 +138,13 @@ def compare(
         if len(set(lengths.values())) > 1:
             raise PeerError(f"they count one prompt's tokens differently: {lengths}")
         os.sched_setaffinity(0, os.sched_getaffinity(0) - set(cores) or set(cores))
-        result = summary(peers, asyncio.run(measure(peers, plan)), plan.at_once)
+        begun_so_far = {**begun, "plan": asdict(plan), "prompt_tokens": lengths}
+
+        def tell(number: int, found: Mapping[str, Found]) -> None:
+            so_far = summary(peers, found, plan.at_once)
+            on_round({**begun_so_far, "num_rounds": number, **so_far})
+
+        result = summary(peers, asyncio.run(measure(peers, plan, tell)), plan.at_once)
         warn_of_others(result)
         for peer in peers:
             if blocks and peer.can_score:
@@ -168,7 +178,11 @@ def running(
     return serving(name, model, cores, plan.context, plan.vllm_flags.split())
 
 
-async def measure(peers: Sequence[Peer], plan: Plan) -> dict[str, Found]:
+async def measure(
+    peers: Sequence[Peer],
+    plan: Plan,
+    on_round: Callable[[int, Mapping[str, Found]], None] = lambda number, found: None,
+) -> dict[str, Found]:
     """What each peer was measured at; a first round warms up and is left out.
 
     Raises:
@@ -200,6 +214,8 @@ async def measure(peers: Sequence[Peer], plan: Plan) -> dict[str, Found]:
                 f"{tokens_per_s:.1f} tokens/s at once",
                 file=sys.stderr,
             )
+        if number > 0:
+            on_round(number, found)
     for pool in pools.values():
         pool.close()
     return found
@@ -227,10 +243,10 @@ async def _ask_at_once(
 
 
 def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> dict[str, Any]:
-    """Medians of each server, and how many times faster the last of ours is than each other.
+    """Medians of each server, and how many times faster the last of our models is than it.
 
-    Those that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode has its share
-    of the cores, too.
+    Those that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode also has
+    its share of the cores.
     """
     ours = next((peer for peer in reversed(peers) if peer.is_ours), peers[0])
     result: dict[str, Any] = {"compared": ours.name, "servers": {}}
@@ -269,8 +285,8 @@ def warn_of_others(result: Mapping[str, Any]) -> None:
     share = min((server["core_share"] for server in servers if "core_share" in server), default=1)
     if share < MIN_CORE_SHARE:
         print(
-            f"benchmarks.peers: a process had only {share:.0%} of its cores, which others used, "
-            "too; times are not comparable: stop the others, and measure again",
+            f"benchmarks.peers: other processes used the cores: one peer had only {share:.0%} of "
+            "them, so times are not comparable; stop the others and measure again",
             file=sys.stderr,
         )
 

@@ -109,7 +109,7 @@ def _write_gguf(model: Path, out: Path) -> None:
     directory = ModelDirectory(model)
     config = directory.config
     if config.get("model_type") != "llama" or not config.get("tie_word_embeddings"):
-        raise PeerError(f"{model} is no model of type llama with tied embeddings; give another")
+        raise PeerError(f"{model} is not a model of type llama with tied embeddings; give another")
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

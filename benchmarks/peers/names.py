@@ -36,7 +36,7 @@ def parse(name: str) -> tuple[str, str]:
     """
     kind, _, way = name.partition(":")
     if kind not in TYPES:
-        raise PeerError(f"{kind!r} is no type of peer; choose from {', '.join(TYPES)}")
+        raise PeerError(f"{kind!r} is not a type of peer; choose from {', '.join(TYPES)}")
     if way not in WAYS or name.endswith(":"):
         ways = ", ".join(f"TYPE:{known}" for known in WAYS if known)
         raise PeerError(f"peer {name!r} is not known; write TYPE, {ways}")

@@ -1,4 +1,4 @@
-"""A rival that is no server -> a process of its own, asked by JSON lines.
+"""A rival without a server -> a process that is asked by JSON lines.
 
 The process runs llama_decode.py or openvino_decode.py in the environment of that library
 (files.py), on the given cores with a thread each. A request is

@@ -38,7 +38,7 @@ class Server:
         url: its root.
         weight_bytes: of the files on disk.
         is_ours: whether it is vLLM's.
-        extra: what its requests need besides.
+        extra: more fields for its requests.
     """
 
     name: str
@@ -139,7 +139,7 @@ def serving(
         model: the file or directory.
         cores: a thread runs on each.
         num_context: tokens that a sequence may have, prompt and answer.
-        vllm_flags: of our server besides.
+        vllm_flags: more flags for our server.
 
     Raises:
         PeerError: if it ends before it answers.

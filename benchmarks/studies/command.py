@@ -24,7 +24,7 @@ def compare(
         list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")
     ],
     heldout: Annotated[Path, option("FILE", "Text to measure on, never trained on.")],
-    out: Annotated[Path, option("DIR", "To write; an unfinished study in it goes on.")],
+    out: Annotated[Path, option("DIR", "To write; an unfinished study in it is resumed.")],
     config: Annotated[
         Path | None, option("FILE", "TOML file of settings that all ways share.", "none")
     ] = None,

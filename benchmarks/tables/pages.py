@@ -30,7 +30,7 @@ MARKED = re.compile(r"(<!-- table: (\w+) (.+?) -->\n)(.*?)(<!-- end of table -->
 
 
 def rewritten(page: str, root: Path) -> str:
-    """The page with every marked table made anew.
+    """The page with every marked table recomputed.
 
     Args:
         page: Markdown.

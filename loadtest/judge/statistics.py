@@ -195,7 +195,7 @@ def _spread(found: Sequence[float]) -> dict[str, Any]:
 def drift(recorded: Recorded, variant: str, metric: str) -> dict[str, Any]:
     """How a variant's blocks change within a launch of the servers, from one to the next.
 
-    What differs between launches is no drift, so each launch is compared with itself.
+    Differences between launches are not drift, so each launch is compared with itself.
 
     Returns:
         `per_block_s`: medians in the order run; `second_half_over_first`: mean of the later half of

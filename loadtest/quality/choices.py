@@ -63,7 +63,7 @@ async def measure(
         `by_byte`: by variant, the index of the answer with the highest score; of equals, the first.
 
     Raises:
-        QualityError: at the first answer that a variant does not score.
+        QualityError: as soon as a variant does not score an answer.
     """
     variants = (baseline, candidate)
     scores: dict[tuple[int, str, int], float] = {}
@@ -140,8 +140,8 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
         tokens, logprobs = [], []
     if not tokens or len(tokens) != len(logprobs):
         raise ValueError(
-            "the server repeats no prompt with log probabilities (echo with logprobs); serve the "
-            "variant by vLLM, or leave --choices out"
+            "the server does not return log probabilities of the prompt (echo with logprobs); "
+            "serve the variant by vLLM, or leave --choices out"
         )
     if not spelled.endswith(continuation):
         raise ValueError(

@@ -35,16 +35,17 @@ def failures_of(result: dict[str, Any]) -> list[str]:
 
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="As made by `run --out`, or a sweep of them.")
+        Path, typer.Argument(metavar="DIR", help="Made by `run --out`: a run, or a sweep.")
     ],
     guard: Annotated[
         Path | None, option("FILE", "TOML of guard rails to judge by.", "the run's own")
     ] = None,
 ) -> None:
-    """Computes result.json and the reports anew from run.json and requests.jsonl.
+    """Recomputes result.json and the reports from run.json and requests.jsonl.
 
-    Of a directory whose sub-directories are runs, it computes each, and throughput against
-    interactivity of them all. Exit code 0: done, 1: a run does not pass, 2: wrong use.
+    In a directory of runs it recomputes each, and throughput against interactivity over all.
+
+    Exit code 0: done, 1: a run does not pass, 2: wrong use.
     """
     try:
         check_matplotlib()
@@ -124,7 +125,7 @@ def attempt(place: str, write: Callable[[], object]) -> list[str]:
     try:
         write()
     except OSError as error:
-        return [f"{place} could not be written: {error}; free or name another place"]
+        return [f"{place} could not be written: {error}; free some space or name another place"]
     return []
 
 

@@ -71,7 +71,7 @@ def svg(draw: Draw, size: tuple[float, float] = CHART_INCHES) -> tuple[str, str]
     # Without the XML prologue, and on one line: matplotlib breaks it at every point of a line.
     text = " ".join(text[text.index("<svg ") :].split())
     text = text.replace("<svg ", f'<svg class="chart" role="img" aria-label="{escape(title)}" ', 1)
-    # Groups are numbered anew in every chart (axes_1), and nothing refers to them.
+    # Every chart numbers its groups from 1 (axes_1), and nothing refers to them.
     return re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text), caption
 
 

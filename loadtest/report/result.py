@@ -12,7 +12,7 @@ from loadtest.record import Recorded
 from loadtest.report.warnings import warnings
 from loadtest.report.words import headline, rows
 
-# What result.json takes from run.json as it is.
+# What result.json copies from run.json.
 KEPT = (
     "date",
     "command",

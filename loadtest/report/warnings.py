@@ -26,9 +26,9 @@ def warnings(result: Result) -> list[str]:
     ]
     if behind:
         found.append(
-            "More was offered than is carried, TTFT in the last quarter of the blocks over the "
-            f"first: {', '.join(behind)}. Such times are those of a queue that grows until the "
-            "block ends; lower --rate."
+            "More was offered than the server can carry: TTFT in the last quarter of the blocks "
+            f"over the first is {', '.join(behind)}. Such times measure a queue that grows until "
+            "the block ends; lower --rate."
         )
     at_once = [
         variant
@@ -38,7 +38,7 @@ def warnings(result: Result) -> list[str]:
     if at_once:
         found.append(
             f"The tokens of {' and '.join(at_once)} arrive in one piece, so TPOT and TTFT say "
-            "nothing of the server: something between it and here holds the stream back."
+            "nothing about the server: something between it and here buffers the stream."
         )
     served = result["served"].get(result["candidate"], {})
     if not result["is_aa"] and served.get("num_sparse_layers") == "0":
@@ -48,7 +48,7 @@ def warnings(result: Result) -> list[str]:
     if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
         found.append(
             f"{result['num_block_pairs']} block pairs are too few for an interval; give --blocks "
-            f"{MIN_BLOCK_PAIRS} at the least, and 8 or more for one to rely on."
+            f"{MIN_BLOCK_PAIRS} or more, and at least 8 for a reliable one."
         )
     drifts = [
         f"{variant} {NAMES[metric]} {drift['second_half_over_first']:.2f}x"
@@ -58,7 +58,7 @@ def warnings(result: Result) -> list[str]:
     ]
     if drifts:
         found.append(
-            f"The run drifted, later half of the blocks over the earlier: {', '.join(drifts)}. "
+            f"The run drifted: later half of the blocks over the earlier is {', '.join(drifts)}. "
             "Pairing cancels this in the ratios, not in the milliseconds."
         )
     return found

@@ -67,8 +67,8 @@ def guard_rails(result: Result) -> list[str]:
     ]
     if not result["verdict"]["has_guard"]:
         found.append(
-            "No limit on speed or quality was set (--guard FILE); checked was only that requests "
-            "were answered, answers have equal lengths and the harness kept up."
+            "No limit on speed or quality was set (--guard FILE). The only checks: all requests "
+            "answered, answers of equal length, and a harness that kept up."
         )
     return found
 
@@ -110,10 +110,10 @@ def notes(result: Result) -> list[str]:
     num_intervals = sum(s["low"] is not None for s in result["speedups"].values())
     found = [
         f"Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over {over}; "
-        "one that holds 1 shows no difference.",
+        "one that contains 1 shows no difference.",
         f"The claim of this report is the speed-up per token, TPOT p50. With {num_intervals} "
         "intervals, one or two may well miss the truth by chance: the others explain the claim and "
-        "are none by themselves.",
+        "are not claims themselves.",
     ]
     if num_launches == 1:
         found.append(
@@ -126,8 +126,8 @@ def notes(result: Result) -> list[str]:
         covering = sum(s["low"] <= 1 <= (s["high"] or 1) for s in known)
         found.append(
             f"A/A calibration: both names serve one model, so the truth is 1, and 95 of 100 "
-            f"intervals should hold it; here {covering} of {len(known)} do, which are of one run "
-            "and so right or wrong together."
+            f"intervals should contain it; here {covering} of {len(known)} do. They come from one "
+            "run, so they are right or wrong together."
         )
     n = min(side["n"] for side in result["e2e_s"].values())
     if n < num_needed(0.99):
@@ -138,8 +138,8 @@ def notes(result: Result) -> list[str]:
     busy_s = result["busy_s_per_block"]
     if result["schedule"] != "closed":
         found.append(
-            "Requests left by a timetable, so the arrivals fix the throughput of a variant that "
-            "keeps up. It is counted while requests arrived, without the time after the last one."
+            "Requests left on a timetable, so the arrivals fix the throughput of a variant that "
+            "keeps up. It is counted while requests arrive, not after the last one."
         )
     elif busy_s < MIN_BUSY_S:
         found.append(
@@ -149,7 +149,7 @@ def notes(result: Result) -> list[str]:
         )
     if result["saturation"]:
         limits = [
-            f"{variant} keeps up with no rate that the ramp can tell; begin it lower"
+            f"{variant} keeps up with no rate of the ramp; start it lower"
             if limit["is_reached"] and limit["rate_per_s"] is None
             else f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
             + ("" if limit["is_reached"] else ", where the ramp ends")
@@ -276,12 +276,12 @@ def quality_text(result: Result) -> str | None:
         return f"None of {quality['num_prompts']} prompts could be compared token by token."
     source = f" of {result['quality_source']}" if result["quality_source"] else ""
     return (
-        f"{result['candidate']} finds the same token likeliest as {result['baseline']} at "
+        f"{result['candidate']} ranks the same token first as {result['baseline']} at "
         f"{agreement['mean']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%}) of the "
         f"{quality['num_tokens']} tokens that {result['baseline']} answered, KL at least "
-        f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token; "
+        f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token, on "
         f"{quality['num_scored']} of {quality['num_prompts']} prompts{source}. The KL is a lower "
-        "bound: of the 20 likeliest tokens, and all others as one."
+        "bound: over the 20 likeliest tokens, with all others as one."
     )
 
 
@@ -299,7 +299,7 @@ def accuracy_text(result: Result) -> str | None:
     meaning = "" if is_certain else ", which is not statistically significant"
     return (
         f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
-        f"{_share(of_candidate, 'acc_norm')} rightly and {baseline} "
+        f"{_share(of_candidate, 'acc_norm')} correctly and {baseline} "
         f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference of "
         f"{100 * mean:+.1f} points{interval}, paired by question{meaning}. By their sum (acc) it "
         f"is {_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one standard "

@@ -127,9 +127,9 @@ class Client:
         await asyncio.sleep(0)  # lets the transports close
 
     async def variants(self) -> list[str]:
-        """The names in `GET /v1/models`, but for those that the server says are down.
+        """The names in `GET /v1/models`, except those that the server says are down.
 
-        Their fallback would be measured in their place.
+        Measuring those would measure their fallback.
 
         Raises:
             UnreachableError: if the server does not answer it as an OpenAI server does, or a model
@@ -157,7 +157,7 @@ class Client:
         except TransportError as error:
             reason = str(error.__cause__ or error)
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"the answer is no list of models ({type(error).__name__})"
+            reason = f"the answer is not a list of models ({type(error).__name__})"
         raise UnreachableError(
             f"{self.url}/v1/models cannot be read: {reason}; start the gateway, "
             "or correct --url or --api-key"

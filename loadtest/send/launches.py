@@ -20,7 +20,7 @@ import httpx
 
 READY_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 60.0
-# The caller's settings of a gateway that would change who can reach it, or which variant answers.
+# Settings in our environment that would change who can reach the gateway, or who answers.
 NOT_PASSED_ON = {
     "CAST_HOST",
     "CAST_API_KEYS",
@@ -39,7 +39,7 @@ def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path
     """Parses NAME=DIR for each name.
 
     Raises:
-        ValueError: if one is no NAME=DIR, DIR holds no model, or the names are not those asked for.
+        ValueError: if one is not NAME=DIR, DIR holds no model, or `names` are others.
     """
     found = {}
     for text in given:
@@ -59,18 +59,18 @@ def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path
 
 @contextmanager
 def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -> Iterator[str]:
-    """Serves the variants by `cast-serve up` as long as the block lasts.
+    """Serves the variants by `cast-serve up` while the block lasts.
 
     Args:
         models: directory of each.
-        number: which launch; in every second one the variants have changed places.
+        number: which launch; the variants change places in every second one.
         vllm_flags: for both servers.
 
     Yields:
         the gateway's URL.
 
     Raises:
-        LaunchError: if it ends or is not ready in time; with the last lines that it printed.
+        LaunchError: if it ends or is not ready in time, with the last lines it printed.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -1,6 +1,6 @@
 """A batch -> shares for several client processes, each with its own event loop -> one result.
 
-For loads that one event loop cannot send or receive in time. All shares run on one timetable:
+For loads that are too much for one event loop. All shares run on one timetable:
 time.perf_counter is CLOCK_MONOTONIC on Linux, the same for every process of a machine.
 """
 
@@ -20,7 +20,7 @@ _LEAD_S = 0.05  # from the order to start to the start, for the order to arrive 
 
 
 class Processes:
-    """Sends as a Client does, from `num_processes` processes that run as long as its `async with`.
+    """Sends as a Client does, from processes that run while its `async with` lasts.
 
     Args:
         num_processes: how many.

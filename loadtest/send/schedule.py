@@ -108,7 +108,7 @@ def read_trace(path: Path) -> tuple[float, ...]:
     """Reads seconds, one a line, ascending; a block starts at 0.
 
     Raises:
-        ValueError: if the file cannot be read or a line is no such number.
+        ValueError: if the file cannot be read or a line is not such a number.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -122,7 +122,7 @@ def read_trace(path: Path) -> tuple[float, ...]:
             time_s = math.nan
         if not (times_s[-1] if times_s else 0.0) <= time_s < math.inf:
             raise ValueError(
-                f"trace {path}, line {number}: {line!r} is no number of seconds, 0 or more and "
+                f"trace {path}, line {number}: {line!r} is not a number of seconds, 0 or more and "
                 "not before the line above"
             )
         times_s.append(time_s)

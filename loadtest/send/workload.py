@@ -1,7 +1,7 @@
 """A seed, and prompts, a text or nothing -> prompts, each opening as no server has seen before.
 
 A prefix cache keeps what it has seen, so a prompt sent twice measures the cache. Every prompt
-therefore opens with a line of digits: a number drawn anew for every run, then the number of the
+therefore opens with a line of digits: a number drawn for each run, then the number of the
 pass over the prompts, then the prompt's own. What follows depends on the seed alone, so two passes
 and two runs differ in nothing else, and a server that has both variants has seen neither.
 """
@@ -33,7 +33,7 @@ wonder wood word work world write year young
 
 
 def new_run_number() -> int:
-    """A number that almost certainly no run had before."""
+    """A number that almost certainly no earlier run had."""
     return secrets.randbelow(10**9)
 
 
@@ -48,7 +48,7 @@ class Workload:
         prompts: ready prompts; taken again from the first when they run out. Without these and
             without a text, prompts are made up.
         source: where text or prompts are from.
-        run_number: opens every prompt; drawn anew unless given.
+        run_number: opens every prompt; drawn at random unless given.
     """
 
     prompt_words: int = 128

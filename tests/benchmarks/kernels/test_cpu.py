@@ -3,7 +3,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -59,15 +58,6 @@ def test_packed_bytes_are_those_that_are_packed(weights: str, kept: int | None) 
     if kept is not None:
         shape = packed_shape64(64, 512, kept, torch.int8 if group else dtype, group or None)
     assert cpu.packed_bytes(weights, kept) == math.prod(shape) / (64 * 512)
-
-
-def test_the_geometric_mean_is_per_number_of_tokens() -> None:
-    rows = [{"num_tokens": 1, "ratio_vllm": 1.0}, {"num_tokens": 1, "ratio_vllm": 4.0}]
-    rows.append({"num_tokens": 8, "ratio_vllm": 3.0})
-    assert cpu.geomean_ratios(rows, "ratio_vllm") == {
-        "1": pytest.approx(2.0),
-        "8": pytest.approx(3.0),
-    }
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_result(

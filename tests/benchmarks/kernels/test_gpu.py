@@ -1,6 +1,5 @@
 """What of the GPU benchmark needs no GPU: its arithmetic, its table, and its refusal."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,36 +54,6 @@ def test_a_product_by_each_form(monkeypatch: pytest.MonkeyPatch, form: str, has_
     out = gpu.product(x, second, form, bias)
     torch.testing.assert_close(out, expected)
     assert out.is_contiguous()
-
-
-def test_the_table_says_how_many_times_faster() -> None:
-    result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [row(8, 0.01, 0.02)]}
-    *_, line = gpu.table_of(result).splitlines()
-    assert " ".join(line.split()) == "64 x 32 8 10.0 2.00 20.0 1.00 50% 1.0e-03"
-
-
-def test_a_nan_is_shown_and_not_a_crash() -> None:
-    found = row(8, 0.01, 0.02)
-    found["ops"]["packed"]["relative_error"] = None
-    result = {"card": "A100", "torch": "2", "copy_gb_s": 1000.0, "results": [found]}
-    assert gpu.table_of(result).endswith(" NaN")
-
-
-def test_medians_rates_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([9.0, 9.0, *range(1, 2 * gpu.NUM_REPETITIONS + 1)])  # the first warms up
-    monkeypatch.setattr(gpu, "_captured", lambda work: work)
-    monkeypatch.setattr(gpu, "_ms", lambda replay: float(next(times)))
-    weight = torch.randn(32, 64).bfloat16()
-    wrong: Callable[..., Any] = lambda x: x @ weight.T * float("nan")  # noqa: E731
-    ops = {"packed": ([lambda x: x @ weight.T] * 2, 2_000_000), "cublas": ([wrong], 1_000_000)}
-    found = gpu._measure(weight, 3, ops)
-    assert (found["in_features"], found["out_features"], found["num_tokens"]) == (64, 32, 3)
-    packed, cublas = found["ops"]["packed"], found["ops"]["cublas"]
-    assert (packed["ms_min"], packed["ms"], packed["ms_max"]) == (0.5, 4.5, 8.5)
-    assert cublas["ms"] == 10.0
-    assert packed["weight_gb_s"] == pytest.approx(2e6 / 4.5e-3 / 1e9)
-    assert packed["relative_error"] < 1e-2
-    assert cublas["relative_error"] is None
 
 
 def test_with_int8_all_ops_have_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_only_llamas_become_files(llama_dir: Path, tmp_path: Path) -> None:
     tensors = load_file(other / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PeerError, match="is no model of type llama with tied embeddings"):
+    with pytest.raises(PeerError, match="is not a model of type llama with tied embeddings"):
         files.file_of("f16", other)
     with pytest.raises(PeerError, match="q4_1 is made by llama.cpp of no other type"):
         files.file_of("q4_1", other)

@@ -60,13 +60,13 @@ def test_parts_of_a_character_belong_to_the_answer_they_are_in() -> None:
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ({"choices": [{"text": "x", "logprobs": None}]}, "repeats no prompt with log prob.*vLLM"),
-        ({"error": "no"}, "repeats no prompt with log probabilities"),
-        (echoed((" it", -1.0), num_generated=1), "repeats no prompt with log probabilities"),
+        ({"choices": [{"text": "x", "logprobs": None}]}, "does not return log prob.*vLLM"),
+        ({"error": "no"}, "does not return log probabilities"),
+        (echoed((" it", -1.0), num_generated=1), "does not return log probabilities"),
         (echoed(("token_id:5", None), ("token_id:6", -1.0)), "'token_id:5token_id:6', which .*ids"),
         (
             echoed(*PROMPT, (" yes", -1.0), is_short=True),
-            "repeats no prompt with log probabilities",
+            "does not return log probabilities",
         ),
         (echoed(*PROMPT, (" no", -1.0)), "does not end with the answer ' yes'"),
         (

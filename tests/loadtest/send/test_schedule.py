@@ -88,8 +88,8 @@ def test_a_trace_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "is empty"),
-        ("0\n-1\n", "line 2: '-1' is no number of seconds"),
-        ("1\n0.5\n", "line 2: '0.5' is no number of seconds, .* not before the line above"),
+        ("0\n-1\n", "line 2: '-1' is not a number of seconds"),
+        ("1\n0.5\n", "line 2: '0.5' is not a number of seconds, .* not before the line above"),
         ("a\n", "line 1: 'a'"),
         ("nan\n", "line 1: 'nan'"),
         ("inf\n", "line 1: 'inf'"),
