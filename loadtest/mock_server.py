@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -48,12 +48,6 @@ class MockVariant:
     noise: float = 0.0
     seed: int = 0
     max_concurrency: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "MockVariant":
-        """Parses `TTFT_S,ITL_S`."""
-        ttft_s, itl_s = _two_numbers(text, "TTFT_S,ITL_S; write for instance 0.1,0.01")
-        return cls(ttft_s, itl_s)
 
 
 @dataclass
@@ -266,12 +260,10 @@ def main(
 ) -> None:
     """Serves variants with known latencies, to check a load test against."""
     try:
-        pairs = [text.partition("=") for text in variant]
+        more: dict[str, Any] = {"noise": noise, "seed": seed, "max_concurrency": max_concurrency}
         variants = {
-            name: replace(
-                MockVariant.parse(numbers), noise=noise, seed=seed, max_concurrency=max_concurrency
-            )
-            for name, _, numbers in pairs
+            name: MockVariant(*_two_numbers(numbers, "TTFT_S,ITL_S; write 0.1,0.01"), **more)
+            for name, _, numbers in (text.partition("=") for text in variant)
         }
         stall_s = None if stall is None else _two_numbers(stall, "FROM_S,TO_S; write 2,3.5")
     except ValueError as error:

@@ -150,19 +150,9 @@ class Recorded:
     requests: tuple[Request, ...]
 
     @property
-    def baseline(self) -> str:
-        """The variant compared against."""
-        return str(self.about["plan"]["baseline"])
-
-    @property
-    def candidate(self) -> str:
-        """The variant that should be better."""
-        return str(self.about["plan"]["candidate"])
-
-    @property
     def variants(self) -> tuple[str, str]:
         """Baseline, candidate."""
-        return self.baseline, self.candidate
+        return str(self.about["plan"]["baseline"]), str(self.about["plan"]["candidate"])
 
     @property
     def warmup(self) -> list[Request]:
@@ -194,7 +184,8 @@ class Recorded:
         for number, both in sides.items():
             if len(both) < 2:
                 raise ValueError(f"block pair {number} has one block only")
-        return [(both[self.baseline], both[self.candidate]) for _, both in sorted(sides.items())]
+        baseline, candidate = self.variants
+        return [(both[baseline], both[candidate]) for _, both in sorted(sides.items())]
 
     @property
     def is_complete(self) -> bool:
@@ -233,8 +224,7 @@ class Recorded:
             version = about["format_version"]
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version {version!r}, but only {FORMAT_VERSION} is known")
-            asked = about["plan"]["baseline"], about["plan"]["candidate"]
-            is_complete = about.get("is_complete", True)
+            asked, is_complete = cls(about, ()).variants, cls(about, ()).is_complete
             path = directory / REQUESTS_FILE
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             if not is_complete and lines and not lines[-1].endswith("\n"):
@@ -266,9 +256,7 @@ class Recorder:
     Numbers of blocks and block pairs continue from launch to launch, and so does the clock, without
     the time between launches.
 
-    Args:
-        directory: for the two files; made with what is added first.
-        about: what run.json says from the start.
+    `directory` is made with what is added first; `about` is what run.json says from the start.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]) -> None:
@@ -287,11 +275,9 @@ class Recorder:
         self._start_s = self._end_s
 
     def add(self, requests: Sequence[Request], about: Mapping[str, Any]) -> None:
-        """Appends a warm-up or a block.
+        """Appends a warm-up or a block, with places and times in its launch.
 
-        Args:
-            requests: with places and times in their launch.
-            about: what run.json says from now on.
+        `about` is what run.json says from now on.
 
         Raises:
             RecordError: if they cannot be written.

@@ -206,45 +206,41 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
 
 def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, quality = guard.min_token_agreement, result["quality"]
+    agreement = quality and quality["token_agreement"]
+    found = None
     if limit is None:
         return
-    agreement = quality and quality["token_agreement"]
     if agreement is None:
         why = "quality was not measured; give --quality-prompts"
-        yield Check("min_token_agreement", limit, None, False, why)
-        return
-    if quality["num_scored"] < MIN_ANSWERS:
+    elif quality["num_scored"] < MIN_ANSWERS:
         why = "one prompt has no interval; give more --quality-prompts"
-        yield Check("min_token_agreement", limit, None, False, why)
-        return
-    why = (
-        f"{agreement['mean']:.3f} ({agreement['low']:.3f} to {agreement['high']:.3f}) over "
-        f"{quality['num_scored']} prompts: its lower end must reach {limit:g}"
-    )
-    found = agreement["low"]
-    yield Check("min_token_agreement", limit, found, found >= limit, why)
+    else:
+        found = agreement["low"]
+        why = (
+            f"{agreement['mean']:.3f} ({agreement['low']:.3f} to {agreement['high']:.3f}) over "
+            f"{quality['num_scored']} prompts: its lower end must reach {limit:g}"
+        )
+    yield Check("min_token_agreement", limit, found, found is not None and found >= limit, why)
 
 
 def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, choices = guard.max_accuracy_loss, result.get("choices")
+    loss = None
     if limit is None:
         return
     if not choices:
         why = "accuracy was not measured; give --choices"
-        yield Check("max_accuracy_loss", limit, None, False, why)
-        return
-    difference = choices["acc_norm_difference"]
-    if difference["num_questions"] < MIN_ANSWERS:
+    elif choices["acc_norm_difference"]["num_questions"] < MIN_ANSWERS:
         why = "one question has no interval; give a file of more, or raise --choices-limit"
-        yield Check("max_accuracy_loss", limit, None, False, why)
-        return
-    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
-    why = (
-        f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
-        f"{difference['num_questions']} questions: its lower end must reach {0 - limit:g}"
-    )
-    loss = 0 - low  # never -0
-    yield Check("max_accuracy_loss", limit, loss, loss <= limit, why)
+    else:
+        difference = choices["acc_norm_difference"]
+        mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+        why = (
+            f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
+            f"{difference['num_questions']} questions: its lower end must reach {0 - limit:g}"
+        )
+        loss = 0 - low  # never -0
+    yield Check("max_accuracy_loss", limit, loss, loss is not None and loss <= limit, why)
 
 
 def _unknown(metric: str, result: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ async def measure(
         prompts: texts.
         baseline: must be the gateway's own baseline, which gives the answer.
         candidate: compared with it.
-        output_tokens: length of an answer; no more than MAX_TOKENS are asked for.
+        output_tokens: length of an answer, at most MAX_TOKENS.
         on_answer: called after each prompt.
 
     Returns:
@@ -65,10 +65,9 @@ async def measure(
 
 
 def summarise(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over tokens with intervals over prompts, None if no prompt could be compared.
+    """Means over tokens of what `measure` returns, with intervals over prompts.
 
-    Args:
-        each: as `measure` returns it.
+    None if no prompt could be compared.
     """
     scored = [one for one in each if one["num_tokens"]]
     found: dict[str, Any] = dict.fromkeys(MEASURES)
@@ -78,10 +77,5 @@ def summarise(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             totals = np.array([one[name] for one in scored]) * num_tokens
             mean = ratio_of_sums(totals, num_tokens, resamples)
             found[name] = {"mean": mean.value, "low": mean.low, "high": mean.high}
-    num_tokens_scored = sum(one["num_tokens"] for one in scored)
-    return {
-        **found,
-        "num_prompts": len(each),
-        "num_scored": len(scored),
-        "num_tokens": num_tokens_scored,
-    }
+    num = {"num_prompts": len(each), "num_scored": len(scored)}
+    return {**found, **num, "num_tokens": sum(one["num_tokens"] for one in scored)}

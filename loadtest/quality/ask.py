@@ -21,13 +21,9 @@ Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 async def asking(
     url: str, api_key: str | None, timeout_s: float, remedy: str
 ) -> AsyncIterator[Ask]:
-    """Opens connections for as long as the block lasts; any answer but 200 is a QualityError.
+    """Opens connections while the block lasts; any answer but 200 is a QualityError.
 
-    Args:
-        url: where to post to.
-        api_key: sent as a bearer token; None sends none.
-        timeout_s: longest time for the server to answer.
-        remedy: what the user can do if there is no answer; ends the error's text.
+    `remedy` ends the error's text: what the user can do if there is no answer.
     """
     headers = authorization(api_key)
     async with httpx.AsyncClient(headers=headers, timeout=timeout_s, trust_env=False) as client:

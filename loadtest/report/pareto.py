@@ -20,6 +20,7 @@ from loadtest.report.result import result_of
 from loadtest.report.words import markdown_table, verdict
 
 CHART_INCHES = (7.0, 4.4)
+PER_USER = "output_tokens_per_s_per_user"
 
 
 def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
@@ -50,44 +51,32 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, run in runs:
         result = result_of(run)
+        speedups = result["speedups"]
         found[name] = {
             "passed": result["passed"],
             "verdict": verdict(result),
             "headline": result["headline"],
             "warnings": result["warnings"],
-            "tpot_p50": result["speedups"].get("tpot_p50"),
-            "ttft_p50": result["speedups"].get("ttft_p50"),
-            "throughput": result["speedups"].get("throughput"),
+            **{key: speedups.get(key) for key in ("tpot_p50", "ttft_p50", "throughput")},
         }
         for variant in run.variants:
             tpot_s = result["tpot_s"][variant]["median"]
-            points.append(
-                {
-                    "run": name,
-                    "variant": variant,
-                    "output_tokens_per_s_per_user": 1 / tpot_s if tpot_s else None,
-                    THROUGHPUT: result[THROUGHPUT][variant],
-                }
-            )
+            per_user = 1 / tpot_s if tpot_s else None
+            point = {"run": name, "variant": variant, PER_USER: per_user}
+            points.append({**point, THROUGHPUT: result[THROUGHPUT][variant]})
     for point in points:
-        of_variant = [other for other in points if other["variant"] == point["variant"]]
-        point["is_on_front"] = _position(point) is not None and not any(
-            _is_better(other, point) for other in of_variant
+        here = _position(point)
+        others = [_position(other) for other in points if other["variant"] == point["variant"]]
+        point["is_on_front"] = here is not None and not any(
+            there is not None and there != here and there[0] >= here[0] and there[1] >= here[1]
+            for there in others
         )
     return {"baseline": baseline, "candidate": candidate, "points": points, "runs": found}
 
 
 def _position(point: dict[str, Any]) -> tuple[float, float] | None:
-    at = (point["output_tokens_per_s_per_user"], point[THROUGHPUT])
+    at = (point[PER_USER], point[THROUGHPUT])
     return None if None in at else at
-
-
-def _is_better(other: dict[str, Any], point: dict[str, Any]) -> bool:
-    """Whether `other` is at least as good as `point` in both, and better in one."""
-    there, here = _position(other), _position(point)
-    if there is None or here is None or there == here:
-        return False
-    return there[0] >= here[0] and there[1] >= here[1]
 
 
 def headline(sweep: dict[str, Any]) -> str:
@@ -123,11 +112,7 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for name, found in sweep["runs"].items():
         own = {p["variant"]: p for p in sweep["points"] if p["run"] == name}
-        values = [
-            own[variant][key]
-            for key in ("output_tokens_per_s_per_user", THROUGHPUT)
-            for variant in variants
-        ]
+        values = [own[variant][key] for key in (PER_USER, THROUGHPUT) for variant in variants]
         cells = ["-" if value is None else f"{value:.1f}" for value in values]
         lines.append([name, *cells, found["verdict"], found["headline"]])
     return columns, lines

@@ -14,24 +14,11 @@ from loadtest.report.words import headline, rows
 
 # What result.json copies from run.json.
 KEPT = (
-    "date",
-    "command",
-    "versions",
-    "plan",
-    "workload",
-    "schedule",
-    "rate_per_s",
-    "timeout_s",
-    "harness",
-    "is_aa",
-    "served",
+    *("date", "command", "versions", "plan", "workload", "schedule", "rate_per_s", "timeout_s"),
+    *("harness", "is_aa", "served"),
 )
-LATER = (
-    "machine",
-    "models",
-    "directories",
-    "quality_source",
-)  # likewise, but records of 2026-11-25 and before do not have them
+# Records of 2026-11-25 and before do not have these.
+LATER = ("machine", "models", "directories", "quality_source")
 
 
 def result_of(recorded: Recorded) -> dict[str, Any]:
@@ -40,10 +27,10 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
     chosen = about.get("choices")  # older records do not have it
     is_ramp = about["schedule"] == "ramp" and recorded.pairs
     has_one_rate = about["schedule"] not in ("closed", "ramp") and recorded.pairs
+    growths = {v: growth(recorded, v) for v in recorded.variants}
     result = {
         "url": about["url"],
-        "baseline": recorded.baseline,
-        "candidate": recorded.candidate,
+        **dict(zip(("baseline", "candidate"), recorded.variants, strict=True)),
         "concurrency": plan["concurrency"],
         "output_tokens_per_request": plan["output_tokens"],
         "block_order": [block.variant for block in recorded.blocks],
@@ -53,9 +40,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         "is_complete": recorded.is_complete,
         **summarise(recorded, speedups(recorded)),
         "saturation": {v: saturation(recorded, v) for v in recorded.variants} if is_ramp else None,
-        "ttft_growth": {v: growth(recorded, v) for v in recorded.variants}
-        if has_one_rate
-        else None,
+        "ttft_growth": growths if has_one_rate else None,
         "quality": agreement.summarise(about["quality"]) if about["quality"] else None,
         "choices": choices.summarise(chosen, *recorded.variants) if chosen else None,
     }

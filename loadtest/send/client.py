@@ -101,7 +101,7 @@ class Client:
     Args:
         url: the server's root, without `/v1`.
         timeout_s: longest time that one request may take as a whole.
-        api_key: sent as a bearer token; None sends none.
+        api_key: sent as a bearer token.
     """
 
     num_processes = 1
@@ -224,7 +224,7 @@ class Client:
             variant: who is asked.
             prompt_index: noted in what is returned.
             prompt: a text, or the messages of a chat.
-            output_tokens: how many tokens are asked for; an end of the text is ignored.
+            output_tokens: asked for, whatever the text's end.
             intended_send_s: when it should have left (perf_counter); None = now.
         """
         is_text = isinstance(prompt, str)
