@@ -6,22 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.report.directory import check_matplotlib, check_out, new_directory
+from loadtest.report.directory import check_out, new_directory
 
 
-def test_taken_or_impossible_places_are_refused(tmp_path: Path) -> None:
+def test_impossible_places_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_out(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="exists already; name a new directory"):
-        check_out(tmp_path)
     with pytest.raises(ValueError, match="file: Not a directory; name a place"):
         check_out(tmp_path / "file" / "out")
-
-
-def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"need matplotlib; install .*'cast-serve\[loadtest\]'"):
-        check_matplotlib()
+        check_out(tmp_path / "a")
 
 
 def test_a_new_directory_has_its_result_or_is_not_there(tmp_path: Path) -> None:

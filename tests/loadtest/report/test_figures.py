@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from loadtest.report import figures
 from loadtest.report.result import result_of
-from tests.loadtest.recordings import four_pairs, recorded, request, simulated, two_pairs
+from tests.loadtest.recordings import four_pairs, recorded, request, two_pairs
 
 RUN = two_pairs()
 RESULT = result_of(RUN)
@@ -86,20 +86,6 @@ def test_a_timeline_counts_from_each_blocks_start_and_crosses_what_failed() -> N
     assert "13 of 13 requests" in caption
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "colour"),
-    [(1.1, 1.3, figures.BETTER), (0.8, 0.9, figures.WORSE), (0.9, 1.1, figures.SAME)],
-)
-def test_speedups_tell_on_which_side_of_one_they_are(low: float, high: float, colour: str) -> None:
-    speedup = {"ratio": (low + high) / 2, "low": low, "high": high}
-    axes, _ = drawn(figures.speedups, {**RESULT, "speedups": {"throughput": speedup}})
-    bar, dot, one = axes.get_lines()
-    assert list(bar.get_xdata()) == [low, high]
-    assert (bar.get_color(), dot.get_color()) == (colour, colour)
-    assert list(one.get_xdata()) == [1, 1]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["output tokens/s"]
-
-
 def test_a_front_names_its_points_on_the_side_with_more_room() -> None:
     front = [(1.0, 100.0), (9.0, 10.0)]
     series = [(variant, front, [(front[0], "few"), (front[1], "many")]) for variant in ("a", "b")]
@@ -158,12 +144,3 @@ def test_runs_without_values_say_so() -> None:
 def test_matplotlib_is_not_imported_before_a_chart_is_drawn() -> None:
     code = "import sys, loadtest.__main__; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
-
-
-def test_a_large_run_is_drawn(tmp_path: Path) -> None:
-    run = simulated(1, num_prompts=100, schedule="poisson", rate_per_s=2.0)
-    result = result_of(run)
-    figures.write_png(tmp_path / "report.png", run, result)
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    axes, caption = drawn(figures.timeline, run, "ttft")
-    assert "800 of 4000 requests" in caption

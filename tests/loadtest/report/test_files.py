@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from loadtest.record import Recorded
-from loadtest.report.files import markdown_of
 from loadtest.report.result import result_of, table_of
 from tests.loadtest.recordings import broken_runs, two_pairs, write_out
 
@@ -37,18 +36,6 @@ def test_everything_is_computed_from_the_record(tmp_path: Path) -> None:
 def test_broken_runs_are_written_too(tmp_path: Path, run: Recorded) -> None:
     write_out(tmp_path / "out", run)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result_of(run)
-
-
-def test_markdown_has_verdict_figures_models_and_checks() -> None:
-    text = markdown_of(RESULT)
-    for part in (
-        "**NO GUARD RAIL SET**: sparse is 2.00x (no interval)",
-        "| TPOT p50, ms | 500.00 | 250.00 | 2.00x (no interval) |",
-        "| perplexity | not recorded | not recorded |",
-        "> **2 block pairs are too few",
-        "- passed: error_rate: no request failed",
-    ):
-        assert part in text
 
 
 def test_the_table_fits_a_narrow_terminal() -> None:

@@ -66,11 +66,7 @@ def test_files(tmp_path: Path) -> None:
     # One warning for both runs, before the headline.
     assert page.count("1 block pairs are too few") == 1
     assert page.index("run-1, run-4: 1 block pairs") < page.index("<h1>")
-    assert (
-        "| run-4 | 2.5 | 5.0 | 18.8 | 37.5 | NO GUARD RAIL SET |"
-        in (tmp_path / "report.md").read_text()
-    )
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| run-4 | 2.5 | 5.0 | 18.8 | 37.5 |" in (tmp_path / "report.md").read_text()
 
 
 def test_runs_of_other_variants_are_refused(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 from loadtest.report.result import result_of
 from loadtest.report.warnings import warnings
 from loadtest.report.words import (
@@ -50,18 +48,6 @@ def test_the_verdict_rests_on_what_was_set() -> None:
     assert verdict(guarded) == "PASSED"
     (rail,) = guard_rails(guarded)
     assert rail.startswith("held: min_speedup.tpot_p50: 2.000 (2.000 to 2.000)")
-
-
-def test_a_row_by_hand() -> None:
-    found = row(RESULT, "TTFT p95, ms")
-    assert (found.baseline, found.candidate, found.n) == ("9000", "5000", (12, 12))
-    assert (found.speedup, found.interval) == ("1.80x (no interval)", None)  # of 12 requests
-    found = row(RESULT, "TTFT p50, ms")
-    assert found.interval == pytest.approx((8.5 / 3, 1.854, 4.329), rel=1e-3)
-    assert found.speedup == "2.83x (1.85 to 4.33)"
-    assert row(RESULT, "TPOT p50, ms").candidate == "250.00"
-    assert row(RESULT, "output tokens/s").candidate == "2.0"
-    assert [each.label for each in rows(RESULT)][-1] == "output tokens/s"
 
 
 def test_rows_of_failures_and_of_goodput() -> None:
