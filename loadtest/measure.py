@@ -31,10 +31,8 @@ from loadtest.send.workload import Prompt, new_run_number
 def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
     """Measures each load; it comes as soon as its record is complete, or something ends the run.
 
-    Args:
-        job: what and where.
-        about: what run.json says that is known before: the limits, and where the record is from.
-        folder: for the records.
+    `about` is what is known before, for run.json: the limits, and where the record is from. Records
+    are written into `folder`.
 
     Raises:
         UnreachableError: if the server does not have both variants.

@@ -20,9 +20,7 @@ SECRETS = {"api_key"}
 def provenance(context: typer.Context, models: Mapping[str, Path]) -> dict[str, Any]:
     """Date, versions, machine, command and models, for run.json; taken before the run.
 
-    Args:
-        context: of the command.
-        models: directories that this command serves itself, by variant; each file is hashed.
+    `models` are directories that this command serves itself, by variant; each file is hashed.
     """
     return {
         **origin(),

@@ -24,7 +24,7 @@ from benchmarks.peers import compare, files, names, picture
 from benchmarks.peers.names import PeerError
 from cast_serve.cores import parse_cores
 from cast_train.text import read_texts, tokenize
-from loadtest.report.directory import check_file
+from loadtest.report.directory import check_file, check_matplotlib
 
 DEFAULT = compare.Plan()
 
@@ -65,8 +65,10 @@ def main() -> None:
         parse_cores(plan.cores)
         kinds = [names.parse(name)[0] for name in asked]
         blocks = blocks_of(args.text, models, plan)
-        if args.picture is not None and not blocks:
-            raise PeerError("--picture shows perplexity; give --text FILE and --blocks NUMBER")
+        if args.picture is not None:
+            check_matplotlib()
+            if not blocks:
+                raise PeerError("--picture shows perplexity; give --text FILE and --blocks NUMBER")
     except (PeerError, ValueError) as error:
         parser.error(str(error))
     shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name

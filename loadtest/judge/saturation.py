@@ -25,10 +25,6 @@ OFFSET_DIGITS = 6  # of seconds; the times of equal places differ by rounding al
 def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
     """Finds a variant's last rate before it is saturated.
 
-    Args:
-        recorded: with blocks.
-        variant: one of its two.
-
     Returns:
         `rate_per_s`: requests a second in the part before, None if no part is known to be kept up
         with; `is_reached`: False if the variant kept up to the end, and then the rate is that of
@@ -58,12 +54,7 @@ def saturation(recorded: Recorded, variant: str) -> dict[str, Any]:
 def growth(recorded: Recorded, variant: str) -> float | None:
     """How many times as long TTFT is in the last quarter of the blocks as in the first.
 
-    Args:
-        recorded: with blocks.
-        variant: one of its two.
-
-    Returns:
-        the ratio of the medians; None with fewer than four requests, or among failed ones.
+    It is the ratio of the medians; None with fewer than four requests, or among failed ones.
     """
     found = _sends_and_ttfts(recorded, variant)
     if len(found) < NUM_QUARTERS:

@@ -42,13 +42,7 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def values(requests: Iterable[Request], metric: str, output_tokens: int) -> Array:
-    """Ascending seconds of one of TIMES; inf for what a failed request would have had.
-
-    Args:
-        requests: any.
-        metric: one of TIMES.
-        output_tokens: asked of each request.
-    """
+    """Ascending seconds of one of TIMES; inf for what a failed request would have had."""
     found: list[float] = []
     for request in requests:
         timing = request.timing
@@ -151,9 +145,7 @@ def _goodput_of(
 def ratios(recorded: Recorded, metric: str) -> list[float]:
     """One ratio a block pair, above 1 = candidate better; pairs without a value are left out.
 
-    Args:
-        recorded: the blocks.
-        metric: one of TIMES, for the blocks' medians, or THROUGHPUT.
+    `metric` is one of TIMES, for the blocks' medians, or THROUGHPUT.
     """
     found = []
     for pair in recorded.pairs:
@@ -249,12 +241,7 @@ def goodput(recorded: Recorded, variant: str, slo: dict[str, float | None]) -> d
 
 
 def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
-    """The part of the result that is computed.
-
-    Args:
-        recorded: the run.
-        found: its speedups.
-    """
+    """The part of the result that is computed; `found` has the run's speed-ups."""
     variants = recorded.variants
     output_tokens = recorded.about["plan"]["output_tokens"]
     blocks = {v: recorded.blocks_of(v) for v in variants}

@@ -106,13 +106,7 @@ class Check:
 
 
 def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
-    """The verdict, as result.json has it.
-
-    Args:
-        result: with `num_*`, `error_rate`, `errors`, `speedups`, `harness`, `quality` and
-            `choices`.
-        guard: what to keep to.
-    """
+    """The verdict, as result.json has it."""
     why = unsound(result)
     checks = []
     if "complete" in why:
@@ -250,4 +244,4 @@ def _unknown(metric: str, result: Mapping[str, Any]) -> str:
         return (
             "has no interval: too few block pairs or requests; give more --blocks, or a longer run"
         )
-    return "cannot be told: too many requests failed"
+    return "unknown: too many requests failed"

@@ -29,15 +29,9 @@ async def measure(
     output_tokens: int,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Compares the variants on each prompt, one after the other.
+    """Compares the variants on each prompt, one after the other, by posting to a gateway's PATH.
 
-    Args:
-        compare: posts to a gateway's PATH.
-        prompts: texts.
-        baseline: must be the gateway's own baseline, which gives the answer.
-        candidate: compared with it.
-        output_tokens: length of an answer, at most MAX_TOKENS.
-        on_answer: called after each prompt.
+    `baseline` must be the gateway's own, which gives the answer, of at most MAX_TOKENS.
 
     Returns:
         MEASURES and `num_tokens` of each prompt, None and 0 where tokens cannot be compared.

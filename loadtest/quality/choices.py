@@ -49,14 +49,7 @@ async def measure(
     candidate: str,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Lets both variants score every answer, at most NUM_IN_FLIGHT at a time.
-
-    Args:
-        ask: posts to a server's PATH.
-        questions: one or more.
-        baseline: a variant's name.
-        candidate: likewise.
-        on_answer: called after each answer.
+    """Lets both variants score every answer, at most NUM_IN_FLIGHT requests to PATH at a time.
 
     Returns:
         For each question `right`, the index of the right answer, `num_choices`, and `by_sum` and
@@ -124,9 +117,7 @@ async def measure(
 def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
     """The log likelihood of the prompt's last part, in nats.
 
-    Args:
-        response: to a completion with `echo` and `logprobs`; generated tokens are not counted.
-        continuation: the last part of the prompt.
+    `response` is to a completion with `echo` and `logprobs`; generated tokens are not counted.
 
     Raises:
         ValueError: if the response does not have the log likelihoods.
@@ -170,12 +161,7 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
 
 
 def summarise(asked: Mapping[str, Any], baseline: str, candidate: str) -> dict[str, Any]:
-    """Accuracies with standard errors, and how the variants differ.
-
-    Args:
-        asked: as `about` returns it.
-        baseline: a variant's name.
-        candidate: likewise.
+    """Accuracies with standard errors, and how the variants differ, of what `about` returns.
 
     Returns:
         `source`; `chance`: the share that guessing gets, None in records of 2026-11-25 and before;

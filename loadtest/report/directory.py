@@ -26,10 +26,6 @@ def check_out(out: Path) -> None:
 def check_file(flag: str, out: Path) -> None:
     """Finds out before the run what would stop its record, which is one file, after it.
 
-    Args:
-        flag: that names the file, for the error.
-        out: the file.
-
     Raises:
         ValueError: if the file cannot be written.
     """

@@ -51,11 +51,7 @@ def svg(draw: Draw, size: tuple[float, float] = CHART_INCHES) -> tuple[str, str]
     """One chart as an SVG element that any page can hold, and its caption.
 
     The same chart always gives the same text: no date, and ids that follow from the chart's title,
-    which is its own on a page.
-
-    Args:
-        draw: one of the functions below, with all but `axes` given.
-        size: width and height in inches; the page scales it to its own width.
+    which is its own on a page. The page scales the chart, `size` inches large, to its own width.
     """
     from matplotlib import rc_context
 

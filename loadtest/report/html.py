@@ -141,11 +141,7 @@ def _grid(draws: Iterable[figures.Draw]) -> list[str]:
 
 
 def chart(draw: figures.Draw, size: tuple[float, float] = figures.CHART_INCHES) -> str:
-    """A chart with its caption.
-
-    Args:
-        draw: as for figures.svg; so is `size`.
-    """
+    """A chart with its caption."""
     drawing, caption = figures.svg(draw, size)
     return f'<figure class="panel">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
 
@@ -169,13 +165,9 @@ def plain_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def _panel(
     name: str, columns: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], kind: str
 ) -> str:
-    """A table that scrolls to the side in its panel, by keyboard too.
+    """A table that scrolls to the side in its panel, by keyboard too; `name` is for screen readers.
 
-    Args:
-        name: for screen readers.
-        columns: their heads.
-        lines: the class of each row, and its cells.
-        kind: the table's classes.
+    Each of `lines` is a row's class and its cells; `kind` has the table's classes.
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = ""

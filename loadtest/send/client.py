@@ -169,13 +169,7 @@ class Client:
         on_response: Callable[[], None] = lambda: None,
         start: Callable[[], float] = time.perf_counter,
     ) -> Sent:
-        """Sends a batch.
-
-        Args:
-            batch: what to send, and when.
-            on_response: called after each request, for a progress bar.
-            start: called once all is ready; returns the time 0 of the timetable (perf_counter).
-        """
+        """Sends a batch; `start`, called once all is ready, gives the timetable's time 0."""
         done: list[Request | None] = [None] * len(batch.prompts)
         waiting = iter(range(len(batch.prompts)))
         with suppress(TimeoutError):
@@ -220,12 +214,7 @@ class Client:
     ) -> Request:
         """Sends one prompt and reads the whole stream.
 
-        Args:
-            variant: who is asked.
-            prompt_index: noted in what is returned.
-            prompt: a text, or the messages of a chat.
-            output_tokens: asked for, whatever the text's end.
-            intended_send_s: when it should have left (perf_counter); None = now.
+        `intended_send_s` is when it should have left (perf_counter); None = now.
         """
         is_text = isinstance(prompt, str)
         body = {

@@ -65,11 +65,7 @@ class Connection(asyncio.Protocol):
         self.is_open = True
 
     def send(self, request: bytes, on_body: Callable[[bytes], None]) -> asyncio.Future[Response]:
-        """Writes a request.
-
-        Args:
-            request: head and body.
-            on_body: gets the body's bytes, piece by piece; what it raises ends the exchange.
+        """Writes head and body of a request; what `on_body` raises ends the exchange.
 
         Returns:
             The response once it is complete; TransportError if the connection ends before that.
@@ -144,10 +140,6 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Connections to one server; it opens another whenever none is idle.
 
-    Args:
-        url: the server's root.
-        headers: sent with every request.
-
     Raises:
         ValueError: if `url` is not an http or https URL.
     """
@@ -166,13 +158,9 @@ class Pool:
     async def exchange(
         self, method: str, path: str, body: bytes, on_body: Callable[[bytes], None]
     ) -> Response:
-        """Sends a request and waits for the whole response.
+        """Sends a request, with JSON or nothing in its body, and waits for the whole response.
 
-        Args:
-            method: GET or POST.
-            path: below the server's root.
-            body: JSON, or empty.
-            on_body: gets the response's body, piece by piece; what it raises ends the exchange.
+        `on_body` gets the response's body, piece by piece; what it raises ends the exchange.
 
         Raises:
             TransportError: if no complete response came.

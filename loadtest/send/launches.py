@@ -61,13 +61,7 @@ def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path
 def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -> Iterator[str]:
     """Serves the variants by `cast-serve up` while the block lasts.
 
-    Args:
-        models: directory of each.
-        number: which launch; the variants change places in every second one.
-        vllm_flags: for both servers.
-
-    Yields:
-        the gateway's URL.
+    In every launch with an odd `number` the variants change places. Yields the gateway's URL.
 
     Raises:
         LaunchError: if it ends or is not ready in time, with the last lines it printed.

@@ -204,16 +204,17 @@ async def run_paired(
 ) -> Recorded:
     """Warms both variants up, then runs every block; if a warm-up request fails, none.
 
+    A block pair shares its prompts, no other does, and every block is a pass of its own.
+
     Args:
         client: connected to the server that has both variants.
         plan: what to send.
-        workload: where prompts come from; a block pair shares its prompts, no other does, and every
-            block is a pass of its own.
-        on_response: called after each request, for a progress bar.
+        workload: where prompts come from.
+        on_response: called after each request.
         schedule: when requests leave.
         on_plan: called once the size of a block is known.
-        on_sent: called with what run.json says about the sending so far, and with no requests
-            before the first, then with those of the warm-up and of each block when it is over.
+        on_sent: called with requests and what run.json says about the sending so far: before the
+            first with none, then with those of the warm-up, and of each block when it is over.
 
     Returns:
         All requests; `about` holds what run.json says about the sending: plan, schedule, rate and

@@ -20,12 +20,7 @@ _LEAD_S = 0.05  # from the order to start to the start, for the order to arrive 
 
 
 class Processes:
-    """Sends as a Client does, from processes that run while its `async with` lasts.
-
-    Args:
-        num_processes: how many.
-        url: as for Client; so are the rest.
-    """
+    """Sends as a Client does, from processes that run while its `async with` lasts."""
 
     def __init__(
         self, num_processes: int, url: str, *, timeout_s: float, api_key: str | None = None

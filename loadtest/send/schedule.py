@@ -67,9 +67,6 @@ class Schedule:
 
         All blocks have the same timetable: gaps of their own would give each block pair another
         load, and that would look like drift.
-
-        Args:
-            num: requests in the block; a trace has at least as many times.
         """
         if self.kind == "closed":
             return None

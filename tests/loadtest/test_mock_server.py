@@ -41,18 +41,6 @@ def test_noise_multiplies_by_seeded_lognormal_factors(serve: Serve) -> None:
         assert second_s - first_s == pytest.approx(itl_s)
 
 
-def test_no_token_is_early_and_the_client_sees_none_before_it_left(serve: Serve) -> None:
-    url, app = serve(dense=MockVariant(0.02, 0.01))
-    requests = send(url, num=5, concurrency=1, tokens=4).requests
-    for request, answer in zip(requests, app.state.truth.answers, strict=True):
-        assert len(answer.due_s) == 4
-        assert request.timing is not None
-        for due_s, sent_s, seen_s in zip(
-            answer.due_s, answer.sent_s, request.timing.token_events_s, strict=True
-        ):
-            assert due_s <= sent_s <= seen_s
-
-
 def test_max_concurrency_makes_requests_wait_their_turn(serve: Serve) -> None:
     url, _ = serve(dense=MockVariant(0.1, 0.0, max_concurrency=2))
     requests = send(url, num=6, concurrency=6).requests

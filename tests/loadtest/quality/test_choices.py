@@ -26,34 +26,30 @@ from tests.loadtest.recordings import two_pairs, write_out
 PROMPT = (("Question: Is it?", None), ("\nAnswer", -9.0), (":", -8.0))
 
 
-def test_an_answer_is_the_tokens_behind_the_prompt_without_what_was_generated() -> None:
-    response = echoed(*PROMPT, (" much", -1.0), (" better", -0.5), (".", -4.0), num_generated=1)
-    assert log_likelihood(response, " much better") == -1.5
-    response = echoed(*PROMPT, (" much", -1.0), (" better", -0.5))
-    assert log_likelihood(response, " much better") == -1.5
-
-
-def test_a_bos_token_shifts_nothing() -> None:
-    response = echoed(("<s>", None), *PROMPT, (" yes", -1.0), (".", -4.0), num_generated=1)
-    assert response["choices"][0]["logprobs"]["text_offset"][3] == len(
-        "<s>Question: Is it?\nAnswer"
-    )
-    assert log_likelihood(response, " yes") == -1.0
-
-
-def test_a_token_across_the_border_counts_in_full() -> None:
-    start = PROMPT[:2]
-    assert log_likelihood(echoed(*start, (": y", -2.0), ("es", -1.0)), " yes") == -3.0
-    assert log_likelihood(echoed(*start, (": yes", -2.0)), " yes") == -2.0
-
-
-def test_parts_of_a_character_belong_to_the_answer_they_are_in() -> None:
-    # " é" in two tokens: the first holds the space and half of the letter, and so spells nothing.
-    assert log_likelihood(echoed(*PROMPT, ("", -3.0), (" é", -1.0)), " é") == -4.0
-    assert log_likelihood(echoed(*PROMPT, (" ", -3.0), ("", -1.0), ("é", -0.5)), " é") == -4.5
-    # A question's letter that the server cannot show does not move the border.
-    garbled = (("Question: Caf", None), ("", -5.0), ("\ufffd?\nAnswer:", -5.0))
-    assert log_likelihood(echoed(*garbled, (" é", -1.0)), " é") == -1.0
+@pytest.mark.parametrize(
+    ("tokens", "num_generated", "answer", "nats"),
+    [
+        ([*PROMPT, (" much", -1.0), (" better", -0.5)], 0, " much better", -1.5),
+        ([*PROMPT, (" much", -1.0), (" better", -0.5), (".", -4.0)], 1, " much better", -1.5),
+        ([("<s>", None), *PROMPT, (" yes", -1.0), (".", -4.0)], 1, " yes", -1.0),
+        # A token across the border counts in full.
+        ([*PROMPT[:2], (": y", -2.0), ("es", -1.0)], 0, " yes", -3.0),
+        ([*PROMPT[:2], (": yes", -2.0)], 0, " yes", -2.0),
+        # " é" in two tokens: the first holds the space and half of the letter: it spells nothing.
+        ([*PROMPT, ("", -3.0), (" é", -1.0)], 0, " é", -4.0),
+        ([*PROMPT, (" ", -3.0), ("", -1.0), ("é", -0.5)], 0, " é", -4.5),
+        # A question's letter that the server cannot show does not move the border.
+        (
+            [("Caf", None), ("", -5.0), ("\ufffd?\nAnswer:", -5.0), (" é", -1.0)],
+            *(0, " é", -1.0),
+        ),
+    ],
+)
+def test_an_answer_is_the_tokens_behind_the_prompt_without_what_was_generated(
+    tokens: list[tuple[str, float | None]], num_generated: int, answer: str, nats: float
+) -> None:
+    response = echoed(*tokens, num_generated=num_generated)
+    assert log_likelihood(response, answer) == nats
 
 
 @pytest.mark.parametrize(
