@@ -19,16 +19,14 @@ from typing import Annotated, Any
 import typer
 
 from cast_serve.options import PASSED_ON, VERSION, of_source_tree
+from loadtest.errors import FailedError, QualityError, UnreachableError, UsageError
 from loadtest.job import Job, Options
 from loadtest.measure import measure
 from loadtest.provenance import provenance
-from loadtest.quality.ask import QualityError
-from loadtest.record import Recorded, RecordError
+from loadtest.record import Recorded
 from loadtest.report import commands, pareto
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of
-from loadtest.send.client import UnreachableError
-from loadtest.send.launches import LaunchError
 
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 app = typer.Typer(no_args_is_help=True)
@@ -49,7 +47,7 @@ def run(context: typer.Context, **given: Any) -> None:
     """
     try:
         job = Job.of(Options(**given))
-    except ValueError as error:
+    except UsageError as error:
         commands.refuse(error)
     results, failures = [], []
     out = job.options.out
@@ -86,7 +84,7 @@ def _keeping(folder: Path) -> Iterator[None]:
         return
     except (UnreachableError, QualityError) as error:
         code, why = 2, str(error)
-    except (LaunchError, ChildProcessError, RecordError) as error:
+    except (FailedError, ChildProcessError) as error:
         code, why = 1, str(error)
     except KeyboardInterrupt:
         code, why = STOPPED, "stopped"

@@ -10,6 +10,7 @@ import typer
 
 from cast_serve.options import option
 from cast_serve.questions import Question, read_questions
+from loadtest.errors import UsageError
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS
 from loadtest.judge.verdict import Guard
 from loadtest.report.directory import check_out
@@ -172,18 +173,18 @@ class Job:
         """Reads the files that the options name.
 
         Raises:
-            ValueError: if an option is wrong, has no effect, or does not go with another.
+            UsageError: if an option is wrong, has no effect, or does not go with another.
         """
         if (options.url is None) == (options.variant is None):
-            raise ValueError("give either --url, or --variant NAME=DIR for both variants")
+            raise UsageError("give either --url, or --variant NAME=DIR for both variants")
         if options.url is not None and (options.launches > 1 or options.vllm_flags):
-            raise ValueError("--launches and --vllm-flags start servers; give --variant, not --url")
+            raise UsageError("--launches and --vllm-flags start servers; give --variant, not --url")
         loads = _loads(options)
         names = (options.baseline, options.candidate)
         models = parse_variants(options.variant, names) if options.variant else {}
         workload = _workload(options)
         if (options.num_prompts or options.trace) and options.block_s != Plan.block_s:
-            raise ValueError(
+            raise UsageError(
                 f"--block-s {options.block_s:g} has no effect where --num-prompts or --trace say "
                 "how many prompts a block has; leave one of them out"
             )
@@ -193,14 +194,14 @@ class Job:
             real = read_prompts(PACKAGED[0])
             quality_workload = replace(workload, prompts=real, source=PACKAGED[0])
         if options.timeout_s <= 0:
-            raise ValueError(f"--timeout-s {options.timeout_s:g} is too small; give more than 0")
+            raise UsageError(f"--timeout-s {options.timeout_s:g} is too small; give more than 0")
         if options.out is not None:
             check_out(options.out)
         terms, limit = _terms(options), options.choices_limit
         if options.choices is None and limit is not None:
-            raise ValueError(f"--choices-limit {limit} limits nothing; give --choices too")
+            raise UsageError(f"--choices-limit {limit} limits nothing; give --choices too")
         if limit is not None and limit < 1:
-            raise ValueError(f"--choices-limit {limit} is too small; give 1 or more")
+            raise UsageError(f"--choices-limit {limit} is too small; give 1 or more")
         questions = read_questions(options.choices, limit) if options.choices else []
         return cls(options, loads, workload, quality_workload, questions, models, terms)
 
@@ -210,7 +211,7 @@ def _loads(options: Options) -> list[Load]:
     places = [int(number) for number in _numbers("--concurrency", options.concurrency, int)]
     rates = [] if options.rate is None else _numbers("--rate", options.rate, float)
     if len(places) > 1 and (len(rates) > 1 or options.schedule != "closed"):
-        raise ValueError(
+        raise UsageError(
             f"--concurrency {options.concurrency} is a sweep of closed loops; give one number, or "
             "drop --schedule and --rate"
         )
@@ -253,15 +254,15 @@ def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> list[float]
         found = []
     if not found or not all(-inf < number < inf for number in found):
         of_whole = "whole " if kind is int else ""
-        raise ValueError(f"{flag} {text} is not a list of {of_whole}numbers; write 4 or 1,4,16")
+        raise UsageError(f"{flag} {text} is not a list of {of_whole}numbers; write 4 or 1,4,16")
     if len(set(found)) < len(found):
-        raise ValueError(f"{flag} {text} has a number twice; drop one")
+        raise UsageError(f"{flag} {text} has a number twice; drop one")
     return list(found)
 
 
 def _workload(options: Options) -> Workload:
     if options.prompts and options.prompt_tokens != Workload.prompt_words:
-        raise ValueError(
+        raise UsageError(
             f"--prompt-tokens {options.prompt_tokens} has no effect on the prompts of --prompts; "
             "leave one of them out"
         )
@@ -280,9 +281,9 @@ def _terms(options: Options) -> dict[str, Any]:
     for name, limit_ms in slo_ms.items():
         if limit_ms is not None and limit_ms <= 0:
             flag = f"--slo-{name.removesuffix('_s')}-ms"
-            raise ValueError(f"{flag} {limit_ms:g} is too small; give more than 0")
+            raise UsageError(f"{flag} {limit_ms:g} is too small; give more than 0")
     if options.quality_prompts < 0:
-        raise ValueError(
+        raise UsageError(
             f"--quality-prompts {options.quality_prompts} is too small; give 0 or more"
         )
     limits = Guard() if options.guard is None else Guard.read(options.guard)
@@ -299,13 +300,13 @@ def _terms(options: Options) -> dict[str, Any]:
         ("goodput", speed.get("goodput"), has_slo, "--slo-ttft-ms or --slo-tpot-ms"),
     ):
         if limit is not None and not is_measured:
-            raise ValueError(
+            raise UsageError(
                 f"guard {options.guard} limits {name}, but nothing measures it; give {flag}, or "
                 "drop the limit"
             )
     num_pairs = options.blocks * options.launches
     if speed and num_pairs < MIN_BLOCK_PAIRS:
-        raise ValueError(
+        raise UsageError(
             f"guard {options.guard} limits {next(iter(speed))}, but {num_pairs} block pairs give "
             f"no interval; give --blocks {MIN_BLOCK_PAIRS} or more"
         )

@@ -16,13 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from loadtest.errors import LaunchError, UnreachableError
 from loadtest.job import Job, Load
 from loadtest.provenance import told_by
 from loadtest.quality import agreement, choices
 from loadtest.quality.ask import asking
 from loadtest.record import Recorder, Request
-from loadtest.send.client import Client, UnreachableError
-from loadtest.send.launches import LaunchError, served
+from loadtest.send.client import Client
+from loadtest.send.launches import served
 from loadtest.send.paired import Plan, run_paired, worst
 from loadtest.send.processes import Processes
 from loadtest.send.workload import Prompt, new_run_number

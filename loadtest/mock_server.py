@@ -22,6 +22,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from loadtest.errors import UsageError
+
 
 @dataclass(frozen=True)
 class MockVariant:
@@ -239,7 +241,7 @@ def _two_numbers(text: str, form: str) -> tuple[float, float]:
     try:
         first, second = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{text!r} is not {form}") from None
+        raise UsageError(f"{text!r} is not {form}") from None
     return first, second
 
 
@@ -266,7 +268,7 @@ def main(
             for name, _, numbers in (text.partition("=") for text in variant)
         }
         stall_s = None if stall is None else _two_numbers(stall, "FROM_S,TO_S; write 2,3.5")
-    except ValueError as error:
+    except UsageError as error:
         raise typer.BadParameter(str(error)) from None
     # uvloop, which uvicorn prefers, rounds times to whole milliseconds: tokens would leave early.
     app = create_app(variants, stall_s)

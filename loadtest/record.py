@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.latency import RequestTiming
+from loadtest.errors import RecordError, UsageError
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 REQUESTS_FILE = "requests.jsonl"
-
-
-class RecordError(RuntimeError):
-    """A record cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ class Recorded:
             sides.setdefault(block.block_pair, {})[block.variant] = block
         for number, both in sides.items():
             if len(both) < 2:
-                raise ValueError(f"block pair {number} has one block only")
+                raise UsageError(f"block pair {number} has one block only")
         baseline, candidate = self.variants
         return [(both[baseline], both[candidate]) for _, both in sorted(sides.items())]
 
@@ -216,14 +213,14 @@ class Recorded:
         """Reads both files; of a run that was stopped, the block pairs that are whole.
 
         Raises:
-            ValueError: if one is missing or does not hold what `write` puts there.
+            UsageError: if one is missing or does not hold what `write` puts there.
         """
         path = directory / RUN_FILE
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             version = about["format_version"]
             if version != FORMAT_VERSION:
-                raise ValueError(f"format_version {version!r}, but only {FORMAT_VERSION} is known")
+                raise UsageError(f"format_version {version!r}, but only {FORMAT_VERSION} is known")
             asked, is_complete = cls(about, ()).variants, cls(about, ()).is_complete
             path = directory / REQUESTS_FILE
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -238,15 +235,15 @@ class Recorded:
                 ]
             recorded = cls(about, tuple(requests))
             if is_complete and not recorded.pairs and not recorded.warmup:
-                raise ValueError("it holds no requests")
+                raise UsageError("it holds no requests")
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path} cannot be read: {error.strerror}; name a directory that "
                 "`cast-loadtest run --out` made"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not a record of a run: {reason}; run it again") from error
+            raise UsageError(f"{path} is not a record of a run: {reason}; run it again") from error
         return recorded
 
 
@@ -331,11 +328,11 @@ def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:
         fields = json.loads(line)
         request = Request(**{**fields, "token_events_s": tuple(fields["token_events_s"])})
         if request.variant not in variants:
-            raise ValueError(f"variant {request.variant!r} is none of {', '.join(variants)}")
+            raise UsageError(f"variant {request.variant!r} is none of {', '.join(variants)}")
         if (request.timing is None) != (request.error is not None):
-            raise ValueError("a request has either an error or a last_s")
+            raise UsageError("a request has either an error or a last_s")
     except KeyError as error:
-        raise ValueError(f"line {number}: {error} is missing") from None
+        raise UsageError(f"line {number}: {error} is missing") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"line {number}: {error}") from None
+        raise UsageError(f"line {number}: {error}") from None
     return request

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from loadtest.errors import UsageError
 from loadtest.judge.statistics import QUANTILES, TIMES
 
 SPEEDUPS = [f"{time}_{name}" for time in TIMES for name in QUANTILES] + ["throughput", "goodput"]
@@ -43,40 +44,40 @@ class Guard:
         """Reads a TOML file.
 
         Raises:
-            ValueError: if it cannot be read, a key is unknown or a value is out of range.
+            UsageError: if it cannot be read, a key is unknown or a value is out of range.
         """
         try:
             return cls.of(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"guard {path}: {error}") from error
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, UsageError) as error:
+            raise UsageError(f"guard {path}: {error}") from error
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Guard":
         """Checks keys and values as TOML or JSON gives them.
 
         Raises:
-            ValueError: if a key is unknown or a value is out of range.
+            UsageError: if a key is unknown or a value is out of range.
         """
         known = [each.name for each in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
-            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
+            raise UsageError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
         for name in ("min_speedup", "max_slowdown"):
             limits = given.get(name, {})
             if not isinstance(limits, Mapping):
-                raise ValueError(f"{name} is {limits!r}; write for instance {{tpot_p50 = 1.1}}")
+                raise UsageError(f"{name} is {limits!r}; write for instance {{tpot_p50 = 1.1}}")
             for metric, limit in limits.items():
                 if metric not in SPEEDUPS:
-                    raise ValueError(
+                    raise UsageError(
                         f"{name} has unknown key {metric!r}; known are {', '.join(SPEEDUPS)}"
                     )
                 if not _is_number(limit) or limit <= 0:
-                    raise ValueError(f"{name}.{metric} is {limit!r}; give a number above 0")
+                    raise UsageError(f"{name}.{metric} is {limit!r}; give a number above 0")
         for name in ("max_error_rate", "min_token_agreement", "max_accuracy_loss"):
             share = given.get(name)
             if share is not None and not (_is_number(share) and 0 <= share <= 1):
-                raise ValueError(f"{name} is {share!r}; give a number from 0 to 1")
+                raise UsageError(f"{name} is {share!r}; give a number from 0 to 1")
         if not isinstance(given.get("allow_void", False), bool):
-            raise ValueError(f"allow_void is {given['allow_void']!r}; give true or false")
+            raise UsageError(f"allow_void is {given['allow_void']!r}; give true or false")
         return cls(**given)
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cast_serve.intervals import draws, ratio_of_sums
-from loadtest.quality.ask import Ask, QualityError
+from loadtest.errors import QualityError
+from loadtest.quality.ask import Ask
 
 MEASURES = ("token_agreement", "kl_nats_per_token")
 MAX_TOKENS = 512  # the gateway's limit for an answer
@@ -44,7 +45,7 @@ async def measure(
         body = {"prompt": prompt, "max_tokens": min(output_tokens, MAX_TOKENS), "ignore_eos": True}
         try:
             agreement = (await compare(body))["agreement"]
-        except ValueError as error:
+        except QualityError as error:
             raise QualityError(f"quality cannot be measured: {error}") from error
         if agreement["baseline"] != baseline or candidate not in agreement:
             others = ", ".join(name for name in agreement if name != "baseline")

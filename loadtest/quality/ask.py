@@ -6,12 +6,8 @@ from typing import Any
 
 import httpx
 
+from loadtest.errors import QualityError
 from loadtest.send.connection import authorization
-
-
-class QualityError(ValueError):
-    """Quality cannot be measured: the server is not one that can be asked for it."""
-
 
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 """A body -> the answer; raises QualityError without one."""

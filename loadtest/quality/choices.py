@@ -26,7 +26,8 @@ from typing import Any
 
 from cast_serve.intervals import student
 from cast_serve.questions import Question, paired_difference, share
-from loadtest.quality.ask import Ask, QualityError
+from loadtest.errors import QualityError, UsageError
+from loadtest.quality.ask import Ask
 
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """Name of the share, and of the choices in run.json that it counts."""
@@ -83,7 +84,7 @@ async def measure(
             }
             try:
                 scores[place] = log_likelihood(await ask(body), continuation)
-            except ValueError as error:
+            except UsageError as error:
                 where = f"question {number + 1}, variant {variant}"
                 raise QualityError(f"accuracy cannot be measured: {where}: {error}") from error
             on_answer()
@@ -120,7 +121,7 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
     `response` is to a completion with `echo` and `logprobs`; generated tokens are not counted.
 
     Raises:
-        ValueError: if the response does not have the log likelihoods.
+        UsageError: if the response does not have the log likelihoods.
     """
     try:
         found = response["choices"][0]["logprobs"]
@@ -130,12 +131,12 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
     except (KeyError, IndexError, TypeError):
         tokens, logprobs = [], []
     if not tokens or len(tokens) != len(logprobs):
-        raise ValueError(
+        raise UsageError(
             "the server does not return log probabilities of the prompt (echo with logprobs); "
             "serve the variant by vLLM, or leave --choices out"
         )
     if not spelled.endswith(continuation):
-        raise ValueError(
+        raise UsageError(
             f"the tokens spell {spelled[-80:]!r}, which does not end with the answer "
             f"{continuation!r}; if the server shows token ids in place of text, switch that off, "
             "else leave the question out"
@@ -148,12 +149,12 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
         if end > border or start == border
     ]
     if not all(isinstance(logprob, int | float) for logprob in own):
-        raise ValueError(
+        raise UsageError(
             f"the server gives no log probability to a part of the answer {continuation!r}; serve "
             "the variant by vLLM, or leave --choices out"
         )
     if wrong := [logprob for logprob in own if not logprob <= ROUNDING]:
-        raise ValueError(
+        raise UsageError(
             f"the server reports {wrong[0]:g} as a log probability; if these are logits, start it "
             "without --logprobs-mode"
         )

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from cast_serve.options import option
+from loadtest.errors import UsageError
 from loadtest.judge.verdict import Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
@@ -61,7 +62,7 @@ def report(
                 (name, Recorded({**run.about, "guard": new_guard}, run.requests))
                 for name, run in runs
             ]
-    except ValueError as error:
+    except UsageError as error:
         refuse(error)
     failures, unwritten = [], []
     for name, run in runs:
@@ -105,7 +106,7 @@ def compare(
     """
     try:
         runs = [Recorded.read(directory) for directory in (old, new)]
-    except ValueError as error:
+    except UsageError as error:
         refuse(error)
     found = regression.compare(*runs)
     console = Console()

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from loadtest.errors import UsageError
+
 ROOM_BYTES = 64 << 20
 
 
@@ -14,10 +16,10 @@ def check_out(out: Path) -> None:
     """Finds out before the run what would stop its reports after it.
 
     Raises:
-        ValueError: if `out` is taken, cannot be written there, or matplotlib is missing.
+        UsageError: if `out` is taken, cannot be written there, or matplotlib is missing.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists already; name a new directory, or remove it")
+        raise UsageError(f"--out {out} exists already; name a new directory, or remove it")
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     _check_room(f"--out {out}", folder)
     check_matplotlib()
@@ -27,10 +29,10 @@ def check_file(flag: str, out: Path) -> None:
     """Finds out before the run what would stop its record, which is one file, after it.
 
     Raises:
-        ValueError: if the file cannot be written.
+        UsageError: if the file cannot be written.
     """
     if out.is_dir():
-        raise ValueError(f"{flag} {out} is a directory; name a file")
+        raise UsageError(f"{flag} {out} is a directory; name a file")
     _check_room(f"{flag} {out}", out.absolute().parent)
 
 
@@ -38,22 +40,22 @@ def check_directory(directory: Path) -> None:
     """Finds out before the work whether reports can be written into a directory that exists.
 
     Raises:
-        ValueError: if not.
+        UsageError: if not.
     """
     if not os.access(directory, os.W_OK):
-        raise ValueError(f"{directory} cannot be written; copy it, and name the copy")
+        raise UsageError(f"{directory} cannot be written; copy it, and name the copy")
 
 
 def check_matplotlib() -> None:
     """Finds out whether charts can be drawn.
 
     Raises:
-        ValueError: if not.
+        UsageError: if not.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             "reports need matplotlib; install it with: pip install 'cast-serve[loadtest]'"
         ) from error
 
@@ -64,7 +66,7 @@ def _check_room(what: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, ROOM_BYTES)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"{what} cannot be written: {folder}: {error.strerror}; name a place in a folder that "
             f"exists, may be written and has {ROOM_BYTES >> 20} MiB free"
         ) from error

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from loadtest.errors import UsageError
 from loadtest.judge.statistics import THROUGHPUT
 from loadtest.record import RUN_FILE, Recorded
 from loadtest.report import figures, html
@@ -27,13 +28,13 @@ def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
     """(name, run) of each sub-directory that holds one, by load.
 
     Raises:
-        ValueError: if one cannot be read, or they do not compare the same variants.
+        UsageError: if one cannot be read, or they do not compare the same variants.
     """
     found = [
         (path.parent.name, Recorded.read(path.parent)) for path in directory.glob("*/run.json")
     ]
     if len({run.variants for _, run in found}) > 1:
-        raise ValueError(
+        raise UsageError(
             f"the runs in {directory} compare different variants; put those of one pair in a "
             "directory of their own"
         )

@@ -19,14 +19,11 @@ from typing import Any, Self
 
 from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
+from loadtest.errors import UnreachableError
 from loadtest.record import Request
 from loadtest.send.batch import Batch
 from loadtest.send.connection import Pool, TransportError, authorization
 from loadtest.send.workload import Prompt
-
-
-class UnreachableError(ValueError):
-    """The server cannot be asked for its variants."""
 
 
 @dataclass(frozen=True)

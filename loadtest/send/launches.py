@@ -18,6 +18,8 @@ from pathlib import Path
 
 import httpx
 
+from loadtest.errors import LaunchError, UsageError
+
 READY_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 60.0
 # Settings in our environment that would change who can reach the gateway, or who answers.
@@ -31,26 +33,22 @@ NOT_PASSED_ON = {
 }
 
 
-class LaunchError(RuntimeError):
-    """The servers did not start."""
-
-
 def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
     """Parses NAME=DIR for each name.
 
     Raises:
-        ValueError: if one is not NAME=DIR, DIR holds no model, or `names` are others.
+        UsageError: if one is not NAME=DIR, DIR holds no model, or `names` are others.
     """
     found = {}
     for text in given:
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
-            raise ValueError(f"--variant {text!r} is not NAME=DIR; write dense=PATH")
+            raise UsageError(f"--variant {text!r} is not NAME=DIR; write dense=PATH")
         if not (Path(directory) / "config.json").is_file():
-            raise ValueError(f"--variant {name}: {directory} holds no model (no config.json)")
+            raise UsageError(f"--variant {name}: {directory} holds no model (no config.json)")
         found[name] = Path(directory)
     if sorted(found) != sorted(names):
-        raise ValueError(
+        raise UsageError(
             f"--variant names {', '.join(sorted(found))}, but --baseline and --candidate are "
             f"{', '.join(names)}; give --variant NAME=DIR for each"
         )

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.errors import UsageError
 from loadtest.record import FORMAT_VERSION, Recorded, Request
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
@@ -61,7 +62,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.baseline == self.candidate:
-            raise ValueError(
+            raise UsageError(
                 f"baseline and candidate are both {self.baseline!r}; to measure one model against "
                 "itself, serve it under two names"
             )
@@ -75,11 +76,11 @@ class Plan:
         ):
             if value < least:
                 why = " to keep --concurrency busy" if name == "num-prompts" and least > 1 else ""
-                raise ValueError(f"--{name} {value} is too small; give at least {least}{why}")
+                raise UsageError(f"--{name} {value} is too small; give at least {least}{why}")
         if not 0 < self.block_s < math.inf:
-            raise ValueError(f"--block-s {self.block_s:g} is out of range; give a number above 0")
+            raise UsageError(f"--block-s {self.block_s:g} is out of range; give a number above 0")
         if self.num_block_pairs % 2:
-            raise ValueError(
+            raise UsageError(
                 f"--blocks {self.num_block_pairs} is odd, so one variant would go first more "
                 f"often; give {self.num_block_pairs + 1}"
             )
@@ -156,18 +157,18 @@ def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
     """Refuses what does not go together, before anything is sent.
 
     Raises:
-        ValueError: if a trace is shorter than a block, or a client process would have no requests.
+        UsageError: if a trace is shorter than a block, or a client process would have no requests.
     """
     num_prompts = plan.num_prompts
     if schedule.kind == "trace" and num_prompts and len(schedule.trace_s) < num_prompts:
-        raise ValueError(
+        raise UsageError(
             f"--num-prompts {num_prompts} is more than the {len(schedule.trace_s)} times of "
             f"the trace; give at most {len(schedule.trace_s)}"
         )
     most = plan.concurrency if schedule.kind == "closed" else num_prompts
     if most is not None and num_processes > most:
         option = "--concurrency" if schedule.kind == "closed" else "--num-prompts"
-        raise ValueError(
+        raise UsageError(
             f"--processes {num_processes} is more than {option} {most}, so some would have nothing "
             f"to do; give at most {most}"
         )
@@ -221,7 +222,7 @@ async def run_paired(
         harness.
 
     Raises:
-        ValueError: if plan, schedule and client do not fit together.
+        UsageError: if plan, schedule and client do not fit together.
     """
     check_fit(plan, schedule, client.num_processes)
 

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
+from loadtest.errors import UsageError
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
 
@@ -26,7 +27,7 @@ class Processes:
         self, num_processes: int, url: str, *, timeout_s: float, api_key: str | None = None
     ) -> None:
         if num_processes < 1:
-            raise ValueError(f"--processes {num_processes} is too small; give at least 1")
+            raise UsageError(f"--processes {num_processes} is too small; give at least 1")
         self.num_processes = num_processes
         self._arguments = {"url": url, "timeout_s": timeout_s, "api_key": api_key}
         self._pipes: list[Connection] = []

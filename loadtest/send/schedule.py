@@ -16,6 +16,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loadtest.errors import UsageError
+
 KINDS = ("closed", "constant", "poisson", "burst", "ramp", "trace")
 
 
@@ -41,7 +43,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"--schedule {self.kind} is unknown; give one of {', '.join(KINDS)}")
+            raise UsageError(f"--schedule {self.kind} is unknown; give one of {', '.join(KINDS)}")
         for option, value, kinds in (
             ("--rate", self.rate_per_s, ("constant", "poisson", "burst", "ramp")),
             ("--rate-to", self.rate_to_per_s, ("ramp",)),
@@ -49,11 +51,11 @@ class Schedule:
             ("--trace", self.trace_s or None, ("trace",)),
         ):
             if value is None and self.kind in kinds:
-                raise ValueError(f"--schedule {self.kind} needs {option}")
+                raise UsageError(f"--schedule {self.kind} needs {option}")
             if value is not None and self.kind not in kinds:
-                raise ValueError(f"{option} is for --schedule {' and '.join(kinds)}; drop it")
+                raise UsageError(f"{option} is for --schedule {' and '.join(kinds)}; drop it")
             if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"{option} {value} is out of range; give a number above 0")
+                raise UsageError(f"{option} {value} is out of range; give a number above 0")
 
     @property
     def mean_rate_per_s(self) -> float | None:
@@ -105,12 +107,12 @@ def read_trace(path: Path) -> tuple[float, ...]:
     """Reads seconds, one a line, ascending; a block starts at 0.
 
     Raises:
-        ValueError: if the file cannot be read or a line is not such a number.
+        UsageError: if the file cannot be read or a line is not such a number.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"trace {path} cannot be read: {error}") from error
+        raise UsageError(f"trace {path} cannot be read: {error}") from error
     times_s: list[float] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -118,11 +120,11 @@ def read_trace(path: Path) -> tuple[float, ...]:
         except ValueError:
             time_s = math.nan
         if not (times_s[-1] if times_s else 0.0) <= time_s < math.inf:
-            raise ValueError(
+            raise UsageError(
                 f"trace {path}, line {number}: {line!r} is not a number of seconds, 0 or more and "
                 "not before the line above"
             )
         times_s.append(time_s)
     if not times_s:
-        raise ValueError(f"trace {path} is empty; give one number of seconds a line")
+        raise UsageError(f"trace {path} is empty; give one number of seconds a line")
     return tuple(times_s)

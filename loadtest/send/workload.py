@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loadtest.errors import UsageError
+
 Prompt = str | list[dict[str, str]]
 """A text for /v1/completions, or messages for /v1/chat/completions."""
 
@@ -60,11 +62,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.prompt_words < 1:
-            raise ValueError(f"prompt words {self.prompt_words} must be 1 or more")
+            raise UsageError(f"prompt words {self.prompt_words} must be 1 or more")
         if self.text and self.prompts:
-            raise ValueError("both a text and ready prompts are given; give one of them")
+            raise UsageError("both a text and ready prompts are given; give one of them")
         if self.text and len(self.text) < self.prompt_words:
-            raise ValueError(
+            raise UsageError(
                 f"the text has {len(self.text)} words, fewer than one prompt of "
                 f"{self.prompt_words}; give a longer text or ask for fewer prompt words"
             )
@@ -108,19 +110,19 @@ def read_prompts(name: str) -> tuple[Prompt, ...]:
             {"prompt": TEXT} or {"messages": [{"role": ROLE, "content": TEXT}, ...]}.
 
     Raises:
-        ValueError: if the file cannot be read or holds something else.
+        UsageError: if the file cannot be read or holds something else.
     """
     path = Path(f"data/prompts/{name}.jsonl") if name in PACKAGED else Path(name)
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"prompts {path} cannot be read: {error}; name a .jsonl file, or one of "
             f"{', '.join(PACKAGED)} after running scripts/data"
         ) from error
     if not lines:
-        raise ValueError(f"prompts {path} is empty; give a line of JSON a prompt")
+        raise UsageError(f"prompts {path} is empty; give a line of JSON a prompt")
     return tuple(_parse(line, f"prompts {path}, line {n}") for n, line in enumerate(lines, 1))
 
 
@@ -139,7 +141,7 @@ def _parse(line: str, where: str) -> Prompt:
             return prompt
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(
+    raise UsageError(
         f'{where}: {line[:80]!r} is neither {{"prompt": TEXT}} nor {{"messages": [{{"role": ROLE, '
         '"content": TEXT}, ...]}'
     )
@@ -149,12 +151,12 @@ def read_words(path: Path) -> tuple[str, ...]:
     """Reads a UTF-8 text file into words.
 
     Raises:
-        ValueError: if the file cannot be read, is not UTF-8, or holds no words.
+        UsageError: if the file cannot be read, is not UTF-8, or holds no words.
     """
     try:
         words = tuple(path.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {path} cannot be read as UTF-8: {error}") from error
+        raise UsageError(f"text {path} cannot be read as UTF-8: {error}") from error
     if not words:
-        raise ValueError(f"text {path} holds no words; give a file with some")
+        raise UsageError(f"text {path} holds no words; give a file with some")
     return words

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from cast_serve.questions import Question
+from loadtest.errors import QualityError
 from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import choices
 from loadtest.quality.ask import asking
@@ -120,7 +121,7 @@ def test_the_first_failure_ends_it_and_is_named() -> None:
         num_asked += 1
         await asyncio.sleep(0)
         if body["model"] == "sparse" and "2?" in body["prompt"]:
-            raise ValueError("it burns")
+            raise QualityError("it burns")
         return echoed((body["prompt"], None), (body["prompt"][-4:], -1.0))
 
     questions = [Question(f"{n}?", ("yes", "yet"), 0) for n in range(100)]

@@ -9,10 +9,11 @@ from fastapi.responses import PlainTextResponse
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request as HTTPRequest
 
+from loadtest.errors import UnreachableError
 from loadtest.mock_server import MockVariant, create_app
 from loadtest.record import Request
 from loadtest.send.batch import Batch
-from loadtest.send.client import Client, Sent, UnreachableError
+from loadtest.send.client import Client, Sent
 from loadtest.send.workload import Prompt
 from tests.loadtest.conftest import Serve, ServeApp
 

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtest.__main__ import app
+from loadtest.errors import LaunchError
 from loadtest.record import Recorded
-from loadtest.send.launches import LaunchError, parse_variants, served
+from loadtest.send.launches import parse_variants, served
 from tests.conftest import Opened
 
 FAKE = f"""#!{sys.executable}
