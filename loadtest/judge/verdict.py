@@ -115,20 +115,15 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
     if "warmup" in why:
         checks.append(Check("warmup", 0, result["num_warmup_errors"], False, why["warmup"]))
     if result["num_requests"]:
-        rate, unequal = max(result["error_rate"].values()), result["num_unequal_lengths"]
-        is_void = result["harness"]["is_void"]
-        for name, limit, found, passed, fine in (
-            (
-                *("error_rate", guard.max_error_rate, rate, rate <= guard.max_error_rate),
-                "no request failed",
-            ),
-            ("unequal_lengths", 0, unequal, not unequal, "every answer has the length asked for"),
-            (
-                *("void", guard.allow_void, is_void, guard.allow_void or not is_void),
-                "the harness kept up",
-            ),
-        ):
-            checks.append(Check(name, limit, found, passed, why.get(name, fine)))
+        limit, rate = guard.max_error_rate, max(result["error_rate"].values())
+        text = why.get("error_rate", "no request failed")
+        checks.append(Check("error_rate", limit, rate, rate <= limit, text))
+        unequal = result["num_unequal_lengths"]
+        text = why.get("unequal_lengths", "every answer has the length asked for")
+        checks.append(Check("unequal_lengths", 0, unequal, not unequal, text))
+        is_void, allowed = result["harness"]["is_void"], guard.allow_void
+        text = why.get("void", "the harness kept up")
+        checks.append(Check("void", allowed, is_void, allowed or not is_void, text))
         checks += [*_speed(result, guard), *_agreement(result, guard), *_accuracy(result, guard)]
     return {
         "passed": all(check.passed for check in checks),
@@ -138,7 +133,7 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
 
 
 def unsound(result: Mapping[str, Any]) -> dict[str, str]:
-    """What takes meaning from the figures, by the name of its check, the most serious first."""
+    """What makes the figures mean less, by the name of its check, the most serious first."""
     found = {}
     num_requests, num_warmup_errors = result["num_requests"], result["num_warmup_errors"]
     classes = ", ".join(

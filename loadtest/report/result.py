@@ -13,10 +13,7 @@ from loadtest.report.warnings import warnings
 from loadtest.report.words import headline, rows
 
 # What result.json copies from run.json.
-KEPT = (
-    *("date", "command", "versions", "plan", "workload", "schedule", "rate_per_s", "timeout_s"),
-    *("harness", "is_aa", "served"),
-)
+KEPT = "date command versions plan workload schedule rate_per_s timeout_s harness is_aa served"
 # Records of 2026-11-25 and before do not have these.
 LATER = ("machine", "models", "directories", "quality_source")
 
@@ -35,7 +32,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         "output_tokens_per_request": plan["output_tokens"],
         "block_order": [block.variant for block in recorded.blocks],
         **{key: about["workload"].get(key) for key in ("prompt_words", "seed", "run_number")},
-        **{key: about[key] for key in KEPT},
+        **{key: about[key] for key in KEPT.split()},
         **{key: about.get(key) for key in LATER},
         "is_complete": recorded.is_complete,
         **summarise(recorded, speedups(recorded)),
