@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
