@@ -19,7 +19,7 @@ def test_names_of_peers() -> None:
 
 
 def test_wrong_names_are_refused() -> None:
-    with pytest.raises(PeerError, match="'q5' is no type of peer; choose from q4_1, q4_0"):
+    with pytest.raises(PeerError, match="'q5' is not a type of peer; choose from q4_1, q4_0"):
         names.parse("q5:native")
     for name in ("q8_0:fa", "q8_0:", "q8_0:native+"):
         with pytest.raises(PeerError, match=re.escape(f"{name!r} is not known; write TYPE")):
