@@ -1,6 +1,4 @@
-"""A compressed directory -> a transformers model whose 2:4 linears run the kernels, for Python.
-
-Linears of N:64 are decompressed and multiplied densely.
+"""A compressed directory -> a transformers model whose sparse linears run the kernels, for Python.
 
     from cast_serve.model import load
 
@@ -11,7 +9,6 @@ Everything else in it is the ordinary model, so `generate`, pipelines and evalua
 it. It is for inference: the packed weights have no gradient. vLLM serves faster.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,10 @@ from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear, check_scale
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import TWO_FOUR
-from cast_serve.sparsity.quantize import rounded
 
 
-class Linear24(nn.Module):
-    """A linear with a packed 2:4 weight; integer values round x as they do in vLLM.
+class SparseLinear(nn.Module):
+    """A linear with a packed sparse weight; integer values round x as they do in vLLM.
 
     Args:
         linear: the weight as it is stored.
@@ -45,10 +41,11 @@ class Linear24(nn.Module):
         kernels.load()
         self.in_features, self.out_features = linear.in_features, linear.values.shape[0]
         self.dtype = dtype
-        self.scale_group = linear.scale_group
+        self.scale_group, self.pattern = linear.scale_group, linear.pattern
+        self.kept = None if linear.pattern == TWO_FOUR else linear.pattern.n
         scale = linear.scale
         values = linear.values.to(dtype) if scale is None else linear.values
-        packed = kernels.pack_sparse(values, linear.bitmask, scale, self.scale_group)
+        packed = kernels.pack_sparse(values, linear.bitmask, scale, self.scale_group, self.kept)
         self.register_buffer("packed", packed)
         has_row_scales = scale is not None and self.scale_group is None  # else packed too
         # Not a buffer: `model.to(dtype)` would round it, and the kernel takes fp32.
@@ -64,17 +61,23 @@ class Linear24(nn.Module):
         is_integer = self.scale is not None or self.scale_group is not None
         if not is_integer and x.dtype != self.dtype:  # the packed bytes hold that dtype's bits
             raise ValueError(
-                f"2:4 weights packed in {self.dtype} cannot multiply {x.dtype}: give "
+                f"sparse weights packed in {self.dtype} cannot multiply {x.dtype}: give "
                 f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
             )
-        scale, group = self.scale, self.scale_group
         return kernels.multiply(
-            x, self.packed, self.out_features, self.bias, scale=scale, scale_group=group
+            x,
+            self.packed,
+            self.out_features,
+            self.bias,
+            scale=self.scale,
+            scale_group=self.scale_group,
+            kept=self.kept,
         )
 
     def extra_repr(self) -> str:
-        kind = "2:4" if self.scale is None else "2:4 int8"
-        kind = kind if self.scale_group is None else f"2:4 int4, scale_group={self.scale_group}"
+        kind = str(self.pattern) if self.scale is None else f"{self.pattern} int8"
+        if self.scale_group is not None:
+            kind = f"{self.pattern} int4, scale_group={self.scale_group}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 
@@ -97,7 +100,7 @@ class Int8Head(nn.Module):
         super().__init__()
         self.out_features = values.shape[0]
         self.register_buffer("packed", kernels.pack_dense(values))
-        self.scale = _row_scales(scale)  # no buffer, as in `Linear24`
+        self.scale = _row_scales(scale)  # not a buffer, as in `SparseLinear`
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,9 +116,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         dtype: bf16, fp16 or fp32; None: what its config.json says.
 
     Returns:
-        the transformers model of its architecture. Its 2:4 linears are `Linear24`, those of N:64
-        stay dense and round x where their values are integers, as if served; an int8 head is
-        `Int8Head`.
+        the transformers model of its architecture. Its sparse linears are `SparseLinear`, an
+        int8 head is `Int8Head`.
 
     Raises:
         CheckpointError: if it is not compressed, damaged, or of another program and not converted;
@@ -131,24 +133,18 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
     kernels.load(tune=True)
     dtype = dtype or source.model_dtype
     model = empty_model(source.path, dtype).eval().requires_grad_(False)
-    replaced: set[str] = set()
-    decompressed: dict[str, Tensor] = {}
     for name in source.targets:
         linear = CompressedLinear.from_parts(name, source.parts(name), source.pattern_of(name))
-        if linear.pattern != TWO_FOUR:
-            decompressed[f"{name}.weight"] = _decompressed(linear, model.get_submodule(name), dtype)
-            continue
         bias = source.get(f"{name}.bias") if f"{name}.bias" in source.files else None
-        model.set_submodule(name, Linear24(linear, bias, dtype))
-        replaced.add(name)
+        model.set_submodule(name, SparseLinear(linear, bias, dtype))
+    replaced = set(source.targets)
     if source.head_dtype:
         parts = source.parts(str(source.head))
         values = parts["weight"]
         scale = check_scale(str(source.head), parts.get("weight_scale"), values.shape[0])
         model.set_submodule(str(source.head), Int8Head(values, scale, parts.get("bias"), dtype))
         replaced.add(str(source.head))
-    state = {key: source.get(key) for key in source.files if _is_plain(key, replaced, decompressed)}
-    state |= decompressed
+    state = {key: source.get(key) for key in source.files if key.rpartition(".")[0] not in replaced}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if not source.head_dtype:
         model.tie_weights()
@@ -161,20 +157,6 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
             f"{directory} lacks {sorted(lacking)} or holds unknown {sorted(unexpected)}"
         )
     return model
-
-
-def _decompressed(linear: CompressedLinear, module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight as its module stores it, which rounds x where the values are integers."""
-    weight = linear.dense(dtype)
-    if linear.scale is not None:
-        module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
-    return weight if isinstance(module, nn.Linear) else weight.T  # GPT-2's Conv1D
-
-
-def _is_plain(key: str, replaced: set[str], decompressed: Mapping[str, Tensor]) -> bool:
-    """Whether a stored tensor is the model's own."""
-    name, _, part = key.rpartition(".")
-    return name not in replaced and (part == "bias" or f"{name}.weight" not in decompressed)
 
 
 def _row_scales(scale: Tensor) -> Tensor:

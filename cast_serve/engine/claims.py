@@ -6,7 +6,8 @@ Apart from config.py, since it must be known also where that cannot be imported.
 from typing import Any
 
 METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
-FORMATS = ("sparse-24-bitmask", "sparse-64-bitmask")  # 2:4; N:64, which config.py refuses
+WIDE_FORMAT = "sparse-64-bitmask"  # of N:64
+FORMATS = ("sparse-24-bitmask", WIDE_FORMAT)
 
 
 def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:

@@ -1,15 +1,18 @@
-"""A checkpoint's ``quantization_config`` -> which of its layers run 2:4-sparse in vLLM.
+"""A checkpoint's ``quantization_config`` -> which of its layers run sparse in vLLM.
 
 The plugin claims compressed-tensors checkpoints
-    with a sparsity_config of the format ``sparse-24-bitmask``;
+    with a sparsity_config of the format ``sparse-24-bitmask`` or, on a CPU, ``sparse-64-bitmask``;
     with one of the format ``dense``, which vLLM 0.32 itself refuses (its #51188);
     without one, if ``--quantization cast_sparse24`` asks for it: config.json does not say that
         they are 2:4, so `cast-serve worker` looks at the values and asks.
-Served as they are: 2:4 weights as bitmasks in the model's dtype or in 4 bits, and int8 or float8
+Served as they are: sparse weights as bitmasks in the model's dtype or in 4 bits, and int8 or float8
 (e4m3) weights as bitmasks or with their zeros.
 """
 
 import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +28,9 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
-from cast_serve.engine.claims import FORMATS, METHOD, claims
+from cast_serve.engine.claims import FORMATS, METHOD, WIDE_FORMAT, claims
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import Sparse24LinearMethod, Stored
 from cast_serve.engine.report import kernel_of
@@ -61,13 +65,15 @@ SERVED: dict[str, dict[str, dict[str, Any]]] = {
 
 @register_quantization_config(METHOD)
 class Sparse24Config(QuantizationConfig):
-    """vLLM's configuration of a 2:4-sparse checkpoint.
+    """vLLM's configuration of a sparse checkpoint.
 
     Args:
-        ignore: module names, or regular expressions after ``re:``, that are not 2:4.
-        stored: how the 2:4 weights are stored.
+        ignore: module names, or regular expressions after ``re:``, that are not sparse.
+        stored: how the sparse weights are stored.
         unquantized: names, as in ignore, that stay in the model's dtype all the same.
-        head: how the output layer is stored, if it is quantised; None: as the 2:4 weights.
+        head: how the output layer is stored, if it is quantised; None: as the sparse weights.
+        kept_of_64: N by name, of the linears of an N:64 checkpoint whose N is another than
+            `stored`'s.
     """
 
     def __init__(
@@ -76,8 +82,10 @@ class Sparse24Config(QuantizationConfig):
         stored: Stored = Stored(),  # noqa: B008, frozen
         unquantized: list[str] | None = None,
         head: Stored | None = None,
+        kept_of_64: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.kept_of_64 = kept_of_64 or {}
         self.ignore = ignore
         self.stored = stored
         self.head = head or stored
@@ -97,8 +105,8 @@ class Sparse24Config(QuantizationConfig):
         """Reads config.json's ``quantization_config``.
 
         Raises:
-            UsageError: if the checkpoint is quantised in a form that is not served, or not 2:4, or
-                targets other layers than linears.
+            UsageError: if the checkpoint is quantised in a form that is not served, or neither 2:4
+                nor N:64, or N:64 on a GPU, or targets other layers than linears.
         """
         sparsity = config.get("sparsity_config") or {}
         has_zeros = sparsity.get("format") not in FORMATS
@@ -112,21 +120,18 @@ class Sparse24Config(QuantizationConfig):
         if has_zeros:
             stored = _stored(form, scheme, has_zeros)
             return cls(unquantized, stored, unquantized)
-        if sparsity.get("sparsity_structure") != "2:4" or sparsity.get("targets") != ["Linear"]:
-            raise UsageError(
-                f"sparsity_structure {sparsity.get('sparsity_structure')!r} with targets "
-                f"{sparsity.get('targets')} is not served; 2:4 on ['Linear'] is needed, or the "
-                "dense twin: cast-serve convert SRC OUT --dense-twin DIR"
-            )
+        kept = _kept(sparsity)
+        kept_of_64 = sparsity.get("kept_of_64")
         ignore = list(sparsity.get("ignore") or [])
         if form == "dense" and not scheme:
-            return cls([*ignore, *unquantized])
+            return cls([*ignore, *unquantized], Stored(kept=kept), kept_of_64=kept_of_64)
         head = None
         if form == INT4:  # in a group of its own
             heads = {name: g for name, g in scheme.items() if g.get("targets") != ["Linear"]}
             scheme = {name: g for name, g in scheme.items() if name not in heads}
             head = _stored("int-quantized", heads, has_zeros) if heads else None
-        return cls(ignore, _stored(form, scheme, has_zeros), unquantized, head)
+        stored = replace(_stored(form, scheme, has_zeros), kept=kept)
+        return cls(ignore, stored, unquantized, head, kept_of_64)
 
     def get_name(self) -> str:
         return METHOD
@@ -150,7 +155,8 @@ class Sparse24Config(QuantizationConfig):
         """
         prefix = prefix.removeprefix(".")  # GPT-2's head is ".lm_head" to vLLM
         stored = self.head if isinstance(layer, ParallelLMHead) else self.stored
-        stored = Stored() if self._is_in(self.unquantized, prefix) else stored
+        if self._is_in(self.unquantized, prefix):
+            stored = Stored(kept=stored.kept)
         if isinstance(layer, ParallelLMHead):
             if stored.dtype and stored not in HEADS:
                 raise UsageError(
@@ -162,6 +168,7 @@ class Sparse24Config(QuantizationConfig):
             return None
         if not self._is_in(self.ignore, prefix):
             self._num_unpacked += 1
+            stored = replace(stored, kept=self._kept(prefix))
             return Sparse24LinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise UsageError(
@@ -175,13 +182,55 @@ class Sparse24Config(QuantizationConfig):
         self._num_linears += layer.cast_num_linears
         if self._num_unpacked == 0:
             op, runs_on = kernel_of(layer)
-            logger.info("2:4 is active: %d linears run %s on %s", self._num_linears, op, runs_on)
+            pattern = "2:4" if self.stored.kept is None else "N:64"
+            logger.info(
+                "%s is active: %d linears run %s on %s", pattern, self._num_linears, op, runs_on
+            )
             if not layer.packed.is_cuda:
-                logger.info("the 2:4 kernels come from %s", build.build())
+                logger.info("the sparse kernels come from %s", build.build())
+
+    def _kept(self, prefix: str) -> int | None:
+        """Of 64 columns, of a linear of vLLM; None: 2:4.
+
+        Raises:
+            UsageError: if it is made of linears that keep different numbers.
+        """
+        parent, dot, last = prefix.rpartition(".")
+        names = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        found = {self.kept_of_64.get(name, self.stored.kept) for name in names}
+        if len(found) > 1:
+            raise UsageError(
+                f"{', '.join(names)} keep {sorted(map(str, found))} of 64 weights, but vLLM makes "
+                "one linear of them: convert a model that keeps as many in each"
+            )
+        return found.pop()
 
     def _is_in(self, names: list[str], prefix: str) -> bool:
         mapping = self.packed_modules_mapping
         return bool(should_ignore_layer(prefix, ignore=names, fused_mapping=mapping))
+
+
+def _kept(sparsity: Mapping[str, Any]) -> int | None:
+    """Of 64 columns, of a ``sparsity_config`` with bitmasks; None: 2:4.
+
+    Raises:
+        UsageError: if it is not served here.
+    """
+    structure, targets = sparsity.get("sparsity_structure"), sparsity.get("targets")
+    kept = re.fullmatch(r"([1-9]|[1-5]\d|6[0-3]):64", str(structure))
+    is_wide = sparsity.get("format") == WIDE_FORMAT
+    if targets != ["Linear"] or (kept is None if is_wide else structure != "2:4"):
+        raise UsageError(
+            f"the format {sparsity.get('format')} with sparsity_structure {structure!r} and "
+            f"targets {targets} is not served; {'N:64' if is_wide else '2:4'} on ['Linear'] is "
+            "needed"
+        )
+    if kept is not None and not current_platform.is_cpu():
+        raise UsageError(
+            f"the checkpoint keeps {structure} weights, which only CPUs multiply here; GPUs take "
+            "2:4: serve the dense twin there (cast-serve convert SRC OUT --dense-twin DIR)"
+        )
+    return None if kept is None else int(kept[1])
 
 
 def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:

@@ -55,7 +55,7 @@ _REPORT = (
     Used(_LINEAR, "LinearBase", sets=("input_size", "output_size", "params_dtype")),
     Used(_HEAD, "ParallelLMHead"),
 )
-# Of config, linear, head, packing and report: what runs in vLLM with a 2:4 model.
+# Of config, linear, head, packing and report: what runs in vLLM with a sparse model.
 PLUGIN = (
     *_REPORT,
     Used(_QUANTIZATION, "register_quantization_config", given=(1,)),
@@ -92,6 +92,8 @@ PLUGIN = (
     ),
     Used(_PARAMETER, "ChannelQuantScaleParameter", given=("data", "output_dim", "weight_loader")),
     Used(_PARAMETER, "PerTensorScaleParameter", given=("data", "weight_loader")),
+    Used("vllm.platforms", "current_platform.is_cpu", given=()),
+    Used("vllm.platforms", "current_platform"),
 )
 # Of worker, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
 SERVER = (

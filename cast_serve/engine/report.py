@@ -3,7 +3,7 @@
 `check_reports` joins the reports of all ranks and refuses a model that is not wholly sparse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ def report(model: nn.Module) -> dict[str, Any]:
         num_dense_layers (a merged qkv counts three, however it is stored),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
         in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
-        settings, or the GPU's architecture) and head (``int8``, else ""); kernel
-        and isa are None if no layer is sparse.
+        settings, or the GPU's architecture), pattern and head (``int8``, else ""); kernel, isa
+        and pattern are None if no layer is sparse. Where linears keep different numbers of 64, the
+        pattern is of all of them: 28-40:64.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
     runs_on = kernel = None
+    patterns: set[tuple[int, int]] = set()
     head = ""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "packed"):
@@ -42,6 +44,7 @@ def report(model: nn.Module) -> dict[str, Any]:
             if hasattr(module, "scale"):
                 weight_bytes += module.scale.nbytes
             kernel, runs_on = kernel_of(module)
+            patterns.add((2, 4) if module.cast_kept is None else (module.cast_kept, 64))
             itemsize = module.params_dtype.itemsize
             dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
         else:
@@ -56,6 +59,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         "dense_weight_bytes": dense_weight_bytes,
         "kernel": kernel,
         "isa": runs_on,
+        "pattern": _pattern(patterns),
         "head": head,
     }
 
@@ -87,9 +91,9 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
                 for stage in stages
             )
             raise FailedError(
-                f"{expected} layers are 2:4 on disk, but at tensor-parallel rank {tensor_rank} the "
-                f"sparse kernel runs {found}; is cast-serve installed in vLLM's environment and "
-                "its plugin not switched off by VLLM_PLUGINS?"
+                f"{expected} layers are sparse on disk, but at tensor-parallel rank {tensor_rank} "
+                f"the sparse kernel runs {found}; is cast-serve installed in vLLM's environment "
+                "and its plugin not switched off by VLLM_PLUGINS?"
             )
     return {
         "num_sparse_layers": _sum(shares[0], "num_sparse_layers"),
@@ -98,6 +102,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
         "dense_weight_bytes": _sum(reports, "dense_weight_bytes"),
         "kernel": next((report["kernel"] for report in reports if report["kernel"]), None),
         "isa": next((report["isa"] for report in reports if report["isa"]), None),
+        "pattern": next((report["pattern"] for report in reports if report["pattern"]), None),
         "head": next((report["head"] for report in reports if report["head"]), ""),
     }
 
@@ -118,6 +123,13 @@ def kernel_of(layer: nn.Module) -> tuple[str, str]:
         return op, tuning.description()
     card = dispatch.properties(packed.device.index)
     return op, f"sm_{card.major}{card.minor}"
+
+
+def _pattern(patterns: Collection[tuple[int, int]]) -> str | None:
+    if not patterns:
+        return None
+    (least, m), (most, _) = min(patterns), max(patterns)
+    return f"{least}:{m}" if least == most else f"{least}-{most}:{m}"
 
 
 def _dense_bytes(module: LinearBase) -> int:

@@ -114,7 +114,7 @@ def run(
         )
     if expected and "--enable-lora" in vllm_flags:
         raise UsageError(
-            f"--enable-lora: vLLM puts no LoRA on the 2:4 linears of {model}; serve it dense"
+            f"--enable-lora: vLLM puts no LoRA on the sparse linears of {model}; serve it dense"
         )
     _end_with_parent()
     if cores is not None:
@@ -131,8 +131,8 @@ def run(
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of what vLLM compiles in eager mode too
         vllm_flags = ["--enforce-eager", *vllm_flags]
     # This imports vllm, which reads the environment.
-    if expected and (why := refusal("cast-serve's 2:4 plugin", PLUGIN)):
-        raise UsageError(f"{model} is 2:4-sparse and cannot be served: {why}")
+    if expected and (why := refusal("cast-serve's plugin", PLUGIN)):
+        raise UsageError(f"{model} is sparse and cannot be served: {why}")
     if why := refusal("this worker", SERVER):
         raise UsageError(f"{why}, or serve with vLLM's own `vllm serve {model}`")
     quantization = METHOD if has_zeros else None
@@ -376,10 +376,9 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
     """Puts the report into this process's Prometheus registry, which vLLM's /metrics shows."""
     from prometheus_client import Gauge
 
-    is_sparse = report["num_sparse_layers"] > 0
     labels = {
         "variant": name,
-        "pattern": "2:4" if is_sparse else "dense",
+        "pattern": report["pattern"] or "dense",
         "kernel": report["kernel"] or "vllm",
         "isa": report["isa"] or "",
         "dtype": dtype,

@@ -55,8 +55,8 @@ def pack_sparse(
     """A compressed weight of any kind -> what `multiply` multiplies.
 
     Args:
-        values: kept weights, [out_features, in_features / 2] or [.., in_features * kept / 64], bf16,
-            fp16, fp32 or int8.
+        values: kept weights, [out_features, in_features / 2] or [.., in_features * kept / 64],
+            bf16, fp16, fp32 or int8.
         bitmask: uint8 [out_features, ceil(in_features / 8)].
         scale: of 4 bits, [out_features, num_groups]; packed too.
         scale_group: of 4 bits, the columns that share a scale; else None.

@@ -16,7 +16,7 @@ from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.model import Int8Head, Linear24, load
+from cast_serve.model import Int8Head, SparseLinear, load
 from cast_serve.sparsity.quantize import dequantize, rounded
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
@@ -47,7 +47,7 @@ def assert_products_are_those_of_the_twin(folder: Path, twin: PreTrainedModel) -
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Linear24 | Int8Head):
+        if isinstance(module, SparseLinear | Int8Head):
             module.register_forward_hook(remember(name))
     model(TOKENS)
     assert products.keys() == {*source.targets, *([source.head] if source.head_dtype else [])}
@@ -84,7 +84,7 @@ def test_logits_are_those_of_the_dense_twin(make: Make, save_gated: Save, tmp_pa
     convert(save_gated(make()), tmp_path / "out", tmp_path / "twin")
     model = load(tmp_path / "out", torch.float32)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
-    linears = [module for module in model.modules() if isinstance(module, Linear24)]
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert len(linears) >= 4
     torch.testing.assert_close(model(TOKENS).logits, twin(TOKENS).logits, rtol=1e-5, atol=1e-5)
     words = {"max_new_tokens": 8, "do_sample": False}
@@ -136,7 +136,7 @@ def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) ->
         quantization=Quantization("int4", scale_group=scale_group),
     )
     model = load(tmp_path / "out")
-    linears = [module for module in model.modules() if isinstance(module, Linear24)]
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert {linear.scale_group for linear in linears} <= {128, scale_group}
     assert "int4" in repr(linears[0])
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)

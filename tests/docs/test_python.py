@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.model import Linear24
+from cast_serve.model import SparseLinear
 from cast_train.checkpoint.models import kind_of
 from tests.cast_serve.gateway import fake_worker
 from tests.cast_serve.gateway.stack import wait_until
@@ -62,7 +62,7 @@ def test_train_convert_load_evaluate(
     assert kinds == {"gated": "gated", "wanda": "pruned", **compressed}
     assert names["record"]["steps"] == 20
     assert (names["in_bf16"]["bits_per_weight"], inspect(work / "int8")["quantized"]) == (9, "int8")
-    assert sum(isinstance(module, Linear24) for module in names["model"].modules()) == 14
+    assert sum(isinstance(module, SparseLinear) for module in names["model"].modules()) == 14
     figures = names["figures"]
     assert figures["nats_above_reference"] < 0 < figures["kl_nats_per_token"]
     assert figures["perplexity"] > 1

@@ -20,7 +20,7 @@ from cast_serve.checkpoint.inspect import count_sparse, inspect
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.model import Linear24, load
+from cast_serve.model import SparseLinear, load
 from cast_serve.sparsity.pattern import PatternError
 from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 from tests.cast_serve.checkpoint.test_convert import all_tensors, edit_json
@@ -112,7 +112,7 @@ def test_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
     """The twin's activations are not rounded, so with integers the two are close and not equal."""
     convert(FIXTURES / name, tmp_path / "out", tmp_path / "twin")
     model = load(tmp_path / "out", torch.float32)
-    assert sum(isinstance(module, Linear24) for module in model.modules()) == 7
+    assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 7
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     with torch.no_grad():
         found, wanted = model(TOKENS).logits, twin(TOKENS).logits

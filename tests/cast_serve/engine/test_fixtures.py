@@ -150,8 +150,13 @@ def weight_of(folder: Path, name: str) -> Tensor:
     directory = ModelDirectory(folder)
     parent, _, last = name.rpartition(".")
     linears = [f"{parent}.{part}" for part in MERGED.get(last, (last,))]
-    form = eight_bits if directory.kind == "quantised" else bitmask
-    parts = (form.read(linear, directory.parts(linear), torch.float32) for linear in linears)
+    if directory.kind == "quantised":
+        parts = (eight_bits.read(each, directory.parts(each), torch.float32) for each in linears)
+    else:
+        parts = (
+            bitmask.read(each, directory.parts(each), torch.float32, directory.pattern_of(each))
+            for each in linears
+        )
     return torch.cat([linear.dense(torch.float32).float() for linear in parts])
 
 

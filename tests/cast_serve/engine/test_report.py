@@ -19,6 +19,7 @@ WHOLE = {
     "dense_weight_bytes": 16,
     "kernel": "cast::linear24",
     "isa": "avx2",
+    "pattern": "2:4",
     "head": "",
 }
 """What is reported of a whole model on one rank."""
@@ -68,6 +69,6 @@ def test_a_silent_dense_fallback_is_refused_on_any_rank(
         for place in places
     ]
     stage, share = dense
-    message = rf"210 layers are 2:4 .* rank {share} .* runs .*\b0 at pipeline rank {stage}\b"
+    message = rf"210 layers are sparse .* rank {share} .* runs .*\b0 at pipeline rank {stage}\b"
     with pytest.raises(RuntimeError, match=message):
         check_reports(reports, 210)
