@@ -88,7 +88,7 @@ class Sparse24Config(QuantizationConfig):
         self.kept_of_64 = kept_of_64 or {}
         self.ignore = ignore
         self.stored = stored
-        self.head = head or stored
+        self.head = replace(head or stored, kept=None)
         self.unquantized = unquantized or []
         self._num_unpacked = 0  # linears of vLLM, made and not loaded yet
         self._num_linears = 0  # as on disk, so a qkv that vLLM merged counts three

@@ -81,7 +81,9 @@ def test_a_worker_on_another_server_is_refused(
     monkeypatch.setattr(worker, "count_sparse", lambda model: (0, False))
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
     monkeypatch.setattr(worker, "SERVER", (Used("vllm.nowhere", "main"),))
-    monkeypatch.setattr(worker, "PLUGIN", (Used("vllm.nowhere", "Linear"),))  # of sparse models alone
+    monkeypatch.setattr(
+        worker, "PLUGIN", (Used("vllm.nowhere", "Linear"),)
+    )  # of sparse models alone
     with pytest.raises(ValueError, match=r"^this worker .*nowhere\.main is missing .*vllm serve"):
         worker.run(tmp_path, "dense")
 
@@ -93,9 +95,7 @@ def test_a_sparse_directory_is_refused_before_vllm_starts(
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
     monkeypatch.setattr(interfaces, "PLUGIN", (Used("vllm.nowhere", "Linear"),))
     monkeypatch.setattr(worker, "PLUGIN", interfaces.PLUGIN, raising=False)
-    with pytest.raises(
-        ValueError, match=r"sparse is sparse and cannot be served: .*"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"sparse is sparse and cannot be served: .*") as caught:
         worker.run(tmp_path / "sparse", "sparse")
     text = str(caught.value)
     assert f"cast-serve's plugin was written for vLLM {interfaces.TESTED}; " in text
