@@ -30,6 +30,7 @@ from cast_train.pruning.scores import wanda_scores
 # Of all readers together; with few rows the order fits those only (benchmarks/log.md).
 MAX_ROWS = 8192
 ROUNDS = 128  # more gain little, also where there are more groups (benchmarks/log.md)
+MOST_IN_GROUP = 8  # the search's time grows with M: a minute at 2:4, an hour at 16:32
 MAX_DIFFERENCE = 1e-3  # of logits, relative to the largest, before and after; fp32 rounds at 1e-6
 
 
@@ -59,8 +60,13 @@ def permute(
     Raises:
         ValueError: if the model has another layout (it is unchanged then), or if it computes
             something else afterwards (it is not usable then).
-        PatternError: if its channels make no whole groups.
+        PatternError: if its channels make no whole groups, or groups of more than MOST_IN_GROUP.
     """
+    if pattern.m > MOST_IN_GROUP:
+        raise PatternError(
+            f"{pattern} has groups of {pattern.m} channels, for which a search would take an hour "
+            f"or more; an order is searched for groups of up to {MOST_IN_GROUP}"
+        )
     layers = layers_of(model)
     _check_sizes(layers[0], pattern)
     targets, _ = find_targets(model, pattern, include, exclude)

@@ -95,6 +95,11 @@ def test_channels_without_whole_groups_are_refused(llama_dir):
         permute.permute(load_dense(llama_dir, torch.float32), TOKENS, Pattern(2, 5))
 
 
+def test_wide_groups_are_not_searched(llama_dir):
+    with pytest.raises(PatternError, match=r"16:32 has groups of 32 channels.*up to 8"):
+        permute.permute(load_dense(llama_dir, torch.float32), TOKENS, Pattern(16, 32))
+
+
 def test_a_model_that_computes_something_else_is_refused(
     llama_dir, text_file, tmp_path, monkeypatch
 ):
