@@ -145,7 +145,7 @@ def worker_command(replica: Replica) -> list[str]:
 
 
 def start_worker(replica: Replica) -> None:
-    """Starts a local replica's process; returns at once, `watch_replica` tells when it answers.
+    """Starts a local replica's process; returns at once, `Watch` tells when it answers.
 
     To be called in the thread that lives longest: the worker ends with the thread that starts it.
     """

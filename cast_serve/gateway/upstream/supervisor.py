@@ -11,12 +11,10 @@ An error in here ends neither the watch over the other replicas nor that over th
 
 import asyncio
 import logging
-import subprocess
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from cast_serve.errors import VariantError
@@ -107,8 +105,8 @@ class Supervisor:
 
     def begin(self, replica: Replica) -> asyncio.Task[None]:
         """Watches one more, whose failure only its task raises until it is adopted."""
-        watch = watch_replica(replica, self._client, self._settings, self._on_change)
-        self._tasks[replica] = task = asyncio.create_task(watch)
+        watch = Watch(replica, self._client, self._settings, self._on_change)
+        self._tasks[replica] = task = asyncio.create_task(watch.run())
         return task
 
     def adopt(self, replica: Replica) -> None:
@@ -122,214 +120,209 @@ class Supervisor:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def watch_replica(
-    replica: Replica,
-    client: Client,
-    settings: WatchSettings,
-    on_change: Callable[[Replica], None],
-) -> None:
-    """Keeps ``is_up`` current, and a local worker running, until cancelled.
+@dataclass(eq=False)
+class Watch:
+    """Keeps ``is_up`` of one replica current, and a local worker running.
 
-    Args:
+    Attributes:
         replica: if local, started.
-        client: for health checks, canaries and the worker's limits.
-        settings: how closely to watch.
         on_change: called at first, and when ``is_up`` or ``num_restarts`` changed.
-
-    Raises:
-        VariantError: if a local worker ends or times out before it ever was up, or
-            `MAX_FAILED_STARTS` times in a row after that.
     """
-    told: tuple[bool, int] | None = None
 
-    def tell() -> None:
-        nonlocal told
-        if told != (replica.is_up, replica.num_restarts):
-            told = replica.is_up, replica.num_restarts
-            on_change(replica)
+    replica: Replica
+    client: Client
+    settings: WatchSettings
+    on_change: Callable[[Replica], None]
+    _told: tuple[bool, int] | None = None
 
-    has_been_up = False
-    num_failed_starts = 0
-    backoff_s = FIRST_BACKOFF_S
-    while True:
-        replica.came_up_s = None
-        try:
-            if replica.model is not None and replica.process is None:
-                start_worker(replica)
-                replica.num_restarts += 1
-            failure = await _watch_until_failure(replica, client, settings, tell)
-        except OSError as error:  # no memory for a process, no room for its log
-            failure = f"could not be started: {error}"
-        replica.is_up = False
-        tell()
-        if replica.model is None:
-            logger.warning("%s: %s; down until it answers a completion", replica, failure)
-            await _begin_again_on_error(
-                partial(_wait_for_progress, replica, client, settings), replica
-            )
-            continue
-        if replica.came_up_s is None:
-            num_failed_starts += 1
-        else:
-            has_been_up = True
-            num_failed_starts = 0
-            if time.monotonic() - replica.came_up_s >= STEADY_S:
-                backoff_s = FIRST_BACKOFF_S
-        if not has_been_up or num_failed_starts == MAX_FAILED_STARTS:
-            times = f" ({num_failed_starts} starts in a row failed)" if has_been_up else ""
-            lines = "\n".join(log_tail(replica, 30))
-            raise VariantError(f"variant {replica} {failure}{times}; its log says:\n{lines}")
-        lines = " | ".join(log_tail(replica, 3))
-        logger.warning("%s: %s; restart in %.3g s; its log: %s", replica, failure, backoff_s, lines)
-        if replica.process is not None:
-            await kill_worker(replica)
-        await asyncio.sleep(backoff_s)
-        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+    async def run(self) -> None:
+        """Watches until cancelled.
 
-
-async def _watch_until_failure(
-    replica: Replica, client: Client, settings: WatchSettings, tell: Callable[[], None]
-) -> str:
-    """Watches until the replica's process ended or must be ended; returns why, in words."""
-    watchers: list[Callable[[], Coroutine[Any, Any, str]]] = [
-        partial(_follow_health, replica, client, settings, tell),
-        partial(_follow_progress, replica, client, settings),
-    ]
-    if replica.process is not None:
-        watchers.append(partial(_wait_for_exit, replica.process))
-    tasks = [asyncio.create_task(_begin_again_on_error(watcher, replica)) for watcher in watchers]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return done.pop().result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _begin_again_on_error(
-    watch: Callable[[], Coroutine[Any, Any, str]], replica: Replica
-) -> str:
-    """Restarts a watch that failed itself: a bug of ours must not end a worker."""
-    while True:
-        try:
-            return await watch()
-        except Exception:
-            logger.exception("%s: watching it failed; retry in %.3g s", replica, CANARY_INTERVAL_S)
-        await asyncio.sleep(CANARY_INTERVAL_S)
-
-
-async def _wait_for_exit(process: subprocess.Popen[bytes]) -> str:
-    while process.poll() is None:
-        await asyncio.sleep(EXIT_POLL_S)
-    return f"ended with {process.returncode}"
-
-
-async def _follow_health(
-    replica: Replica, client: Client, settings: WatchSettings, tell: Callable[[], None]
-) -> str:
-    """Marks the replica up and down by its /health and, where that is not enough, a canary."""
-    must_answer = True
-    read_s = 0.0
-    while True:
-        tell()  # what `note_failure` changed
-        must_answer = must_answer or replica.is_doubted.is_set()
-        replica.is_doubted.clear()
-        looked_s = time.monotonic()
-        is_healthy = await probes.is_healthy(client, replica.url)
-        if is_healthy and not replica.is_up:
-            limits = await probes.read_limits(client, replica.url, replica.variant)
-            is_healthy = limits is not None
-            replica.limits = limits or Limits()
-            read_s = looked_s
-        if is_healthy and must_answer:
-            canary = await _first_canary(replica, client, settings)
-            if canary in probes.NOT_FOR_US:
-                unknown = UNKNOWN.format(replica.variant)
-                note_refusal(replica, LOCKED if canary is Canary.LOCKED else unknown)
-                replica.is_doubted.clear()  # the next look will do
-            elif canary is Canary.ANSWERED:
-                replica.refusal = ""
-            # Busy, or it hangs, which `_follow_progress` finds out.
-            is_busy = canary is Canary.SILENT and replica.is_up
-            must_answer = not (canary is Canary.ANSWERED or is_busy)
-            is_healthy = not must_answer
-        now_s = time.monotonic()
-        if replica.is_up and not is_healthy:
-            logger.warning("%s: does not answer", replica)
+        Raises:
+            VariantError: if a local worker ends or times out before it ever was up, or
+                `MAX_FAILED_STARTS` times in a row after that.
+        """
+        replica = self.replica
+        has_been_up = False
+        num_failed_starts = 0
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            replica.came_up_s = None
+            try:
+                if replica.model is not None and replica.process is None:
+                    start_worker(replica)
+                    replica.num_restarts += 1
+                failure = await self._until_failure()
+            except OSError as error:  # no memory for a process, no room for its log
+                failure = f"could not be started: {error}"
             replica.is_up = False
-        elif is_healthy and not replica.is_up and replica.failed_s < looked_s:
-            replica.is_up = True
+            self._tell()
+            if replica.model is None:
+                logger.warning("%s: %s; down until it answers a completion", replica, failure)
+                await self._retried(self._wait_for_progress)
+                continue
             if replica.came_up_s is None:
-                replica.came_up_s = now_s
-                logger.info("%s: ready after %.0f s", replica, now_s - replica.started_s)
+                num_failed_starts += 1
             else:
-                logger.info("%s: answers again", replica)
-        elif replica.model is None and replica.is_up and now_s - read_s > LIMITS_INTERVAL_S:
-            read_s = now_s  # another server may stand behind the URL by now
-            limits = await probes.read_limits(client, replica.url, replica.variant)
-            replica.limits = limits or replica.limits
-        elif (
-            replica.process is not None
-            and replica.came_up_s is None
-            and now_s - replica.started_s > settings.startup_timeout_s
-        ):
-            reason = f", {replica.refusal}" if replica.refusal else ""
-            return (
-                f"did not answer within {settings.startup_timeout_s:.0f} s "
-                f"(CAST_STARTUP_TIMEOUT_S){reason}"
+                has_been_up = True
+                num_failed_starts = 0
+                if time.monotonic() - replica.came_up_s >= STEADY_S:
+                    backoff_s = FIRST_BACKOFF_S
+            if not has_been_up or num_failed_starts == MAX_FAILED_STARTS:
+                times = f" ({num_failed_starts} starts in a row failed)" if has_been_up else ""
+                lines = "\n".join(log_tail(replica, 30))
+                raise VariantError(f"variant {replica} {failure}{times}; its log says:\n{lines}")
+            lines = " | ".join(log_tail(replica, 3))
+            logger.warning(
+                "%s: %s; restart in %.3g s; its log: %s", replica, failure, backoff_s, lines
             )
-        tell()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(settings.interval_s):
-                await replica.is_doubted.wait()
+            if replica.process is not None:
+                await kill_worker(replica)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
+    def _tell(self) -> None:
+        now = self.replica.is_up, self.replica.num_restarts
+        if self._told != now:
+            self._told = now
+            self.on_change(self.replica)
 
-async def _first_canary(replica: Replica, client: Client, settings: WatchSettings) -> Canary:
-    """The canary that decides whether the replica is up."""
-    timeout_s = settings.hang_limit_s(replica)
-    if replica.came_up_s is None:
-        timeout_s *= FIRST_ANSWER_FACTOR
-        if replica.process is not None:
-            timeout_s = min(timeout_s, settings.startup_timeout_s)
-    return await probes.send_canary(client, replica.url, replica.variant, timeout_s)
+    async def _until_failure(self) -> str:
+        """Watches until the replica's process ended or must be ended; returns why, in words."""
+        watchers = [self._follow_health, self._follow_progress]
+        if self.replica.process is not None:
+            watchers.append(self._wait_for_exit)
+        tasks = [asyncio.create_task(self._retried(watcher)) for watcher in watchers]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-
-async def _follow_progress(replica: Replica, client: Client, settings: WatchSettings) -> str:
-    num_received = replica.num_received
-    wait_s = settings.interval_s
-    while True:
-        await asyncio.sleep(wait_s)
-        wait_s = settings.interval_s
-        if replica.came_up_s is not None and replica.num_received == num_received:
-            begun_s = time.monotonic()
-            if not await _makes_progress(replica, client, settings):
-                limit_s = settings.hang_limit_s(replica)
-                step = ""
-                if limit_s > settings.hang_timeout_s:
-                    step = (
-                        f", raised to {STEP_FACTOR} of its steps of {replica.limits.step_s:.3g} s"
-                    )
-                return (
-                    f"made no progress for {limit_s:.3g} s (CAST_HANG_TIMEOUT_S is "
-                    f"{settings.hang_timeout_s:.3g} s{step})"
+    async def _retried(self, watch: Callable[[], Coroutine[Any, Any, str]]) -> str:
+        """Restarts a watch that failed itself: a bug of ours must not end a worker."""
+        while True:
+            try:
+                return await watch()
+            except Exception:
+                logger.exception(
+                    "%s: watching it failed; retry in %.3g s", self.replica, CANARY_INTERVAL_S
                 )
-            wait_s = max(wait_s, begun_s + CANARY_INTERVAL_S - time.monotonic())
+            await asyncio.sleep(CANARY_INTERVAL_S)
+
+    async def _wait_for_exit(self) -> str:
+        process = self.replica.process
+        assert process is not None
+        while process.poll() is None:
+            await asyncio.sleep(EXIT_POLL_S)
+        return f"ended with {process.returncode}"
+
+    async def _follow_health(self) -> str:
+        """Marks the replica up and down by its /health and, where that is not enough, a canary."""
+        replica = self.replica
+        must_answer = True
+        read_s = 0.0
+        while True:
+            self._tell()  # what `note_failure` changed
+            must_answer = must_answer or replica.is_doubted.is_set()
+            replica.is_doubted.clear()
+            looked_s = time.monotonic()
+            is_healthy = await probes.is_healthy(self.client, replica.url)
+            if is_healthy and not replica.is_up:
+                limits = await self._read_limits()
+                is_healthy = limits is not None
+                replica.limits = limits or Limits()
+                read_s = looked_s
+            if is_healthy and must_answer:
+                canary = await self._first_canary()
+                if canary in probes.NOT_FOR_US:
+                    unknown = UNKNOWN.format(replica.variant)
+                    note_refusal(replica, LOCKED if canary is Canary.LOCKED else unknown)
+                    replica.is_doubted.clear()  # the next look will do
+                elif canary is Canary.ANSWERED:
+                    replica.refusal = ""
+                # Busy, or it hangs, which `_follow_progress` finds out.
+                is_busy = canary is Canary.SILENT and replica.is_up
+                must_answer = not (canary is Canary.ANSWERED or is_busy)
+                is_healthy = not must_answer
+            now_s = time.monotonic()
+            if replica.is_up and not is_healthy:
+                logger.warning("%s: does not answer", replica)
+                replica.is_up = False
+            elif is_healthy and not replica.is_up and replica.failed_s < looked_s:
+                replica.is_up = True
+                if replica.came_up_s is None:
+                    replica.came_up_s = now_s
+                    logger.info("%s: ready after %.0f s", replica, now_s - replica.started_s)
+                else:
+                    logger.info("%s: answers again", replica)
+            elif replica.model is None and replica.is_up and now_s - read_s > LIMITS_INTERVAL_S:
+                read_s = now_s  # another server may stand behind the URL by now
+                replica.limits = await self._read_limits() or replica.limits
+            elif (
+                replica.process is not None
+                and replica.came_up_s is None
+                and now_s - replica.started_s > self.settings.startup_timeout_s
+            ):
+                reason = f", {replica.refusal}" if replica.refusal else ""
+                return (
+                    f"did not answer within {self.settings.startup_timeout_s:.0f} s "
+                    f"(CAST_STARTUP_TIMEOUT_S){reason}"
+                )
+            self._tell()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.interval_s):
+                    await replica.is_doubted.wait()
+
+    async def _read_limits(self) -> Limits | None:
+        return await probes.read_limits(self.client, self.replica.url, self.replica.variant)
+
+    async def _first_canary(self) -> Canary:
+        """The canary that decides whether the replica is up."""
+        replica = self.replica
+        timeout_s = self.settings.hang_limit_s(replica)
+        if replica.came_up_s is None:
+            timeout_s *= FIRST_ANSWER_FACTOR
+            if replica.process is not None:
+                timeout_s = min(timeout_s, self.settings.startup_timeout_s)
+        return await probes.send_canary(self.client, replica.url, replica.variant, timeout_s)
+
+    async def _follow_progress(self) -> str:
+        replica = self.replica
         num_received = replica.num_received
+        wait_s = self.settings.interval_s
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = self.settings.interval_s
+            if replica.came_up_s is not None and replica.num_received == num_received:
+                begun_s = time.monotonic()
+                if not await self._makes_progress():
+                    return self._hung()
+                wait_s = max(wait_s, begun_s + CANARY_INTERVAL_S - time.monotonic())
+            num_received = replica.num_received
 
+    def _hung(self) -> str:
+        limit_s, set_s = self.settings.hang_limit_s(self.replica), self.settings.hang_timeout_s
+        step_s = self.replica.limits.step_s
+        step = (
+            f", raised to {STEP_FACTOR} of its steps of {step_s:.3g} s" if limit_s > set_s else ""
+        )
+        return f"made no progress for {limit_s:.3g} s (CAST_HANG_TIMEOUT_S is {set_s:.3g} s{step})"
 
-async def _wait_for_progress(replica: Replica, client: Client, settings: WatchSettings) -> str:
-    while not await _makes_progress(replica, client, settings):
-        await asyncio.sleep(CANARY_INTERVAL_S)
-    return "makes progress"
+    async def _wait_for_progress(self) -> str:
+        while not await self._makes_progress():
+            await asyncio.sleep(CANARY_INTERVAL_S)
+        return "makes progress"
 
-
-async def _makes_progress(replica: Replica, client: Client, settings: WatchSettings) -> bool:
-    num_received = replica.num_received
-    canary = await probes.look_for_progress(
-        client, replica.url, replica.variant, settings.hang_limit_s(replica)
-    )
-    if canary in probes.NOT_FOR_US:  # not the engine's fault
-        replica.is_doubted.set()
-        return True
-    return canary is Canary.ANSWERED or replica.num_received != num_received
+    async def _makes_progress(self) -> bool:
+        replica = self.replica
+        num_received = replica.num_received
+        canary = await probes.look_for_progress(
+            self.client, replica.url, replica.variant, self.settings.hang_limit_s(replica)
+        )
+        if canary in probes.NOT_FOR_US:  # not the engine's fault
+            replica.is_doubted.set()
+            return True
+        return canary is Canary.ANSWERED or replica.num_received != num_received
