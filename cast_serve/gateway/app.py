@@ -57,7 +57,7 @@ from cast_serve.worker_key import is_loopback, read_key
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # of a connection without a request
-NEEDS_KEY = "this gateway wants an API key; send the header Authorization: Bearer KEY"
+NEEDS_KEY = "this gateway requires an API key; send the header Authorization: Bearer KEY"
 LAST_WORDS_S = 1.0  # for clients to read why they were cut off
 
 

@@ -41,8 +41,7 @@ class ShedError(APIError):
 
 CUT_OFF = APIError(
     503,
-    "the gateway is stopping, and the time that it gives to running requests is over; try again "
-    "shortly",
+    "the gateway is stopping and its grace period is over; try again shortly",
     "server_error",
     "shutting_down",
     headers={"Retry-After": "1"},
@@ -63,7 +62,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def unavailable(variant: str, status: str | None = None) -> APIError:
     """503 of a variant, by its name; status says why, as `Variant.status`."""
-    state = f"is {status}" if status else "does not answer at present"
+    state = f"is {status}" if status else "is not answering"
     return APIError(
         503,
         f"variant {variant!r} {state}; try again shortly",

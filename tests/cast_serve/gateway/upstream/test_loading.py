@@ -70,7 +70,7 @@ async def test_answers_say_since_when_a_variant_loads(local: Worker) -> None:
         (card,) = (await client.get("/v1/models")).json()["data"]
         assert card["status"] == "down"
         message = (await client.post("/v1/completions", json=BODY)).json()["error"]["message"]
-        assert "does not answer at present" in message
+        assert "is not answering" in message
 
 
 async def test_what_runs_elsewhere_is_never_said_to_load() -> None:
