@@ -146,6 +146,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["roll", "sparse", "--socket", "s"], "no `cast-serve up` of this user answers at s ("),
         (["up", "--variant", "a=nowhere"], "variant a: nowhere is not a directory"),
         (["gateway", "--variant", "a=b"], "'b' is not a URL"),
+        (["gateway", "--variant", "稀疏=http://x"], "'稀疏' cannot be an HTTP header's value"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
         (["gateway", "--variant", "a=http://x", "--fallback", "a"], "is not VARIANT=VARIANT"),
         (["gateway", "--variant", "a=http://x", "--split", "b=c:1"], "names 'c'"),

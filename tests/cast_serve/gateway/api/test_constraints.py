@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cast_serve.gateway.api import constraints, limits, schemas
+from cast_serve.gateway.api import limits, schemas
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.settings import GatewaySettings
 
@@ -140,17 +140,3 @@ def test_a_schema_that_is_dear_or_leads_nowhere_is_refused(
 def test_a_json_schema_must_be_there() -> None:
     with pytest.raises(APIError, match="json_schema is missing"):
         check(response_format={"type": "json_schema"})
-
-
-def test_a_chain_of_references_is_followed_once() -> None:
-    """Were each followed anew from each place, 3,000 would be 4.5 million steps."""
-    seen: list[str] = []
-
-    class Watched(dict[str, object]):
-        def get(self, key: str, default: object = None) -> object:
-            seen.append(key)
-            return super().get(key, default)
-
-    chain: dict[str, object] = {f"{i}": {"$ref": f"#/{i + 1}"} for i in range(3000)}
-    constraints._check_schema(Watched(chain | {"3000": {}}), "x", 100_000)
-    assert len(seen) == 3000 + 2  # minItems, maxItems

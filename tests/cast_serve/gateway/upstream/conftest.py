@@ -1,5 +1,6 @@
 """Variants whose workers are small scripts."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def remotes(quick: Path, tmp_path: Path) -> Iterator[list[Worker]]:
     for name in ("dense", "sparse"):
         folder = tmp_path / name
         folder.mkdir()
-        port = variants._free_ports(1)[0]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
         (variant,) = remote_variants({name: [f"http://127.0.0.1:{port}"]})
         workers.append(Worker(folder, variant))
         processes.append(

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from cast_serve.gateway import commands
 from cast_serve.gateway.upstream.config import check_name, read_config, settings_of
 
 ROOT = Path(__file__).parents[4]
@@ -65,9 +64,6 @@ def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> Non
 def test_a_name_that_no_header_can_carry_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"here: {name!r} cannot be")):
         check_name(name, "here")
-    if name:
-        with pytest.raises(ValueError, match="--variant .*cannot be"):
-            commands._parse_variants([f"{name}=http://x"])
 
 
 def test_other_names_are_taken() -> None:

@@ -108,14 +108,14 @@ def test_a_folder_that_others_may_open_gets_no_socket(
 @pytest.mark.anyio
 async def test_a_socket_that_another_gateway_has_is_left_to_it(tmp_path: Path) -> None:
     path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))  # and its file stays
     first, second = (Control(path, 1, None) for _ in range(2))  # type: ignore[arg-type]
     await first.open()
     with pytest.raises(OSError, match="another gateway listens at"):
         await second.open()
     assert path.is_socket()
-    first._server.close()  # as one that was killed: the file stays
-    await second.open()
-    second._server.close()
+    await first.close()
 
 
 def test_servers_that_run_elsewhere_are_not_ours_to_roll(tmp_path: Path) -> None:

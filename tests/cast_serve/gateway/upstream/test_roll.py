@@ -68,9 +68,6 @@ def test_rolls_under_load_lose_no_request(stack: Rolled) -> None:
     assert {"sparse", models[0].name} < answered_by <= {"sparse", *(m.name for m in models)}
     assert sum(ends.values()) > 8 * NUM_ROLLS
     assert (stack.counter("done"), stack.counter("failed")) == (NUM_ROLLS, 0)
-    text = httpx.get(f"{stack.url}/metrics").text
-    assert f'cast_variant_rolls_total{{outcome="done",variant="sparse"}} {NUM_ROLLS}.0' in text
-    assert '_total{outcome="failed",variant="dense"} 0.0' in text
     shown = httpx.get(f"{stack.url}/v1/comparison").json()
     assert shown["models"]["sparse"]["path"] == str(models[-1])
 
