@@ -7,7 +7,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,6 +18,8 @@ from cast_serve.latency import RequestTiming, Stopwatch
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 TIMEOUT_HEADER = "x-request-timeout"
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -122,23 +124,29 @@ def deadline_s(request: Request, longest_s: float) -> float:
     return asyncio.get_running_loop().time() + timeout_s
 
 
+async def unless_left(work: Awaitable[T], leaving: Awaitable[object]) -> T | None:
+    """The result of the work; None if the client leaves first: the work is then cancelled."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(leaving)
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        left.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
 async def unless_the_client_leaves(
     request: Request, answer: Awaitable[Response], exchange: Exchange
 ) -> Response:
-    """The answer; if the client closes the connection first, the work for it is cancelled."""
+    """The answer; 499 if the client closes the connection first."""
 
     async def until_left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    work, left = asyncio.ensure_future(answer), asyncio.ensure_future(until_left())
-    try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
+    response = await unless_left(answer, until_left())
+    if response is None:
         exchange.end(CLIENT_LEFT)
         return Response(status_code=CLIENT_LEFT)
-    finally:
-        work.cancel()
-        left.cancel()
-        await asyncio.gather(work, left, return_exceptions=True)
+    return response

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.errors import FailedError, UsageError
+from cast_serve.gateway.exchange import unless_left
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +103,11 @@ class Control:
             name, model = str(asked["variant"]), asked["model"]
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
             raise UsageError(f"malformed roll request: {error!r}") from None
-        roll = asyncio.ensure_future(self._roll(name, Path(model) if model else None, say))
-        left = asyncio.create_task(reader.read(1))
-        try:
-            await asyncio.wait([roll, left], return_when=asyncio.FIRST_COMPLETED)
-            if roll.done():
-                return roll.result()
+        roll = self._roll(name, Path(model) if model else None, say)
+        done = await unless_left(roll, reader.read(1))
+        if done is None:
             logger.warning("gateway: the client that asked to roll %s has left", name)
-            return None
-        finally:
-            roll.cancel()
-            left.cancel()
-            await asyncio.gather(roll, left, return_exceptions=True)
+        return done
 
 
 def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[str, Any]:
