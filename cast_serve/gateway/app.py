@@ -48,7 +48,7 @@ from cast_serve.gateway.upstream import loading
 from cast_serve.gateway.upstream import variants as workers
 from cast_serve.gateway.upstream.client import Client
 from cast_serve.gateway.upstream.control import Control
-from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.gateway.upstream.replica import Replica, Variant, stop_workers
 from cast_serve.gateway.upstream.roll import Roller
 from cast_serve.gateway.upstream.supervisor import Supervisor, WatchSettings
 from cast_serve.key_check import KeyCheck
@@ -227,7 +227,7 @@ def create_app(
             with suppress(asyncio.CancelledError):
                 await watching
         finally:
-            await asyncio.to_thread(workers.stop, variants)
+            await asyncio.to_thread(stop_workers, workers.replicas_of(variants))
             await gateway.close()
             has_failed = gateway.failure is not None  # then the logs say why
             workers.end_logs(variants, is_kept=has_failed or settings.log_dir is not None)

@@ -185,33 +185,48 @@ def note_refusal(replica: Replica, refusal: str) -> None:
     replica.is_doubted.set()
 
 
-def signal_group(pid: int, number: int) -> None:
-    """Sends a signal to a process group, if it is still there."""
+def stop_workers(replicas: Iterable[Replica], grace_s: float = 15) -> None:
+    """Ends local workers and every process they started; returns when none is left.
+
+    Args:
+        replicas: no longer watched, or they would be restarted; remote ones are left alone.
+        grace_s: for a worker to end by itself after SIGTERM; then it is killed.
+    """
+    running = [replica.process for replica in replicas if replica.process is not None]
+    for process in running:
+        _signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for process in running:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning("worker %d did not end in %.3g s; killing it", process.pid, grace_s)
+        _signal_group(process.pid, signal.SIGKILL)  # what the leader left behind, too
+    deadline = time.monotonic() + KILL_GRACE_S
+    while any(process.poll() is None or _has_group(process.pid) for process in running):
+        if time.monotonic() > deadline:
+            logger.warning("workers are still there %.3g s after SIGKILL", KILL_GRACE_S)
+            break
+        time.sleep(0.02)
+
+
+async def kill_worker(replica: Replica) -> None:
+    """Ends a local replica's process group without a grace: it has ended, or hangs."""
+    await asyncio.to_thread(stop_workers, [replica], 0)
+    replica.process = None  # its id may belong to another process from now on
+
+
+def _signal_group(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(pid, number)
 
 
-def has_group(pid: int) -> bool:
-    """Whether a process group has a process left."""
+def _has_group(pid: int) -> bool:
     try:
         os.killpg(pid, 0)
     except ProcessLookupError:
         return False
     return True
-
-
-async def kill_worker(replica: Replica) -> None:
-    """Ends a local replica's process group at once, and waits until nothing of it is left."""
-    assert replica.process is not None
-    process = replica.process
-    signal_group(process.pid, signal.SIGKILL)  # a stopped process does not take SIGTERM
-    deadline = time.monotonic() + KILL_GRACE_S
-    while process.poll() is None or has_group(process.pid):
-        if time.monotonic() > deadline:
-            logger.warning("%s: group %d is still there after SIGKILL", replica, process.pid)
-            break
-        await asyncio.sleep(0.02)
-    replica.process = None  # its id may belong to another process from now on
 
 
 def log_tail(replica: Replica, num_lines: int) -> list[str]:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.errors import RollError, UsageError, VariantError
-from cast_serve.gateway.upstream.replica import Replica, Variant, start_worker
+from cast_serve.gateway.upstream.replica import Replica, Variant, start_worker, stop_workers
 from cast_serve.gateway.upstream.supervisor import Supervisor
-from cast_serve.gateway.upstream.variants import log_name, stop, successor
+from cast_serve.gateway.upstream.variants import log_name, successor
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,14 @@ class Roller:
                 logger.warning("%s: %d requests did not end in time", old, old.num_outstanding)
         finally:
             self._rolling = None
-            await _undisturbed(asyncio.to_thread(stop, [Variant(name, [old])]))
+            await _undisturbed(asyncio.to_thread(stop_workers, [old]))
             logger.info("%s: ended", old)
             self.on_end(name, "done")
 
     async def _end(self, new: Replica) -> None:
         with suppress(KeyError):  # it could not be started
             await self.supervisor.end(new)
-        await _undisturbed(asyncio.to_thread(stop, [Variant(new.variant, [new])]))
+        await _undisturbed(asyncio.to_thread(stop_workers, [new]))
 
 
 async def _undisturbed(work: Awaitable[None]) -> None:

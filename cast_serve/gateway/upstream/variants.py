@@ -4,11 +4,8 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -19,11 +16,8 @@ from cast_serve.cores import parse_cores
 from cast_serve.errors import UsageError
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import (
-    KILL_GRACE_S,
     Replica,
     Variant,
-    has_group,
-    signal_group,
     start_worker,
 )
 
@@ -145,29 +139,6 @@ def start(variants: Sequence[Variant], log_dir: Path | None = None) -> None:
     for replica in local:
         replica.log = log_dir / log_name(replica.variant, 1)
         start_worker(replica)
-
-
-def stop(variants: Sequence[Variant], grace_s: float = 15) -> None:
-    """Ends the local workers and every process they started; returns when none is left.
-
-    Args:
-        variants: no longer watched, or they would be restarted.
-        grace_s: for a worker to end by itself after SIGTERM; then it is killed.
-    """
-    running = [r.process for r in replicas_of(variants) if r.process is not None]
-    for process in running:
-        signal_group(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    for process in running:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            logger.warning("worker %d did not end in %.3g s; killing it", process.pid, grace_s)
-        signal_group(process.pid, signal.SIGKILL)  # what the leader left behind
-        process.wait()
-    deadline = time.monotonic() + KILL_GRACE_S
-    while any(has_group(process.pid) for process in running) and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def end_logs(variants: Sequence[Variant], is_kept: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cast_serve.gateway.upstream import supervisor, variants
 from cast_serve.gateway.upstream.config import WorkerConfig
-from cast_serve.gateway.upstream.replica import Replica
+from cast_serve.gateway.upstream.replica import Replica, stop_workers
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 from tests.cast_serve.gateway.upstream.rolled import Rolled, served
 from tests.cast_serve.gateway.upstream.scripted_worker import WORKER, Worker
@@ -51,7 +51,7 @@ def local(model: Path) -> Iterator[Worker]:
     """A local worker, not started yet."""
     worker = Worker(model, *local_variants({"sparse": WorkerConfig(dir=model)}))
     yield worker
-    variants.stop([worker.variant], 1)
+    stop_workers([worker.replica], 1)
     variants.end_logs([worker.variant], is_kept=False)
 
 

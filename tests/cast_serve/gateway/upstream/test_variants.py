@@ -14,7 +14,7 @@ from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import variants
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.probes import Limits
-from cast_serve.gateway.upstream.replica import Replica, Variant
+from cast_serve.gateway.upstream.replica import Replica, stop_workers
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 from tests.cast_serve.gateway.upstream.scripted_worker import Worker, is_running
 from tests.fake_hub import FakeHub
@@ -162,7 +162,7 @@ def test_stop_ends_the_whole_process_group_even_a_stubborn_one() -> None:
     child = int(process.stdout.readline())
     process.stdout.close()
     replica = Replica("dense", "http://127.0.0.1:1", process=process)
-    variants.stop([Variant("dense", [replica])], grace_s=0.5)
+    stop_workers([replica], grace_s=0.5)
     assert process.returncode is not None
     deadline = time.monotonic() + 5
     while is_running(child):
