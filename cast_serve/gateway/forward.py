@@ -10,22 +10,20 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.responses import Response
 
 from cast_serve import sse
 from cast_serve.gateway.api import answers
-from cast_serve.gateway.api.errors import CUT_OFF, APIError, unavailable
+from cast_serve.gateway.api.errors import APIError, timed_out, unavailable
 from cast_serve.gateway.exchange import GENERATING, Exchange
 from cast_serve.gateway.middleware import tracing
-from cast_serve.gateway.middleware.heads import ABORT
-from cast_serve.gateway.middleware.request_log import CLIENT_LEFT, OWN_ERROR
+from cast_serve.gateway.stream import END_S, ProxiedStream
 from cast_serve.gateway.upstream.client import (
     Client,
     StaleError,
@@ -42,11 +40,6 @@ from cast_serve.gateway.upstream.replica import (
 
 logger = logging.getLogger(__name__)
 
-# From [DONE] to the end of the body, after which its connection can serve another request.
-END_S = 0.1
-# From a request's deadline to the end of a client that does not read; the time-out itself, as an
-# event, is sent before.
-WRITE_S = 0.5
 Chunk = tuple[bytes, dict[str, Any]]
 """An event's data, as it came and parsed."""
 
@@ -102,7 +95,7 @@ class Forwarder:
             events = self._events(upstream, replica, exchange)
             await stack.enter_async_context(aclosing(events))
             first = await anext(events)
-            return _ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
+            return ProxiedStream(first, events, exchange, media_type, stack.pop_all().aclose)
         content = await self._read(upstream, replica)
         if 400 <= upstream.status < 500:
             answers.check_shape(upstream.status, content)
@@ -346,71 +339,6 @@ def _counted_as_outstanding(replica: Replica) -> Iterator[None]:
         replica.num_outstanding -= 1
 
 
-class _ProxiedStream(StreamingResponse):
-    """Closes the upstream however the response ends; for a client that left, vLLM then aborts.
-
-    The deadline is for the client too: one that does not take what has come by then is cut off, or
-    it would keep its place.
-    """
-
-    def __init__(
-        self,
-        first: bytes,
-        rest: AsyncIterator[bytes],
-        exchange: Exchange,
-        media_type: str,
-        on_close: Callable[[], Awaitable[None]],
-    ) -> None:
-        super().__init__(_joined(first, rest), media_type=media_type)
-        self.headers["Cache-Control"] = "no-cache"
-        self.headers["X-Accel-Buffering"] = "no"  # nginx would collect the stream
-        self._exchange = exchange
-        self._on_close = on_close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        async def send_last(error: APIError) -> None:
-            if has_begun:
-                event = sse.event(json.dumps(error.body).encode())
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(END_S):
-                        await send({"type": "http.response.body", "body": event})
-
-        try:
-            async with asyncio.timeout_at(self._exchange.deadline_s + WRITE_S):
-                await super().__call__(scope, receive, send_and_note)
-        except TimeoutError:
-            self._exchange.end(timed_out(self._exchange.variant).status)
-            logger.warning(
-                "%s: a client did not read its answer in time", self._exchange.facts["request_id"]
-            )
-            if abort := scope["state"].get(ABORT):
-                abort()
-        except asyncio.CancelledError:
-            self._exchange.end(CUT_OFF.status)
-            await send_last(CUT_OFF)
-            raise
-        except Exception:
-            self._exchange.end(OWN_ERROR.status)
-            await send_last(OWN_ERROR)
-            raise
-        finally:
-            self._exchange.end(CLIENT_LEFT)  # if nothing else ended it
-            await asyncio.shield(self._on_close())
-
-
-async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for event in rest:
-        yield event
-
-
 def _too_large(variant: str, max_bytes: int) -> APIError:
     """502. No other replica is tried: its answer would be just as large."""
     return APIError(
@@ -419,14 +347,4 @@ def _too_large(variant: str, max_bytes: int) -> APIError:
         "tokens, choices or log probabilities, stream it, or raise CAST_MAX_ANSWER_BYTES",
         "server_error",
         "answer_too_large",
-    )
-
-
-def timed_out(variant: str) -> APIError:
-    return APIError(
-        504,
-        f"variant {variant!r} did not answer in time; allow more with X-Request-Timeout, or ask "
-        "for fewer tokens",
-        "server_error",
-        "timeout",
     )

@@ -70,3 +70,13 @@ def unavailable(variant: str, status: str | None = None) -> APIError:
         "variant_unavailable",
         headers={"Retry-After": "1"},
     )
+
+
+def timed_out(variant: str) -> APIError:
+    return APIError(
+        504,
+        f"variant {variant!r} did not answer in time; allow more with X-Request-Timeout, or ask "
+        "for fewer tokens",
+        "server_error",
+        "timeout",
+    )
