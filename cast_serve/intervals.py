@@ -1,7 +1,7 @@
 """Values in units, for one side or two -> quantiles, and ratios with a bootstrap interval at 95 %.
 
-The *bootstrap*: units are drawn anew, with replacement, as many as there are, many times over; what
-the resamples give shows how far chance moves the figure. A unit is what is independent of the
+The *bootstrap*: as many units as there are get drawn with replacement, many times over; the spread
+of the resamples shows how far chance moves the figure. A unit is what is independent of the
 others: in a load test a block pair, because the requests of one block meet the same state of the
 machine, and a pair shares it across the variants; for answers a prompt or a question. If servers
 were launched several times, launches are drawn first and then block pairs within them, because a
@@ -253,7 +253,7 @@ class Ratio:
         return cls(finite(value), finite(low), finite(high), resampled)
 
     def about(self) -> dict[str, float | None]:
-        """As result.json has it."""
+        """As in result.json."""
         return {"ratio": self.value, "low": self.low, "high": self.high}
 
 

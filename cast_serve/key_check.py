@@ -19,13 +19,13 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class KeyCheck:
-    """The middleware; without digests it lets everything pass.
+    """The middleware; without digests every request passes.
 
     Args:
-        app: what it stands before.
+        app: the application behind it.
         digests: sha256 of each key.
         is_open: whether a path is answered without a key.
-        message: of the 401, what to do.
+        message: of the 401: what to do.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def option(
         text: of --help.
         default: shown as such, where the parameter's own default does not say it.
         name: of the flag, where it is not the parameter's.
-        more: as typer has it.
+        more: passed on to typer.
     """
     names = () if name is None else (name,)
     shown = True if default is None else default
