@@ -61,7 +61,7 @@ def message_of(content: bytes) -> str:
 
 
 def check_shape(status: int, content: bytes) -> None:
-    """Puts a worker's refusal that is no OpenAI error object into that shape."""
+    """Turns a worker's refusal into an OpenAI error object, if it is not one already."""
     try:
         is_shaped = isinstance(json.loads(content)["error"]["message"], str)
     except (ValueError, KeyError, TypeError, RecursionError):
