@@ -12,16 +12,19 @@ def test_who_queues_for_a_variant_that_dies_does_not_wait_for_the_deadline(fallb
     with running(max_running=1, fallback=fallback, health_interval_s=30) as stack:
         with ThreadPoolExecutor(3) as pool:
             stack.workers["sparse"].state.gate.clear()
-            asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
+            users = {name: pool.submit(stack.complete, model="sparse", user=name) for name in "abc"}
             admission = stack.gateway.places.admissions["sparse"]
             wait_until(lambda: admission.num_queued == 2)
+            wait_until(lambda: bool(stack.workers["sparse"].state.bodies))
+            (running_now,) = (body["user"] for body in stack.workers["sparse"].state.bodies)
             stack.servers.stop(url_of(stack, "sparse"))
-            found = [future.result(timeout=15) for future in asked]
+            found = {name: future.result(timeout=15) for name, future in users.items()}
+        del found[running_now]  # whose connection may be lost
         if fallback:
-            assert [answer.status_code for answer in found] == [200] * 3
-            assert {answer.headers["X-Cast-Fallback"] for answer in found} == {"sparse"}
+            assert [answer.status_code for answer in found.values()] == [200] * 2
+            assert {answer.headers["X-Cast-Fallback"] for answer in found.values()} == {"sparse"}
         else:
-            assert [answer.status_code for answer in found] == [503] * 3
+            assert [answer.status_code for answer in found.values()] == [503] * 2
         assert (admission.num_running, admission.num_queued) == (0, 0)
 
 
@@ -74,7 +77,8 @@ def test_requests_that_only_queued_are_no_failures_of_a_worker() -> None:
         asked = [pool.submit(stack.complete, model="sparse") for _ in range(3)]
         wait_until(lambda: stack.gateway.places.admissions["sparse"].num_queued == 2)
         stack.servers.stop(url_of(stack, "sparse"))
-        assert [each.result(timeout=15).status_code for each in asked] == [200] * 3
+        statuses = [each.result(timeout=15).status_code for each in asked]
+        assert statuses.count(200) >= 2  # the connection of the one that ran may be lost
         labels = {"from_variant": "sparse", "to_variant": "dense"}
         found = {
             reason: stack.metrics()[
@@ -82,7 +86,7 @@ def test_requests_that_only_queued_are_no_failures_of_a_worker() -> None:
             ]
             for reason in ("broken", "down")
         }
-        assert sum(found.values()) == 3
+        assert sum(found.values()) == statuses.count(200)
         assert found["down"] > 0  # of two, one may have had a place just before the last was down
 
 
