@@ -142,9 +142,10 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     for name in directory.targets:
         stored = directory.pattern_of(name).stored
-        if directory.in_features(name) % stored.m:
+        in_features = directory.in_features(name)
+        if in_features < 1 or in_features % stored.m:
             raise PatternError(
-                f"{name}: in_features {directory.in_features(name)} is not a multiple of "
+                f"{name}: in_features {in_features} is not a positive multiple of "
                 f"{stored.m}, so it cannot be stored as {stored}; train again, which leaves it "
                 "dense, or with --sparsity 2:4"
             )

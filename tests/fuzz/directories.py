@@ -22,8 +22,11 @@ from cast_serve.sparsity.pattern import PatternError
 from tests.fuzz.target import Target
 
 FIXTURES = Path(__file__).parents[1] / "cast_serve/checkpoint/fixtures"
-STORED = ("int8-zeros", "int8-bitmask", "float8-zeros", "float8-bitmask", "int4-packed")
-MADE = ("ours", "gated")
+STORED = (
+    *("int8-zeros", "int8-bitmask", "float8-zeros", "float8-bitmask", "int4-packed"),
+    *("bf16-ragged", "int8-ragged"),
+)
+MADE = ("ours", "gated", "wide")
 SAME_SIZE = (  # dtypes that a header may swap without the file's size saying so
     *(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), ("BF16", "F16", "I16", "U16")),
     ("F32", "I32", "U32"),
@@ -54,8 +57,10 @@ KEYS = (
 QUANTIZATION = ("quant_method", "format", "config_groups", "sparsity_config", "kv_cache_scheme")
 RECORD = (
     *("format_version", "kind", "n", "m", "targets", "sha256", "method", "kept_dense"),
-    *("quantization", "quality", "source", "config"),
+    *("quantization", "quality", "source", "config", "kept_of_64"),
 )
+SPARSITY = ("format", "sparsity_structure", "kept_of_64", "targets")
+PATTERNS = ["2:4", "32:64", "44:64", "0:64", "64:64", "5:3", "sparse-24-bitmask", "sparse-bitmask"]
 RAW = [
     b"---\ntags: 5\n---\nx",
     b"---\n[\n---\n",
@@ -93,6 +98,11 @@ ACTS = some.one_of(
         some.just("quantization"), some.sampled_from(QUANTIZATION), some.sampled_from(VALUES)
     ),
     some.tuples(
+        some.just("sparsity"),
+        some.sampled_from(SPARSITY),
+        some.sampled_from([*VALUES, *PATTERNS, {"model.layers.0.mlp.up_proj": 32}]),
+    ),
+    some.tuples(
         some.just("record"),
         some.sampled_from(RECORD),
         some.sampled_from([*VALUES, "gated", "compressed", "pruned", "dense", ["lm_head"]]),
@@ -120,6 +130,7 @@ def made() -> Path:
     """A folder with what `convert` wrote, and with a gated directory."""
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
     convert(FIXTURES / "int8-zeros", place / "ours")
+    convert(FIXTURES / "bf16-ragged", place / "wide")
     gated = Path(shutil.copytree(FIXTURES / "int8-zeros", place / "gated"))
     config = json.loads((gated / "config.json").read_text())
     del config["quantization_config"]
@@ -154,9 +165,10 @@ def write(folder: Path, outside: Path, act: Act) -> None:
         shard.write_bytes(details[0].to_bytes(8, "little") + shard.read_bytes()[8:])
     elif kind in ("header", "reshape", "retype"):
         _edit_header(shard, kind, *details)
-    elif kind in ("config", "quantization"):
+    elif kind in ("config", "quantization", "sparsity"):
         found = json.loads(config.read_text())
         inner = found if kind == "config" else found.setdefault("quantization_config", {})
+        inner = inner.setdefault("sparsity_config", {}) if kind == "sparsity" else inner
         inner[details[0]] = details[1]
         config.write_text(json.dumps(found))
     elif kind in ("record", "hashes"):

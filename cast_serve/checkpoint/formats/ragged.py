@@ -24,6 +24,7 @@ from torch import Tensor
 from cast_serve.checkpoint.declared import Structure
 from cast_serve.checkpoint.formats import eight_bits
 from cast_serve.checkpoint.formats.form import Form
+from cast_serve.checkpoint.formats.integers import SCALE_DTYPES
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
@@ -178,9 +179,15 @@ def unpacked(name: str, parts: Mapping[str, Tensor]) -> Tensor:
             f"{name}.compressed is {list(values.shape)}, but its bitmask has {int(counts.sum())} "
             "bits; the file is damaged: copy the directory again"
         )
-    weight = torch.zeros(mask.shape, dtype=values.dtype)
-    weight[mask] = values
-    return weight.view(parts["shape"].flatten().tolist())
+    if values.dtype not in (*SCALE_DTYPES, *eight_bits.DTYPES):
+        raise CheckpointError(
+            f"{name}.compressed is {values.dtype}, but bf16, fp16, fp32, int8 or float8 is needed; "
+            "the file is damaged: copy the directory again"
+        )
+    octets = values.view(torch.int8) if values.dtype in eight_bits.DTYPES else values
+    weight = torch.zeros(mask.shape, dtype=octets.dtype)
+    weight[mask] = octets  # which has no float8
+    return weight.view(values.dtype).view(parts["shape"].flatten().tolist())
 
 
 def _mask(name: str, parts: Mapping[str, Tensor]) -> Tensor:

@@ -251,7 +251,9 @@ def test_refuses_columns_and_groups_that_have_no_compressed_form(
     """As earlier releases trained them: groups of 8 in 32 columns, and groups of 16 / 3."""
     source = save_gated(tiny_llama())
     edit_json(source / "cast.json", n=4, m=8)
-    message = r"_proj: in_features 32 is not a multiple of 64, so it cannot be stored as 32:64; "
+    message = (
+        r"_proj: in_features 32 is not a positive multiple of 64, so it cannot be stored as 32:64; "
+    )
     assert_refused(source, tmp_path, PatternError, message)
     edit_json(source / "cast.json", n=3, m=5)
     assert_refused(source, tmp_path, PatternError, "3:5 has no .* 5 does not divide 64")

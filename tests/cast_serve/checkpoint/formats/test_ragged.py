@@ -123,6 +123,21 @@ def test_int8_keeps_its_integers_and_scales(tmp_path: Path) -> None:
         convert(FIXTURES / "int8-ragged", tmp_path / "int4", quantization=Quantization("int4"))
 
 
+def test_float8_is_widened(copy: Copy, tmp_path: Path) -> None:
+    source = copy("int8-ragged")
+    tensors = all_tensors(source)
+    for name in DECOMPRESSED["int8-ragged"]:
+        tensors[f"{name}.compressed"] = tensors[f"{name}.compressed"].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())["quantization_config"]
+    edit_json(source / "config.json", quantization_config=config | {"format": "float-quantized"})
+    summary = convert(source, tmp_path / "out")
+    assert (summary["quantized"], summary["num_sparse_layers"]) == (None, 7)
+    parts = parts_of(source, UP)
+    wide = unpacked(UP, parts).float() * parts["weight_scale"].float()
+    assert torch.equal(ModelDirectory(tmp_path / "out").target(UP).dense(), wide.bfloat16())
+
+
 def test_it_answers_as_its_twin_and_can_be_quantised(tmp_path: Path) -> None:
     source = FIXTURES / "bf16-ragged"
     convert(source, tmp_path / "out", tmp_path / "twin")
@@ -201,6 +216,11 @@ def test_the_oldest_key(copy: Copy, tmp_path: Path) -> None:
         ("row_offsets", lambda t: t + (torch.arange(128) == 5), "up_proj.row_offsets .* row is 5;"),
         ("row_offsets", lambda t: t[:-1], "up_proj.row_offsets do not belong"),
         ("compressed", lambda t: t[:-1], r"up_proj.compressed is \[4095\], .* has 4096 bits"),
+        (
+            "compressed",
+            lambda t: t.view(torch.int16),
+            "up_proj.compressed is torch.int16, but bf16",
+        ),
         ("compressed", None, "up_proj lacks compressed of sparse-bitmask"),
         ("bitmask", None, "up_proj lacks bitmask of sparse-bitmask"),
         ("bitmask", lambda t: t[:-1], "up_proj.bitmask has 127 rows, but its shape 128"),
