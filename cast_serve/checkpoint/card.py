@@ -17,7 +17,7 @@ from cast_serve.checkpoint.record import CheckpointError
 
 CARD = "README.md"
 TITLE = "# A {}-sparse language model\n"
-OUR_TITLE = re.compile(r"\s*# A [\d:]+(?: to [\d:]+)?-sparse language model\n")
+OUR_TITLE = re.compile(r"\s*# A [\d:-]+-sparse language model\n")
 DENSE_CARD = "\n## The card of the dense model\n"
 SERVING = """## How to serve it
 
@@ -62,7 +62,7 @@ def _written(card: str, record: dict[str, Any], summary: dict[str, Any]) -> str:
     known = data.tags or []
     if "/" in (dense_model := (record.get("source") or {}).get("model", "")):
         data.base_model = dense_model  # a hub's name
-    tags = (*summary["pattern"].split(" to "), *TAGS)
+    tags = (summary["pattern"], *TAGS)
     data.tags = [*known, *(tag for tag in tags if tag not in known)]
     parts = [_about(summary), _figures(summary), _training(record), SERVING]
     text = "\n".join(part for part in parts if part)
@@ -85,12 +85,15 @@ def _read(card: str) -> tuple[Any, str]:
 
 def _about(summary: dict[str, Any]) -> str:
     pattern = summary["pattern"]
-    form, rule = BITMASK_64, f"Of every 64 consecutive weights along in_features {pattern} are kept"
-    if " to " not in pattern:
-        n, m = map(int, pattern.split(":"))
-        form = BITMASK_24 if (n, m) == (2, 4) else BITMASK_64
-        four, two = ("four", "two") if (n, m) == (2, 4) else (m, m - n)
-        rule = f"Of every {four} consecutive weights along in_features {two} are zero"
+    form = BITMASK_24 if pattern == "2:4" else BITMASK_64
+    n, _, m = pattern.partition(":")
+    if pattern == "2:4":
+        rule = "Of every four consecutive weights along in_features two are zero"
+    elif "-" in n:
+        kept = n.replace("-", " to ")
+        rule = f"Of every {m} consecutive weights along in_features a linear keeps {kept}"
+    else:
+        rule = f"Of every {m} consecutive weights along in_features {int(m) - int(n)} are zero"
     return (
         f"{TITLE.format(pattern)}\n{rule}, in "
         f"{summary['num_sparse_layers']} linears; {summary['num_dense_layers']} are dense. "

@@ -29,7 +29,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """What a directory holds; verifies every group and scale of every compressed linear.
 
     Returns:
-        kind (dense, pruned, gated or compressed), pattern (as 2:4, or 16:64 to 40:64), quantized
+        kind (dense, pruned, gated or compressed), pattern (as 2:4, or 16-40:64), quantized
         (int8, int4 or None: the values of the compressed linears), head (int8 or None: the output
         layer), scale_group (of int4, the columns that share a scale, else None),
         num_sparse_layers, num_dense_layers;
@@ -117,9 +117,9 @@ def inspect(path: Path) -> dict[str, Any]:
 def _described(directory: ModelDirectory) -> str:
     if not directory.kept_of_64:
         return str(directory.pattern)
-    patterns = [directory.pattern_of(name).stored for name in directory.targets]
-    least, most = (find(patterns, key=lambda pattern: pattern.n) for find in (min, max))
-    return str(least) if least == most else f"{least} to {most}"
+    kept = [directory.pattern_of(name).stored.n for name in directory.targets]
+    least, most = min(kept), max(kept)
+    return f"{least}:64" if least == most else f"{least}-{most}:64"
 
 
 def count_sparse(path: Path) -> tuple[int, bool]:

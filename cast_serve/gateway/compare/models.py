@@ -101,7 +101,7 @@ def _pattern(record: dict[str, Any]) -> str:
         return f"{n}:{m}"
     of_64 = [kept.get(name, n * 64 // m) for name in record["targets"]]
     least, most = min(of_64), max(of_64)
-    return f"{least}:64" if least == most else f"{least}:64 to {most}:64"
+    return f"{least}:64" if least == most else f"{least}-{most}:64"
 
 
 def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:

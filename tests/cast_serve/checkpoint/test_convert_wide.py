@@ -176,15 +176,17 @@ def test_one_n_for_each_linear(wide_dir: Path, tmp_path: Path) -> None:
         inspect(wide_dir)
     edit_sparsity(wide_dir, kept_of_64={UP: 20})
     summary = inspect(wide_dir)
-    assert summary["pattern"] == "20:64 to 40:64"
+    assert summary["pattern"] == "20-40:64"
     assert summary["zeros"] == 0.4097  # 20 of 64 of one ninth of the weights
     assert torch.equal(ModelDirectory(wide_dir).target(UP).dense(), few.dense())
     load(wide_dir)
     load_compressed(wide_dir)
     summary = convert(wide_dir, tmp_path / "int8", quantization=Quantization("int8"))
-    assert summary["pattern"] == "20:64 to 40:64"
+    assert summary["pattern"] == "20-40:64"
     assert inspect(tmp_path / "int8") == summary
-    assert "# A 20:64 to 40:64-sparse language model" in (tmp_path / "int8/README.md").read_text()
+    card = (tmp_path / "int8/README.md").read_text()
+    assert "# A 20-40:64-sparse language model" in card
+    assert "Of every 64 consecutive weights along in_features a linear keeps 20 to 40" in card
 
 
 def edit_sparsity(folder: Path, **changes: object) -> None:
