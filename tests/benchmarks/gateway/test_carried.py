@@ -20,7 +20,7 @@ def test_a_whole_measurement(load_of: LoadOf) -> None:
         flood_tokens=10,
         requests=4,
         at_once=2,
-        search=Search((2, 3), step_ms=2, tokens=5, limit_ms=1e6),
+        search=Search((2, 3), step_ms=2, tokens=100, limit_ms=1e6),
     )
     steps: list[None] = []
     check_stamp = load_of(steps)
