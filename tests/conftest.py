@@ -62,7 +62,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
     """The processes that this test's code starts, in their order."""
     found = Opened()
 
-    class Remembered(subprocess.Popen):
+    class Remembered(subprocess.Popen[Any]):
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **more)
             found.append(self)

@@ -4,6 +4,8 @@ import importlib.util
 import json
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts/data"
 
 
 @pytest.fixture(scope="module")
-def script():
+def script() -> ModuleType:
     loader = SourceFileLoader("data_script", str(SCRIPT))
     spec = importlib.util.spec_from_loader("data_script", loader)
     assert spec is not None
@@ -20,7 +22,7 @@ def script():
     return module
 
 
-def test_options_in_one_text_become_choices(script, tmp_path):
+def test_options_in_one_text_become_choices(script: ModuleType, tmp_path: Path) -> None:
     rows = [
         {"question": " Who? ", "options": "A. me\nB. you A. gain", "answer": "B. you A. gain"},
         {"question": "What?", "options": ".\nA. this \nB. that", "answer": "A. this"},
@@ -32,8 +34,10 @@ def test_options_in_one_text_become_choices(script, tmp_path):
     assert written == [{"question": "What?", "choices": ["this", "that"], "answer": 0}]
 
 
-def test_the_tuning_text_shares_nothing_with_training_and_held_out_text(script, tmp_path):
-    def words(name):
+def test_the_tuning_text_shares_nothing_with_training_and_held_out_text(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    def words(name: str) -> str:
         return " ".join(f"{name}{number}" for number in range(20))
 
     reviews, articles = tmp_path / script.TUNING_REVIEWS, tmp_path / script.TUNING_ARTICLES
@@ -50,12 +54,14 @@ def test_the_tuning_text_shares_nothing_with_training_and_held_out_text(script, 
     assert kept == [words("liked"), words("read") + "\n"]
 
 
-def conversation(sender, *words):
+def conversation(sender: str, *words: str) -> dict[str, Any]:
     return {"id": "a", "conversations": [{"from": sender, "value": " ".join(words)}]}
 
 
 @pytest.mark.parametrize("chunk_chars", [1, 7, 1 << 20])
-def test_first_turns_of_a_list_that_is_cut_off(script, tmp_path, chunk_chars):
+def test_first_turns_of_a_list_that_is_cut_off(
+    script: ModuleType, tmp_path: Path, chunk_chars: int
+) -> None:
     conversations = [
         conversation("human", "a", "first", "question", "here"),
         conversation("gpt", "an", "answer", "comes", "first"),
@@ -75,7 +81,7 @@ def test_first_turns_of_a_list_that_is_cut_off(script, tmp_path, chunk_chars):
     assert script.first_turns(tmp_path / "cut.json", 1) == [first]
 
 
-def test_prompts_say_where_they_are_from(script, tmp_path):
+def test_prompts_say_where_they_are_from(script: ModuleType, tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "Question: 1 + 1?\nAnswer:"}]}
     for member, content in (
         (script.SHAREGPT, json.dumps([conversation("human", "what", "is", "this", "?")])),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.studies import report, study
 from cast_serve.provenance import versions
+from tests.conftest import Opened
 
 ROWS: list[dict[str, Any]] = [
     {"way": "magnitude", "seed": None, "perplexity": 80.0},
@@ -36,7 +38,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_summary_by_hand():
+def test_the_summary_by_hand() -> None:
     found = report.summarise(ROWS)
     assert found["wanda"] == {"perplexity": 40.0, "num_seeds": 0}
     ste = found["ste"]
@@ -54,7 +56,7 @@ def test_the_summary_by_hand():
     assert "| 10.0% |  |  | 100" in report.table_of(result | {"summary": old})
 
 
-def test_a_way_may_change_any_setting():
+def test_a_way_may_change_any_setting() -> None:
     assert study.ways_of(
         " ste ; fixed mask start=magnitude learning_rate=1e-4 include=['q_proj']"
     ) == {
@@ -71,7 +73,13 @@ def test_a_way_may_change_any_setting():
         study.ways_of("magic steps=3")
 
 
-def test_a_study_runs_once_and_goes_on(llama_dir, text_file, heldout_file, tmp_path, monkeypatch):
+def test_a_study_runs_once_and_goes_on(
+    llama_dir: Path,
+    text_file: Path,
+    heldout_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings: dict[str, Any] = {"steps": 4, "batch_blocks": 4, "block_size": 32}
     settings |= {"heldout_blocks": 4, "calibration_blocks": 4, "learning_rate": 3e-3}
     settings |= {"evaluate_every": 2, "max_grad_norm": float("inf")}
@@ -113,7 +121,7 @@ def test_a_study_runs_once_and_goes_on(llama_dir, text_file, heldout_file, tmp_p
 
 
 @pytest.fixture
-def inputs(llama_dir, text_file, tmp_path):
+def inputs(llama_dir: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
     """A study's inputs in a folder of their own, to be changed, as `study.run` takes them."""
     folder = tmp_path / "inputs"
     for name in ("model", "rival"):
@@ -132,11 +140,11 @@ def inputs(llama_dir, text_file, tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Directories that a study measures; nothing is run for it."""
     found = []
 
-    def call(command, *arguments):
+    def call(command: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if command == "oneshot":
             Path(arguments[-1]).mkdir(parents=True)
             return {}, {}
@@ -148,12 +156,12 @@ def measured(monkeypatch):
     return found
 
 
-def damage(directory):
+def damage(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "model": (lambda of: damage(of["model"]), "sha256.model.model.safetensors is"),
     "text": (lambda of: of["text_files"][0].write_text("other\n"), r"sha256.text\[0\] is"),
     "choices": (
@@ -169,9 +177,11 @@ no_curves = pytest.mark.filterwarnings("ignore:No artists with labels found to p
 
 @no_curves
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_study_of_other_files_by_the_same_names_is_refused(change, inputs, measured, tmp_path):
+def test_a_study_of_other_files_by_the_same_names_is_refused(
+    change: str, inputs: dict[str, Any], measured: list[str], tmp_path: Path
+) -> None:
     alter, message = CHANGES[change]
-    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+    common: dict[str, Any] = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
     first = study.run(**inputs, **common)
     assert measured == ["model", "pruned", "pruned", "pruned", "rival"]
     assert study.run(**inputs, **common) == first
@@ -182,10 +192,12 @@ def test_a_study_of_other_files_by_the_same_names_is_refused(change, inputs, mea
 
 
 @no_curves
-def test_one_shot_prunings_follow_the_common_settings(inputs, measured, tmp_path, monkeypatch):
+def test_one_shot_prunings_follow_the_common_settings(
+    inputs: dict[str, Any], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, call = [], study._call
 
-    def listen(command, *arguments):
+    def listen(command: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         asked.append([command, *map(str, arguments)])
         return call(command, *arguments)
 
@@ -200,13 +212,13 @@ def test_one_shot_prunings_follow_the_common_settings(inputs, measured, tmp_path
 
 @no_curves
 def test_a_study_says_where_each_row_came_from_and_what_was_trained(
-    inputs, measured, tmp_path, monkeypatch
-):
+    inputs: dict[str, Any], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was trained is not what a way's name says: the names' settings may change."""
     about = {"config": {"method": "gates"}, "effective": {"is_mask_learnt": False}}
     about["origins"] = [{"step": 0, "precision": "fp32"}]
 
-    def call(*arguments):
+    def call(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         folder = Path(arguments[arguments.index("--out") + 1])
         folder.mkdir()
         record = {**about, "gates": {}, "step_s": 0.5, "curve": []}
@@ -228,18 +240,30 @@ def test_a_study_says_where_each_row_came_from_and_what_was_trained(
 
 @no_curves
 def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(
-    inputs, measured, tmp_path, monkeypatch, capsys
-):
+    inputs: dict[str, Any],
+    measured: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trained = []
 
-    def fail_ste(model, text_files, heldout, out, way, config, measure):
+    def fail_ste(
+        model: Path,
+        text_files: list[Path],
+        heldout: Path,
+        out: Path,
+        way: str,
+        config: Any,
+        measure: Any,
+    ) -> dict[str, Any]:
         trained.append(way)
         if way == "ste":
             raise study.StudyError("cast-train run ended with 2")
         return ROWS[3] | {"way": way, "seed": config.seed}
 
     monkeypatch.setattr(study, "_train", fail_ste)
-    common = {"out": tmp_path / "study", "settings": {}, "seeds": [0]}
+    common: dict[str, Any] = {"out": tmp_path / "study", "settings": {}, "seeds": [0]}
     ways = {name: study.WAYS[name] for name in ("ste", "fixed")}
     for _ in range(2):
         with pytest.raises(study.StudyError, match="ste, seed 0 failed, as told above; .*report"):
@@ -250,8 +274,10 @@ def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(
 
 
 @no_curves
-def test_a_row_that_was_cut_off_is_measured_again(inputs, measured, tmp_path):
-    common = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
+def test_a_row_that_was_cut_off_is_measured_again(
+    inputs: dict[str, Any], measured: list[str], tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"out": tmp_path / "study", "settings": {}, "ways": {}, "seeds": [0]}
     first = study.run(**inputs, **common)
     rows = tmp_path / "study/results.jsonl"
     rows.write_text(rows.read_text()[:-9])
@@ -265,7 +291,7 @@ def test_a_row_that_was_cut_off_is_measured_again(inputs, measured, tmp_path):
         study.run(**inputs, **common)
 
 
-def test_a_run_that_was_stopped_stops_the_study(tmp_path):
+def test_a_run_that_was_stopped_stops_the_study(tmp_path: Path) -> None:
     script = tmp_path / "run"
     script.write_text("#!/bin/sh\nexit 130\n")
     script.chmod(0o755)
@@ -276,7 +302,9 @@ def test_a_run_that_was_stopped_stops_the_study(tmp_path):
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(handler, tmp_path, monkeypatch):
+def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(
+    handler: signal.Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "run"  # it still runs as the study takes the signal
     script.write_text("#!/bin/sh\nkill -HUP $PPID\nsleep 1\necho '{}'\n")
     script.chmod(0o755)
@@ -293,7 +321,7 @@ def test_the_end_of_its_terminal_stops_a_study_but_under_nohup(handler, tmp_path
 
 
 @pytest.fixture
-def run_until_asked(tmp_path, monkeypatch):
+def run_until_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`cast-train` for `study._call`, which ends at the second SIGTERM."""
     script = tmp_path / "run"
     script.write_text(
@@ -310,7 +338,9 @@ def run_until_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(script))
 
 
-def test_a_study_that_is_stopped_twice_waits_for_its_run(run_until_asked, opened):
+def test_a_study_that_is_stopped_twice_waits_for_its_run(
+    run_until_asked: None, opened: Opened
+) -> None:
     with pytest.raises(SystemExit):
         study._call()
     assert len(opened) == 1
@@ -318,15 +348,15 @@ def test_a_study_that_is_stopped_twice_waits_for_its_run(run_until_asked, opened
 
 
 def test_a_study_that_is_stopped_as_it_starts_a_run_closes_its_output(
-    tmp_path, monkeypatch, opened
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened
+) -> None:
     script = tmp_path / "run"
     script.write_text("#!/bin/sh\nexec sleep 600\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     started = subprocess.Popen
 
-    def start_and_stop(*arguments, **more):
+    def start_and_stop(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
         process = started(*arguments, **more)
         os.kill(os.getpid(), signal.SIGTERM)  # which is taken before `_call` has the process
         return process
@@ -338,7 +368,7 @@ def test_a_study_that_is_stopped_as_it_starts_a_run_closes_its_output(
     opened.check_closed()
 
 
-def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path, opened):
+def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path: Path, opened: Opened) -> None:
     run = tmp_path / "run"
     run.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
     run.chmod(0o755)

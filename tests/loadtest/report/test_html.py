@@ -60,7 +60,7 @@ def test_html_is_one_file_that_fetches_and_runs_nothing(run: Recorded) -> None:
 def test_html_shows_warnings_and_verdict_before_any_figure() -> None:
     def badge(**guard: object) -> str:
         result = result_of(two_pairs(guard=guard))
-        return re.findall('<p class="verdict ([^<]*)</p>', html.report(RUN, result))[0]
+        return str(re.findall('<p class="verdict ([^<]*)</p>', html.report(RUN, result))[0])
 
     assert badge(max_error_rate=0.1) == 'muted">NO GUARD RAIL SET'
     assert badge(min_speedup={"tpot_p50": 1}) == 'not-passed">NOT PASSED'  # no interval
