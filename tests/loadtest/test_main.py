@@ -100,21 +100,8 @@ def test_dense_against_dense_is_noticed_behind_a_key(serve: Serve, is_flag: bool
 def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
     url, _ = serve(dense=MockVariant(0.02, 0.001), sparse=MockVariant(0.02, 0.001))
     out = tmp_path / "out"
-    cast_loadtest(
-        "--url",
-        url,
-        *SMALL,
-        "--schedule",
-        "poisson",
-        "--rate",
-        "20",
-        "--processes",
-        "2",
-        "--seed",
-        "3",
-        "--out",
-        str(out),
-    )
+    flags = ["--schedule", "poisson", "--rate", "20", "--processes", "2", "--seed", "3", "--out"]
+    cast_loadtest("--url", url, *SMALL, *flags, str(out))
     about = json.loads((out / "run.json").read_text())
     assert (about["schedule"], about["rate_per_s"]) == ("poisson", 20.0)
     assert about["harness"]["num_processes"] == 2
@@ -131,12 +118,22 @@ def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
     assert gaps_s[0] == pytest.approx([time_s - due_s[0] for time_s in due_s])
 
 
-def test_a_sweep_is_a_run_for_each_load(serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "loads"),
+    [
+        ("--concurrency 1,3", ["concurrency-1", "concurrency-3"]),
+        ("--schedule poisson --rate 25.5,50", ["rate-25.5", "rate-50"]),
+    ],
+)
+def test_a_sweep_is_a_run_for_each_load(
+    serve: Serve, tmp_path: Path, flags: str, loads: list[str]
+) -> None:
     url, app = serve(dense=MockVariant(0.01, 0.001), sparse=MockVariant(0.01, 0.001))
     out = tmp_path / "out"
-    result = cast_loadtest("--url", url, *SMALL, "--concurrency", "1,3", "--out", str(out))
-    assert [run["concurrency"] for run in last_line(result)["sweep"]] == [1, 3]
-    for load in ("concurrency-1", "concurrency-3"):
+    result = cast_loadtest("--url", url, *SMALL, *flags.split(), "--out", str(out))
+    assert len(last_line(result)["sweep"]) == 2
+    assert sorted(path.parent.name for path in out.glob("*/run.json")) == loads
+    for load in loads:
         assert json.loads((out / load / "result.json").read_text())["num_requests"] == 12
     prompts = [prompt for _, prompt in app.state.requests]
     assert len(prompts) == 2 * (12 + 4)
@@ -216,6 +213,10 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
         (["--variant", "dense=/absent"], "give either --url, or --variant NAME=DIR"),
         (["--launches", "2"], "--launches and --vllm-flags start servers"),
         (["--processes", "2"], "--processes 2 is more than --concurrency 1"),
+        (
+            ["--schedule", "poisson", "--rate", "1", "--processes", "4", "--num-prompts", "3"],
+            "--processes 4 is more than --num-prompts 3",
+        ),
         (
             ["--prompts", "PROMPTS", "--prompt-tokens", "64"],
             "--prompt-tokens 64 has no effect on the prompts of --prompts",
