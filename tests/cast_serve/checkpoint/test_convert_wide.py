@@ -98,6 +98,7 @@ def test_quantised_kept_values(
     summary = convert(source, tmp_path / "out", tmp_path / "twin", quantization=asked)
     assert (summary["quantized"], summary["head"]) == (values, "int8")
     assert summary["scale_group"] == scale_group
+    assert count_sparse(tmp_path / "out") == (14, False)
     convert(source, tmp_path / "bf16")
     convert(tmp_path / "bf16", tmp_path / "again", quantization=asked)
     out, again = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "again")
