@@ -23,14 +23,14 @@ from cast_serve.provenance import origin
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention, losses, memory
 from cast_train.checkpoint.models import load_dense, load_tokenizer
-from cast_train.config import TrainConfig
+from cast_train.config import Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
 from cast_train.precision import autocast
 from cast_train.pruning.scores import wanda_scores
 from cast_train.text import read_texts, to_blocks, tokenize
 
-CONFIG = TrainConfig(method="gates", steps=1000)
+CONFIG = Gates(steps=1000)
 # The step of CONFIG's plan whose phase is measured.
 WAYS = {"plain": None, "soft": 30, "exact": 500}
 

@@ -1,13 +1,26 @@
-"""A TOML file and flags -> TrainConfig: every setting of a run, frozen, checked, written once."""
+"""A flat TOML table and flags -> the settings of one run, checked, of the type of its method.
 
-import dataclasses
+    TrainConfig         what every run has
+    |- Dense
+    `- Pruned           a run that ends in N:M
+       |- Adams
+       `- Masked        a run whose last steps compute with the exact mask
+          |- Fixed
+          |- Ste
+          `- Gates
+
+A setting that a method does not have is an unknown key of its type.
+"""
+
 import difflib
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -18,276 +31,159 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from cast_serve.checkpoint.quantization import Quantization
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, patterns_of
+from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_serve.sparsity.targets import check_expressions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]  # some step comes after it
 Temperature = Annotated[float, Field(ge=1e-4)]  # of a selection, in logits
-GATES_ONLY = (
-    *("selector", "gate_learning_rate", "penalty_weight", "penalty_ramp", "tau_start", "tau_end"),
-    *("tau_end_fraction", "blend_end_fraction", "blend_ramp", "gumbel_noise", "hard_fraction"),
-    "masks_first",
-)  # settings that a mask which is never learnt has no use for
-Names = Annotated[tuple[str, ...], Strict(False)]  # a list, as TOML and JSON have it, will do
+Names = Annotated[tuple[str, ...], Strict(False)]  # also accepts a list, as TOML and JSON have it
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-class TrainConfig:
-    """One run of `cast-train run`. Fractions are of `steps`, so the whole plan scales with it.
+class TrainConfig(BaseModel):
+    """What every run of `cast-train run` has. Fractions are of `steps`, so the plan scales with it.
 
-    Attributes:
-        method: where the pattern comes from; ``fixed``: it is that of `start`, kept from the first
-            step to the last, its weights solved for it by least squares (solve.py) and trained;
-            ``gates``: a gate beside every weight learns it; ``ste``: by the weights' sizes,
-            straight through, with SR-STE decay; ``adams``: dense forward, decay in the optimiser,
-            pruned at the end; ``dense``: there is none, plain fine-tuning to compare.
-        selector: how gates become a soft mask; see selection.py.
-        sparsity: N:M.
-        start: where the gates' order comes from: ``ones`` (none), ``magnitude``, ``wanda`` or
-            ``sparsegpt``, which moves the weights too and wants its mask from the start (see
-            docs/method.md). For ``ste``, what ranks the weights; from ``sparsegpt`` it ranks by
-            magnitude, the dropped weights starting at 0. ``adams`` ranks by magnitude always.
-            ``auto``: ``sparsegpt`` for ``gates`` without `masks_first`, but for ``penalty``; else
-            ``wanda``.
-        channel_order: of a dense model's channels, which decides what shares a group; ``auto``: the
-            order in which pruning costs least is searched for (permute.py), and the model computes
-            the same in it; ``given``: as they are. ``auto`` is ``given`` for ``dense``, and where
-            `cast-train permute` has been before or the model's layout does not allow it.
-        include: regular expressions; if given, only linears whose names match are targets.
-        exclude: regular expressions; linears whose names match stay dense.
-        zeros: share of zeros over all weights of the targets: if `sparsity` has more, the linears
-            whose pruning would hurt most for their size stay dense (allocate.py).
-        allocation: how those are found; ``fisher``: by the second-order cost of each alone;
-            ``gates``: by gates of whole linears, all learnt together.
-        steps: optimiser steps.
-        block_size: tokens of one training sequence.
-        batch_blocks: sequences per pass and process.
-        accumulation: passes per step.
-        is_checkpointed: activations are computed again in backward, for less memory.
-        learning_rate: of the weights, AdamW, at its peak.
-        gate_learning_rate: of the gate logits, constant until the mask is exact: how far a logit
-            moves in a step whose gradient is as large as its tensor's usually are (optimizer.py).
-        weight_decay: AdamW's, of the weights of the linears that are targets (with ``dense``: that
-            would be); norms, biases, embeddings, scales and gates have none. ``adams`` has `decay`
-            in its place, and warns.
-        warmup_fraction: the learning rate rises linearly this long, then falls along half a cosine.
-        max_grad_norm: the gradient's norm is clipped to this.
-        penalty_weight: lambda at its highest, the factor of the sparsity penalty.
-        penalty_ramp: how lambda rises from 0 to there (``constant``: it is there from the start).
-        tau_start: temperature of the selection at step 0, in logits.
-        tau_end: temperature from `tau_end_fraction` on.
-        tau_end_fraction: by then tau has fallen, geometrically, to tau_end.
-        blend_end_fraction: by then the blend has risen from 0 (dense) to 1 (the soft mask).
-        blend_ramp: its shape.
-        gumbel_noise: of the ``gumbel`` selector at step 0, in logits; it is 0 once tau is tau_end.
-        decay: ``adams``: lambda, the size of the pull beside the gradients' own; ``ste``: the share
-            of a dropped weight that is added to its gradient.
-        mask_every: steps between two refreshes of AdamS's mask.
-        scale_parts: column groups with a learnt scale of their own per row, folded into the weights
-            on hardening; 0: none.
-        distillation_weight: eta, the share of the distillation loss against the dense model.
-        distillation_temperature: T of both logits in it.
-        hidden_states_weight: factor of the distance between the model's hidden states and the
-            teacher's, added to the loss; without a distillation_weight there is no teacher, and
-            this has no effect.
-        hard_fraction: from then on the mask is exact, the gates are frozen and only weights learn.
-        quantize: what the weights are trained for: in the last steps the targets compute with
-            weights of so many bits and 8-bit activations, as they do where the model is served that
-            `cast-serve convert --quantize` makes of it (quantizing.py).
-        scale_group: columns of a row that share a scale in ``int4``.
-        quantized_fraction: with `quantize`, from then on the forward is quantised.
-        masks_first: weights stay dense and unmoved while the gates learn. Once the mask is exact,
-            the kept ones are solved for it by least squares (solve.py), and only then are they
-            trained; the learning rate's warm-up begins there.
-        calibration_blocks: sequences that ``wanda``, ``sparsegpt``, ``fixed``, `masks_first`,
-            `zeros` and the order of channels measure activations on.
-        heldout_blocks: sequences taken out of the training text to measure quality on.
-        evaluate_every: steps between two measurements on the held-out text, in the phase of the
-            moment, with the gates' statistics; 0: only at the end.
-        keep_best: the result is the checkpoint with the least loss on sequences kept out of the
-            training text, out of those with the exact mask; measured every `evaluate_every` steps.
-        train_embeddings: whether embeddings and head are trained too.
-        is_sharded: over several processes, each keeps its rows of all parameters in place of a
-            copy (FSDP2).
-        precision: arithmetic of the model; ``auto``: bf16 where the machine multiplies it natively.
-        checkpoint_every: steps between two resumable checkpoints; 0: they come by time.
-        checkpoint_minutes: minutes between two of them, where `checkpoint_every` is 0.
-        report_to: where the figures of every step go besides, through transformers' reporter of
-            that name, whose package must be installed.
-        seed: of the order of the sequences, and of what ``generator`` begins with and ``gumbel``
-            draws.
+    The text below a setting is its entry in docs/settings.md.
     """
 
-    method: Literal["fixed", "gates", "ste", "adams", "dense"] = "fixed"
-    selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
-    sparsity: str = "2:4"
-    start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
-    channel_order: Literal["auto", "given"] = "auto"
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    method: str
+    """where the pattern comes from. `fixed`: the mask of `start`, kept from the first step to the
+    last, its weights solved by least squares (solve.py) and then trained. `gates`: learnt by a gate
+    beside every weight. `ste`: the weights' sizes, straight through, with SR-STE decay. `adams`:
+    dense forward, decay in the optimiser, pruned at the end. `dense`: none, plain fine-tuning for
+    comparison"""
     include: Names = ()
+    """regular expressions; if given, only linears whose names match are targets"""
     exclude: Names = ()
-    zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
-    allocation: Literal["fisher", "gates"] = "fisher"
+    """regular expressions; linears whose names match stay dense"""
     steps: PositiveInt = 64
+    """optimiser steps"""
     block_size: Annotated[int, Field(ge=2)] = 512
+    """tokens per training sequence"""
     batch_blocks: PositiveInt = 2
+    """sequences per pass and process"""
     accumulation: PositiveInt = 1
+    """passes per step"""
     is_checkpointed: bool = False
+    """recompute activations in backward to save memory"""
     learning_rate: NonNegativeFloat = 5e-4
-    gate_learning_rate: NonNegativeFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.0
+    """peak learning rate of the weights"""
     warmup_fraction: Fraction = 0.05
+    """the learning rate rises linearly until then, then falls along half a cosine"""
     max_grad_norm: Annotated[float, Field(allow_inf_nan=True)] = 1.0
-    penalty_weight: NonNegativeFloat = 0.1
-    penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"
-    tau_start: Temperature = 0.1
-    tau_end: Temperature = 1e-3
-    tau_end_fraction: Fraction = 0.04
-    blend_end_fraction: Fraction = 0.0
-    blend_ramp: Literal["linear", "cosine"] = "linear"
-    gumbel_noise: NonNegativeFloat = 0.5
-    decay: NonNegativeFloat = 2e-4
-    mask_every: PositiveInt = 10
-    scale_parts: NonNegativeInt = 0
+    """gradients are clipped to this norm"""
     distillation_weight: Fraction = 0.9
+    """eta, the share of the distillation loss against the dense model"""
     distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """temperature of both logits in the distillation loss"""
     hidden_states_weight: NonNegativeFloat = 10.0
-    hard_fraction: Fraction = 0.05
-    quantize: Literal["none", "int8", "int4"] = "none"
-    scale_group: Literal[128, 64, 32] = 128
-    quantized_fraction: Fraction = 0.5
-    masks_first: bool = False
-    calibration_blocks: PositiveInt = 16
+    """weight of the distance between the hidden states of model and teacher in the loss; there is
+    no teacher without a distillation_weight"""
     heldout_blocks: PositiveInt = 16
+    """sequences taken out of the training text to measure quality on"""
     evaluate_every: NonNegativeInt = 0
+    """steps between measurements on the held-out text and of the gates; 0: only at the end"""
     keep_best: bool = False
+    """keep the checkpoint with the lowest loss on sequences held out of the training text, among
+    those with the exact mask; measured every `evaluate_every` steps"""
     train_embeddings: bool = False
+    """also train embeddings and head"""
     is_sharded: bool = False
+    """shard all parameters by rows over the processes (FSDP2) instead of copying them"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic of the model; `auto`: bf16 where the machine multiplies it natively"""
     checkpoint_every: NonNegativeInt = 0
+    """steps between resumable checkpoints; 0: save by time"""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """minutes between resumable checkpoints if `checkpoint_every` is 0"""
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio"] = "none"
+    """also report every step's figures through transformers' reporter of that name, whose package
+    must be installed"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """seed of the order of the sequences, `generator`'s first weights and `gumbel`'s noise"""
 
     @model_validator(mode="after")
-    def _check_together(self) -> "TrainConfig":
-        """What one field's own limits cannot say."""
-        self.pattern.check_zeros(self.zeros)
-        check_expressions((*self.include, *self.exclude))
-        if self.method == "fixed":
-            self._check_fixed()
-        if self.selector == "gumbel" and self.method == "gates":
-            patterns_of(self.pattern.n, self.pattern.m)
-        if self.tau_end > self.tau_start:
-            raise ValueError(
-                f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"
-            )
-        if self.masks_first and self.method != "gates":
-            raise ValueError(f"masks_first goes with method gates alone, not with {self.method}")
-        if self.is_solved and self.is_sharded:
-            asked = "masks_first" if self.masks_first else "method fixed"
-            raise ValueError(
-                f"{asked} cannot go with is_sharded, since solving needs whole weights; set "
-                "is_sharded to false, or choose method gates without masks_first"
-            )
-        if self.keep_best:
-            self._check_keep_best()
-        if self.quantize != "none":
-            self._check_quantize()
-        if not max(self.blend_end_fraction, self.tau_end_fraction) <= self.hard_fraction < 1:
-            raise ValueError(
-                f"hard_fraction {self.hard_fraction} must be below 1 and not below "
-                f"blend_end_fraction {self.blend_end_fraction} and "
-                f"tau_end_fraction {self.tau_end_fraction}: "
-                "the last steps must see the exact mask that is served"
-            )
+    def _checked(self) -> "TrainConfig":
+        self.check()
         return self
 
-    def _check_fixed(self) -> None:
-        if self.start == "ones":
-            raise ValueError(
-                "start ones has no order to keep a mask of; choose magnitude, wanda or sparsegpt, "
-                "or method gates"
-            )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in GATES_ONLY:
-            if (value := getattr(self, name)) != defaults[name]:
-                raise ValueError(
-                    f"{name} {value} goes with method gates, which learns the mask; method fixed, "
-                    f"the default, keeps that of `start`: set method to gates, or leave {name} out"
-                )
-
-    def _check_quantize(self) -> None:
-        if self.method in ("adams", "dense"):
-            raise ValueError(
-                f"quantize {self.quantize} trains under the exact mask, which method {self.method} "
-                "has in no step; choose method fixed, gates or ste, or quantize none"
-            )
-        if self.sparsity != "2:4":
-            raise ValueError(
-                f"quantize {self.quantize} needs sparsity 2:4, not {self.sparsity}: "
-                "only 2:4 weights are served in integers"
-            )
-        for name in ("scale_parts", "is_sharded"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"quantize {self.quantize} cannot go with {name} {getattr(self, name)}; "
-                    "set one of them to its default"
-                )
-        first = 0.0 if self.method == "fixed" else self.hard_fraction
-        if not first <= self.quantized_fraction < 1:
-            raise ValueError(
-                f"quantized_fraction {self.quantized_fraction} must be below 1 and not below "
-                f"hard_fraction {first}: scales are chosen under the exact mask"
-            )
-
-    def _check_keep_best(self) -> None:
-        if self.method == "adams":
-            raise ValueError("keep_best compares exact masks, but adams prunes after its last step")
+    def check(self) -> None:
+        """Checks settings against each other."""
+        check_expressions((*self.include, *self.exclude))
+        self.check_unused("distillation_temperature", bool(self.distillation_weight), "a teacher")
+        if not self.keep_best:
+            return
+        if self.is_sharded:
+            raise UsageError("is_sharded cannot go with keep_best; set one of them to false")
         if not self.evaluate_every:
-            raise ValueError("keep_best needs evaluate_every above 0: it compares what is measured")
+            raise UsageError("keep_best needs evaluate_every above 0: it compares what is measured")
         if self.steps % self.evaluate_every:
-            raise ValueError(
-                f"steps {self.steps} is no multiple of evaluate_every {self.evaluate_every}; "
+            raise UsageError(
+                f"steps {self.steps} is not a multiple of evaluate_every {self.evaluate_every}; "
                 "keep_best can only keep what is measured"
             )
         if self.checkpoint_every not in (0, self.evaluate_every):
-            raise ValueError(
+            raise UsageError(
                 f"checkpoint_every {self.checkpoint_every} must be 0 or evaluate_every "
-                f"{self.evaluate_every}: keep_best saves whatever it measures"
+                f"{self.evaluate_every}: keep_best saves what it measures"
             )
 
-    def check_convertible(self) -> None:
-        """Refuses what `cast-serve convert` makes nothing of.
+    def check_unused(self, name: str, is_used: bool, needs: str) -> None:
+        """Refuses a setting that was changed although another makes it irrelevant."""
+        value = getattr(self, name)
+        if not is_used and value != type(self).model_fields[name].default:
+            raise UsageError(f"{name} {value} has no effect without {needs}; leave it out")
 
-        Raises:
-            ValueError: naming the setting.
-        """
-        if self.sparsity != "2:4" or self.method == "dense":
+    def check_convertible(self) -> None:
+        """Refuses settings whose result cannot be compressed (`cast-serve convert`)."""
+        if self.pattern != Pattern(2, 4) or self.method == "dense":
             name = "method" if self.method == "dense" else "sparsity"
-            raise ValueError(
+            raise UsageError(
                 f"{name} {getattr(self, name)} has no compressed weights, only 2:4 has; train it "
                 "with cast-train run alone"
             )
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern.parse(self.sparsity)
+        return Pattern(2, 4)  # of Dense: decides which linears have weight decay
 
     @property
     def is_solved(self) -> bool:
         """Whether the kept weights are solved for the mask before they are trained."""
-        return self.method == "fixed" or self.masks_first
+        return False
 
     @property
-    def first_order(self) -> str:
-        """`start`, and what ``auto`` stands for."""
-        if self.start != "auto":
-            return self.start
-        is_moved = self.method == "gates" and self.selector != "penalty" and not self.masks_first
-        return "sparsegpt" if is_moved else "wanda"
+    def first_order(self) -> str | None:
+        """What the mask starts from: `start`, `auto` resolved; None: the method has no start."""
+        return None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What the last steps compute with."""
+        return None
+
+    @property
+    def first_exact_step(self) -> int:
+        """The first step that computes with the exact mask; `steps`: none does."""
+        return self.steps
+
+    @property
+    def first_quantized_step(self) -> int | None:
+        """The first step with a quantised forward, at the latest the last one; None: none is."""
+        return None
 
     @classmethod
     def from_toml(
@@ -301,58 +197,299 @@ class TrainConfig:
             flags: settings from the command line.
 
         Raises:
-            ValueError: if the file is missing or no TOML, or a key is unknown, or a value is wrong.
+            UsageError: if the file cannot be read, a key is unknown or a value is wrong.
         """
         settings = {} if path is None else read_toml(path)
         given = {key: flag for key, flag in flags.items() if flag is not None}
         return cls.from_dict(settings | given | parse_assignments(assignments))
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `as_dict`; lists become tuples.
+    def from_dict(cls, settings: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `as_dict`: the type that `method` names, `fixed` by default.
 
         Raises:
-            ValueError: if a key is unknown, or a value is wrong.
+            UsageError: if a key is unknown or a value is wrong.
         """
+        method = settings.get("method", "fixed")
         try:
-            return cls(**settings)
+            return _ANY.validate_python({**settings, "method": method})
         except ValidationError as error:
-            faults = [_describe(fault) for fault in error.errors(include_url=False)]
-            raise ValueError("; ".join(faults)) from None
+            faults = [_describe(fault, str(method)) for fault in error.errors(include_url=False)]
+            raise UsageError("; ".join(faults)) from None
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings, as JSON has them."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        """The flat table of all its settings, as JSON has them."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self}
+
+
+class Decayed(TrainConfig):
+    """A run whose optimiser is AdamW."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, of the weights of the target linears (with `dense`: of those that would be); norms,
+    biases, embeddings, scales and gates have none"""
+
+
+class Dense(Decayed):
+    """Plain fine-tuning."""
+
+    method: Literal["dense"] = "dense"
+
+
+class Pruned(TrainConfig):
+    """A run that ends in N:M."""
+
+    sparsity: str = "2:4"
+    """N:M"""
+    channel_order: Literal["auto", "given"] = "auto"
+    """order of a dense model's channels, which decides what shares a group. `auto`: search for the
+    order in which pruning costs least (permute.py); the model computes the same in it. `given`:
+    leave them; so does `auto` after `cast-train permute`, or where the layout does not allow it"""
+    zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of zeros over all weights of the targets: if `sparsity` has more, the linears whose
+    pruning would hurt most for their size stay dense (allocate.py)"""
+    allocation: Literal["fisher", "gates"] = "fisher"
+    """how `zeros` chooses them. `fisher`: by the second-order cost of each alone; `gates`: by gates
+    of whole linears, all learnt together"""
+    scale_parts: NonNegativeInt = 0
+    """column groups with a learnt scale of their own per row, folded into the weights on hardening;
+    0: none"""
+    calibration_blocks: PositiveInt = 16
+    """sequences to measure activations on, for `start`, solving, `zeros` and the channel order"""
+
+    def check(self) -> None:
+        super().check()
+        self.pattern.check_zeros(self.zeros)
+        self.check_unused("allocation", self.zeros < self.pattern.zeros, "zeros")
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.sparsity)
+
+
+class Adams(Pruned):
+    """Dense forward, decay in the optimiser, pruned at the end; the mask is of the magnitudes."""
+
+    method: Literal["adams"] = "adams"
+    keep_best: Literal[False] = False  # compares exact masks, but adams prunes after its last step
+    decay: NonNegativeFloat = 2e-4
+    """lambda, the size of the pull beside the gradients' own"""
+    mask_every: PositiveInt = 10
+    """steps between refreshes of AdamS's mask"""
+
+
+class Masked(Pruned, Decayed):
+    """A run whose last steps compute with the exact mask."""
+
+    start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
+    """what the mask starts from: `magnitude`, `wanda`, `sparsegpt` (which also moves the weights;
+    docs/method.md) or, for `gates` and `ste`, `ones` (no order). `ste` ranks by it all along; from
+    `sparsegpt`, by magnitude, with the dropped weights starting at 0. `auto`: `sparsegpt` for
+    `gates` without `masks_first` and `penalty`; else `wanda`"""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """what the weights are trained for: in the last steps the targets compute with weights of that
+    many bits and 8-bit activations, as `cast-serve convert --quantize` serves them (quantizing.py)
+    """
+    scale_group: Literal[128, 64, 32] = 128
+    """columns of a row that share a scale in `int4`"""
+    quantized_fraction: BelowOne = 0.5
+    """with `quantize`: the forward is quantised from then on"""
+
+    def check(self) -> None:
+        super().check()
+        self.check_unused("scale_group", self.quantize == "int4", "quantize int4")
+        self.check_unused("quantized_fraction", self.quantize != "none", "quantize")
+        if self.quantize == "none":
+            return
+        if self.sparsity != "2:4":
+            raise UsageError(
+                f"quantize {self.quantize} needs sparsity 2:4, not {self.sparsity}: "
+                "only 2:4 weights are served in integers"
+            )
+        for name in ("scale_parts", "is_sharded"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"quantize {self.quantize} cannot go with {name} {getattr(self, name)}; "
+                    "set one of them to its default"
+                )
+        if self.quantized_fraction < self.exact_fraction:
+            raise UsageError(
+                f"quantized_fraction {self.quantized_fraction} must not be below hard_fraction "
+                f"{self.exact_fraction}: scales are chosen under the exact mask"
+            )
+
+    @property
+    def exact_fraction(self) -> float:
+        """From then on the mask is exact."""
+        return 0.0
+
+    @property
+    def first_order(self) -> str:
+        return "wanda" if self.start == "auto" else self.start
+
+    @property
+    def quantization(self) -> Quantization | None:
+        if self.quantize == "none":
+            return None
+        return Quantization(
+            self.quantize, self.scale_group if self.quantize == "int4" else SCALE_GROUP
+        )
+
+    @property
+    def first_exact_step(self) -> int:
+        return self._step_of(self.exact_fraction)
+
+    @property
+    def first_quantized_step(self) -> int | None:
+        return None if self.quantize == "none" else self._step_of(self.quantized_fraction)
+
+    def _step_of(self, fraction: float) -> int:
+        return min(math.ceil(fraction * self.steps), self.steps - 1)
+
+
+class Fixed(Masked):
+    """The mask of `start`, kept; its weights are solved and then trained."""
+
+    method: Literal["fixed"] = "fixed"
+    start: Literal["auto", "magnitude", "wanda", "sparsegpt"] = "auto"
+    is_sharded: Literal[False] = False  # solving needs whole weights
+
+    @property
+    def is_solved(self) -> bool:
+        return True
+
+
+class Learnt(Masked):
+    """A run that learns its mask until it is exact."""
+
+    hard_fraction: BelowOne = 0.05
+    """from then on the mask is exact and frozen, and only weights learn"""
+
+    @property
+    def exact_fraction(self) -> float:
+        return self.hard_fraction
+
+
+class Ste(Learnt):
+    """The weights' sizes rank them in every step, straight through."""
+
+    method: Literal["ste"] = "ste"
+    decay: NonNegativeFloat = 2e-4
+    """the share of a dropped weight that is added to its gradient"""
+
+
+class Gates(Learnt):
+    """A gate beside every weight."""
+
+    method: Literal["gates"] = "gates"
+    selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
+    """how gates become a soft mask; see selection.py"""
+    gate_learning_rate: NonNegativeFloat = 1e-3
+    """learning rate of the gate logits, constant until the mask is exact: how far a logit moves in
+    a step whose gradient is as large as its tensor's usually are (optimizer.py)"""
+    penalty_weight: NonNegativeFloat = 0.1
+    """lambda at its highest, the weight of the sparsity penalty"""
+    penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"
+    """how lambda rises from 0 to there (`constant`: it is there from the start)"""
+    tau_start: Temperature = 0.1
+    """temperature of the selection at step 0, in logits"""
+    tau_end: Temperature = 1e-3
+    """temperature from `tau_end_fraction` on"""
+    tau_end_fraction: Fraction = 0.04
+    """by then tau has fallen, geometrically, to tau_end"""
+    blend_end_fraction: Fraction = 0.0
+    """by then the blend has risen from 0 (dense) to 1 (the soft mask)"""
+    blend_ramp: Literal["linear", "cosine"] = "linear"
+    """shape of that rise"""
+    gumbel_noise: NonNegativeFloat = 0.5
+    """noise of the `gumbel` selector at step 0, in logits; 0 once tau is tau_end"""
+    masks_first: bool = False
+    """keep the weights dense and unmoved while the gates learn. Once the mask is exact, the kept
+    ones are solved by least squares (solve.py) and only then trained; warm-up begins there"""
+
+    def check(self) -> None:
+        super().check()
+        self.check_unused("gumbel_noise", self.selector == "gumbel", "selector gumbel")
+        if self.selector == "gumbel":
+            patterns_of(self.pattern.n, self.pattern.m)
+        if self.tau_end > self.tau_start:
+            raise UsageError(
+                f"tau_end {self.tau_end} is above tau_start {self.tau_start}; tau must fall"
+            )
+        if self.hard_fraction < max(self.blend_end_fraction, self.tau_end_fraction):
+            raise UsageError(
+                f"hard_fraction {self.hard_fraction} must not be below blend_end_fraction "
+                f"{self.blend_end_fraction} or tau_end_fraction {self.tau_end_fraction}: "
+                "the last steps must see the exact mask that is served"
+            )
+        if self.is_sharded and self.masks_first:
+            raise UsageError(
+                "masks_first cannot go with is_sharded, since solving needs whole weights; set "
+                "one of them to false"
+            )
+        if self.is_sharded and self.selector == "generator":
+            raise UsageError(
+                "is_sharded cannot go with selector generator, whose network all layers share; "
+                "choose soft_topk, or set is_sharded to false"
+            )
+
+    @property
+    def is_solved(self) -> bool:
+        return self.masks_first
+
+    @property
+    def first_order(self) -> str:
+        is_moved = self.selector != "penalty" and not self.masks_first
+        return "sparsegpt" if self.start == "auto" and is_moved else super().first_order
+
+
+METHODS: dict[str, type[TrainConfig]] = {
+    "fixed": Fixed,
+    "gates": Gates,
+    "ste": Ste,
+    "adams": Adams,
+    "dense": Dense,
+}
+_ANY: TypeAdapter[TrainConfig] = TypeAdapter(
+    Annotated[Fixed | Gates | Ste | Adams | Dense, Field(discriminator="method")]
+)
+
+
+def of_method(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that only other methods have.
+
+    Earlier releases recorded all settings for every method; runs to compare have some in common.
+    """
+    own = METHODS.get(settings.get("method", "fixed"), TrainConfig).model_fields
+    known = {name for config in METHODS.values() for name in config.model_fields}
+    return {name: value for name, value in settings.items() if name in own or name not in known}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a file, unchecked.
 
     Raises:
-        ValueError: if the file is missing or no TOML.
+        UsageError: if the file is missing or not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read the settings {path}: {error}") from error
+        raise UsageError(f"cannot read the settings {path}: {error}") from error
 
 
 def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts -> settings, unchecked; the last of a key counts.
 
-    A value is read as TOML has it; what is not TOML is a string, so that names need no quotes.
+    A value is read as TOML; what is not TOML is a string, so names need no quotes.
 
     Raises:
-        ValueError: if one is no KEY=VALUE.
+        UsageError: if one is not KEY=VALUE.
     """
     settings = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
-            raise ValueError(f"{text!r} is not KEY=VALUE; write for instance steps=100")
+            raise UsageError(f"{text!r} is not KEY=VALUE; write for instance steps=100")
         try:
             settings[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -360,20 +497,41 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _describe(fault: ErrorDetails) -> str:
+def _describe(fault: ErrorDetails, method: str) -> str:
     """One of pydantic's errors in a line: the setting, its value, the limit and the default."""
-    if not fault["loc"]:  # of several settings together
-        return str(fault["ctx"]["error"])
-    name = str(fault["loc"][0])
-    if fault["type"] == "unexpected_keyword_argument":
-        known = [field.name for field in dataclasses.fields(TrainConfig)]
-        if not (near := difflib.get_close_matches(name, known, 1)):
-            return f"unknown setting {name}; the settings are {', '.join(known)}"
-        kind = type_in_words(TypeAdapter(TrainConfig).json_schema()["properties"][near[0]])
-        default = getattr(TrainConfig, near[0])
-        return f"unknown setting {name}; the nearest is {near[0]} ({kind}; default: {default})"
     limit = fault["msg"].replace("Input should", "must").replace("tuple", "list of strings")
-    return f"{name} is {fault['input']!r}, but {limit} (default: {getattr(TrainConfig, name)})"
+    if fault["type"] == "union_tag_invalid":
+        return f"method is {method!r}, but must be {either(METHODS)} (default: fixed)"
+    if len(fault["loc"]) < 2:  # of several settings together
+        return str(fault["ctx"]["error"])
+    name, fields = str(fault["loc"][1]), METHODS[method].model_fields
+    if fault["type"] == "extra_forbidden":
+        return _unknown(name, method)
+    if fault["type"] == "literal_error":
+        limit += f" with method {method}"
+    return f"{name} is {fault['input']!r}, but {limit} (default: {fields[name].default})"
+
+
+def _unknown(name: str, method: str) -> str:
+    if having := [other for other, config in METHODS.items() if name in config.model_fields]:
+        return (
+            f"method {method} has no setting {name}, only {either(having)} has; "
+            f"set method, or leave {name} out"
+        )
+    fields = METHODS[method].model_fields
+    if not (near := difflib.get_close_matches(name, fields, 1)):
+        return f"unknown setting {name}; method {method} has {', '.join(fields)}"
+    if near[0] == "method":
+        return f"unknown setting {name}; the nearest is method ({either(METHODS)})"
+    kind = type_in_words(METHODS[method].model_json_schema()["properties"][near[0]])
+    default = fields[near[0]].default
+    return f"unknown setting {name}; the nearest is {near[0]} ({kind}; default: {default})"
+
+
+def either(names: Iterable[object]) -> str:
+    """``a, b or c``."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def type_in_words(schema: Mapping[str, Any]) -> str:
@@ -381,16 +539,17 @@ def type_in_words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:  # a type, or none
         return type_in_words(schema["anyOf"][0])
     if "enum" in schema:
-        *others, last = map(str, schema["enum"])
-        return f"{', '.join(others)} or {last}"
+        return either(schema["enum"])
     names = {"integer": "whole number", "boolean": "true or false", "array": "list of strings"}
     words = names.get(schema["type"], str(schema.get("format", schema["type"])))
     if "minimum" in schema and "maximum" in schema:
-        return f"{words} from {schema['minimum']:g} to {schema['maximum']:g}"
-    if "exclusiveMinimum" in schema:
-        words += f" above {schema['exclusiveMinimum']:g}"
-    if "minimum" in schema:
-        words += f", {schema['minimum']:g} or more"
-    if "maximum" in schema:
-        words += f", at most {schema['maximum']:g}"
+        return f"{words} from {schema['minimum']:.10g} to {schema['maximum']:.10g}"
+    for limit, text in (
+        ("exclusiveMinimum", " above {:.10g}"),
+        ("minimum", ", {:.10g} or more"),
+        ("maximum", ", at most {:.10g}"),
+        ("exclusiveMaximum", " and below {:.10g}"),
+    ):
+        if limit in schema:
+            words += text.format(schema[limit])
     return words

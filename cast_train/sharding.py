@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cast_serve.sparsity.pattern import PatternError
-from cast_train.config import TrainConfig
+from cast_train.config import Adams, TrainConfig
 
 Found = TypeVar("Found")
 
@@ -70,25 +70,16 @@ def state_of(module: nn.Module) -> list[Tensor]:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses settings that cannot go with ``is_sharded``, before anything is read.
+    """Refuses ``is_sharded`` in a single process.
 
     Raises:
-        ValueError: for one process, or a setting that needs whole parameters.
+        ValueError: naming the remedy.
     """
-    if not config.is_sharded:
-        return
-    if num_processes() < 2:
+    if config.is_sharded and num_processes() < 2:
         raise ValueError(
             "is_sharded needs two processes or more, but this is the only one; start the run with "
             "torchrun --nproc-per-node 2 -m cast_train run ..., or set is_sharded = false"
         )
-    if config.method == "gates" and config.selector == "generator":
-        raise ValueError(
-            "is_sharded cannot go with selector 'generator', whose network all layers share; "
-            "choose soft_topk, or set is_sharded = false"
-        )
-    if config.keep_best:
-        raise ValueError("is_sharded cannot go with keep_best; set one of them to false")
 
 
 def check_groups(config: TrainConfig, transposed: Mapping[str, Tensor]) -> None:
@@ -101,7 +92,7 @@ def check_groups(config: TrainConfig, transposed: Mapping[str, Tensor]) -> None:
     Raises:
         PatternError: naming the first of them.
     """
-    if not config.is_sharded or config.method != "adams":
+    if not config.is_sharded or not isinstance(config, Adams):
         return
     for name, weight in transposed.items():
         rows_each = -(-weight.shape[0] // num_processes())

@@ -12,7 +12,7 @@ from cast_serve.__main__ import app as cast_serve
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.options import METAVARS
 from cast_train.__main__ import app as cast_train
-from cast_train.config import TrainConfig
+from cast_train.config import METHODS
 from loadtest.__main__ import app as cast_loadtest
 
 APPS = pytest.mark.parametrize("app", [cast_serve, cast_train, cast_loadtest])
@@ -55,7 +55,11 @@ def test_every_option_says_in_one_style_what_it_takes_and_its_default(app: typer
 
 def test_the_defaults_in_the_help_are_the_settings_own() -> None:
     checked = set()
-    settings = {field: getattr(TrainConfig, field) for field in TrainConfig.__annotations__}
+    settings = {
+        name: field.default
+        for method in reversed(METHODS)  # the first, fixed, is the default
+        for name, field in METHODS[method].model_fields.items()
+    }
     for _, option in options(cast_train, "run"):
         if option.name in settings:
             assert option.show_default == str(settings[option.name]), option.name

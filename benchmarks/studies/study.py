@@ -28,7 +28,7 @@ from benchmarks.studies import report
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import identity
-from cast_train.config import TrainConfig, parse_assignments
+from cast_train.config import Gates, TrainConfig, of_method, parse_assignments
 from cast_train.evaluate.choices import check_names
 from cast_train.origin import origin
 from cast_train.pruning import oneshot
@@ -130,7 +130,7 @@ def run(
     # A way may name another method; one-shot pruning, measured beside, reorders nothing.
     settings = {"method": "gates", "channel_order": "given", **settings}
     configs = {
-        (way, seed): TrainConfig.from_dict({**settings, **changes, "seed": seed})
+        (way, seed): TrainConfig.from_dict({**_common(settings, changes), **changes, "seed": seed})
         for way, changes in ways.items()
         for seed in seeds
     }
@@ -308,6 +308,11 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
     return json.loads(printed.splitlines()[-1]), took
 
 
+def _common(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all ways that a way's method has."""
+    return of_method({**settings, "method": changes.get("method", settings["method"])})
+
+
 @dataclass(frozen=True)
 class _Measure:
     """`cast-train eval` as the study calls it."""
@@ -317,9 +322,16 @@ class _Measure:
     choices: Sequence[Path]
     settings: Mapping[str, Any]
 
+    @property
+    def config(self) -> Gates:
+        """What all ways have in common; models that are not trained have no method of their own."""
+        config = TrainConfig.from_dict(of_method({**self.settings, "method": "gates"}))
+        assert isinstance(config, Gates)
+        return config
+
     def __call__(self, directory: Path) -> dict[str, Any]:
         """The directory's perplexity and, if there are choices, its KL and accuracies."""
-        config = TrainConfig.from_dict(dict(self.settings))
+        config = self.config
         tokens = config.heldout_blocks * config.block_size
         command: list[object] = ["eval", directory, "--text", self.heldout]
         command += ["--context", config.block_size, "--tokens", tokens]
@@ -347,7 +359,7 @@ def _measure_untrained(
         return measure(next(rival for rival in rivals if rival.name == name))
     folder = out / "pruned"
     shutil.rmtree(folder, ignore_errors=True)
-    config = TrainConfig.from_dict(dict(measure.settings))
+    config = measure.config
     command: list[object] = ["oneshot", "--model", measure.model, "--method", name]
     command += ["--sparsity", config.sparsity, "--zeros", config.zeros]
     command += ["--allocation", config.allocation]

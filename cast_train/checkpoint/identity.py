@@ -14,6 +14,7 @@ from typing import Any
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError, sha256
 from cast_train.checkpoint.models import check_directory
+from cast_train.config import of_method
 
 # Weights, configuration and tokenizer, as transformers names them.
 SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
@@ -107,7 +108,10 @@ def check(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy
     Raises:
         CheckpointError: naming what differs.
     """
-    differences = _differences({key: found.get(key) for key in wanted if key in found}, wanted)
+    compared = {key: found[key] for key in wanted if key in found}
+    if isinstance(compared.get("config"), dict):
+        compared["config"] = of_method(compared["config"])
+    differences = _differences(compared, wanted)
     if differences:
         shown = ", ".join(differences[:MAX_SHOWN])
         more = len(differences) - MAX_SHOWN

@@ -28,7 +28,7 @@ from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train.checkpoint import channel_order, identity
 from cast_train.checkpoint.channel_order import ChannelOrder
-from cast_train.config import TrainConfig
+from cast_train.config import Gates, TrainConfig
 from cast_train.gates.gating import Gate, logits_of
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def check_room(
     Raises:
         CheckpointError: naming what is needed and what is free.
     """
-    num_moments = {id(logits): int(config.method == "gates") for logits in logits_of(gates)}
+    num_moments = {id(logits): int(isinstance(config, Gates)) for logits in logits_of(gates)}
     num_bytes = sum(
         p.nbytes * (1 + (num_moments.get(id(p), 2) if p.requires_grad else 0))
         for p in model.parameters()

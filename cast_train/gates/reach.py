@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from cast_serve.sparsity.pattern import groups
-from cast_train.config import TrainConfig
+from cast_train.config import Gates
 from cast_train.gates.gating import Gate, LogitGate
-from cast_train.gates.schedules import first_exact_step
 from cast_train.gates.selection import hard
 
 
@@ -36,13 +35,13 @@ class Reach:
 
 
 @torch.no_grad()
-def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach:
+def measure_reach(gates: Mapping[str, Gate], config: Gates) -> Reach:
     """Measures gates whose logits are learnt (selectors other than ``generator``).
 
     Args:
         gates: as they start, by name; at least one.
     """
-    reach = config.gate_learning_rate * first_exact_step(config)
+    reach = config.gate_learning_rate * config.first_exact_step
     total_gap = 0.0
     num_groups = num_changeable = 0
     for gate in gates.values():

@@ -11,7 +11,7 @@ noise   gumbel_noise ---- linear ---- 0 -------------------------   of the gumbe
 import math
 from dataclasses import dataclass
 
-from cast_train.config import TrainConfig
+from cast_train.config import Gates, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def ramp(shape: str, progress: float) -> float:
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """What the weights' learning rate is multiplied by: a warm-up, then half a cosine to 0.
 
-    With `masks_first` it is 0 until the mask is exact, and the schedule has the steps after that.
+    Where weights are solved it is 0 until the mask is exact; the schedule has the steps after that.
     Source: transformers' get_cosine_schedule_with_warmup.
 
     Args:
         step: from 0; step = steps is the end of training.
     """
-    first = first_exact_step(config) if config.masks_first else 0
+    first = config.first_exact_step if config.is_solved else 0
     if step < first:
         return 0.0
     step, num_steps = step - first, config.steps - first
@@ -81,42 +81,26 @@ def gate_rate_factor(step: int, config: TrainConfig) -> float:
     return float(not phase_at(step, config).is_hard)
 
 
-def first_exact_step(config: TrainConfig) -> int:
-    """The first step that computes with the exact mask; `steps` if none does."""
-    if config.method in ("adams", "dense"):
-        return config.steps
-    if config.method == "fixed":
-        return 0
-    return min(math.ceil(config.hard_fraction * config.steps), config.steps - 1)
-
-
-def first_quantized_step(config: TrainConfig) -> int | None:
-    """The first step whose forward is quantised, and it is the last one at most; None: none is."""
-    if config.quantize == "none":
-        return None
-    asked = min(math.ceil(config.quantized_fraction * config.steps), config.steps - 1)
-    return max(asked, first_exact_step(config))
-
-
 def phase_at(step: int, config: TrainConfig) -> Phase:
     """The phase of a step, from 0; step = steps is the end of training.
 
     The last step is always hard, whatever the fractions round to, except with ``adams``, whose
     forward is dense to the end, and with ``dense``.
     """
+    is_hard = step >= config.first_exact_step
+    first = config.first_quantized_step
+    is_quantized = first is not None and step >= first
+    if not isinstance(config, Gates):
+        return Phase(1.0, 1.0, penalty_weight=0.0, is_hard=is_hard, is_quantized=is_quantized)
+    if is_hard:
+        relative_tau = config.tau_end / config.tau_start
+        return Phase(
+            1.0, config.tau_end, 0.0, is_hard, relative_tau=relative_tau, is_quantized=is_quantized
+        )
 
     def progress(fraction: float) -> float:
         return step / (fraction * config.steps) if fraction > 0 else 1.0
 
-    if step >= first_exact_step(config):
-        return Phase(
-            blend=1.0,
-            tau=config.tau_end,
-            penalty_weight=0.0,
-            is_hard=True,
-            relative_tau=config.tau_end / config.tau_start,
-            is_quantized=(first := first_quantized_step(config)) is not None and step >= first,
-        )
     cooling = min(progress(config.tau_end_fraction), 1.0)
     relative_tau = (config.tau_end / config.tau_start) ** cooling
     return Phase(

@@ -20,7 +20,7 @@ from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
 from cast_train.checkpoint.channel_order import ChannelOrder
-from cast_train.config import TrainConfig
+from cast_train.config import Fixed
 from cast_train.gates.gating import is_transposed
 from cast_train.pruning.allocate import keep_dense
 from cast_train.pruning.reorder import reorder
@@ -97,7 +97,7 @@ def read_calibration(
     Raises:
         ValueError: if a file cannot be read or the text is too short for one block.
     """
-    defaults = TrainConfig()
+    defaults = Fixed()
     num_tokens = (num_blocks or defaults.calibration_blocks) * defaults.block_size
     tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
     return to_blocks(tokens, defaults.block_size)

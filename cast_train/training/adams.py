@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
-from cast_train.config import TrainConfig
+from cast_train.config import Adams
 from cast_train.gates.schedules import learning_rate_factor
 
 
@@ -100,7 +100,7 @@ class AdamS(torch.optim.Optimizer):
         weight.addcdiv_(direction.to(weight.dtype), scale.to(weight.dtype), value=-group["lr"])
 
 
-def reach(config: TrainConfig) -> float:
+def reach(config: Adams) -> float:
     """How far a dropped weight can be moved towards 0 by the decay, in all: sum of lr_t * t / T."""
     return sum(
         config.learning_rate * learning_rate_factor(step, config) * (step + 1) / config.steps
@@ -108,7 +108,7 @@ def reach(config: TrainConfig) -> float:
     )
 
 
-def check_reach(config: TrainConfig, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> tuple[float, float]:
     """Refuses settings whose final pruning would set weights to 0 that are still large.
 
     Args:

@@ -58,10 +58,10 @@ class Conversion:
         Raises:
             ValueError: if both say how, and not the same.
         """
-        if settings.quantize != "none":
-            trained: dict[str, str] = {"quantize": settings.quantize}
-            if settings.quantize == "int4":
-                trained["scale_group"] = str(settings.scale_group)
+        if (wanted := settings.quantization) is not None:
+            trained: dict[str, str] = {"quantize": wanted.values}
+            if wanted.group is not None:
+                trained["scale_group"] = str(wanted.group)
             asked = {"quantize": quantize, "scale_group": scale_group and str(scale_group)}
             for name, value in trained.items():
                 if asked[name] not in (None, value):
@@ -69,8 +69,7 @@ class Conversion:
                         f"--{name.replace('_', '-')} {asked[name]} differs from {name} {value}, "
                         "which the settings train for; leave one of them out"
                     )
-            quantize = settings.quantize
-            scale_group = settings.scale_group if quantize == "int4" else None
+            quantize, scale_group = wanted.values, wanted.group
         return cls(quantize=quantize, scale_group=scale_group or SCALE_GROUP, **others)
 
     @property

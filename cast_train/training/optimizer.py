@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cast_train import sharding
-from cast_train.config import TrainConfig
+from cast_train.config import Adams, Decayed, Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.training import adams
 
@@ -71,12 +71,12 @@ def make(
         targets: the linears whose weights have `weight_decay`, by name.
         config: all settings.
     """
-    logits = {id(p) for p in gating.logits_of(gate_map)}
     gates = [p for gate in gate_map.values() for p in gate.parameters() if p.requires_grad]
     gate_ids = {id(parameter) for parameter in gates}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]
-    if config.method == "adams":
+    if isinstance(config, Adams):
         return _adams(weights, gate_map, config)
+    assert isinstance(config, Decayed)  # all methods but adams
     # As is usual, weight decay applies to matrices and not to norms, biases and embeddings. It does
     # not apply to the scales either, since that would decay the weights a second time.
     decayed = {id(gating.stored_weight(linear)) for linear in targets.values()}
@@ -93,25 +93,24 @@ def make(
             "lr": config.learning_rate,
             "weight_decay": 0.0,
         },
-        {
-            "params": [p for p in gates if id(p) in logits],
-            "role": LOGITS,
-            "lr": config.gate_learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for p in gates if id(p) not in logits],
-            "role": GENERATOR,
-            "lr": config.gate_learning_rate,
-            "weight_decay": 0.0,
-        },
     ]
+    if isinstance(config, Gates):
+        logits = {id(p) for p in gating.logits_of(gate_map)}
+        groups += [
+            {
+                "params": [p for p in gates if (id(p) in logits) == (role == LOGITS)],
+                "role": role,
+                "lr": config.gate_learning_rate,
+                "weight_decay": 0.0,
+            }
+            for role in (LOGITS, GENERATOR)
+        ]
     # fused: one pass over memory in place of ten
     return AdamWithGates([group for group in groups if group["params"]], fused=True)
 
 
 def _adams(
-    weights: list[nn.Parameter], gate_map: Mapping[str, gating.Gate], config: TrainConfig
+    weights: list[nn.Parameter], gate_map: Mapping[str, gating.Gate], config: Adams
 ) -> torch.optim.Optimizer:
     is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
     groups: list[dict[str, Any]] = [

@@ -20,10 +20,9 @@ from cast_train.checkpoint.models import (
     sparse_targets,
 )
 from cast_train.checkpoint.resume import Choices
-from cast_train.config import TrainConfig
+from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
-from cast_train.gates.schedules import phase_at
 from cast_train.passes import check_length
 from cast_train.precision import arithmetic
 from cast_train.pruning.allocate import keep_dense
@@ -46,12 +45,14 @@ class Blocks:
 
     Attributes:
         train: trained on.
+        calibration: its beginning, which activations are measured on.
         validation: kept out of the training text; `keep_best` chooses by it.
         heldout: what quality is measured on: validation, or a text of its own.
         heldout_name: what it is, in words.
     """
 
     train: Tensor
+    calibration: Tensor
     validation: Tensor
     heldout: Tensor
     heldout_name: str
@@ -94,11 +95,12 @@ def read_blocks(
     train, validation = split_held_out(blocks, config.heldout_blocks, step)
     if config.accumulation > 1:  # else the last step of an epoch would be one of fewer batches
         train = train[: len(train) // step * step]
-    if heldout_file is None:
-        return Blocks(train, validation, validation, "held-out split of the training text")
-    num_tokens = config.heldout_blocks * config.block_size
-    tokens = tokenize(heldout_text, tokenizer, num_tokens)
-    return Blocks(train, validation, to_blocks(tokens, config.block_size), heldout_file.name)
+    calibration = train[: config.calibration_blocks] if isinstance(config, Pruned) else train[:0]
+    heldout, name = validation, "held-out split of the training text"
+    if heldout_file is not None:
+        tokens = tokenize(heldout_text, tokenizer, config.heldout_blocks * config.block_size)
+        heldout, name = to_blocks(tokens, config.block_size), heldout_file.name
+    return Blocks(train, calibration, validation, heldout, name)
 
 
 def prepare(
@@ -127,7 +129,8 @@ def prepare(
     sparse = sparse_targets(model_dir, config.pattern)
     _check_targets(model, sparse, config, choices)
     order = channel_order.read(model_dir)
-    if order is not None and config.channel_order == "auto":
+    is_auto = isinstance(config, Pruned) and config.channel_order == "auto"
+    if order is not None and is_auto:
         logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
     teacher = teacher_order = None
     if config.distillation_weight:
@@ -142,10 +145,10 @@ def prepare(
                 "of, or set hidden_states_weight to 0"
             )
 
-    calibration = blocks.train[: config.calibration_blocks]
+    calibration = blocks.calibration
     if order is None and sparse is None:  # else its channels stay where they are
         if choices is None:
-            if sharding.rank() == 0:  # the others take its weights below
+            if is_auto and sharding.rank() == 0:  # the others take its weights below
                 model, order = _reordered(model, model_dir, calibration, config)
             order = sharding.in_first(lambda: order)
         elif choices.order is not None:
@@ -165,7 +168,7 @@ def prepare(
 
     torch.manual_seed(config.seed)  # of the first weights of `generator`
     scores = _scores(model, targets, calibration, config) if sharding.rank() == 0 else None
-    gate_map = {} if config.method == "dense" else with_gates(targets, scores, config)
+    gate_map = with_gates(targets, scores, config) if isinstance(config, Pruned) else {}
     sharding.take_first(sharding.state_of(model))
     start = {name: gate.mask() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
@@ -216,21 +219,19 @@ def _check_targets(
         for name, linear in targets.items()
         if name not in kept_dense and (sparse is None or name in sparse)
     }
-    if config.scale_parts:
+    if isinstance(config, Pruned) and config.scale_parts:
         scaling.check_parts(rows_of, config.scale_parts, config.pattern.m)
-    if config.method == "adams":
+    if isinstance(config, Adams):
         adams.check_reach(config, rows_of)
 
 
 def _reordered(
     model: Any, model_dir: Path, calibration: Tensor, config: TrainConfig
 ) -> tuple[Any, ChannelOrder | None]:
-    """A dense model in the order that `config.channel_order` asks for, and what that is.
+    """A dense model in the order in which pruning costs least, and that order.
 
-    None: its channels are as they were, maybe since another order could not be found.
+    None: no other order could be found, and the channels are as they were.
     """
-    if config.channel_order == "given" or config.method == "dense":
-        return model, None
     try:
         order, shares = permute(
             model, calibration, config.pattern, include=config.include, exclude=config.exclude
@@ -253,7 +254,7 @@ def _choose_dense(
     config: TrainConfig,
 ) -> list[str]:
     """The linears that could be targets and stay dense: for `zeros`, or as they have no zeros."""
-    if config.method == "dense":
+    if not isinstance(config, Pruned):
         return []
     if sparse is not None:
         return [name for name in targets if name not in sparse]
@@ -274,7 +275,9 @@ def _keep_embeddings(model: Any) -> None:
 
 def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
     """Measures the gates' reach, and warns where the mask can hardly change."""
-    if config.method != "gates" or config.selector == "generator" or phase_at(0, config).is_hard:
+    if not isinstance(config, Gates) or config.selector == "generator":
+        return None
+    if config.first_exact_step == 0:
         return None
     found = measure_reach(gate_map, config)
     if found.reach < FEW_GAPS * found.mean_gap:
@@ -292,7 +295,7 @@ def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | 
 
 
 def with_gates(
-    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: TrainConfig
+    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: Pruned
 ) -> dict[str, gating.Gate]:
     """Gates, and scales or quantisers if asked for; `scores` as for `gating.attach`."""
     gate_map = gating.attach(
@@ -300,15 +303,15 @@ def with_gates(
         config.pattern,
         scores,
         method=config.method,
-        selector=config.selector,
-        decay=config.decay / config.accumulation,  # the gradients of a step's passes are summed
+        selector=config.selector if isinstance(config, Gates) else "soft_topk",
+        # The gradients of a step's passes are summed.
+        decay=config.decay / config.accumulation if isinstance(config, Ste) else 0.0,
     )
     if config.scale_parts:
         transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
         scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
-    if config.quantize != "none":
-        scale_group = config.scale_group if config.quantize == "int4" else None
-        quantizing.attach(targets, gate_map, scale_group)
+    if config.quantization is not None:
+        quantizing.attach(targets, gate_map, config.quantization.group)
     return gate_map
 
 
@@ -316,10 +319,8 @@ def _scores(
     model: nn.Module, targets: Mapping[str, nn.Module], calibration: Tensor, config: TrainConfig
 ) -> Mapping[str, Tensor] | None:
     """What the gates start from, as `gating.attach` takes it; SparseGPT may move the weights."""
-    if config.method == "dense":
-        return None
     scores = None
-    if config.method == "adams":
+    if isinstance(config, Adams):
         scores = magnitude_scores(targets)
         reach, dropped = adams.check_reach(config, scores)
         if reach < 3 * dropped:
@@ -328,12 +329,6 @@ def _scores(
                 "or a higher learning_rate would leave less to cut off at the end",
                 reach,
                 dropped,
-            )
-        if config.weight_decay:  # no error: a study sets it for all its ways
-            logger.warning(
-                "weight_decay %g is not applied: AdamS decays what the mask drops, by decay %g",
-                config.weight_decay,
-                config.decay,
             )
     elif config.first_order == "magnitude":
         scores = magnitude_scores(targets)
@@ -345,7 +340,7 @@ def _scores(
             dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
         scores = sparsegpt_scores(model, targets, calibration, config.pattern)
         _restore(targets, dense)  # what is solved takes the order alone
-        if config.method == "ste":  # ranks by |W|: what SparseGPT drops starts at 0
+        if isinstance(config, Ste):  # ranks by |W|: what SparseGPT drops starts at 0
             prune(targets, scores, config.pattern)
             scores = None
     return scores

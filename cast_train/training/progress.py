@@ -1,6 +1,5 @@
 """A run's steps -> the progress bar, and the reporters that its figures go to besides."""
 
-import dataclasses
 import logging
 from importlib import metadata
 from pathlib import Path
@@ -10,12 +9,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from cast_train.config import GATES_ONLY, TrainConfig
-from cast_train.gates.schedules import first_quantized_step, phase_at
+from cast_train.config import Gates, TrainConfig
+from cast_train.gates.schedules import phase_at
 
 logger = logging.getLogger(__name__)
-LEARNT_BY_GATES = set(GATES_ONLY) - {"hard_fraction"}  # which `ste` has too
-PRUNING = {"sparsity", "start", "zeros", "allocation", "channel_order", "scale_parts"}
 
 
 class Progress(ProgressCallback):
@@ -53,43 +50,10 @@ class Progress(ProgressCallback):
             figures = {"loss": f"{float(logs['loss']):.3f}"}
             if rate := self.training_bar.format_dict["rate"]:
                 figures["tokens/s"] = f"{rate * self.tokens:,.0f}"
-            if phase_at(state.global_step - 1, self.config).is_quantized:
-                figures["weights"] = self.config.quantize
+            is_quantized = phase_at(state.global_step - 1, self.config).is_quantized
+            if is_quantized and self.config.quantization is not None:
+                figures["weights"] = self.config.quantization.values
             self.training_bar.set_postfix(figures)
-
-
-def warn_of_unused(config: TrainConfig, teacher_dir: Path | str | None) -> None:
-    """Names settings that are not at their default, and a teacher, without effect on this run."""
-    unused = {} if config.method == "gates" else dict.fromkeys(LEARNT_BY_GATES, "method gates")
-    if config.method not in ("ste", "adams"):
-        unused["decay"] = "method ste or adams"
-    if config.method in ("adams", "dense"):
-        unused["hard_fraction"] = "method gates or ste"
-    if config.method != "adams":
-        unused["mask_every"] = "method adams"
-    if config.method == "adams":
-        unused["start"] = "another method"
-    if config.method == "dense":
-        unused |= dict.fromkeys(PRUNING, "another method")
-    if config.zeros >= config.pattern.zeros:
-        unused["allocation"] = "zeros"
-    if config.quantize == "none":
-        unused["quantized_fraction"] = "quantize"
-    if config.quantize != "int4":
-        unused["scale_group"] = "quantize int4"
-    if not config.distillation_weight:
-        of_teacher = ("distillation_temperature", "hidden_states_weight")
-        unused |= dict.fromkeys(of_teacher, "a distillation_weight above 0")
-        if teacher_dir is not None:
-            logger.warning(
-                "teacher %s has no effect: it goes with a distillation_weight above 0", teacher_dir
-            )
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in unused and value != field.default:
-            logger.warning(
-                "%s %s has no effect: it goes with %s", field.name, value, unused[field.name]
-            )
 
 
 def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
@@ -104,7 +68,7 @@ def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
     if has_teacher and config.hidden_states_weight:
         distance = "relative squared distance of the hidden states from the teacher's"
         parts.append(f"{config.hidden_states_weight:g} x {distance}")
-    if config.method == "gates" and config.penalty_weight and config.hard_fraction:
+    if isinstance(config, Gates) and config.penalty_weight and config.hard_fraction:
         ramp = "" if config.penalty_ramp == "constant" else "up to "
         penalty = "sparsity penalty until the mask is exact"
         parts.append(f"{ramp}{config.penalty_weight:g} x {penalty}")
@@ -113,12 +77,12 @@ def loss_in_words(config: TrainConfig, has_teacher: bool) -> str:
 
 def quantized_in_words(config: TrainConfig) -> str | None:
     """Which steps have a quantised forward, and in how many bits; None if none has."""
-    if (first := first_quantized_step(config)) is None:
+    if (quantization := config.quantization) is None or config.first_quantized_step is None:
         return None
-    groups = f" with scale groups of {config.scale_group}" if config.quantize == "int4" else ""
+    groups = f" with scale groups of {quantization.group}" if quantization.group else ""
     return (
-        f"from step {first + 1} of {config.steps} on, weights are {config.quantize}{groups} and "
-        "activations int8"
+        f"from step {config.first_quantized_step + 1} of {config.steps} on, weights are "
+        f"{quantization.values}{groups} and activations int8"
     )
 
 

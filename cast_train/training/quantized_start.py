@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint.linear import CompressedLinear
-from cast_serve.checkpoint.quantization import Quantization, Quantized
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.sparsity.bitmask import pack_mask
-from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_train.gates import gating, quantizing
 from cast_train.pruning.quantize import quantize_linear
 from cast_train.pruning.sparsegpt import replace_weights
@@ -30,8 +29,7 @@ def start_quantized(
     targets: Mapping[str, nn.Module],
     gates: Mapping[str, gating.Gate],
     blocks: Tensor,
-    quantize: Quantized,
-    scale_group: int,
+    quantization: Quantization,
 ) -> None:
     """Chooses the scales of all targets' quantisers and moves the kept weights, in one pass.
 
@@ -41,13 +39,11 @@ def start_quantized(
         targets: linears by name, with gates and quantisers.
         gates: theirs, by the same names.
         blocks: calibration tokens, int64 [num_blocks, block_size].
-        quantize: int8 or int4.
-        scale_group: of int4, the columns that share a scale.
+        quantization: of the weights.
 
     Raises:
         ValueError: if the calibration tokens never reach a target, or a weight is Inf or NaN.
     """
-    quantization = Quantization(quantize, scale_group if quantize == "int4" else SCALE_GROUP)
     moved: dict[str, Tensor] = {}
 
     def quantized(name: str, weight: Tensor, hessian: Tensor) -> Tensor:

@@ -37,10 +37,10 @@ from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_tokenizer
-from cast_train.config import TrainConfig
+from cast_train.config import Gates, Pruned, TrainConfig
 from cast_train.evaluate.perplexity import NotFiniteError, soft_and_hard
 from cast_train.gates import gating, quantizing, scaling
-from cast_train.gates.schedules import Phase, first_exact_step, first_quantized_step, phase_at
+from cast_train.gates.schedules import Phase, phase_at
 from cast_train.origin import origin
 from cast_train.precision import autocast
 from cast_train.training import progress
@@ -157,7 +157,11 @@ class Run:
     def check(self) -> None:
         """Refuses what is wrong whatever models and text hold."""
         config, out = self.config, self.out
-        progress.warn_of_unused(config, self.teacher_dir)
+        if self.teacher_dir is not None and not config.distillation_weight:
+            raise ValueError(
+                f"--teacher {self.teacher_dir} has no effect with distillation_weight 0; "
+                "leave one of them out"
+            )
         progress.check_reporter(config.report_to, f"report_to {config.report_to}")
         if self.tensorboard_dir is not None:
             for folder in (out, self.partial):
@@ -203,7 +207,7 @@ class Run:
             models.check_dense(self.teacher_dir)
         if models.sparse_targets(self.model_dir, self.config.pattern) is None:
             return
-        if self.config.zeros < self.config.pattern.zeros:
+        if isinstance(self.config, Pruned) and self.config.zeros < self.config.pattern.zeros:
             raise ValueError(
                 f"zeros {self.config.zeros} chooses among the linears of a dense model, but "
                 f"{self.model_dir} has its zeros already; leave zeros at 1, and what is dense "
@@ -267,7 +271,7 @@ class Run:
     def as_stored(self, prepared: Prepared, trainer: CastTrainer) -> Prepared:
         """The trained model, unsharded, its weights rounded as they will be on disk."""
         trained = self._gathered(prepared, trainer) if self.config.is_sharded else prepared
-        if self.config.quantize != "none":
+        if self.config.quantization is not None:
             gating.set_phase(trained.gate_map, phase_at(self.config.steps, self.config))
             quantizing.write_integers(trained.targets, trained.gate_map)
         _round_as_stored(trained.model, trained.gate_map)
@@ -281,7 +285,7 @@ class Run:
         model = models.load_any(self.model_dir, torch.float32)
         targets = {name: model.get_submodule(name) for name in prepared.targets}
         gate_map = {}
-        if self.config.method != "dense":
+        if isinstance(self.config, Pruned):
             gate_map = with_gates(targets, None, self.config)
         model.load_state_dict(state)
         for name, gate in gate_map.items():
@@ -300,13 +304,13 @@ class Run:
             "m": config.pattern.m,
             "targets": list(trained.targets),
             "kept_dense": list(trained.choices.kept_dense),
-            "selector": config.selector,
+            "selector": config.selector if isinstance(config, Gates) else None,
             "schedules_end": dataclasses.asdict(last),
             # What the settings came to, which `method` and those that are ``auto`` do not say.
             "effective": {
-                "is_mask_learnt": config.method != "dense" and first_exact_step(config) > 0,
+                "is_mask_learnt": config.method != "dense" and config.first_exact_step > 0,
                 "is_solved": config.is_solved,
-                "start": None if config.method in ("dense", "adams") else config.first_order,
+                "start": config.first_order,
                 "is_reordered": trained.choices.order is not None,
             },
             "trained_as": self._trained_as(),
@@ -329,12 +333,13 @@ class Run:
     def _trained_as(self) -> dict[str, Any] | None:
         """How the weights were quantised in the last steps: what `convert` makes the same integers
         of; None if they were not."""
-        if (first := first_quantized_step(self.config)) is None:
+        config = self.config
+        if config.quantization is None or config.first_quantized_step is None:
             return None
         return {
-            "quantize": self.config.quantize,
-            "scale_group": self.config.scale_group if self.config.quantize == "int4" else None,
-            "num_steps": self.config.steps - first,
+            "quantize": config.quantization.values,
+            "scale_group": config.quantization.group,
+            "num_steps": config.steps - config.first_quantized_step,
         }
 
     def _quality(self, trained: Prepared, last: Phase) -> dict[str, Any]:

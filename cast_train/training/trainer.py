@@ -27,8 +27,6 @@ from cast_train.config import TrainConfig
 from cast_train.evaluate.perplexity import perplexity
 from cast_train.gates import gating
 from cast_train.gates.schedules import (
-    first_exact_step,
-    first_quantized_step,
     gate_rate_factor,
     learning_rate_factor,
     phase_at,
@@ -86,10 +84,9 @@ class CastTrainer(Trainer):
         self.add_callback(Resumed(self))
         self.watch = Watch(self, blocks.heldout, prepared.start)
         self.add_callback(self.watch)
-        calibration = blocks.train[: config.calibration_blocks]
-        self.add_callback(ExactMask(self, calibration))
-        if config.quantize != "none":
-            self.add_callback(QuantizedStart(self, calibration))
+        self.add_callback(ExactMask(self, blocks.calibration))
+        if config.quantization is not None:
+            self.add_callback(QuantizedStart(self, blocks.calibration))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -151,8 +148,8 @@ class CastTrainer(Trainer):
         """
         metrics = super().evaluate(*args, **kwargs)
         phase = phase_at(self.state.global_step - 1, self.config)
-        is_exact = phase.is_hard and (phase.is_quantized or self.config.quantize == "none")
-        if not is_exact and self.config.method != "dense":
+        is_exact = phase.is_hard and (phase.is_quantized or self.config.quantization is None)
+        if not is_exact and self.gate_map:
             metrics["eval_loss"] = math.inf
         return metrics
 
@@ -255,7 +252,7 @@ class ExactMask(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if state.global_step != first_exact_step(trainer.config):
+        if state.global_step != trainer.config.first_exact_step:
             return
         phase = phase_at(state.global_step, trainer.config)
         gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
@@ -269,7 +266,7 @@ class ExactMask(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         is_solved = trainer.config.is_solved
-        if not is_solved or state.global_step >= first_exact_step(trainer.config):
+        if not is_solved or state.global_step >= trainer.config.first_exact_step:
             return
         assert trainer.optimizer is not None
         for group in trainer.optimizer.param_groups:
@@ -292,19 +289,15 @@ class QuantizedStart(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, config = self.trainer, self.trainer.config
-        if config.quantize == "none" or state.global_step != first_quantized_step(config):
+        if state.global_step != config.first_quantized_step:
             return
         phase = phase_at(state.global_step, config)
         gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
         model = trainer.accelerator.unwrap_model(trainer.model)
         if sharding.rank() == 0:
+            assert config.quantization is not None
             start_quantized(
-                model,
-                trainer.targets,
-                trainer.gate_map,
-                self.blocks,
-                config.quantize,
-                config.scale_group,
+                model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
             )
         sharding.take_first(sharding.state_of(model))
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train_step
-from cast_train.config import TrainConfig
+from cast_train.config import Gates
 from tests.benchmarks.conftest import LoadOf
 
-CONFIG = TrainConfig(method="gates", steps=1000, block_size=32)
+CONFIG = Gates(steps=1000, block_size=32)
 
 
 def test_three_ways_over_the_same_rounds(llama_dir: Path, text_file: Path, load_of: LoadOf) -> None:

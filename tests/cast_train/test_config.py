@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from cast_train.config import TrainConfig
+from cast_train.config import METHODS, Fixed, TrainConfig, of_method
 
 
-def test_settings_survive_json():
-    config = TrainConfig(sparsity="4:8", exclude=("down_proj",), steps=7)
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_survive_json(method):
+    config = TrainConfig.from_dict({"method": method, "exclude": ["down_proj"], "steps": 7})
     assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
@@ -14,7 +15,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "train.toml"
     file.write_text('steps = 7\nstart = "wanda"\n')
     config = TrainConfig.from_toml(file, steps=9, start=None)
-    assert (config.steps, config.start) == (9, "wanda")
+    assert config == Fixed(steps=9, start="wanda")
 
 
 def test_an_unknown_key_is_named_with_the_nearest(tmp_path):
@@ -29,9 +30,14 @@ def test_assignments_win_over_flags_and_file_and_are_typed_as_in_toml(tmp_path):
     file.write_text("steps = 7\nseed = 1\n")
     texts = ["steps=11", "start=wanda", "learning_rate=1e-4", 'include=["q_proj"]', "steps=12"]
     config = TrainConfig.from_toml(file, [*texts, "sparsity=4:8", "keep_best=false"], steps=9)
-    assert (config.steps, config.seed, config.start) == (12, 1, "wanda")
-    assert (config.learning_rate, config.include) == (1e-4, ("q_proj",))
-    assert (config.sparsity, config.keep_best) == ("4:8", False)
+    assert config == Fixed(
+        steps=12,
+        seed=1,
+        start="wanda",
+        learning_rate=1e-4,
+        include=("q_proj",),
+        sparsity="4:8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,9 +48,9 @@ def test_assignments_win_over_flags_and_file_and_are_typed_as_in_toml(tmp_path):
         ("stesp=3", r"unknown setting stesp; the nearest is steps \(whole number above 0; .*64\)"),
         (
             "methd=ste",
-            r"the nearest is method \(fixed, gates, ste, adams or dense; default: fixed\)",
+            r"the nearest is method \(fixed, gates, ste, adams or dense\)",
         ),
-        ("path=3", "unknown setting path; the settings are method, "),
+        ("path=3", "unknown setting path; method fixed has method, "),
         ("steps=many", r"steps is 'many', but must be a valid integer \(default: 64\)"),
         ("seed=", "seed is '', but must be a valid integer"),
         ("keep_best=True", "keep_best is 'True', but must be a valid boolean"),
@@ -86,7 +92,7 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
         ({"keep_best": True}, "keep_best needs evaluate_every above 0"),
         (
             {"keep_best": True, "evaluate_every": 3, "steps": 32},
-            "steps 32 is no multiple of evaluate_every 3",
+            "steps 32 is not a multiple of evaluate_every 3",
         ),
         (
             {"keep_best": True, "evaluate_every": 8, "checkpoint_every": 16},
@@ -94,40 +100,87 @@ def test_the_automatic_start_is_what_the_method_can_use(settings, order):
         ),
         (
             {"keep_best": True, "evaluate_every": 8, "method": "adams"},
-            "adams prunes after its last step",
+            "keep_best is True, but must be False with method adams",
         ),
         (
             {"method": "magic"},
-            "method is 'magic', but must be 'fixed', 'gates', 'ste', 'adams' or 'dense'",
+            "method is 'magic', but must be fixed, gates, ste, adams or dense",
         ),
         (
-            {"selector": "sort"},
+            {"method": "gates", "selector": "sort"},
             "selector is 'sort', but must be 'soft_topk', 'gumbel', 'penalty' or",
         ),
         (
             {"start": "zeros"},
-            "start is 'zeros', but must be 'auto', 'ones', 'magnitude', 'wanda' or",
+            "start is 'zeros', but must be 'auto', 'magnitude', 'wanda' or",
         ),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be greater than 0"),
         ({"steps": 1.5}, r"steps is 1.5, but must be a valid integer \(default: 64\)"),
         ({"steps": True}, "steps is True"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, but must be a finite number"),
-        ({"tau_end": 0.0}, "tau_end is 0.0, but must be greater than or equal to 0.0001"),
+        (
+            {"method": "gates", "tau_end": 0.0},
+            "tau_end is 0.0, but must be greater than or equal to 0.0001",
+        ),
         ({"method": "gates", "tau_end": 0.9}, "tau must fall"),
-        ({"method": "gates", "hard_fraction": 1.0}, "the last steps must see the exact mask"),
+        ({"method": "gates", "hard_fraction": 1.0}, "hard_fraction is 1.0, but must be less"),
         ({"method": "gates", "tau_end_fraction": 0.9}, "the last steps must see the exact mask"),
-        ({"selector": "gumbel"}, "selector gumbel goes with method gates, .*: set method to gates"),
-        ({"hard_fraction": 0.4}, "hard_fraction 0.4 goes with method gates"),
-        ({"masks_first": True}, "masks_first True goes with method gates"),
-        ({"start": "ones"}, "start ones has no order to keep a mask of; choose magnitude, wanda"),
-        ({"is_sharded": True}, "method fixed cannot go with is_sharded, .* choose method gates"),
+        ({"start": "ones"}, "start is 'ones', but must be 'auto', 'magnitude', .* method fixed"),
+        ({"is_sharded": True}, "is_sharded is True, but must be False with method fixed"),
+        (
+            {"method": "gates", "masks_first": True, "is_sharded": True},
+            "masks_first cannot go with is_sharded",
+        ),
+        (
+            {"method": "gates", "selector": "generator", "is_sharded": True},
+            "is_sharded cannot go with selector generator",
+        ),
+        (
+            {"method": "gates", "is_sharded": True, "keep_best": True, "evaluate_every": 1},
+            "is_sharded cannot go with keep_best",
+        ),
         ({"include": "q_proj"}, "include is 'q_proj', but must be a valid list of strings"),
         ({"include": ["q_proj", 1]}, "include is 1, but must be a valid string"),
         ({"exclude": ["*_proj"]}, "'*_proj' is no regular expression: nothing to repeat"),
-        ({"steps": 0, "tau_end": 0.0}, "steps is 0, .*; tau_end is 0.0"),
+        ({"steps": 0, "seed": -1}, "steps is 0, .*; seed is -1"),
     ],
 )
 def test_a_wrong_value_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "having"),
+    [
+        ("fixed", "selector", "only gates has"),
+        ("fixed", "hard_fraction", "only gates or ste has"),
+        ("fixed", "decay", "only ste or adams has"),
+        ("ste", "masks_first", "only gates has"),
+        ("gates", "mask_every", "only adams has"),
+        ("adams", "start", "only fixed, gates or ste has"),
+        ("adams", "weight_decay", "only fixed, gates, ste or dense has"),
+        ("dense", "sparsity", "only fixed, gates, ste or adams has"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused_and_a_record_of_it_is_read(method, name, having):
+    settings = {"method": method, name: 1, "steps": 3}
+    with pytest.raises(ValueError, match=f"method {method} has no setting {name}, {having}"):
+        TrainConfig.from_dict(settings)
+    assert of_method({**settings, "stesp": 2}) == {"method": method, "steps": 3, "stesp": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"allocation": "gates"}, "zeros"),
+        ({"scale_group": 64, "quantize": "int8"}, "quantize int4"),
+        ({"quantized_fraction": 0.2}, "quantize"),
+        ({"distillation_weight": 0.0, "distillation_temperature": 2.0}, "a teacher"),
+        ({"method": "gates", "gumbel_noise": 0.1}, "selector gumbel"),
+    ],
+)
+def test_a_setting_that_another_makes_irrelevant_is_refused(settings, needs):
+    with pytest.raises(ValueError, match=f"has no effect without {needs}; leave it out"):
         TrainConfig.from_dict(settings)

@@ -1,16 +1,12 @@
 """What cannot be sharded is refused; that sharding changes nothing is test_processes.py's."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
-from cast_train.config import TrainConfig
+from cast_train.config import Adams, Ste, TrainConfig
 from cast_train.training.run import train
-
-SHARDED = TrainConfig(method="gates", is_sharded=True)
 
 
 def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_file, tmp_path):
@@ -20,27 +16,13 @@ def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_fil
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"selector": "generator"}, "generator.*choose soft_topk"),
-        ({"keep_best": True, "evaluate_every": 1, "steps": 20}, "keep_best; set one of them"),
-    ],
-)
-def test_what_needs_whole_parameters_is_refused(changes, message, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    sharding.check(SHARDED)
-    with pytest.raises(ValueError, match=message):
-        sharding.check(dataclasses.replace(SHARDED, **changes))
-
-
 def test_adams_refuses_shards_that_cut_groups(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = dataclasses.replace(SHARDED, method="adams")
+    config = Adams(is_sharded=True)
     sharding.check_groups(config, {"c_fc": torch.empty(32, 8)})
     with pytest.raises(PatternError, match="c_fc .* cut its 36 columns into pieces of 18"):
         sharding.check_groups(config, {"c_fc": torch.empty(36, 8)})
-    sharding.check_groups(dataclasses.replace(config, method="ste"), {"c_fc": torch.empty(36, 8)})
+    sharding.check_groups(Ste(is_sharded=True), {"c_fc": torch.empty(36, 8)})
 
 
 def test_a_whole_tensor_is_its_own_share():

@@ -1,6 +1,5 @@
 """What was made from other files is not taken for what is asked for, whatever their names are."""
 
-import dataclasses
 import json
 import shutil
 
@@ -13,6 +12,7 @@ from cast_train.checkpoint import identity
 from cast_train.config import TrainConfig
 from cast_train.training import prepare
 from cast_train.training.run import train
+from tests.cast_train.settings import changed
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_record_of_an_earlier_release_says_what_it_lacks(inputs, config, tmp_p
 
 def test_settings_differ_by_name(inputs, config, tmp_path):
     train(**inputs, out=tmp_path / "out", config=config)
-    other = dataclasses.replace(config, steps=6, exclude=("o_proj",))
+    other = changed(config, steps=6, exclude=("o_proj",))
     with pytest.raises(CheckpointError, match=r"exclude is \[\], not \['o_proj'\]") as error:
         train(**inputs, out=tmp_path / "out", config=other)
     assert "config.steps is 5, not 6" in str(error.value)

@@ -1,6 +1,5 @@
 """A run that was killed goes on as if it had not been, wherever the kill fell."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from cast_train.training.stopping import Checkpoints, StoppedError
 from cast_train.training.trainer import CastTrainer
+from tests.cast_train.settings import changed
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_the_best_checkpoint_outlives_a_kill(
         return metrics | {"eval_loss": {4: 1.0}.get(self.state.global_step, 2.0)}
 
     monkeypatch.setattr(CastTrainer, "evaluate", pretend)
-    config = dataclasses.replace(
+    config = changed(
         config, steps=8, evaluate_every=2, checkpoint_every=2, keep_best=True, method="ste"
     )
     arguments = (llama_dir, [text_file], tmp_path / "out", config)
@@ -195,7 +195,7 @@ def test_the_mask_rests_as_it_was(
 ):
     """Gates that are computed are frozen after step 4, while the weights move on; AdamS's at the
     end."""
-    config = dataclasses.replace(
+    config = changed(
         config,
         **way,
         learning_rate=2e-2,
@@ -336,7 +336,7 @@ def test_by_default_checkpoints_come_by_time(llama_dir, text_file, config, tmp_p
         return compute_loss(self, *args, **kwargs)
 
     monkeypatch.setattr(CastTrainer, "compute_loss", slowly)
-    config = dataclasses.replace(config, steps=5, checkpoint_every=0, checkpoint_minutes=40)
+    config = changed(config, steps=5, checkpoint_every=0, checkpoint_minutes=40)
     train(llama_dir, [text_file], tmp_path / "out", config)
     assert saved == [2, 4, 5]
 

@@ -1,4 +1,3 @@
-import dataclasses
 import logging
 
 import pytest
@@ -7,7 +6,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from cast_serve.sparsity.pattern import TWO_FOUR
-from cast_train.config import TrainConfig
+from cast_train.config import Fixed, Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.gates.reach import measure_reach
 from cast_train.gates.schedules import learning_rate_factor
@@ -19,9 +18,7 @@ def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
 
 
 def test_by_hand():
-    config = TrainConfig(
-        method="gates", steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0
-    )
+    config = Gates(steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0)
     gates = gates_of([4.0, 3.0, 2.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 1.0, 8.0])
     found = measure_reach(gates, config)
     assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)
@@ -32,12 +29,12 @@ def test_by_hand():
 def test_transposed_weights_have_their_groups_along_in_features():
     rows = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
     gate = gating.LogitGate(rows.t().contiguous(), TWO_FOUR, is_transposed=True)
-    assert measure_reach({"a": gate}, TrainConfig()).mean_gap == pytest.approx(0.5)
+    assert measure_reach({"a": gate}, Gates()).mean_gap == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.2, 1.0])
 def test_the_factor_is_that_of_transformers(warmup_fraction: float):
-    config = TrainConfig(steps=20, warmup_fraction=warmup_fraction)
+    config = Fixed(steps=20, warmup_fraction=warmup_fraction)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(20 * warmup_fraction), 20)
     for step in range(20):
@@ -50,8 +47,9 @@ def test_the_factor_is_that_of_transformers(warmup_fraction: float):
 def test_a_run_flips_no_more_than_it_can_and_warns_where_that_is_little(
     llama_dir, text_file, settings_file, tmp_path, caplog, is_far
 ):
-    config = TrainConfig.from_toml(settings_file, steps=10, start="magnitude", hard_fraction=0.5)
-    config = dataclasses.replace(config, gate_learning_rate=3.0 if is_far else 0.01)
+    rate = f"gate_learning_rate={3.0 if is_far else 0.01}"
+    settings = {"steps": 10, "start": "magnitude", "hard_fraction": 0.5}
+    config = TrainConfig.from_toml(settings_file, [rate], **settings)
     with caplog.at_level(logging.WARNING):
         record = train(llama_dir, [text_file], tmp_path / "out", config)
     found = record["gates"]

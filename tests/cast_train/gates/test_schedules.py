@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cast_train.config import TrainConfig
+from cast_train.config import Gates
 from cast_train.gates.schedules import phase_at, ramp
 
 
@@ -22,7 +22,7 @@ def test_an_unknown_ramp_is_refused():
 
 @given(st.integers(2, 500))
 def test_a_run_starts_dense_cools_and_ends_hard(steps):
-    config = TrainConfig(method="gates", steps=steps, blend_end_fraction=0.05)
+    config = Gates(steps=steps, blend_end_fraction=0.05)
     phases = [phase_at(step, config) for step in range(steps)]
     assert phases[0].blend == 0
     assert not phases[0].is_hard
@@ -35,8 +35,7 @@ def test_a_run_starts_dense_cools_and_ends_hard(steps):
 
 
 def test_tau_falls_geometrically_and_lambda_rises():
-    config = TrainConfig(
-        method="gates",
+    config = Gates(
         steps=100,
         tau_start=1.0,
         tau_end=0.01,

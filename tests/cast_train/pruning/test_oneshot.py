@@ -10,14 +10,13 @@ from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import load_dense
+from cast_train.config import Fixed
 from cast_train.pruning import oneshot
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_pruned_directory_has_exact_zeros(model_dir, text_file, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(
-        oneshot, "TrainConfig", lambda: oneshot_settings(block_size=32, calibration_blocks=4)
-    )
+    monkeypatch.setattr(oneshot, "Fixed", lambda: Fixed(block_size=32, calibration_blocks=4))
     record = oneshot.write_pruned(model_dir, [text_file], tmp_path / "out", method)
     assert (record["kind"], record["method"], record["n"], record["m"]) == ("pruned", method, 2, 4)
     assert verify(tmp_path / "out") == record
@@ -63,12 +62,6 @@ def test_what_is_dense_in_the_mask_stays_dense(llama_dir, tmp_path):
     )
     assert found["targets"] == record["targets"]
     assert found["kept_dense"] == record["kept_dense"][:1]
-
-
-def oneshot_settings(**settings):
-    from cast_train.config import TrainConfig
-
-    return TrainConfig(**settings)
 
 
 def test_wrong_use_is_refused_and_leaves_nothing(llama_dir, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError
 from cast_train.checkpoint.models import kind_of, load_dense
-from cast_train.config import TrainConfig
+from cast_train.config import Fixed
 from cast_train.pruning import oneshot, permute, reorder
 from tests.cast_train.training.test_architectures import COMMON, FAMILIES
 
@@ -126,9 +126,7 @@ def test_an_order_of_another_shape_is_refused(llama_dir):
 
 
 def test_a_directory_is_written_whole(large_weights_dir, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        oneshot, "TrainConfig", lambda: TrainConfig(block_size=32, calibration_blocks=4)
-    )
+    monkeypatch.setattr(oneshot, "Fixed", lambda: Fixed(block_size=32, calibration_blocks=4))
     record = permute.write_permuted(large_weights_dir, [text_file], tmp_path / "out")
     assert verify(tmp_path / "out") == record
     assert record["kept_share"].keys() == {"residual", "inner", "values"}

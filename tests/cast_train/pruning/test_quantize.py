@@ -10,7 +10,7 @@ from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import load_any, load_tokenizer
-from cast_train.config import TrainConfig
+from cast_train.config import Fixed, TrainConfig
 from cast_train.pruning import oneshot, quantize
 from cast_train.pruning.quantize import DAMPING, quantize_linear, write_quantized
 from tests.cast_train.pruning.test_solve import random_problem
@@ -18,8 +18,8 @@ from tests.cast_train.pruning.test_solve import random_problem
 
 @pytest.fixture
 def few_blocks(monkeypatch):
-    settings = TrainConfig(block_size=32, calibration_blocks=4)
-    monkeypatch.setattr(oneshot, "TrainConfig", lambda: settings)
+    settings = Fixed(block_size=32, calibration_blocks=4)
+    monkeypatch.setattr(oneshot, "Fixed", lambda: settings)
 
 
 def compressed(num_columns=160, pattern=TWO_FOUR):

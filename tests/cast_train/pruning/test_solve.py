@@ -5,7 +5,7 @@ from cast_serve.checkpoint.convert import convert
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, PatternError, hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
-from cast_train.config import TrainConfig
+from cast_train.config import Fixed, TrainConfig
 from cast_train.pruning import oneshot, solve
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.sparsegpt import DAMPING, _sparsegpt
@@ -56,8 +56,8 @@ def test_no_weights_under_the_mask_are_better_than_solved_ones():
 
 @pytest.fixture
 def few_blocks(monkeypatch):
-    settings = TrainConfig(block_size=32, calibration_blocks=4)
-    monkeypatch.setattr(oneshot, "TrainConfig", lambda: settings)
+    settings = Fixed(block_size=32, calibration_blocks=4)
+    monkeypatch.setattr(oneshot, "Fixed", lambda: settings)
 
 
 @pytest.mark.parametrize("method", oneshot.METHODS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cast_train.config import TrainConfig
+from cast_train.config import Adams
 from cast_train.training import adams
 
 
@@ -62,7 +62,7 @@ def test_dropped_weights_walk_to_zero_and_kept_ones_stay(is_transposed):
 
 
 def test_a_plan_that_cannot_reach_is_refused():
-    config = TrainConfig(method="adams", steps=100, learning_rate=1e-4, warmup_fraction=0.0)
+    config = Adams(steps=100, learning_rate=1e-4, warmup_fraction=0.0)
     # cosine: sum of lr (1 + cos) / 2 * t / T = lr T (1/4 - 1 / pi^2), nearly
     assert adams.reach(config) == pytest.approx(1e-2 * (0.25 - 1 / math.pi**2), rel=0.05)
     with pytest.raises(ValueError, match="they are 0.4 on average.*raise steps or learning_rate"):

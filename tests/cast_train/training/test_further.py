@@ -1,6 +1,5 @@
 """`cast-train run --model` of a directory that has its zeros: they and what is dense stay."""
 
-import dataclasses
 import json
 import shutil
 
@@ -14,6 +13,7 @@ from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.pruning.oneshot import write_pruned
 from cast_train.training.run import train
+from tests.cast_train.settings import changed
 
 DENSE = r"layers\.0\.mlp|h\.0\.mlp"  # of Llama's and of GPT-2's names
 
@@ -77,7 +77,7 @@ def test_wrong_use_is_refused_before_anything_is_written(
     out = tmp_path / "gated"
     with pytest.raises(ValueError, match="so it cannot be the teacher; give --teacher"):
         train(sparse_dir, [text_file], out, config)
-    fewer = dataclasses.replace(config, zeros=0.4)
+    fewer = changed(config, zeros=0.4)
     with pytest.raises(ValueError, match="zeros 0.4 chooses among the linears of a dense model"):
         train(sparse_dir, [text_file], out, fewer, teacher_dir=model_dir)
     convert(tmp_path / "pruned", tmp_path / "int8", quantization=Quantization("int8"))
@@ -104,7 +104,7 @@ def test_generation_settings_are_handed_on(llama_dir, text_file, config, tmp_pat
     (dense / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
     write_pruned(dense, [text_file], tmp_path / "pruned", "magnitude")
     convert(tmp_path / "pruned", tmp_path / "compressed")
-    config = dataclasses.replace(config, steps=1)
+    config = changed(config, steps=1)
     train(tmp_path / "compressed", [text_file], tmp_path / "out", config, teacher_dir=dense)
     found = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert (found["temperature"], found["do_sample"]) == (0.7, True)
@@ -113,11 +113,11 @@ def test_generation_settings_are_handed_on(llama_dir, text_file, config, tmp_pat
 def test_zeros_that_training_would_fill_or_move_are_refused(
     sparse_dir, text_file, config, tmp_path
 ):
-    config = dataclasses.replace(config, distillation_weight=0.0)
-    left_out = dataclasses.replace(config, exclude=("attn",))
+    config = changed(config, distillation_weight=0.0)
+    left_out = changed(config, exclude=("attn",))
     with pytest.raises(ValueError, match=r"exclude leave out .*attn.* has zeros already that"):
         train(sparse_dir, [text_file], tmp_path / "out", left_out)
-    other = dataclasses.replace(config, sparsity="4:8", quantize="none")
+    other = TrainConfig.from_dict({"sparsity": "4:8", "steps": 8, "block_size": 32})
     with pytest.raises(CheckpointError, match="is 2:4, and its zeros are the mask; set sparsity"):
         train(sparse_dir, [text_file], tmp_path / "out", other)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """`masks_first`: gates learn on unmoved weights, which are then solved for the mask and trained."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,13 +9,14 @@ from safetensors.torch import load_file
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
-from cast_train.config import TrainConfig
+from cast_train.config import Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.gates.schedules import gate_rate_factor, learning_rate_factor
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
 from cast_train.training.run import train
+from tests.cast_train.settings import changed
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def assert_solved_from_dense(model_dir, text_file, config, written):
 def test_weights_that_do_not_learn_are_the_dense_ones_solved_for_the_mask(
     model_dir, text_file, config, tmp_path, hard_fraction
 ):
-    config = dataclasses.replace(
+    config = changed(
         config,
         learning_rate=0.0,
         hard_fraction=hard_fraction,
@@ -76,7 +76,7 @@ def test_weights_that_do_not_learn_are_the_dense_ones_solved_for_the_mask(
 def test_solved_weights_are_trained_on(
     model_dir, text_file, heldout_file, config, tmp_path, untrained_perplexity
 ):
-    config = dataclasses.replace(config, steps=30)
+    config = changed(config, steps=30)
     record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     assert record["quality"]["perplexity_hard"] < 0.88 * untrained_perplexity
 
@@ -85,7 +85,7 @@ def test_solved_weights_are_trained_on(
 def test_a_stopped_run_goes_on_to_the_same_weights(
     stop_at, llama_dir, text_file, config, tmp_path, train_until, begun_at
 ):
-    config = dataclasses.replace(config, checkpoint_every=1)
+    config = changed(config, checkpoint_every=1)
     train(llama_dir, [text_file], tmp_path / "whole", config)
     train_until(stop_at, llama_dir, [text_file], tmp_path / "out", config)
     train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
@@ -97,13 +97,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
 
 def test_the_order_of_sparsegpt_leaves_the_weights(llama_dir, text_file, config, tmp_path):
-    config = dataclasses.replace(
+    config = changed(
         config, start="sparsegpt", hard_fraction=0.99, learning_rate=0.0, gate_learning_rate=0.0
     )
     found = {}
     for start in ("sparsegpt", "wanda"):
         out = tmp_path / start
-        train(llama_dir, [text_file], out, dataclasses.replace(config, start=start))
+        train(llama_dir, [text_file], out, changed(config, start=start))
         written = load_file(out / "model.safetensors")
         found[start] = assert_solved_from_dense(llama_dir, text_file, config, written)
     assert any((found["sparsegpt"][name] != found["wanda"][name]).any() for name in found["wanda"])
@@ -129,25 +129,10 @@ def test_method_fixed_is_masks_first_without_a_first_step(
 
 
 def test_the_schedules_by_hand():
-    config = TrainConfig(
-        method="gates", steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25
-    )
+    config = Gates(steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25)
     gates = [gate_rate_factor(step, config) for step in range(12)]
     weights = [learning_rate_factor(step, config) for step in range(12)]
     assert gates == [1.0] * 4 + [0.0] * 8
     assert weights[:7] == [0.0] * 4 + [0.0, 0.5, 1.0]
     assert weights[9] == pytest.approx(0.5)  # half of the six steps of the cosine
     assert learning_rate_factor(12, config) == pytest.approx(0.0)
-
-
-@pytest.mark.parametrize("method", ["ste", "adams", "dense"])
-def test_it_is_refused_where_no_gates_learn(method):
-    with pytest.raises(
-        ValueError, match=f"masks_first goes with method gates alone, not.*{method}"
-    ):
-        TrainConfig(method=method, masks_first=True)
-
-
-def test_it_is_refused_where_weights_are_in_pieces():
-    with pytest.raises(ValueError, match="masks_first cannot go with is_sharded"):
-        TrainConfig(method="gates", masks_first=True, is_sharded=True)

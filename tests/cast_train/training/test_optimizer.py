@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cast_serve.sparsity.pattern import TWO_FOUR
-from cast_train.config import TrainConfig
+from cast_train.config import Gates
 from cast_train.gates import gating
 from cast_train.training import optimizer
 
@@ -19,7 +19,7 @@ def linear():
 def made(linear, **settings):
     model = nn.Sequential(linear)
     gates = gating.attach({"0": linear}, TWO_FOUR, selector=settings.get("selector", "soft_topk"))
-    config = TrainConfig(method="gates", **settings)
+    config = Gates(**settings)
     return gates, optimizer.make(model, gates, {"0": linear}, config)
 
 

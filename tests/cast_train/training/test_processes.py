@@ -1,6 +1,5 @@
 """One run in two processes, with copies of the parameters or shares of them: what one would do."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from cast_serve.checkpoint.record import verify
 from cast_train.config import TrainConfig
 from cast_train.training.run import train
+from tests.cast_train.settings import changed, of_file
 
 # `cast-train`, that ends in a step after the first checkpoint, or if it begins before it.
 STOP_IF = """
@@ -36,7 +36,7 @@ main()
 
 def in_two_processes(config, out, model_dir, text_file, *more, program=("-m", "cast_train")):
     """`cast-train run` under torchrun; half a batch each."""
-    halved = dataclasses.replace(config, batch_blocks=config.batch_blocks // 2)
+    halved = changed(config, batch_blocks=config.batch_blocks // 2)
     lines = [f"{key} = {json.dumps(value)}" for key, value in halved.as_dict().items()]
     settings = out.with_suffix(".toml")
     settings.write_text("\n".join(lines))
@@ -68,8 +68,8 @@ def test_two_processes_learn_what_one_does(
     model_dir = request.getfixturevalue(f"{family}_dir")
     # bf16, which `auto` is on some CPUs, rounds half a batch in other places than a whole one.
     common = {"steps": 10, "evaluate_every": 5, "precision": "fp32"}
-    config = TrainConfig.from_toml(settings_file, **{**common, **settings})
-    alone = dataclasses.replace(config, is_sharded=False)
+    config = of_file(settings_file, **{**common, **settings})
+    alone = changed(config, is_sharded=False)
     one = train(model_dir, [text_file], tmp_path / "one", alone)
     done = in_two_processes(config, tmp_path / "two", model_dir, text_file)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -133,7 +133,7 @@ def test_processes_on_unlike_cpus_train_one_model(
     settings, llama_dir, text_file, settings_file, tmp_path
 ):
     """Whatever one process finds by its own rounding, and keeps, all must take from the first."""
-    config = TrainConfig.from_toml(settings_file, steps=8, precision="fp32", **settings)
+    config = of_file(settings_file, steps=8, precision="fp32", **settings)
     program = [str(Path(__file__).with_name("unlike_cpus.py"))]
     done = in_two_processes(config, tmp_path / "out", llama_dir, text_file, program=program)
     assert done.returncode == 0, done.stderr[-3000:]

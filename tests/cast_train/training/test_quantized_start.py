@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.sparsity.pattern import TWO_FOUR
+from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import models
 from cast_train.gates import gating, quantizing
@@ -16,16 +18,17 @@ QUANTIZED = Phase(blend=1.0, tau=1e-3, penalty_weight=0.0, is_hard=True, is_quan
 @pytest.fixture(params=["int8", "int4"])
 def started(request, model_dir):
     """A model, its targets, gates and weights before; how far rounding to the nearest goes."""
-    quantize = request.param
+    group = 32 if request.param == "int4" else SCALE_GROUP
+    quantization = Quantization(request.param, group)
     model = models.load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, TWO_FOUR)
     gates = gating.attach(targets, TWO_FOUR, magnitude_scores(targets))
-    quantizing.attach(targets, gates, 32 if quantize == "int4" else None)
+    quantizing.attach(targets, gates, quantization.group)
     gating.set_phase(gates, HARD)
     blocks = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
     before = {name: weight_rows(linear).clone() for name, linear in targets.items()}
     hard = logits(model, blocks)
-    start_quantized(model, targets, gates, blocks, quantize, 32)
+    start_quantized(model, targets, gates, blocks, quantization)
     return model, targets, gates, blocks, before, hard
 
 
