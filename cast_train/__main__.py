@@ -6,6 +6,7 @@ wrong and nothing is left behind. 130: stopped by Ctrl-C or SIGTERM; stderr says
 was saved.
 """
 
+import errno
 import json
 import logging
 import os
@@ -19,11 +20,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cast_serve.errors import FailedError, UsageError
 from cast_serve.options import PASSED_ON, VERSION, of_source_tree, option
 from cast_train import memory
+from cast_train.errors import StoppedError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # to write to
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 Text = Annotated[list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")]
 MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub.")
@@ -146,11 +150,11 @@ def run(
                 "--private": private,
             }
             if given := [flag for flag, value in for_conversion.items() if value]:
-                raise ValueError(f"{given[0]} needs --convert DIR; give both or none")
+                raise UsageError(f"{given[0]} needs --convert DIR; give both or none")
             if out is None:
-                raise ValueError("--out DIR is missing; --convert DIR alone trains DIR.gated")
+                raise UsageError("--out DIR is missing; --convert DIR alone trains DIR.gated")
         if train_quantized and quantize is None:
-            raise ValueError("--train-quantized needs --quantize int8 or int4; give both or none")
+            raise UsageError("--train-quantized needs --quantize int8 or int4; give both or none")
         is_trained_so = convert is None or train_quantized
         settings = TrainConfig.from_toml(
             config,
@@ -340,7 +344,7 @@ def quantize(
         from cast_train.pruning.quantize import write_quantized
 
         if bits not in (4, 8):
-            raise ValueError(f"--bits {bits} is not served; give 4 or 8")
+            raise UsageError(f"--bits {bits} is not served; give 4 or 8")
         asked = Quantization.asked("int4" if bits == 4 else "int8", scale_group, head)
         assert asked is not None
         summary = write_quantized(model, text, out, asked, num_blocks=blocks)
@@ -378,9 +382,9 @@ def _check_losses(path: Path) -> None:
     """Refuses a file to write that cannot be written, before there is anything to write."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"--losses {path}: there is no such directory; make it first")
+        raise UsageError(f"--losses {path}: there is no such directory; make it first")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"--losses {path} cannot be written; name another file")
+        raise UsageError(f"--losses {path} cannot be written; name another file")
 
 
 def _finish(**figures: Any) -> None:
@@ -389,7 +393,7 @@ def _finish(**figures: Any) -> None:
 
 @contextmanager
 def _working() -> Iterator[None]:
-    """Sets the process up for long work, and turns errors into exit codes."""
+    """Sets the process up for long work, and turns errors into exit codes (errors.py)."""
     logging.basicConfig(level=logging.INFO, format="cast-train: %(message)s")
     for noisy in ("transformers", "accelerate", "torch", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -397,13 +401,16 @@ def _working() -> Iterator[None]:
     memory.keep_freed()
     try:
         yield
-    except (ValueError, OSError) as error:
+    except StoppedError as error:
+        _fail(str(error), STOPPED)
+    except UsageError as error:
         _fail(str(error), 2)
-    except RuntimeError as error:
-        codes = {"DivergedError": 1, "PushError": 1, "StudyError": 1, "StoppedError": STOPPED}
-        if type(error).__name__ not in codes:
+    except FailedError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        if error.errno not in NO_PLACE:
             raise
-        _fail(str(error), codes[type(error).__name__])
+        _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped; nothing was written since the last checkpoint, if there is one", STOPPED)
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cast_serve.errors import UsageError
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -40,7 +42,7 @@ def check_length(model: Any, length: int, option: str) -> None:
         option: where the length comes from.
 
     Raises:
-        ValueError: naming both numbers.
+        UsageError: naming both numbers.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     is_learnt = any(
@@ -48,7 +50,7 @@ def check_length(model: Any, length: int, option: str) -> None:
         for name, module in model.named_modules()
     )
     if is_learnt and limit is not None and length > limit:
-        raise ValueError(
+        raise UsageError(
             f"{option} {length} is more than the {limit} places that {type(model).__name__} has "
             f"embeddings for; set it to {limit} or less"
         )

@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import PatternError
 from cast_train.config import Adams, TrainConfig
 
@@ -73,10 +74,10 @@ def check(config: TrainConfig) -> None:
     """Refuses ``is_sharded`` in a single process.
 
     Raises:
-        ValueError: naming the remedy.
+        UsageError: naming the remedy.
     """
     if config.is_sharded and num_processes() < 2:
-        raise ValueError(
+        raise UsageError(
             "is_sharded needs two processes or more, but this is the only one; start the run with "
             "torchrun --nproc-per-node 2 -m cast_train run ..., or set is_sharded = false"
         )

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from cast_serve.errors import UsageError
+
 # Texts are tokenised in pieces cut at line ends: one call per book would show no progress.
 PIECE_CHARS = 200_000
 
@@ -30,22 +32,22 @@ def read_texts(paths: Sequence[Path]) -> str:
     """The files' texts, one after the other.
 
     Raises:
-        ValueError: if no file is given, or one is missing, not UTF-8, or empty.
+        UsageError: if no file is given, or one is missing, not UTF-8, or empty.
     """
     if not paths:
-        raise ValueError("no text file is given; name one with --text FILE")
+        raise UsageError("no text file is given; name one with --text FILE")
     texts = []
     for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
             ) from error
         except OSError as error:
-            raise ValueError(f"cannot read the text {path}: {error.strerror}") from error
+            raise UsageError(f"cannot read the text {path}: {error.strerror}") from error
         if not text.strip():
-            raise ValueError(f"{path} holds no text")
+            raise UsageError(f"{path} holds no text")
         texts.append(text)
     return "\n\n".join(texts)
 
@@ -91,11 +93,11 @@ def to_blocks(tokens: Tensor, block_size: int) -> Tensor:
         int64 [num_blocks, block_size].
 
     Raises:
-        ValueError: if there is none.
+        UsageError: if there is none.
     """
     num_blocks = len(tokens) // block_size
     if num_blocks == 0:
-        raise ValueError(
+        raise UsageError(
             f"the text has {len(tokens)} tokens, but {block_size} are needed for one block; give "
             "more text, or shorter blocks"
         )
@@ -114,11 +116,11 @@ def split_held_out(blocks: Tensor, num_heldout: int, min_train: int) -> tuple[Te
         training blocks, at least min_train, and num_heldout held-out blocks.
 
     Raises:
-        ValueError: if there are too few blocks.
+        UsageError: if there are too few blocks.
     """
     if len(blocks) < num_heldout + min_train:
         size = blocks.shape[1]
-        raise ValueError(
+        raise UsageError(
             f"the text has {len(blocks) * size} tokens in whole blocks, but "
             f"{(num_heldout + min_train) * size} are needed: {min_train} blocks of {size} to train "
             f"on and {num_heldout} held out; give more text, or lower heldout_blocks or block_size"

@@ -26,9 +26,10 @@ from typing import Any
 
 from benchmarks.studies import report
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.errors import CheckpointError, FailedError, UsageError
 from cast_train.checkpoint import identity
 from cast_train.config import Gates, TrainConfig, of_method, parse_assignments
+from cast_train.errors import StoppedError
 from cast_train.evaluate.choices import check_names
 from cast_train.origin import origin
 from cast_train.pruning import oneshot
@@ -66,12 +67,8 @@ WAYS: dict[str, dict[str, Any]] = {
 STOPPED = 130  # exit of a run that saved itself, see __main__.py
 
 
-class StudyError(RuntimeError):
+class StudyError(FailedError):
     """A run of the study failed."""
-
-
-class StoppedError(RuntimeError):
-    """A run of the study was stopped."""
 
 
 def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
@@ -88,7 +85,7 @@ def ways_of(text: str | None) -> dict[str, dict[str, Any]]:
         words = way.split()
         name = " ".join(word for word in words if "=" not in word)
         if name not in WAYS:
-            raise ValueError(
+            raise UsageError(
                 f"--ways has {name!r}; choose from {'; '.join(WAYS)}, each with "
                 "KEY=VALUE after it for any setting of the run"
             )
@@ -135,17 +132,17 @@ def run(
         for seed in seeds
     }
     if any(config.include for config in configs.values()):
-        raise ValueError(
+        raise UsageError(
             "a study takes no include, since the one-shot prunings that it compares with would not "
             "follow it; exclude the other linears"
         )
     if any(config.is_sharded for config in configs.values()):
-        raise ValueError("a study's runs are of one process each; set is_sharded to false")
+        raise UsageError("a study's runs are of one process each; set is_sharded to false")
     check_names(choices)
     taken = {"before", *oneshot.METHODS, *ways}
     for rival in rivals:
         if rival.name in taken:
-            raise ValueError(f"a rival cannot be called {rival.name}, a row of its own; rename it")
+            raise UsageError(f"a rival cannot be called {rival.name}, a row of its own; rename it")
         taken.add(rival.name)
     check_matplotlib()
     model = hub.fetch(model)

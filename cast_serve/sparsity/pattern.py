@@ -70,10 +70,10 @@ class Pattern:
         """Refuses a share of zeros over all targets that no choice of dense linears gives.
 
         Raises:
-            ValueError: if it is neither 1, for the pattern everywhere, nor in (0, `zeros`].
+            PatternError: if it is neither 1, for the pattern everywhere, nor in (0, `zeros`].
         """
         if not (share == 1 or 0 < share <= self.zeros):
-            raise ValueError(
+            raise PatternError(
                 f"zeros {share} is no share above 0 and up to {self.zeros:g}, all that {self} has; "
                 "write for instance 0.45, or leave it at 1 for the pattern in every linear"
             )

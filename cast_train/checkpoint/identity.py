@@ -13,6 +13,7 @@ from typing import Any
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CheckpointError, sha256
+from cast_serve.errors import UsageError
 from cast_train.checkpoint.models import check_directory
 from cast_train.config import of_method
 
@@ -79,18 +80,18 @@ def check_texts(source: Mapping[str, Any]) -> None:
         source: of `of_inputs`.
 
     Raises:
-        ValueError: naming it.
+        UsageError: naming it.
     """
     names: dict[str, str] = {}
     for text in source["text"]:
         if text["sha256"] in names:
-            raise ValueError(
+            raise UsageError(
                 f"--text has {text['name']} twice (also as {names[text['sha256']]}); what is held "
                 "out of one would be trained on in the other; name it once"
             )
         names[text["sha256"]] = text["name"]
     if (heldout := source.get("heldout")) and heldout["sha256"] in names:
-        raise ValueError(
+        raise UsageError(
             f"--heldout {heldout['name']} is among the training texts, as "
             f"{names[heldout['sha256']]}; measure on another text"
         )

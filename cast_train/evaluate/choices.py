@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from cast_serve.errors import UsageError
 from cast_serve.questions import Question, share
 from cast_train.passes import evaluating
 
@@ -47,12 +48,12 @@ def check_names(files: Sequence[Path]) -> None:
     """Refuses files of questions whose results would have one name.
 
     Raises:
-        ValueError: naming both.
+        UsageError: naming both.
     """
     named: dict[str, Path] = {}
     for path in files:
         if (other := named.setdefault(path.stem, path)) is not path:
-            raise ValueError(
+            raise UsageError(
                 f"the questions {other} and {path} would both be reported as {path.stem}; give "
                 "each file once, and files another name"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import CAST_JSON, read_record, sha256
+from cast_serve.errors import UsageError
 from cast_serve.questions import paired_difference as accuracy_difference
 from cast_serve.questions import read_questions
 from cast_train.checkpoint import models
@@ -50,26 +51,26 @@ def evaluate(
 
     Raises:
         CheckpointError: if a directory cannot be read.
-        ValueError: if the reference is gated or has another vocabulary, or text or questions cannot
+        UsageError: if the reference is gated or has another vocabulary, or text or questions cannot
             be used.
     """
     folder = hub.fetch(directory)
     dense_folder = hub.fetch(reference) if reference is not None else None
     if dense_folder is not None and models.kind_of(dense_folder) == "gated":
-        raise ValueError(
+        raise UsageError(
             f"--reference {reference} is a gated checkpoint; give the dense model, or what "
             "cast-serve convert makes of the checkpoint"
         )
     if dense_folder is not None:
         sizes = [models.vocabulary_size(path) for path in (folder, dense_folder)]
         if sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UsageError(
                 f"{directory} has a vocabulary of {sizes[0]} tokens and --reference {reference} "
                 f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
             )
         models.check_same_tokens(dense_folder, folder)
     if max_tokens is not None and max_tokens < context:
-        raise ValueError(
+        raise UsageError(
             f"--tokens {max_tokens} makes no whole sequence of --context {context} tokens; ask for "
             "more tokens, or a shorter context"
         )

@@ -13,13 +13,10 @@ from tqdm.auto import tqdm
 
 from cast_serve.intervals import series_stderr
 from cast_train import losses
+from cast_train.errors import NotFiniteError
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
 from cast_train.passes import evaluating
-
-
-class NotFiniteError(ValueError):
-    """What a model computes is Inf or NaN."""
 
 
 @dataclass(frozen=True)

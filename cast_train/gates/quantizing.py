@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, rounded
 from cast_train.gates.gating import Gate
 
@@ -117,14 +118,14 @@ def attach(
         scales: as they were stored, by name; None: they are yet to be chosen.
 
     Raises:
-        ValueError: if a stored scale is of another shape.
+        UsageError: if a stored scale is of another shape.
     """
     for name, linear in targets.items():
         out_features, in_features = gates[name].weight_rows().shape
         quantizer = Quantizer(gates[name], (out_features, in_features), scale_group)
         if scales is not None:
             if scales[name].shape != quantizer.scale.shape:
-                raise ValueError(
+                raise UsageError(
                     f"{name}.weight_scale is {list(scales[name].shape)}, but "
                     f"{list(quantizer.scale.shape)} belongs to its weight and cast.json; "
                     "the file is damaged: copy the directory again"

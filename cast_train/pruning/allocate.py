@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train.gates.gating import is_transposed
 from cast_train.losses import divergence
@@ -62,14 +63,14 @@ def keep_dense(
         names, in the targets' order.
 
     Raises:
-        ValueError: if zeros is not above 0, there is no such allocation, or the calibration tokens
+        UsageError: if zeros is not above 0, there is no such allocation, or the calibration tokens
             never reach a target.
     """
     if not zeros > 0:
-        raise ValueError(f"zeros is {zeros}, but a share of zeros must be above 0")
+        raise UsageError(f"zeros is {zeros}, but a share of zeros must be above 0")
     if allocation not in ALLOCATIONS:
         known = " or ".join(ALLOCATIONS)
-        raise ValueError(f"allocation {allocation!r} does not exist; choose {known}")
+        raise UsageError(f"allocation {allocation!r} does not exist; choose {known}")
     if zeros >= pattern.zeros:
         return []
     changes = _changes(model, targets, pattern, blocks)

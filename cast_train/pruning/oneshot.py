@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
@@ -55,7 +56,7 @@ def read_masks(
         targets: linears by name.
 
     Raises:
-        ValueError: if a target is missing there, has another shape or is not N:M.
+        UsageError: if a target is missing there, has another shape or is not N:M.
     """
     kind = models.kind_of(directory)
     if kind == "gated":
@@ -71,11 +72,11 @@ def read_masks(
     for name, linear in targets.items():
         shape = weight_rows(linear).shape
         if name not in found:
-            raise ValueError(
+            raise UsageError(
                 f"{directory} has no {pattern} weight {name}; give one of the same model"
             )
         if found[name].shape != shape:
-            raise ValueError(
+            raise UsageError(
                 f"{name} of {directory} is {list(found[name].shape)}, not {list(shape)}; "
                 "give a directory of the same model"
             )
@@ -95,7 +96,7 @@ def read_calibration(
         num_blocks: None: `TrainConfig.calibration_blocks`.
 
     Raises:
-        ValueError: if a file cannot be read or the text is too short for one block.
+        UsageError: if a file cannot be read or the text is too short for one block.
     """
     defaults = Fixed()
     num_tokens = (num_blocks or defaults.calibration_blocks) * defaults.block_size
@@ -134,13 +135,13 @@ def write_pruned(
         cast.json's content.
 
     Raises:
-        ValueError: for every wrong input; nothing is written then.
+        UsageError: for every wrong input; nothing is written then.
     """
     known = (*METHODS, MASK_OF_ANOTHER)
     if method not in known:
-        raise ValueError(f"method {method!r} does not exist; choose from {', '.join(known)}")
+        raise UsageError(f"method {method!r} does not exist; choose from {', '.join(known)}")
     if (method == MASK_OF_ANOTHER) != (mask_dir is not None):
-        raise ValueError("method 'mask' and a directory to take the mask of belong together")
+        raise UsageError("method 'mask' and a directory to take the mask of belong together")
     pattern = Pattern.parse(sparsity)
     pattern.check_zeros(zeros)
     check_expressions(exclude)
@@ -203,14 +204,14 @@ def _order_of(model: Any, model_dir: Path, mask_dir: Path | None) -> ChannelOrde
     """The order of the channels, which is the mask's; the model is reordered if it has none.
 
     Raises:
-        ValueError: if it has another.
+        UsageError: if it has another.
     """
     order = channel_order.read(model_dir)
     mask_order = channel_order.read(mask_dir) if mask_dir else order
     if mask_order == order:
         return order
     if order is not None or mask_order is None:
-        raise ValueError(
+        raise UsageError(
             f"the channels of {model_dir} lie otherwise than those of {mask_dir}; give the dense "
             "model that both were made of"
         )

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.record import check_new
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import channel_order, models
@@ -58,7 +59,7 @@ def permute(
         pattern keeps, over the rows that were searched, the mean over layers.
 
     Raises:
-        ValueError: if the model has another layout (it is unchanged then), or if it computes
+        UsageError: if the model has another layout (it is unchanged then), or if it computes
             something else afterwards (it is not usable then).
         PatternError: if its channels make no whole groups, or groups of more than MOST_IN_GROUP.
     """
@@ -95,7 +96,7 @@ def permute(
     after = model(input_ids=blocks[:1], use_cache=False).logits
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference <= MAX_DIFFERENCE:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} computes something else with its channels reordered (logits "
             f"off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE})"
         )
@@ -253,14 +254,14 @@ def write_permuted(
         cast.json's content; ``kept_share`` is what `permute` returns.
 
     Raises:
-        ValueError: for every wrong input; nothing is written then.
+        UsageError: for every wrong input; nothing is written then.
     """
     pattern = Pattern.parse(sparsity)
     check_new(out)
     model_dir = hub.fetch(model_dir)
     models.check_dense(model_dir)
     if channel_order.read(model_dir) is not None:
-        raise ValueError(
+        raise UsageError(
             f"the channels of {model_dir} were reordered before; give the dense model that it was "
             "made of"
         )
@@ -269,7 +270,7 @@ def write_permuted(
     model = models.load_dense(model_dir, torch.float32)
     try:
         order, shares = permute(model, blocks, pattern)
-    except ValueError as error:
+    except UsageError as error:
         raise type(error)(f"{error}; train it as it is") from error
     record = {
         "kind": "dense",

@@ -60,7 +60,7 @@ def write_quantized(
         `inspect` of the output.
 
     Raises:
-        ValueError: for every wrong input; nothing is written then.
+        UsageError: for every wrong input; nothing is written then.
     """
     check_outputs([out])
     folder = hub.fetch(source)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.errors import UsageError
 from cast_train.checkpoint.channel_order import ChannelOrder
 
 LINEARS = (
@@ -32,13 +33,13 @@ def layers_of(model: Any) -> list[Any]:
     """The decoder layers of a transformers model.
 
     Raises:
-        ValueError: if it has another layout than Llama's.
+        UsageError: if it has another layout than Llama's.
     """
     layers = list(getattr(getattr(model, "model", None), "layers", []))
     if not layers or not all(
         {name for name, _ in layer.named_modules()} >= set(LINEARS) for layer in layers
     ):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} is no decoder of Llama's layout (model.layers, each with "
             f"{', '.join(LINEARS)}), and which of its channels can be reordered is not known"
         )
@@ -65,7 +66,7 @@ def reorder(model: Any, order: ChannelOrder) -> None:
         order: found for a model of the same shape.
 
     Raises:
-        ValueError: if it has another layout or shape (it is unchanged then).
+        UsageError: if it has another layout or shape (it is unchanged then).
     """
     layers = layers_of(model)
     _check_shape(model, layers, order)
@@ -84,13 +85,13 @@ def reorder_residual(model: Any, order: ChannelOrder) -> None:
         order: its ``residual`` counts.
 
     Raises:
-        ValueError: if it has another layout or hidden_size (it is unchanged then).
+        UsageError: if it has another layout or hidden_size (it is unchanged then).
     """
     layers = layers_of(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     index = torch.tensor(order.residual)
     if embedding.weight.shape[1] != len(index):
-        raise ValueError(
+        raise UsageError(
             f"the channels of {len(index)} places were ordered, but {type(model).__name__} has "
             f"hidden_size {embedding.weight.shape[1]}; give the model that was reordered"
         )
@@ -120,7 +121,7 @@ def _check_shape(model: Any, layers: Sequence[Any], order: ChannelOrder) -> None
         for inner, values in zip(order.inner, order.values, strict=True)
     ]
     if found != wanted:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} has {len(found)} layers, the first with {found[0][0]} inner "
             f"channels and key-value heads of {found[0][1]}, but those that were ordered are "
             f"{len(wanted)} with {wanted[0][0]} and {wanted[0][1]}; give the model that was "

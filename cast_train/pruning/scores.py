@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cast_serve.errors import UsageError
 from cast_train.gates.gating import is_transposed, stored_weight
 from cast_train.passes import evaluating, hooked
 
@@ -33,7 +34,7 @@ def wanda_scores(
         batch_blocks: sequences per pass.
 
     Raises:
-        ValueError: if the calibration tokens never reach a target.
+        UsageError: if the calibration tokens never reach a target.
     """
     squares: dict[str, Tensor] = {}
 
@@ -65,11 +66,11 @@ def check_reached(targets: Mapping[str, nn.Module], reached: Mapping[str, Any]) 
         reached: what was computed, by the names of the linears that received inputs.
 
     Raises:
-        ValueError: naming the targets that are missing.
+        UsageError: naming the targets that are missing.
     """
     missed = sorted(set(targets) - set(reached))
     if missed:
-        raise ValueError(f"the calibration text never reached {', '.join(missed)}; exclude them")
+        raise UsageError(f"the calibration text never reached {', '.join(missed)}; exclude them")
 
 
 def weight_rows(linear: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ def solve(
         blocks: calibration tokens, int64 [num_blocks, block_size].
 
     Raises:
-        ValueError: if the calibration tokens never reach a target.
+        UsageError: if the calibration tokens never reach a target.
     """
     replace_weights(
         model,

@@ -41,7 +41,7 @@ def sparsegpt_scores(
         pattern: N:M.
 
     Raises:
-        ValueError: if the calibration tokens never reach a target.
+        UsageError: if the calibration tokens never reach a target.
     """
     moved: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def replace_weights(
         replace: (name, weight [out_features, in_features], H = X^T X of its inputs) -> new weight.
 
     Raises:
-        ValueError: if the calibration tokens never reach a target.
+        UsageError: if the calibration tokens never reach a target.
     """
     last: list[Tensor] = [torch.empty(0)] * 2  # inputs and their H, which q, k and v share
     replaced: dict[str, bool] = {}

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
 from cast_train.config import Adams
@@ -118,7 +119,7 @@ def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> tuple[float, fl
         the reach, and the mean |W| of the weights that a magnitude mask drops now.
 
     Raises:
-        ValueError: if the first is below the second.
+        UsageError: if the first is below the second.
     """
     total = num_weights = 0.0
     for weight in weights.values():
@@ -128,7 +129,7 @@ def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> tuple[float, fl
     mean = total / max(num_weights, 1)
     moved = reach(config)
     if moved < mean:
-        raise ValueError(
+        raise UsageError(
             f"with learning_rate {config.learning_rate} and {config.steps} steps AdamS can move a "
             f"dropped weight by {moved:.2g}, but they are {mean:.2g} on average, so the "
             f"final pruning would cut them off; raise steps or learning_rate at least "

@@ -15,6 +15,7 @@ from cast_serve.checkpoint.convert import check_converted, check_outputs, conver
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.quantization import Quantization, check_recorded
 from cast_serve.checkpoint.record import CheckpointError, read_record
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_train.config import TrainConfig
 from cast_train.pruning.quantize import write_quantized
@@ -56,7 +57,7 @@ class Conversion:
         """One that quantises as the settings train for, or as asked for where they do not.
 
         Raises:
-            ValueError: if both say how, and not the same.
+            UsageError: if both say how, and not the same.
         """
         if (wanted := settings.quantization) is not None:
             trained: dict[str, str] = {"quantize": wanted.values}
@@ -65,7 +66,7 @@ class Conversion:
             asked = {"quantize": quantize, "scale_group": scale_group and str(scale_group)}
             for name, value in trained.items():
                 if asked[name] not in (None, value):
-                    raise ValueError(
+                    raise UsageError(
                         f"--{name.replace('_', '-')} {asked[name]} differs from {name} {value}, "
                         "which the settings train for; leave one of them out"
                     )
@@ -90,13 +91,13 @@ class Conversion:
         """Refuses what can be seen to be wrong before the training.
 
         Raises:
-            ValueError: for settings without compressed weights, or wrong options.
+            UsageError: for settings without compressed weights, or wrong options.
             CheckpointError: if the result cannot be written, or was removed in part.
         """
         settings.check_convertible()
         _ = self.quantization  # refuses what does not go together
         if self.is_private and self.push_to_hub is None:
-            raise ValueError("--private needs --push-to-hub ORG/NAME; give both or none")
+            raise UsageError("--private needs --push-to-hub ORG/NAME; give both or none")
         if not self.out.exists():
             check_outputs([self.out])
         elif self.trained == self.out and self.push_to_hub is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
@@ -87,7 +88,7 @@ def read_blocks(
     """Reads and cuts the texts.
 
     Raises:
-        ValueError: if a file cannot be read or a text is too short.
+        UsageError: if a file cannot be read or a text is too short.
     """
     heldout_text = read_texts([heldout_file]) if heldout_file else ""
     blocks = to_blocks(tokenize(read_texts(text_files), tokenizer), config.block_size)
@@ -121,7 +122,7 @@ def prepare(
         choices: of the run that is gone on with; None: they are made.
 
     Raises:
-        ValueError: for every wrong input.
+        UsageError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
     # What is wrong is refused before the search, which takes a minute and more.
@@ -139,7 +140,7 @@ def prepare(
             check_same_tokens(teacher_dir, model_dir)
         teacher = _load_teacher(teacher_dir or model_dir, config, model.config)
         if config.hidden_states_weight and teacher_order not in (None, order):
-            raise ValueError(
+            raise UsageError(
                 f"the channel order of the teacher {teacher_dir} differs from that of {model_dir}, "
                 "so hidden states cannot be compared; give the dense model that both were made "
                 "of, or set hidden_states_weight to 0"
@@ -199,17 +200,17 @@ def _check_targets(
     Those that are yet to be chosen to stay dense, for `zeros`, are looked at too.
 
     Raises:
-        ValueError: naming the first.
+        UsageError: naming the first.
     """
     targets, _ = find_targets(model, config.pattern, config.include, config.exclude)
     head = model.get_output_embeddings()
     if heads := [name for name, linear in targets.items() if linear is head]:
-        raise ValueError(
+        raise UsageError(
             f"include names {heads[0]}, the output layer, which cannot be trained to a pattern "
             "here; leave it out"
         )
     if left_out := sorted(set(sparse or ()) - set(targets)):
-        raise ValueError(
+        raise UsageError(
             f"include and exclude leave out {left_out[0]}, which has zeros already that training "
             "would fill; let them take all linears that have zeros"
         )
@@ -236,7 +237,7 @@ def _reordered(
         order, shares = permute(
             model, calibration, config.pattern, include=config.include, exclude=config.exclude
         )
-    except ValueError as reason:
+    except UsageError as reason:
         logger.warning("channel_order auto: the channels keep the given order: %s", reason)
         return load_any(model_dir, torch.float32), None  # it may have been changed
     kept = ", ".join(f"{kind} {old:.3f}, now {new:.3f}" for kind, (old, new) in shares.items())
@@ -355,7 +356,7 @@ def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) ->
 def _load_teacher(directory: Path, config: TrainConfig, student: Any) -> Any:
     teacher = load_dense(directory, arithmetic(config.precision)).requires_grad_(False)
     if teacher.config.vocab_size != student.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
             f"the model one of {student.vocab_size}; only a teacher with the model's own tokenizer "
             "can be distilled from"
@@ -363,7 +364,7 @@ def _load_teacher(directory: Path, config: TrainConfig, student: Any) -> Any:
     for name in ("num_hidden_layers", "hidden_size"):
         found, wanted = getattr(teacher.config, name), getattr(student, name)
         if config.hidden_states_weight and found != wanted:
-            raise ValueError(
+            raise UsageError(
                 f"the teacher {directory} has {name} {found} and the model {wanted}; set "
                 "hidden_states_weight to 0 for a teacher of another shape"
             )
@@ -374,8 +375,8 @@ def _reorder_teacher(teacher: Any, order: ChannelOrder) -> None:
     """Reorders its hidden states as the model's are, so that they can be compared."""
     try:
         reorder_residual(teacher, order)
-    except ValueError as error:
-        raise ValueError(
+    except UsageError as error:
+        raise UsageError(
             f"the teacher cannot be reordered as the model was: {error}; set channel_order to "
             "given, or hidden_states_weight to 0"
         ) from error

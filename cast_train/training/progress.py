@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from cast_serve.errors import UsageError
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates.schedules import phase_at
 
@@ -94,14 +95,14 @@ def check_reporter(name: str, asked_by: str) -> None:
         asked_by: the setting or flag, for the message.
 
     Raises:
-        ValueError: naming the package.
+        UsageError: naming the package.
     """
     package = name.replace("_", "-")
     try:
         if name != "none":
             metadata.distribution(package)
     except metadata.PackageNotFoundError:
-        raise ValueError(
+        raise UsageError(
             f"{asked_by} needs the package {package}, which is not installed; "
             f"run pip install {package}"
         ) from None

@@ -42,7 +42,7 @@ def start_quantized(
         quantization: of the weights.
 
     Raises:
-        ValueError: if the calibration tokens never reach a target, or a weight is Inf or NaN.
+        UsageError: if the calibration tokens never reach a target, or a weight is Inf or NaN.
     """
     moved: dict[str, Tensor] = {}
 

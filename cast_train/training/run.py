@@ -33,20 +33,22 @@ from cast_serve.checkpoint.record import (
     read_record,
     verify,
 )
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_tokenizer
 from cast_train.config import Gates, Pruned, TrainConfig
-from cast_train.evaluate.perplexity import NotFiniteError, soft_and_hard
+from cast_train.errors import DivergedError, NotFiniteError, StoppedError
+from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import Phase, phase_at
 from cast_train.origin import origin
 from cast_train.precision import autocast
 from cast_train.training import progress
 from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
-from cast_train.training.stopping import Checkpoints, StoppedError
-from cast_train.training.trainer import CastTrainer, DivergedError, arguments_of, tokens_per_step
+from cast_train.training.stopping import Checkpoints
+from cast_train.training.trainer import CastTrainer, arguments_of, tokens_per_step
 
 logger = logging.getLogger(__name__)
 ANOTHER_OUT = "choose another --out or remove it"
@@ -82,7 +84,7 @@ def train(
         with the same sha256, see identity.py), it is verified and returned, and nothing is trained.
 
     Raises:
-        ValueError: for every wrong input; nothing is written then.
+        UsageError: for every wrong input; nothing is written then.
         CheckpointError: if out or OUT.partial is another run's; it names what differs.
         DivergedError: if the loss, or the trained model's output, is not finite.
         StoppedError: if the run was asked to stop, by a signal (stopping.py), and is saved.
@@ -158,7 +160,7 @@ class Run:
         """Refuses what is wrong whatever models and text hold."""
         config, out = self.config, self.out
         if self.teacher_dir is not None and not config.distillation_weight:
-            raise ValueError(
+            raise UsageError(
                 f"--teacher {self.teacher_dir} has no effect with distillation_weight 0; "
                 "leave one of them out"
             )
@@ -166,7 +168,7 @@ class Run:
         if self.tensorboard_dir is not None:
             for folder in (out, self.partial):
                 if self.tensorboard_dir.resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(
+                    raise UsageError(
                         f"--tensorboard {self.tensorboard_dir} lies in {folder}, which is written "
                         "whole at the end; choose a directory beside it"
                     )
@@ -208,13 +210,13 @@ class Run:
         if models.sparse_targets(self.model_dir, self.config.pattern) is None:
             return
         if isinstance(self.config, Pruned) and self.config.zeros < self.config.pattern.zeros:
-            raise ValueError(
+            raise UsageError(
                 f"zeros {self.config.zeros} chooses among the linears of a dense model, but "
                 f"{self.model_dir} has its zeros already; leave zeros at 1, and what is dense "
                 "there stays dense"
             )
         if self.config.distillation_weight and self.teacher_dir is None:
-            raise ValueError(
+            raise UsageError(
                 f"{self.model_dir} has its zeros already, so it cannot be the teacher; give "
                 "--teacher the dense model, or set distillation_weight to 0"
             )

@@ -20,10 +20,6 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class StoppedError(RuntimeError):
-    """The run was asked to stop, and did; what it had learnt is saved."""
-
-
 class Checkpoints(TrainerCallback):
     """Saves every so many minutes and after the last step, and when the run is asked to stop.
 

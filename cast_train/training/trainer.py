@@ -24,6 +24,7 @@ from cast_serve.checkpoint.record import CheckpointError
 from cast_train import losses, sharding
 from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
+from cast_train.errors import DivergedError
 from cast_train.evaluate.perplexity import perplexity
 from cast_train.gates import gating
 from cast_train.gates.schedules import (
@@ -40,10 +41,6 @@ from cast_train.training.progress import Progress, loss_in_words
 from cast_train.training.quantized_start import start_quantized
 
 WAIT_S = 24 * 3600  # of the other processes, while the first searches, solves or quantises
-
-
-class DivergedError(RuntimeError):
-    """The loss is not finite; further steps would only overwrite good checkpoints."""
 
 
 class CastTrainer(Trainer):

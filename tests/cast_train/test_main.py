@@ -18,11 +18,11 @@ from cast_serve.provenance import versions
 from cast_train import precision
 from cast_train.__main__ import app, repeat_text_flag
 from cast_train.checkpoint.models import load_dense, load_tokenizer
+from cast_train.errors import StoppedError
 from cast_train.evaluate import evaluation
 from cast_train.evaluate.perplexity import Perplexity, perplexity
 from cast_train.precision import arithmetic
 from cast_train.text import read_texts, to_blocks, tokenize
-from cast_train.training.stopping import StoppedError
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
         (
             {"--method": "magic"},
-            "method is 'magic', but must be 'fixed', 'gates', 'ste', 'adams' or 'dense'",
+            "method is 'magic', but must be fixed, gates, ste, adams or dense",
         ),
         ({"--selector": "sort"}, "selector is 'sort', but must be 'soft_topk', 'gumbel'"),
         ({"--sparsity": "4:2"}, "is not N:M"),
@@ -280,6 +280,16 @@ def test_wrong_use_is_one_line_exit_2_and_nothing_left(
     assert message in said[0]
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", [ValueError, RuntimeError, FileNotFoundError])
+def test_a_fault_of_our_own_keeps_its_traceback(cast_train, text_file, monkeypatch, fault):
+    def broken(*_):
+        raise fault("ours")
+
+    monkeypatch.setattr(evaluation, "evaluate", broken)
+    result = cast_train("eval", "dense", "--text", text_file)
+    assert (result.exit_code, type(result.exception)) == (1, fault)
 
 
 def test_a_hubs_name_is_taken_as_a_directory_is(

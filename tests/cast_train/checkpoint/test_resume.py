@@ -15,8 +15,9 @@ from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.provenance import machine, versions
 from cast_train.checkpoint import models, resume
 from cast_train.config import TrainConfig
+from cast_train.errors import StoppedError
 from cast_train.training.run import train
-from cast_train.training.stopping import Checkpoints, StoppedError
+from cast_train.training.stopping import Checkpoints
 from cast_train.training.trainer import CastTrainer
 from tests.cast_train.settings import changed
 

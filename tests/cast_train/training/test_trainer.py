@@ -10,10 +10,11 @@ from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
+from cast_train.errors import DivergedError
 from cast_train.gates import gating
 from cast_train.training import optimizer, prepare
 from cast_train.training.run import Run, train
-from cast_train.training.trainer import CastTrainer, DivergedError
+from cast_train.training.trainer import CastTrainer
 from tests.cast_train.settings import changed
 
 
