@@ -81,9 +81,7 @@ class CastTrainer(Trainer):
         self.add_callback(Resumed(self))
         self.watch = Watch(self, blocks.heldout, prepared.start)
         self.add_callback(self.watch)
-        self.add_callback(ExactMask(self, blocks.calibration))
-        if config.quantization is not None:
-            self.add_callback(QuantizedStart(self, blocks.calibration))
+        self.add_callback(Starts(self, blocks.calibration))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -231,12 +229,13 @@ class Watch(TrainerCallback):
             )
 
 
-class ExactMask(TrainerCallback):
-    """Before the first step under the exact mask, all processes take the first one's, and weights.
+class Starts(TrainerCallback):
+    """Weights that are chosen before a step and not learnt in it: solved ones, and quantised ones.
 
-    With `fixed` and `masks_first` weights stay as they are until then, and are then solved; with
-    ``fixed`` that is the first step of all. A run that is resumed at that step has the checkpoint's
-    unmoved weights and solves them again.
+    Before the first step under the exact mask the kept weights are solved for it (`is_solved`);
+    before the first quantised step scales and integers are chosen. Rank 0 does it, and all
+    processes take its weights. Weights to be solved do not move before. A run that is resumed at
+    such a step has the checkpoint's weights and does it again.
 
     Args:
         trainer: whose weights and gates these are.
@@ -248,55 +247,31 @@ class ExactMask(TrainerCallback):
         self.blocks = blocks
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if state.global_step != trainer.config.first_exact_step:
+        trainer, config, step = self.trainer, self.trainer.config, state.global_step
+        if step not in (config.first_exact_step, config.first_quantized_step):
             return
-        phase = phase_at(state.global_step, trainer.config)
-        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
+        phase = dataclasses.replace(phase_at(step, config), is_quantized=False)
+        gating.set_phase(trainer.gate_map, phase)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.config.is_solved and sharding.rank() == 0:
+        if sharding.rank() == 0 and config.is_solved and step == config.first_exact_step:
             masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
             solve(model, trainer.targets, masks, self.blocks)
-        if not trainer.config.is_sharded:  # else each row lies in one process alone
-            sharding.take_first(sharding.state_of(model))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        is_solved = trainer.config.is_solved
-        if not is_solved or state.global_step >= trainer.config.first_exact_step:
-            return
-        assert trainer.optimizer is not None
-        for group in trainer.optimizer.param_groups:
-            if group["role"] == optimizer.WEIGHTS:
-                for weight in group["params"]:
-                    weight.grad = None  # AdamW passes by what has no gradient
-
-
-class QuantizedStart(TrainerCallback):
-    """`quantize`: scales and integers are chosen before the first step that computes with them.
-
-    Args:
-        trainer: whose weights and gates these are.
-        blocks: calibration tokens, int64 [num_blocks, block_size].
-    """
-
-    def __init__(self, trainer: CastTrainer, blocks: Tensor) -> None:
-        self.trainer = trainer
-        self.blocks = blocks
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, config = self.trainer, self.trainer.config
-        if state.global_step != config.first_quantized_step:
-            return
-        phase = phase_at(state.global_step, config)
-        gating.set_phase(trainer.gate_map, dataclasses.replace(phase, is_quantized=False))
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if sharding.rank() == 0:
-            assert config.quantization is not None
+        if sharding.rank() == 0 and config.quantization and step == config.first_quantized_step:
             start_quantized(
                 model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
             )
-        sharding.take_first(sharding.state_of(model))
+        if not config.is_sharded:  # else each row lies in one process alone
+            sharding.take_first(sharding.state_of(model))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config = self.trainer.config
+        if not config.is_solved or state.global_step >= config.first_exact_step:
+            return
+        assert self.trainer.optimizer is not None
+        for group in self.trainer.optimizer.param_groups:
+            if group["role"] == optimizer.WEIGHTS:
+                for weight in group["params"]:
+                    weight.grad = None  # AdamW passes by what has no gradient
 
 
 class Resumed(TrainerCallback):
