@@ -100,7 +100,7 @@ def check_groups(config: TrainConfig, transposed: Mapping[str, Tensor]) -> None:
         if rows_each % config.pattern.m:
             raise PatternError(
                 f"{name} is stored transposed, and {num_processes()} processes would cut its "
-                f"{weight.shape[0]} columns into pieces of {rows_each}, no multiple of "
+                f"{weight.shape[0]} columns into pieces of {rows_each}, not a multiple of "
                 f"{config.pattern.m}; take another number of processes, or set is_sharded = false"
             )
 

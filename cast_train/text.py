@@ -47,7 +47,7 @@ def read_texts(paths: Sequence[Path]) -> str:
         except OSError as error:
             raise UsageError(f"cannot read the text {path}: {error.strerror}") from error
         if not text.strip():
-            raise UsageError(f"{path} holds no text")
+            raise UsageError(f"{path} is empty")
         texts.append(text)
     return "\n\n".join(texts)
 

@@ -33,7 +33,9 @@ ROOTS_WITHOUT_HTTP = {
 HTTP = {"fastapi", "starlette", "uvicorn", "pydantic_settings"}
 # What another package may use of cast_serve; benchmarks may use all of the three.
 ALLOWED = {
-    "cast_train": {"sparsity", "checkpoint", "intervals", "questions", "options", "provenance"},
+    "cast_train": {
+        *("sparsity", "checkpoint", "intervals", "questions", "options", "provenance", "errors"),
+    },
     "loadtest": {
         *("latency", "sse", "intervals", "questions", "options", "provenance", "dtypes", "errors"),
     },

@@ -32,7 +32,7 @@ class ChannelOrder:
 
 
 def write(directory: Path, order: ChannelOrder | None) -> None:
-    """Writes the file into a directory; removes it for channels that lie as they did."""
+    """Writes the file into a directory; removes it if the order is unchanged."""
     if order is None:
         (directory / ORDER_FILE).unlink(missing_ok=True)
     else:
@@ -41,7 +41,7 @@ def write(directory: Path, order: ChannelOrder | None) -> None:
 
 
 def read(directory: Path) -> ChannelOrder | None:
-    """That of a checkpoint; None if its channels lie as those of the dense model.
+    """A checkpoint's order; None if it is the dense model's.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -58,7 +58,7 @@ def read(directory: Path) -> ChannelOrder | None:
             for order in (found.residual, *found.inner, *heads)
         )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no order of channels: {error!r}") from error
+        raise CheckpointError(f"{path} does not hold a channel order: {error!r}") from error
     if not is_order:
         raise CheckpointError(f"{path} is damaged: it does not name every channel once")
     return found

@@ -37,7 +37,7 @@ def of_directory(directory: Path) -> dict[str, str]:
     ``*.bin`` count only where there is no ``*.safetensors``; otherwise transformers ignores them.
 
     Raises:
-        CheckpointError: if it is no model directory.
+        CheckpointError: if it is not a model directory.
         OSError: if a file cannot be read.
     """
     check_directory(directory)

@@ -191,7 +191,7 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{directory} is no language model that can be read: {error}"
+            f"{directory} is not a language model that can be read: {error}"
         ) from error
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
@@ -205,7 +205,7 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     unknown = [key for key in report["unexpected_keys"] if not key.endswith(known)]
     if unknown:
         logger.warning(
-            "%s: tensors that the model has no use for are not read: %d, such as %s",
+            "%s: ignoring %d tensors that the model does not use, such as %s",
             directory,
             len(unknown),
             min(unknown),
@@ -295,7 +295,7 @@ def kind_of(directory: Path) -> str:
     """``gated``, ``pruned``, ``compressed`` or ``dense``: what `cast-train eval` is given.
 
     Raises:
-        CheckpointError: if it is no model directory, or config.json or cast.json is damaged.
+        CheckpointError: if it is not a model directory, or config.json or cast.json is damaged.
     """
     check_directory(directory)
     settings = read_json(directory / "config.json")
@@ -356,7 +356,7 @@ def check_directory(directory: Path) -> None:
             f"{directory} is not a directory; give a downloaded model's directory"
         )
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json, so it is no model directory")
+        raise CheckpointError(f"{directory} has no config.json, so it is not a model directory")
 
 
 def read_gates(directory: Path, targets: Iterable[str]) -> dict[str, Tensor]:

@@ -171,14 +171,14 @@ def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bo
         check(partial, wanted, is_resume)
         for folder in _checkpoints(partial):
             if not (folder / COMPLETE).exists():
-                logger.warning("%s is not complete and is removed", folder)
+                logger.warning("%s is incomplete and is removed", folder)
                 shutil.rmtree(folder)
     complete = [f for f in _checkpoints(partial) if (f / COMPLETE).exists()] if is_resume else []
     return max(complete, key=step_of, default=None)
 
 
 def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
-    """Refuses an unfinished run that is not to be gone on with, or is another one.
+    """Refuses an unfinished run that is not to be resumed, or is another one.
 
     Raises:
         CheckpointError: as `find` does.
@@ -187,12 +187,12 @@ def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
         return
     if not is_resume:
         raise CheckpointError(
-            f"{partial} holds an unfinished run; go on with --resume, or remove it"
+            f"{partial} holds an unfinished run; continue it with --resume, or remove it"
         )
     try:
         found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{partial} is no unfinished run: {error}; remove it") from error
+        raise CheckpointError(f"{partial} is not an unfinished run: {error}; remove it") from error
     remedy = "repeat that run with its inputs and settings, or remove it"
     identity.check(found, wanted, f"{partial} is another run", remedy)
 

@@ -80,7 +80,7 @@ def evaluate(
     trained_on = {each["sha256"] for each in (record.get("source") or {}).get("text", ())}
     for path in text:
         if path.is_file() and sha256(path) in trained_on:
-            logger.warning("%s was trained on %s: what is measured there is no test", folder, path)
+            logger.warning("%s was trained on %s, so measuring on it tests nothing", folder, path)
     tokenizer = models.load_tokenizer(folder)
     blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)
     questions = {path.stem: read_questions(path, limit) for path in choices}

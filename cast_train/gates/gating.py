@@ -333,7 +333,7 @@ def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
         scalar from 0 (exactly N:M) to M - N (every gate open).
 
     Raises:
-        PatternError: if K is no multiple of M.
+        PatternError: if K is not a multiple of M.
     """
     dropped = 1 - hard(gates, pattern.n, pattern.m)  # topk is eight times as slow on small groups
     return (gates * dropped).mean() * pattern.m

@@ -65,7 +65,7 @@ def attach(
 
 
 def check_parts(weights: Mapping[str, Tensor], num_parts: int, m: int) -> None:
-    """Refuses weights [out_features, in_features] that are no num_parts parts of whole groups.
+    """Refuses weights [out_features, in_features] that are not num_parts parts of whole groups.
 
     Raises:
         PatternError: naming the first.

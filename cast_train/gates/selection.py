@@ -62,7 +62,7 @@ def soft_topk(scores: Tensor, n: int, m: int, tau: float) -> Tensor:
         p in [0, 1], the dtype and shape of scores; each group sums to n. Differentiable once.
 
     Raises:
-        PatternError: if n and m are no pattern or K is no multiple of m.
+        PatternError: if n and m are not a pattern or K is not a multiple of m.
         ValueError: if tau is not above 0.
     """
     if not 0 < n < m:
@@ -85,7 +85,7 @@ def hard(scores: Tensor, n: int, m: int) -> Tensor:
         the dtype and shape of scores, without gradient.
 
     Raises:
-        PatternError: if K is no multiple of m, or a score is NaN.
+        PatternError: if K is not a multiple of m, or a score is NaN.
     """
     return hard_mask(scores.detach(), Pattern(n, m)).to(scores.dtype)
 
@@ -195,7 +195,7 @@ def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Ten
         p in [0, 1], the dtype and shape of scores; each group sums to n.
 
     Raises:
-        PatternError: if n and m are no pattern, have too many, or K is no multiple of m.
+        PatternError: if n and m are not a pattern, have too many, or K is not a multiple of m.
         ValueError: if tau is not above 0.
     """
     if not tau > 0:

@@ -129,7 +129,7 @@ def write_pruned(
         is_solved: whether the dense model's kept weights are solved under the mask.
         zeros: share of zeros over all weights of the targets, see allocate.py.
         allocation: ``fisher`` or ``gates``, how the linears that stay dense are chosen.
-        exclude: regular expressions; linears whose names match are no targets.
+        exclude: regular expressions; linears whose names match are not targets.
 
     Returns:
         cast.json's content.
@@ -212,7 +212,7 @@ def _order_of(model: Any, model_dir: Path, mask_dir: Path | None) -> ChannelOrde
         return order
     if order is not None or mask_order is None:
         raise UsageError(
-            f"the channels of {model_dir} lie otherwise than those of {mask_dir}; give the dense "
+            f"the channel order of {model_dir} differs from that of {mask_dir}; give the dense "
             "model that both were made of"
         )
     reorder(model, mask_order)

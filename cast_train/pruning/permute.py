@@ -97,8 +97,8 @@ def permute(
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference <= MAX_DIFFERENCE:
         raise UsageError(
-            f"{type(model).__name__} computes something else with its channels reordered (logits "
-            f"off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE})"
+            f"{type(model).__name__} computes something different with its channels reordered "
+            f"(logits off by {difference:.2g} of the largest, allowed {MAX_DIFFERENCE})"
         )
     shares = {
         kind: [sum(share) / len(found) for share in zip(*found, strict=True)]
@@ -228,8 +228,8 @@ def _check_sizes(layer: Any, pattern: Pattern) -> None:
     for name, size in sizes.items():
         if size % pattern.m:
             raise PatternError(
-                f"{name} {size} is no multiple of {pattern.m}, so its channels make no whole "
-                f"groups of {pattern}"
+                f"{name} {size} is not a multiple of {pattern.m}, so its channels do not form "
+                f"whole groups of {pattern}"
             )
 
 

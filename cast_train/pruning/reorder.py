@@ -40,7 +40,7 @@ def layers_of(model: Any) -> list[Any]:
         {name for name, _ in layer.named_modules()} >= set(LINEARS) for layer in layers
     ):
         raise UsageError(
-            f"{type(model).__name__} is no decoder of Llama's layout (model.layers, each with "
+            f"{type(model).__name__} is not a decoder of Llama's layout (model.layers, each with "
             f"{', '.join(LINEARS)}), and which of its channels can be reordered is not known"
         )
     return layers

@@ -140,7 +140,7 @@ class Conversion:
         return {**summary, "pushed_to": pushed_to}
 
     def _check_form(self) -> None:
-        """Compares the directory's record, where there is no checkpoint to compare with."""
+        """Compares the directory's record if there is no checkpoint to compare with."""
         recorded = read_record(self.out).get("quantization") or {}
         remedy = "choose another directory or remove it"
         check_recorded(self.quantization, recorded, str(self.out), remedy)

@@ -49,7 +49,7 @@ class Blocks:
         calibration: its beginning, which activations are measured on.
         validation: kept out of the training text; `keep_best` chooses by it.
         heldout: what quality is measured on: validation, or a text of its own.
-        heldout_name: what it is, in words.
+        heldout_name: its description.
     """
 
     train: Tensor
@@ -119,20 +119,20 @@ def prepare(
         teacher_dir: dense one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the order and the gates' start.
         config: all settings.
-        choices: of the run that is gone on with; None: they are made.
+        choices: of the run that is resumed; None: make them.
 
     Raises:
         UsageError: for every wrong input.
     """
     model = load_any(model_dir, torch.float32)
-    # What is wrong is refused before the search, which takes a minute and more.
+    # Fail fast: the search takes a minute or more.
     check_length(model, config.block_size, "block_size")
     sparse = sparse_targets(model_dir, config.pattern)
     _check_targets(model, sparse, config, choices)
     order = channel_order.read(model_dir)
     is_auto = isinstance(config, Pruned) and config.channel_order == "auto"
     if order is not None and is_auto:
-        logger.info("channel_order auto: %s has an order of its own, which stays", model_dir)
+        logger.info("channel_order auto: %s was reordered before; its order stays", model_dir)
     teacher = teacher_order = None
     if config.distillation_weight:
         teacher_order = channel_order.read(teacher_dir or model_dir)
@@ -238,7 +238,7 @@ def _reordered(
             model, calibration, config.pattern, include=config.include, exclude=config.exclude
         )
     except UsageError as reason:
-        logger.warning("channel_order auto: the channels keep the given order: %s", reason)
+        logger.warning("channel_order auto: keeping the given channel order: %s", reason)
         return load_any(model_dir, torch.float32), None  # it may have been changed
     kept = ", ".join(f"{kind} {old:.3f}, now {new:.3f}" for kind, (old, new) in shares.items())
     logger.info(

@@ -1,4 +1,4 @@
-"""A run's steps -> the progress bar, and the reporters that its figures go to besides."""
+"""A run's steps -> the progress bar, and other reporters of its figures."""
 
 import logging
 from importlib import metadata
@@ -32,7 +32,7 @@ class Progress(ProgressCallback):
         self.loss = loss
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The steps of a checkpoint that it goes on from are no progress of this process."""
+        """Steps before the checkpoint that it resumes from are not this process's progress."""
         if state.is_world_process_zero:
             logger.info("%s", self.loss)
             if words := quantized_in_words(self.config):

@@ -225,7 +225,7 @@ class Run:
         """The record of this run, which was finished before, verified."""
         record = verify(self.out)
         identity.check(record, self.identity, f"{self.out} exists and is another run", ANOTHER_OUT)
-        logger.info("%s is the finished result of this run; nothing to do", self.out)
+        logger.info("%s is this run's finished result; nothing to do", self.out)
         if sharding.rank() == 0 and self.partial.is_dir():
             with suppress(CheckpointError):  # of this run, which was killed as it removed them
                 resume.check(self.partial, self.identity, is_resume=True)
@@ -233,13 +233,13 @@ class Run:
         return record
 
     def begin(self) -> Prepared:
-        """Finds the checkpoint to go on from, makes the model ready and notes this launch."""
+        """Finds the checkpoint to resume from, prepares the model and records this launch."""
         partial, is_first = self.partial, sharding.rank() == 0
         self.resume_from = resume.find(partial, self.identity, self.is_resume, is_first)
         choices = None
         if self.resume_from:
             step = resume.step_of(self.resume_from)
-            logger.info("going on after step %d of %d", step, self.config.steps)
+            logger.info("resuming after step %d of %d", step, self.config.steps)
             choices = resume.read_choices(partial)
         self.arguments = arguments_of(self.config, partial)  # connects the processes
         prepared = prepare(self.model_dir, self.teacher_dir, self.blocks, self.config, choices)

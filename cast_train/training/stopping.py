@@ -46,7 +46,7 @@ class Checkpoints(TrainerCallback):
             self.is_asked_to_stop = True
             for known, handler in before.items():
                 signal.signal(known, handler)
-            logger.info("stopping after this step; once more to stop at once, unsaved")
+            logger.info("stopping after this step; repeat to stop at once without saving")
 
         for number in before:
             signal.signal(number, ask)

@@ -50,7 +50,7 @@ def test_files_that_are_no_text_are_named(tmp_path):
     empty.write_text(" \n")
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
         read_texts([latin])
-    with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         read_texts([empty])
     with pytest.raises(ValueError, match=r"cannot read the text .*gone\.txt"):
         read_texts([tmp_path / "gone.txt"])

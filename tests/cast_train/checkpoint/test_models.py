@@ -87,14 +87,14 @@ def test_gates_are_no_news_but_unknown_tensors_are(gated, model_dir, tmp_path, c
     folder, _ = gated
     load_gated(folder)
     assert "LOAD REPORT" not in "".join(capfd.readouterr()) + caplog.text
-    assert "no use for" not in caplog.text
+    assert "ignoring" not in caplog.text
 
     odd = tmp_path / "odd"
     shutil.copytree(model_dir, odd)
     tensors = load_file(odd / "model.safetensors")
     save_file(tensors | {"model.extra": torch.ones(1)}, odd / "model.safetensors", {"format": "pt"})
     load_dense(odd)
-    assert "no use for are not read: 1, such as model.extra" in caplog.text
+    assert "ignoring 1 tensors that the model does not use, such as model.extra" in caplog.text
 
 
 def test_hardened_compressed_and_hard_gates_agree(gated):
@@ -323,4 +323,4 @@ def test_a_text_that_was_trained_on_is_no_test(
     evaluate(tmp_path / "out", [heldout_file], 32, 128)
     assert "no test" not in caplog.text
     evaluate(tmp_path / "out", [text_file], 32, 128)
-    assert f"was trained on {text_file}: what is measured there is no test" in caplog.text
+    assert f"was trained on {text_file}" in caplog.text

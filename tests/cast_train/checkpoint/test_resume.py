@@ -289,7 +289,7 @@ def test_a_signal_saves_the_step_it_falls_in(
     train(*arguments, is_resume=True)
     train(llama_dir, [text_file], tmp_path / "whole", config)
     assert begun_at == [None, "checkpoint-3", None]
-    assert "going on after step 3 of 10" in caplog.text
+    assert "resuming after step 3 of 10" in caplog.text
     assert_same_result(tmp_path / "out", tmp_path / "whole")
 
 

@@ -85,13 +85,13 @@ def test_a_model_computes_the_same_and_pruning_keeps_more(config):
 def test_another_layout_is_refused_unchanged(family):
     model = AutoModelForCausalLM.from_config(FAMILIES[family][0])
     weights = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match="is no decoder of Llama's layout"):
+    with pytest.raises(ValueError, match="is not a decoder of Llama's layout"):
         permute.permute(model, TOKENS, TWO_FOUR)
     assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_channels_without_whole_groups_are_refused(llama_dir):
-    with pytest.raises(PatternError, match="hidden_size 32 is no multiple of 5"):
+    with pytest.raises(PatternError, match="hidden_size 32 .* multiple of 5"):
         permute.permute(load_dense(llama_dir, torch.float32), TOKENS, Pattern(2, 5))
 
 
@@ -105,7 +105,7 @@ def test_a_model_that_computes_something_else_is_refused(
 ):
     """As one would whose channels are read somewhere that we do not know of."""
     monkeypatch.setattr(reorder, "residual_readers", lambda layer: [layer.self_attn.q_proj])
-    with pytest.raises(ValueError, match="computes something else .*; train it as it is"):
+    with pytest.raises(ValueError, match="; train it as it is"):
         permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -125,14 +125,14 @@ def test_what_permute_wrote_is_not_reordered_again(
         write_pruned(model_dir, [], out, "mask", mask_dir=tmp_path / mask_dir)
         assert channel_order.read(out) == order
     write_pruned(llama_dir, [], tmp_path / "given", "magnitude")
-    with pytest.raises(ValueError, match="lie otherwise than those of .*given"):
+    with pytest.raises(ValueError, match="channel order of .* differs from that of"):
         write_pruned(permuted, [], tmp_path / "no", "mask", mask_dir=tmp_path / "given")
 
 
 def test_another_layout_keeps_its_order(gpt2_dir, text_file, config, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(gpt2_dir, [text_file], tmp_path / "out", config)
-    assert "the channels keep the given order: GPT2LMHeadModel is no decoder of" in caplog.text
+    assert "keeping the given channel order: GPT2LMHeadModel" in caplog.text
     assert not (tmp_path / "out" / ORDER_FILE).exists()
 
 
@@ -142,7 +142,7 @@ def test_a_model_that_would_compute_something_else_is_trained_as_it_is(
     monkeypatch.setattr(reorder, "residual_readers", lambda layer: [layer.self_attn.q_proj])
     with caplog.at_level(logging.WARNING):
         found = prepared(llama_dir, text_file, config)
-    assert "the given order: LlamaForCausalLM computes something else" in caplog.text
+    assert "keeping the given channel order: LlamaForCausalLM computes" in caplog.text
     assert found.choices.order is None
     dense = models.load_dense(llama_dir, torch.float32)
     for name, linear in found.targets.items():
@@ -159,10 +159,10 @@ def test_a_teacher_of_another_layout_is_refused(llama_dir, gpt2_dir, text_file, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"residual": [0, 1]}, "holds no order of channels: KeyError"),
+        ({"residual": [0, 1]}, "does not hold a channel order: KeyError"),
         ({"residual": [0, 0], "inner": [[0]], "values": [[[0]]]}, "not name every channel once"),
         ({"residual": [0, 1], "inner": [[0]], "values": []}, "not name every channel once"),
-        ({"residual": [0, 1], "inner": [3], "values": [[[0]]]}, "holds no order of channels"),
+        ({"residual": [0, 1], "inner": [3], "values": [[[0]]]}, "does not hold a channel order"),
         ([0, 1], "holds list, not a JSON object"),
     ],
 )

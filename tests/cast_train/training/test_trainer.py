@@ -46,7 +46,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     train_until(6, llama_dir, [text_file], tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
-    with pytest.raises(CheckpointError, match="go on with --resume"):
+    with pytest.raises(CheckpointError, match="continue it with --resume"):
         train(llama_dir, [text_file], tmp_path / "out", config)
     other = changed(config, steps=11)
     with pytest.raises(CheckpointError, match="steps is 10, not 11"):
