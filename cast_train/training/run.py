@@ -6,7 +6,8 @@ check    outputs, settings and optional packages, before anything is read or fet
 read     models, text -> blocks; the inputs' identity -> is this run finished, or to be trained?
 begin    gates on the dense model, the teacher (prepare.py), OUT.partial/
 fit      CastTrainer's steps (trainer.py), checkpoints in OUT.partial/
-measure  weights rounded as they will be stored -> quality of the soft and the hard model
+round    the trained weights as they will be stored
+measure  quality of the soft and the hard model
 write    gates removed -> OUT, complete or not at all
 """
 
@@ -104,16 +105,16 @@ def train(
     if out.exists():
         return run.finished()
     with resume.held(run.partial, is_first=sharding.rank() == 0):
-        prepared = run.begin()
+        run.begin()
         try:
-            trainer = run.fit(prepared)
-            trained = run.as_stored(prepared, trainer)
-            record = run.measure(trained, trainer)
+            run.fit()
+            run.round()
+            record = run.measure()
         except (NotFiniteError, PatternError) as error:  # of the second kind here: scores hold NaN
             raise DivergedError(
                 f"{error}; lower learning_rate (now {config.learning_rate}) and start again"
             ) from error
-        return run.write(trained, record)
+        return run.write(record)
 
 
 @dataclass(kw_only=True)
@@ -127,8 +128,10 @@ class Run:
         tokenizer: the model's; set by `read`, as the next two are.
         blocks: the text.
         identity: settings, number of processes and the hashes of all files that were read.
-        resume_from: the checkpoint to go on from, or None; set by `begin`, as the next is.
+        resume_from: the checkpoint to resume from, or None; set by `begin`, as the next two are.
         arguments: transformers' settings of the run.
+        prepared: model, gates and teacher; from `round` on as they are stored.
+        trainer: which took all steps; set by `fit`.
     """
 
     model_dir: Path
@@ -145,6 +148,8 @@ class Run:
     identity: Mapping[str, Any] = field(init=False)
     resume_from: Path | None = field(init=False)
     arguments: TrainingArguments = field(init=False)
+    prepared: Prepared = field(init=False)
+    trainer: CastTrainer = field(init=False)
 
     def __post_init__(self) -> None:
         self.began = origin(self.config.precision)
@@ -232,7 +237,7 @@ class Run:
                 shutil.rmtree(self.partial)
         return record
 
-    def begin(self) -> Prepared:
+    def begin(self) -> None:
         """Finds the checkpoint to resume from, prepares the model and records this launch."""
         partial, is_first = self.partial, sharding.rank() == 0
         self.resume_from = resume.find(partial, self.identity, self.is_resume, is_first)
@@ -242,18 +247,19 @@ class Run:
             logger.info("resuming after step %d of %d", step, self.config.steps)
             choices = resume.read_choices(partial)
         self.arguments = arguments_of(self.config, partial)  # connects the processes
-        prepared = prepare(self.model_dir, self.teacher_dir, self.blocks, self.config, choices)
+        self.prepared = prepare(self.model_dir, self.teacher_dir, self.blocks, self.config, choices)
         if is_first:
-            resume.check_room(partial, prepared.model, prepared.gate_map, self.config)
+            resume.check_room(partial, self.prepared.model, self.prepared.gate_map, self.config)
             if self.resume_from:
                 resume.go_on(partial, resume.step_of(self.resume_from), self.began)
             else:
-                resume.begin(partial, self.identity, prepared.choices, self.began)
-        return prepared
+                resume.begin(partial, self.identity, self.prepared.choices, self.began)
 
-    def fit(self, prepared: Prepared) -> CastTrainer:
+    def fit(self) -> None:
         """Takes all steps that are left."""
-        trainer = CastTrainer(prepared, self.blocks, self.config, self.arguments)
+        self.trainer = trainer = CastTrainer(
+            self.prepared, self.blocks, self.config, self.arguments
+        )
         if self.tensorboard_dir is not None:
             trainer.add_callback(progress.tensorboard(self.tensorboard_dir))
         every_minutes = None if self.config.checkpoint_every else self.config.checkpoint_minutes
@@ -268,35 +274,35 @@ class Run:
                 f"stopped after step {step} of {self.config.steps}, saved in {self.partial}; the "
                 "same command with --resume goes on from there"
             )
-        return trainer
 
-    def as_stored(self, prepared: Prepared, trainer: CastTrainer) -> Prepared:
-        """The trained model, unsharded, its weights rounded as they will be on disk."""
-        trained = self._gathered(prepared, trainer) if self.config.is_sharded else prepared
+    def round(self) -> None:
+        """Makes the trained model, unsharded, what it will be on disk."""
+        if self.config.is_sharded:
+            self.prepared = self._gathered()
+        trained = self.prepared
         if self.config.quantization is not None:
             gating.set_phase(trained.gate_map, phase_at(self.config.steps, self.config))
             quantizing.write_integers(trained.targets, trained.gate_map)
         _round_as_stored(trained.model, trained.gate_map)
         if self.config.method == "adams":  # the other methods froze theirs in training
             gating.freeze(trained.gate_map)
-        return trained
 
-    def _gathered(self, prepared: Prepared, trainer: CastTrainer) -> Prepared:
+    def _gathered(self) -> Prepared:
         """The trained model, unsharded in every process, with its targets and gates."""
-        state = sharding.whole_state(trainer.model)
+        state = sharding.whole_state(self.trainer.model)
         model = models.load_any(self.model_dir, torch.float32)
-        targets = {name: model.get_submodule(name) for name in prepared.targets}
+        targets = {name: model.get_submodule(name) for name in self.prepared.targets}
         gate_map = {}
         if isinstance(self.config, Pruned):
             gate_map = with_gates(targets, None, self.config)
         model.load_state_dict(state)
         for name, gate in gate_map.items():
-            gate.is_frozen = prepared.gate_map[name].is_frozen
-        return dataclasses.replace(prepared, model=model, targets=targets, gate_map=gate_map)
+            gate.is_frozen = self.prepared.gate_map[name].is_frozen
+        return dataclasses.replace(self.prepared, model=model, targets=targets, gate_map=gate_map)
 
-    def measure(self, trained: Prepared, trainer: CastTrainer) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """cast.json's content, without the run's identity."""
-        config = self.config
+        config, trained, trainer = self.config, self.prepared, self.trainer
         last = phase_at(config.steps, config)
         step_s = trainer.watch.step_s
         return {
@@ -329,7 +335,7 @@ class Run:
                 **dataclasses.asdict(gating.statistics(trained.gate_map, last, trained.start)),
                 **(dataclasses.asdict(trained.reach) if trained.reach else {}),
             },
-            "quality": self._quality(trained, last),
+            "quality": self._quality(last),
         }
 
     def _trained_as(self) -> dict[str, Any] | None:
@@ -344,7 +350,8 @@ class Run:
             "num_steps": config.steps - config.first_quantized_step,
         }
 
-    def _quality(self, trained: Prepared, last: Phase) -> dict[str, Any]:
+    def _quality(self, last: Phase) -> dict[str, Any]:
+        trained = self.prepared
         device = next(trained.model.parameters()).device
         with autocast(self.config.precision, device.type):
             soft, hard = soft_and_hard(trained.model, trained.gate_map, last, self.blocks.heldout)
@@ -356,8 +363,9 @@ class Run:
             "context_tokens": hard.context_tokens,
         }
 
-    def write(self, trained: Prepared, record: dict[str, Any]) -> dict[str, Any]:
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Writes OUT, in the first process, and removes OUT.partial."""
+        trained = self.prepared
         tensors = gating.detach(trained.targets) if trained.gate_map else {}
         if sharding.rank() != 0:
             return record

@@ -140,12 +140,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_model_that_is_damaged_by_the_last_step_has_diverged(
     llama_dir, text_file, config, tmp_path, monkeypatch
 ):
-    def destroy(self, prepared, trainer):
-        next(iter(trainer.targets.values())).bias = torch.nn.Parameter(torch.tensor(torch.nan))
-        return as_stored(self, prepared, trainer)
+    def destroy(self):
+        fit(self)
+        targets = self.prepared.targets.values()
+        next(iter(targets)).bias = torch.nn.Parameter(torch.tensor(torch.nan))
 
-    as_stored = Run.as_stored
-    monkeypatch.setattr(Run, "as_stored", destroy)
+    fit = Run.fit
+    monkeypatch.setattr(Run, "fit", destroy)
     with pytest.raises(DivergedError, match=r"likelihood .* is nan.*; lower learning_rate"):
         train(llama_dir, [text_file], tmp_path / "out", changed(config, steps=2))
     assert not (tmp_path / "out").exists()
