@@ -149,11 +149,9 @@ class TrainConfig(BaseModel):
 
     def check_convertible(self) -> None:
         """Refuses settings whose result cannot be compressed (`cast-serve convert`)."""
-        if self.pattern != Pattern(2, 4) or self.method == "dense":
-            name = "method" if self.method == "dense" else "sparsity"
+        if self.method == "dense":
             raise UsageError(
-                f"{name} {getattr(self, name)} has no compressed weights, only 2:4 has; train it "
-                "with cast-train run alone"
+                "method dense has no compressed weights; train it with cast-train run alone"
             )
 
     @property
@@ -301,11 +299,6 @@ class Masked(Pruned, Decayed):
         self.check_unused("quantized_fraction", self.quantize != "none", "quantize")
         if self.quantize == "none":
             return
-        if self.sparsity != "2:4":
-            raise UsageError(
-                f"quantize {self.quantize} needs sparsity 2:4, not {self.sparsity}: "
-                "only 2:4 weights are served in integers"
-            )
         for name in ("scale_parts", "is_sharded"):
             if getattr(self, name):
                 raise UsageError(

@@ -12,7 +12,7 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.bitmask import decompress
-from cast_serve.sparsity.pattern import hard_mask
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
 from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN
 from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
@@ -40,14 +40,14 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-def integers_of(written, name, is_transposed):
+def integers_of(written, name, is_transposed, pattern=TWO_FOUR):
     """A hardened weight over its scales: fp32 [out_features, in_features]."""
     gate, weight = written[f"{name}.gate"], written[f"{name}.weight"].float()
     if is_transposed:
         gate, weight = gate.t(), weight.t()
     scale = written[f"{name}.weight_scale"].float()
     columns = weight.shape[1] // scale.shape[1]
-    return weight * hard_mask(gate) / scale.repeat_interleave(columns, dim=1)
+    return weight * hard_mask(gate, pattern) / scale.repeat_interleave(columns, dim=1)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -75,11 +75,13 @@ def test_a_run_learns_as_it_is_served(
         assert (integers - integers.round()).abs().max() <= largest * 2**-8
 
 
+@pytest.mark.parametrize("sparsity", ["2:4", "40:64"])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_what_is_converted_is_what_was_trained(
-    quantize, model_dir, text_file, heldout_file, config, tmp_path
+    quantize, sparsity, model_dir, text_file, heldout_file, config, tmp_path
 ):
-    config = changed(config, **of_bits(quantize), steps=6)
+    config = changed(config, **of_bits(quantize), steps=6, sparsity=sparsity)
+    pattern = Pattern.parse(sparsity)
     record = train(model_dir, [text_file], tmp_path / "out", config, heldout_file=heldout_file)
     summary = convert(
         tmp_path / "out",
@@ -92,11 +94,13 @@ def test_what_is_converted_is_what_was_trained(
     written, model = weights_of(tmp_path / "out"), models.load_dense(model_dir)
     directory = ModelDirectory(tmp_path / "sparse")
     for name in record["targets"]:
-        found = CompressedLinear.from_parts(name, directory.parts(name))
+        found = CompressedLinear.from_parts(name, directory.parts(name), pattern)
         is_transposed = gating.is_transposed(model.get_submodule(name))
         # As whole rows: of a group whose integers are 0 `convert` may keep other columns.
-        integers = decompress(found.values, found.bitmask, found.in_features).float()
-        assert torch.equal(integers, integers_of(written, name, is_transposed).round())
+        stored = found.pattern
+        integers = decompress(found.values, found.bitmask, found.in_features, pattern=stored)
+        expected = integers_of(written, name, is_transposed, pattern).round()
+        assert torch.equal(integers.float(), expected)
         assert torch.equal(found.scale, written[f"{name}.weight_scale"])
     served, _ = evaluate(tmp_path / "sparse", [text_file], context=32, max_tokens=128)
     assert served["perplexity"] == pytest.approx(record["quality"]["perplexity_hard"], rel=2e-3)
@@ -206,7 +210,6 @@ def test_the_first_quantised_step_by_hand(settings, first):
     [
         ({"method": "adams"}, "method adams has no setting quantize"),
         ({"method": "dense"}, "method dense has no setting quantize"),
-        ({"sparsity": "4:8"}, "needs sparsity 2:4, not 4:8"),
         ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
         (
             {"method": "gates", "is_sharded": True},
