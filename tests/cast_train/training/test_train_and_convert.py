@@ -59,8 +59,6 @@ def test_what_is_of_the_conversion_needs_one(words, message, llama_dir, text_fil
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
-        ("--sparsity 4:8", "sparsity 4:8 has no"),
-        ("--config CONFIG", "sparsity 1:4 has no"),
         ("--set method=dense", "method dense has no"),
         ("--set quantize=int8 --quantize int4", "--quantize int4 differs from quantize int8"),
         (
@@ -69,13 +67,9 @@ def test_what_is_of_the_conversion_needs_one(words, message, llama_dir, text_fil
         ),
     ],
 )
-def test_what_has_no_compressed_weights_is_not_trained(
-    flag, named, llama_dir, text_file, tmp_path, tmp_path_factory
-):
-    config = tmp_path_factory.mktemp("config") / "other.toml"
-    config.write_text('sparsity = "1:4"\n')
-    flags = flag.replace("CONFIG", str(config)).split()
-    done = call("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out", *flags)
+def test_what_has_no_compressed_weights_is_not_trained(flag, named, llama_dir, text_file, tmp_path):
+    words = ("--model", llama_dir, "--text", text_file, "--out", tmp_path / "out")
+    done = call(*words, *flag.split())
     assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
     assert named in done.stderr
 
