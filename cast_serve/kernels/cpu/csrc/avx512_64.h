@@ -2,7 +2,7 @@
 // and tokens are cut, and the output.
 //
 // Up to eight tokens are multiplied with each step as it is expanded. More meet a panel of two tile
-// rows, of which one tile each is expanded into L1 and multiplied with up to twelve tokens at a
+// rows, of which some tiles each are expanded into L1 and multiplied with up to twelve tokens at a
 // time; their sums, of up to 256 tokens, stay in L1 and L2.
 #pragma once
 #include <algorithm>
@@ -17,14 +17,14 @@ namespace {
 
 constexpr int64_t kFewTokens64 = 8;
 constexpr int kPanelTileRows = 2;
-constexpr int64_t kPanelTokens = 256;  // that share an expanded tile
-constexpr int64_t kMostBlockTokens = 12;
+constexpr int64_t kPanelTokens = 256;       // that share an expanded tile
 constexpr int kSteps64 = 32;                // of a tile
 constexpr int64_t kStepBytes64 = 64;        // dense
 constexpr int64_t kBytesAhead64 = 8 << 10;  // of the packed weights that are prefetched
 
-// The weights of a panel's tile as dense products take them, [tile row][step].
-using PanelTile = uint8_t[kPanelTileRows][kSteps64][kStepBytes64];
+// The weights of some of a panel's tiles as dense products take them, [tile][tile row][step].
+constexpr int64_t kPanelTiles = 2;
+using Panel = uint8_t[kPanelTiles][kPanelTileRows][kSteps64][kStepBytes64];
 
 inline uint64_t load_8_bytes(const uint8_t* from) {
   uint64_t bits;
@@ -53,6 +53,16 @@ inline void store_rows(const Linear24& p, int64_t n, int64_t token, __m512 sum) 
   if (to == rounded) std::memcpy(out, rounded, left * size);
 }
 
+// f(tile, token) for all of x, sixteen tokens at a time: more rows at once are more than a CPU
+// prefetches by itself.
+template <typename Function>
+inline void for_each_tile_of_x(const Linear24& p, const Function& f) {
+  for (int64_t first = 0; first < p.num_tokens; first += 16)
+    for (int64_t tile = 0; tile < num_tiles64(p); ++tile)
+      for (int64_t token = first; token < std::min<int64_t>(first + 16, p.num_tokens); ++token)
+        f(tile, token);
+}
+
 // f<count>() for a count from 1 to kMost that is known when it runs.
 template <int kMost, typename Function>
 inline void with_constant(int64_t count, const Function& f) {
@@ -61,40 +71,43 @@ inline void with_constant(int64_t count, const Function& f) {
   }(std::make_integer_sequence<int, kMost>());
 }
 
-// f<tokens>(first) for blocks of up to kMostBlockTokens of `tokens`, as even as can be.
-template <typename Function>
+// f<tokens>(first) for blocks of up to kMost of `tokens`, as even as can be.
+template <int kMost, typename Function>
 inline void for_each_block(int64_t tokens, const Function& f) {
-  const int64_t num_blocks = (tokens + kMostBlockTokens - 1) / kMostBlockTokens;
+  const int64_t num_blocks = (tokens + kMost - 1) / kMost;
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t first = tokens * block / num_blocks;
-    with_constant<kMostBlockTokens>(tokens * (block + 1) / num_blocks - first,
-                                    [&]<int kTokens>() { f.template operator()<kTokens>(first); });
+    with_constant<kMost>(tokens * (block + 1) / num_blocks - first,
+                         [&]<int kTokens>() { f.template operator()<kTokens>(first); });
   }
 }
 
-// Many tokens. expand(tile bytes, to[step]) expands one tile; multiply<kTokens>(panel, tile number,
-// the panel's tiles' bytes, first token, sums) adds to sums, [token][tile row][16 rows].
-template <typename Expand, typename Multiply>
+// Many tokens. expand(tile bytes, to[step]) expands one tile; multiply<kTokens>(panel, the number
+// of its first tile, how many, the bytes of both tile rows' first, first token, sums) adds to sums,
+// [token][tile row][16 rows].
+template <int kMost, typename Expand, typename Multiply>
 inline void run_panels(const Linear24& p, int64_t begin, int64_t end, const Expand& expand,
                        const Multiply& multiply) {
   const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
   const int64_t row_bytes = num_tiles * tile_bytes;
   alignas(64) float sums[kPanelTokens * kPanelTileRows * kTileRows64];
-  alignas(64) PanelTile panel;
+  alignas(64) Panel panel;
   for (int64_t row = begin; row < end; row += kPanelTileRows)
     for (int64_t first = 0; first < p.num_tokens; first += kPanelTokens) {
       const int64_t tokens = std::min(p.num_tokens - first, kPanelTokens);
       std::memset(sums, 0, tokens * kPanelTileRows * kTileRows64 * sizeof(float));
-      for (int64_t i = 0; i < num_tiles; ++i) {
-        const uint8_t* tiles[kPanelTileRows];
+      for (int64_t tile = 0; tile < num_tiles; tile += kPanelTiles) {
+        const int64_t tiles = std::min(num_tiles - tile, kPanelTiles);
+        const uint8_t* rows[kPanelTileRows];
         for (int j = 0; j < kPanelTileRows; ++j) {  // after the last row it is taken twice
-          tiles[j] = p.packed + std::min(row + j, end - 1) * row_bytes + i * tile_bytes;
-          for (int64_t line = 0; line < tile_bytes; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(tiles[j] + tile_bytes + line), _MM_HINT_T1);
-          expand(tiles[j], panel[j]);
+          rows[j] = p.packed + std::min(row + j, end - 1) * row_bytes + tile * tile_bytes;
+          for (int64_t line = 0; line < tiles * tile_bytes; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(rows[j] + tiles * tile_bytes + line),
+                         _MM_HINT_T1);
+          for (int64_t i = 0; i < tiles; ++i) expand(rows[j] + i * tile_bytes, panel[i][j]);
         }
-        for_each_block(tokens, [&]<int kTokens>(int64_t block) {
-          multiply.template operator()<kTokens>(panel, i, tiles, first + block,
+        for_each_block<kMost>(tokens, [&]<int kTokens>(int64_t block) {
+          multiply.template operator()<kTokens>(panel, tile, tiles, rows, first + block,
                                                 sums + block * kPanelTileRows * kTileRows64);
         });
       }

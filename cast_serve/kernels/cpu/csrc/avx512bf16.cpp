@@ -25,25 +25,18 @@ void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   return run_many<ManyBf16>(p, {static_cast<const uint8_t*>(workspace), nullptr}, begin, end);
 }
 
-// n of 64: a line that says whether x is finite, then x for the kernel that multiplies it.
 int64_t workspace_bytes64(const Linear24& p) {
-  const int64_t other = kAvx512Linear64.workspace_bytes(p);
-  return p.dtype != DType::kBFloat16 ? other : 64 + std::max(other, bf16_x_bytes(p));
+  return p.dtype != DType::kBFloat16 ? kAvx512Linear64.workspace_bytes(p) : bf16_x_bytes(p);
 }
 
 void prepare64(const Linear24& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear64.prepare(p, workspace);
-  uint8_t* x = static_cast<uint8_t*>(workspace) + 64;
-  const bool is_finite = prepare_bf16_x(p, x);
-  *static_cast<bool*>(workspace) = is_finite;
-  if (!is_finite) kAvx512Linear64.prepare(p, x);
+  prepare_bf16_x(p, workspace);
 }
 
 void run64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear64.run(p, workspace, begin, end);
-  const uint8_t* x = static_cast<const uint8_t*>(workspace) + 64;
-  if (!*static_cast<const bool*>(workspace)) return kAvx512Linear64.run(p, x, begin, end);
-  return run_bf16_64(p, x, begin, end);
+  run_bf16_64(p, workspace, begin, end);
 }
 
 bool is_supported() { return kAvx512Vnni.is_supported() && __builtin_cpu_supports("avx512bf16"); }

@@ -1,7 +1,4 @@
 // bf16 weights that keep n of 64, by vpexpandw and vdpbf16ps.
-//
-// What a row drops is multiplied as 0 here, and 0 * Inf is NaN. So x that is not finite goes to
-// generic64.h, which multiplies no dropped weight; a line at the workspace's beginning says so.
 #pragma once
 #include "avx512_64.h"
 
@@ -10,25 +7,29 @@ namespace {
 
 constexpr int64_t kTileBytesOfX = 128;  // 64 columns
 
-// x, [tile][token][64 columns].
+// Whether all of x is finite; from kXAt on x, [tile][token][64 columns], 0 where it is not.
+constexpr int64_t kXAt = 64;
+
 inline int64_t bf16_x_bytes(const Linear24& p) {
-  return num_tiles64(p) * p.num_tokens * kTileBytesOfX;
+  return kXAt + num_tiles64(p) * p.num_tokens * kTileBytesOfX;
 }
 
-// Returns whether all of x is finite.
-inline bool prepare_bf16_x(const Linear24& p, uint8_t* to) {
+inline void prepare_bf16_x(const Linear24& p, void* workspace) {
   __mmask32 not_finite = 0;
   const __m512i exponent = _mm512_set1_epi16(0x7F80);
-  for (int64_t tile = 0; tile < num_tiles64(p); ++tile)
-    for (int64_t token = 0; token < p.num_tokens; ++token, to += kTileBytesOfX) {
-      const auto* from = static_cast<const uint16_t*>(p.x) + token * p.x_stride + tile * 64;
-      for (int half = 0; half < 2; ++half) {
-        const __m512i columns = _mm512_loadu_si512(from + half * 32);
-        not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(columns, exponent), exponent);
-        _mm512_storeu_si512(to + half * 64, columns);
-      }
+  uint8_t* to = static_cast<uint8_t*>(workspace) + kXAt;
+  for_each_tile_of_x(p, [&](int64_t tile, int64_t token) {
+    const auto* from = static_cast<const uint16_t*>(p.x) + token * p.x_stride + tile * 64;
+    uint8_t* at = to + (tile * p.num_tokens + token) * kTileBytesOfX;
+    for (int half = 0; half < 2; ++half) {
+      const __m512i columns = _mm512_loadu_si512(from + half * 32);
+      const __mmask32 is_not =
+          _mm512_cmpeq_epi16_mask(_mm512_and_si512(columns, exponent), exponent);
+      _mm512_storeu_si512(at + half * 64, _mm512_maskz_mov_epi16(~is_not, columns));
+      not_finite |= is_not;
     }
-  return not_finite == 0;
+  });
+  *static_cast<bool*>(workspace) = not_finite == 0;
 }
 
 inline __m512i next_bf16_step(const uint8_t*& values, const uint8_t* masks, int step) {
@@ -56,14 +57,16 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear24& p, const uint8_t*
     const uint8_t* x = all_x;
     for (int64_t i = 0; i < num_tiles; ++i, tile += tile_bytes, x += kTokens * kTileBytesOfX) {
       const uint8_t *values = tile, *ahead = tile + kBytesAhead64;
+      for (int first = 0; first < kSteps64; first += kTurns, ahead += kTurns * ahead_step) {
 #pragma GCC unroll 4
-      for (int step = 0; step < kSteps64; ++step, ahead += ahead_step) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-        const __m512i weights = next_bf16_step(values, tile + values_bytes, step);
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int step = first + turn;
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + turn * ahead_step), _MM_HINT_T0);
+          const __m512i weights = next_bf16_step(values, tile + values_bytes, step);
 #pragma GCC unroll 8
-        for (int token = 0; token < kTokens; ++token) {
-          __m512& sum = sums[step % kTurns][token];
-          sum = add_bf16_step(sum, weights, x + token * kTileBytesOfX + step * 4);
+          for (int token = 0; token < kTokens; ++token)
+            sums[turn][token] =
+                add_bf16_step(sums[turn][token], weights, x + token * kTileBytesOfX + step * 4);
         }
       }
     }
@@ -76,47 +79,59 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear24& p, const uint8_t*
 }
 
 template <int kTokens>
-inline void multiply_bf16_64(const PanelTile& panel, const uint8_t* x, float* all_sums) {
+inline void multiply_bf16_64(const Panel& panel, int64_t num_tiles, const uint8_t* x,
+                             int64_t x_bytes, float* all_sums) {
   __m512 sums[kPanelTileRows][kTokens];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < kPanelTileRows; ++j)
 #pragma GCC unroll 12
     for (int token = 0; token < kTokens; ++token)
       sums[j][token] = _mm512_load_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64);
+  for (int64_t i = 0; i < num_tiles; ++i, x += x_bytes) {
 #pragma GCC unroll 2
-  for (int step = 0; step < kSteps64; ++step) {
-    const __m512i above = _mm512_load_si512(panel[0][step]);
-    const __m512i below = _mm512_load_si512(panel[1][step]);
+    for (int step = 0; step < kSteps64; ++step) {
+      __m512i weights[kPanelTileRows];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelTileRows; ++j) weights[j] = _mm512_load_si512(panel[i][j][step]);
 #pragma GCC unroll 12
-    for (int token = 0; token < kTokens; ++token) {
-      const uint8_t* two = x + token * kTileBytesOfX + step * 4;
-      sums[0][token] = add_bf16_step(sums[0][token], above, two);
-      sums[1][token] = add_bf16_step(sums[1][token], below, two);
+      for (int token = 0; token < kTokens; ++token) {
+        const __m512bh two = (__m512bh)broadcast_4_bytes(x + token * kTileBytesOfX + step * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelTileRows; ++j)
+          sums[j][token] = _mm512_dpbf16_ps(sums[j][token], two, (__m512bh)weights[j]);
+      }
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < kPanelTileRows; ++j)
 #pragma GCC unroll 12
     for (int token = 0; token < kTokens; ++token)
       _mm512_store_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
 }
 
-inline void run_bf16_64(const Linear24& p, const uint8_t* x, int64_t begin, int64_t end) {
+inline void multiply_all_bf16_64(const Linear24& p, const uint8_t* x, int64_t begin, int64_t end) {
   if (p.num_tokens <= kFewTokens64)
     return with_constant<kFewTokens64>(
         p.num_tokens, [&]<int kTokens>() { run_few_bf16_64<kTokens>(p, x, begin, end); });
   const int64_t values_bytes = values_bytes64(p);
-  run_panels(
+  run_panels<12>(
       p, begin, end,
       [&](const uint8_t* tile, uint8_t(&to)[kSteps64][kStepBytes64]) {
         const uint8_t* values = tile;
         for (int step = 0; step < kSteps64; ++step)
           _mm512_store_si512(to[step], next_bf16_step(values, tile + values_bytes, step));
       },
-      [&]<int kTokens>(const PanelTile& panel, int64_t tile,
-                       const uint8_t* const(&)[kPanelTileRows], int64_t first, float* sums) {
-        multiply_bf16_64<kTokens>(panel, x + (tile * p.num_tokens + first) * kTileBytesOfX, sums);
+      [&]<int kTokens>(const Panel& panel, int64_t tile, int64_t num_tiles, const uint8_t* const*,
+                       int64_t first, float* sums) {
+        multiply_bf16_64<kTokens>(panel, num_tiles,
+                                  x + (tile * p.num_tokens + first) * kTileBytesOfX,
+                                  p.num_tokens * kTileBytesOfX, sums);
       });
+}
+
+inline void run_bf16_64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  multiply_all_bf16_64(p, static_cast<const uint8_t*>(workspace) + kXAt, begin, end);
+  if (!*static_cast<const bool*>(workspace)) add_not_finite64(p, begin, end);
 }
 
 }  // namespace

@@ -38,25 +38,25 @@ inline void prepare_integer_x(const Linear24& p, void* workspace) {
   float* scales = const_cast<float*>(x.scales);
   const int64_t groups = groups64(p), quarters = 4 / groups;  // of a tile, in a scale group
   const int32_t offset = p.scale_group != 0 ? 8 : 128;
-  for (int64_t tile = 0; tile < num_tiles64(p); ++tile)
-    for (int64_t token = 0; token < p.num_tokens; ++token, integers += kInt8TileColumns) {
-      *scales++ = quantize(p, token, tile, integers);
-      int32_t sums[4];
-      for (int half = 0; half < 2; ++half) {
-        const __m512i plus_zero = _mm512_loadu_si512(integers + half * 64);
-        _mm512_storeu_si512(integers + half * 64,
-                            _mm512_xor_si512(plus_zero, _mm512_set1_epi8(-128)));
-        const __m512i of_four =
-            _mm512_dpbusd_epi32(_mm512_setzero_si512(), plus_zero, _mm512_set1_epi8(1));
-        sums[half * 2] = _mm512_mask_reduce_add_epi32(0x00FF, of_four) - 32 * kZero;
-        sums[half * 2 + 1] = _mm512_mask_reduce_add_epi32(0xFF00, of_four) - 32 * kZero;
-      }
-      for (int64_t group = 0; group < groups; ++group) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < quarters; ++i) sum += sums[group * quarters + i];
-        starts[(tile * groups + group) * p.num_tokens + token] = -offset * sum;
-      }
+  for_each_tile_of_x(p, [&](int64_t tile, int64_t token) {
+    const int64_t at = tile * p.num_tokens + token;
+    uint8_t* to = integers + at * kInt8TileColumns;
+    scales[at] = quantize(p, token, tile, to);
+    int32_t sums[4];
+    for (int half = 0; half < 2; ++half) {
+      const __m512i plus_zero = _mm512_loadu_si512(to + half * 64);
+      _mm512_storeu_si512(to + half * 64, _mm512_xor_si512(plus_zero, _mm512_set1_epi8(-128)));
+      const __m512i of_four =
+          _mm512_dpbusd_epi32(_mm512_setzero_si512(), plus_zero, _mm512_set1_epi8(1));
+      sums[half * 2] = _mm512_mask_reduce_add_epi32(0x00FF, of_four) - 32 * kZero;
+      sums[half * 2 + 1] = _mm512_mask_reduce_add_epi32(0xFF00, of_four) - 32 * kZero;
     }
+    for (int64_t group = 0; group < groups; ++group) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < quarters; ++i) sum += sums[group * quarters + i];
+      starts[(tile * groups + group) * p.num_tokens + token] = -offset * sum;
+    }
+  });
 }
 
 // kGroups: scale groups of a tile of 4-bit weights; 0: 8-bit weights.
@@ -169,44 +169,64 @@ __attribute__((noinline)) void run_few_integers64(const Linear24& p, const Integ
   }
 }
 
+// The float sums stay in registers over a panel's tiles, beside the integer sums of a scale group.
 template <int kGroups, int kTokens>
-inline void multiply_integers64(const Linear24& p, const PanelTile& panel, const IntegerX& all_x,
-                                int64_t tile, const uint8_t* const (&tiles)[kPanelTileRows],
-                                int64_t first, float* sums) {
+inline void multiply_integers64(const Linear24& p, const Panel& panel, const IntegerX& all_x,
+                                int64_t first_tile, int64_t num_tiles, int64_t first,
+                                const uint8_t* const* rows, float* all_sums) {
   constexpr int kStarts = kGroups == 0 ? 1 : kGroups, kGroupSteps = kSteps64 / kStarts;
-  const uint8_t* x = all_x.integers + (tile * p.num_tokens + first) * kInt8TileColumns;
-  const float* scales = all_x.scales + tile * p.num_tokens + first;
-  for (int group = 0; group < kStarts; ++group) {
-    const int32_t* starts = all_x.starts + (tile * kStarts + group) * p.num_tokens + first;
-    Dots64 dots[kPanelTileRows][kTokens];
+  __m512 sums[kPanelTileRows][kTokens];
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelTileRows; ++j)
 #pragma GCC unroll 12
     for (int token = 0; token < kTokens; ++token)
-      dots[0][token] = dots[1][token] = (Dots64)_mm512_set1_epi32(starts[token]);
-#pragma GCC unroll 2
-    for (int step = group * kGroupSteps; step < (group + 1) * kGroupSteps; ++step) {
-      const __m512i above = _mm512_load_si512(panel[0][step]);
-      const __m512i below = _mm512_load_si512(panel[1][step]);
+      sums[j][token] = _mm512_load_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64);
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t at = (first_tile + i) * p.num_tokens + first;
+    const uint8_t* x = all_x.integers + at * kInt8TileColumns;
+    const float* scales = all_x.scales + at;
+    for (int group = 0; group < kStarts; ++group) {
+      const int32_t* starts =
+          all_x.starts + ((first_tile + i) * kStarts + group) * p.num_tokens + first;
+      Dots64 dots[kPanelTileRows][kTokens];
 #pragma GCC unroll 12
-      for (int token = 0; token < kTokens; ++token) {
-        const __m512i four = broadcast_4_bytes(x + token * kInt8TileColumns + step * 4);
-        dots[0][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[0][token], above, four);
-        dots[1][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[1][token], below, four);
+      for (int token = 0; token < kTokens; ++token)
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelTileRows; ++j)
+          dots[j][token] = (Dots64)_mm512_set1_epi32(starts[token]);
+#pragma GCC unroll 2
+      for (int step = group * kGroupSteps; step < (group + 1) * kGroupSteps; ++step) {
+        __m512i weights[kPanelTileRows];
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelTileRows; ++j) weights[j] = _mm512_load_si512(panel[i][j][step]);
+#pragma GCC unroll 12
+        for (int token = 0; token < kTokens; ++token) {
+          const __m512i four = broadcast_4_bytes(x + token * kInt8TileColumns + step * 4);
+#pragma GCC unroll 4
+          for (int j = 0; j < kPanelTileRows; ++j)
+            dots[j][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[j][token], weights[j], four);
+        }
       }
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < kPanelTileRows; ++j) {
-      __m512 of_rows = _mm512_setzero_ps();
-      if constexpr (kGroups != 0) of_rows = row_scales64(tiles[j] + scales_at64(p), group);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelTileRows; ++j) {
+        __m512 of_rows = _mm512_setzero_ps();
+        if constexpr (kGroups != 0)
+          of_rows = row_scales64(rows[j] + i * tile_bytes64(p) + scales_at64(p), group);
 #pragma GCC unroll 12
-      for (int token = 0; token < kTokens; ++token) {
-        float* sum = sums + (token * kPanelTileRows + j) * kTileRows64;
-        __m512 scale = _mm512_set1_ps(scales[token]);
-        if constexpr (kGroups != 0) scale = _mm512_mul_ps(scale, of_rows);
-        const __m512 dot = _mm512_cvtepi32_ps((__m512i)dots[j][token]);
-        _mm512_store_ps(sum, _mm512_fmadd_ps(dot, scale, _mm512_load_ps(sum)));
+        for (int token = 0; token < kTokens; ++token) {
+          __m512 scale = _mm512_set1_ps(scales[token]);
+          if constexpr (kGroups != 0) scale = _mm512_mul_ps(scale, of_rows);
+          sums[j][token] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots[j][token]), scale, sums[j][token]);
+        }
       }
     }
   }
+#pragma GCC unroll 4
+  for (int j = 0; j < kPanelTileRows; ++j)
+#pragma GCC unroll 12
+    for (int token = 0; token < kTokens; ++token)
+      _mm512_store_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
 }
 
 template <int kGroups>
@@ -216,7 +236,7 @@ void run_integers64(const Linear24& p, const void* workspace, int64_t begin, int
     return with_constant<kFewTokens64>(p.num_tokens, [&]<int kTokens>() {
       run_few_integers64<kGroups, kTokens>(p, x, begin, end);
     });
-  run_panels(
+  run_panels<6>(
       p, begin, end,
       [&](const uint8_t* tile, uint8_t(&to)[kSteps64][kStepBytes64]) {
         Expander64<kGroups> steps(p, tile);
@@ -225,9 +245,9 @@ void run_integers64(const Linear24& p, const void* workspace, int64_t begin, int
           _mm512_store_si512(to[kSteps64 / 2 + step], steps.template next<1>(step));
         }
       },
-      [&]<int kTokens>(const PanelTile& panel, int64_t tile,
-                       const uint8_t* const(&tiles)[kPanelTileRows], int64_t first, float* sums) {
-        multiply_integers64<kGroups, kTokens>(p, panel, x, tile, tiles, first, sums);
+      [&]<int kTokens>(const Panel& panel, int64_t tile, int64_t num_tiles,
+                       const uint8_t* const* rows, int64_t first, float* sums) {
+        multiply_integers64<kGroups, kTokens>(p, panel, x, tile, num_tiles, first, rows, sums);
       });
 }
 

@@ -126,56 +126,41 @@ inline float scale64(const Linear24& p, const uint8_t* tile, int64_t group, int6
   return to_float(scale);
 }
 
-// [token][step][8]: x's columns of the step, again and again; of integer weights quantised, else 0
-// where it is Inf or NaN. Then the scales, [token][tile], or whether all columns are finite.
+// Whether all of x is finite, or it is quantised; from kXAt on [token][step][8]: x's columns of the
+// step, again and again; then the scales of quantised ones, [token][tile].
+constexpr int64_t kXAt = 16;  // floats
 inline int64_t steps64(const Linear24& p) { return p.padded_in_features() / step_columns64(p); }
 
 inline int64_t workspace_bytes64(const Linear24& p) {
-  return p.num_tokens * (steps64(p) * 8 + num_tiles64(p)) * sizeof(float);
+  return (kXAt + p.num_tokens * (steps64(p) * 8 + num_tiles64(p))) * sizeof(float);
 }
 
-inline bool is_finite64(float value) {
-  return std::fabs(value) <= std::numeric_limits<float>::max();
-}
+inline bool is_finite(float value) { return std::fabs(value) <= std::numeric_limits<float>::max(); }
 
 template <typename T>
-void prepare64_of(const Linear24& p, float* to) {
+void prepare64_of(const Linear24& p, float* workspace) {
   const int64_t columns = tile_columns64(p), step = step_columns64(p);
+  float* to = workspace + kXAt;
   float* scales = to + p.num_tokens * steps64(p) * 8;
+  bool is_all_finite = true;
   for (int64_t token = 0; token < p.num_tokens; ++token) {
     const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
     for (int64_t first = 0; first < p.padded_in_features(); first += columns) {
       const int64_t inside = std::min(p.in_features - first, columns);
-      float of_tile[kInt8TileColumns] = {}, scale = 1.0f;
+      float of_tile[kInt8TileColumns] = {};
       if (p.has_integers()) {
-        scale = quantize_group(x + first, inside, 0.0f, of_tile);
+        *scales++ = quantize_group(x + first, inside, 0.0f, of_tile);
       } else {
         for (int64_t k = 0; k < inside; ++k) {
           of_tile[k] = to_float(x[first + k]);
-          if (!is_finite64(of_tile[k])) of_tile[k] = scale = 0.0f;
+          if (!is_finite(of_tile[k])) of_tile[k] = 0.0f, is_all_finite = false;
         }
       }
-      *scales++ = scale;
       for (int64_t k = 0; k < columns; k += step, to += 8)
         for (int64_t i = 0; i < 8; ++i) to[i] = of_tile[k + i % step];
     }
   }
-}
-
-// sums += a tile's weights times the columns of x that are not finite, of the rows that keep them.
-template <typename T>
-void add_not_finite64(const Linear24& p, const uint8_t* tile, const float* dense, const T* x,
-                      float* sums) {
-  const int64_t step = step_columns64(p);
-  const uint8_t* masks = tile + values_bytes64(p);
-  for (int64_t k = 0; k < kTileColumns; ++k) {
-    const float of_token = to_float(x[k]);
-    if (is_finite64(of_token)) continue;
-    for (int64_t row = 0; row < kTileRows64; ++row) {
-      const int64_t i = (k / step * kTileRows64 + row) * step + k % step;
-      if (masks[i / 8] >> i % 8 & 1) sums[row * step] += dense[i] * of_token;
-    }
-  }
+  *workspace = is_all_finite ? 1.0f : 0.0f;
 }
 
 // Each lane becomes the sum of the kStep lanes of its row.
@@ -188,10 +173,11 @@ Eight sums_of_rows(Eight lanes) {
 
 // kStep: columns of a step; kGroups: scale groups of a tile of 4-bit weights, else 1.
 template <typename T, int kStep, int kGroups>
-void run64_of(const Linear24& p, const float* all_x, int64_t begin, int64_t end) {
+void run64_of(const Linear24& p, const float* workspace, int64_t begin, int64_t end) {
   constexpr int kVectors = kTileRows64 * kStep / 8;
   const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
   const int64_t group_steps = tile_columns64(p) / kStep / kGroups;
+  const float* all_x = workspace + kXAt;
   const float* scales = all_x + p.num_tokens * steps64(p) * 8;
   alignas(64) float dense[kMostTileWeights];
   for (int64_t first = 0; first < p.num_tokens; first += kBlockTokens64) {
@@ -209,7 +195,7 @@ void run64_of(const Linear24& p, const float* all_x, int64_t begin, int64_t end)
                 of_rows[group][row * kStep / 8][(row * kStep + j) % 8] =
                     scale64(p, tile, group, row);
         for (int64_t token = 0; token < tokens; ++token) {
-          const float scale = scales[(first + token) * num_tiles + i];
+          const float scale = p.has_integers() ? scales[(first + token) * num_tiles + i] : 1.0f;
           const float* x = all_x + ((first + token) * num_tiles + i) * kGroups * group_steps * 8;
           for (int group = 0; group < kGroups; ++group) {
             Eight dots[kVectors] = {};
@@ -227,11 +213,6 @@ void run64_of(const Linear24& p, const float* all_x, int64_t begin, int64_t end)
                 sums[token][j] += dots[j];
             }
           }
-          if (!p.has_integers() && scale == 0.0f) {
-            const T* of_token = static_cast<const T*>(p.x) + (first + token) * p.x_stride;
-            add_not_finite64(p, tile, dense, of_token + i * kTileColumns,
-                             reinterpret_cast<float*>(sums[token]));
-          }
         }
       }
       const int64_t n = tile_row * kTileRows64;
@@ -246,6 +227,7 @@ void run64_of(const Linear24& p, const float* all_x, int64_t begin, int64_t end)
         }
     }
   }
+  if (*workspace == 0.0f) add_not_finite64(p, begin, end);
 }
 
 inline void prepare64(const Linear24& p, void* workspace) {

@@ -38,4 +38,9 @@ inline int64_t tile_bytes64(const Linear24& p) {
   return scales_at64(p) + (p.scale_group != 0 ? p.num_scale_groups() * kTileRows64 * 2 : 0);
 }
 
+// Where x of 16-bit and 32-bit weights is Inf or NaN, a product takes 0 for it: what a row drops
+// must not be multiplied. This adds x times the kept weights there to the outputs of the tile rows
+// [begin, end), which become Inf or NaN. Defined in portable.cpp.
+void add_not_finite64(const Linear24& p, int64_t begin, int64_t end);
+
 }  // namespace cast
