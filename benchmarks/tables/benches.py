@@ -11,14 +11,15 @@ Record = dict[str, Any]
 def kernels(records: Sequence[Record]) -> list[str]:
     """`cast-loadtest kernels --out`: per number of tokens, over the shapes of one model.
 
-    Columns for vLLM's int8 op, for each op of zentorch, and for a plain read of the packed bytes
-    stand where the record has them.
+    Columns for vLLM's int8 op, for each op of zentorch, for 2:4 beside n of 64, and for a plain
+    read of the packed bytes stand where the record has them.
     """
     result = records[0]
     others = {
         "vllm_int8": "vLLM's int8 op",
         "zentorch": "zentorch's op",
         "zentorch_int8": "zentorch's int8 op",
+        "sparse24": "our 2:4 op",
     }
     others = {name: title for name, title in others.items() if result.get(f"geomean_ratio_{name}")}
     limits = {"roof_ms": "the roof", "read_ms": "a plain read"}
@@ -51,7 +52,7 @@ def kernels(records: Sequence[Record]) -> list[str]:
 
 
 def _range_of_shares(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """A limit's time over the 2:4 op's."""
+    """A limit's time over the sparse op's."""
     shares = [row[key] / row["sparse_ms"] for row in rows]
     return f"{min(shares):.0%} to {max(shares):.0%}"
 
