@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 
 from cast_serve.engine.claims import FORMATS, METHOD, WIDE_FORMAT, claims
 from cast_serve.engine.head import Int8HeadMethod
-from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+from cast_serve.engine.linear import SparseLinearMethod, Stored
 from cast_serve.engine.report import kernel_of
 from cast_serve.errors import UsageError
 from cast_serve.kernels.cpu import build
@@ -64,7 +64,7 @@ SERVED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @register_quantization_config(METHOD)
-class Sparse24Config(QuantizationConfig):
+class SparseConfig(QuantizationConfig):
     """vLLM's configuration of a sparse checkpoint.
 
     Args:
@@ -101,7 +101,7 @@ class Sparse24Config(QuantizationConfig):
         return METHOD if claims(hf_quant_cfg, user_quant) else None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
+    def from_config(cls, config: dict[str, Any]) -> "SparseConfig":
         """Reads config.json's ``quantization_config``.
 
         Raises:
@@ -169,7 +169,7 @@ class Sparse24Config(QuantizationConfig):
         if not self._is_in(self.ignore, prefix):
             self._num_unpacked += 1
             stored = replace(stored, kept=self._kept(prefix))
-            return Sparse24LinearMethod(prefix, stored, self._count)
+            return SparseLinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise UsageError(
                 f"{prefix} is quantised and not 2:4; only the head is served in that form; {REMEDY}"

@@ -61,7 +61,7 @@ class Stored:
 
 
 @register_weight_loader_v2_supported_method
-class Sparse24LinearMethod(LinearMethodBase):
+class SparseLinearMethod(LinearMethodBase):
     """A linear, possibly a merged one, whose weight is packed.
 
     Args:

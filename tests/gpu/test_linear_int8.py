@@ -87,7 +87,7 @@ def test_compiles_without_a_graph_break_and_passes_opcheck(is_sparse: bool) -> N
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what vLLM's own imports warn of
 def test_a_loaded_layer_runs() -> None:
     pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
-    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+    from cast_serve.engine.linear import SparseLinearMethod, Stored
 
     weight = torch.randint(-127, 128, (40, 128), dtype=torch.int8) * hard_mask(torch.rand(40, 128))
     layer, scale = nn.Module(), torch.rand(40, 1) * 1e-2 + 1e-3
@@ -97,7 +97,7 @@ def test_a_loaded_layer_runs() -> None:
         layer.register_parameter(name, nn.Parameter(tensor.cuda(), requires_grad=False))
     layer.cast_out_features, layer.cast_in_features = 40, 128
     layer.params_dtype = torch.bfloat16
-    method = Sparse24LinearMethod("o_proj", Stored(torch.int8))
+    method = SparseLinearMethod("o_proj", Stored(torch.int8))
     method.process_weights_after_loading(layer)
     x = torch.randn(3, 128, device="cuda").bfloat16()
     assert_is_product(method.apply(layer, x), x, (weight.double() * scale.double()).cuda())

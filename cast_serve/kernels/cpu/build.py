@@ -60,7 +60,7 @@ def load() -> None:
     if not hasattr(torch.ops.cast, "cpu_isas"):
         library = build()
         torch.ops.load_library(str(library))
-        logger.info("2:4 CPU kernels: %s", library)
+        logger.info("CPU kernels: %s", library)
 
 
 def build() -> Path:
@@ -80,12 +80,12 @@ def build() -> Path:
         with locked_cache():
             if not library.exists():
                 logger.warning(
-                    "building the 2:4 CPU kernels once, about half a minute: %s", library
+                    "building the CPU kernels once, about half a minute: %s", library
                 )
                 _compile(compiler, library)
     except OSError as error:
         raise KernelBuildError(
-            f"the 2:4 CPU kernels cannot be compiled into {library.parent} ({error}); name a "
+            f"the CPU kernels cannot be compiled into {library.parent} ({error}); name a "
             "folder that can be written in CAST_KERNEL_CACHE, or install a wheel that brings them "
             "(made by `make wheel`)"
         ) from error
@@ -164,7 +164,7 @@ def _hash(torch_version: str, *more: bytes) -> str:
 def _compile(compiler: str, library: Path) -> None:
     if shutil.which(compiler) is None:
         raise KernelBuildError(
-            f"no C++ compiler {compiler!r} found, which builds the 2:4 kernels; install it "
+            f"no C++ compiler {compiler!r} found, which builds the CPU kernels; install it "
             "(Debian and Ubuntu: apt-get install g++), name another in CXX, or install a wheel "
             f"that brings them for torch {torch.__version__} (made by `make wheel`)"
         )
@@ -198,4 +198,4 @@ if __name__ == "__main__":
     elif sys.argv[1:]:
         sys.exit("usage: python -m cast_serve.kernels.cpu.build [--into-package]")
     load()
-    print(f"2:4 CPU kernels: {build()} (this CPU runs {', '.join(torch.ops.cast.cpu_isas())})")
+    print(f"CPU kernels: {build()} (this CPU runs {', '.join(torch.ops.cast.cpu_isas())})")

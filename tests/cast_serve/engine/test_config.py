@@ -180,10 +180,10 @@ def test_what_is_not_served_of_4_bits_is_named(config_class: Any) -> None:
 @pytest.mark.parametrize("size", [128, 64])
 def test_ranks_that_would_cut_a_scale_group_are_refused(config_class: Any, size: int) -> None:
     """SmolLM2's 576 columns over two ranks are 288 each."""
-    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+    from cast_serve.engine.linear import SparseLinearMethod, Stored
 
     with pytest.raises(ValueError, match=f"not a multiple of {size}; .*smaller --scale-group"):
-        Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=size)).create_weights(
+        SparseLinearMethod("o_proj", Stored(torch.int8, scale_group=size)).create_weights(
             nn.Module(), 288, [8], 576, 8, torch.bfloat16, weight_loader=None
         )
 
@@ -196,7 +196,7 @@ def test_a_rank_loads_its_columns_of_4_bits(
 
     from cast_serve.checkpoint.linear import CompressedLinear
     from cast_serve.checkpoint.quantization import Quantization
-    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+    from cast_serve.engine.linear import SparseLinearMethod, Stored
     from cast_serve.kernels import unpack_int4
     from cast_serve.sparsity.pattern import hard_mask
 
@@ -207,7 +207,7 @@ def test_a_rank_loads_its_columns_of_4_bits(
     whole = whole.quantize(Quantization("int4", 32))
     layer = nn.Module()
     layer.params_dtype = torch.bfloat16
-    method = Sparse24LinearMethod("o_proj", Stored(torch.int8, scale_group=32))
+    method = SparseLinearMethod("o_proj", Stored(torch.int8, scale_group=32))
     method.create_weights(layer, 288, [8], 576, 8, torch.bfloat16, weight_loader=lambda *_: None)
     for name, tensor in whole.tensors().items():
         part = name.rpartition(".")[2]
@@ -262,10 +262,10 @@ def test_only_linears_are_touched(config_class: Any) -> None:
 
 
 def test_a_shard_that_breaks_a_bitmask_byte_is_refused(config_class: Any) -> None:
-    from cast_serve.engine.linear import Sparse24LinearMethod
+    from cast_serve.engine.linear import SparseLinearMethod
 
     with pytest.raises(ValueError, match=r"o_proj: in_features 24 over 2 .* leaves 12 per rank"):
-        Sparse24LinearMethod("o_proj").create_weights(
+        SparseLinearMethod("o_proj").create_weights(
             nn.Module(), 12, [8], 24, 8, torch.bfloat16, weight_loader=None
         )
 
@@ -281,7 +281,7 @@ def test_on_a_gpu_the_same_ops_run(kind: str, op: str) -> None:
 
     from cast_serve import kernels
     from cast_serve.engine.head import Int8HeadMethod
-    from cast_serve.engine.linear import Sparse24LinearMethod, Stored
+    from cast_serve.engine.linear import SparseLinearMethod, Stored
     from cast_serve.kernels.gpu import dispatch
 
     called = []
@@ -296,7 +296,7 @@ def test_on_a_gpu_the_same_ops_run(kind: str, op: str) -> None:
     stored = Stored(torch.int8 if kind == "int8" else None)
     method: Any = Int8HeadMethod("lm_head")
     if kind != "head":
-        method = Sparse24LinearMethod("o_proj", stored)
+        method = SparseLinearMethod("o_proj", stored)
     with FakeTensorMode(), Recording():
         layer = nn.Module()
         shape = (5, 1, {"bf16": 576, "int8": 640, "head": 1024}[kind])
@@ -322,7 +322,7 @@ def test_8_bits_in_fp32_on_a_gpu_are_refused_when_they_are_loaded() -> None:
 
 
 def test_what_a_layer_holds_on_a_cpu() -> None:
-    from cast_serve.engine.linear import Sparse24LinearMethod
+    from cast_serve.engine.linear import SparseLinearMethod
     from cast_serve.sparsity.bitmask import compress
     from cast_serve.sparsity.pattern import hard_mask
 
@@ -332,5 +332,5 @@ def test_what_a_layer_holds_on_a_cpu() -> None:
         layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     layer.cast_out_features, layer.cast_in_features = 40, 64
     layer.params_dtype = torch.bfloat16
-    Sparse24LinearMethod("o_proj").process_weights_after_loading(layer)
+    SparseLinearMethod("o_proj").process_weights_after_loading(layer)
     assert [name for name, _ in layer.named_parameters()] == ["packed"]

@@ -98,29 +98,29 @@ def wide_config(**changes: object) -> dict[str, Any]:
     ],
 )
 def test_another_structure_is_refused(changes: dict[str, object], message: str) -> None:
-    from cast_serve.engine.config import Sparse24Config
+    from cast_serve.engine.config import SparseConfig
 
     with pytest.raises(ValueError, match=message):
-        Sparse24Config.from_config(wide_config(**changes))
+        SparseConfig.from_config(wide_config(**changes))
 
 
 def test_a_gpu_is_offered_the_dense_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
-    from cast_serve.engine.config import Sparse24Config
+    from cast_serve.engine.config import SparseConfig
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(ValueError, match=r"40:64.*GPUs take 2:4.*--dense-twin"):
-        Sparse24Config.from_config(wide_config())
+        SparseConfig.from_config(wide_config())
 
 
 def test_each_linear_may_keep_another_number_unless_vllm_merges_it() -> None:
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from cast_serve.engine.config import Sparse24Config
+    from cast_serve.engine.config import SparseConfig
 
     kept = {"layers.0.o_proj": 32, "layers.0.q_proj": 24, "layers.1.down_proj": 48}
-    config = Sparse24Config.from_config(wide_config(kept_of_64=kept))
+    config = SparseConfig.from_config(wide_config(kept_of_64=kept))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     layer = ReplicatedLinear.__new__(ReplicatedLinear)
     for name, expected in (("layers.0.o_proj", 32), ("layers.1.o_proj", 40)):

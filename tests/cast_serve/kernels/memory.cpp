@@ -17,7 +17,7 @@ namespace {
 using cast::DType;
 using cast::kTileColumns;
 using cast::kTileRows;
-using cast::Linear24;
+using cast::Linear;
 using cast::Weights;
 
 float bf16_to_float(uint16_t bits) {
@@ -79,7 +79,7 @@ void store_int4(uint8_t* row, int64_t kept, int value) {
 }
 
 // The product's x: for int8 weights what quantising leaves of it, scale group by scale group.
-std::vector<double> seen_x(const Linear24& p, const Format& format) {
+std::vector<double> seen_x(const Linear& p, const Format& format) {
   std::vector<double> seen(p.num_tokens * p.in_features);
   for (int64_t token = 0; token < p.num_tokens; ++token)
     for (int64_t first = 0; first < p.in_features; first += cast::kInt8TileColumns) {
@@ -98,7 +98,7 @@ std::vector<double> seen_x(const Linear24& p, const Format& format) {
 }
 
 // Fills the packed weight at random and returns it densely.
-std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packed) {
+std::vector<double> fill(const Linear& p, const Format& format, uint8_t* packed) {
   std::vector<double> dense(p.out_features * p.in_features);
   std::normal_distribution<float> normal;
   const uint8_t codes[] = {4, 8, 9, 12, 13, 14};
@@ -148,7 +148,7 @@ std::vector<double> fill(const Linear24& p, const Format& format, uint8_t* packe
 }
 
 // The weight and x as a library's dense product takes them; dense and seen as in `check`.
-bool is_expansion_right(const cast::Kernel& kernel, const Linear24& p,
+bool is_expansion_right(const cast::Kernel& kernel, const Linear& p,
                         const std::vector<double>& dense, const std::vector<double>& seen) {
   const int64_t columns = p.padded_in_features(), num_rows = p.num_tile_rows() * p.tile_rows();
   Buffer rows(num_rows * columns * sizeof(float)), bf16_rows(num_rows * columns * 2);
@@ -192,7 +192,7 @@ const cast::Product& product_of(const cast::Kernel& kernel, Weights weights, int
   }
 }
 
-std::vector<double> fill64(const Linear24& p, uint8_t* packed);
+std::vector<double> fill64(const Linear& p, uint8_t* packed);
 
 // kept: of 64 columns; 0: 2:4.
 bool check(const cast::Kernel& kernel, Weights weights, int64_t scale_group, DType dtype,
@@ -200,7 +200,7 @@ bool check(const cast::Kernel& kernel, Weights weights, int64_t scale_group, DTy
   const cast::Product& product = product_of(kernel, weights, kept);
   const size_t size = dtype == DType::kFloat32 ? 4 : 2;
   const Format format = {weights, static_cast<int64_t>(size), scale_group};
-  Linear24 p;
+  Linear p;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype, p.tuning = tuning;
   p.x_stride = k + 3, p.scale_group = scale_group, p.kept = kept;
   // malloc, not Buffer: the last token's row ends where the buffer ends.
@@ -250,7 +250,7 @@ bool check(const cast::Kernel& kernel, Weights weights, int64_t scale_group, DTy
 }
 
 // A random weight that keeps p.kept of 64, packed; returns it densely.
-std::vector<double> fill64(const Linear24& p, uint8_t* packed) {
+std::vector<double> fill64(const Linear& p, uint8_t* packed) {
   std::vector<double> dense(p.out_features * p.in_features);
   std::normal_distribution<float> normal;
   const int64_t columns = cast::tile_columns64(p), num_tiles = cast::num_tiles64(p);

@@ -12,21 +12,21 @@ template <typename Tiles>
 struct AmxProducts {
   // bf16. The workspace begins with a line that says which kernel x was prepared for: x that is not
   // finite is multiplied by the AVX-512 kernel, whose dropped weights are not multiplied at all.
-  static bool is_few(const Linear24& p) {
+  static bool is_few(const Linear& p) {
     return p.dtype != DType::kBFloat16 || p.is_for_few_kernel();
   }
-  static int64_t bf16_bytes(const Linear24& p) {
+  static int64_t bf16_bytes(const Linear& p) {
     const int64_t other = kAvx512Bf16Linear24.workspace_bytes(p);
     return is_few(p) ? other : 64 + std::max(other, amx_x_bytes(p, Weights::kOfXsDType));
   }
-  static void prepare_bf16(const Linear24& p, void* workspace) {
+  static void prepare_bf16(const Linear& p, void* workspace) {
     if (is_few(p)) return kAvx512Bf16Linear24.prepare(p, workspace);
     uint8_t* x = static_cast<uint8_t*>(workspace) + 64;
     const bool is_finite = prepare_amx_bf16(p, x);
     *static_cast<bool*>(workspace) = is_finite;
     if (!is_finite) kAvx512Bf16Linear24.prepare(p, x);
   }
-  static void run_bf16(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  static void run_bf16(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
     if (is_few(p)) return kAvx512Bf16Linear24.run(p, workspace, begin, end);
     const uint8_t* x = static_cast<const uint8_t*>(workspace) + 64;
     if (!*static_cast<const bool*>(workspace)) return kAvx512Bf16Linear24.run(p, x, begin, end);
@@ -39,16 +39,16 @@ struct AmxProducts {
     return kWeights == Weights::kInt4 ? kVnniLinear24Int4 : kVnniLinearInt8;
   }
   template <Weights kWeights>
-  static int64_t int8_bytes(const Linear24& p) {
+  static int64_t int8_bytes(const Linear& p) {
     return p.is_for_few_kernel() ? few_int8<kWeights>().workspace_bytes(p) : amx_int8_bytes(p);
   }
   template <Weights kWeights>
-  static void prepare_int8(const Linear24& p, void* workspace) {
+  static void prepare_int8(const Linear& p, void* workspace) {
     if (p.is_for_few_kernel()) return few_int8<kWeights>().prepare(p, workspace);
     prepare_amx_int8(p, workspace);
   }
   template <Weights kWeights>
-  static void run_int8(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+  static void run_int8(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
     if (p.is_for_few_kernel()) return few_int8<kWeights>().run(p, workspace, begin, end);
     if constexpr (kWeights == Weights::kInt4) {
       if (p.scale_group == 64) return run_amx<Tiles, kWeights, 2>(p, workspace, begin, end);

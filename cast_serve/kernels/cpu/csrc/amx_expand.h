@@ -20,7 +20,7 @@ constexpr int64_t kAmxTileSteps = 2;
 constexpr int64_t kMostDenseSteps = 4;
 
 // Weights::kOfXsDType is bf16 here.
-constexpr int64_t amx_tile_bytes(const Linear24& p, Weights weights) {
+constexpr int64_t amx_tile_bytes(const Linear& p, Weights weights) {
   if (weights == Weights::kDenseInt8) return kDenseInt8TileBytes;
   if (weights == Weights::kInt8) return kInt8TileBytes;
   if (weights == Weights::kInt4) return p.int4_tile_bytes();

@@ -74,7 +74,7 @@ struct Expander {
   int64_t next = 0, end;
   int64_t ahead;  // bytes from a tile to its counterpart of the next item
 
-  Expander(const Linear24& p, uint8_t* dense, float* row_scales, const Item& now, const Item& later)
+  Expander(const Linear& p, uint8_t* dense, float* row_scales, const Item& now, const Item& later)
       : to(dense),
         scales(row_scales),
         tile_bytes(amx_tile_bytes(p, kWeights)),

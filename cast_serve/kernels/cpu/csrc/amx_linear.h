@@ -97,7 +97,7 @@ inline void store_16(DType dtype, __m512 floats, uint8_t* out) {
 }
 
 // The sums of a block, tile rows [row, row_end), and up to 32 tokens -> out, with scale and bias.
-inline void store_block(const Linear24& p, int64_t row, int64_t row_end, int64_t first_token,
+inline void store_block(const Linear& p, int64_t row, int64_t row_end, int64_t first_token,
                         const float* sums, int64_t lanes) {
   const int64_t size = element_bytes(p.dtype), first_n = row * kTileRows;
   const int64_t num_rows = std::min(row_end * kTileRows, p.out_features) - first_n;
@@ -136,7 +136,7 @@ inline void store_block(const Linear24& p, int64_t row, int64_t row_end, int64_t
 
 // A slab's sums -> out, token pair by token pair: the lines of out that lie side by side are
 // written soon after each other.
-inline void store_slab(const Linear24& p, const Item& item, int64_t first_token,
+inline void store_slab(const Linear& p, const Item& item, int64_t first_token,
                        const PassTokens& tokens, const float* sums) {
   for (int64_t pair = 0; pair < tokens.num_pairs(); ++pair) {
     const float* block_sums = sums + pair * tokens.pair_sums();
@@ -150,7 +150,7 @@ inline void store_slab(const Linear24& p, const Item& item, int64_t first_token,
 
 // Tokens [first, first_after) of the tile rows [begin, end).
 template <typename Tiles, Weights kWeights, int kGroups>
-void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64_t first_after,
+void run_amx_pass(const Linear& p, const void* workspace, int64_t first, int64_t first_after,
                   int64_t begin, int64_t end, AmxScratch& scratch) {
   constexpr bool is_int8 = kWeights != Weights::kOfXsDType;
   const int64_t row_tiles = amx_tile_columns(p, kWeights), first_block = first / kRegisterTokens;
@@ -191,7 +191,7 @@ void run_amx_pass(const Linear24& p, const void* workspace, int64_t first, int64
 }
 
 template <typename Tiles, Weights kWeights, int kGroups = 1>
-void run_amx(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_amx(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   if (begin == end) return;
   // Rows of the odd half of a block are multiplied too, and their sums left.
   static thread_local AmxScratch scratch;

@@ -12,32 +12,32 @@ namespace {
 
 constexpr int64_t kRegisterTokens = 16;  // of a tile register
 
-inline int64_t amx_tile_columns(const Linear24& p, Weights weights) {
+inline int64_t amx_tile_columns(const Linear& p, Weights weights) {
   return weights == Weights::kOfXsDType ? p.num_tile_columns() : p.num_int8_tile_columns();
 }
 
 // The tokens are cut in blocks of 16; fewer than 16 have 1, 2, 4 or 8 lanes.
-inline int64_t amx_lanes(const Linear24& p) {
+inline int64_t amx_lanes(const Linear& p) {
   return p.num_tokens >= 16 ? 16 : std::bit_ceil(static_cast<uint64_t>(p.num_tokens));
 }
 
-inline int64_t amx_token_blocks(const Linear24& p) {
+inline int64_t amx_token_blocks(const Linear& p) {
   return (p.num_tokens + kRegisterTokens - 1) / kRegisterTokens;
 }
 
 // x: [block of tokens][step][16][lanes] times 4 bytes, so that a step is a tile of x.
-inline int64_t amx_x_step_bytes(const Linear24& p) { return 16 * 4 * amx_lanes(p); }
+inline int64_t amx_x_step_bytes(const Linear& p) { return 16 * 4 * amx_lanes(p); }
 
-inline int64_t amx_x_block_bytes(const Linear24& p, Weights weights) {
+inline int64_t amx_x_block_bytes(const Linear& p, Weights weights) {
   return amx_tile_columns(p, weights) * kAmxTileSteps * amx_x_step_bytes(p);
 }
 
-inline int64_t amx_x_bytes(const Linear24& p, Weights weights) {
+inline int64_t amx_x_bytes(const Linear& p, Weights weights) {
   return (amx_token_blocks(p) * amx_x_block_bytes(p, weights) + 63) / 64 * 64;
 }
 
 // bf16 x. Returns whether all of it is finite: a zero at a dropped weight times Inf would be NaN.
-inline bool prepare_amx_bf16(const Linear24& p, uint8_t* workspace) {
+inline bool prepare_amx_bf16(const Linear& p, uint8_t* workspace) {
   const int64_t lanes = amx_lanes(p), steps = p.num_tile_columns() * kAmxTileSteps;
   const __m512i exponent = _mm512_set1_epi16(0x7F80);
   const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
@@ -66,16 +66,16 @@ inline bool prepare_amx_bf16(const Linear24& p, uint8_t* workspace) {
 
 // x as integers, groups of four columns in the order of int8_group, then the scales: [block of
 // tokens][scale group][16], those of fewer lanes repeated.
-inline float* amx_scales(const Linear24& p, const void* workspace) {
+inline float* amx_scales(const Linear& p, const void* workspace) {
   uint8_t* bytes = static_cast<uint8_t*>(const_cast<void*>(workspace));
   return reinterpret_cast<float*>(bytes + amx_x_bytes(p, Weights::kInt8));
 }
 
-inline int64_t amx_int8_bytes(const Linear24& p) {
+inline int64_t amx_int8_bytes(const Linear& p) {
   return amx_x_bytes(p, Weights::kInt8) + amx_token_blocks(p) * p.num_int8_tile_columns() * 16 * 4;
 }
 
-inline void prepare_amx_int8(const Linear24& p, void* workspace) {
+inline void prepare_amx_int8(const Linear& p, void* workspace) {
   const int64_t lanes = amx_lanes(p), groups = p.num_int8_tile_columns();
   const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
   uint8_t* to = static_cast<uint8_t*>(workspace);

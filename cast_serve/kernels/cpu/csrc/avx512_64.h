@@ -39,7 +39,7 @@ inline __m512i broadcast_4_bytes(const void* from) {
 }
 
 // Sixteen rows of a token from out_feature n on -> x's dtype, with scale and bias.
-inline void store_rows(const Linear24& p, int64_t n, int64_t token, __m512 sum) {
+inline void store_rows(const Linear& p, int64_t n, int64_t token, __m512 sum) {
   const int64_t left = std::min(p.out_features - n, kTileRows64), size = element_bytes(p.dtype);
   if (left <= 0) return;
   const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
@@ -56,7 +56,7 @@ inline void store_rows(const Linear24& p, int64_t n, int64_t token, __m512 sum) 
 // f(tile, token) for all of x, sixteen tokens at a time: more rows at once are more than a CPU
 // prefetches by itself.
 template <typename Function>
-inline void for_each_tile_of_x(const Linear24& p, const Function& f) {
+inline void for_each_tile_of_x(const Linear& p, const Function& f) {
   for (int64_t first = 0; first < p.num_tokens; first += 16)
     for (int64_t tile = 0; tile < num_tiles64(p); ++tile)
       for (int64_t token = first; token < std::min<int64_t>(first + 16, p.num_tokens); ++token)
@@ -86,7 +86,7 @@ inline void for_each_block(int64_t tokens, const Function& f) {
 // of its first tile, how many, the bytes of both tile rows' first, first token, sums) adds to sums,
 // [token][tile row][16 rows].
 template <int kMost, typename Expand, typename Multiply>
-inline void run_panels(const Linear24& p, int64_t begin, int64_t end, const Expand& expand,
+inline void run_panels(const Linear& p, int64_t begin, int64_t end, const Expand& expand,
                        const Multiply& multiply) {
   const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
   const int64_t row_bytes = num_tiles * tile_bytes;

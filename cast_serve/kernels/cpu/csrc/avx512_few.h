@@ -40,7 +40,7 @@ struct Pass {
 // several passes. Each prefetches its share of the next tile row, or memory would be idle in all
 // passes but one.
 template <typename Format, int kFirst, int kSecond, int kRows>
-void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_few(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   constexpr int64_t kLines = Format::kTileLines;
   const int64_t tile_bytes = Format::tile_bytes(p);
   const int64_t row_tiles = (p.in_features + Format::kTileColumns - 1) / Format::kTileColumns;
@@ -92,7 +92,7 @@ void run_few(const Linear24& p, const void* workspace, int64_t begin, int64_t en
 }
 
 template <typename Format>
-void run_few_tokens(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_few_tokens(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   switch (p.num_tokens) {
     case 1:
       return run_few<Format, 1, 0, 8>(p, workspace, begin, end);
@@ -114,7 +114,7 @@ void run_few_tokens(const Linear24& p, const void* workspace, int64_t begin, int
 }
 
 template <template <Prefetch> typename Format>
-void run_few_prefetching(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_few_prefetching(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   switch (p.tuning.prefetch) {
     case Prefetch::kNone:
       return run_few_tokens<Format<Prefetch::kNone>>(p, workspace, begin, end);

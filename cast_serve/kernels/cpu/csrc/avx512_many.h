@@ -38,7 +38,7 @@ using TilePair = const uint8_t* const (&)[2];
 
 // Up to eight tokens are multiplied at once, two, four, six or eight; more four, eight or sixteen
 // at a time.
-inline int64_t many_padded_tokens(const Linear24& p) {
+inline int64_t many_padded_tokens(const Linear& p) {
   const int64_t multiple = p.num_tokens <= 8 ? 2 : 4;
   return (p.num_tokens + multiple - 1) / multiple * multiple;
 }
@@ -170,7 +170,7 @@ struct TileWalk {
 };
 
 // A slab's sums, [16 rows][padded token][row], of some tokens -> x's dtype, with scale and bias.
-inline void store_slab(const Linear24& p, int64_t first_n, int64_t last_n, int64_t first_token,
+inline void store_slab(const Linear& p, int64_t first_n, int64_t last_n, int64_t first_token,
                        int64_t padded, const float* sums) {
   const int64_t tokens = std::min(p.num_tokens - first_token, padded);
   const int64_t size = element_bytes(p.dtype);
@@ -194,7 +194,7 @@ inline void store_slab(const Linear24& p, int64_t first_n, int64_t last_n, int64
 // kAtOnce: all tokens, multiplied at once; 0: more than eight. A function for each, since GCC keeps
 // constants of the others in registers that then lack.
 template <typename Format, int kAtOnce>
-void run_so_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t end) {
+void run_so_many(const Linear& p, const ManyX& all_x, int64_t begin, int64_t end) {
   static const uint8_t no_tile[Format::kMostTileBytes] = {};  // below a last tile row
   const int64_t row_tiles = Format::row_tiles(p), padded = many_padded_tokens(p);
   const int64_t tile_bytes = Format::tile_bytes(p), row_bytes = row_tiles * tile_bytes;
@@ -244,7 +244,7 @@ void run_so_many(const Linear24& p, const ManyX& all_x, int64_t begin, int64_t e
 }
 
 template <typename Format>
-void run_many(const Linear24& p, const ManyX& x, int64_t begin, int64_t end) {
+void run_many(const Linear& p, const ManyX& x, int64_t begin, int64_t end) {
   switch (many_padded_tokens(p)) {
     case 2:
       return run_so_many<Format, 2>(p, x, begin, end);

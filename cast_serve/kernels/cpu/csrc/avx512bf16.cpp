@@ -8,33 +8,33 @@
 namespace cast {
 namespace {
 
-int64_t workspace_bytes(const Linear24& p) {
+int64_t workspace_bytes(const Linear& p) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.workspace_bytes(p);
   return p.is_for_few_kernel() ? p.num_tokens * few_stride(p) * 2 : many_bytes(p);
 }
 
-void prepare(const Linear24& p, void* workspace) {
+void prepare(const Linear& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.prepare(p, workspace);
   if (p.is_for_few_kernel()) return prepare_few(p, static_cast<uint16_t*>(workspace));
   return prepare_many(p, workspace);
 }
 
-void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear24.run(p, workspace, begin, end);
   if (p.is_for_few_kernel()) return run_few_prefetching<FewBf16>(p, workspace, begin, end);
   return run_many<ManyBf16>(p, {static_cast<const uint8_t*>(workspace), nullptr}, begin, end);
 }
 
-int64_t workspace_bytes64(const Linear24& p) {
+int64_t workspace_bytes64(const Linear& p) {
   return p.dtype != DType::kBFloat16 ? kAvx512Linear64.workspace_bytes(p) : bf16_x_bytes(p);
 }
 
-void prepare64(const Linear24& p, void* workspace) {
+void prepare64(const Linear& p, void* workspace) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear64.prepare(p, workspace);
   prepare_bf16_x(p, workspace);
 }
 
-void run64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.dtype != DType::kBFloat16) return kAvx512Linear64.run(p, workspace, begin, end);
   run_bf16_64(p, workspace, begin, end);
 }

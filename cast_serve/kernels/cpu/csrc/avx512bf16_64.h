@@ -10,11 +10,11 @@ constexpr int64_t kTileBytesOfX = 128;  // 64 columns
 // Whether all of x is finite; from kXAt on x, [tile][token][64 columns], 0 where it is not.
 constexpr int64_t kXAt = 64;
 
-inline int64_t bf16_x_bytes(const Linear24& p) {
+inline int64_t bf16_x_bytes(const Linear& p) {
   return kXAt + num_tiles64(p) * p.num_tokens * kTileBytesOfX;
 }
 
-inline void prepare_bf16_x(const Linear24& p, void* workspace) {
+inline void prepare_bf16_x(const Linear& p, void* workspace) {
   __mmask32 not_finite = 0;
   const __m512i exponent = _mm512_set1_epi16(0x7F80);
   uint8_t* to = static_cast<uint8_t*>(workspace) + kXAt;
@@ -45,8 +45,8 @@ inline __m512 add_bf16_step(__m512 sum, __m512i weights, const uint8_t* two) {
 }
 
 template <int kTokens>
-__attribute__((noinline)) void run_few_bf16_64(const Linear24& p, const uint8_t* all_x,
-                                               int64_t begin, int64_t end) {
+__attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* all_x, int64_t begin,
+                                               int64_t end) {
   // A sum takes six cycles to be ready.
   constexpr int kTurns = kTokens >= 6 ? 1 : kTokens >= 3 ? 2 : 4;
   const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
@@ -109,7 +109,7 @@ inline void multiply_bf16_64(const Panel& panel, int64_t num_tiles, const uint8_
       _mm512_store_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
 }
 
-inline void multiply_all_bf16_64(const Linear24& p, const uint8_t* x, int64_t begin, int64_t end) {
+inline void multiply_all_bf16_64(const Linear& p, const uint8_t* x, int64_t begin, int64_t end) {
   if (p.num_tokens <= kFewTokens64)
     return with_constant<kFewTokens64>(
         p.num_tokens, [&]<int kTokens>() { run_few_bf16_64<kTokens>(p, x, begin, end); });
@@ -129,7 +129,7 @@ inline void multiply_all_bf16_64(const Linear24& p, const uint8_t* x, int64_t be
       });
 }
 
-inline void run_bf16_64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+inline void run_bf16_64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   multiply_all_bf16_64(p, static_cast<const uint8_t*>(workspace) + kXAt, begin, end);
   if (!*static_cast<const bool*>(workspace)) add_not_finite64(p, begin, end);
 }

@@ -11,9 +11,9 @@ namespace cast {
 namespace {
 
 // Elements from a token to the next. Not a power of two, or all tokens would share one cache set.
-inline int64_t few_stride(const Linear24& p) { return (p.num_tile_columns() + 1) * kTileColumns; }
+inline int64_t few_stride(const Linear& p) { return (p.num_tile_columns() + 1) * kTileColumns; }
 
-inline void prepare_few(const Linear24& p, uint16_t* rows) {
+inline void prepare_few(const Linear& p, uint16_t* rows) {
   const int64_t stride = few_stride(p);
   for (int64_t token = 0; token < p.num_tokens; ++token, rows += stride) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x) + token * p.x_stride;
@@ -26,11 +26,11 @@ template <Prefetch kPrefetch>
 struct FewBf16 {
   static constexpr int64_t kTileBytes = kTileRows * (kTileKept * 2 + 8);
   static constexpr int64_t kTileLines = kTileBytes / 64;
-  static int64_t tile_bytes(const Linear24&) { return kTileBytes; }
+  static int64_t tile_bytes(const Linear&) { return kTileBytes; }
   static constexpr int64_t kTileColumns = cast::kTileColumns, kElementBytes = 2;
 
   template <int kToken, int kTokens, int kRows, int kLines>
-  static __attribute__((noinline)) void gather(const Linear24& p, const void* workspace,
+  static __attribute__((noinline)) void gather(const Linear& p, const void* workspace,
                                                const Segment& segment, const Pass& pass) {
     alignas(64) uint8_t shifts[64];
     alignas(64) uint16_t bases[32];

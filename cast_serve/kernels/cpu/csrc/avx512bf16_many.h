@@ -10,11 +10,11 @@ namespace cast {
 namespace {
 
 // x -> [tile][padded token] 64 columns
-inline int64_t many_bytes(const Linear24& p) {
+inline int64_t many_bytes(const Linear& p) {
   return many_padded_tokens(p) * p.num_tile_columns() * kXBytes;
 }
 
-inline void prepare_many(const Linear24& p, void* workspace) {
+inline void prepare_many(const Linear& p, void* workspace) {
   constexpr int64_t kRows = 16;  // of x at a time
   const int64_t padded = many_padded_tokens(p), row_bytes = p.in_features * 2;
   for (int64_t first = 0; first < padded; first += kRows)
@@ -38,8 +38,8 @@ struct ManyBf16 {
   static constexpr int kGroups = 1, kTileLines = kMostTileBytes / 64;
   // Not that of vdpbf16ps: with more, eight tokens have two sums each, for which registers lack.
   static constexpr int kLatency = 4;
-  static int64_t row_tiles(const Linear24& p) { return p.num_tile_columns(); }
-  static int64_t tile_bytes(const Linear24&) { return kMostTileBytes; }
+  static int64_t row_tiles(const Linear& p) { return p.num_tile_columns(); }
+  static int64_t tile_bytes(const Linear&) { return kMostTileBytes; }
 
   // `step` is a constant once loops are unrolled.
   struct Tiles {

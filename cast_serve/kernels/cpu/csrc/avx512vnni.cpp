@@ -13,27 +13,27 @@
 namespace cast {
 namespace {
 
-int64_t workspace_bytes(const Linear24& p) {
+int64_t workspace_bytes(const Linear& p) {
   return p.is_for_few_kernel() ? int8_few_bytes(p) : int8_many_bytes(p);
 }
 
-void prepare(const Linear24& p, void* workspace) {
+void prepare(const Linear& p, void* workspace) {
   return p.is_for_few_kernel() ? prepare_int8_few(p, workspace) : prepare_int8_many(p, workspace);
 }
 
-void run(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.is_for_few_kernel()) return run_few_prefetching<FewInt8>(p, workspace, begin, end);
   return run_int8_many<Weights::kInt8, 1>(p, workspace, begin, end);
 }
 
 template <int kGroups>
-void run_int4_groups(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_int4_groups(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   if (p.is_for_few_kernel())
     return run_few_prefetching<FewInt4<kGroups>::template Rows>(p, workspace, begin, end);
   return run_int8_many<Weights::kInt4, kGroups>(p, workspace, begin, end);
 }
 
-void run_int4(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_int4(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   switch (p.scale_group) {
     case 128:
       return run_int4_groups<1>(p, workspace, begin, end);
@@ -46,25 +46,25 @@ void run_int4(const Linear24& p, const void* workspace, int64_t begin, int64_t e
 
 // Dense weights: blocks of tokens as the kernel for few takes them, each with a workspace of its
 // own.
-Linear24 token_block(const Linear24& p, int64_t first) {
-  Linear24 block = p;
+Linear token_block(const Linear& p, int64_t first) {
+  Linear block = p;
   block.num_tokens = std::min(p.num_tokens - first, kMostFewTokens);
   block.x = static_cast<const uint8_t*>(p.x) + first * p.x_stride * element_bytes(p.dtype);
   block.out = static_cast<uint8_t*>(p.out) + first * p.out_features * element_bytes(p.dtype);
   return block;
 }
 
-int64_t dense_block_bytes(const Linear24& p) {
-  Linear24 block = p;
+int64_t dense_block_bytes(const Linear& p) {
+  Linear block = p;
   block.num_tokens = kMostFewTokens;
   return (int8_few_bytes(block) + 63) / 64 * 64;
 }
 
-int64_t dense_workspace_bytes(const Linear24& p) {
+int64_t dense_workspace_bytes(const Linear& p) {
   return (p.num_tokens + kMostFewTokens - 1) / kMostFewTokens * dense_block_bytes(p);
 }
 
-void prepare_dense(const Linear24& p, void* workspace) {
+void prepare_dense(const Linear& p, void* workspace) {
   uint8_t* block_workspace = static_cast<uint8_t*>(workspace);
   for (int64_t first = 0; first < p.num_tokens; first += kMostFewTokens) {
     prepare_int8_few(token_block(p, first), block_workspace);
@@ -72,7 +72,7 @@ void prepare_dense(const Linear24& p, void* workspace) {
   }
 }
 
-void run_dense(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_dense(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   for (int64_t slab = begin; slab < end; slab += kFewSlabRows) {  // its weights stay in L2
     const int64_t slab_end = std::min(slab + kFewSlabRows, end);
     const uint8_t* block_workspace = static_cast<const uint8_t*>(workspace);

@@ -18,20 +18,20 @@ struct IntegerX {
   const float* scales;
 };
 
-inline int64_t groups64(const Linear24& p) { return p.scale_group != 0 ? p.num_scale_groups() : 1; }
+inline int64_t groups64(const Linear& p) { return p.scale_group != 0 ? p.num_scale_groups() : 1; }
 
-inline IntegerX integer_x(const Linear24& p, const void* workspace) {
+inline IntegerX integer_x(const Linear& p, const void* workspace) {
   const uint8_t* integers = static_cast<const uint8_t*>(workspace);
   const int64_t pairs = num_tiles64(p) * p.num_tokens;  // of a tile and a token
   const auto* starts = reinterpret_cast<const int32_t*>(integers + pairs * kInt8TileColumns);
   return {integers, starts, reinterpret_cast<const float*>(starts + pairs * groups64(p))};
 }
 
-inline int64_t integer_x_bytes(const Linear24& p) {
+inline int64_t integer_x_bytes(const Linear& p) {
   return num_tiles64(p) * p.num_tokens * (kInt8TileColumns + 4 * groups64(p) + 4);
 }
 
-inline void prepare_integer_x(const Linear24& p, void* workspace) {
+inline void prepare_integer_x(const Linear& p, void* workspace) {
   const IntegerX x = integer_x(p, workspace);
   uint8_t* integers = static_cast<uint8_t*>(workspace);
   int32_t* starts = const_cast<int32_t*>(x.starts);
@@ -69,7 +69,7 @@ struct Expander64 {
   const uint8_t* values[2];                                     // of both halves of a tile
   const uint8_t* masks;
 
-  Expander64(const Linear24& p, const uint8_t* tile) : masks(tile + values_bytes64(p)) {
+  Expander64(const Linear& p, const uint8_t* tile) : masks(tile + values_bytes64(p)) {
     values[0] = tile, values[1] = kIsInt4 ? tile : tile + kTileRows64 * p.kept;
   }
   // The next step of a half.
@@ -99,7 +99,7 @@ inline Dots64 add_step64(Dots64 dots, __m512i weights, const uint8_t* four) {
 }
 
 template <int kGroups, int kTokens>
-__attribute__((noinline)) void run_few_integers64(const Linear24& p, const IntegerX& all_x,
+__attribute__((noinline)) void run_few_integers64(const Linear& p, const IntegerX& all_x,
                                                   int64_t begin, int64_t end) {
   constexpr int kHalfSteps = kSteps64 / 2, kPhases = kGroups == 4 ? 2 : 1;
   constexpr int kStarts = kGroups == 0 ? 1 : kGroups;
@@ -171,7 +171,7 @@ __attribute__((noinline)) void run_few_integers64(const Linear24& p, const Integ
 
 // The float sums stay in registers over a panel's tiles, beside the integer sums of a scale group.
 template <int kGroups, int kTokens>
-inline void multiply_integers64(const Linear24& p, const Panel& panel, const IntegerX& all_x,
+inline void multiply_integers64(const Linear& p, const Panel& panel, const IntegerX& all_x,
                                 int64_t first_tile, int64_t num_tiles, int64_t first,
                                 const uint8_t* const* rows, float* all_sums) {
   constexpr int kStarts = kGroups == 0 ? 1 : kGroups, kGroupSteps = kSteps64 / kStarts;
@@ -230,7 +230,7 @@ inline void multiply_integers64(const Linear24& p, const Panel& panel, const Int
 }
 
 template <int kGroups>
-void run_integers64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_integers64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const IntegerX x = integer_x(p, workspace);
   if (p.num_tokens <= kFewTokens64)
     return with_constant<kFewTokens64>(p.num_tokens, [&]<int kTokens>() {
@@ -251,7 +251,7 @@ void run_integers64(const Linear24& p, const void* workspace, int64_t begin, int
       });
 }
 
-inline void run_int4_of_64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+inline void run_int4_of_64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   switch (p.scale_group) {
     case 128:
       return run_integers64<1>(p, workspace, begin, end);

@@ -32,13 +32,13 @@ struct FewInt8Rows {
                                                  : kInt8TileKept;  // of a tile's values
   static constexpr int64_t kTileLines = kIsDense ? 16 : kIsInt4 ? 7 : 10;
   static constexpr int64_t kTileColumns = kInt8TileColumns, kElementBytes = 1;
-  static int64_t tile_bytes(const Linear24& p) {
+  static int64_t tile_bytes(const Linear& p) {
     return kIsDense ? kDenseInt8TileBytes : kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
   }
 
   // Tokens kToken to kToken + kTokens of kRows rows.
   template <int kToken, int kTokens, int kRows, int kLines>
-  static __attribute__((noinline)) void gather(const Linear24& p, const void* workspace,
+  static __attribute__((noinline)) void gather(const Linear& p, const void* workspace,
                                                const Segment& segment, const Pass& pass) {
     alignas(64) uint8_t shifts[64], bases[64];
     for (int j = 0; j < 64; ++j) {

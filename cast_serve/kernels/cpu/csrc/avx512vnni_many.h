@@ -19,17 +19,17 @@ namespace cast {
 namespace {
 
 // x -> [tile][padded token] 128 integers, then the scales, [tile][padded token].
-inline int64_t int8_many_bytes(const Linear24& p) {
+inline int64_t int8_many_bytes(const Linear& p) {
   return many_padded_tokens(p) * p.num_int8_tile_columns() * (kInt8TileColumns + 4);
 }
 
-inline const float* int8_many_scales(const Linear24& p, const void* workspace) {
+inline const float* int8_many_scales(const Linear& p, const void* workspace) {
   const uint8_t* integers = static_cast<const uint8_t*>(workspace);
   const int64_t padded_k = p.num_int8_tile_columns() * kInt8TileColumns;
   return reinterpret_cast<const float*>(integers + many_padded_tokens(p) * padded_k);
 }
 
-inline void prepare_int8_many(const Linear24& p, void* workspace) {
+inline void prepare_int8_many(const Linear& p, void* workspace) {
   constexpr int64_t kRows = 16;  // of x at a time
   const int64_t tiles = p.num_int8_tile_columns(), size = element_bytes(p.dtype);
   const int64_t padded = many_padded_tokens(p);
@@ -75,8 +75,8 @@ struct ManyInt8 {
   static constexpr int kGroups = kScaleGroups, kTileLines = kIsInt4 ? 7 : 10;
   static constexpr int kLatency = 4;  // of vpdpbusd, cycles
   static constexpr int64_t kMostTileBytes = kInt8TileBytes;
-  static int64_t row_tiles(const Linear24& p) { return p.num_int8_tile_columns(); }
-  static int64_t tile_bytes(const Linear24& p) {
+  static int64_t row_tiles(const Linear& p) { return p.num_int8_tile_columns(); }
+  static int64_t tile_bytes(const Linear& p) {
     return kIsInt4 ? p.int4_tile_bytes() : kInt8TileBytes;
   }
 
@@ -154,7 +154,7 @@ struct ManyInt8 {
 };
 
 template <Weights kWeights, int kScaleGroups>
-void run_int8_many(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_int8_many(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const ManyX x = {static_cast<const uint8_t*>(workspace), int8_many_scales(p, workspace)};
   run_many<ManyInt8<kWeights, kScaleGroups>>(p, x, begin, end);
 }

@@ -89,7 +89,7 @@ inline float quantize_group(const void* x, int64_t first, int64_t columns, uint8
 }
 
 // Quantises a token's scale group `group` to integers + kZero, and returns the scale.
-inline float quantize(const Linear24& p, int64_t token, int64_t group, uint8_t* integers) {
+inline float quantize(const Linear& p, int64_t token, int64_t group, uint8_t* integers) {
   const int64_t first = token * p.x_stride + group * kInt8TileColumns;
   const int64_t columns = std::min(p.in_features - group * kInt8TileColumns, kInt8TileColumns);
   switch (p.dtype) {
@@ -104,20 +104,20 @@ inline float quantize(const Linear24& p, int64_t token, int64_t group, uint8_t* 
 
 // Few tokens: [token][K padded to tiles and one more] integers, then [scale group][8 tokens]
 // scales. The stride is no power of two, or all tokens would share one cache set.
-inline int64_t int8_few_stride(const Linear24& p) {
+inline int64_t int8_few_stride(const Linear& p) {
   return (p.num_int8_tile_columns() + 1) * kInt8TileColumns;
 }
 
-inline const float* int8_few_scales(const Linear24& p, const void* workspace) {
+inline const float* int8_few_scales(const Linear& p, const void* workspace) {
   const uint8_t* integers = static_cast<const uint8_t*>(workspace);
   return reinterpret_cast<const float*>(integers + p.num_tokens * int8_few_stride(p));
 }
 
-inline int64_t int8_few_bytes(const Linear24& p) {
+inline int64_t int8_few_bytes(const Linear& p) {
   return p.num_tokens * int8_few_stride(p) + p.num_int8_tile_columns() * kMostFewTokens * 4;
 }
 
-inline void prepare_int8_few(const Linear24& p, void* workspace) {
+inline void prepare_int8_few(const Linear& p, void* workspace) {
   uint8_t* integers = static_cast<uint8_t*>(workspace);
   float* scales = const_cast<float*>(int8_few_scales(p, workspace));
   for (int64_t group = 0; group < p.num_int8_tile_columns(); ++group, scales += kMostFewTokens) {

@@ -32,7 +32,7 @@ void expand_row(const T* kept, const uint8_t* positions, To* to) {
 
 // Tile rows [begin, end) -> [8 * (end - begin)][padded_in_features()].
 template <typename T, typename To>
-void expand_rows(const Linear24& p, int64_t begin, int64_t end, To* rows) {
+void expand_rows(const Linear& p, int64_t begin, int64_t end, To* rows) {
   constexpr int64_t columns = sizeof(T) == 1 ? kInt8TileColumns : kTileColumns;
   constexpr int64_t row_bytes = columns / 2 * sizeof(T);
   const int64_t row_tiles = p.padded_in_features() / columns;
@@ -50,7 +50,7 @@ void expand_rows(const Linear24& p, int64_t begin, int64_t end, To* rows) {
 }
 
 // 4-bit weights, times their scales, which fp32 holds exactly.
-inline void expand_int4_rows(const Linear24& p, int64_t begin, int64_t end, float* rows) {
+inline void expand_int4_rows(const Linear& p, int64_t begin, int64_t end, float* rows) {
   const int64_t row_tiles = p.num_int8_tile_columns(), groups = p.num_scale_groups();
   const int64_t columns = p.padded_in_features();
   const uint8_t* tile = p.packed + begin * row_tiles * p.int4_tile_bytes();
@@ -67,7 +67,7 @@ inline void expand_int4_rows(const Linear24& p, int64_t begin, int64_t end, floa
       }
 }
 
-inline void expand_to_float(const Linear24& p, int64_t begin, int64_t end, float* rows) {
+inline void expand_to_float(const Linear& p, int64_t begin, int64_t end, float* rows) {
   if (p.kept != 0) {
     if (p.dtype == DType::kBFloat16) return expand_rows64<BFloat16>(p, begin, end, rows);
     if (p.dtype == DType::kFloat16) return expand_rows64<_Float16>(p, begin, end, rows);
@@ -85,14 +85,14 @@ inline void expand_to_float(const Linear24& p, int64_t begin, int64_t end, float
   }
 }
 
-inline void expand_bf16(const Linear24& p, int64_t begin, int64_t end, void* rows) {
+inline void expand_bf16(const Linear& p, int64_t begin, int64_t end, void* rows) {
   BFloat16* to = static_cast<BFloat16*>(rows);
   if (p.kept != 0) return expand_rows64<BFloat16>(p, begin, end, to);
   return expand_rows<BFloat16>(p, begin, end, to);
 }
 
 template <typename T>
-void rounded_x_of(const Linear24& p, float* to) {
+void rounded_x_of(const Linear& p, float* to) {
   for (int64_t token = 0; token < p.num_tokens; ++token)
     for (int64_t first = 0; first < p.in_features; first += kInt8TileColumns) {
       const T* x = static_cast<const T*>(p.x) + token * p.x_stride + first;
@@ -103,7 +103,7 @@ void rounded_x_of(const Linear24& p, float* to) {
     }
 }
 
-inline void rounded_x(const Linear24& p, float* to) {
+inline void rounded_x(const Linear& p, float* to) {
   switch (p.dtype) {
     case DType::kBFloat16:
       return rounded_x_of<BFloat16>(p, to);

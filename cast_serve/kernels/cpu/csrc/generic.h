@@ -16,7 +16,7 @@ namespace CAST_ISA {
 typedef float Lanes __attribute__((vector_size(4 * CAST_LANES)));
 
 template <typename T>
-void prepare(const Linear24& p, float* workspace) {
+void prepare(const Linear& p, float* workspace) {
   const int64_t lanes = p.num_tokens == 1 ? 1 : CAST_LANES;
   const int64_t padded_k = p.num_tile_columns() * kTileColumns;
   for (int64_t block = 0; block * lanes < p.num_tokens; ++block) {
@@ -50,7 +50,7 @@ void tile_row(const uint8_t* tiles, int64_t num_tiles, const float* x, V (&sums)
 }
 
 template <typename V, typename T>
-void run(const Linear24& p, const float* workspace, int64_t begin, int64_t end) {
+void run(const Linear& p, const float* workspace, int64_t begin, int64_t end) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   const int64_t num_tiles = p.num_tile_columns();
   const int64_t tile_bytes = kTileRows * (kTileKept * sizeof(T) + 8);
@@ -73,13 +73,13 @@ void run(const Linear24& p, const float* workspace, int64_t begin, int64_t end) 
   }
 }
 
-inline int64_t workspace_bytes_of(const Linear24& p) {
+inline int64_t workspace_bytes_of(const Linear& p) {
   const int64_t lanes = p.num_tokens == 1 ? 1 : CAST_LANES;
   const int64_t padded_m = (p.num_tokens + lanes - 1) / lanes * lanes;
   return padded_m * p.num_tile_columns() * kTileColumns * sizeof(float);
 }
 
-inline void prepare_any(const Linear24& p, void* workspace) {
+inline void prepare_any(const Linear& p, void* workspace) {
   float* rows = static_cast<float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
@@ -92,12 +92,12 @@ inline void prepare_any(const Linear24& p, void* workspace) {
 }
 
 template <typename T>
-void run_any_tokens(const Linear24& p, const float* rows, int64_t begin, int64_t end) {
+void run_any_tokens(const Linear& p, const float* rows, int64_t begin, int64_t end) {
   return p.num_tokens == 1 ? run<float, T>(p, rows, begin, end)
                            : run<Lanes, T>(p, rows, begin, end);
 }
 
-inline void run_any(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+inline void run_any(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const float* rows = static_cast<const float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:

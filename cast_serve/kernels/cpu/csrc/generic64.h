@@ -39,7 +39,7 @@ constexpr Places make_places() {
 }
 constexpr Places kPlaces = make_places();
 
-inline int64_t step_columns64(const Linear24& p) {
+inline int64_t step_columns64(const Linear& p) {
   return p.has_integers() ? 4 : p.dtype == DType::kFloat32 ? 1 : 2;
 }
 
@@ -101,7 +101,7 @@ void spread_all(const uint8_t* masks, int64_t weights, const Load& load, float* 
 // A tile -> its weights as floats, 4-bit ones without their scales. T: of those that are no
 // integers.
 template <typename T>
-void expand_tile64(const Linear24& p, const uint8_t* tile, float* dense) {
+void expand_tile64(const Linear& p, const uint8_t* tile, float* dense) {
   const uint8_t* masks = tile + values_bytes64(p);
   const int64_t weights = kTileRows64 * tile_columns64(p), half = weights / 2;
   if (p.scale_group != 0) {
@@ -120,7 +120,7 @@ void expand_tile64(const Linear24& p, const uint8_t* tile, float* dense) {
   }
 }
 
-inline float scale64(const Linear24& p, const uint8_t* tile, int64_t group, int64_t row) {
+inline float scale64(const Linear& p, const uint8_t* tile, int64_t group, int64_t row) {
   BFloat16 scale;
   std::memcpy(&scale, tile + scales_at64(p) + (group * kTileRows64 + row) * 2, 2);
   return to_float(scale);
@@ -129,16 +129,16 @@ inline float scale64(const Linear24& p, const uint8_t* tile, int64_t group, int6
 // Whether all of x is finite, or it is quantised; from kXAt on [token][step][8]: x's columns of the
 // step, again and again; then the scales of quantised ones, [token][tile].
 constexpr int64_t kXAt = 16;  // floats
-inline int64_t steps64(const Linear24& p) { return p.padded_in_features() / step_columns64(p); }
+inline int64_t steps64(const Linear& p) { return p.padded_in_features() / step_columns64(p); }
 
-inline int64_t workspace_bytes64(const Linear24& p) {
+inline int64_t workspace_bytes64(const Linear& p) {
   return (kXAt + p.num_tokens * (steps64(p) * 8 + num_tiles64(p))) * sizeof(float);
 }
 
 inline bool is_finite(float value) { return std::fabs(value) <= std::numeric_limits<float>::max(); }
 
 template <typename T>
-void prepare64_of(const Linear24& p, float* workspace) {
+void prepare64_of(const Linear& p, float* workspace) {
   const int64_t columns = tile_columns64(p), step = step_columns64(p);
   float* to = workspace + kXAt;
   float* scales = to + p.num_tokens * steps64(p) * 8;
@@ -173,7 +173,7 @@ Eight sums_of_rows(Eight lanes) {
 
 // kStep: columns of a step; kGroups: scale groups of a tile of 4-bit weights, else 1.
 template <typename T, int kStep, int kGroups>
-void run64_of(const Linear24& p, const float* workspace, int64_t begin, int64_t end) {
+void run64_of(const Linear& p, const float* workspace, int64_t begin, int64_t end) {
   constexpr int kVectors = kTileRows64 * kStep / 8;
   const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
   const int64_t group_steps = tile_columns64(p) / kStep / kGroups;
@@ -230,7 +230,7 @@ void run64_of(const Linear24& p, const float* workspace, int64_t begin, int64_t 
   if (*workspace == 0.0f) add_not_finite64(p, begin, end);
 }
 
-inline void prepare64(const Linear24& p, void* workspace) {
+inline void prepare64(const Linear& p, void* workspace) {
   float* x = static_cast<float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
@@ -243,14 +243,14 @@ inline void prepare64(const Linear24& p, void* workspace) {
 }
 
 template <typename T>
-void run64_any(const Linear24& p, const float* x, int64_t begin, int64_t end) {
+void run64_any(const Linear& p, const float* x, int64_t begin, int64_t end) {
   if (!p.has_integers()) return run64_of<T, 4 / sizeof(T), 1>(p, x, begin, end);
   if (p.scale_group == 64) return run64_of<T, 4, 2>(p, x, begin, end);
   if (p.scale_group == 32) return run64_of<T, 4, 4>(p, x, begin, end);
   return run64_of<T, 4, 1>(p, x, begin, end);
 }
 
-inline void run64(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+inline void run64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const float* x = static_cast<const float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
@@ -267,7 +267,7 @@ constexpr Product kLinear64 = {workspace_bytes64, prepare64, run64};
 // For expansion.h: tile rows [begin, end) -> [16 * (end - begin)][padded_in_features()]; 4-bit
 // weights times their scales. T: of weights that are no integers.
 template <typename T, typename To>
-void expand_rows64(const Linear24& p, int64_t begin, int64_t end, To* rows) {
+void expand_rows64(const Linear& p, int64_t begin, int64_t end, To* rows) {
   const int64_t columns = p.padded_in_features(), num_tiles = num_tiles64(p);
   const int64_t tile_columns = tile_columns64(p), step = step_columns64(p);
   alignas(64) float dense[kMostTileWeights];

@@ -15,24 +15,24 @@
 namespace cast {
 namespace CAST_ISA {
 
-inline int64_t int8_lanes(const Linear24& p) { return p.num_tokens == 1 ? 1 : CAST_LANES; }
+inline int64_t int8_lanes(const Linear& p) { return p.num_tokens == 1 ? 1 : CAST_LANES; }
 
-inline int64_t int8_padded_tokens(const Linear24& p) {
+inline int64_t int8_padded_tokens(const Linear& p) {
   const int64_t lanes = int8_lanes(p);
   return (p.num_tokens + lanes - 1) / lanes * lanes;
 }
 
-inline int64_t workspace_bytes_int8(const Linear24& p) {
+inline int64_t workspace_bytes_int8(const Linear& p) {
   const int64_t floats_of_token = p.num_int8_tile_columns() * (kInt8TileColumns + 1);
   return int8_padded_tokens(p) * floats_of_token * sizeof(float);
 }
 
-inline int64_t scales_offset(const Linear24& p) {  // in floats
+inline int64_t scales_offset(const Linear& p) {  // in floats
   return int8_padded_tokens(p) * p.num_int8_tile_columns() * kInt8TileColumns;
 }
 
 template <typename T>
-void prepare_int8(const Linear24& p, float* integers) {
+void prepare_int8(const Linear& p, float* integers) {
   const int64_t lanes = int8_lanes(p), groups = p.num_int8_tile_columns();
   float* scales = integers + scales_offset(p);
   for (int64_t token = 0; token < int8_padded_tokens(p); ++token) {
@@ -103,7 +103,7 @@ void add_int4_tile(const uint8_t* tile, int64_t groups, const float* x, V scale,
 }
 
 template <typename V, typename T, Weights kWeights>
-void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
+void run_int8(const Linear& p, const float* integers, int64_t begin, int64_t end) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   const int64_t groups = p.num_int8_tile_columns();
   const float* scales = integers + scales_offset(p);
@@ -140,7 +140,7 @@ void run_int8(const Linear24& p, const float* integers, int64_t begin, int64_t e
   }
 }
 
-inline void prepare_int8_any(const Linear24& p, void* workspace) {
+inline void prepare_int8_any(const Linear& p, void* workspace) {
   float* integers = static_cast<float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:
@@ -153,13 +153,13 @@ inline void prepare_int8_any(const Linear24& p, void* workspace) {
 }
 
 template <typename T, Weights kWeights>
-void run_int8_any_tokens(const Linear24& p, const float* integers, int64_t begin, int64_t end) {
+void run_int8_any_tokens(const Linear& p, const float* integers, int64_t begin, int64_t end) {
   return p.num_tokens == 1 ? run_int8<float, T, kWeights>(p, integers, begin, end)
                            : run_int8<Lanes, T, kWeights>(p, integers, begin, end);
 }
 
 template <Weights kWeights>
-void run_int8_any(const Linear24& p, const void* workspace, int64_t begin, int64_t end) {
+void run_int8_any(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const float* integers = static_cast<const float*>(workspace);
   switch (p.dtype) {
     case DType::kBFloat16:

@@ -39,7 +39,7 @@ inline bool is_finite(const at::Tensor& x) {
 
 // p's product -> out, whose memory is p.out. rows: p.x as a tensor [num_tokens, in_features]; bias:
 // fp32 [out_features], or undefined.
-inline void multiply_by_library(const Kernel& kernel, const Linear24& p, const at::Tensor& rows,
+inline void multiply_by_library(const Kernel& kernel, const Linear& p, const at::Tensor& rows,
                                 const at::Tensor& bias, const at::Tensor& out) {
   const bool is_bf16 = kernel.has_bf16 && !p.has_integers() && p.dtype == DType::kBFloat16;
   at::Tensor x = rows, scale;

@@ -59,7 +59,7 @@ struct Tuning {
   int64_t library_tokens_int8 = 0;  // the same for int8 and 4-bit weights
 };
 
-struct Linear24 {
+struct Linear {
   const void* x;     // [M, K], dtype; a token's K values are contiguous
   int64_t x_stride;  // elements from one token to the next
   const uint8_t* packed;
@@ -95,9 +95,9 @@ struct Linear24 {
 // aligned); `run` computes the tile rows [begin, end) and may be called from several threads at
 // once.
 struct Product {
-  int64_t (*workspace_bytes)(const Linear24&);
-  void (*prepare)(const Linear24&, void* workspace);
-  void (*run)(const Linear24&, const void* workspace, int64_t begin, int64_t end);
+  int64_t (*workspace_bytes)(const Linear&);
+  void (*prepare)(const Linear&, void* workspace);
+  void (*run)(const Linear&, const void* workspace, int64_t begin, int64_t end);
 };
 
 // What a library's dense product takes: the tile rows [begin, end) of sparse weights as dense rows,
@@ -105,9 +105,9 @@ struct Product {
 // weights: with it), or in bf16 for bf16 weights; and x for 8-bit and 4-bit weights, quantised and
 // times its scales, [M][padded_in_features()].
 struct Expansion {
-  void (*floats)(const Linear24&, int64_t begin, int64_t end, float* rows);
-  void (*bf16)(const Linear24&, int64_t begin, int64_t end, void* rows);
-  void (*rounded_x)(const Linear24&, float* to);
+  void (*floats)(const Linear&, int64_t begin, int64_t end, float* rows);
+  void (*bf16)(const Linear&, int64_t begin, int64_t end, void* rows);
+  void (*rounded_x)(const Linear&, float* to);
 };
 
 // An ISA's kernel: the product with each of Weights. has_bf16: whether its CPUs multiply bf16.

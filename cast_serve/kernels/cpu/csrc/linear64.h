@@ -20,27 +20,27 @@
 
 namespace cast {
 
-inline int64_t tile_columns64(const Linear24& p) {
+inline int64_t tile_columns64(const Linear& p) {
   return p.has_integers() ? kInt8TileColumns : kTileColumns;
 }
-inline int64_t num_tiles64(const Linear24& p) {  // of a tile row
+inline int64_t num_tiles64(const Linear& p) {  // of a tile row
   return p.padded_in_features() / tile_columns64(p);
 }
-inline int64_t values_bytes64(const Linear24& p) {  // of a tile
+inline int64_t values_bytes64(const Linear& p) {  // of a tile
   if (p.scale_group != 0) return kTileRows64 * p.kept;
   if (p.scale != nullptr) return kTileRows64 * p.kept * 2;
   return kTileRows64 * p.kept * (p.dtype == DType::kFloat32 ? 4 : 2);
 }
-inline int64_t scales_at64(const Linear24& p) {
+inline int64_t scales_at64(const Linear& p) {
   return values_bytes64(p) + kTileRows64 * tile_columns64(p) / 8;
 }
-inline int64_t tile_bytes64(const Linear24& p) {
+inline int64_t tile_bytes64(const Linear& p) {
   return scales_at64(p) + (p.scale_group != 0 ? p.num_scale_groups() * kTileRows64 * 2 : 0);
 }
 
 // Where x of 16-bit and 32-bit weights is Inf or NaN, a product takes 0 for it: what a row drops
 // must not be multiplied. This adds x times the kept weights there to the outputs of the tile rows
 // [begin, end), which become Inf or NaN. Defined in portable.cpp.
-void add_not_finite64(const Linear24& p, int64_t begin, int64_t end);
+void add_not_finite64(const Linear& p, int64_t begin, int64_t end);
 
 }  // namespace cast

@@ -110,13 +110,13 @@ cast::DType dtype_of(const char* op, const Tensor& x) {
 
 // A call's tensors as the kernels see them. The members keep alive what `p` points to.
 struct Call {
-  cast::Linear24 p;
+  cast::Linear p;
   Tensor rows, float_bias, out;
 };
 
 using cast::Weights;
 
-int64_t tile_bytes_of(const cast::Linear24& p, Weights weights) {
+int64_t tile_bytes_of(const cast::Linear& p, Weights weights) {
   if (p.kept != 0) return cast::tile_bytes64(p);
   switch (weights) {
     case Weights::kInt8:
@@ -140,7 +140,7 @@ struct More {
 Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
              const std::optional<Tensor>& bias, Weights weights, const More& more = {}) {
   Call call;
-  cast::Linear24& p = call.p;
+  cast::Linear& p = call.p;
   p.dtype = dtype_of(op, x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x has no dimension; [..., in_features] is needed");
   p.in_features = x.size(-1);
@@ -185,7 +185,7 @@ Call checked(const char* op, const Tensor& x, const Tensor& packed, int64_t out_
 }
 
 Tensor computed(const cast::Product& product, const Call& call) {
-  const cast::Linear24& p = call.p;
+  const cast::Linear& p = call.p;
   if (call.out.numel() == 0) return call.out;
   Tensor workspace = at::empty({product.workspace_bytes(p)}, call.rows.options().dtype(at::kByte));
   product.prepare(p, workspace.mutable_data_ptr());
@@ -195,7 +195,7 @@ Tensor computed(const cast::Product& product, const Call& call) {
   return call.out;
 }
 
-bool is_for_library(const cast::Linear24& p, int64_t least_tokens) {
+bool is_for_library(const cast::Linear& p, int64_t least_tokens) {
   return least_tokens > 0 && p.num_tokens >= least_tokens && p.out_features > 0;
 }
 

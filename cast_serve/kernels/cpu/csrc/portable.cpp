@@ -11,7 +11,7 @@ namespace cast {
 namespace {
 
 template <typename T>
-void add_not_finite(const Linear24& p, int64_t begin, int64_t end) {
+void add_not_finite(const Linear& p, int64_t begin, int64_t end) {
   constexpr int64_t step = 4 / sizeof(T);  // columns
   std::vector<int64_t> columns;
   for (int64_t token = 0; token < p.num_tokens; ++token) {
@@ -48,7 +48,7 @@ void add_not_finite(const Linear24& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void add_not_finite64(const Linear24& p, int64_t begin, int64_t end) {
+void add_not_finite64(const Linear& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
     case DType::kBFloat16:
       return add_not_finite<portable::BFloat16>(p, begin, end);
