@@ -79,9 +79,7 @@ def build() -> Path:
     try:
         with locked_cache():
             if not library.exists():
-                logger.warning(
-                    "building the CPU kernels once, about half a minute: %s", library
-                )
+                logger.warning("building the CPU kernels once, about half a minute: %s", library)
                 _compile(compiler, library)
     except OSError as error:
         raise KernelBuildError(
