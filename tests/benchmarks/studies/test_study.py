@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.studies import report, study
 from cast_serve.provenance import versions
+from cast_train.errors import StoppedError
 from tests.conftest import Opened
 
 ROWS: list[dict[str, Any]] = [
@@ -297,7 +298,7 @@ def test_a_run_that_was_stopped_stops_the_study(tmp_path: Path) -> None:
     script.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(script))
-        with pytest.raises(study.StoppedError, match="run the study again to go on"):
+        with pytest.raises(StoppedError, match="run the study again to go on"):
             study._call("run")
 
 
