@@ -14,6 +14,7 @@ namespace {
 struct Header {
   int64_t weights;      // as cast::Weights
   int64_t scale_group;  // of 4-bit weights, else 0
+  int64_t kept;         // of 64 columns; 0: 2:4
   int64_t dtype;        // as cast::DType
   int64_t num_tokens, out_features, in_features, packed_bytes;
 };
@@ -44,16 +45,19 @@ void compute(const Header& header) {
   if (has_scale) read(scale.data(), n * sizeof(float));
   read(bias.data(), n * sizeof(float));
 
-  cast::Linear24 p;
+  cast::Linear p;
   p.x = x.data, p.x_stride = k, p.packed = static_cast<const uint8_t*>(packed.data);
   p.scale = has_scale ? scale.data() : nullptr, p.bias = bias.data(), p.out = out.data;
   p.num_tokens = m, p.out_features = n, p.in_features = k, p.dtype = dtype;
-  p.scale_group = header.scale_group;
+  p.scale_group = header.scale_group, p.kept = header.kept;
   p.tuning = {0, 0, 0, cast::Prefetch::kNone};
 
   const cast::Product* products[] = {cast::kPortable.linear24, cast::kPortable.linear24_int8,
                                      cast::kPortable.linear24_int4, cast::kPortable.linear_int8};
-  const cast::Product& product = *products[header.weights];
+  const cast::Product* products64[] = {cast::kPortable.linear64, cast::kPortable.linear64_int8,
+                                       cast::kPortable.linear64_int4};
+  const cast::Product& product =
+      header.kept != 0 ? *products64[header.weights] : *products[header.weights];
   Buffer workspace(product.workspace_bytes(p));
   product.prepare(p, workspace.data);
   product.run(p, workspace.data, 0, p.num_tile_rows());

@@ -12,7 +12,7 @@ from torch import Tensor
 from cast_serve import kernels
 from cast_serve.kernels import reference
 from cast_serve.kernels.cpu import build
-from tests.cast_serve.kernels import test_linear24, test_linear24_int8
+from tests.cast_serve.kernels import test_linear24, test_linear24_int8, test_linear64
 from tests.programs import need
 
 DRIVER = Path(__file__).with_name("portable.cpp")
@@ -31,10 +31,12 @@ class Product:
     bias: Tensor
     scale: Tensor | None = None
     group: int = 0
+    kept: int = 0
 
     def to_bytes(self) -> bytes:
         sizes = (*self.x.shape[:1], *self.bias.shape, *self.x.shape[1:], self.packed.numel())
-        header = torch.tensor([self.weights, self.group, DTYPES.index(self.x.dtype), *sizes])
+        dtype = DTYPES.index(self.x.dtype)
+        header = torch.tensor([self.weights, self.group, self.kept, dtype, *sizes])
         parts = [header, self.x, self.packed, self.scale, self.bias]
         return b"".join(to_bytes(part) for part in parts if part is not None)
 
@@ -117,6 +119,21 @@ def test_integers_with_any_activations(kind: str, computed: Compute) -> None:
     assert outs[-1][2].isnan().all()
     outs[-1], expected[-1] = outs[-1][3:], expected[-1][3:]
     for out, exact in zip(outs, expected, strict=True):
+        test_linear24_int8.assert_same_to_rounding(out, exact)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), test_linear64.KINDS_AND_DTYPES, ids=str)
+def test_n_of_64(kind: str, dtype: torch.dtype, computed: Compute) -> None:
+    products, expected = [], []
+    for shape in test_linear64.SHAPES:
+        linear = test_linear64.make(kind, shape, dtype, is_exact=False)
+        scale, group = linear.others
+        for num_tokens in NUM_TOKENS:
+            x, bias = torch.randn(num_tokens, shape[1]).to(dtype), torch.randn(shape[0])
+            weights = 2 if group else 0 if scale is None else 1
+            products.append(Product(weights, x, linear.packed, bias, scale, group, linear.kept))
+            expected.append(linear.expected(x, bias))
+    for out, exact in zip(computed(products), expected, strict=True):
         test_linear24_int8.assert_same_to_rounding(out, exact)
 
 
