@@ -56,7 +56,7 @@ def test_linear_is_the_dense_product() -> None:
 def test_pack_refuses_what_is_not_two_of_four() -> None:
     values, bitmask = compress(weight_of((8, 64), torch.bfloat16))
     bitmask[0, 0] = 0
-    with pytest.raises(PatternError, match="not exactly two bits"):
+    with pytest.raises(PatternError, match="not have exactly 2 of 4"):
         reference.pack(values, bitmask)
 
 

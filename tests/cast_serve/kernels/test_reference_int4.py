@@ -76,7 +76,11 @@ def test_linear_is_the_dense_product_of_what_was_quantised(group: int) -> None:
         ({"values": torch.full((8, 64), 8)}, ValueError, "values are 8 to 8; 4 bits hold -8 to 7"),
         ({"scale": torch.full((8, 1), torch.nan)}, ValueError, "row 0 has a scale of nan; finite"),
         ({"scale": torch.full((8, 1), 3.4e38)}, ValueError, "a scale of 3.3[0-9]*e[+]38; finite"),
-        ({"bitmask": torch.zeros(8, 16, dtype=torch.uint8)}, PatternError, "not exactly two bits"),
+        (
+            {"bitmask": torch.zeros(8, 16, dtype=torch.uint8)},
+            PatternError,
+            "not have exactly 2 of 4",
+        ),
     ],
 )
 def test_pack_refuses_what_it_cannot_hold(
