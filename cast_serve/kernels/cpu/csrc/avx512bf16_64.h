@@ -61,7 +61,7 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* a
 #pragma GCC unroll 4
         for (int turn = 0; turn < kTurns; ++turn) {
           const int step = first + turn;
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + turn * ahead_step), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + turn * ahead_step), _MM_HINT_T1);
           const __m512i weights = next_bf16_step(values, tile + values_bytes, step);
 #pragma GCC unroll 8
           for (int token = 0; token < kTokens; ++token)

@@ -127,8 +127,8 @@ __attribute__((noinline)) void run_few_integers64(const Linear& p, const Integer
 #pragma GCC unroll 4
         for (int i_step = 0; i_step < kHalfSteps / kPhases; ++i_step) {
           const int step = phase * (kHalfSteps / kPhases) + i_step;
-          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T1);
           ahead += ahead_step;
           const __m512i first = steps.template next<0>(step);
 #pragma GCC unroll 8
