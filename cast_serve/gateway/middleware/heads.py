@@ -1,17 +1,19 @@
-"""Bounds on the heads of requests, in time and in bytes.
+"""Bounds on the heads of requests, in time and in bytes; streams to HTTP/1.0 clients.
 
 uvicorn limits the time between requests, but not the time that a head may take, and with httptools,
 whose responses cost less CPU time than h11's, not its bytes either. As the number of connections is
 limited, a few thousand unfinished heads would lock out every other client. A reverse proxy does
 this better, and more (docs/deploy.md has nginx's configuration); this is what the gateway needs to
-stay up without one.
+stay up without one. uvicorn sends an answer without a length in chunks, which HTTP/1.0 does not
+have: there the end of the connection ends it.
 """
 
 import asyncio
+import sys
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cast_serve.gateway.api.errors import APIError, send_error
 from cast_serve.gateway.api.paths import LIVENESS
@@ -109,6 +111,8 @@ class BoundedHead(HttpToolsProtocol):
             self.limit_concurrency = limit
         if self.cycle is not previous:
             self.cycle.scope["state"][ABORT] = self.transport.abort
+            if self.parser.get_http_version() == "1.0":
+                _send_until_close(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._has_progressed = True
@@ -130,3 +134,22 @@ class BoundedHead(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _send_until_close(cycle: RequestResponseCycle) -> None:
+    """Has an answer whose length is not known end with its connection, not with a last chunk."""
+    send = cycle.send
+    has_length = False
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            if not (has_length := b"content-length" in names):
+                cycle.chunked_encoding = False
+                cycle.expected_content_length = sys.maxsize  # uvicorn checks it
+        elif not has_length and not message.get("more_body", False):
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]

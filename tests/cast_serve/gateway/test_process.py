@@ -252,16 +252,28 @@ def test_no_stream_breaks_when_the_gateway_is_ended() -> None:
 
 
 @contextmanager
-def asking(process: Process, *fields: str) -> Iterator[socket.socket]:
+def asking(process: Process, *fields: str, version: str = "1.1") -> Iterator[socket.socket]:
     """A connection on which a stream was asked for."""
     body = b'{"model": "dense", "prompt": "a b", "stream": true}'
     with socket.create_connection(process.address, timeout=30) as client:
         more = "".join(f"{field}\r\n" for field in fields).encode()
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n%b"
-            b"Content-Length: %d\r\n\r\n%b" % (more, len(body), body)
+            b"POST /v1/completions HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\n%b"
+            b"Content-Length: %d\r\n\r\n%b" % (version.encode(), more, len(body), body)
         )
         yield client
+
+
+def test_a_stream_to_http_1_0_ends_with_its_connection() -> None:
+    with gateway() as process:
+        with asking(process, version="1.0") as client:
+            content = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        head, _, body = content.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        *words, done = body.split(b"\n\n")[:-1]
+        texts = [json.loads(word[len(b"data: ") :])["choices"][0]["text"] for word in words]
+        assert (texts, done) == (["one", " two"], b"data: [DONE]")
 
 
 LONG = ("x" * 100_000,) * 200  # a stream larger than all buffers between the two
