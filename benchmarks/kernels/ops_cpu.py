@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.kernels.shapes import random_weight, scale_group_of
 from cast_serve import kernels
+from cast_serve.sparsity.bitmask import unpack_bits
 from cast_serve.sparsity.quantize import quantize_rows
 
 MAX_ERROR = 0.02  # relative, of an op's output; quantised activations have 0.008 to 0.01
@@ -132,7 +133,7 @@ def _sparse(
     group = scale_group_of(weights) or None
     row_scale = None if group else scale
     exact = values.new_zeros(out_features, in_features, dtype=torch.float32)
-    exact[_mask_of(bitmask)] = values.float().flatten()
+    exact[unpack_bits(bitmask, in_features)] = values.float().flatten()
     if group and scale is not None:
         exact *= scale.float().repeat_interleave(group, dim=1)[:, :in_features]
     elif scale is not None:
@@ -146,10 +147,6 @@ def _sparse(
         )
 
     return exact, packed, make
-
-
-def _mask_of(bitmask: Tensor) -> Tensor:
-    return (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)
 
 
 def check(layers: dict[str, list[Linear]], exact: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.sparsity.bitmask import pack_mask
-from cast_serve.sparsity.pattern import TWO_FOUR, Pattern
+from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
 
 # (in_features, out_features) of the linears as vLLM merges them.
 SHAPES = {
@@ -95,11 +95,9 @@ def random_weight(
         0.004 to 0.012 and exact in bf16, of 4 bits bf16 [out_features, ceil(in_features / scale
         group)], 0.06 to 0.19, of bf16 None.
     """
-    n, m = (2, 4) if kept is None else (kept, 64)
-    scores = torch.rand(out_features, in_features // m, m)
-    mask = torch.zeros(scores.shape, dtype=torch.bool)
-    bitmask = pack_mask(mask.scatter_(-1, scores.topk(n, dim=-1).indices, True).flatten(1))
-    num_kept = (out_features, in_features // m * n)
+    pattern = TWO_FOUR if kept is None else Pattern(kept, 64)
+    bitmask = pack_mask(hard_mask(torch.rand(out_features, in_features), pattern))
+    num_kept = (out_features, in_features // pattern.m * pattern.n)
     if weights == "bf16":
         return torch.randn(num_kept).bfloat16(), bitmask, None
     group = scale_group_of(weights)

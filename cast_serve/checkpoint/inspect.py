@@ -11,7 +11,7 @@ from cast_serve.checkpoint.linear import (
     check_integers,
     check_scale,
 )
-from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, read_json
+from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, kept_in_words, read_json
 from cast_serve.checkpoint.stored import shape_of, tensor_files
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import PatternError
@@ -117,9 +117,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def _described(directory: ModelDirectory) -> str:
     if not directory.kept_of_64:
         return str(directory.pattern)
-    kept = [directory.pattern_of(name).stored.n for name in directory.targets]
-    least, most = min(kept), max(kept)
-    return f"{least}:64" if least == most else f"{least}-{most}:64"
+    return kept_in_words(directory.pattern_of(name).stored.n for name in directory.targets)
 
 
 def count_sparse(path: Path) -> tuple[int, bool]:

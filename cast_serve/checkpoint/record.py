@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,13 @@ def pattern_of(record: Mapping[str, Any]) -> tuple[int, int]:
     """n and m of cast.json; 2 and 4 where it does not say."""
     n, m = record.get("n"), record.get("m")
     return 2 if n is None else n, 4 if m is None else m
+
+
+def kept_in_words(kept: Iterable[int]) -> str:
+    """N of each of some linears of N:64 -> ``32:64``, or ``28-40:64`` if they differ."""
+    counts = set(kept)
+    least, most = min(counts), max(counts)
+    return f"{least}:64" if least == most else f"{least}-{most}:64"
 
 
 def checked_kept(where: str | Path, kept: Any) -> dict[str, int]:

@@ -5,9 +5,10 @@ Apart from config.py, since it must be known also where that cannot be imported.
 
 from typing import Any
 
+from cast_serve.checkpoint.declared import BITMASK_24, BITMASK_64
+
 METHOD = "cast_sparse24"  # the quantisation method, as vLLM's --quantization names it
-WIDE_FORMAT = "sparse-64-bitmask"  # of N:64
-FORMATS = ("sparse-24-bitmask", WIDE_FORMAT)
+FORMATS = (BITMASK_24, BITMASK_64)
 
 
 def claims(quantization: dict[str, Any] | None, user_quant: str | None) -> bool:

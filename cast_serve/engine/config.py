@@ -10,7 +10,6 @@ Served as they are: sparse weights as bitmasks in the model's dtype or in 4 bits
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,12 +29,15 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from cast_serve.engine.claims import FORMATS, METHOD, WIDE_FORMAT, claims
+from cast_serve.checkpoint.declared import BITMASK_64
+from cast_serve.checkpoint.record import checked_kept
+from cast_serve.engine.claims import FORMATS, METHOD, claims
 from cast_serve.engine.head import Int8HeadMethod
 from cast_serve.engine.linear import SparseLinearMethod, Stored
 from cast_serve.engine.report import kernel_of
 from cast_serve.errors import UsageError
 from cast_serve.kernels.cpu import build
+from cast_serve.sparsity.pattern import TWO_FOUR, WORD, Pattern, PatternError
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
@@ -121,7 +123,7 @@ class SparseConfig(QuantizationConfig):
             stored = _stored(form, scheme, has_zeros)
             return cls(unquantized, stored, unquantized)
         kept = _kept(sparsity)
-        kept_of_64 = sparsity.get("kept_of_64")
+        kept_of_64 = checked_kept("config.json", sparsity.get("kept_of_64"))
         ignore = list(sparsity.get("ignore") or [])
         if form == "dense" and not scheme:
             return cls([*ignore, *unquantized], Stored(kept=kept), kept_of_64=kept_of_64)
@@ -217,20 +219,24 @@ def _kept(sparsity: Mapping[str, Any]) -> int | None:
         UsageError: if it is not served here.
     """
     structure, targets = sparsity.get("sparsity_structure"), sparsity.get("targets")
-    kept = re.fullmatch(r"([1-9]|[1-5]\d|6[0-3]):64", str(structure))
-    is_wide = sparsity.get("format") == WIDE_FORMAT
-    if targets != ["Linear"] or (kept is None if is_wide else structure != "2:4"):
+    is_wide = sparsity.get("format") == BITMASK_64
+    try:
+        pattern = Pattern.parse(str(structure))
+    except PatternError:
+        pattern = None
+    is_known = pattern is not None and (pattern.m == WORD if is_wide else pattern == TWO_FOUR)
+    if targets != ["Linear"] or not is_known:
         raise UsageError(
             f"the format {sparsity.get('format')} with sparsity_structure {structure!r} and "
             f"targets {targets} is not served; {'N:64' if is_wide else '2:4'} on ['Linear'] is "
             "needed"
         )
-    if kept is not None and not current_platform.is_cpu():
+    if is_wide and not current_platform.is_cpu():
         raise UsageError(
             f"the checkpoint keeps {structure} weights, which only CPUs multiply here; GPUs take "
             "2:4: serve the dense twin there (cast-serve convert SRC OUT --dense-twin DIR)"
         )
-    return None if kept is None else int(kept[1])
+    return pattern.n if is_wide and pattern is not None else None
 
 
 def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from cast_serve.checkpoint.record import kept_in_words
 from cast_serve.errors import FailedError
 from cast_serve.kernels.cpu import tuning
 from cast_serve.kernels.gpu import dispatch
@@ -29,7 +30,7 @@ def report(model: nn.Module) -> dict[str, Any]:
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
     runs_on = kernel = None
-    patterns: set[tuple[int, int]] = set()
+    kept: set[int | None] = set()
     head = ""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "packed"):
@@ -44,7 +45,7 @@ def report(model: nn.Module) -> dict[str, Any]:
             if hasattr(module, "scale"):
                 weight_bytes += module.scale.nbytes
             kernel, runs_on = kernel_of(module)
-            patterns.add((2, 4) if module.cast_kept is None else (module.cast_kept, 64))
+            kept.add(module.cast_kept)
             itemsize = module.params_dtype.itemsize
             dense_weight_bytes += module.cast_out_features * module.cast_in_features * itemsize
         else:
@@ -59,7 +60,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         "dense_weight_bytes": dense_weight_bytes,
         "kernel": kernel,
         "isa": runs_on,
-        "pattern": _pattern(patterns),
+        "pattern": _pattern(kept),
         "head": head,
     }
 
@@ -125,11 +126,10 @@ def kernel_of(layer: nn.Module) -> tuple[str, str]:
     return op, f"sm_{card.major}{card.minor}"
 
 
-def _pattern(patterns: Collection[tuple[int, int]]) -> str | None:
-    if not patterns:
-        return None
-    (least, m), (most, _) = min(patterns), max(patterns)
-    return f"{least}:{m}" if least == most else f"{least}-{most}:{m}"
+def _pattern(kept: Collection[int | None]) -> str | None:
+    """Of the sparse linears' `cast_kept`; a directory is 2:4 or N:64."""
+    of_64 = [n for n in kept if n is not None]
+    return kept_in_words(of_64) if of_64 else "2:4" if kept else None
 
 
 def _dense_bytes(module: LinearBase) -> int:

@@ -18,7 +18,7 @@ from cast_serve.kernels.reference import (
     packed_shape,
     unpack,
 )
-from cast_serve.kernels.reference64 import pack64, packed_shape64, unpack64
+from cast_serve.kernels.reference64 import pack64, packed_shape64
 from cast_serve.kernels.reference_int4 import int4_packed_shape, pack_int4, unpack_int4
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "load",
     "multiply",
     "pack",
-    "pack64",
     "pack_dense",
     "pack_int4",
     "pack_sparse",
@@ -40,7 +39,6 @@ __all__ = [
     "packed_shape64",
     "supported_isas",
     "unpack",
-    "unpack64",
     "unpack_int4",
 ]
 

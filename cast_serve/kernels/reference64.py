@@ -23,6 +23,8 @@ from torch import Tensor
 
 from cast_serve.errors import PatternError
 from cast_serve.kernels.reference import INT8_TILE_COLUMNS, TILE_COLUMNS
+from cast_serve.sparsity.bitmask import pack_mask, unpack_bits, unpack_mask
+from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, quantize_groups
 
 TILE_ROWS64 = 16
@@ -104,7 +106,7 @@ def pack64(
         _check_int4(values)
         low, high = (ordered + 8).view(torch.uint8).chunk(2, dim=2)
         parts = [low | high << 4]
-    parts.append(_bits(in_order.flatten(2)))
+    parts.append(pack_mask(in_order.flatten(2)))
     if scale_group is not None and scale is not None:
         if not scale.bfloat16().isfinite().all():
             raise ValueError("a scale is not finite in bf16: convert the model again")
@@ -142,9 +144,8 @@ def unpack64(
     scale_bytes = 0 if scale_group is None else TILE_ROWS64 * columns // scale_group * 2
     sizes = [shape[2] - mask_bytes - scale_bytes, mask_bytes, scale_bytes]
     values, masks, scales = packed.split(sizes, dim=2)
-    shifts = torch.arange(8, dtype=torch.uint8)
     step_columns = 4 // dtype.itemsize
-    in_order = (masks.unsqueeze(-1) >> shifts & 1).bool()
+    in_order = unpack_bits(masks.flatten(0, 1), mask_bytes * 8)
     in_order = in_order.view(*shape[:2], columns // step_columns, TILE_ROWS64, step_columns)
     if scale_group is not None:
         values = torch.cat([values & 15, values >> 4], dim=2).view(torch.int8) - 8
@@ -233,15 +234,7 @@ def _padded_mask(bitmask: Tensor, kept: int, rows: int, columns: int) -> Tensor:
     Raises:
         PatternError: if a word has not `kept` bits.
     """
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    found = (bitmask.unsqueeze(-1) >> shifts & 1).bool().flatten(1)
-    counts = found.unflatten(1, (-1, 64)).sum(-1)
-    if (counts != kept).any():
-        row, word = (counts != kept).nonzero()[0].tolist()
-        raise PatternError(
-            f"row {row}, columns {word * 64} to {word * 64 + 63} keep {int(counts[row, word])} "
-            f"weights, not {kept}: the file is damaged; copy the directory again"
-        )
+    found = unpack_mask(bitmask, bitmask.shape[1] * 8, pattern=Pattern(kept, TILE_COLUMNS))
     mask = (torch.arange(columns, device=bitmask.device) % 64 < kept).repeat(rows, 1)
     mask[: len(found), : found.shape[1]] = found
     return mask
@@ -255,12 +248,6 @@ def _in_order(rows: Tensor, dtype: torch.dtype) -> Tensor:
         -1, TILE_ROWS64, rows.shape[1] // columns, columns // step_columns, step_columns
     )
     return tiles.permute(0, 2, 3, 1, 4)
-
-
-def _bits(flags: Tensor) -> Tensor:
-    """bool [..., 8 n] -> uint8 [..., n], the first in the lowest bit."""
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=flags.device)
-    return (flags.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
 def _check_int4(values: Tensor) -> None:

@@ -45,8 +45,8 @@ def compress(
         -0.0 is stored as 0.0.
 
     Raises:
-        PatternError: if it is no such weight, in_features has no whole words (2:4: groups), or a
-            group has more than N non-zeros.
+        PatternError: if weight has another dtype or shape, in_features has no whole words (2:4:
+            groups), or a group has more than N non-zeros.
     """
     if weight.dim() != 2 or weight.numel() == 0 or weight.dtype not in DTYPES:
         raise PatternError(
@@ -119,7 +119,7 @@ def unpack_bits(bitmask: Tensor, in_features: int, name: str = "weight") -> Tens
     """The inverse of `pack_mask`, with any number of bits.
 
     Raises:
-        PatternError: if it is no bitmask of so many columns.
+        PatternError: if its dtype or shape is not that of a bitmask of in_features columns.
     """
     is_bytes = bitmask.dim() == 2 and bitmask.dtype == torch.uint8
     if not is_bytes or in_features <= 0 or bitmask.shape[1] != -(-in_features // 8):
@@ -138,8 +138,8 @@ def unpack_mask(
     """The inverse of `pack_mask`.
 
     Raises:
-        PatternError: if it is no bitmask of so many columns, or a word (2:4: a group) has another
-            number of bits than N.
+        PatternError: if its dtype or shape is not that of a bitmask of in_features columns, or a
+            word (2:4: a group) does not have exactly N bits.
     """
     stored = pattern.stored
     mask = unpack_bits(bitmask, in_features, name)

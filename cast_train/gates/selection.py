@@ -182,8 +182,9 @@ def _threshold(logits: Tensor, n: int) -> Tensor:
 def gumbel_topk(scores: Tensor, n: int, m: int, tau: float, noise: float) -> Tensor:
     """A softmax over the C(M, N) patterns of a group, with Gumbel noise on each pattern's score.
 
-    A pattern's score is the sum of its weights' scores, so without noise this is `soft_topk`, at
-    the cost of C(M, N) numbers a group; with noise the groups try other patterns than their best.
+    A pattern's score is the sum of its weights' scores, so without noise this is the marginal of a
+    choice, as 2:4's `soft_topk` is, at the cost of C(M, N) numbers a group; with noise
+    the groups try other patterns than their best.
     Source of the noise: Fang et al., "MaskLLM", 2024 (there each pattern has a logit of its own).
 
     Args:

@@ -4,17 +4,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
-def tiny_llama(hidden_size: int = 32) -> PreTrainedModel:
+def tiny_llama(hidden_size: int = 32, **changes: int) -> PreTrainedModel:
+    """Two layers, or what `changes` of LlamaConfig make of them."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        tie_word_embeddings=True,
-    )
+    settings = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+    }
+    config = LlamaConfig(**{**settings, **changes}, tie_word_embeddings=True)
     return LlamaForCausalLM(config).bfloat16()
 
 

@@ -61,8 +61,12 @@ class Form(ABC):
         """
 
     def dense_weight(self, name: str) -> Tensor:
-        """The weight of a module of `dense`, as the model stores it."""
-        raise NotImplementedError
+        """The weight of a module of `dense`, as the model stores it.
+
+        Raises:
+            KeyError: if it is not one of them.
+        """
+        raise KeyError(f"{name} is not in {self.dense}, which is {self.kind}")
 
     @property
     def scale_group(self) -> int | None:

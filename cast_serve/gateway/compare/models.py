@@ -16,6 +16,7 @@ from cast_serve.checkpoint.record import (
     CAST_JSON,
     SCALES_TRAINED,
     CheckpointError,
+    kept_in_words,
     pattern_of,
     read_json,
     read_record,
@@ -99,9 +100,7 @@ def _pattern(record: dict[str, Any]) -> str:
     n, m = record["n"], record["m"]
     if not (kept := record.get("kept_of_64")):
         return f"{n}:{m}"
-    of_64 = [kept.get(name, n * 64 // m) for name in record["targets"]]
-    least, most = min(of_64), max(of_64)
-    return f"{least}:64" if least == most else f"{least}-{most}:64"
+    return kept_in_words(kept.get(name, n * 64 // m) for name in record["targets"])
 
 
 def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:

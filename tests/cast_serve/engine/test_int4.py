@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
@@ -23,6 +23,7 @@ from tests.cast_serve.engine.test_fixtures import (  # noqa: E402, F401
     run_in_vllm,
     weight_of,
 )
+from tests.cast_serve.tiny import tiny_llama  # noqa: E402
 
 # What vLLM's own imports warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -30,19 +31,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 UP = "model.layers.0.mlp.up_proj"
 
 
-def model() -> LlamaForCausalLM:
+def model() -> PreTrainedModel:
     """Whose MLP has 96 and 160 columns: the last scale group is partial with 64 and 128."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=96,
+    return tiny_llama(
+        96,
         intermediate_size=160,
         num_hidden_layers=1,
         num_attention_heads=12,
         num_key_value_heads=4,
         vocab_size=64,
-        tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).bfloat16()
 
 
 @pytest.mark.parametrize(("scale_group", "head"), [(128, "int8"), (64, None), (32, "int8")])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
@@ -24,6 +24,7 @@ from tests.cast_serve.engine.test_fixtures import (  # noqa: E402, F401
     run_in_vllm,
     weight_of,
 )
+from tests.cast_serve.tiny import tiny_llama  # noqa: E402
 
 # What vLLM's own imports warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -31,19 +32,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TOKENS = torch.arange(NUM_TOKENS)[None]
 
 
-def model() -> LlamaForCausalLM:
+def model() -> PreTrainedModel:
     """Whose MLP has 192 columns: the kernels' last tile of 8 and 4 bits is half a tile."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
+    return tiny_llama(
+        128,
         intermediate_size=192,
         num_hidden_layers=1,
         num_attention_heads=16,
         num_key_value_heads=4,
         vocab_size=64,
-        tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).bfloat16()
 
 
 @pytest.mark.parametrize("pattern", ["32:64", "10:16"])

@@ -13,6 +13,8 @@ from cast_serve.kernels.cpu import tuning
 from cast_serve.kernels.reference import packed_shape
 from cast_serve.kernels.reference64 import pack64, packed_shape64, unpack64
 from cast_serve.kernels.reference_int4 import int4_packed_shape
+from cast_serve.sparsity.bitmask import pack_mask
+from cast_serve.sparsity.pattern import Pattern, hard_mask
 from tests.cast_serve.kernels.test_linear24_int8 import (
     DTYPES,
     NUM_TOKENS,
@@ -59,14 +61,7 @@ class Linear:
 
 
 def random_mask(out_features: int, in_features: int, kept: int) -> Tensor:
-    scores = torch.rand(out_features, in_features // 64, 64)
-    indices = scores.topk(kept, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).flatten(1)
-
-
-def bitmask_of(mask: Tensor) -> Tensor:
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
-    return (mask.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return hard_mask(torch.rand(out_features, in_features), Pattern(kept, 64))
 
 
 def make(
@@ -90,7 +85,7 @@ def make(
         scales = scale_shape(kind, (out_features, in_features))
         scale = torch.exp2(torch.randint(-9, -5, scales).float())
         scale = scale if is_exact else torch.rand(scales) * 1e-2 + 1e-3
-    return Linear(values, bitmask_of(mask), kept, kind, scale)
+    return Linear(values, pack_mask(mask), kept, kind, scale)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)
@@ -141,7 +136,7 @@ def test_the_largest_integers_do_not_overflow(
     values[1::2] = least
     mask = random_mask(16, 640, 63)
     scale = torch.ones(scale_shape(kind, (16, 640)))
-    linear = Linear(values, bitmask_of(mask), 63, kind, scale)
+    linear = Linear(values, pack_mask(mask), 63, kind, scale)
     x = torch.full((num_tokens, 640), -127.0)
     x[1::3] = 127.0
     assert torch.equal(linear(x), x[:, :1] * 630 * values[:, 0])
@@ -195,7 +190,7 @@ def test_unpacking_gives_back_what_was_packed(
     linear = make(kind, shape, dtype, is_exact=False)
     group = linear.others[1] or None
     weight, mask, scale = unpack64(linear.packed, *shape, linear.values.dtype, group)
-    assert torch.equal(bitmask_of(mask), linear.bitmask)
+    assert torch.equal(pack_mask(mask), linear.bitmask)
     assert torch.equal(weight[mask], linear.values.flatten())
     assert not weight[~mask].any()
     if linear.scale is not None and group:
@@ -222,7 +217,7 @@ def test_a_word_with_another_number_of_bits_is_refused() -> None:
     linear = make("int8", (40, 128, 32))
     bitmask = linear.bitmask.clone()
     bitmask[7, 8:16] = 255
-    with pytest.raises(PatternError, match="row 7, columns 64 to 127 keep 64 weights, not 32"):
+    with pytest.raises(PatternError, match=r"exactly 32 of 64.* row 7, word 1, with 64"):
         pack64(linear.values, bitmask)
 
 

@@ -39,21 +39,6 @@ inline __m512i broadcast_4_bytes(const void* from) {
   return _mm512_set1_epi32(four);
 }
 
-// Sixteen rows of a token from out_feature n on -> x's dtype, with scale and bias.
-inline void store_rows(const Linear& p, int64_t n, int64_t token, __m512 sum) {
-  const int64_t left = std::min(p.out_features - n, kTileRows64), size = element_bytes(p.dtype);
-  if (left <= 0) return;
-  const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
-  if (p.scale != nullptr) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(inside, p.scale + n));
-  if (p.bias != nullptr) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, p.bias + n));
-  uint8_t* out = static_cast<uint8_t*>(p.out) + (token * p.out_features + n) * size;
-  alignas(64) uint8_t rounded[64];
-  uint8_t* to = left == kTileRows64 ? out : rounded;
-  store_8(p.dtype, _mm512_castps512_ps256(sum), to);
-  store_8(p.dtype, _mm512_extractf32x8_ps(sum, 1), to + 8 * size);
-  if (to == rounded) std::memcpy(out, rounded, left * size);
-}
-
 // f(tile, token) for all of x, sixteen tokens at a time: more rows at once are more than a CPU
 // prefetches by itself.
 template <typename Function>
@@ -81,6 +66,28 @@ inline void for_each_block(int64_t tokens, const Function& f) {
     with_constant<kMost>(tokens * (block + 1) / num_blocks - first,
                          [&]<int kTokens>() { f.template operator()<kTokens>(first); });
   }
+}
+
+// Some tokens' sums of a panel, [token][tile row][16 rows], in registers.
+template <int kTokens>
+using PanelSums = __m512[kPanelTileRows][kTokens];
+
+template <int kTokens>
+inline void load_sums(const float* from, PanelSums<kTokens>& sums) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kPanelTileRows; ++j)
+#pragma GCC unroll 12
+    for (int token = 0; token < kTokens; ++token)
+      sums[j][token] = _mm512_load_ps(from + (token * kPanelTileRows + j) * kTileRows64);
+}
+
+template <int kTokens>
+inline void keep_sums(const PanelSums<kTokens>& sums, float* to) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kPanelTileRows; ++j)
+#pragma GCC unroll 12
+    for (int token = 0; token < kTokens; ++token)
+      _mm512_store_ps(to + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
 }
 
 // Many tokens. expand(tile bytes, to[step]) expands one tile; multiply<kTokens>(panel, the number
@@ -114,7 +121,7 @@ inline void run_panels(const Linear& p, int64_t begin, int64_t end, const Expand
       }
       for (int64_t token = 0; token < tokens; ++token)
         for (int j = 0; j < kPanelTileRows && row + j < end; ++j)
-          store_rows(p, (row + j) * kTileRows64, first + token,
+          store_rows(p, (row + j) * kTileRows64, p.out_features, first + token,
                      _mm512_load_ps(sums + (token * kPanelTileRows + j) * kTileRows64));
     }
 }

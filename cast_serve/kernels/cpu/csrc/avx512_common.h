@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "linear24.h"
 
@@ -42,6 +43,22 @@ inline void store_8(DType dtype, __m256 floats, void* out) {
     halves = _mm256_cvtepi32_epi16(_mm256_srli_epi32(result, 16));
   }
   _mm_storeu_si128(static_cast<__m128i*>(out), halves);
+}
+
+// Sums of a token for the out_features from n on, sixteen or up to last_n -> x's dtype, with scale
+// and bias.
+inline void store_rows(const Linear& p, int64_t n, int64_t last_n, int64_t token, __m512 sums) {
+  const int64_t left = std::min<int64_t>(last_n - n, 16), size = element_bytes(p.dtype);
+  if (left <= 0) return;
+  const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
+  if (p.scale) sums = _mm512_mul_ps(sums, _mm512_maskz_loadu_ps(inside, p.scale + n));
+  if (p.bias) sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(inside, p.bias + n));
+  uint8_t* out = static_cast<uint8_t*>(p.out) + (token * p.out_features + n) * size;
+  alignas(64) uint8_t rounded[64];
+  uint8_t* to = left == 16 ? out : rounded;
+  store_8(p.dtype, _mm512_castps512_ps256(sums), to);
+  store_8(p.dtype, _mm512_extractf32x8_ps(sums, 1), to + 8 * size);
+  if (to == rounded) std::memcpy(out, rounded, left * size);
 }
 
 // Lane i of the result is the sum of the lanes of sums[i].

@@ -169,26 +169,14 @@ struct TileWalk {
   }
 };
 
-// A slab's sums, [16 rows][padded token][row], of some tokens -> x's dtype, with scale and bias.
+// A slab's sums, [16 rows][padded token][row], of some tokens.
 inline void store_slab(const Linear& p, int64_t first_n, int64_t last_n, int64_t first_token,
                        int64_t padded, const float* sums) {
   const int64_t tokens = std::min(p.num_tokens - first_token, padded);
-  const int64_t size = element_bytes(p.dtype);
   for (int64_t token = 0; token < tokens; ++token)
-    for (int64_t n = first_n; n < last_n; n += kLaneRows) {
-      const int64_t left = std::min<int64_t>(last_n - n, kLaneRows);
-      const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
-      __m512 sum = _mm512_load_ps(sums + (n - first_n) * padded + token * kLaneRows);
-      if (p.scale) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(inside, p.scale + n));
-      if (p.bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, p.bias + n));
-      uint8_t* out =
-          static_cast<uint8_t*>(p.out) + ((first_token + token) * p.out_features + n) * size;
-      alignas(64) uint8_t rounded[64];
-      uint8_t* to = left == kLaneRows ? out : rounded;
-      store_8(p.dtype, _mm512_castps512_ps256(sum), to);
-      store_8(p.dtype, _mm512_extractf32x8_ps(sum, 1), to + 8 * size);
-      if (to == rounded) std::memcpy(out, rounded, left * size);
-    }
+    for (int64_t n = first_n; n < last_n; n += kLaneRows)
+      store_rows(p, n, last_n, first_token + token,
+                 _mm512_load_ps(sums + (n - first_n) * padded + token * kLaneRows));
 }
 
 // kAtOnce: all tokens, multiplied at once; 0: more than eight. A function for each, since GCC keeps

@@ -73,7 +73,7 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* a
     for (int token = 0; token < kTokens; ++token) {
       __m512 sum = sums[0][token];
       for (int turn = 1; turn < kTurns; ++turn) sum = _mm512_add_ps(sum, sums[turn][token]);
-      store_rows(p, row * kTileRows64, token, sum);
+      store_rows(p, row * kTileRows64, p.out_features, token, sum);
     }
   }
 }
@@ -81,12 +81,8 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* a
 template <int kTokens>
 inline void multiply_bf16_64(const Panel& panel, int64_t num_tiles, const uint8_t* x,
                              int64_t x_bytes, float* all_sums) {
-  __m512 sums[kPanelTileRows][kTokens];
-#pragma GCC unroll 4
-  for (int j = 0; j < kPanelTileRows; ++j)
-#pragma GCC unroll 12
-    for (int token = 0; token < kTokens; ++token)
-      sums[j][token] = _mm512_load_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64);
+  PanelSums<kTokens> sums;
+  load_sums<kTokens>(all_sums, sums);
   for (int64_t i = 0; i < num_tiles; ++i, x += x_bytes) {
 #pragma GCC unroll 2
     for (int step = 0; step < kSteps64; ++step) {
@@ -102,11 +98,7 @@ inline void multiply_bf16_64(const Panel& panel, int64_t num_tiles, const uint8_
       }
     }
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < kPanelTileRows; ++j)
-#pragma GCC unroll 12
-    for (int token = 0; token < kTokens; ++token)
-      _mm512_store_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
+  keep_sums<kTokens>(sums, all_sums);
 }
 
 inline void multiply_all_bf16_64(const Linear& p, const uint8_t* x, int64_t begin, int64_t end) {

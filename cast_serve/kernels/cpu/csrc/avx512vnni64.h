@@ -165,7 +165,7 @@ __attribute__((noinline)) void run_few_integers64(const Linear& p, const Integer
       x.scales += kTokens;
     }
     for (int token = 0; token < kTokens; ++token)
-      store_rows(p, row * kTileRows64, token, sums[token]);
+      store_rows(p, row * kTileRows64, p.out_features, token, sums[token]);
   }
 }
 
@@ -175,12 +175,8 @@ inline void multiply_integers64(const Linear& p, const Panel& panel, const Integ
                                 int64_t first_tile, int64_t num_tiles, int64_t first,
                                 const uint8_t* const* rows, float* all_sums) {
   constexpr int kStarts = kGroups == 0 ? 1 : kGroups, kGroupSteps = kSteps64 / kStarts;
-  __m512 sums[kPanelTileRows][kTokens];
-#pragma GCC unroll 4
-  for (int j = 0; j < kPanelTileRows; ++j)
-#pragma GCC unroll 12
-    for (int token = 0; token < kTokens; ++token)
-      sums[j][token] = _mm512_load_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64);
+  PanelSums<kTokens> sums;
+  load_sums<kTokens>(all_sums, sums);
   for (int64_t i = 0; i < num_tiles; ++i) {
     const int64_t at = (first_tile + i) * p.num_tokens + first;
     const uint8_t* x = all_x.integers + at * kInt8TileColumns;
@@ -222,11 +218,7 @@ inline void multiply_integers64(const Linear& p, const Panel& panel, const Integ
       }
     }
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < kPanelTileRows; ++j)
-#pragma GCC unroll 12
-    for (int token = 0; token < kTokens; ++token)
-      _mm512_store_ps(all_sums + (token * kPanelTileRows + j) * kTileRows64, sums[j][token]);
+  keep_sums<kTokens>(sums, all_sums);
 }
 
 template <int kGroups>
