@@ -57,7 +57,7 @@ class Way:
         if step is not None:
             targets, _ = find_targets(self.model, config.pattern)
             scores = wanda_scores(self.model, targets, blocks)
-            self.gates = gating.attach(targets, config.pattern, scores)
+            self.gates = gating.attach(targets, dict.fromkeys(targets, config.pattern), scores)
             self.phase = phase_at(step, config)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.parameter_bytes = sum(p.nbytes for p in trained)

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ from cast_serve.errors import FailedError, UsageError
 from cast_serve.options import PASSED_ON, VERSION, of_source_tree, option
 from cast_train import memory
 from cast_train.errors import StoppedError
+
+if TYPE_CHECKING:
+    from cast_serve.checkpoint.quantization import Quantization
+    from cast_serve.sparsity.pattern import Pattern
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -33,9 +37,15 @@ Text = Annotated[list[Path], option("FILE", "UTF-8 text; repeat for more files."
 MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub.")
 ZEROS = option(
     "SHARE",
-    "Share of zeros, such as 0.45: if --sparsity has more, the linears whose pruning would "
-    "hurt most for their size stay dense.",
-    "1.0",
+    "Share of zeros over all targets, such as 0.45, spent where it costs least: with --sparsity "
+    "N:64 by an N for each linear, else by leaving some linears dense.",
+    "those of --sparsity",
+)
+BITS = option(
+    "N",
+    "In place of --zeros, with --sparsity N:64: stored bits a weight, in the form of --quantize, "
+    "such as 5 with int8 for 50 % zeros.",
+    "none",
 )
 
 
@@ -78,6 +88,7 @@ def run(
     ] = None,
     sparsity: Annotated[str | None, option("N:M", "N are kept of every M weights.", "2:4")] = None,
     zeros: Annotated[float | None, ZEROS] = None,
+    bits: Annotated[float | None, BITS] = None,
     start: Annotated[
         str | None,
         option("NAME", "Gates' first order: auto, ones, magnitude, wanda, sparsegpt.", "auto"),
@@ -137,6 +148,8 @@ def run(
     With --convert also compresses the checkpoint, and ends with the line of `cast-serve inspect`.
     """
     with _working():
+        from cast_serve.checkpoint.quantization import Quantization
+        from cast_serve.sparsity.quantize import SCALE_GROUP
         from cast_train.config import TrainConfig
 
         if quantize == "none":
@@ -168,6 +181,12 @@ def run(
             quantize=quantize if is_trained_so else None,
             scale_group=scale_group if train_quantized else None,
         )
+        if bits is not None:
+            form = settings.quantization
+            if form is None:
+                form = Quantization.asked(quantize, scale_group or SCALE_GROUP)
+            budget = {"zeros": _zeros_of(bits, zeros, settings.pattern, form)}
+            settings = TrainConfig.from_dict(settings.as_dict() | budget)
         from cast_train import sharding
         from cast_train.training.run import train
 
@@ -283,10 +302,12 @@ def oneshot(
     solve: Annotated[
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
-    zeros: Annotated[float, ZEROS] = 1.0,
-    allocation: Annotated[
-        str, option("NAME", "How --zeros chooses the linears that stay dense: fisher or gates.")
-    ] = "fisher",
+    zeros: Annotated[float | None, ZEROS] = None,
+    bits: Annotated[float | None, BITS] = None,
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        option("int8|int4", "With --bits: the form that they count.", "bf16"),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         option("REGEX", "Linears whose names match stay dense; repeat for more.", "none"),
@@ -294,8 +315,15 @@ def oneshot(
 ) -> None:
     """Prunes a dense model without training: the baseline to beat."""
     with _working():
+        from cast_serve.checkpoint.quantization import Quantization
+        from cast_serve.sparsity.pattern import Pattern
         from cast_train.pruning import oneshot as pruning
 
+        if quantize is not None and bits is None:
+            raise UsageError(f"--quantize {quantize} needs --bits N here; give both or none")
+        if bits is not None:
+            form = Quantization.asked(quantize)
+            zeros = _zeros_of(bits, zeros, Pattern.parse(sparsity), form)
         record = pruning.write_pruned(
             model,
             text or [],
@@ -304,8 +332,7 @@ def oneshot(
             sparsity,
             mask,
             solve,
-            zeros,
-            allocation,
+            1.0 if zeros is None else zeros,
             exclude=exclude or [],
         )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
@@ -376,6 +403,17 @@ def study(context: typer.Context) -> None:
     """Compares ways of learning the pattern, at equal tokens; needs the source tree."""
     with _working():
         of_source_tree(context, "benchmarks.studies.command").main(context.args)
+
+
+def _zeros_of(
+    bits: float, zeros: float | None, pattern: "Pattern", form: "Quantization | None"
+) -> float:
+    """The share of zeros of --bits, which stands in place of --zeros."""
+    from cast_train.pruning.allocate import zeros_of_bits
+
+    if zeros is not None:
+        raise UsageError(f"--bits {bits:g} and --zeros {zeros:g} are both a budget; leave one out")
+    return zeros_of_bits(bits, pattern, form)
 
 
 def _check_losses(path: Path) -> None:

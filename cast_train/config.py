@@ -244,11 +244,9 @@ class Pruned(TrainConfig):
     order in which pruning costs least (permute.py); the model computes the same in it. `given`:
     leave them; so does `auto` after `cast-train permute`, or where the layout does not allow it"""
     zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """share of zeros over all weights of the targets: if `sparsity` has more, the linears whose
-    pruning would hurt most for their size stay dense (allocate.py)"""
-    allocation: Literal["fisher", "gates"] = "fisher"
-    """how `zeros` chooses them. `fisher`: by the second-order cost of each alone; `gates`: by gates
-    of whole linears, all learnt together"""
+    """share of zeros over all weights of the targets, spent where it costs least (allocate.py): if
+    `sparsity` is N:64, by an N for each linear in place of that N; else the linears whose pruning
+    would hurt most for their size stay dense. 1: `sparsity` everywhere"""
     scale_parts: NonNegativeInt = 0
     """column groups with a learnt scale of their own per row, folded into the weights on hardening;
     0: none"""
@@ -257,12 +255,12 @@ class Pruned(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        self.pattern.check_zeros(self.zeros)
-        self.check_unused("allocation", self.zeros < self.pattern.zeros, "zeros")
+        Pattern.parse(self.sparsity).check_zeros(self.zeros)
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern.parse(self.sparsity)
+        """Of the targets; with `zeros` in N:64 the N that they have on average."""
+        return Pattern.parse(self.sparsity).with_zeros(self.zeros)
 
 
 class Adams(Pruned):
@@ -443,18 +441,19 @@ METHODS: dict[str, type[TrainConfig]] = {
     "adams": Adams,
     "dense": Dense,
 }
+RETIRED = ("allocation",)  # settings of earlier releases, in their records
 _ANY: TypeAdapter[TrainConfig] = TypeAdapter(
     Annotated[Fixed | Gates | Ste | Adams | Dense, Field(discriminator="method")]
 )
 
 
 def of_method(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that only other methods have.
+    """Settings without those that only other methods have, or that no release has any more.
 
     Earlier releases recorded all settings for every method; runs to compare have some in common.
     """
     own = METHODS.get(settings.get("method", "fixed"), TrainConfig).model_fields
-    known = {name for config in METHODS.values() for name in config.model_fields}
+    known = {name for config in METHODS.values() for name in config.model_fields} | {*RETIRED}
     return {name: value for name, value in settings.items() if name in own or name not in known}
 
 

@@ -359,10 +359,9 @@ def _measure_untrained(
     config = measure.config
     command: list[object] = ["oneshot", "--model", measure.model, "--method", name]
     command += ["--sparsity", config.sparsity, "--zeros", config.zeros]
-    command += ["--allocation", config.allocation]
     for expression in config.exclude:
         command += ["--exclude", expression]
-    if name != "magnitude" or config.zeros < config.pattern.zeros:
+    if name != "magnitude" or config.zeros != 1:
         command += ["--text", *text_files]
     _call(*command, "--out", folder)
     figures = measure(folder)

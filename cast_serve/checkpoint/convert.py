@@ -29,7 +29,7 @@ from cast_serve.checkpoint.card import write_card
 from cast_serve.checkpoint.declared import OLD_KEY
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.form import SCALE_PARTS
-from cast_serve.checkpoint.formats.ragged import MOST_KEPT, Ragged
+from cast_serve.checkpoint.formats.ragged import Ragged
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.linear import check_scale
 from cast_serve.checkpoint.quantization import Quantization, check_recorded
@@ -47,7 +47,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.checkpoint.scheme import quantization_config, resolved
 from cast_serve.checkpoint.target import Calibrated, Plan
 from cast_serve.sparsity.nibbles import PACKED
-from cast_serve.sparsity.pattern import Pattern, PatternError
+from cast_serve.sparsity.pattern import MOST_KEPT, Pattern, PatternError
 from cast_serve.sparsity.quantize import (
     SCALES_TAKEN_OVER,
     dequantize,

@@ -67,20 +67,32 @@ class Pattern:
         return 1 - self.n / self.m
 
     def check_zeros(self, share: float) -> None:
-        """Refuses a share of zeros over all targets that no choice of dense linears gives.
+        """Refuses a share of zeros over all targets that cannot be had (allocate.py).
 
         Raises:
-            PatternError: if it is neither 1, for the pattern everywhere, nor in (0, `zeros`].
+            PatternError: if it is neither 1, for the pattern everywhere, nor a share that dense
+                linears, or with N:64 linears of another N, leave.
         """
-        if not (share == 1 or 0 < share <= self.zeros):
+        least, most = 0.0, self.zeros
+        if self.m == WORD:
+            least, most = (1 - n / WORD for n in (MOST_KEPT, LEAST_KEPT))
+        if not (share == 1 or (least <= share <= most and share > 0)):
+            limit = f"from {least:g}" if least else "above 0 and"
             raise PatternError(
-                f"zeros {share} is no share above 0 and up to {self.zeros:g}, all that {self} has; "
+                f"zeros {share} is no share {limit} up to {most:g}, all that {self} can have; "
                 "write for instance 0.45, or leave it at 1 for the pattern in every linear"
             )
+
+    def with_zeros(self, share: float) -> "Pattern":
+        """Of N:64 the nearest to that share of zeros; itself with 1, or another M."""
+        if self.m != WORD or share == 1:
+            return self
+        return Pattern(round(WORD * (1 - share)), WORD)
 
 
 TWO_FOUR = Pattern(2, 4)
 WORD = 64  # columns of a word of the bitmask
+LEAST_KEPT, MOST_KEPT = 4, 56  # N of 64 that a budget chooses from; of more, dense takes no more
 MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
 COUNTED_M = 8  # up to which counting ranks is faster than sorting
 SLAB_WEIGHTS = 1 << 18  # sorted at a time: they stay in a core's cache

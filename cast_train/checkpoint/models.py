@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.checkpoint.architecture import attention_of
+from cast_serve.checkpoint.declared import Structure
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.hub import PAPERS
 from cast_serve.checkpoint.record import (
@@ -138,8 +139,10 @@ def check_dense(directory: Path) -> None:
         raise CheckpointError(f"{directory} is {kind}; give the dense model that it was made of")
 
 
-def sparse_targets(directory: Path, pattern: Pattern) -> list[str] | None:
-    """The linears of a pruned or compressed directory that have zeros, of which no weight is read.
+def sparse_targets(directory: Path, pattern: Pattern) -> dict[str, Pattern] | None:
+    """The linears of a pruned or compressed directory that have zeros, and their patterns.
+
+    No weight is read.
 
     Returns:
         None: the directory is dense, so that all its linears may become sparse.
@@ -166,7 +169,7 @@ def sparse_targets(directory: Path, pattern: Pattern) -> list[str] | None:
             f"{directory} is {found.pattern}, and its zeros are the mask; set sparsity to that in "
             f"place of {pattern}"
         )
-    return found.targets
+    return {name: found.pattern_of(name) for name in found.targets}
 
 
 def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -261,11 +264,12 @@ def load_gated(
     record = verify(directory)
     model = load_unmasked(directory, dtype)
     targets = {name: model.get_submodule(name) for name in record["targets"]}
-    pattern = Pattern(record["n"], record["m"])
+    structure = Structure(Pattern(record["n"], record["m"]), record.get("kept_of_64") or {})
+    patterns = {name: structure.of(name) for name in targets}
     method, selector = record["method"], record.get("selector")
     if selector not in ("gumbel", "penalty"):  # the others' logits are read by soft_topk
         selector = "soft_topk"
-    gate_map = gating.attach(targets, pattern, method=method, selector=selector)
+    gate_map = gating.attach(targets, patterns, method=method, selector=selector)
     stored = read_gates(directory, targets)
     for name, gate in gate_map.items():
         if method != "adams":
@@ -280,7 +284,7 @@ def load_gated(
     if scales:
         num_parts = next(iter(scales.values())).shape[1]
         transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
-        scaling.attach(targets, num_parts, pattern.m, transposed)
+        scaling.attach(targets, num_parts, structure.pattern.m, transposed)
         for name, linear in targets.items():
             linear.parametrizations.weight[1].scale.data.copy_(scales[name])
     if trained_as := record.get("trained_as"):

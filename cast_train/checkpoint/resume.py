@@ -2,6 +2,7 @@
 
     run.json                the run's identity, and where each of its launches came from (origin.py)
     kept_dense.json         the linears that stay dense for `zeros`, chosen at the start
+    kept_of_64.json         of N:64 the linears' own N, chosen at the start, if they have one
     channel_order.json      the order of the channels, found at the start, if they were reordered
     checkpoint-N/           transformers' Trainer wrote it after step N: weights, gates, optimiser,
                             random states of all processes
@@ -34,6 +35,7 @@ from cast_train.gates.gating import Gate, logits_of
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 DENSE_FILE = "kept_dense.json"
+KEPT_FILE = "kept_of_64.json"
 COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
 
@@ -65,10 +67,12 @@ class Choices:
 
     Attributes:
         kept_dense: linears that would be targets and stay dense for `zeros`.
+        kept_of_64: N of N:64 by name, of the targets whose N is not `TrainConfig.pattern`'s.
         order: of the channels, seen from the dense model; None: as they were.
     """
 
     kept_dense: Sequence[str]
+    kept_of_64: Mapping[str, int]
     order: ChannelOrder | None
 
 
@@ -86,8 +90,8 @@ def begin(
         origin: of this launch.
     """
     partial.mkdir(parents=True, exist_ok=True)
-    kept_dense = json.dumps(list(choices.kept_dense))
-    (partial / DENSE_FILE).write_text(kept_dense + "\n", encoding="utf-8")
+    for name, chosen in ((DENSE_FILE, list(choices.kept_dense)), (KEPT_FILE, choices.kept_of_64)):
+        (partial / name).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
     channel_order.write(partial, choices.order)
     _write_run(partial, {**wanted, "origins": [{"step": 0, **origin}]})
 
@@ -149,7 +153,10 @@ def held(partial: Path, is_first: bool) -> Iterator[None]:
 def read_choices(partial: Path) -> Choices:
     """What `begin` was given."""
     kept_dense = json.loads((partial / DENSE_FILE).read_text(encoding="utf-8"))
-    return Choices(list(kept_dense), channel_order.read(partial))
+    kept_of_64 = {}
+    if (partial / KEPT_FILE).exists():  # not in a run of an earlier release
+        kept_of_64 = json.loads((partial / KEPT_FILE).read_text(encoding="utf-8"))
+    return Choices(list(kept_dense), dict(kept_of_64), channel_order.read(partial))
 
 
 def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bool) -> Path | None:

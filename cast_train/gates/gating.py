@@ -341,7 +341,7 @@ def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
 
 def attach(
     targets: Mapping[str, nn.Module],
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     scores: Mapping[str, Tensor] | None = None,
     *,
     method: str = "gates",
@@ -352,7 +352,7 @@ def attach(
 
     Args:
         targets: linears by name.
-        pattern: N:M.
+        patterns: N:M by name, of one M.
         scores: importance of each weight, not negative, [out_features, in_features] by name: within
             a group the logits start in their order, spaced by score over the group's mean score.
             None: all logits start equal. For ``ste`` a score is |W| times a factor of its column.
@@ -364,8 +364,11 @@ def attach(
         the gates by name, in the targets' order.
     """
     gates: dict[str, Gate] = {}
-    generator = MaskGenerator(pattern.m) if selector == "generator" else None
+    generator = None
     for name, linear in targets.items():
+        pattern = patterns[name]
+        if selector == "generator" and generator is None:
+            generator = MaskGenerator(pattern.m)
         transposed = is_transposed(linear)
         weight = linear.weight.detach().t() if transposed else linear.weight.detach()
         gate: Gate

@@ -1,114 +1,208 @@
-"""Targets + calibration blocks + a share of zeros -> the linears that stay dense.
+"""Targets + calibration blocks + a share of zeros -> the pattern of each target.
 
-A model with fewer zeros than 2:4 has some linears left dense. Linears that read the same inputs (q,
-k and v; gate and up) are served as one and are left dense together, as one unit. Which units, is
-chosen in one of two ways; both start from the change W' - W that SparseGPT would make to each.
+Zeros cost more in some linears than in others, so a share of zeros over all targets is spent where
+the sum of their costs is least. With N of 64 each linear gets an N of its own. With any other
+pattern it gets that pattern or stays dense. Linears that read the same inputs (q, k and v; gate and
+up) are served as one, so they are one unit and get the same.
 
-fisher  What pruning a linear costs is estimated to second order, with Fisher's matrix in place of
-        the Hessian, one linear at a time:
+What pruning a linear costs is estimated to second order, with Fisher's matrix in place of the
+Hessian, each linear by itself in the dense model:
 
-            cost = 1/2 sum over tokens of (g . (W' - W) x)^2
+    cost = 1/2 sum over tokens of (g . (W' - W) x)^2
 
-        x are the linear's inputs at a token and g the gradient of the loss by its outputs there,
-        for labels drawn from the model itself. The units that cost most for their size stay.
-gates   A gate c from 0 to 1 beside each unit makes its weights W + (1 - c) (W' - W). All gates
-        together learn to keep the model's predictions those of the dense one, under the constraint
-        that sum(c * size) is the number of weights that may stay dense; the highest stay.
+x are the linear's inputs at a token, g the gradient of the loss by its outputs there, for labels
+drawn from the model itself, and W' the weight as SparseGPT prunes it. It is measured at three N of
+64; between and beyond them the logarithm of the cost is a line in the logarithm of the zeros.
 """
 
-from collections.abc import Callable, Mapping
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import Pattern, hard_mask
-from cast_train.gates.gating import is_transposed
-from cast_train.losses import divergence
+from cast_serve.sparsity.pattern import LEAST_KEPT, MOST_KEPT, WORD, Pattern, hard_mask
 from cast_train.passes import evaluating, hooked
-from cast_train.precision import autocast
-from cast_train.pruning.scores import check_reached, weight_rows
-from cast_train.pruning.sparsegpt import sparsegpt_scores
+from cast_train.pruning.scores import check_reached
+from cast_train.pruning.sparsegpt import replace_weights, sparsegpt
 
-ALLOCATIONS = ("fisher", "gates")
-# Of the gates; no others were tried.
-STEPS = 24
-STEP_BLOCKS = 4  # sequences
-MOMENTUM = 0.8
-LARGEST_STEP = 0.15
+STEP = 4  # of N
+MEASURED = (16, 32, 48)  # N of 64
+LEAST_COST = 1e-30  # so that it has a logarithm
 
 
-def keep_dense(
+def allocate(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     pattern: Pattern,
     blocks: Tensor,
     zeros: float,
-    allocation: str = "fisher",
-) -> list[str]:
-    """Chooses the linears that stay dense.
+) -> dict[str, Pattern]:
+    """Chooses the pattern of each target.
 
     Args:
         model: a transformers model that the targets belong to, dense, fp32; it is left as it was.
         targets: linears by name.
-        pattern: of those that do not stay dense.
+        pattern: N:64, of which N is chosen anew, or the pattern of all that do not stay dense.
         blocks: calibration tokens, int64 [num_blocks, block_size].
-        zeros: share of zeros over all weights of all targets, above 0; it is reached or exceeded if
-            the pattern has more, else nothing stays dense.
-        allocation: ``fisher`` or ``gates``.
+        zeros: share of zeros over all weights of all targets, reached or slightly exceeded; 1: the
+            pattern everywhere.
 
     Returns:
-        names, in the targets' order.
+        patterns by name, in the targets' order; what is left out stays dense.
 
     Raises:
-        UsageError: if zeros is not above 0, there is no such allocation, or the calibration tokens
-            never reach a target.
+        PatternError: if no choice gives that share.
+        UsageError: if the calibration tokens never reach a target.
     """
-    if not zeros > 0:
-        raise UsageError(f"zeros is {zeros}, but a share of zeros must be above 0")
-    if allocation not in ALLOCATIONS:
-        known = " or ".join(ALLOCATIONS)
-        raise UsageError(f"allocation {allocation!r} does not exist; choose {known}")
-    if zeros >= pattern.zeros:
-        return []
-    changes = _changes(model, targets, pattern, blocks)
+    pattern.check_zeros(zeros)
+    if zeros == 1 or (pattern.m != WORD and zeros == pattern.zeros):
+        return dict.fromkeys(targets, pattern)
+    measured = [Pattern(n, WORD) for n in MEASURED] if pattern.m == WORD else [pattern]
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
         with evaluating(model):
             units = _units(model, targets, blocks[:1])
-            sizes = [sum(changes[name].numel() for name in unit) for unit in units]
-            budget = (1 - zeros / pattern.zeros) * sum(sizes)
-            if allocation == "gates":
-                worth = _learn_gates(model, targets, units, changes, blocks, budget)
-            else:
-                costs = _costs(model, targets, changes, blocks)
-                unit_costs = [sum(costs[name] for name in unit) for unit in units]
-                worth = [cost / size for cost, size in zip(unit_costs, sizes, strict=True)]
+            changes = _changes(model, targets, measured, blocks)
+            costs = _costs(model, targets, changes, blocks)
     finally:
         for parameter, is_required in required.items():
             parameter.requires_grad_(is_required)
-    kept: set[str] = set()
-    for number in sorted(range(len(units)), key=lambda i: worth[i], reverse=True):
-        if sizes[number] <= budget:
-            budget -= sizes[number]
-            kept.update(units[number])
-    return [name for name in targets if name in kept]
+
+    sizes = [sum(changes[name][0].numel() for name in unit) for unit in units]
+    options: list[Pattern | None] = [pattern, None]  # None: dense
+    if pattern.m == WORD:
+        options = [Pattern(n, WORD) for n in range(LEAST_KEPT, MOST_KEPT + 1, STEP)]
+    points = [
+        [(size * _kept(option), _cost_of(option, unit_costs, measured)) for option in options]
+        for size, unit_costs in zip(sizes, _by_unit(units, costs), strict=True)
+    ]
+    chosen = spend(points, (1 - zeros) * sum(sizes))
+    of_name = {
+        name: options[number] for unit, number in zip(units, chosen, strict=True) for name in unit
+    }
+    return {name: found for name in targets if (found := of_name[name]) is not None}
 
 
-@torch.no_grad()
+def kept_of_64(patterns: Mapping[str, Pattern], most: Pattern) -> dict[str, int]:
+    """N of N:64 by name, of the linears that have another pattern than most."""
+    return {name: pattern.n for name, pattern in patterns.items() if pattern != most}
+
+
+def zeros_of_bits(bits: float, pattern: Pattern, quantization: Quantization | None) -> float:
+    """The share of zeros of weights that take so many bits each, in N of 64 with its bitmask.
+
+    Args:
+        bits: stored bits a weight, over all targets, without the scales of rows.
+        pattern: must be N:64.
+        quantization: what the kept values are stored in; None: bf16.
+
+    Raises:
+        UsageError: if no N of 64 has so many bits, or the pattern is another.
+    """
+    if pattern.m != WORD:
+        raise UsageError(
+            f"bits {bits:g} is a budget for N of 64, but sparsity is {pattern}; set sparsity to "
+            "32:64, or give zeros"
+        )
+    each, besides = 16, 1.0  # of a kept value, and of any weight
+    if quantization is not None:
+        each = {"int8": 8, "int4": 4}[quantization.values]
+        besides += 16 / quantization.group if quantization.group else 0
+    least, most = (each * n / WORD + besides for n in (LEAST_KEPT, MOST_KEPT))
+    if not least <= bits <= most:
+        raise UsageError(
+            f"bits {bits:g} cannot be met: of {each}-bit values N of 64 takes {least:g} "
+            f"({LEAST_KEPT}:64) to {most:g} ({MOST_KEPT}:64) bits a weight"
+        )
+    return 1 - (bits - besides) / each
+
+
+def spend(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
+    """The options with the least sum of costs among those whose prices the budget pays.
+
+    From each unit's cheapest option on, the exchange that lowers the cost most for its price comes
+    first. That is the least sum but for the last exchanges, which what is left may not pay.
+
+    Args:
+        units: of each, (price, cost) of its options, by rising price.
+        budget: at least the sum of the first prices.
+
+    Returns:
+        the number of each unit's option.
+    """
+    chosen = [0] * len(units)
+    left = budget - sum(options[0][0] for options in units)
+    exchanges: list[tuple[float, int, int]] = []
+
+    def offer(unit: int) -> None:
+        """Puts the unit's best exchange in line."""
+        price, cost = units[unit][chosen[unit]]
+        rates = [
+            (-(cost - better) / (dearer - price), unit, option)
+            for option, (dearer, better) in enumerate(units[unit])
+            if option > chosen[unit] and better < cost
+        ]
+        if rates:
+            heapq.heappush(exchanges, min(rates))
+
+    for number in range(len(units)):
+        offer(number)
+    while exchanges:
+        _, unit, option = heapq.heappop(exchanges)
+        price = units[unit][option][0] - units[unit][chosen[unit]][0]
+        if price <= left:
+            left -= price
+            chosen[unit] = option
+            offer(unit)
+    return chosen
+
+
+def _kept(option: Pattern | None) -> float:
+    return 1.0 if option is None else 1 - option.zeros
+
+
+def _by_unit(units: list[list[str]], costs: Mapping[str, list[float]]) -> list[list[float]]:
+    """The sums of the linears' costs."""
+    return [[sum(each) for each in zip(*(costs[n] for n in unit), strict=True)] for unit in units]
+
+
+def _cost_of(option: Pattern | None, costs: list[float], measured: list[Pattern]) -> float:
+    """A unit's cost, by those at the measured patterns, which fall with their zeros."""
+    if option is None:
+        return 0.0
+    if option in measured:
+        return costs[measured.index(option)]
+    x = [math.log(pattern.zeros) for pattern in measured]
+    y = [math.log(max(cost, LEAST_COST)) for cost in costs]
+    wanted = math.log(option.zeros)
+    # The line through the two nearest measured points on either side, or at the end.
+    right = next((i for i in range(1, len(x) - 1) if x[i] <= wanted), len(x) - 1)
+    slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
+    return math.exp(min(y[right] + slope * (wanted - x[right]), 700.0))  # below float's largest
+
+
 def _changes(
-    model: nn.Module, targets: Mapping[str, nn.Module], pattern: Pattern, blocks: Tensor
-) -> dict[str, Tensor]:
-    """W' - W by name, [out_features, in_features], W' as SparseGPT prunes; the model stays."""
-    dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
-    scores = sparsegpt_scores(model, targets, blocks, pattern)
-    changes = {}
-    for name, linear in targets.items():
-        changes[name] = weight_rows(linear) * hard_mask(scores[name], pattern) - dense[name]
-        linear.weight.copy_(dense[name].t() if is_transposed(linear) else dense[name])
+    model: nn.Module, targets: Mapping[str, nn.Module], patterns: Sequence[Pattern], blocks: Tensor
+) -> dict[str, list[Tensor]]:
+    """W' - W of each pattern by name, bf16 [out_features, in_features]; the model stays."""
+    changes: dict[str, list[Tensor]] = {}
+
+    def observe(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        changes[name] = []
+        for pattern in patterns:
+            moved, scores = sparsegpt(weight, hessian, pattern)
+            pruned = moved * hard_mask(scores, pattern)
+            changes[name].append((pruned - weight).to(torch.bfloat16))
+        return weight
+
+    replace_weights(model, targets, blocks, observe)
     return changes
 
 
@@ -133,91 +227,24 @@ def _units(model: Any, targets: Mapping[str, nn.Module], blocks: Tensor) -> list
     return units
 
 
-def _learn_gates(
-    model: Any,
-    targets: Mapping[str, nn.Module],
-    units: list[list[str]],
-    changes: Mapping[str, Tensor],
-    blocks: Tensor,
-    budget: float,
-) -> list[tuple[float, float]]:
-    """The module's gate of each unit, and what decides between equal ones: its last direction.
-
-    Gradients are taken for each weight of a unit, so that a large unit does not outweigh a small
-    one; the largest step of a gate has the same length in every step.
-    """
-    device = next(model.parameters()).device
-    sizes = torch.tensor([sum(changes[name].numel() for name in unit) for unit in units])
-    gates = torch.full(sizes.shape, budget / float(sizes.sum()))
-    direction = torch.zeros_like(gates)
-    is_dense = False
-
-    def apply_gate(name: str, number: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def hook(_: nn.Module, inputs: Any, outputs: Tensor) -> Tensor | None:
-            if is_dense:
-                return None
-            return outputs + (1 - learnt[number]) * nn.functional.linear(inputs[0], changes[name])
-
-        return hook
-
-    hooks = [
-        targets[name].register_forward_hook(apply_gate(name, number))
-        for number, unit in enumerate(units)
-        for name in unit
-    ]
-    with hooked(hooks):
-        for step in tqdm(range(STEPS), desc="gates of linears", unit="step"):
-            learnt = gates.clone().to(device).requires_grad_()
-            for i in range(step * STEP_BLOCKS, (step + 1) * STEP_BLOCKS):
-                asked = {"input_ids": blocks[i % len(blocks), None].to(device), "use_cache": False}
-                with autocast("auto", device.type):
-                    is_dense = True
-                    with torch.no_grad():
-                        wanted = model(**asked).logits
-                    is_dense = False
-                    distance = divergence(model(**asked).logits, wanted)
-                distance.backward()
-            assert learnt.grad is not None
-            direction = MOMENTUM * direction - learnt.grad.cpu() / sizes
-            step_length = LARGEST_STEP / direction.abs().max().clamp(min=1e-30)
-            gates = _within_budget(gates + step_length * direction, sizes, budget)
-    return list(zip(gates.tolist(), direction.tolist(), strict=True))
-
-
-def _within_budget(gates: Tensor, sizes: Tensor, budget: float) -> Tensor:
-    """All gates moved by the same, and clipped to 0 to 1, so that sum(gates * sizes) is the budget.
-
-    Args:
-        gates: fp32 [num_units].
-        sizes: int64 [num_units].
-        budget: from 0 to the sizes' sum.
-    """
-    low, high = -float(gates.max()), 1 - float(gates.min())  # all gates 0, all gates 1
-    for _ in range(50):
-        middle = (low + high) / 2
-        if float(((gates + middle).clamp(0, 1) * sizes).sum()) < budget:
-            low = middle
-        else:
-            high = middle
-    return (gates + high).clamp(0, 1)
-
-
 def _costs(
     model: Any,
     targets: Mapping[str, nn.Module],
-    changes: Mapping[str, Tensor],
+    changes: Mapping[str, Sequence[Tensor]],
     blocks: Tensor,
-) -> dict[str, float]:
-    """The module's cost by name."""
-    costs = dict.fromkeys(targets, 0.0)
+) -> dict[str, list[float]]:
+    """The module's cost by name, of each of its changes."""
+    costs = {name: [0.0] * len(changes[name]) for name in targets}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, inputs: Any, outputs: Tensor) -> None:
             tokens = inputs[0].detach()
 
             def add(grad: Tensor) -> None:
-                moved = grad * (tokens @ changes[name].t())
-                costs[name] += 0.5 * float(moved.flatten(0, -2).sum(-1).square().sum())
+                for number, change in enumerate(changes[name]):
+                    moved = grad * (tokens @ change.to(tokens).t())
+                    cost = 0.5 * float(moved.flatten(0, -2).sum(-1).square().sum())
+                    costs[name][number] += cost
 
             outputs.register_hook(add)
 

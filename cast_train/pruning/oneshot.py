@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cast_serve.checkpoint import hub
+from cast_serve.checkpoint.declared import Structure
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
 from cast_serve.errors import UsageError
@@ -23,7 +24,7 @@ from cast_train.checkpoint import channel_order, identity, models
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import Fixed
 from cast_train.gates.gating import is_transposed
-from cast_train.pruning.allocate import keep_dense
+from cast_train.pruning.allocate import allocate, kept_of_64
 from cast_train.pruning.reorder import reorder
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.solve import solve
@@ -35,25 +36,22 @@ MASK_OF_ANOTHER = "mask"
 
 
 @torch.no_grad()
-def prune(targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor], pattern: Pattern) -> None:
-    """Writes zeros into the targets: in each group the N highest scores keep their weight.
-
-    Raises:
-        PatternError: if a score is NaN.
-    """
+def prune(targets: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+    """Writes zeros into the targets, where masks [out_features, in_features] by name are False."""
     for name, linear in targets.items():
-        mask = hard_mask(scores[name], pattern)
+        mask = masks[name]
         linear.weight.mul_(mask.t() if is_transposed(linear) else mask)
 
 
 def read_masks(
-    directory: Path, targets: Mapping[str, nn.Module], pattern: Pattern
+    directory: Path, targets: Mapping[str, nn.Module], patterns: Mapping[str, Pattern]
 ) -> dict[str, Tensor]:
     """The masks of a gated, pruned or compressed directory, bool [out_features, in_features].
 
     Args:
         directory: of the same architecture as the targets' model.
         targets: linears by name.
+        patterns: N:M by name.
 
     Raises:
         UsageError: if a target is missing there, has another shape or is not N:M.
@@ -73,15 +71,15 @@ def read_masks(
         shape = weight_rows(linear).shape
         if name not in found:
             raise UsageError(
-                f"{directory} has no {pattern} weight {name}; give one of the same model"
+                f"{directory} has no {patterns[name]} weight {name}; give one of the same model"
             )
         if found[name].shape != shape:
             raise UsageError(
                 f"{name} of {directory} is {list(found[name].shape)}, not {list(shape)}; "
                 "give a directory of the same model"
             )
-        check_weight(found[name].float(), pattern, f"{name} of {directory}")
-        found[name] = hard_mask(found[name].float(), pattern)
+        check_weight(found[name].float(), patterns[name], f"{name} of {directory}")
+        found[name] = hard_mask(found[name].float(), patterns[name])
     return {name: found[name] for name in targets}
 
 
@@ -113,7 +111,6 @@ def write_pruned(
     mask_dir: Path | None = None,
     is_solved: bool = False,
     zeros: float = 1.0,
-    allocation: str = "fisher",
     exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prunes a dense directory into another one.
@@ -127,8 +124,7 @@ def write_pruned(
         mask_dir: gated, pruned or compressed directory of the same model; if its channels were
             reordered, so are the model's.
         is_solved: whether the dense model's kept weights are solved under the mask.
-        zeros: share of zeros over all weights of the targets, see allocate.py.
-        allocation: ``fisher`` or ``gates``, how the linears that stay dense are chosen.
+        zeros: share of zeros over all weights of the targets, see allocate.py; 1: the pattern's.
         exclude: regular expressions; linears whose names match are not targets.
 
     Returns:
@@ -144,6 +140,9 @@ def write_pruned(
         raise UsageError("method 'mask' and a directory to take the mask of belong together")
     pattern = Pattern.parse(sparsity)
     pattern.check_zeros(zeros)
+    pattern = pattern.with_zeros(zeros)
+    if mask_dir is not None and zeros != 1:
+        raise UsageError(f"zeros {zeros} cannot go with a mask, which has its own; leave it at 1")
     check_expressions(exclude)
     check_new(out)
     model_dir = hub.fetch(model_dir)
@@ -151,39 +150,36 @@ def write_pruned(
     models.check_dense(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
     blocks = torch.empty(0)
-    has_fewer = zeros < pattern.zeros
-    if is_solved or has_fewer or method in ("wanda", "sparsegpt"):
+    if is_solved or zeros != 1 or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir)
     order = _order_of(model, model_dir, mask_dir)
     targets, _ = find_targets(model, pattern, exclude=exclude)
-    kept_dense: list[str] = []
-    if mask_dir is not None and (mask_dir / CAST_JSON).is_file():
-        kept_dense = [
-            name for name in read_record(mask_dir).get("kept_dense", ()) if name in targets
-        ]
-        targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
-    if has_fewer:
-        kept_dense += keep_dense(model.float(), targets, pattern, blocks, zeros, allocation)
-        targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
-    scores: Mapping[str, Tensor]
     if mask_dir is not None:
-        scores = {k: mask.float() for k, mask in read_masks(mask_dir, targets, pattern).items()}
-    elif method == "magnitude":
-        scores = magnitude_scores(targets)
-    elif method == "wanda":
-        scores = wanda_scores(model, targets, blocks)
+        patterns = _patterns_of(mask_dir, targets, pattern)
+    elif zeros != 1:
+        patterns = allocate(model.float(), targets, pattern, blocks, zeros)
     else:
-        model.float()
-        scores = sparsegpt_scores(model, targets, blocks, pattern)
+        patterns = dict.fromkeys(targets, pattern)
+    kept_dense = [name for name in targets if name not in patterns]
+    targets = {name: targets[name] for name in patterns}
+    if mask_dir is not None:
+        masks = read_masks(mask_dir, targets, patterns)
+    else:
+        if method == "magnitude":
+            scores = magnitude_scores(targets)
+        elif method == "wanda":
+            scores = wanda_scores(model, targets, blocks)
+        else:
+            scores = sparsegpt_scores(model.float(), targets, blocks, patterns)
+        masks = {name: hard_mask(found, patterns[name]) for name, found in scores.items()}
     if is_solved:
         if method == "sparsegpt":  # which has moved the weights
             model = models.load_dense(model_dir)
             targets = {name: model.get_submodule(name) for name in targets}
-        masks = {name: hard_mask(found, pattern) for name, found in scores.items()}
         solve(model.float(), targets, masks, blocks)
     else:
-        prune(targets, scores, pattern)
+        prune(targets, masks)
     record = {
         "kind": "pruned",
         "method": method,
@@ -192,12 +188,23 @@ def write_pruned(
         "m": pattern.m,
         "targets": list(targets),
         "kept_dense": kept_dense,
+        "kept_of_64": kept_of_64(patterns, pattern),
     }
     if mask_dir is not None:
         record["mask_of"] = identity.of_directory(mask_dir)
     return models.write(
         out, model.to(torch.bfloat16), tokenizer, record, source=model_dir, order=order
     )
+
+
+def _patterns_of(
+    mask_dir: Path, targets: Mapping[str, nn.Module], pattern: Pattern
+) -> dict[str, Pattern]:
+    """What a directory's record says of the targets, without those that are dense there."""
+    record = read_record(mask_dir) if (mask_dir / CAST_JSON).is_file() else {}
+    structure = Structure(pattern, record.get("kept_of_64") or {})
+    kept_dense = record.get("kept_dense") or ()
+    return {name: structure.of(name) for name in targets if name not in kept_dense}
 
 
 def _order_of(model: Any, model_dir: Path, mask_dir: Path | None) -> ChannelOrder | None:

@@ -24,7 +24,10 @@ COLUMNS = 128  # of a block, at most: errors reach the columns after it once the
 
 @torch.no_grad()
 def sparsegpt_scores(
-    model: nn.Module, targets: Mapping[str, nn.Module], blocks: Tensor, pattern: Pattern
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    blocks: Tensor,
+    patterns: Mapping[str, Pattern],
 ) -> dict[str, Tensor]:
     """SparseGPT's scores by name, fp32 [out_features, in_features]; the weights are moved.
 
@@ -38,7 +41,7 @@ def sparsegpt_scores(
             can hold.
         targets: linears by name; their weights are overwritten.
         blocks: calibration tokens, int64 [num_blocks, block_size].
-        pattern: N:M.
+        patterns: N:M by name.
 
     Raises:
         UsageError: if the calibration tokens never reach a target.
@@ -47,8 +50,8 @@ def sparsegpt_scores(
     scores: dict[str, Tensor] = {}
 
     def pruned(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-        moved[name], scores[name] = _sparsegpt(weight, hessian, pattern)
-        return moved[name] * hard_mask(scores[name], pattern)
+        moved[name], scores[name] = sparsegpt(weight, hessian, patterns[name])
+        return moved[name] * hard_mask(scores[name], patterns[name])
 
     replace_weights(model, targets, blocks, pruned)
     for name, linear in targets.items():
@@ -111,7 +114,7 @@ def damped(hessian: Tensor, share: float = DAMPING) -> Tensor:
     return hessian
 
 
-def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """One linear's moved weights and scores, [out_features, in_features].
 
     Args:
@@ -120,7 +123,8 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tenso
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    columns = weight.t().contiguous()  # a column of the weight is a row here
+    # A column of the weight is a row here; a copy, as it is moved.
+    columns = weight.t().clone(memory_format=torch.contiguous_format)
     scores = torch.empty_like(columns)
     kept = torch.empty_like(columns, dtype=torch.bool)
     m, num_columns = pattern.m, len(columns)

@@ -112,16 +112,19 @@ def make(
 def _adams(
     weights: list[nn.Parameter], gate_map: Mapping[str, gating.Gate], config: Adams
 ) -> torch.optim.Optimizer:
-    is_transposed = {id(gate.weight()): gate.is_transposed for gate in gate_map.values()}
+    kinds = {
+        id(gate.weight()): (gate.is_transposed, gate.pattern.n, gate.pattern.m)
+        for gate in gate_map.values()
+    }
     groups: list[dict[str, Any]] = [
-        {"params": [w for w in weights if id(w) not in is_transposed], "role": WEIGHTS}
+        {"params": [w for w in weights if id(w) not in kinds], "role": WEIGHTS}
     ]
-    for transposed in (False, True):
+    for transposed, n, m in sorted(set(kinds.values())):
         groups.append(
             {
-                "params": [w for w in weights if is_transposed.get(id(w)) is transposed],
+                "params": [w for w in weights if kinds.get(id(w)) == (transposed, n, m)],
                 "role": WEIGHTS,
-                "pattern": (config.pattern.n, config.pattern.m),
+                "pattern": (n, m),
                 "is_transposed": transposed,
             }
         )

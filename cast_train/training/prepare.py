@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cast_serve.checkpoint.declared import Structure
 from cast_serve.errors import UsageError
+from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
@@ -26,7 +28,7 @@ from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.passes import check_length
 from cast_train.precision import arithmetic
-from cast_train.pruning.allocate import keep_dense
+from cast_train.pruning.allocate import allocate, kept_of_64
 from cast_train.pruning.oneshot import prune
 from cast_train.pruning.permute import permute
 from cast_train.pruning.reorder import reorder, reorder_residual
@@ -66,7 +68,8 @@ class Prepared:
     Attributes:
         model: fp32, its targets with gates.
         targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
-        choices: what was chosen for it: the order of its channels, the linears that stay dense.
+        choices: what was chosen for it: the order of its channels, the linears that stay dense, N
+            of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool, in the weight's layout.
         reach: how far the gates can move from there; None where no logits are to be learnt.
@@ -158,18 +161,22 @@ def prepare(
 
     targets, dense = find_targets(model, config.pattern, config.include, config.exclude)
     if choices is not None:
-        kept_dense = choices.kept_dense
+        structure = Structure(config.pattern, choices.kept_of_64)
+        patterns = {n: structure.of(n) for n in targets if n not in choices.kept_dense}
     else:
-        kept_dense = _choose_dense(model, targets, sparse, calibration, config)
-    targets = {name: linear for name, linear in targets.items() if name not in kept_dense}
+        patterns = _choose_patterns(model, targets, sparse, calibration, config)
+    kept_dense = [name for name in targets if name not in patterns]
+    targets = {name: targets[name] for name in patterns}
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
     transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
     sharding.check_groups(config, transposed)
 
     torch.manual_seed(config.seed)  # of the first weights of `generator`
-    scores = _scores(model, targets, calibration, config) if sharding.rank() == 0 else None
-    gate_map = with_gates(targets, scores, config) if isinstance(config, Pruned) else {}
+    scores = None
+    if sharding.rank() == 0:
+        scores = _scores(model, targets, calibration, patterns, config)
+    gate_map = with_gates(targets, patterns, scores, config) if isinstance(config, Pruned) else {}
     sharding.take_first(sharding.state_of(model))
     start = {name: gate.mask() for name, gate in gate_map.items()}
     reach = _reach(gate_map, config)
@@ -184,7 +191,7 @@ def prepare(
     return Prepared(
         model=model,
         targets=targets,
-        choices=Choices(kept_dense, order),
+        choices=Choices(kept_dense, kept_of_64(patterns, config.pattern), order),
         gate_map=gate_map,
         start=start,
         reach=reach,
@@ -193,7 +200,7 @@ def prepare(
 
 
 def _check_targets(
-    model: Any, sparse: list[str] | None, config: TrainConfig, choices: Choices | None
+    model: Any, sparse: Mapping[str, Pattern] | None, config: TrainConfig, choices: Choices | None
 ) -> None:
     """Refuses targets that cannot be trained as the settings say.
 
@@ -247,22 +254,20 @@ def _reordered(
     return model, order
 
 
-def _choose_dense(
+def _choose_patterns(
     model: Any,
     targets: Mapping[str, nn.Module],
-    sparse: list[str] | None,
+    sparse: Mapping[str, Pattern] | None,
     calibration: Tensor,
     config: TrainConfig,
-) -> list[str]:
-    """The linears that could be targets and stay dense: for `zeros`, or as they have no zeros."""
+) -> dict[str, Pattern]:
+    """The targets' patterns; what could be a target and stays dense is left out."""
     if not isinstance(config, Pruned):
-        return []
-    if sparse is not None:
-        return [name for name in targets if name not in sparse]
+        return dict.fromkeys(targets, config.pattern)
+    if sparse is not None:  # what has zeros keeps its own
+        return {name: sparse[name] for name in targets if name in sparse}
     return sharding.in_first(
-        lambda: keep_dense(
-            model, targets, config.pattern, calibration, config.zeros, config.allocation
-        )
+        lambda: allocate(model, targets, config.pattern, calibration, config.zeros)
     )
 
 
@@ -296,12 +301,15 @@ def _reach(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | 
 
 
 def with_gates(
-    targets: Mapping[str, nn.Module], scores: Mapping[str, Tensor] | None, config: Pruned
+    targets: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    scores: Mapping[str, Tensor] | None,
+    config: Pruned,
 ) -> dict[str, gating.Gate]:
-    """Gates, and scales or quantisers if asked for; `scores` as for `gating.attach`."""
+    """Gates, and scales or quantisers if asked for; all but config as for `gating.attach`."""
     gate_map = gating.attach(
         targets,
-        config.pattern,
+        patterns,
         scores,
         method=config.method,
         selector=config.selector if isinstance(config, Gates) else "soft_topk",
@@ -317,7 +325,11 @@ def with_gates(
 
 
 def _scores(
-    model: nn.Module, targets: Mapping[str, nn.Module], calibration: Tensor, config: TrainConfig
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    calibration: Tensor,
+    patterns: Mapping[str, Pattern],
+    config: TrainConfig,
 ) -> Mapping[str, Tensor] | None:
     """What the gates start from, as `gating.attach` takes it; SparseGPT may move the weights."""
     scores = None
@@ -339,10 +351,10 @@ def _scores(
         dense = {}
         if config.is_solved:
             dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
-        scores = sparsegpt_scores(model, targets, calibration, config.pattern)
+        scores = sparsegpt_scores(model, targets, calibration, patterns)
         _restore(targets, dense)  # what is solved takes the order alone
         if isinstance(config, Ste):  # ranks by |W|: what SparseGPT drops starts at 0
-            prune(targets, scores, config.pattern)
+            prune(targets, {n: hard_mask(found, patterns[n]) for n, found in scores.items()})
             scores = None
     return scores
 

@@ -214,7 +214,7 @@ class Run:
             models.check_dense(self.teacher_dir)
         if models.sparse_targets(self.model_dir, self.config.pattern) is None:
             return
-        if isinstance(self.config, Pruned) and self.config.zeros < self.config.pattern.zeros:
+        if isinstance(self.config, Pruned) and self.config.zeros != 1:
             raise UsageError(
                 f"zeros {self.config.zeros} chooses among the linears of a dense model, but "
                 f"{self.model_dir} has its zeros already; leave zeros at 1, and what is dense "
@@ -294,7 +294,8 @@ class Run:
         targets = {name: model.get_submodule(name) for name in self.prepared.targets}
         gate_map = {}
         if isinstance(self.config, Pruned):
-            gate_map = with_gates(targets, None, self.config)
+            patterns = {name: gate.pattern for name, gate in self.prepared.gate_map.items()}
+            gate_map = with_gates(targets, patterns, None, self.config)
         model.load_state_dict(state)
         for name, gate in gate_map.items():
             gate.is_frozen = self.prepared.gate_map[name].is_frozen
@@ -312,6 +313,7 @@ class Run:
             "m": config.pattern.m,
             "targets": list(trained.targets),
             "kept_dense": list(trained.choices.kept_dense),
+            "kept_of_64": dict(trained.choices.kept_of_64),
             "selector": config.selector if isinstance(config, Gates) else None,
             "schedules_end": dataclasses.asdict(last),
             # What the settings came to, which `method` and those that are ``auto`` do not say.

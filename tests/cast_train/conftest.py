@@ -39,13 +39,12 @@ def _save(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _llama(folder: Path, hidden_size: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -54,7 +53,18 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama") / "dense")
+    return _save(LlamaForCausalLM(config), folder)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _llama(tmp_path_factory.mktemp("llama") / "dense", hidden_size=32)
+
+
+@pytest.fixture(scope="session")
+def words_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `llama_dir`, with linears whose columns are whole words of 64."""
+    return _llama(tmp_path_factory.mktemp("words") / "dense", hidden_size=64)
 
 
 @pytest.fixture(scope="session")

@@ -29,12 +29,11 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
 from cast_serve.sparsity.bitmask import unpack_bits
-from cast_serve.sparsity.pattern import TWO_FOUR, WORD, Pattern, PatternError
+from cast_serve.sparsity.pattern import MOST_KEPT, TWO_FOUR, WORD, Pattern, PatternError
 from cast_serve.sparsity.quantize import dequantize
 from cast_serve.sparsity.targets import MERGED
 
 PARTS = ("compressed", "bitmask", "row_offsets", "shape")
-MOST_KEPT = 56
 STEP = 4  # of N, where words differ
 
 

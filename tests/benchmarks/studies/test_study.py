@@ -203,12 +203,12 @@ def test_one_shot_prunings_follow_the_common_settings(
         return call(command, *arguments)
 
     monkeypatch.setattr(study, "_call", listen)
-    settings = {"zeros": 0.4, "allocation": "gates", "exclude": ["q_proj"]}
+    settings = {"zeros": 0.4, "exclude": ["q_proj"]}
     study.run(**inputs, out=tmp_path / "study", settings=settings, ways={}, seeds=[0])
     oneshots = [" ".join(words) for words in asked if words[0] == "oneshot"]
     assert len(oneshots) == 3
     for words in oneshots:
-        assert "--zeros 0.4 --allocation gates --exclude q_proj --text" in words
+        assert "--zeros 0.4 --exclude q_proj --text" in words
 
 
 @no_curves

@@ -49,7 +49,7 @@ def test_a_damaged_model_is_refused():
 def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
     model = load_dense(llama_dir, torch.float32)
     targets, _ = find_targets(model, TWO_FOUR)
-    gate_map = gating.attach(targets, TWO_FOUR)
+    gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR))
     for gate in gate_map.values():
         gate.logits.data.normal_(generator=torch.Generator().manual_seed(0))
     blocks = torch.arange(128).view(4, 32)

@@ -28,7 +28,7 @@ def model(model_dir):
 def attached(model, pattern=TWO_FOUR, is_scored=True):
     targets, _ = find_targets(model, pattern)
     scores = magnitude_scores(targets) if is_scored else None
-    return targets, gating.attach(targets, pattern, scores)
+    return targets, gating.attach(targets, dict.fromkeys(targets, pattern), scores)
 
 
 @pytest.mark.parametrize("is_scored", [True, False])
@@ -55,7 +55,7 @@ def test_hard_gates_from_magnitude_are_one_shot_pruning(model, model_dir):
     gating.set_phase(gate_map, HARD)
     pruned = load_dense(model_dir, torch.float32)
     targets, _ = find_targets(pruned, TWO_FOUR)
-    oneshot.prune(targets, magnitude_scores(targets), TWO_FOUR)
+    oneshot.prune(targets, {n: hard_mask(s) for n, s in magnitude_scores(targets).items()})
     torch.testing.assert_close(model(TOKENS).logits, pruned(TOKENS).logits)
 
 
@@ -83,7 +83,9 @@ def test_the_mask_follows_logits_that_moved(model):
 def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
     """The logits of such a gate are only what it was frozen with: not zeros, not the start's."""
     targets, _ = find_targets(model, TWO_FOUR)
-    gate_map = gating.attach(targets, TWO_FOUR, magnitude_scores(targets), **settings)
+    gate_map = gating.attach(
+        targets, dict.fromkeys(targets, TWO_FOUR), magnitude_scores(targets), **settings
+    )
     if "selector" in settings:
         next(iter(gate_map.values())).generator.outer.weight.data.normal_()
     computed = {name: gate.rows().detach().clone() for name, gate in gate_map.items()}
@@ -117,7 +119,7 @@ def test_a_fixed_gate_is_the_starts_mask_and_nothing_more(model):
     """A byte a weight, the same mask as that of logits which start so."""
     targets, _ = find_targets(model, TWO_FOUR)
     scores = magnitude_scores(targets)
-    gate_map = gating.attach(targets, TWO_FOUR, scores, method="fixed")
+    gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), scores, method="fixed")
     assert gating.logits_of(gate_map) == []
     for name, gate in gate_map.items():
         assert [tensor.dtype for tensor in gate.state_dict().values()] == [torch.bool]
@@ -130,7 +132,7 @@ def test_a_fixed_gate_is_the_starts_mask_and_nothing_more(model):
 def test_a_fixed_gate_reads_the_logits_of_earlier_releases(model):
     targets, _ = find_targets(model, TWO_FOUR)
     scores = magnitude_scores(targets)
-    gate_map = gating.attach(targets, TWO_FOUR, method="fixed")
+    gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), method="fixed")
     for name, gate in gate_map.items():
         logits = scores[name].t() if gate.is_transposed else scores[name]
         gate.take(logits)  # as of a finished run

@@ -30,7 +30,7 @@ def linear(request):
 
 def attached(linear, scale_group, phase=QUANTIZED, scales=None):
     """The linear's gate; its quantiser, after it, has the scales that `convert` would choose."""
-    gate = gating.attach({"q": linear}, TWO_FOUR, {"q": rows(linear).abs()})["q"]
+    gate = gating.attach({"q": linear}, {"q": TWO_FOUR}, {"q": rows(linear).abs()})["q"]
     gate.set_phase(phase)
     if scales is None:
         scales = {"q": searched(linear, gate, scale_group)[1]}

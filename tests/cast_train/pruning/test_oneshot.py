@@ -82,8 +82,8 @@ def test_the_mask_of_quantised_weights_is_their_bitmask(large_weights_dir, tmp_p
     oneshot.write_pruned(large_weights_dir, [], tmp_path / "pruned", "magnitude")
     convert(tmp_path / "pruned", tmp_path / "int4", quantization=Quantization("int4"))
     targets, _ = find_targets(load_dense(large_weights_dir, torch.float32), TWO_FOUR)
-    wanted = oneshot.read_masks(tmp_path / "pruned", targets, TWO_FOUR)
-    found = oneshot.read_masks(tmp_path / "int4", targets, TWO_FOUR)
+    wanted = oneshot.read_masks(tmp_path / "pruned", targets, dict.fromkeys(targets, TWO_FOUR))
+    found = oneshot.read_masks(tmp_path / "int4", targets, dict.fromkeys(targets, TWO_FOUR))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     values = load_compressed(tmp_path / "int4", torch.float32).state_dict()
     assert any(not values[f"{name}.weight"][mask].all() for name, mask in wanted.items())
@@ -91,5 +91,5 @@ def test_the_mask_of_quantised_weights_is_their_bitmask(large_weights_dir, tmp_p
 
 @pytest.mark.parametrize("zeros", [45.0, float("nan"), 0.6, 0.0])
 def test_a_share_of_zeros_that_there_is_not_is_refused(zeros, llama_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"is no share above 0 and up to 0\.5, all that 2:4 has"):
+    with pytest.raises(ValueError, match=r"no share above 0 and up to 0\.5, all that 2:4"):
         oneshot.write_pruned(llama_dir, [], tmp_path / "out", "magnitude", zeros=zeros)

@@ -8,7 +8,7 @@ from cast_train.checkpoint.models import load_dense
 from cast_train.config import Fixed, TrainConfig
 from cast_train.pruning import oneshot, solve
 from cast_train.pruning.scores import weight_rows
-from cast_train.pruning.sparsegpt import DAMPING, _sparsegpt
+from cast_train.pruning.sparsegpt import DAMPING, sparsegpt
 from cast_train.training.run import train
 
 
@@ -42,7 +42,7 @@ def test_no_weights_under_the_mask_are_better_than_solved_ones():
     weight, inputs = random_problem(16, 64)
     inputs[:, 1] = 0  # an input that says nothing
     hessian = inputs.t() @ inputs
-    moved, scores = _sparsegpt(weight, hessian, TWO_FOUR)
+    moved, scores = sparsegpt(weight, hessian, TWO_FOUR)
     mask = hard_mask(scores, TWO_FOUR)
 
     def error(candidate: torch.Tensor) -> float:
@@ -86,7 +86,7 @@ def test_a_mask_can_be_that_of_any_sparse_directory(
         )
     dense = load_dense(llama_dir)
     targets, _ = find_targets(dense, TWO_FOUR)
-    hardened = oneshot.read_masks(tmp_path / "gated", targets, TWO_FOUR)
+    hardened = oneshot.read_masks(tmp_path / "gated", targets, dict.fromkeys(targets, TWO_FOUR))
     for kind in ("gated", "compressed"):
         found = load_dense(tmp_path / f"of-{kind}")
         for name, linear in targets.items():

@@ -74,7 +74,7 @@ def test_gates_learn_and_harden(family, selector):
     before = model(TOKENS).logits
     targets, _ = find_targets(model, TWO_FOUR)
     scores = magnitude_scores(targets)
-    gate_map = gating.attach(targets, TWO_FOUR, scores, selector=selector)
+    gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), scores, selector=selector)
     torch.testing.assert_close(model(TOKENS).logits, before)
     gating.set_phase(gate_map, SOFT)
     (model(TOKENS, labels=TOKENS).loss + gating.penalty(gate_map)).backward()

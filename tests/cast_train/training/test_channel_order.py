@@ -75,7 +75,9 @@ def test_what_is_made_of_it_says_the_order(large_weights_dir, text_file, config,
     reorder.reorder(dense, order)
     weights = models.load_dense(pruned).state_dict()
     targets = {name: dense.get_submodule(name) for name in verify(pruned)["targets"]}
-    for name, mask in read_masks(tmp_path / "out", targets, config.pattern).items():
+    for name, mask in read_masks(
+        tmp_path / "out", targets, dict.fromkeys(targets, config.pattern)
+    ).items():
         assert torch.equal(weights[f"{name}.weight"], targets[name].weight * mask)
 
     found = prepared(tmp_path / "out", text_file, config, large_weights_dir)

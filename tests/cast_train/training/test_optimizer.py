@@ -18,7 +18,9 @@ def linear():
 
 def made(linear, **settings):
     model = nn.Sequential(linear)
-    gates = gating.attach({"0": linear}, TWO_FOUR, selector=settings.get("selector", "soft_topk"))
+    gates = gating.attach(
+        {"0": linear}, {"0": TWO_FOUR}, selector=settings.get("selector", "soft_topk")
+    )
     config = Gates(**settings)
     return gates, optimizer.make(model, gates, {"0": linear}, config)
 

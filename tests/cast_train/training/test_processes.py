@@ -121,7 +121,7 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
         {"method": "fixed"},
         {"method": "fixed", "quantize": "int8", "channel_order": "auto", "zeros": 0.4},
         {"method": "gates", "masks_first": True, "quantize": "int4", "scale_group": 32},
-        {"method": "gates", "selector": "generator", "zeros": 0.4, "allocation": "gates"},
+        {"method": "gates", "selector": "generator", "zeros": 0.4},
         {"method": "gates", "is_sharded": True, "channel_order": "auto"},
         {"method": "ste"},
         {"method": "ste", "is_sharded": True},

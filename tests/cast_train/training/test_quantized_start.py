@@ -22,7 +22,7 @@ def started(request, model_dir):
     quantization = Quantization(request.param, group)
     model = models.load_dense(model_dir, torch.float32)
     targets, _ = find_targets(model, TWO_FOUR)
-    gates = gating.attach(targets, TWO_FOUR, magnitude_scores(targets))
+    gates = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), magnitude_scores(targets))
     quantizing.attach(targets, gates, quantization.group)
     gating.set_phase(gates, HARD)
     blocks = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
