@@ -14,6 +14,7 @@ Other parameters are updated by plain Adam. Source: Huang et al., "CAST", arXiv 
 Ours: mu is bias-corrected before it is squared, else the first step is 1 / (1 - beta1) times lr.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
 from cast_train.config import Adams
 from cast_train.gates.schedules import learning_rate_factor
+
+logger = logging.getLogger(__name__)
 
 
 class AdamS(torch.optim.Optimizer):
@@ -109,25 +112,25 @@ def reach(config: Adams) -> float:
     )
 
 
-def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> None:
     """Refuses settings whose final pruning would set weights to 0 that are still large.
 
+    Warns where they are near that.
+
     Args:
+        config: all settings.
         weights: the targets' [out_features, in_features] by name.
 
-    Returns:
-        the reach, and the mean |W| of the weights that a magnitude mask drops now.
-
     Raises:
-        UsageError: if the first is below the second.
+        UsageError: if the reach is below the mean |W| of what a magnitude mask drops now.
     """
+    moved = reach(config)
     total = num_weights = 0.0
     for weight in weights.values():
         dropped = ~hard_mask(weight.abs(), config.pattern)
         total += float((weight.abs() * dropped).sum())
         num_weights += float(dropped.sum())
     mean = total / max(num_weights, 1)
-    moved = reach(config)
     if moved < mean:
         raise UsageError(
             f"with learning_rate {config.learning_rate} and {config.steps} steps AdamS can move a "
@@ -135,4 +138,10 @@ def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> tuple[float, fl
             f"final pruning would cut them off; raise steps or learning_rate at least "
             f"{math.ceil(mean / max(moved, 1e-12) * 3)}-fold, or choose method gates"
         )
-    return moved, mean
+    if moved < 3 * mean:
+        logger.warning(
+            "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
+            "or a higher learning_rate would leave less to cut off at the end",
+            moved,
+            mean,
+        )

@@ -47,7 +47,9 @@ from cast_train.gates.schedules import Phase, phase_at
 from cast_train.origin import origin
 from cast_train.precision import autocast
 from cast_train.training import progress
-from cast_train.training.prepare import Blocks, Prepared, prepare, read_blocks, with_gates
+from cast_train.training.blocks import Blocks, read_blocks
+from cast_train.training.prepare import Prepared, prepare
+from cast_train.training.start import with_gates
 from cast_train.training.stopping import Checkpoints
 from cast_train.training.trainer import CastTrainer, arguments_of, tokens_per_step
 

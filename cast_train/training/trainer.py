@@ -36,7 +36,8 @@ from cast_train.precision import autocast
 from cast_train.pruning.solve import solve
 from cast_train.text import TokenBlocks
 from cast_train.training import optimizer
-from cast_train.training.prepare import Blocks, Prepared
+from cast_train.training.blocks import Blocks
+from cast_train.training.prepare import Prepared
 from cast_train.training.progress import Progress, loss_in_words
 from cast_train.training.quantized_start import start_quantized
 

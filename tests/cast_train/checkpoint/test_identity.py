@@ -69,7 +69,7 @@ CHANGES = {
 def test_a_finished_run_of_other_files_is_refused(change, inputs, config, tmp_path, monkeypatch):
     alter, message = CHANGES[change]
     record = train(**inputs, out=tmp_path / "out", config=config)
-    monkeypatch.setattr(prepare, "load_dense", None)  # nothing is loaded to see that all is done
+    monkeypatch.setattr(prepare, "load_any", None)  # nothing is loaded to see that all is done
     assert train(**inputs, out=tmp_path / "out", config=config) == record
     alter(inputs)
     with pytest.raises(CheckpointError, match=f"is another run .*{message}.*; choose another"):
@@ -82,7 +82,7 @@ def test_an_unfinished_run_of_other_weights_is_refused(
     out = tmp_path / "out"
     train_until(4, inputs["model_dir"], inputs["text_files"], out, config)
     train_anew(inputs["model_dir"])
-    monkeypatch.setattr(prepare, "load_dense", None)
+    monkeypatch.setattr(prepare, "load_any", None)
     with pytest.raises(
         CheckpointError, match="partial is another run .*model_sha256.*or remove it"
     ):

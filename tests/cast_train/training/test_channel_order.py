@@ -15,6 +15,7 @@ from cast_train.config import TrainConfig
 from cast_train.pruning import permute, reorder
 from cast_train.pruning.oneshot import read_masks, write_pruned
 from cast_train.training import prepare
+from cast_train.training.blocks import read_blocks
 from cast_train.training.run import train
 
 TOKENS = torch.arange(64).view(2, 32)
@@ -37,7 +38,7 @@ def no_search(monkeypatch):
 
 def prepared(model_dir, text_file, config, teacher_dir=None):
     tokenizer = models.load_tokenizer(model_dir)
-    blocks = prepare.read_blocks([text_file], None, tokenizer, config)
+    blocks = read_blocks([text_file], None, tokenizer, config)
     return prepare.prepare(model_dir, teacher_dir, blocks, config)
 
 

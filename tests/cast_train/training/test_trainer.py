@@ -13,6 +13,7 @@ from cast_train.config import TrainConfig
 from cast_train.errors import DivergedError
 from cast_train.gates import gating
 from cast_train.training import optimizer, prepare
+from cast_train.training.blocks import read_blocks
 from cast_train.training.run import Run, train
 from cast_train.training.trainer import CastTrainer
 from tests.cast_train.settings import changed
@@ -163,13 +164,13 @@ def test_a_run_belongs_to_its_number_of_processes(
 
 def test_steps_that_accumulate_are_whole_in_every_epoch(llama_dir, text_file, config):
     tokenizer = models.load_tokenizer(llama_dir)
-    whole = prepare.read_blocks([text_file], None, tokenizer, config).train
+    whole = read_blocks([text_file], None, tokenizer, config).train
     settings = changed(config, batch_blocks=3, accumulation=4)
-    cut = prepare.read_blocks([text_file], None, tokenizer, settings).train
+    cut = read_blocks([text_file], None, tokenizer, settings).train
     assert len(cut) == len(whole) // 12 * 12 < len(whole)
     too_many = changed(config, accumulation=len(whole))
     with pytest.raises(ValueError, match="are needed"):
-        prepare.read_blocks([text_file], None, tokenizer, too_many)
+        read_blocks([text_file], None, tokenizer, too_many)
 
 
 def test_keep_best_measures_all_that_is_held_out(llama_dir, text_file, config, tmp_path):

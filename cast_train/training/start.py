@@ -1,0 +1,130 @@
+"""Target linears + calibration blocks + TrainConfig -> their gates, as training starts them."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_train import sharding
+from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
+from cast_train.gates import gating, quantizing, scaling
+from cast_train.gates.reach import Reach, measure_reach
+from cast_train.pruning.oneshot import prune
+from cast_train.pruning.scores import magnitude_scores, wanda_scores
+from cast_train.pruning.sparsegpt import sparsegpt_scores
+
+logger = logging.getLogger(__name__)
+
+FEW_GAPS = 3  # of which gates with less reach hardly change the mask
+
+
+def start_gates(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    calibration: Tensor,
+    patterns: Mapping[str, Pattern],
+    config: TrainConfig,
+) -> dict[str, gating.Gate]:
+    """Puts gates on the targets, the same in every process; `ste` may change the weights.
+
+    Args:
+        model: fp32.
+        targets: its linears to prune, by name.
+        calibration: token blocks, int64 [num_blocks, block_size].
+        patterns: the targets', by name.
+        config: all settings.
+
+    Returns:
+        the gates by the targets' names; none with ``dense``.
+    """
+    torch.manual_seed(config.seed)  # of the first weights of `generator`
+    gate_map = {}
+    if isinstance(config, Pruned):
+        scores = None
+        if sharding.rank() == 0:
+            scores = _scores(model, targets, calibration, patterns, config)
+        gate_map = with_gates(targets, patterns, scores, config)
+    sharding.take_first(sharding.state_of(model))
+    return gate_map
+
+
+def _scores(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    calibration: Tensor,
+    patterns: Mapping[str, Pattern],
+    config: Pruned,
+) -> Mapping[str, Tensor] | None:
+    """What the gates start from, as `gating.attach` takes it; SparseGPT may move the weights."""
+    scores = None
+    if isinstance(config, Adams) or config.first_order == "magnitude":
+        scores = magnitude_scores(targets)
+    elif config.first_order == "wanda":
+        scores = wanda_scores(model, targets, calibration)
+    elif config.first_order == "sparsegpt":
+        dense = {}
+        if config.is_solved:
+            dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
+        scores = sparsegpt_scores(model, targets, calibration, patterns)
+        _restore(targets, dense)  # what is solved takes the order alone
+        if isinstance(config, Ste):  # ranks by |W|: what SparseGPT drops starts at 0
+            prune(targets, {n: hard_mask(found, patterns[n]) for n, found in scores.items()})
+            scores = None
+    return scores
+
+
+@torch.no_grad()
+def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        targets[name].weight.copy_(weight)
+
+
+def with_gates(
+    targets: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    scores: Mapping[str, Tensor] | None,
+    config: Pruned,
+) -> dict[str, gating.Gate]:
+    """Gates, and scales or quantisers if asked for; all but config as for `gating.attach`."""
+    gate_map = gating.attach(
+        targets,
+        patterns,
+        scores,
+        method=config.method,
+        selector=config.selector if isinstance(config, Gates) else "soft_topk",
+        # The gradients of a step's passes are summed.
+        decay=config.decay / config.accumulation if isinstance(config, Ste) else 0.0,
+    )
+    if config.scale_parts:
+        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
+        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+    if config.quantization is not None:
+        quantizing.attach(targets, gate_map, config.quantization.group)
+    return gate_map
+
+
+def reach_of(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
+    """How far the gates can move; warns where that can hardly change the mask.
+
+    Returns:
+        None: no logits are learnt.
+    """
+    if not isinstance(config, Gates) or config.selector == "generator":
+        return None
+    if config.first_exact_step == 0:
+        return None
+    found = measure_reach(gate_map, config)
+    if found.reach < FEW_GAPS * found.mean_gap:
+        logger.warning(
+            "a gate logit moves by %.2g or so in all, and in a group the last kept one is %.2g "
+            "above the first dropped one on average: about %.1f%% of the groups can change, so "
+            "this trains weights under the start's mask (%s); more steps, a higher hard_fraction "
+            "or a higher gate_learning_rate let the mask move",
+            found.reach,
+            found.mean_gap,
+            100 * found.changeable_share,
+            config.first_order,
+        )
+    return found
