@@ -134,6 +134,7 @@ class Run:
         arguments: transformers' settings of the run.
         prepared: model, gates and teacher; from `round` on as they are stored.
         trainer: which took all steps; set by `fit`.
+        last: what the gates do after the last step; set by `round`.
     """
 
     model_dir: Path
@@ -152,6 +153,7 @@ class Run:
     arguments: TrainingArguments = field(init=False)
     prepared: Prepared = field(init=False)
     trainer: CastTrainer = field(init=False)
+    last: Phase = field(init=False)
 
     def __post_init__(self) -> None:
         self.began = origin(self.config.precision)
@@ -282,8 +284,9 @@ class Run:
         if self.config.is_sharded:
             self.prepared = self._gathered()
         trained = self.prepared
+        self.last = phase_at(self.config.steps, self.config)
         if self.config.quantization is not None:
-            gating.set_phase(trained.gate_map, phase_at(self.config.steps, self.config))
+            gating.set_phase(trained.gate_map, self.last)
             quantizing.write_integers(trained.targets, trained.gate_map)
         _round_as_stored(trained.model, trained.gate_map)
         if self.config.method == "adams":  # the other methods froze theirs in training
@@ -306,7 +309,6 @@ class Run:
     def measure(self) -> dict[str, Any]:
         """cast.json's content, without the run's identity."""
         config, trained, trainer = self.config, self.prepared, self.trainer
-        last = phase_at(config.steps, config)
         step_s = trainer.watch.step_s
         return {
             "kind": "dense" if config.method == "dense" else "gated",
@@ -317,7 +319,7 @@ class Run:
             "kept_dense": list(trained.choices.kept_dense),
             "kept_of_64": dict(trained.choices.kept_of_64),
             "selector": config.selector if isinstance(config, Gates) else None,
-            "schedules_end": dataclasses.asdict(last),
+            "schedules_end": dataclasses.asdict(self.last),
             # What the settings came to, which `method` and those that are ``auto`` do not say.
             "effective": {
                 "is_mask_learnt": config.method != "dense" and config.first_exact_step > 0,
@@ -336,10 +338,10 @@ class Run:
                 if "heldout_perplexity" in entry
             ],
             "gates": {
-                **dataclasses.asdict(gating.statistics(trained.gate_map, last, trained.start)),
+                **dataclasses.asdict(gating.statistics(trained.gate_map, self.last, trained.start)),
                 **(dataclasses.asdict(trained.reach) if trained.reach else {}),
             },
-            "quality": self._quality(last),
+            "quality": self._quality(),
         }
 
     def _trained_as(self) -> dict[str, Any] | None:
@@ -354,11 +356,13 @@ class Run:
             "num_steps": config.steps - config.first_quantized_step,
         }
 
-    def _quality(self, last: Phase) -> dict[str, Any]:
+    def _quality(self) -> dict[str, Any]:
         trained = self.prepared
         device = next(trained.model.parameters()).device
         with autocast(self.config.precision, device.type):
-            soft, hard = soft_and_hard(trained.model, trained.gate_map, last, self.blocks.heldout)
+            soft, hard = soft_and_hard(
+                trained.model, trained.gate_map, self.last, self.blocks.heldout
+            )
         return {
             "text": self.blocks.heldout_name,
             "perplexity_soft": soft.perplexity,
