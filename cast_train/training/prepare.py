@@ -16,10 +16,7 @@ from cast_serve.sparsity.targets import find_targets, not_by_vllm
 from cast_train import attention, sharding
 from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
-from cast_train.checkpoint.models import (
-    load_any,
-    sparse_targets,
-)
+from cast_train.checkpoint.models import load_any
 from cast_train.checkpoint.resume import Choices
 from cast_train.config import Adams, Pruned, TrainConfig
 from cast_train.gates import gating, scaling
@@ -63,6 +60,7 @@ class Prepared:
 
 def prepare(
     model_dir: Path,
+    sparse: list[str] | None,
     teacher_dir: Path | None,
     blocks: Blocks,
     config: TrainConfig,
@@ -73,6 +71,7 @@ def prepare(
     Args:
         model_dir: dense HF directory; or a pruned or compressed one, whose linears without zeros
             stay dense.
+        sparse: its linears that have zeros already, see `sparse_targets`; None: it is dense.
         teacher_dir: dense one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the order and the gates' start.
         config: all settings.
@@ -84,7 +83,6 @@ def prepare(
     model = load_any(model_dir, torch.float32)
     # Fail fast: the search takes a minute or more.
     check_length(model, config.block_size, "block_size")
-    sparse = sparse_targets(model_dir, config.pattern)
     _check_targets(model, sparse, config, choices)
     order = channel_order.read(model_dir)
     is_auto = isinstance(config, Pruned) and config.channel_order == "auto"

@@ -127,7 +127,9 @@ class Run:
         model_dir: and all others down to teacher_dir: as `train` takes them. `read` replaces a
             model's name on a hub by the directory that it was fetched to.
         began: commit, machine and load before the run (origin.py).
-        tokenizer: the model's; set by `read`, as the next two are.
+        sparse: the linears that have zeros already; None: the model is dense. Set by `read`, as the
+            next three are.
+        tokenizer: the model's.
         blocks: the text.
         identity: settings, number of processes and the hashes of all files that were read.
         resume_from: the checkpoint to resume from, or None; set by `begin`, as the next two are.
@@ -146,6 +148,7 @@ class Run:
     tensorboard_dir: Path | None
     teacher_dir: Path | None
     began: Mapping[str, Any] = field(init=False)
+    sparse: list[str] | None = field(init=False)
     tokenizer: Any = field(init=False)
     blocks: Blocks = field(init=False)
     identity: Mapping[str, Any] = field(init=False)
@@ -199,6 +202,7 @@ class Run:
         """Fetches the models, reads tokenizer and text, and hashes all files."""
         self.model_dir = hub.fetch(self.model_dir)
         self.teacher_dir = hub.fetch(self.teacher_dir) if self.teacher_dir else None
+        self.sparse = models.sparse_targets(self.model_dir, self.config.pattern)
         self._check_models()
         self.tokenizer = load_tokenizer(self.model_dir)
         self.blocks = read_blocks(self.text_files, self.heldout_file, self.tokenizer, self.config)
@@ -216,7 +220,7 @@ class Run:
         """Refuses models that cannot be trained or distilled from, before a weight is read."""
         if self.teacher_dir is not None:
             models.check_dense(self.teacher_dir)
-        if models.sparse_targets(self.model_dir, self.config.pattern) is None:
+        if self.sparse is None:
             return
         if isinstance(self.config, Pruned) and self.config.zeros != 1:
             raise UsageError(
@@ -251,7 +255,9 @@ class Run:
             logger.info("resuming after step %d of %d", step, self.config.steps)
             choices = resume.read_choices(partial)
         self.arguments = arguments_of(self.config, partial)  # connects the processes
-        self.prepared = prepare(self.model_dir, self.teacher_dir, self.blocks, self.config, choices)
+        self.prepared = prepare(
+            self.model_dir, self.sparse, self.teacher_dir, self.blocks, self.config, choices
+        )
         if is_first:
             resume.check_room(partial, self.prepared.model, self.prepared.gate_map, self.config)
             if self.resume_from:

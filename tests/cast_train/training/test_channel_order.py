@@ -39,7 +39,8 @@ def no_search(monkeypatch):
 def prepared(model_dir, text_file, config, teacher_dir=None):
     tokenizer = models.load_tokenizer(model_dir)
     blocks = read_blocks([text_file], None, tokenizer, config)
-    return prepare.prepare(model_dir, teacher_dir, blocks, config)
+    sparse = models.sparse_targets(model_dir, config.pattern)
+    return prepare.prepare(model_dir, sparse, teacher_dir, blocks, config)
 
 
 def hidden_states(model):

@@ -45,15 +45,15 @@ def state_of(model):
 def leave_all():
     fit = CastTrainer.train
 
-    def leave_start(model_dir, teacher_dir, blocks, config, choices):
-        prepared = prepare.prepare(model_dir, teacher_dir, blocks, config, choices)
+    def leave_start(*inputs):
+        prepared = prepare.prepare(*inputs)
         order = prepared.choices.order
         found = {
             "kept_dense": list(prepared.choices.kept_dense),
             "order": order and [order.residual, order.inner, order.values],
         }
         # Copies are made alike before the first step, shares of the parameters are not.
-        leave("start", found | (state_of(prepared.model) if config.is_sharded else {}))
+        leave("start", found | (state_of(prepared.model) if inputs[4].is_sharded else {}))
         return prepared
 
     def leave_end(self, **arguments):
