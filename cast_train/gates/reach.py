@@ -6,6 +6,7 @@ the learning rate a step (training/optimizer.py). Over the steps until the mask 
 cross.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from cast_serve.sparsity.pattern import groups
-from cast_train.config import Gates
+from cast_train.config import Gates, TrainConfig
 from cast_train.gates.gating import Gate, LogitGate
 from cast_train.gates.selection import hard
+
+logger = logging.getLogger(__name__)
+
+FEW_GAPS = 3  # of which gates with less reach hardly change the mask
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,20 @@ class Reach:
 
 
 @torch.no_grad()
-def measure_reach(gates: Mapping[str, Gate], config: Gates) -> Reach:
-    """Measures gates whose logits are learnt (selectors other than ``generator``).
+def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | None:
+    """Measures how far the gates can move, and warns where that can hardly change the mask.
 
     Args:
         gates: as they start, by name; at least one.
+        config: all settings.
+
+    Returns:
+        None: no logit is learnt by itself; fixed masks have none, and ``generator`` computes them.
     """
+    if not isinstance(config, Gates) or config.selector == "generator":
+        return None
+    if config.first_exact_step == 0:
+        return None
     reach = config.gate_learning_rate * config.first_exact_step
     total_gap = 0.0
     num_groups = num_changeable = 0
@@ -54,4 +67,16 @@ def measure_reach(gates: Mapping[str, Gate], config: Gates) -> Reach:
         total_gap += float(gap.sum(dtype=torch.float64))
         num_groups += gap.numel()
         num_changeable += int((gap <= 2 * reach).sum())
-    return Reach(reach, total_gap / num_groups, num_changeable / num_groups)
+    found = Reach(reach, total_gap / num_groups, num_changeable / num_groups)
+    if found.reach < FEW_GAPS * found.mean_gap:
+        logger.warning(
+            "a gate logit moves by %.2g or so in all, and in a group the last kept one is %.2g "
+            "above the first dropped one on average: about %.1f%% of the groups can change, so "
+            "this trains weights under the start's mask (%s); more steps, a higher hard_fraction "
+            "or a higher gate_learning_rate let the mask move",
+            found.reach,
+            found.mean_gap,
+            100 * found.changeable_share,
+            config.first_order,
+        )
+    return found

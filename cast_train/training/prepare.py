@@ -20,7 +20,7 @@ from cast_train.checkpoint.models import load_any
 from cast_train.checkpoint.resume import Choices
 from cast_train.config import Adams, Pruned, TrainConfig
 from cast_train.gates import gating, scaling
-from cast_train.gates.reach import Reach
+from cast_train.gates.reach import Reach, measure_reach
 from cast_train.passes import check_length
 from cast_train.pruning.allocate import allocate, kept_of_64
 from cast_train.pruning.permute import permute
@@ -28,7 +28,7 @@ from cast_train.pruning.reorder import reorder
 from cast_train.pruning.scores import weight_rows
 from cast_train.training import adams
 from cast_train.training.blocks import Blocks
-from cast_train.training.start import reach_of, start_gates
+from cast_train.training.start import start_gates
 from cast_train.training.teacher import load_teacher, reorder_teacher
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Prepared:
 
 def prepare(
     model_dir: Path,
-    sparse: list[str] | None,
+    sparse: Mapping[str, Pattern] | None,
     teacher_dir: Path | None,
     blocks: Blocks,
     config: TrainConfig,
@@ -71,7 +71,7 @@ def prepare(
     Args:
         model_dir: dense HF directory; or a pruned or compressed one, whose linears without zeros
             stay dense.
-        sparse: its linears that have zeros already, see `sparse_targets`; None: it is dense.
+        sparse: its linears that have zeros already and their patterns, see `sparse_targets`; None: it is dense.
         teacher_dir: dense one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the order and the gates' start.
         config: all settings.
@@ -129,7 +129,7 @@ def prepare(
         choices=Choices(kept_dense, kept_of_64(patterns, config.pattern), order),
         gate_map=gate_map,
         start={name: gate.mask() for name, gate in gate_map.items()},
-        reach=reach_of(gate_map, config),
+        reach=measure_reach(gate_map, config),
         teacher=teacher,
     )
 

@@ -35,7 +35,7 @@ from cast_serve.checkpoint.record import (
     verify,
 )
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import PatternError
+from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_train import sharding
 from cast_train.checkpoint import identity, models, resume
 from cast_train.checkpoint.models import load_tokenizer
@@ -127,8 +127,8 @@ class Run:
         model_dir: and all others down to teacher_dir: as `train` takes them. `read` replaces a
             model's name on a hub by the directory that it was fetched to.
         began: commit, machine and load before the run (origin.py).
-        sparse: the linears that have zeros already; None: the model is dense. Set by `read`, as the
-            next three are.
+        sparse: the linears that have zeros already, and their patterns; None: the model is dense.
+            Set by `read`, as the next three are.
         tokenizer: the model's.
         blocks: the text.
         identity: settings, number of processes and the hashes of all files that were read.
@@ -148,7 +148,7 @@ class Run:
     tensorboard_dir: Path | None
     teacher_dir: Path | None
     began: Mapping[str, Any] = field(init=False)
-    sparse: list[str] | None = field(init=False)
+    sparse: Mapping[str, Pattern] | None = field(init=False)
     tokenizer: Any = field(init=False)
     blocks: Blocks = field(init=False)
     identity: Mapping[str, Any] = field(init=False)
@@ -202,8 +202,7 @@ class Run:
         """Fetches the models, reads tokenizer and text, and hashes all files."""
         self.model_dir = hub.fetch(self.model_dir)
         self.teacher_dir = hub.fetch(self.teacher_dir) if self.teacher_dir else None
-        self.sparse = models.sparse_targets(self.model_dir, self.config.pattern)
-        self._check_models()
+        self.sparse = self._sparse_targets()
         self.tokenizer = load_tokenizer(self.model_dir)
         self.blocks = read_blocks(self.text_files, self.heldout_file, self.tokenizer, self.config)
         source = identity.of_inputs(
@@ -216,12 +215,17 @@ class Run:
             "source": source,
         }
 
-    def _check_models(self) -> None:
-        """Refuses models that cannot be trained or distilled from, before a weight is read."""
+    def _sparse_targets(self) -> Mapping[str, Pattern] | None:
+        """The linears that have zeros already, and their patterns; None: the model is dense.
+
+        Raises:
+            UsageError: if these models cannot be trained or distilled from; no weight is read.
+        """
         if self.teacher_dir is not None:
             models.check_dense(self.teacher_dir)
-        if self.sparse is None:
-            return
+        sparse = models.sparse_targets(self.model_dir, self.config.pattern)
+        if sparse is None:
+            return None
         if isinstance(self.config, Pruned) and self.config.zeros != 1:
             raise UsageError(
                 f"zeros {self.config.zeros} chooses among the linears of a dense model, but "
@@ -233,6 +237,7 @@ class Run:
                 f"{self.model_dir} has its zeros already, so it cannot be the teacher; give "
                 "--teacher the dense model, or set distillation_weight to 0"
             )
+        return sparse
 
     def finished(self) -> dict[str, Any]:
         """The record of this run, which was finished before, verified."""

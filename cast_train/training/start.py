@@ -1,6 +1,5 @@
 """Target linears + calibration blocks + TrainConfig -> their gates, as training starts them."""
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,14 +9,9 @@ from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
 from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
 from cast_train.gates import gating, quantizing, scaling
-from cast_train.gates.reach import Reach, measure_reach
 from cast_train.pruning.oneshot import prune
 from cast_train.pruning.scores import magnitude_scores, wanda_scores
 from cast_train.pruning.sparsegpt import sparsegpt_scores
-
-logger = logging.getLogger(__name__)
-
-FEW_GAPS = 3  # of which gates with less reach hardly change the mask
 
 
 def start_gates(
@@ -103,28 +97,3 @@ def with_gates(
     if config.quantization is not None:
         quantizing.attach(targets, gate_map, config.quantization.group)
     return gate_map
-
-
-def reach_of(gate_map: Mapping[str, gating.Gate], config: TrainConfig) -> Reach | None:
-    """How far the gates can move; warns where that can hardly change the mask.
-
-    Returns:
-        None: no logits are learnt.
-    """
-    if not isinstance(config, Gates) or config.selector == "generator":
-        return None
-    if config.first_exact_step == 0:
-        return None
-    found = measure_reach(gate_map, config)
-    if found.reach < FEW_GAPS * found.mean_gap:
-        logger.warning(
-            "a gate logit moves by %.2g or so in all, and in a group the last kept one is %.2g "
-            "above the first dropped one on average: about %.1f%% of the groups can change, so "
-            "this trains weights under the start's mask (%s); more steps, a higher hard_fraction "
-            "or a higher gate_learning_rate let the mask move",
-            found.reach,
-            found.mean_gap,
-            100 * found.changeable_share,
-            config.first_order,
-        )
-    return found
