@@ -192,15 +192,12 @@ def run(
 
         conversion = None
         if convert is not None:
-            from cast_train.training.conversion import Conversion
+            from cast_train.training.conversion import Conversion, quantization_of
 
-            conversion = Conversion.of(
-                settings,
+            conversion = Conversion(
                 out=convert,
                 gated=convert.with_name(convert.name + ".gated") if out is None else out,
-                quantize=quantize,
-                scale_group=scale_group,
-                head=head,
+                quantization=quantization_of(settings, quantize, scale_group, head),
                 push_to_hub=push_to_hub,
                 is_private=private,
             )

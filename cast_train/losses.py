@@ -1,13 +1,13 @@
 """Logits, labels and a teacher's logits -> the task loss and the distillation loss, in one pass.
 
-`hidden_distance` adds what lies before the logits.
-
 L = (1 - eta) * L_task + eta * T^2 * KL(teacher || student), the second softened by the temperature
 T; the teacher is the dense model as it was before training. T^2 keeps the gradient's size when T
 changes. Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
 
 The gradient is made while the loss is, a few tokens at a time: log_softmax and its backward over
 all logits at once cost a fifth of a training step on a CPU, most of it fresh memory.
+
+`hidden_distance` is a third loss, of the hidden states before the logits; the trainer adds it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 ROWS = 32  # tokens at a time: fp32 copies of all logits cost more than the arithmetic
-UNLABELLED = -100
+UNLABELLED = -100  # as transformers marks tokens that are not predicted
 
 
 def losses(
@@ -32,8 +32,8 @@ def losses(
 
     Args:
         logits: [num_blocks, block_size, vocabulary], any floating dtype.
-        labels: int64 [num_blocks, block_size], the tokens that were read; each is what the logits
-            before it should have said.
+        labels: int64 [num_blocks, block_size], the tokens that were read; the logits at a position
+            predict the label at the next one.
         teacher_logits: as `logits`, or None: no distillation.
         share: eta, from 0 to 1; 0 without a teacher.
         temperature: above 0.
@@ -42,11 +42,11 @@ def losses(
         fp32 scalars: L, through which the gradient flows to `logits`; L_task, averaged over the
         tokens that have a next one; T^2 * KL in nats, averaged over all tokens (0 without teacher).
     """
-    wanted = torch.full_like(labels, UNLABELLED)
-    wanted[:, :-1] = labels[:, 1:]
+    next_tokens = torch.full_like(labels, UNLABELLED)
+    next_tokens[:, :-1] = labels[:, 1:]
     teacher = None if teacher_logits is None else teacher_logits.flatten(0, -2)
     found: tuple[Tensor, Tensor, Tensor] = _Losses.apply(
-        logits.flatten(0, -2), wanted.flatten(), teacher, share, temperature
+        logits.flatten(0, -2), next_tokens.flatten(), teacher, share, temperature
     )
     return found
 
@@ -94,42 +94,45 @@ def hidden_distance(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) 
 
 
 class _Losses(torch.autograd.Function):
-    """softmax less what was wanted, by the labels and by the teacher, is the gradient."""
+    """Both losses and the gradient of their sum: softmax minus labels, and minus teacher.
+
+    `forward` takes logits [num_tokens, vocabulary] and int64 [num_tokens], the token after each.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         student: Tensor,
-        labels: Tensor,
+        next_tokens: Tensor,
         teacher: Tensor | None,
         share: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, is_labelled = student.shape[0], labels != UNLABELLED
-        of_label = is_labelled.float() * ((1 - share) / is_labelled.sum().clamp(min=1))
-        of_teacher = share * temperature / num_tokens
+        num_tokens, is_labelled = student.shape[0], next_tokens != UNLABELLED
+        label_weight = is_labelled.float() * ((1 - share) / is_labelled.sum().clamp(min=1))
+        teacher_weight = share * temperature / num_tokens
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         task, distance = torch.zeros(2, device=student.device)
         for first in range(0, num_tokens, ROWS):
             rows = slice(first, first + ROWS)
-            logits, places = student[rows].float(), labels[rows].clamp(min=0)[:, None]
+            logits, labels = student[rows].float(), next_tokens[rows].clamp(min=0)[:, None]
             plain = log_softmax(logits, dim=-1)
-            task -= (plain.gather(1, places)[:, 0] * is_labelled[rows]).sum()
+            task -= (plain.gather(1, labels)[:, 0] * is_labelled[rows]).sum()
             if teacher is None:
-                slope = plain.exp_().mul_(of_label[rows, None])
+                slope = plain.exp_().mul_(label_weight[rows, None])
             else:
                 softened = plain if temperature == 1 else log_softmax(logits / temperature, dim=-1)
                 theirs = log_softmax(teacher[rows].float() / temperature, dim=-1)
                 wanted = theirs.exp()
                 distance += (wanted * (theirs - softened)).sum()
                 if temperature == 1:
-                    slope = plain.exp_().mul_(of_label[rows, None] + of_teacher)
+                    slope = plain.exp_().mul_(label_weight[rows, None] + teacher_weight)
                 else:
-                    slope = plain.exp_().mul_(of_label[rows, None])
-                    slope.add_(softened.exp_(), alpha=of_teacher)
-                slope.sub_(wanted, alpha=of_teacher)
+                    slope = plain.exp_().mul_(label_weight[rows, None])
+                    slope.add_(softened.exp_(), alpha=teacher_weight)
+                slope.sub_(wanted, alpha=teacher_weight)
             if grad is not None:
-                grad[rows] = slope.scatter_add_(1, places, -of_label[rows, None])
+                grad[rows] = slope.scatter_add_(1, labels, -label_weight[rows, None])
         task /= is_labelled.sum().clamp(min=1)
         distance *= temperature**2 / num_tokens
         ctx.save_for_backward(grad)

@@ -1,9 +1,8 @@
 """Masks + calibration blocks -> the kept weights that change the outputs of the linears least.
 
 For a row w of a weight, the columns K that its mask keeps and H = X^T X of the linear's inputs,
-||X (w - w')||^2 is least at w'_K = H_KK^-1 (H w)_K. H is damped as SparseGPT damps it. So masks of
-any origin can be compared on equal terms: each with the best weights for it, from the same dense
-ones.
+||X (w - w')||^2 is least at w'_K = H_KK^-1 (H w)_K. H is damped as SparseGPT damps it. Masks of any
+origin can so be compared on equal terms: each with its best weights, from the same dense ones.
 """
 
 from collections.abc import Mapping
@@ -44,23 +43,23 @@ def solve_kept(
 ) -> Tensor:
     """One weight, solved: fp32 [out_features, in_features], zero where it is dropped.
 
-    Conjugate gradients for all rows at once, from the kept weights as they are, on columns of which
-    each has the same length. An iteration is one product of [out_features, in_features] and H; a
+    Conjugate gradients for all rows at once, starting at the kept weights, in columns scaled to a
+    diagonal of H of ones. An iteration is one product of [out_features, in_features] and H; a
     Cholesky factor of H_KK for every row would take several times as long (benchmarks/log.md).
 
     Args:
         weight: dense, fp32 [out_features, in_features].
         mask: bool, the same shape.
         hessian: X^T X, fp32 [in_features, in_features].
-        tolerance: ends once an iteration lowers the error, the sum over all rows, by less than this
+        tolerance: stop once an iteration lowers the error, summed over all rows, by less than this
             share of it.
     """
     hessian = damped(hessian)
     scale = hessian.diagonal().rsqrt()
     hessian = hessian * scale[:, None] * scale
-    wanted = weight / scale
-    solved = wanted * mask
-    dropped = wanted - solved
+    scaled = weight / scale
+    solved = scaled * mask
+    dropped = scaled - solved
     if not dropped.any():
         return weight.clone()
     residual = dropped @ hessian
@@ -68,7 +67,7 @@ def solve_kept(
     residual = residual * mask
     direction = residual
     squares = residual.square().sum(1, keepdim=True)
-    for _ in range(weight.shape[1]):  # where numbers are exact, no more are needed
+    for _ in range(weight.shape[1]):  # in exact arithmetic no more are needed
         curved = (direction @ hessian) * mask
         curvature = (direction * curved).sum(1, keepdim=True)
         # A row that is solved to the last bit has no direction left.

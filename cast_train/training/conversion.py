@@ -1,7 +1,7 @@
 """A run's gated checkpoint -> the compressed directory that it is trained for (`run --convert`).
 
-Options, outputs and hub are checked before the training. What is there already is kept where it was
-made of the same, so that a command which was stopped in either half is repeated as it stands.
+Options, outputs and hub are checked before the training. What exists already is kept if it was made
+from the same inputs and options, so a command that was stopped in either half can be run again.
 """
 
 import logging
@@ -30,57 +30,17 @@ class Conversion:
     Attributes:
         out: the compressed directory.
         gated: the checkpoint that is trained for it.
-        quantize: of the kept weights; None: they stay in the model's dtype.
-        scale_group: of int4, the columns that share a scale.
-        head: of the output layer; None: int8 with `quantize` where vLLM has one.
+        quantization: of the kept weights and the output layer; None: they stay in the model's
+            dtype.
         push_to_hub: ORG/NAME to push the directory to, or None.
         is_private: whether only its owner sees it there.
     """
 
     out: Path
     gated: Path
-    quantize: Literal["int8", "int4"] | None = None
-    scale_group: int = SCALE_GROUP
-    head: Literal["int8", "none"] | None = None
+    quantization: Quantization | None = None
     push_to_hub: str | None = None
     is_private: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        settings: TrainConfig,
-        *,
-        quantize: Literal["int8", "int4"] | None,
-        scale_group: int | None,
-        **others: Any,
-    ) -> "Conversion":
-        """One that quantises as the settings train for, or as asked for where they do not.
-
-        Raises:
-            UsageError: if both say how, and not the same.
-        """
-        if (wanted := settings.quantization) is not None:
-            trained: dict[str, str] = {"quantize": wanted.values}
-            if wanted.group is not None:
-                trained["scale_group"] = str(wanted.group)
-            asked = {"quantize": quantize, "scale_group": scale_group and str(scale_group)}
-            for name, value in trained.items():
-                if asked[name] not in (None, value):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} {asked[name]} differs from {name} {value}, "
-                        "which the settings train for; leave one of them out"
-                    )
-            quantize, scale_group = wanted.values, wanted.group
-        return cls(quantize=quantize, scale_group=scale_group or SCALE_GROUP, **others)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """The options that say how.
-
-        Raises:
-            CheckpointError: if they do not go together.
-        """
-        return Quantization.asked(self.quantize, self.scale_group, self.head)
 
     @property
     def trained(self) -> Path:
@@ -88,14 +48,16 @@ class Conversion:
         return self.out if self.out.exists() and not self.gated.exists() else self.gated
 
     def check(self, settings: TrainConfig) -> None:
-        """Refuses what can be seen to be wrong before the training.
+        """Refuses, before the training, what could not be converted or pushed after it.
+
+        Args:
+            settings: of the run.
 
         Raises:
             UsageError: for settings without compressed weights, or wrong options.
             CheckpointError: if the result cannot be written, or was removed in part.
         """
         settings.check_convertible()
-        _ = self.quantization  # refuses what does not go together
         if self.is_private and self.push_to_hub is None:
             raise UsageError("--private needs --push-to-hub ORG/NAME; give both or none")
         if not self.out.exists():
@@ -119,7 +81,8 @@ class Conversion:
             `inspect` of the directory, and ``pushed_to``.
 
         Raises:
-            CheckpointError: if the directory was made of another checkpoint, or otherwise.
+            CheckpointError: if the directory was made from another checkpoint, or with other
+                options.
         """
         if self.trained == self.out:
             self._check_form()
@@ -128,8 +91,7 @@ class Conversion:
         if self.out.exists():
             check_converted(self.gated, self.out, asked)
             summary = inspect(self.out)
-        elif self.quantize == "int4" and not read_record(self.gated).get("trained_as"):
-            assert asked is not None
+        elif asked and asked.values == "int4" and not read_record(self.gated).get("trained_as"):
             summary = write_quantized(self.gated, text_files, self.out, asked)
         else:
             summary = convert(self.gated, self.out, quantization=asked)
@@ -144,3 +106,34 @@ class Conversion:
         recorded = read_record(self.out).get("quantization") or {}
         remedy = "choose another directory or remove it"
         check_recorded(self.quantization, recorded, str(self.out), remedy)
+
+
+def quantization_of(
+    settings: TrainConfig,
+    quantize: Literal["int8", "int4"] | None,
+    scale_group: int | None,
+    head: Literal["int8", "none"] | None,
+) -> Quantization | None:
+    """What `convert` is asked for: what the settings train for, or else the options.
+
+    Args:
+        settings: of the run.
+        quantize, scale_group, head: the options of the command line; None: not given.
+
+    Raises:
+        UsageError: if settings and options differ.
+        CheckpointError: if the options do not go together.
+    """
+    if (trained := settings.quantization) is not None:
+        asked = (
+            ("quantize", quantize, trained.values),
+            ("scale_group", scale_group, trained.group),
+        )
+        for name, option, value in asked:
+            if option is not None and value not in (None, option):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {option} differs from {name} {value}, which the "
+                    "settings train for; leave one of them out"
+                )
+        quantize, scale_group = trained.values, trained.group or scale_group
+    return Quantization.asked(quantize, scale_group or SCALE_GROUP, head)
