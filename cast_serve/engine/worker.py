@@ -39,7 +39,7 @@ CPU_STEP_TOKENS = 512
 
 
 class SparseReport:
-    """An extension of vLLM's worker class, by which the server asks each rank what it loaded."""
+    """Methods that vLLM adds to its worker class; the server calls them on each rank."""
 
     def cast_report(self) -> dict[str, Any]:
         """`report` of this rank's part of the model, with its place among the ranks."""
@@ -94,7 +94,7 @@ def run(
 
     Raises:
         UsageError: if the directory holds no model or a gated one, there are fewer cores than
-            ranks, vLLM's interfaces are not those that we use, or the key is wrong or among the
+            ranks, this vLLM lacks an interface that we use, or the key is wrong or among the
             flags.
         FailedError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
@@ -167,8 +167,12 @@ def all_flags(
     win over the file.
 
     Args:
-        quantization: the method for weights that are stored with their zeros, of which config.json
-            does not say that they are 2:4; None: config.json decides.
+        model, name, host, port, vllm_flags: as `run` takes them.
+        quantization: vLLM's method for weights that are stored with their zeros, which config.json
+            does not name; None: config.json decides.
+
+    Returns:
+        words for vLLM's argument parser.
     """
     families = ("request_latency", "time_to_first_token", "inter_token_latency")
     own = {
@@ -181,11 +185,11 @@ def all_flags(
         "--custom-histogram-buckets": json.dumps(dict.fromkeys(families, BUCKETS_S)),
         "--worker-extension-cls": "cast_serve.engine.worker.SparseReport",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
-        # One that bounds its work: vLLM's own choice, xgrammar, takes seconds between two steps of
-        # the engine for a regex of 70 characters (benchmarks/log.md).
+        # It bounds its work; vLLM's own choice, xgrammar, holds the engine up for seconds over a
+        # regex of 70 characters (benchmarks/log.md).
         "--structured-outputs-config": '{"backend": "guidance"}',
     }
-    # The gateway logs requests, and a line for each of its looks at /health would fill the log.
+    # The gateway logs requests, and a line for each of its probes of /health would fill the log.
     ours["--uvicorn-log-level"] = "warning"
     if quantization:
         ours["--quantization"] = quantization
@@ -208,7 +212,7 @@ def all_flags(
 
 
 def _in_file(vllm_flags: Sequence[str]) -> set[str]:
-    """The flags that the file of --config gives; what is wrong with the file, vLLM says."""
+    """The flags in the file of --config; a file that cannot be read is left for vLLM to refuse."""
     if "--config" not in vllm_flags[:-1]:
         return set()
     try:
@@ -266,26 +270,27 @@ def compiler() -> str:
 def ask_for_large_pages() -> None:
     """Puts the engine's memory into pages of 2 MB, on a CPU, unless the user set glibc's tunables.
 
-    The weights are read once a token, and every page of 4 KB has its address looked up. Linux gives
-    large pages to processes that ask for them (enabled is ``madvise``) or to all (``always``):
-    /sys/kernel/mm/transparent_hugepage/enabled. glibc, from 2.35 on, asks where this variable is
-    set when a process begins, as the engine's is then; an earlier one ignores it.
+    The weights are read once a token, with an address lookup for every page of 4 KB. Linux gives
+    large pages to all processes or to those that ask, as
+    /sys/kernel/mm/transparent_hugepage/enabled says (``always`` or ``madvise``). glibc 2.35 and
+    later asks if this variable is set when the process starts, as it then is for the engine's;
+    earlier ones ignore it.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
-    """Makes the engine's process compute itself, unless the user chose another way.
+    """Has the engine's process do the computing itself, unless the user chose another way.
 
-    On CPUs vLLM 0.32 starts another process for that, since OpenMP reads its threads' cores from
-    the environment that a process begins with. The engine then waits for each step in a loop that
-    never sleeps, on a core that computes it, and sends two messages there and back
-    (docs/serving.md). Here the engine's process begins with the environment that vLLM would give
-    to the other one, or if threads are not to be bound, with the user's.
+    On CPUs vLLM 0.32 starts a second process for that, since OpenMP reads its threads' cores from
+    the environment a process starts with. The engine then waits for each step in a loop that never
+    sleeps, on one of the cores that compute it, and exchanges two messages with it
+    (docs/serving.md). Here the engine's process starts with the environment that vLLM would give
+    the second one or, if threads are not to be bound, with the user's.
 
     Args:
-        args: of vLLM's server, for one rank; changed.
+        args: of vLLM's server, for one rank; changed in place.
         cores: CPU ids of this server; None: vLLM binds threads, unless its variable says not to.
     """
     if torch.cuda.is_available() or args.distributed_executor_backend is not None:
@@ -321,10 +326,11 @@ def _run_headless(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _vllms_refusals() -> Iterator[None]:
-    """What vLLM says of flags, model and machine, as an error of ours; its log has the traceback.
+    """Turns vLLM's errors about flags, model or machine into ours; its log has the traceback.
 
     Raises:
-        UsageError, FailedError: for a ValueError or OSError, and for a RuntimeError of vLLM's.
+        UsageError: in place of a ValueError or OSError.
+        FailedError: in place of a RuntimeError.
     """
     try:
         yield
@@ -394,7 +400,7 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
 
 
 def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
-    """Publishes what the gateway must know of this worker.
+    """Publishes what the gateway must know about this worker.
 
     Token ids at or above the vocabulary's size crash vLLM's engine, so the gateway refuses them. An
     engine sends nothing during a step, so the gateway's hang limit must be longer than a step.

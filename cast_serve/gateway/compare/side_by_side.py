@@ -20,25 +20,29 @@ async def compare(
     complete: Complete,
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
-    """One prompt on every variant, one after the other: the body of POST /v1/compare.
+    """Asks every variant the same prompt, one after the other.
 
     Args:
-        prompt_body: of a completion with one text as its prompt and one choice, checked.
+        prompt_body: a checked body of /v1/completions, with one text as its prompt and one choice.
         variants: names; the first is the baseline, on whose text agreement is measured.
-        complete: sends a body to a variant.
+        complete: sends a body to a variant; returns the answer and its timing.
         max_tokens: of prompt and answer together, for agreement; see `max_scored_tokens`.
 
     Returns:
-        `variants`: each one's text and times; `order`: in which they were asked, drawn each
-        time, because the first may find colder caches; `agreement`: of each other variant with the
-        baseline, None where the tokens cannot be compared, and with a `reason` where prompt and
-        answer are longer than `max_tokens`, or a worker refused to judge them.
+        The answer of POST /v1/compare. `order` is drawn each time, because the first to be asked
+        may find colder caches. In `agreement`, the figures of a variant are None where its tokens
+        cannot be compared with the baseline's; `reason` is there where prompt and answer exceed
+        `max_tokens` or a worker refused to judge them.
+
+    Raises:
+        Whatever `complete` raises when a variant does not answer.
     """
-    order = random.sample(list(variants), len(variants))
+    order = random.sample(variants, len(variants))
     answers, timings = {}, {}
     for variant in order:
         body = {**prompt_body, "stream": True}
         answers[variant], timings[variant] = await complete(variant, body)
+
     choices = {variant: answer["choices"][0] for variant, answer in answers.items()}
     baseline = variants[0]
     prompt_tokens = answers[baseline]["usage"]["prompt_tokens"]
@@ -56,8 +60,8 @@ async def compare(
     shown: dict[str, Any] = {"baseline": baseline}
     for variant, found in judged.items():
         shown[variant] = {
-            "token_agreement": found and found.num_agreeing / found.num_tokens,
-            "kl_nats_per_token": found and found.kl_nats / found.num_tokens,
+            "token_agreement": found.num_agreeing / found.num_tokens if found else None,
+            "kl_nats_per_token": found.kl_nats / found.num_tokens if found else None,
             "num_tokens": found.num_tokens if found else 0,
             "common_prefix_characters": len(commonprefix([text, choices[variant]["text"]])),
         }
