@@ -1,6 +1,6 @@
-"""A recorded run and its result -> the files in its directory that follow from the record.
+"""A recorded run and its result -> result.json and the reports in the run's directory.
 
-result.json                the result: all that follows from the record, the verdict included
+result.json                the result: figures, speed-ups and the verdict
 report.html, .md, .png     the same for people
 """
 
@@ -27,7 +27,13 @@ WRITTEN = "result.json, report.html, report.md and report.png, from run.json and
 
 
 def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -> None:
-    """Writes all that follows from the record into a directory that exists."""
+    """Writes result.json and the reports, replacing older ones.
+
+    Args:
+        directory: the run's; it exists.
+        recorded: run.json and requests.jsonl, as read.
+        result: of `judge.result_of`.
+    """
     texts = {
         "result.json": json.dumps(result, indent=2, allow_nan=False) + "\n",
         "report.md": markdown_of(result),
@@ -39,7 +45,7 @@ def write_reports(directory: Path, recorded: Recorded, result: dict[str, Any]) -
 
 
 def markdown_of(result: dict[str, Any]) -> str:
-    """The result for a pull request or a wiki."""
+    """report.md: the result in Markdown, for a pull request or a wiki."""
     lines = [f"# {title(result)}", "", origin(result), ""]
     lines += [f"> **{warning}**\n" for warning in result["warnings"]]
     lines += [f"**{verdict(result)}**: {result['headline']}", ""]

@@ -67,6 +67,10 @@ class Connection(asyncio.Protocol):
     def send(self, request: bytes, on_body: Callable[[bytes], None]) -> asyncio.Future[Response]:
         """Writes head and body of a request; what `on_body` raises ends the exchange.
 
+        Args:
+            request: the bytes of head and body.
+            on_body: gets the response's body, piece by piece.
+
         Returns:
             The response once it is complete; TransportError if the connection ends before that.
         """
@@ -140,14 +144,18 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Connections to one server; it opens another whenever none is idle.
 
+    Args:
+        url: http or https; a path in it comes before that of each request.
+        headers: sent with each request.
+
     Raises:
-        ValueError: if `url` is not an http or https URL.
+        ValueError: if `url` is not an http or https URL; the message is the remedy alone.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("write http://HOST:PORT")
+            raise ValueError("write http://HOST:PORT or https://HOST:PORT")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._address = parts.hostname, parts.port or (443 if self._tls else 80)
         self._root = parts.path
@@ -158,9 +166,13 @@ class Pool:
     async def exchange(
         self, method: str, path: str, body: bytes, on_body: Callable[[bytes], None]
     ) -> Response:
-        """Sends a request, with JSON or nothing in its body, and waits for the whole response.
+        """Sends a request and waits for the whole response.
 
-        `on_body` gets the response's body, piece by piece; what it raises ends the exchange.
+        Args:
+            method: GET or POST.
+            path: from the slash after the URL's own path.
+            body: JSON, or empty.
+            on_body: gets the response's body, piece by piece; what it raises ends the exchange.
 
         Raises:
             TransportError: if no complete response came.

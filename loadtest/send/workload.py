@@ -1,9 +1,9 @@
-"""A seed, and prompts, a text or nothing -> prompts, each opening as no server has seen before.
+"""A seed, with ready prompts, a text or neither -> prompts whose openings no server has seen.
 
 A prefix cache keeps what it has seen, so a prompt sent twice measures the cache. Every prompt
 therefore opens with a line of digits: a number drawn for each run, then the number of the
-pass over the prompts, then the prompt's own. What follows depends on the seed alone, so two passes
-and two runs differ in nothing else, and a server that has both variants has seen neither.
+pass over the prompts, then the prompt's own. The rest depends on the seed alone, so two passes and
+two runs differ only in that line, and a server behind both variants has no prompt in its cache.
 """
 
 import json
@@ -41,15 +41,15 @@ def new_run_number() -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of about `prompt_words` words, or ready ones.
+    """Prompts of `prompt_words` words, or ready ones.
 
     Attributes:
         prompt_words: words in a prompt, not counting the opening line; ready prompts keep theirs.
         seed: the same seed gives the same words, or the same order of ready prompts.
         text: words to cut prompts from, at places drawn from the seed.
-        prompts: ready prompts; taken again from the first when they run out. Without these and
-            without a text, prompts are made up.
-        source: where text or prompts are from.
+        prompts: ready prompts; they start over when they run out. With neither these nor a text,
+            prompts are random words.
+        source: where text or prompts come from, for the record.
         run_number: opens every prompt; drawn at random unless given.
     """
 
@@ -85,7 +85,12 @@ class Workload:
         return random.Random(self.seed).sample(range(len(self.prompts)), len(self.prompts))
 
     def prompt(self, index: int, pass_number: int = 0) -> Prompt:
-        """The prompt of that number; its opening has the same length for all of them."""
+        """One prompt; all openings have the same length.
+
+        Args:
+            index: from 0, in a pass.
+            pass_number: from 0; the same `index` has the same text in each pass.
+        """
         opening = f"{self.run_number:09d} {pass_number:04d} {index:06d}\n"
         if self.prompts:
             ready = self.prompts[self._order[index % len(self.prompts)]]
@@ -127,6 +132,7 @@ def read_prompts(name: str) -> tuple[Prompt, ...]:
 
 
 def _parse(line: str, where: str) -> Prompt:
+    """Reads a line of a prompt file; `where` opens the error message."""
     try:
         given = json.loads(line)
         if isinstance(given, dict) and given.keys() == {"prompt"}:
