@@ -1,4 +1,7 @@
-"""Nothing -> a fake worker, and the processes that may stand between it and a client."""
+"""No input -> a running fake worker and, in front of it, our gateway and the proxies beside it.
+
+Each process that can stand between client and worker is a *way*; `DIRECT` is none.
+"""
 
 import ctypes
 import os
@@ -17,21 +20,32 @@ from benchmarks.gateway.passthrough import KINDS
 
 WAYS = ("gateway", *KINDS)
 DIRECT = "direct"
-START_S = 60
+START_S = 60  # for a process to answer /health
 
 
 @dataclass(frozen=True)
 class Way:
-    """A process between client and worker, or none: where it answers, and its CPU time so far."""
+    """A process between client and worker, or none.
+
+    Attributes:
+        url: where it answers; of `DIRECT`, the worker's.
+        cpu_s: its CPU time so far; of `DIRECT`, this process's, the client.
+    """
 
     url: str
     cpu_s: Callable[[], float]
 
 
 def started(stack: ExitStack) -> dict[str, Way]:
-    """The worker (`DIRECT`), and each of `WAYS` once it answers; the stack ends them.
+    """Starts the worker and a process for each of `WAYS`, and waits until they answer.
 
-    With two cores or more this process and the worker leave the first one to the ways.
+    With two cores or more, this process and the worker leave the first one to the ways.
+
+    Args:
+        stack: ends the processes.
+
+    Returns:
+        `DIRECT` and each of `WAYS`, by name.
 
     Raises:
         RuntimeError: if one does not answer.
@@ -58,7 +72,7 @@ def started(stack: ExitStack) -> dict[str, Way]:
 
 @contextmanager
 def _process(cores: Sequence[int], url: str, *command: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A module that runs on these cores, once it answers."""
+    """Runs a module on these cores; yields once it answers at `url`."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -75,7 +89,7 @@ def _process(cores: Sequence[int], url: str, *command: str) -> Iterator["subproc
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-        finally:  # after a Ctrl-C meanwhile too
+        finally:  # also if a Ctrl-C cut the wait short
             process.kill()
             process.wait()
 

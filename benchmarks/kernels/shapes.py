@@ -1,4 +1,4 @@
-"""A model's name -> the linears that the kernel benchmarks time; token counts, random weights."""
+"""The kernel benchmarks' options -> shapes of linears, token counts, N of 64; and random weights."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,20 @@ SHAPES = {
     "llama-8b": ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)),
 }
 
-# Of the 2:4 op; int4 with scale groups of 128 columns.
+# What the 2:4 op takes; the number after int4 is the scale group, 128 columns if there is none.
 WEIGHTS = ("bf16", "int8", "int4", "int4-64", "int4-32")
 
 
 def check_weights(weights: str, device: str) -> None:
-    """Raises ValueError, naming the known ones, if the op has no such weights on cpu or cuda."""
+    """Refuses weights that the op does not take on a device.
+
+    Args:
+        weights: as --weights has them.
+        device: cpu or cuda.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
     known = WEIGHTS if device == "cpu" else WEIGHTS[:2]
     if weights not in known:
         raise ValueError(
@@ -28,13 +36,13 @@ def check_weights(weights: str, device: str) -> None:
 
 
 def scale_group_of(weights: str) -> int:
-    """Columns that share a scale, of 4-bit weights; 0 of others."""
+    """Columns that share a scale, of 4-bit weights; 0: one scale a row, or none."""
     name, _, group = weights.partition("-")
     return int(group or 128) if name == "int4" else 0
 
 
 def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
-    """The merged linears of a model.
+    """The linears of a model as vLLM merges them: (in_features, out_features) each.
 
     Raises:
         ValueError: naming the known ones.
@@ -61,8 +69,12 @@ def parse_tokens(text: str) -> list[int]:
 def parse_sparsity(text: str, device: str) -> int | None:
     """Parses ``--sparsity``.
 
+    Args:
+        text: N:M.
+        device: cpu or cuda.
+
     Returns:
-        kept weights of 64 columns; None: 2:4.
+        weights kept of 64; None: 2:4.
 
     Raises:
         ValueError: if it is not N:M with M dividing 64, or not 2:4 on a GPU.
@@ -84,16 +96,16 @@ def random_weight(
     """A random compressed weight, every pattern equally likely.
 
     Args:
-        in_features: of the weight.
-        out_features: of the weight.
-        weights: of WEIGHTS.
-        kept: of 64 columns; None: 2:4.
+        in_features: a multiple of the pattern's M.
+        out_features: any.
+        weights: one of WEIGHTS.
+        kept: weights kept of 64; None: 2:4.
 
     Returns:
-        values [out_features, number kept], bf16, or int8 within +-127, of 4 bits within +-7;
-        bitmask uint8 [out_features, in_features / 8]; and scale: of int8 fp32 [out_features],
-        0.004 to 0.012 and exact in bf16, of 4 bits bf16 [out_features, ceil(in_features / scale
-        group)], 0.06 to 0.19, of bf16 None.
+        values [out_features, number kept]: bf16, or int8 within ±127, for 4 bits within ±7;
+        bitmask, uint8 [out_features, in_features / 8];
+        scale: for int8 fp32 [out_features], 0.004 to 0.012 and exact in bf16; for 4 bits bf16
+        [out_features, ceil(in_features / scale group)], 0.06 to 0.19; for bf16 None.
     """
     pattern = TWO_FOUR if kept is None else Pattern(kept, 64)
     bitmask = pack_mask(hard_mask(torch.rand(out_features, in_features), pattern))

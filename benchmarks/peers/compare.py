@@ -3,15 +3,15 @@
 The rivals are llama.cpp, as llama-cpp-python's server and as its own decode, and OpenVINO GenAI,
 each with GGUF files of several types (names.py, files.py).
 
-All are up at once on the same cores with a thread on each, but only one is ever asked. In a round
-every one gets the same prompts, one request at a time, then other prompts all at once; the order
-turns round from round to round. A rival's own decode is timed inside its process, without HTTP, and
-llama.cpp's without making tokens of the text. So what it is spared counts against us. llama.cpp
-computes without a pause, so its share of the cores tells whether anything else wanted them.
+All are up at once on the same cores, with a thread on each, but only one is asked at a time. In a
+round each gets the same prompts, one request at a time, then other prompts all at once; the order
+is reversed from round to round. A rival's own decode is timed inside its process, without HTTP, and
+llama.cpp's without tokenising: the work it is spared counts against us. llama.cpp computes without
+a pause, so its share of the cores shows whether anything else used them.
 A ratio above 1 favours the last of our models; its interval is a bootstrap over rounds.
 
-Perplexity is of blocks of a held-out text's tokens, each block by itself, its first token left out;
-vLLM's by its API, llama.cpp's by its logits. OpenVINO GenAI tells none.
+Perplexity is measured on blocks of a held-out text's tokens, each block by itself, its first token
+left out: through vLLM's API, and from llama.cpp's logits. OpenVINO GenAI reports none.
 """
 
 import asyncio
@@ -45,19 +45,19 @@ MIN_CORE_SHARE = 0.95  # of llama.cpp's decode, or times are not comparable
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of every server.
+    """What is asked of every peer.
 
     Attributes:
-        cores: the CPUs that all servers share, such as 0 or 0-1.
-        context: tokens that a sequence may have, prompt and answer.
-        rounds: measured ones; one before them warms up.
-        prompts: one at a time, in a round.
-        at_once: prompts at the same time, in a round; 0: none.
+        cores: the CPUs that all peers share, such as 0 or 0-1.
+        context: most tokens in a sequence, prompt and answer.
+        rounds: number measured; one more before them warms up.
+        prompts: number sent one at a time, in a round.
+        at_once: number sent at the same time, in a round; 0: none.
         prompt_words: of each prompt.
         output_tokens: of each answer.
         seed: of the prompts' opening numbers.
         vllm_flags: more flags for our servers, separated by blanks.
-        blocks: of the text whose perplexity is measured; 0: none.
+        blocks: number of blocks of text to measure perplexity on; 0: none.
         block_size: tokens of a block.
     """
 
@@ -94,7 +94,12 @@ class Plan:
 
 @dataclass
 class Found:
-    """What one peer was measured at, by round: its requests one at a time, and tokens/s at once."""
+    """What was measured of one peer.
+
+    Attributes:
+        timings: by round, of each request sent alone.
+        tokens_per_s: by round, over the prompts sent at once; 0 if there were none.
+    """
 
     timings: list[list[RequestTiming]] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
@@ -112,14 +117,14 @@ def compare(
     """Runs all servers and measures them.
 
     Args:
-        models: names, and directories or GGUF files; the name of a file as in names.py.
+        models: names, each with a directory or GGUF file; names.py has the names of files.
         plan: what is asked of each.
-        blocks: of tokens, whose perplexity is measured.
-        on_round: gets the summary of the rounds so far after each, with `num_rounds`.
+        blocks: of token ids, to measure perplexity on.
+        on_round: called after each round with the summary so far and `num_rounds`.
 
     Returns:
-        Where it is from, prompt_tokens of the first prompt by server, and what `summary` returns,
-        with the perplexity of those that tell it.
+        The record: commit and machine, plan, packages, files with their hashes, `prompt_tokens` of
+        the first prompt by peer, and what `summary` returns, with perplexities added.
 
     Raises:
         PeerError: if a name is given twice, a server fails, or they count a prompt's tokens
@@ -136,15 +141,18 @@ def compare(
         prompt = _prompt(Workload(plan.prompt_words), 0)
         lengths = {peer.name: peer.prompt_tokens(prompt) for peer in peers}
         if len(set(lengths.values())) > 1:
-            raise PeerError(f"they count one prompt's tokens differently: {lengths}")
+            raise PeerError(
+                f"the peers count the tokens of one prompt differently: {lengths}; give files of "
+                "the same tokenizer"
+            )
         os.sched_setaffinity(0, os.sched_getaffinity(0) - set(cores) or set(cores))
         begun_so_far = {**begun, "plan": asdict(plan), "prompt_tokens": lengths}
 
-        def tell(number: int, found: Mapping[str, Found]) -> None:
+        def report(number: int, found: Mapping[str, Found]) -> None:
             so_far = summary(peers, found, plan.at_once)
             on_round({**begun_so_far, "num_rounds": number, **so_far})
 
-        result = summary(peers, asyncio.run(measure(peers, plan, tell)), plan.at_once)
+        result = summary(peers, asyncio.run(measure(peers, plan, report)), plan.at_once)
         warn_of_others(result)
         for peer in peers:
             if blocks and peer.can_score:
@@ -172,7 +180,7 @@ def compare(
 def running(
     name: str, model: Path, cores: Sequence[int], plan: Plan
 ) -> AbstractContextManager[Peer]:
-    """Runs what the name and the model ask for: a server, or a rival's own decode."""
+    """Runs a server for a model, or the rival's own decode if its name asks for that."""
     if model.is_file() and parse(name)[1]:
         return process.running(name, model, cores, plan.context, max(1, plan.at_once))
     return serving(name, model, cores, plan.context, plan.vllm_flags.split())
@@ -183,7 +191,7 @@ async def measure(
     plan: Plan,
     on_round: Callable[[int, Mapping[str, Found]], None] = lambda number, found: None,
 ) -> dict[str, Found]:
-    """What each peer was measured at; a first round warms up and is left out.
+    """Measures each peer, by name; a first round warms up and is left out.
 
     Raises:
         PeerError: if a request fails.
@@ -243,10 +251,10 @@ async def _ask_at_once(
 
 
 def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> dict[str, Any]:
-    """Medians of each server, and how many times faster the last of our models is than it.
+    """Medians of each peer, and how many times faster the last of our models is.
 
-    Those that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode also has
-    its share of the cores.
+    Peers that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode also has its
+    share of the cores.
     """
     ours = next((peer for peer in reversed(peers) if peer.is_ours), peers[0])
     result: dict[str, Any] = {"compared": ours.name, "servers": {}}
@@ -271,7 +279,7 @@ def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> 
 
 
 def perplexity(peer: Peer, blocks: Sequence[Sequence[int]]) -> float:
-    """Of the blocks' tokens, each block by itself, its first token left out."""
+    """Perplexity over the blocks, each by itself, its first token left out."""
     nats = 0.0
     for number, block in enumerate(blocks, 1):
         nats += peer.nats_of(block)
@@ -292,7 +300,7 @@ def warn_of_others(result: Mapping[str, Any]) -> None:
 
 
 def files_of(models: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """The sha256 of each file of our models, and of each GGUF file with its weights by type."""
+    """sha256 of each file of our models; of each GGUF file, sha256 and its weights by type."""
     found: dict[str, Any] = {}
     for name, path in models:
         if path.is_dir():
@@ -308,7 +316,7 @@ def _sorted_s(timings: Sequence[RequestTiming], name: str) -> np.ndarray[Any, np
 
 
 def _prompt(workload: Workload, index: int) -> str:
-    """A made-up prompt, which is a text and no chat."""
+    """A prompt of random words."""
     prompt = workload.prompt(index)
-    assert isinstance(prompt, str)
+    assert isinstance(prompt, str)  # a workload without ready prompts has no chats
     return prompt
