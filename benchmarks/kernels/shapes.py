@@ -1,4 +1,4 @@
-"""The kernel benchmarks' options -> shapes of linears, token counts, N of 64; and random weights."""
+"""The kernel benchmarks' options -> shapes of linears, token counts and N; and random weights."""
 
 import torch
 from torch import Tensor
