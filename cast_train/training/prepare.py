@@ -71,7 +71,7 @@ def prepare(
     Args:
         model_dir: dense HF directory; or a pruned or compressed one, whose linears without zeros
             stay dense.
-        sparse: its linears that have zeros already and their patterns, see `sparse_targets`; None: it is dense.
+        sparse: of `sparse_targets`; None: it is dense.
         teacher_dir: dense one to distil from; None: model_dir.
         blocks: the text; the first training blocks calibrate the order and the gates' start.
         config: all settings.
