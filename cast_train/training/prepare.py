@@ -84,23 +84,11 @@ def prepare(
     # Fail fast: the search takes a minute or more.
     check_length(model, config.block_size, "block_size")
     _check_targets(model, sparse, config, choices)
-    order = channel_order.read(model_dir)
-    is_auto = isinstance(config, Pruned) and config.channel_order == "auto"
-    if order is not None and is_auto:
-        logger.info("channel_order auto: %s was reordered before; its order stays", model_dir)
     teacher = None
     if config.distillation_weight:
-        teacher = load_teacher(teacher_dir, model_dir, model.config, order, config)
-
+        teacher = load_teacher(teacher_dir, model_dir, model.config, config)
     calibration = blocks.calibration
-    if order is None and sparse is None:  # else its channels stay where they are
-        if choices is None:
-            if is_auto and sharding.rank() == 0:  # the others take its weights below
-                model, order = _reordered(model, model_dir, calibration, config)
-            order = sharding.in_first(lambda: order)
-        elif choices.order is not None:
-            order = choices.order
-            reorder(model, order)
+    model, order = _in_order(model, model_dir, sparse, calibration, choices, config)
     if teacher is not None and order is not None and config.hidden_states_weight:
         reorder_teacher(teacher, teacher_dir or model_dir, order)
 
@@ -166,6 +154,38 @@ def _check_targets(
         scaling.check_parts(rows_of, config.scale_parts, config.pattern.m)
     if isinstance(config, Adams):
         adams.check_reach(config, rows_of)
+
+
+def _in_order(
+    model: Any,
+    model_dir: Path,
+    sparse: Mapping[str, Pattern] | None,
+    calibration: Tensor,
+    choices: Choices | None,
+    config: TrainConfig,
+) -> tuple[Any, ChannelOrder | None]:
+    """The model with its channels as they are to be trained, and their order.
+
+    An order that is searched for is applied in the first process alone; the others take its weights
+    once all have gates.
+
+    Returns:
+        the model, and the order seen from the dense model; None: the channels are as they were.
+    """
+    given = channel_order.read(model_dir)
+    is_auto = isinstance(config, Pruned) and config.channel_order == "auto"
+    if given is not None and is_auto:
+        logger.info("channel_order auto: %s was reordered before; its order stays", model_dir)
+    if given is not None or sparse is not None:  # zeros stay where they are
+        return model, given
+    if choices is not None:
+        if choices.order is not None:
+            reorder(model, choices.order)
+        return model, choices.order
+    order = None
+    if is_auto and sharding.rank() == 0:
+        model, order = _reordered(model, model_dir, calibration, config)
+    return model, sharding.in_first(lambda: order)
 
 
 def _reordered(

@@ -1,4 +1,4 @@
-"""The teacher's directory + the student's config and channel order -> a teacher to distil from."""
+"""The teacher's directory + the student's -> a model to distil from, in the student's order."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ def load_teacher(
     teacher_dir: Path | None,
     model_dir: Path,
     student: Any,
-    order: ChannelOrder | None,
     config: TrainConfig,
 ) -> Any:
     """Loads the teacher, frozen, in the dtype that `precision` computes in.
@@ -25,7 +24,6 @@ def load_teacher(
         teacher_dir: dense HF directory; None: model_dir.
         model_dir: the student's.
         student: transformers' config of the student.
-        order: of the channels in model_dir, if they were reordered.
         config: all settings.
 
     Raises:
@@ -51,7 +49,7 @@ def load_teacher(
                 f"the teacher {directory} has {name} {found} and the model {wanted}; set "
                 "hidden_states_weight to 0 for a teacher of another shape"
             )
-    if channel_order.read(directory) not in (None, order):
+    if channel_order.read(directory) not in (None, channel_order.read(model_dir)):
         raise UsageError(
             f"the channel order of the teacher {directory} differs from that of {model_dir}, "
             "so hidden states cannot be compared; give the dense model that both were made "
