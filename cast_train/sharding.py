@@ -8,11 +8,11 @@ it found (`in_first`, `take_first`).
 Between two forwards each process holds rows of every parameter; during a layer's forward it holds
 that layer whole. The mask of a group is thus always chosen from all of its M weights. Optimisers
 work on the rows alone, which is the same for all that treats weights one by one; AdamS ranks
-groups, which rows keep whole unless the weight is stored transposed (`check_groups`).
+groups, which rows keep whole.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import PatternError
-from cast_train.config import Adams, TrainConfig
+from cast_train.config import TrainConfig
 
 Found = TypeVar("Found")
 
@@ -81,28 +80,6 @@ def check(config: TrainConfig) -> None:
             "is_sharded needs two processes or more, but this is the only one; start the run with "
             "torchrun --nproc-per-node 2 -m cast_train run ..., or set is_sharded = false"
         )
-
-
-def check_groups(config: TrainConfig, transposed: Mapping[str, Tensor]) -> None:
-    """Refuses weights whose groups the shards would cut, where AdamS ranks them.
-
-    Args:
-        config: all settings.
-        transposed: weights [in_features, out_features] by name of the targets stored so.
-
-    Raises:
-        PatternError: naming the first of them.
-    """
-    if not config.is_sharded or not isinstance(config, Adams):
-        return
-    for name, weight in transposed.items():
-        rows_each = -(-weight.shape[0] // num_processes())
-        if rows_each % config.pattern.m:
-            raise PatternError(
-                f"{name} is stored transposed, and {num_processes()} processes would cut its "
-                f"{weight.shape[0]} columns into pieces of {rows_each}, not a multiple of "
-                f"{config.pattern.m}; take another number of processes, or set is_sharded = false"
-            )
 
 
 def whole(tensor: Tensor) -> Tensor:

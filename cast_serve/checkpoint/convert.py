@@ -237,9 +237,7 @@ def _write(
                 dense_bytes += target.dense_nbytes
                 sparse_bytes += target.nbytes
                 if dense:
-                    weight = target.dense()  # is stored transposed in GPT-2
-                    weight = weight.T.contiguous() if source.linears[linear] else weight
-                    dense_tensors[f"{linear}.weight"] = weight
+                    dense_tensors[f"{linear}.weight"] = source.turned(linear, target.dense())
             elif linear in source.form.dense and part == "compressed":
                 weight = {f"{linear}.weight": source.form.dense_weight(linear)}
                 tensors |= weight

@@ -123,6 +123,10 @@ class StoredModel:
         """Of a linear of the model."""
         return int(self._model.get_submodule(name).weight.shape[0 if self.linears[name] else 1])
 
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
+        """A linear's weight, gate or mask as stored -> [out_features, in_features], or back."""
+        return tensor.T.contiguous() if self.linears[name] else tensor
+
     def num_weights(self, name: str) -> int:
         """Of a linear of the model, zeros counted."""
         return int(self._model.get_submodule(name).weight.numel())

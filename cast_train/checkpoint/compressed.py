@@ -22,7 +22,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.checkpoint.shard import each_tensor
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.quantize import dequantize, rounded
-from cast_train.gates import gating
+from cast_train.checkpoint import conv1d
 
 
 def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -45,7 +45,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             f"{directory} is compressed as {method!r}, not as {BITMASK_24} or {BITMASK_64}; "
             "convert it first (cast-serve convert SRC OUT)"
         )
-    model = empty_model(directory, dtype)
+    model = conv1d.to_linears(empty_model(directory, dtype))
     modules = {name for name, _ in model.named_modules()}
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -56,6 +56,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             parts.setdefault(name, {})[part] = tensor
         else:
             state[key] = tensor
+    state = conv1d.transposed(model, state)
     for name, found_parts in parts.items():
         key = f"{name}.weight"
         if name not in modules:
@@ -66,9 +67,8 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
             state[key] = dequantize(state[key], scale, dtype)
             continue
-        weight = CompressedLinear.from_parts(name, found_parts, structure.of(name)).dense(dtype)
-        transposed = gating.is_transposed(model.get_submodule(name))
-        state[key] = weight.t() if transposed else weight
+        linear = CompressedLinear.from_parts(name, found_parts, structure.of(name))
+        state[key] = linear.dense(dtype)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # naming the tensor and both shapes

@@ -42,7 +42,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.shard import each_tensor
 from cast_serve.sparsity.pattern import Pattern
-from cast_train.checkpoint import channel_order
+from cast_train.checkpoint import channel_order, conv1d
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.gates import gating, quantizing, scaling
@@ -69,7 +69,8 @@ def write(
 
     Args:
         out: must not exist.
-        model: a transformers model without parametrizations, in the dtype to store.
+        model: a transformers model as the functions below load it, without parametrizations, in
+            the dtype to store.
         tokenizer: its tokenizer.
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
         gate_tensors: as `gating.detach` gives them; None if not gated.
@@ -84,8 +85,7 @@ def write(
     """
     check_new(out)
     with new_directory(out) as partial:
-        state = dict(model.state_dict())
-        state.update(gate_tensors or {})
+        state = conv1d.transposed(model, {**model.state_dict(), **(gate_tensors or {})})
         model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
         if record.get("kind") == "gated":
             _mark_gated(partial / "config.json")
@@ -214,7 +214,7 @@ def load_unmasked(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
             min(unknown),
         )
     _check_generation(directory, model)
-    return model
+    return conv1d.to_linears(model)
 
 
 def _check_generation(directory: Path, model: Any) -> None:
@@ -270,7 +270,7 @@ def load_gated(
     if selector not in ("gumbel", "penalty"):  # the others' logits are read by soft_topk
         selector = "soft_topk"
     gate_map = gating.attach(targets, patterns, method=method, selector=selector)
-    stored = read_gates(directory, targets)
+    stored = conv1d.transposed(model, read_gates(directory, targets))
     for name, gate in gate_map.items():
         if method != "adams":
             if f"{name}.gate" not in stored:
@@ -283,8 +283,7 @@ def load_gated(
     scales = {name: stored[f"{name}.scale"] for name in targets if f"{name}.scale" in stored}
     if scales:
         num_parts = next(iter(scales.values())).shape[1]
-        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
-        scaling.attach(targets, num_parts, structure.pattern.m, transposed)
+        scaling.attach(targets, num_parts, structure.pattern.m)
         for name, linear in targets.items():
             linear.parametrizations.weight[1].scale.data.copy_(scales[name])
     if trained_as := record.get("trained_as"):

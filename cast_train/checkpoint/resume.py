@@ -1,6 +1,7 @@
 """OUT.partial: an unfinished run's identity and checkpoints -> the checkpoint to resume from.
 
-    run.json                the run's identity, and where each of its launches came from (origin.py)
+    run.json                the run's identity, the layout of its weights, and where each of its
+                            launches came from (origin.py)
     kept_dense.json         the linears that stay dense for `zeros`, chosen at the start
     kept_of_64.json         of N:64 the linears' own N, chosen at the start, if they have one
     channel_order.json      the order of the channels, found at the start, if they were reordered
@@ -27,7 +28,7 @@ from torch import nn
 
 from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
-from cast_train.checkpoint import channel_order, identity
+from cast_train.checkpoint import channel_order, conv1d, identity
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates.gating import Gate, logits_of
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 DENSE_FILE = "kept_dense.json"
 KEPT_FILE = "kept_of_64.json"
+LAYOUT = "out_features, in_features"  # of all weights, gates and their moments
 COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
 
@@ -93,7 +95,7 @@ def begin(
     for name, chosen in ((DENSE_FILE, list(choices.kept_dense)), (KEPT_FILE, choices.kept_of_64)):
         (partial / name).write_text(json.dumps(chosen) + "\n", encoding="utf-8")
     channel_order.write(partial, choices.order)
-    _write_run(partial, {**wanted, "origins": [{"step": 0, **origin}]})
+    _write_run(partial, {**wanted, "layout": LAYOUT, "origins": [{"step": 0, **origin}]})
 
 
 def go_on(partial: Path, step: int, origin: Mapping[str, Any]) -> None:
@@ -148,6 +150,21 @@ def held(partial: Path, is_first: bool) -> Iterator[None]:
         with suppress(OSError):  # it holds a run, or is gone
             partial.rmdir()
         os.close(descriptor)
+
+
+def check_layout(partial: Path, model: nn.Module) -> None:
+    """Refuses checkpoints of a release that trained GPT-2's weights as they are on disk.
+
+    Raises:
+        CheckpointError: naming the remedy.
+    """
+    found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8")).get("layout")
+    if found != LAYOUT and conv1d.are_in(model):
+        raise CheckpointError(
+            f"{partial} was begun by an earlier release, whose checkpoints have the weights of "
+            f"{type(model).__name__} transposed; finish it with that release, or remove it and "
+            "start the run again"
+        )
 
 
 def read_choices(partial: Path) -> Choices:

@@ -11,9 +11,6 @@ The selectors `soft_topk` and `gumbel` read L as it is learnt; `generator` compu
 weights by a network that all linears share; `penalty` has no selection, its p is the gates
 themselves. The methods `ste` and `adams` learn no L: the weights' own sizes rank them. The method
 `fixed` has no L at all, but the mask itself.
-
-A linear whose weight is stored transposed, [in_features, out_features] (GPT-2's Conv1D), keeps its
-gate logits and its mask transposed too; groups always run along in_features.
 """
 
 from abc import ABC, abstractmethod
@@ -46,10 +43,9 @@ class Gate(nn.Module, ABC):
 
     is_frozen = True
 
-    def __init__(self, pattern: Pattern, is_transposed: bool) -> None:
+    def __init__(self, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
-        self.is_transposed = is_transposed
         self.phase = DENSE
         self.penalty: Tensor | None = None
         self._linear: list[Any] = []  # in a list, so that torch does not register it as a submodule
@@ -59,22 +55,16 @@ class Gate(nn.Module, ABC):
         parametrize.register_parametrization(linear, "weight", self)
 
     def weight(self) -> Tensor:
-        """W, the linear's parameter, as it is stored; looked up each time, as FSDP replaces it."""
+        """W, the linear's parameter; looked up each time, as FSDP replaces it."""
         return stored_weight(self._linear[0])
 
-    def weight_rows(self) -> Tensor:
-        """W [out_features, in_features], whole, however it is stored."""
-        weight = sharding.whole(self.weight())
-        return weight.t() if self.is_transposed else weight
+    def whole_weight(self) -> Tensor:
+        """W [out_features, in_features], also where it is sharded."""
+        return sharding.whole(self.weight())
 
     @abstractmethod
     def mask(self) -> Tensor:
-        """The exact N:M mask, bool, in the weight's layout."""
-
-    def mask_rows(self) -> Tensor:
-        """The exact mask, bool [out_features, in_features], however the weight is stored."""
-        mask = self.mask()
-        return mask.t() if self.is_transposed else mask
+        """The exact N:M mask, bool [out_features, in_features]."""
 
     @abstractmethod
     def soft_mask(self, phase: Phase) -> Tensor:
@@ -107,20 +97,20 @@ class FixedGate(Gate):
     """A mask that is kept from the first step to the last.
 
     Attributes:
-        kept: the mask, bool, in the weight's layout.
+        kept: the mask, bool [out_features, in_features].
     """
 
     kept: Tensor
 
-    def __init__(self, kept: Tensor, pattern: Pattern, is_transposed: bool) -> None:
-        super().__init__(pattern, is_transposed)
+    def __init__(self, kept: Tensor, pattern: Pattern) -> None:
+        super().__init__(pattern)
         self.register_buffer("kept", kept.contiguous())
 
     def mask(self) -> Tensor:
         return self.kept
 
     def soft_mask(self, phase: Phase) -> Tensor:
-        return self.mask_rows().float()
+        return self.kept.float()
 
     def stored(self) -> dict[str, Tensor]:
         return {"gate": self.kept}
@@ -128,8 +118,7 @@ class FixedGate(Gate):
     def take(self, stored: Tensor) -> None:
         """Takes over a mask, or the logits that releases before this form stored."""
         if stored.dtype != torch.bool:
-            rows = hard_mask(stored.t() if self.is_transposed else stored, self.pattern)
-            stored = rows.t() if self.is_transposed else rows
+            stored = hard_mask(stored, self.pattern)
         self.kept.copy_(stored)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -147,8 +136,8 @@ class LogitGate(Gate):
     """A gate with logits, which are learnt unless a subclass computes them.
 
     Attributes:
-        logits: gate logits, fp32, the shape of the weight; of a gate that computes them (see
-            `rows`), what they were when it was frozen.
+        logits: gate logits, fp32, the shape of the weight; of a gate that computes them, what they
+            were when it was frozen.
         is_frozen: from the first exact mask on, the logits stay as they are.
     """
 
@@ -156,11 +145,10 @@ class LogitGate(Gate):
         self,
         logits: Tensor,
         pattern: Pattern,
-        is_transposed: bool,
         selector: str = "soft_topk",
         is_learnt: bool = True,
     ) -> None:
-        super().__init__(pattern, is_transposed)
+        super().__init__(pattern)
         self.logits = nn.Parameter(logits.float().contiguous(), requires_grad=is_learnt)
         self.selector = selector
         self.is_frozen = False
@@ -172,17 +160,14 @@ class LogitGate(Gate):
     def take(self, stored: Tensor) -> None:
         self.logits.data.copy_(stored)
 
-    def rows(self) -> Tensor:
-        """The logits [out_features, in_features], whole, however the weight is stored."""
-        logits = sharding.whole(self.logits)
-        return logits.t() if self.is_transposed else logits
+    def whole_logits(self) -> Tensor:
+        """The logits [out_features, in_features], also where they are sharded or computed."""
+        return sharding.whole(self.logits)
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stops training the gate; logits that are computed (see `rows`) are copied to `logits`."""
-        rows = self.rows()
-        logits = rows.t() if self.is_transposed else rows
-        self.logits.copy_(sharding.sharded_like(logits, self.logits))
+        """Stops training the gate; logits that are computed are copied to `logits`."""
+        self.logits.copy_(sharding.sharded_like(self.whole_logits(), self.logits))
         self.mark_frozen()
 
     def mark_frozen(self) -> None:
@@ -192,17 +177,16 @@ class LogitGate(Gate):
     def mask(self) -> Tensor:
         """As `Gate.mask`; kept until the phase changes."""
         if self._mask is None:
-            mask = hard_mask(self.rows().detach(), self.pattern)
-            self._mask = (mask.t() if self.is_transposed else mask).contiguous()
+            self._mask = hard_mask(self.whole_logits().detach(), self.pattern)
         return self._mask
 
     def soft_mask(self, phase: Phase) -> Tensor:
-        rows, n, m = self.rows(), self.pattern.n, self.pattern.m
+        logits, n, m = self.whole_logits(), self.pattern.n, self.pattern.m
         if self.selector == "penalty":
-            return sigmoid_gates(rows, phase.relative_tau)
+            return sigmoid_gates(logits, phase.relative_tau)
         if self.selector == "gumbel":
-            return gumbel_topk(rows, n, m, phase.tau, phase.noise if self.training else 0.0)
-        return soft_topk(rows, n, m, phase.tau)
+            return gumbel_topk(logits, n, m, phase.tau, phase.noise if self.training else 0.0)
+        return soft_topk(logits, n, m, phase.tau)
 
     def set_phase(self, phase: Phase) -> None:
         """Sets the phase of the next passes; with the first exact mask the gate is frozen."""
@@ -222,7 +206,6 @@ class LogitGate(Gate):
         kept = self.soft_mask(self.phase)
         if self.phase.penalty_weight:
             self.penalty = sparsity_penalty(kept, self.pattern)
-        kept = kept.t() if self.is_transposed else kept
         if self.phase.blend < 1:
             kept = kept * self.phase.blend + (1 - self.phase.blend)
         return weight * kept.to(weight.dtype)
@@ -235,18 +218,17 @@ class GeneratedGate(LogitGate):
         self,
         logits: Tensor,
         pattern: Pattern,
-        is_transposed: bool,
         generator: MaskGenerator,
         is_owner: bool,
     ) -> None:
-        super().__init__(logits, pattern, is_transposed, is_learnt=False)
+        super().__init__(logits, pattern, is_learnt=False)
         self._generator = [generator]
         if is_owner:
             self.generator = generator  # registered once, so that it is saved and trained once
 
-    def rows(self) -> Tensor:
-        start = super().rows()
-        return start if self.is_frozen else self._generator[0](self.weight_rows(), start)
+    def whole_logits(self) -> Tensor:
+        start = super().whole_logits()
+        return start if self.is_frozen else self._generator[0](self.whole_weight(), start)
 
 
 class RankedGate(LogitGate):
@@ -264,21 +246,20 @@ class RankedGate(LogitGate):
         self,
         logits: Tensor,
         pattern: Pattern,
-        is_transposed: bool,
         column_scale: Tensor,
         decay: float | None,
     ) -> None:
-        super().__init__(logits, pattern, is_transposed, is_learnt=False)
+        super().__init__(logits, pattern, is_learnt=False)
         self.register_buffer("column_scale", column_scale.float(), persistent=False)
         self.decay = decay
 
     def stored(self) -> dict[str, Tensor]:
         return {} if self.decay is None else super().stored()
 
-    def rows(self) -> Tensor:
+    def whole_logits(self) -> Tensor:
         if self.is_frozen:
-            return super().rows()
-        return self.weight_rows().detach().float().abs() * self.column_scale
+            return super().whole_logits()
+        return self.whole_weight().detach().float().abs() * self.column_scale
 
     def soft(self, weight: Tensor) -> Tensor:
         if self.decay is None:
@@ -287,7 +268,7 @@ class RankedGate(LogitGate):
         return _StraightThrough.apply(weight, self.mask(), self.decay)
 
     def soft_mask(self, phase: Phase) -> Tensor:
-        return hard(self.rows(), self.pattern.n, self.pattern.m)
+        return hard(self.whole_logits(), self.pattern.n, self.pattern.m)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -314,11 +295,6 @@ def stored_weight(linear: Any) -> Tensor:
     if parametrize.is_parametrized(linear, "weight"):
         return linear.parametrizations.weight.original
     return linear.weight
-
-
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether the weight is stored [in_features, out_features], as in GPT-2's Conv1D."""
-    return type(linear).__name__ in ("Conv1D", "ParametrizedConv1D")
 
 
 def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
@@ -369,31 +345,26 @@ def attach(
         pattern = patterns[name]
         if selector == "generator" and generator is None:
             generator = MaskGenerator(pattern.m)
-        transposed = is_transposed(linear)
-        weight = linear.weight.detach().t() if transposed else linear.weight.detach()
+        assert isinstance(linear, nn.Linear), f"{name}: groups of a Conv1D lie in its columns"
+        weight = linear.weight.detach()
         gate: Gate
         if method in ("fixed", "gates"):
-            rows = torch.full_like(weight, START_LOGIT, dtype=torch.float32)
+            logits = torch.full_like(weight, START_LOGIT, dtype=torch.float32)
             if scores is not None:
-                rows += _start_offsets(scores[name], pattern.m)
-            logits = rows.t() if transposed else rows
+                logits += _start_offsets(scores[name], pattern.m)
             if method == "fixed":
-                mask = hard_mask(rows, pattern)
-                gate = FixedGate(mask.t() if transposed else mask, pattern, transposed)
+                gate = FixedGate(hard_mask(logits, pattern), pattern)
             elif generator is not None:
-                gate = GeneratedGate(
-                    logits, pattern, transposed, generator=generator, is_owner=not gates
-                )
+                gate = GeneratedGate(logits, pattern, generator=generator, is_owner=not gates)
             else:
-                gate = LogitGate(logits, pattern, transposed, selector)
+                gate = LogitGate(logits, pattern, selector)
         else:
             column_scale = torch.ones(weight.shape[1], device=weight.device)
             if method == "ste" and scores is not None:
                 column_scale = scores[name].sum(0) / weight.float().abs().sum(0).clamp(min=1e-12)
             gate = RankedGate(
-                torch.zeros_like(linear.weight, dtype=torch.float32),
+                torch.zeros_like(weight, dtype=torch.float32),
                 pattern,
-                transposed,
                 column_scale=column_scale,
                 decay=decay if method == "ste" else None,
             )
@@ -475,7 +446,7 @@ def statistics(
     """Measures the gates in a phase, without setting it.
 
     Args:
-        start: bool masks by name, in the weights' layout, to count flips against; None: no flips.
+        start: bool masks by name, to count flips against; None: no flips.
     """
     num_weights = num_undecided = num_flipped = num_kept = 0
     dropped = kept = 0.0
@@ -483,14 +454,13 @@ def statistics(
         soft = gate.soft_mask(replace(phase, noise=0.0))  # a mask is not drawn to be looked at
         num_weights += soft.numel()
         num_undecided += int(((soft > 0.05) & (soft < 0.95)).sum())
-        mask = gate.mask_rows()
-        size = gate.weight_rows().detach().float().abs()
+        mask = gate.mask()
+        size = gate.whole_weight().detach().float().abs()
         kept += float((size * mask).sum()) / gate.pattern.n
         dropped += float((size * ~mask).sum()) / (gate.pattern.m - gate.pattern.n)
         if start is not None:
-            start_mask = start[name].t() if gate.is_transposed else start[name]
-            num_flipped += int((mask & ~start_mask).sum())
-            num_kept += int(start_mask.sum())
+            num_flipped += int((mask & ~start[name]).sum())
+            num_kept += int(start[name].sum())
     return GateStatistics(
         undecided_share=num_undecided / max(num_weights, 1),
         flipped_share=num_flipped / max(num_kept, 1),

@@ -73,22 +73,18 @@ class Quantizer(nn.Module):
         return {"weight_scale": self.scale.to(STORED_DTYPE)} if self.scale.any() else {}
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        """integers * scale, in the weight's layout and dtype."""
-        rows, scale = self._rows(weight), self.scale
+        """integers * scale, in the weight's dtype."""
+        values, scale = weight.float(), self.scale
         largest = MAX_INTEGER
         if self.scale_group is not None:
             largest = MAX_INT4
             # The last scale group of a row may be short: all are cut in parts of one width.
-            width = math.gcd(rows.shape[1], self.scale_group)
+            width = math.gcd(weight.shape[1], self.scale_group)
             scale = scale.repeat_interleave(self.scale_group // width, dim=1)
-            scale = scale[:, : rows.shape[1] // width].unsqueeze(-1)
-            rows = rows.unflatten(1, (-1, width))
-        values = (rows.float() / scale).round_().clamp_(-largest, largest).mul_(scale)
-        return self._rows(values.flatten(1) if values.ndim == 3 else values).to(weight.dtype)
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        """[out_features, in_features] of the weight's layout, and back."""
-        return weight.t() if self._gate[0].is_transposed else weight
+            scale = scale[:, : weight.shape[1] // width].unsqueeze(-1)
+            values = values.unflatten(1, (-1, width))
+        values = (values / scale).round_().clamp_(-largest, largest).mul_(scale)
+        return values.flatten(1).to(weight.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -121,7 +117,7 @@ def attach(
         UsageError: if a stored scale is of another shape.
     """
     for name, linear in targets.items():
-        out_features, in_features = gates[name].weight_rows().shape
+        out_features, in_features = gates[name].whole_weight().shape
         quantizer = Quantizer(gates[name], (out_features, in_features), scale_group)
         if scales is not None:
             if scales[name].shape != quantizer.scale.shape:

@@ -59,10 +59,10 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | Non
     num_groups = num_changeable = 0
     for gate in gates.values():
         assert isinstance(gate, LogitGate)
-        rows, m = gate.rows(), gate.pattern.m
-        is_kept = hard(rows, gate.pattern.n, m).bool()
-        least_kept = groups(rows.masked_fill(~is_kept, math.inf), m).amin(-1)
-        most_dropped = groups(rows.masked_fill(is_kept, -math.inf), m).amax(-1)
+        logits, m = gate.whole_logits(), gate.pattern.m
+        is_kept = hard(logits, gate.pattern.n, m).bool()
+        least_kept = groups(logits.masked_fill(~is_kept, math.inf), m).amin(-1)
+        most_dropped = groups(logits.masked_fill(is_kept, -math.inf), m).amax(-1)
         gap = least_kept - most_dropped
         total_gap += float(gap.sum(dtype=torch.float64))
         num_groups += gap.numel()

@@ -22,18 +22,15 @@ class ColumnScale(nn.Module):
         scale: fp32 [out_features, num_parts].
     """
 
-    def __init__(self, out_features: int, num_parts: int, is_transposed: bool) -> None:
+    def __init__(self, out_features: int, num_parts: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(out_features, num_parts))
-        self.is_transposed = is_transposed
 
     def stored(self) -> dict[str, Tensor]:
         return {"scale": self.scale.detach()}
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = weight.t() if self.is_transposed else weight
-        scaled = scale_rows(rows, self.scale)
-        return scaled.t() if self.is_transposed else scaled
+        return scale_rows(weight, self.scale)
 
 
 def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
@@ -47,20 +44,16 @@ def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
     return (parts.float() * scale.float().unsqueeze(-1)).to(weight.dtype).flatten(1)
 
 
-def attach(
-    targets: Mapping[str, nn.Module], num_parts: int, m: int, transposed: Mapping[str, bool]
-) -> None:
+def attach(targets: Mapping[str, nn.Module], num_parts: int, m: int) -> None:
     """Puts a scale on every target, after its gate.
 
     Raises:
         PatternError: as `check_parts` does.
     """
     weights = {name: linear.weight.detach() for name, linear in targets.items()}
-    rows = {name: w.t() if transposed[name] else w for name, w in weights.items()}
-    check_parts(rows, num_parts, m)
+    check_parts(weights, num_parts, m)
     for name, linear in targets.items():
-        out_features, device = rows[name].shape[0], rows[name].device
-        scale = ColumnScale(out_features, num_parts, transposed[name]).to(device)
+        scale = ColumnScale(len(weights[name]), num_parts).to(weights[name].device)
         parametrize.register_parametrization(linear, "weight", scale)
 
 

@@ -23,7 +23,6 @@ from cast_serve.sparsity.targets import check_expressions, find_targets
 from cast_train.checkpoint import channel_order, identity, models
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import Fixed
-from cast_train.gates.gating import is_transposed
 from cast_train.pruning.allocate import allocate, kept_of_64
 from cast_train.pruning.reorder import reorder
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
@@ -39,8 +38,7 @@ MASK_OF_ANOTHER = "mask"
 def prune(targets: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
     """Writes zeros into the targets, where masks [out_features, in_features] by name are False."""
     for name, linear in targets.items():
-        mask = masks[name]
-        linear.weight.mul_(mask.t() if is_transposed(linear) else mask)
+        linear.weight.mul_(masks[name])
 
 
 def read_masks(
@@ -59,7 +57,7 @@ def read_masks(
     kind = models.kind_of(directory)
     if kind == "gated":
         _, gates, _ = models.load_gated(directory, torch.float32)
-        found = {name: gate.mask_rows() for name, gate in gates.items()}
+        found = {name: gate.mask() for name, gate in gates.items()}
     elif kind == "compressed":  # whose bitmask says more than its values, some of which may be 0
         source = ModelDirectory(directory)
         found = {name: source.target(name).mask for name in source.targets}

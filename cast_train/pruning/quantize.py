@@ -31,7 +31,6 @@ from cast_serve.checkpoint.scheme import resolved
 from cast_serve.checkpoint.target import Calibrated
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, one_thread
 from cast_train.checkpoint import identity, models
-from cast_train.gates.gating import is_transposed
 from cast_train.pruning.oneshot import read_calibration
 from cast_train.pruning.sparsegpt import damped, replace_weights
 
@@ -72,8 +71,7 @@ def write_quantized(
     linears = {name: model.get_submodule(name) for name in directory.targets}
     found: dict[str, CompressedLinear] = {}
     for name, linear in linears.items():
-        weight = directory.target(name).dense(torch.float32)
-        linear.weight.data.copy_(weight.t() if is_transposed(linear) else weight)
+        linear.weight.data.copy_(directory.target(name).dense(torch.float32))
 
     def quantized(name: str, _: Tensor, hessian: Tensor) -> Tensor:
         target = directory.target(name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.errors import UsageError
-from cast_train.gates.gating import is_transposed, stored_weight
+from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, hooked
 
 
@@ -75,5 +75,4 @@ def check_reached(targets: Mapping[str, nn.Module], reached: Mapping[str, Any]) 
 
 def weight_rows(linear: nn.Module) -> Tensor:
     """A linear's own weight, without its gate: fp32 [out_features, in_features]."""
-    weight = stored_weight(linear).detach().float()
-    return weight.t() if is_transposed(linear) else weight
+    return stored_weight(linear).detach().float()

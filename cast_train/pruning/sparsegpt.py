@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
-from cast_train.gates.gating import is_transposed, stored_weight
+from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, hooked
 from cast_train.pruning.scores import check_reached, weight_rows
 
@@ -55,7 +55,7 @@ def sparsegpt_scores(
 
     replace_weights(model, targets, blocks, pruned)
     for name, linear in targets.items():
-        linear.weight.copy_(moved[name].t() if is_transposed(linear) else moved[name])
+        linear.weight.copy_(moved[name])
     return scores
 
 
@@ -87,8 +87,7 @@ def replace_weights(
             if inputs[0] is not last[0]:
                 tokens = inputs[0].flatten(0, -2).float()
                 last[:] = inputs[0], tokens.t() @ tokens
-            weight = replace(name, weight_rows(linear), last[1])
-            stored_weight(linear).copy_(weight.t() if is_transposed(linear) else weight)
+            stored_weight(linear).copy_(replace(name, weight_rows(linear), last[1]))
             replaced[name] = True
             progress.update()
 

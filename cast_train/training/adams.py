@@ -35,7 +35,7 @@ class AdamS(torch.optim.Optimizer):
     """The module's algorithm. Groups with ``pattern`` None are plain Adam; state is fp32.
 
     Args:
-        params: param groups, each with ``pattern`` ((n, m) or None) and ``is_transposed``.
+        params: param groups, each with ``pattern``: (n, m) or None.
         lr: step size.
         total_steps: T.
         decay: lambda.
@@ -60,7 +60,6 @@ class AdamS(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "pattern": None,
-            "is_transposed": False,
         }
         super().__init__(params, defaults)
 
@@ -82,9 +81,7 @@ class AdamS(torch.optim.Optimizer):
         pattern: tuple[int, int] | None = group["pattern"]  # a Pattern is not safe to unpickle
         if pattern is not None and state["step"] % group["mask_every"] == 0:
             weight = sharding.local(parameter)
-            rows = weight.t() if group["is_transposed"] else weight
-            mask = hard_mask(rows.abs(), Pattern(*pattern))
-            state["dropped"] = ~(mask.t() if group["is_transposed"] else mask)
+            state["dropped"] = ~hard_mask(weight.abs(), Pattern(*pattern))
             if weight is parameter:  # else its rows are in no other process
                 sharding.take_first([state["dropped"]])
         state["step"] += 1

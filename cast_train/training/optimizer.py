@@ -112,20 +112,16 @@ def make(
 def _adams(
     weights: list[nn.Parameter], gate_map: Mapping[str, gating.Gate], config: Adams
 ) -> torch.optim.Optimizer:
-    kinds = {
-        id(gate.weight()): (gate.is_transposed, gate.pattern.n, gate.pattern.m)
-        for gate in gate_map.values()
-    }
+    patterns = {id(g.weight()): (g.pattern.n, g.pattern.m) for g in gate_map.values()}
     groups: list[dict[str, Any]] = [
-        {"params": [w for w in weights if id(w) not in kinds], "role": WEIGHTS}
+        {"params": [w for w in weights if id(w) not in patterns], "role": WEIGHTS}
     ]
-    for transposed, n, m in sorted(set(kinds.values())):
+    for pattern in sorted(set(patterns.values())):
         groups.append(
             {
-                "params": [w for w in weights if kinds.get(id(w)) == (transposed, n, m)],
+                "params": [w for w in weights if patterns.get(id(w)) == pattern],
                 "role": WEIGHTS,
-                "pattern": (n, m),
-                "is_transposed": transposed,
+                "pattern": pattern,
             }
         )
     return adams.AdamS(

@@ -44,7 +44,7 @@ class Prepared:
         choices: what was chosen for it: the order of its channels, the linears that stay dense, N
             of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.
-        start: the mask that each gate starts from, bool, in the weight's layout.
+        start: the mask that each gate starts from, bool.
         reach: how far the gates can move from there; None where no logits are to be learnt.
         teacher: the dense model that is distilled from, or None.
     """
@@ -102,8 +102,6 @@ def prepare(
     targets = {name: targets[name] for name in patterns}
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
-    transposed = {name: t.weight for name, t in targets.items() if gating.is_transposed(t)}
-    sharding.check_groups(config, transposed)
 
     gate_map = start_gates(model, targets, calibration, patterns, config)
     if not config.train_embeddings:

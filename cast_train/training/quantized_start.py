@@ -47,7 +47,7 @@ def start_quantized(
     moved: dict[str, Tensor] = {}
 
     def quantized(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-        mask = gates[name].mask_rows()
+        mask = gates[name].mask()
         kept = weight[mask].view(len(weight), -1).to(quantizing.STORED_DTYPE)
         pattern = gates[name].pattern.stored
         linear = CompressedLinear(name, kept, pack_mask(mask), weight.shape[1], pattern=pattern)
@@ -63,5 +63,4 @@ def start_quantized(
 
     replace_weights(model, targets, blocks, quantized)
     for name, linear in targets.items():
-        rows = moved[name].t() if gates[name].is_transposed else moved[name]
-        gating.stored_weight(linear).copy_(rows)
+        gating.stored_weight(linear).copy_(moved[name])

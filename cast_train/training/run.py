@@ -263,6 +263,8 @@ class Run:
         self.prepared = prepare(
             self.model_dir, self.sparse, self.teacher_dir, self.blocks, self.config, choices
         )
+        if self.resume_from:
+            resume.check_layout(partial, self.prepared.model)
         if is_first:
             resume.check_room(partial, self.prepared.model, self.prepared.gate_map, self.config)
             if self.resume_from:

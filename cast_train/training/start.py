@@ -92,8 +92,7 @@ def with_gates(
         decay=config.decay / config.accumulation if isinstance(config, Ste) else 0.0,
     )
     if config.scale_parts:
-        transposed = {name: gate.is_transposed for name, gate in gate_map.items()}
-        scaling.attach(targets, config.scale_parts, config.pattern.m, transposed)
+        scaling.attach(targets, config.scale_parts, config.pattern.m)
     if config.quantization is not None:
         quantizing.attach(targets, gate_map, config.quantization.group)
     return gate_map

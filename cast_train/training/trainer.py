@@ -255,7 +255,7 @@ class Starts(TrainerCallback):
         gating.set_phase(trainer.gate_map, phase)
         model = trainer.accelerator.unwrap_model(trainer.model)
         if sharding.rank() == 0 and config.is_solved and step == config.first_exact_step:
-            masks = {name: gate.mask_rows() for name, gate in trainer.gate_map.items()}
+            masks = {name: gate.mask() for name, gate in trainer.gate_map.items()}
             solve(model, trainer.targets, masks, self.blocks)
         if sharding.rank() == 0 and config.quantization and step == config.first_quantized_step:
             start_quantized(

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from cast_serve.sparsity.pattern import PatternError
 from cast_train import sharding
-from cast_train.config import Adams, Ste, TrainConfig
+from cast_train.config import TrainConfig
 from cast_train.training.run import train
 
 
@@ -14,15 +13,6 @@ def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_fil
     with pytest.raises(ValueError, match="is_sharded needs two processes.*torchrun"):
         train(llama_dir, [text_file], tmp_path / "out", config)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_adams_refuses_shards_that_cut_groups(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = Adams(is_sharded=True)
-    sharding.check_groups(config, {"c_fc": torch.empty(32, 8)})
-    with pytest.raises(PatternError, match="c_fc .* cut its 36 columns into pieces of 18"):
-        sharding.check_groups(config, {"c_fc": torch.empty(36, 8)})
-    sharding.check_groups(Ste(is_sharded=True), {"c_fc": torch.empty(36, 8)})
 
 
 def test_a_whole_tensor_is_its_own_share():

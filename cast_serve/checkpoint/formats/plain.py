@@ -43,18 +43,15 @@ def hardened(source: StoredModel, name: str, *, is_gated: bool) -> Tensor:
         CheckpointError: if its gates or scales do not fit.
         PatternError: if it has another pattern.
     """
-    weight, is_transposed = source.get(f"{name}.weight"), source.linears[name]
+    weight = source.turned(name, source.get(f"{name}.weight"))
     pattern = source.pattern_of(name)
-    if is_transposed:
-        weight = weight.T.contiguous()
     if not is_gated:
         check_weight(weight, pattern, name)
         return weight
     if source.record.get("method") == "adams":  # it has no gates: |W| ranks the weights
         gate = weight.float().abs()
     else:
-        gate = source.get(f"{name}.gate")
-        gate = gate.T if is_transposed else gate
+        gate = source.turned(name, source.get(f"{name}.gate"))
         if gate.shape != weight.shape or gate.dtype not in (torch.bool, *SCALE_DTYPES):
             raise CheckpointError(
                 f"{name}.gate is {gate.dtype} {list(gate.shape)}, but a logit for each weight of "

@@ -69,11 +69,9 @@ class Ragged(Form):
 
     def read(self, name: str) -> CompressedLinear:
         weight, scale = self._weight(name)
-        if self.source.linears[name]:
-            weight = weight.T.contiguous()
-        return replace(
-            CompressedLinear.from_weight(name, weight, self.structure.of(name)), scale=scale
-        )
+        weight = self.source.turned(name, weight)
+        linear = CompressedLinear.from_weight(name, weight, self.structure.of(name))
+        return replace(linear, scale=scale)
 
     def dense_weight(self, name: str) -> Tensor:
         """A module's weight as the model stores it, in the model's dtype if it was quantised.
@@ -105,8 +103,7 @@ class _Masks:
         is_24 = True
         num_weights = num_values = num_slots = 0
         for name in linears:
-            mask = _mask(name, source.parts(name))
-            mask = mask.T if source.linears[name] else mask
+            mask = source.turned(name, _mask(name, source.parts(name)))
             is_24 = is_24 and _is_24(mask)
             if mask.shape[1] % WORD:
                 self.kept[name] = WORD

@@ -12,7 +12,7 @@ from cast_serve.checkpoint.record import CheckpointError, read_record, sha256, v
 from cast_serve.sparsity.pattern import TWO_FOUR
 from cast_serve.sparsity.quantize import rounded
 from cast_serve.sparsity.targets import find_targets
-from cast_train.checkpoint import models
+from cast_train.checkpoint import conv1d, models
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.checkpoint.models import (
     load_dense,
@@ -58,6 +58,7 @@ def gated(model_dir, tmp_path):
 def test_what_is_written_is_read(gated, model_dir):
     folder, logits = gated
     found = models.read_gates(folder, [name.removesuffix(".gate") for name in logits])
+    found = conv1d.transposed(load_dense(model_dir), found)
     assert found.keys() == logits.keys()
     assert all(torch.equal(found[name], logits[name]) for name in logits)
     dense = load_dense(model_dir).state_dict()

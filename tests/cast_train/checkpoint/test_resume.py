@@ -98,17 +98,22 @@ def test_a_record_says_where_each_launch_of_the_run_came_from(
     assert train(*arguments)["origins"] == record["origins"]  # there is nothing to launch
 
 
-def test_a_run_of_an_earlier_release_goes_on_without_its_origin(
-    llama_dir, text_file, config, tmp_path, train_until
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_of_an_earlier_release_goes_on_unless_its_weights_are_transposed(
+    family, request, text_file, config, tmp_path, train_until
 ):
-    arguments = (llama_dir, [text_file], tmp_path / "out", config)
+    arguments = (request.getfixturevalue(f"{family}_dir"), [text_file], tmp_path / "out", config)
     train_until(6, *arguments)
     path = tmp_path / "out.partial/run.json"
     found = json.loads(path.read_text())
-    del found["origins"]
+    del found["origins"], found["layout"]
     path.write_text(json.dumps(found))
-    (launch,) = train(*arguments, is_resume=True)["origins"]
-    assert launch["step"] == 4
+    if family == "gpt2":
+        with pytest.raises(CheckpointError, match="GPT2LMHeadModel transposed; finish it with"):
+            train(*arguments, is_resume=True)
+    else:
+        (launch,) = train(*arguments, is_resume=True)["origins"]
+        assert launch["step"] == 4
 
 
 def test_a_second_run_is_kept_out_of_the_first_ones_directory(

@@ -44,9 +44,8 @@ def test_hard_gates_make_every_group_exactly_n_of_m(model, pattern):
     targets, gate_map = attached(model, pattern)
     gating.set_phase(gate_map, HARD)
     for name, linear in targets.items():
-        weight = linear.weight.t() if gating.is_transposed(linear) else linear.weight
-        check_weight(weight, pattern, name)
-        num_kept = (weight != 0).unflatten(-1, (-1, pattern.m)).sum(-1)
+        check_weight(linear.weight, pattern, name)
+        num_kept = (linear.weight != 0).unflatten(-1, (-1, pattern.m)).sum(-1)
         assert (num_kept == pattern.n).all()
 
 
@@ -88,18 +87,17 @@ def test_a_gate_that_is_hard_at_once_keeps_what_it_computed(model, settings):
     )
     if "selector" in settings:
         next(iter(gate_map.values())).generator.outer.weight.data.normal_()
-    computed = {name: gate.rows().detach().clone() for name, gate in gate_map.items()}
+    computed = {name: gate.whole_logits().detach().clone() for name, gate in gate_map.items()}
     gating.set_phase(gate_map, HARD)
     for name, gate in gate_map.items():
-        assert torch.equal(gate.rows(), computed[name])
-        mask = gate.mask().t() if gate.is_transposed else gate.mask()
-        assert torch.equal(mask, hard_mask(computed[name])), name
-        assert not torch.equal(mask, hard_mask(torch.zeros(mask.shape))), name
+        assert torch.equal(gate.whole_logits(), computed[name])
+        assert torch.equal(gate.mask(), hard_mask(computed[name])), name
+        assert not torch.equal(gate.mask(), hard_mask(torch.zeros(gate.mask().shape))), name
     for linear in targets.values():
         linear.parametrizations.weight.original.data.normal_()
     gating.set_phase(gate_map, SOFT)
     gating.set_phase(gate_map, HARD)
-    assert all(torch.equal(gate.rows(), computed[name]) for name, gate in gate_map.items())
+    assert all(torch.equal(gate.whole_logits(), computed[name]) for name, gate in gate_map.items())
 
 
 def test_detach_gives_back_the_weights_and_the_logits(model, model_dir):
@@ -123,7 +121,7 @@ def test_a_fixed_gate_is_the_starts_mask_and_nothing_more(model):
     assert gating.logits_of(gate_map) == []
     for name, gate in gate_map.items():
         assert [tensor.dtype for tensor in gate.state_dict().values()] == [torch.bool]
-        assert torch.equal(gate.mask_rows(), hard_mask(scores[name])), name
+        assert torch.equal(gate.mask(), hard_mask(scores[name])), name
         kept, weight = targets[name].weight, gate.weight()
         assert torch.equal(kept, weight * gate.mask()), name
     assert {t.dtype for t in gating.detach(targets).values()} == {torch.bool}
@@ -134,12 +132,11 @@ def test_a_fixed_gate_reads_the_logits_of_earlier_releases(model):
     scores = magnitude_scores(targets)
     gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), method="fixed")
     for name, gate in gate_map.items():
-        logits = scores[name].t() if gate.is_transposed else scores[name]
-        gate.take(logits)  # as of a finished run
+        gate.take(scores[name])  # as of a finished run
         taken = gate.mask().clone()
-        assert torch.equal(gate.mask_rows(), hard_mask(scores[name])), name
+        assert torch.equal(gate.mask(), hard_mask(scores[name])), name
         gate.kept.logical_not_()
-        gate.load_state_dict({"logits": logits})  # as of an unfinished one
+        gate.load_state_dict({"logits": scores[name]})  # as of an unfinished one
         assert torch.equal(gate.mask(), taken), name
 
 

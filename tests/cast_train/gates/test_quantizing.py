@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear as multiply
-from transformers.pytorch_utils import Conv1D
 
 from cast_serve.sparsity.bitmask import decompress, pack_mask
 from cast_serve.sparsity.pattern import TWO_FOUR
@@ -21,16 +20,16 @@ from cast_train.gates.schedules import Phase
 QUANTIZED = Phase(blend=1.0, tau=1e-3, penalty_weight=0.0, is_hard=True, is_quantized=True)
 
 
-@pytest.fixture(params=["Linear", "Conv1D"])
-def linear(request):
+@pytest.fixture
+def linear():
     """160 inputs: two scale groups of 64 and one of 32, or one of 128 and one of 32."""
     torch.manual_seed(0)
-    return nn.Linear(160, 12) if request.param == "Linear" else Conv1D(12, 160)
+    return nn.Linear(160, 12)
 
 
 def attached(linear, scale_group, phase=QUANTIZED, scales=None):
     """The linear's gate; its quantiser, after it, has the scales that `convert` would choose."""
-    gate = gating.attach({"q": linear}, {"q": TWO_FOUR}, {"q": rows(linear).abs()})["q"]
+    gate = gating.attach({"q": linear}, {"q": TWO_FOUR}, {"q": unmasked(linear).abs()})["q"]
     gate.set_phase(phase)
     if scales is None:
         scales = {"q": searched(linear, gate, scale_group)[1]}
@@ -40,13 +39,12 @@ def attached(linear, scale_group, phase=QUANTIZED, scales=None):
 
 def searched(linear, gate, scale_group):
     """The integers and scales that `convert` would choose."""
-    kept = rows(linear)[gate.mask_rows()].view(12, 80).bfloat16()
+    kept = unmasked(linear)[gate.mask()].view(12, 80).bfloat16()
     return quantize_rows(kept) if scale_group is None else quantize_values_int4(kept, scale_group)
 
 
-def rows(linear):
-    weight = gating.stored_weight(linear).detach()
-    return weight.t() if gating.is_transposed(linear) else weight
+def unmasked(linear):
+    return gating.stored_weight(linear).detach()
 
 
 def as_stored(linear, gate, scale_group):
@@ -56,7 +54,7 @@ def as_stored(linear, gate, scale_group):
         kept = dequantize(integers, scale, torch.float32)
     else:
         kept = dequantize_int4(integers, scale, scale_group, torch.float32)
-    return decompress(kept, pack_mask(gate.mask_rows()), 160)
+    return decompress(kept, pack_mask(gate.mask()), 160)
 
 
 @pytest.mark.parametrize("scale_group", [None, 128, 64, 32])
@@ -65,8 +63,7 @@ def test_the_forward_is_that_of_what_is_stored(linear, scale_group):
     stored.copy_(stored.bfloat16())
     gate = attached(linear, scale_group)
     expected = as_stored(linear, gate, scale_group)
-    weight = linear.weight.t() if gating.is_transposed(linear) else linear.weight
-    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(linear.weight, expected, rtol=1e-6, atol=0)
     x = torch.randn(2, 5, 160)
     torch.testing.assert_close(linear(x), multiply(rounded(x), expected, linear.bias))
 
@@ -75,11 +72,9 @@ def test_kept_weights_and_inputs_have_the_gradient_of_what_is_multiplied(linear)
     gate = attached(linear, 32)
     x, output_grad = torch.randn(5, 160, requires_grad=True), torch.randn(5, 12)
     linear(x).backward(output_grad)
-    weight_grad = gating.stored_weight(linear).grad
-    found = weight_grad.t() if gate.is_transposed else weight_grad
-    torch.testing.assert_close(found, output_grad.t() @ rounded(x.detach()) * gate.mask_rows())
-    multiplied = linear.weight.t() if gate.is_transposed else linear.weight
-    torch.testing.assert_close(x.grad, output_grad @ multiplied.detach())
+    found = gating.stored_weight(linear).grad
+    torch.testing.assert_close(found, output_grad.t() @ rounded(x.detach()) * gate.mask())
+    torch.testing.assert_close(x.grad, output_grad @ linear.weight.detach())
 
 
 @pytest.mark.parametrize("scale_group", [None, 64])
@@ -100,7 +95,7 @@ def test_written_integers_are_no_others_in_bf16(linear, scale_group):
 def test_nothing_is_rounded_before_the_phase(linear, change):
     zeros = {"q": torch.zeros(12, 3)}  # not chosen yet
     gate = attached(linear, 64, dataclasses.replace(QUANTIZED, **change), zeros)
-    weight = rows(linear) * (gate.mask_rows() if gate.phase.is_hard else 1)
+    weight = unmasked(linear) * (gate.mask() if gate.phase.is_hard else 1)
     x = torch.randn(3, 160)
     torch.testing.assert_close(linear(x), multiply(x, weight, linear.bias))
     assert gating.detach({"q": linear}).keys() == {"q.gate"}
@@ -114,7 +109,7 @@ def test_scales_are_stored_with_the_gates_and_taken_as_they_are(linear):
     assert stored.keys() == {"q.gate", "q.weight_scale"}
     assert torch.equal(stored["q.weight_scale"], chosen)
     x = torch.randn(3, 160)
-    torch.testing.assert_close(linear(x), multiply(x, rows(linear), linear.bias))
+    torch.testing.assert_close(linear(x), multiply(x, unmasked(linear), linear.bias))
 
 
 def test_scales_of_another_shape_are_refused(linear):

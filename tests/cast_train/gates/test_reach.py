@@ -14,7 +14,7 @@ from cast_train.training.run import train
 
 
 def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
-    return {"a": gating.LogitGate(torch.tensor(rows), TWO_FOUR, is_transposed=False)}
+    return {"a": gating.LogitGate(torch.tensor(rows), TWO_FOUR)}
 
 
 def test_by_hand():
@@ -24,12 +24,6 @@ def test_by_hand():
     assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)
     assert found.reach == pytest.approx(0.1 * 3)  # steps 0, 1 and 2 are soft
     assert found.changeable_share == pytest.approx(2 / 3)  # 0.5 <= 2 * 0.3
-
-
-def test_transposed_weights_have_their_groups_along_in_features():
-    rows = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
-    gate = gating.LogitGate(rows.t().contiguous(), TWO_FOUR, is_transposed=True)
-    assert measure_reach({"a": gate}, Gates()).mean_gap == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.2, 1.0])

@@ -16,6 +16,7 @@ from transformers import (
 
 from cast_serve.sparsity.pattern import TWO_FOUR, check_weight
 from cast_serve.sparsity.targets import find_targets
+from cast_train.checkpoint.conv1d import to_linears
 from cast_train.gates import gating
 from cast_train.gates.schedules import Phase
 from cast_train.pruning.scores import magnitude_scores
@@ -55,7 +56,8 @@ HARD = Phase(blend=1.0, tau=1e-3, penalty_weight=0.0, is_hard=True)
 def family(request):
     config, linears_per_layer = FAMILIES[request.param]
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).float().eval(), linears_per_layer
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    return to_linears(model), linears_per_layer
 
 
 def test_every_linear_of_every_layer_is_a_target_and_nothing_else(family):
@@ -84,6 +86,5 @@ def test_gates_learn_and_harden(family, selector):
     gating.freeze(gate_map)
     gating.set_phase(gate_map, HARD)
     for name, linear in targets.items():
-        weight = linear.weight.t() if gating.is_transposed(linear) else linear.weight
-        check_weight(weight, TWO_FOUR, name)
+        check_weight(linear.weight, TWO_FOUR, name)
     assert model(TOKENS).logits.isfinite().all()

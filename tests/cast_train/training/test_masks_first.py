@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.targets import find_targets
-from cast_train.checkpoint import models
+from cast_train.checkpoint import conv1d, models
 from cast_train.config import Gates, TrainConfig
-from cast_train.gates import gating
 from cast_train.gates.schedules import gate_rate_factor, learning_rate_factor
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.solve import solve
@@ -41,10 +40,8 @@ def assert_solved_from_dense(model_dir, text_file, config, written):
     """
     dense = models.load_dense(model_dir, torch.float32)
     targets, _ = find_targets(dense, config.pattern)
-    masks = {}
-    for name, linear in targets.items():
-        gate = written[f"{name}.gate"]
-        masks[name] = hard_mask(gate.t() if gating.is_transposed(linear) else gate, config.pattern)
+    written = conv1d.transposed(dense, written)
+    masks = {name: hard_mask(written[f"{name}.gate"], config.pattern) for name in targets}
     tokens = tokenize(read_texts([text_file]), models.load_tokenizer(model_dir))
     blocks, _ = split_held_out(
         to_blocks(tokens, config.block_size), config.heldout_blocks, config.batch_blocks
@@ -52,8 +49,7 @@ def assert_solved_from_dense(model_dir, text_file, config, written):
     solve(dense, targets, masks, blocks[: config.calibration_blocks])
     for name, linear in targets.items():
         weight = written[f"{name}.weight"].float()
-        rows = weight.t() if gating.is_transposed(linear) else weight
-        torch.testing.assert_close(rows * masks[name], weight_rows(linear), rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(weight * masks[name], weight_rows(linear), rtol=2e-2, atol=2e-3)
     return masks
 
 

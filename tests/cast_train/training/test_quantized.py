@@ -14,10 +14,9 @@ from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, hard_mask
 from cast_serve.sparsity.quantize import SCALE_GROUP, SCALES_CHOSEN
-from cast_train.checkpoint import models
+from cast_train.checkpoint import conv1d, models
 from cast_train.config import TrainConfig
 from cast_train.evaluate.evaluation import evaluate
-from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
 from cast_train.pruning.quantize import write_quantized
 from cast_train.training.run import train
@@ -40,11 +39,9 @@ def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-def integers_of(written, name, is_transposed, pattern=TWO_FOUR):
+def integers_of(written, name, pattern=TWO_FOUR):
     """A hardened weight over its scales: fp32 [out_features, in_features]."""
     gate, weight = written[f"{name}.gate"], written[f"{name}.weight"].float()
-    if is_transposed:
-        gate, weight = gate.t(), weight.t()
     scale = written[f"{name}.weight_scale"].float()
     columns = weight.shape[1] // scale.shape[1]
     return weight * hard_mask(gate, pattern) / scale.repeat_interleave(columns, dim=1)
@@ -65,12 +62,11 @@ def test_a_run_learns_as_it_is_served(
     assert found["perplexity_hard"] != pytest.approx(found["perplexity_soft"], rel=1e-6)
     again, _ = evaluate(tmp_path / "out", [text_file], context=32, max_tokens=128)
     assert again["perplexity_hard"] == pytest.approx(found["perplexity_hard"], rel=2e-3)
-    written = weights_of(tmp_path / "out")
-    model, largest = models.load_dense(model_dir), 7 if quantize == "int4" else 127
+    written = conv1d.transposed(models.load_dense(model_dir), weights_of(tmp_path / "out"))
+    largest = 7 if quantize == "int4" else 127
     for name in record["targets"]:
         assert written[f"{name}.weight_scale"].dtype == torch.bfloat16
-        is_transposed = gating.is_transposed(model.get_submodule(name))
-        integers = integers_of(written, name, is_transposed)
+        integers = integers_of(written, name)
         assert (integers.round().abs().max() / largest).item() == pytest.approx(1, abs=0.1)
         assert (integers - integers.round()).abs().max() <= largest * 2**-8
 
@@ -91,15 +87,14 @@ def test_what_is_converted_is_what_was_trained(
     assert summary["quality"] == record["quality"]  # what training measured is what is served
     cast = json.loads((tmp_path / "sparse/cast.json").read_text())
     assert cast["quantization"]["scales"] == SCALES_TRAINED
-    written, model = weights_of(tmp_path / "out"), models.load_dense(model_dir)
+    written = conv1d.transposed(models.load_dense(model_dir), weights_of(tmp_path / "out"))
     directory = ModelDirectory(tmp_path / "sparse")
     for name in record["targets"]:
         found = CompressedLinear.from_parts(name, directory.parts(name), pattern)
-        is_transposed = gating.is_transposed(model.get_submodule(name))
         # As whole rows: of a group whose integers are 0 `convert` may keep other columns.
         stored = found.pattern
         integers = decompress(found.values, found.bitmask, found.in_features, pattern=stored)
-        expected = integers_of(written, name, is_transposed, pattern).round()
+        expected = integers_of(written, name, pattern).round()
         assert torch.equal(integers.float(), expected)
         assert torch.equal(found.scale, written[f"{name}.weight_scale"])
     served, _ = evaluate(tmp_path / "sparse", [text_file], context=32, max_tokens=128)

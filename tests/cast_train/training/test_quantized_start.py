@@ -47,8 +47,8 @@ def test_weights_move_no_further_than_to_round_to_their_integers(started):
         scale = quantizer.scale.repeat_interleave(
             before[name].shape[1] // quantizer.scale.shape[1], dim=1
         )
-        mask, weight = gates[name].mask_rows(), weight_rows(linear)
-        multiplied = linear.weight.t() if gates[name].is_transposed else linear.weight
+        mask, weight = gates[name].mask(), weight_rows(linear)
+        multiplied = linear.weight
         moved = weight != before[name]
         assert not (moved & ~mask).any()
         # What moved went to the margin of its integer, and from beyond it.
@@ -65,6 +65,5 @@ def test_integers_that_compensate_each_other_change_less_than_the_nearest(starte
     gating.set_phase(gates, QUANTIZED)
     error = (logits(model, blocks) - hard).square().mean()
     for name, linear in targets.items():
-        rows = before[name].t() if gates[name].is_transposed else before[name]
-        gating.stored_weight(linear).data.copy_(rows)
+        gating.stored_weight(linear).data.copy_(before[name])
     assert error < (logits(model, blocks) - hard).square().mean()

@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 
 from cast_serve.checkpoint.record import CheckpointError, verify
 from cast_serve.sparsity.pattern import TWO_FOUR, hard_mask
-from cast_train.checkpoint import models
+from cast_train.checkpoint import conv1d, models
 from cast_train.config import TrainConfig
 from cast_train.errors import DivergedError
-from cast_train.gates import gating
 from cast_train.training import optimizer, prepare
 from cast_train.training.blocks import read_blocks
 from cast_train.training.run import Run, train
@@ -72,14 +71,11 @@ def test_a_mask_that_is_exact_from_the_first_step_is_the_starts(
     config = changed(config, start="magnitude", learning_rate=1e-5, **settings, **way)
     record = train(model_dir, [text_file], tmp_path / "out", config)
     assert record["gates"]["flipped_share"] == 0
-    written = load_file(tmp_path / "out" / "model.safetensors")
     dense = models.load_dense(model_dir, torch.float32)
+    written = conv1d.transposed(dense, load_file(tmp_path / "out" / "model.safetensors"))
     for name in record["targets"]:
-        linear = dense.get_submodule(name)
-        weight, gate = linear.weight.detach(), written[f"{name}.gate"]
-        if gating.is_transposed(linear):
-            weight, gate = weight.t(), gate.t()
-        assert torch.equal(hard_mask(gate), hard_mask(weight.abs())), name
+        weight = dense.get_submodule(name).weight.detach()
+        assert torch.equal(hard_mask(written[f"{name}.gate"]), hard_mask(weight.abs())), name
 
 
 @pytest.mark.parametrize(
@@ -97,7 +93,7 @@ def test_weight_decay_is_of_the_targets_weights_only(way, model_dir, text_file, 
     plain, decayed = results
     differ = {name for name in plain if not torch.equal(plain[name], decayed[name])}
     assert differ == {f"{name}.weight" for name in record["targets"]}
-    before = models.load_dense(model_dir, torch.float32).state_dict()
+    before = load_file(model_dir / "model.safetensors")
     for name in differ:
         torch.testing.assert_close(
             (plain[name].float() - decayed[name].float()),
