@@ -30,18 +30,9 @@ class ColumnScale(nn.Module):
         return {"scale": self.scale.detach()}
 
     def forward(self, weight: Tensor) -> Tensor:
-        return scale_rows(weight, self.scale)
-
-
-def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """W * scale, computed in fp32, in the weight's dtype.
-
-    Args:
-        weight: [out_features, in_features].
-        scale: [out_features, num_parts].
-    """
-    parts = weight.unflatten(1, (scale.shape[1], -1))
-    return (parts.float() * scale.float().unsqueeze(-1)).to(weight.dtype).flatten(1)
+        """W * scale [out_features, in_features], computed in fp32, in the weight's dtype."""
+        parts = weight.unflatten(1, (self.scale.shape[1], -1))
+        return (parts.float() * self.scale.float().unsqueeze(-1)).to(weight.dtype).flatten(1)
 
 
 def attach(targets: Mapping[str, nn.Module], num_parts: int, m: int) -> None:
