@@ -1,5 +1,6 @@
 """cast::linear64, for weights that keep n of 64, against its reference, for every CPU kernel."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,7 +25,10 @@ from tests.cast_serve.kernels.test_linear24_int8 import (
     scale_shape,
 )
 
-SHAPES = [(1, 64, 32), (7, 192, 1), (16, 128, 63), (33, 576, 40), (129, 320, 16), (40, 2048, 32)]
+SHAPES = [
+    *((1, 64, 32), (7, 192, 1), (16, 128, 63), (23, 128, 4), (33, 576, 40)),
+    *((545, 320, 28), (40, 2048, 56)),
+]
 KINDS = ["float", "int8", "int4-128", "int4-64", "int4-32"]
 KINDS_AND_DTYPES = [
     *((kind, dtype) for kind in ("float", "int8") for dtype in DTYPES),
@@ -58,6 +62,13 @@ class Linear:
     def expected(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out_features = len(self.values)
         return reference64.linear64(x, self.packed, self.kept, out_features, bias, *self.others)
+
+
+@pytest.fixture
+def tune() -> Iterator[Callable[..., None]]:
+    before = tuning.current()
+    yield lambda **changed: tuning.use(replace(before, **changed))
+    tuning.use(before)
 
 
 def random_mask(out_features: int, in_features: int, kept: int) -> Tensor:
@@ -115,16 +126,24 @@ def test_any_activations(shape: tuple[int, int, int], kind: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_librarys_product_is_the_same(kind: str) -> None:
+def test_a_librarys_product_is_the_same(kind: str, tune: Callable[..., None]) -> None:
     linear = make(kind, (601, 320, 40))
-    before = tuning.current()
-    tuning.use(replace(before, library=32, library_int8=32))
-    try:
-        for num_tokens in (32, 130):
-            x = exact_x(num_tokens, 320, torch.bfloat16)
-            assert_same_to_rounding(linear(x), linear.expected(x))
-    finally:
-        tuning.use(before)
+    tune(library=32, library_int8=32)
+    for num_tokens in (32, 130):
+        x = exact_x(num_tokens, 320, torch.bfloat16)
+        assert_same_to_rounding(linear(x), linear.expected(x))
+
+
+@pytest.mark.parametrize("few", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tokens_by_the_kernel_for_many(kind: str, few: int, tune: Callable[..., None]) -> None:
+    linear = make(kind, (33, 576, 28))
+    tune(few=few, few_int8=few, few_int4=few)
+    for num_tokens in (*range(1, 10), 700):  # 700 take several passes
+        x = torch.randint(-4, 5, (num_tokens, 576)).bfloat16()
+        if kind != "float":
+            x = exact_x(num_tokens, 576, torch.bfloat16)
+        assert torch.equal(linear(x), linear.expected(x)), num_tokens
 
 
 @pytest.mark.parametrize("num_tokens", [*range(1, 10), 20])

@@ -13,13 +13,13 @@ using Products = AmxProducts<EmulatedTiles>;
 
 const Kernel kAmxEmulated = {"amx_emulated",
                              is_supported,
-                             &Products::kLinear24,
-                             &Products::kLinear24Int8,
-                             &Products::kLinear24Int4,
-                             &Products::kLinearInt8,
-                             &kAvx512Bf16Linear64,
-                             &kVnniLinear64Int8,
-                             &kVnniLinear64Int4,
+                             &Products::kSparse,
+                             &Products::kSparseInt8,
+                             &Products::kSparseInt4,
+                             &Products::kDenseInt8,
+                             &Products::kSparse,
+                             &Products::kSparseInt8,
+                             &Products::kSparseInt4,
                              &kAvx512Expansion,
                              true};
 

@@ -1,5 +1,4 @@
-// Packed 2:4 tiles -> dense rows in the cache, 64 bytes at a time, as an AMX weight tile takes
-// them.
+// Packed tiles -> dense rows in the cache, 64 bytes at a time, as an AMX weight tile takes them.
 #pragma once
 #include <immintrin.h>
 
@@ -7,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "avx512bf16_64.h"
+#include "avx512vnni64.h"
 #include "avx512vnni_int4.h"
 #include "linear24.h"
 
@@ -20,7 +21,8 @@ constexpr int64_t kAmxTileSteps = 2;
 constexpr int64_t kMostDenseSteps = 4;
 
 // Weights::kOfXsDType is bf16 here.
-constexpr int64_t amx_tile_bytes(const Linear& p, Weights weights) {
+inline int64_t amx_tile_bytes(const Linear& p, Weights weights) {
+  if (p.kept != 0) return tile_bytes64(p);
   if (weights == Weights::kDenseInt8) return kDenseInt8TileBytes;
   if (weights == Weights::kInt8) return kInt8TileBytes;
   if (weights == Weights::kInt4) return p.int4_tile_bytes();
@@ -135,6 +137,35 @@ inline void expand_dense_tile(const uint8_t* tile, uint8_t* dense, int64_t step_
   for (int i = 0; i < 2 * static_cast<int>(kTileRows); ++i)
     _mm512_store_si512(dense + i % 2 * step_stride + i / 2 * 64,
                        _mm512_permutexvar_epi32(order, _mm512_load_si512(tile + i * 64)));
+}
+
+// Weights that keep n of 64: a packed tile's 32 registers -> dense[step][16 registers], signed. Of
+// four scale groups each has half of a step's registers, and zeros in the others.
+template <Weights kWeights, int kGroups>
+inline void expand_tile64(const Linear& p, const uint8_t* tile, uint8_t* dense,
+                          int64_t step_stride) {
+  if constexpr (kWeights == Weights::kOfXsDType) {
+    const uint8_t *values = tile, *masks = tile + values_bytes64(p);
+#pragma GCC unroll 4
+    for (int i = 0; i < kSteps64; ++i)
+      _mm512_store_si512(dense + i / 16 * step_stride + i % 16 * 64,
+                         next_bf16_step(values, masks, i));
+  } else {
+    constexpr int kHalfSteps = kGroups == 4 ? 2 : 1;
+    Expander64<kWeights == Weights::kInt4 ? kGroups : 0> steps(p, tile);
+    const auto store = [&](int half, int i, __m512i weights) {
+      uint8_t* to = dense + half * kHalfSteps * step_stride + i * 64;
+      _mm512_store_si512(to + i / 8 * (kHalfSteps - 1) * step_stride,
+                         _mm512_sub_epi8(weights, steps.dropped));
+      if constexpr (kGroups == 4)
+        _mm512_store_si512(to + (1 - i / 8) * step_stride, _mm512_setzero_si512());
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; ++i) {
+      store(0, i, steps.template next<0>(i));
+      store(1, i, steps.template next<1>(i));
+    }
+  }
 }
 
 // One packed tile -> dense[step][row], steps `step_stride` bytes apart and rows 64; int8 groups in

@@ -26,19 +26,23 @@ inline __m512 of_rows(const float* row_scales, int i) {
   return _mm512_permutexvar_ps(_mm512_load_si512(rows), _mm512_load_ps(row_scales));
 }
 
-// sums += dots * the tokens' and the rows' scales, for half of a tile.
-template <int kLanes, int kRow, int kToken, int kHalf, bool kHasRowScales>
+// sums += dots * the tokens' and the rows' scales, for half of a tile, whose i-th register has the
+// 16 rows of one token if the weights keep n of 64.
+template <typename Expander, int kLanes, int kRow, int kToken, int kHalf>
 inline void add_scaled(const Group& group, const int32_t* dots) {
   constexpr int kBegin = kHalf * kLanes / 2, kEnd = (kHalf + 1) * kLanes / 2;
   float* sums = group.sums + (2 * kRow + kToken) * 16 * kLanes;
-  const __m512 scale = _mm512_loadu_ps(group.scales + kToken * group.block_scales);
+  const float* token_scales = group.scales + kToken * group.block_scales;
+  const float* row_scales = group.row_scales + kRow * 16;
+  const __m512 of_tokens = _mm512_loadu_ps(token_scales);
 #pragma GCC unroll 8
   for (int i = kBegin; i < kEnd; ++i) {
     const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots + i * 16));
-    const __m512 both = kHasRowScales
-                            ? _mm512_mul_ps(scale, of_rows<kLanes>(group.row_scales + kRow * 16, i))
-                            : scale;
-    _mm512_store_ps(sums + i * 16, _mm512_fmadd_ps(dot, both, _mm512_load_ps(sums + i * 16)));
+    __m512 scale = Expander::kIs64 ? _mm512_set1_ps(token_scales[i]) : of_tokens;
+    if constexpr (Expander::kHasRowScales)
+      scale = _mm512_mul_ps(
+          scale, Expander::kIs64 ? _mm512_load_ps(row_scales) : of_rows<kLanes>(row_scales, i));
+    _mm512_store_ps(sums + i * 16, _mm512_fmadd_ps(dot, scale, _mm512_load_ps(sums + i * 16)));
   }
 }
 
@@ -67,8 +71,8 @@ void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_byte
   };
   const auto scale = [&]<int kRow, int kToken, int kHalf>() {
     if constexpr (kRow < kRowTiles && kToken < kTokenBlocks)
-      add_scaled<kLanes, kRow, kToken, kHalf, Expander::kHasRowScales>(
-          before, dots + (2 * kRow + kToken) * 16 * kLanes);
+      add_scaled<Expander, kLanes, kRow, kToken, kHalf>(before,
+                                                        dots + (2 * kRow + kToken) * 16 * kLanes);
   };
   expander.expand(share);
   add.template operator()<0, 0, 0>();
@@ -91,15 +95,14 @@ void multiply_group(const uint8_t* dense, const uint8_t* x, int64_t x_block_byte
 }
 
 // The last group's sums, which nothing follows.
-template <typename Tiles, int kRowTiles, int kTokenBlocks, int kLanes, bool kHasRowScales>
+template <typename Tiles, typename Expander, int kRowTiles, int kTokenBlocks, int kLanes>
 void finish_group(int32_t* dots, const Group& group) {
   store_tiles<Tiles, kRowTiles, kTokenBlocks>(dots, kLanes);
   const auto scale = [&]<int kRow, int kToken>() {
     if constexpr (kRow < kRowTiles && kToken < kTokenBlocks) {
-      add_scaled<kLanes, kRow, kToken, 0, kHasRowScales>(group,
-                                                         dots + (2 * kRow + kToken) * 16 * kLanes);
-      add_scaled<kLanes, kRow, kToken, 1, kHasRowScales>(group,
-                                                         dots + (2 * kRow + kToken) * 16 * kLanes);
+      const int32_t* from = dots + (2 * kRow + kToken) * 16 * kLanes;
+      add_scaled<Expander, kLanes, kRow, kToken, 0>(group, from);
+      add_scaled<Expander, kLanes, kRow, kToken, 1>(group, from);
     }
   };
   scale.template operator()<0, 0>();
@@ -120,7 +123,7 @@ struct GroupProduct {
   template <int kRowTiles, int kTokenBlocks, int kLanes>
   static constexpr GroupProduct of() {
     return {multiply_group<Tiles, Expander, kRowTiles, kTokenBlocks, kLanes>,
-            finish_group<Tiles, kRowTiles, kTokenBlocks, kLanes, Expander::kHasRowScales>};
+            finish_group<Tiles, Expander, kRowTiles, kTokenBlocks, kLanes>};
   }
   static GroupProduct of(bool two_rows, bool two_blocks, int64_t lanes) {
     if (two_blocks) return two_rows ? of<2, 2, 16>() : of<1, 2, 16>();
@@ -159,7 +162,7 @@ struct Int8Products {
     constexpr int64_t kGroupBytes = Expander::kDenseSteps / kGroups * kStepTileBytes;
     const int64_t rounds = tiles * kGroups * units * (by_pairs ? 2 : 1);
     const int64_t share = (expander.num_left() + rounds - 1) / rounds;
-    const bool two_rows = item.row_end - item.row > 2;
+    const bool two_rows = item.has_two_row_tiles();
     const auto next = GroupProduct<Tiles, Expander>::of(two_rows, by_pairs, tokens.lanes);
     if (product != next) finish();  // whose sums are in other registers
     product = next;

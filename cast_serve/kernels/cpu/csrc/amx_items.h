@@ -10,7 +10,7 @@
 namespace cast {
 namespace {
 
-constexpr int64_t kBlockTileRows = 4, kBlockRows = kBlockTileRows * kTileRows;
+constexpr int64_t kBlockRows = 32;
 constexpr int64_t kPairTokens = 2 * kRegisterTokens;
 constexpr int64_t kAmxPassTokens = 640;  // at most; more share an expansion, but not L2
 constexpr int64_t kAmxSumBytes = 1 << 20, kMostSlabBlocks = 16;
@@ -24,19 +24,22 @@ constexpr int64_t kChunkScales = kChunkTiles * kTileScales;
 // A block's chunk: packed tiles [row, row_end) x [tile, tile_end), in the slab [slab, slab_end).
 // They come slab by slab, chunk by chunk, block by block.
 struct Item {
-  int64_t end, row_tiles, slab_rows;  // of the whole pass
+  int64_t end, row_tiles, block_rows, slab_rows;  // of the whole pass, in packed tiles
   int64_t slab, slab_end, row, row_end, tile, tile_end;
 
-  static Item first(int64_t begin, int64_t end, int64_t row_tiles, int64_t slab_rows) {
+  static Item first(const Linear& p, int64_t begin, int64_t end, int64_t row_tiles,
+                    int64_t slab_blocks) {
     Item item = {};
-    item.end = end, item.row_tiles = row_tiles, item.slab_rows = slab_rows;
+    item.end = end, item.row_tiles = row_tiles;
+    item.block_rows = kBlockRows / p.tile_rows();
+    item.slab_rows = slab_blocks * item.block_rows;
     item.slab = item.row = begin;
     item.find_ends();
     return item;
   }
   void find_ends() {
     slab_end = std::min(slab + slab_rows, end);
-    row_end = std::min(row + kBlockTileRows, slab_end);
+    row_end = std::min(row + block_rows, slab_end);
     tile_end = std::min(tile + kChunkTiles, row_tiles);
   }
   void advance() {
@@ -46,6 +49,8 @@ struct Item {
     find_ends();
   }
   bool is_end() const { return slab == end; }
+  int64_t block() const { return (row - slab) / block_rows; }  // of the slab
+  bool has_two_row_tiles() const { return 2 * (row_end - row) > block_rows; }
   bool is_first_chunk() const { return tile == 0; }
   bool is_last_chunk() const { return tile_end == row_tiles; }
   bool is_last_of_slab() const { return is_last_chunk() && row_end == slab_end; }
@@ -54,34 +59,39 @@ struct Item {
 // Expands an item's tiles, as many at a time as are asked for, and prefetches those of the next
 // item.
 // kGroups: scale groups of a tile, each of which has sums of its own; 1, or 2 or 4 of 4-bit
-// weights.
-template <Weights kWeights, int kGroups>
+// weights. kIs64: the weights keep n of 64.
+template <Weights kWeights, int kGroups, bool kOf64>
 struct Expander {
   static constexpr int kTileLines = kWeights == Weights::kDenseInt8 ? 16
                                     : kWeights == Weights::kInt8    ? 10
                                     : kWeights == Weights::kInt4    ? 7
                                                                     : 9;
   static constexpr bool kHasRowScales = kWeights == Weights::kInt4;
+  static constexpr bool kIs64 = kOf64;
+  static constexpr int kTileRowTiles = kIs64 ? 1 : 2;  // packed tiles with 16 rows
   static constexpr int kScaleGroups = kGroups;
   static constexpr int kDenseSteps =
       std::max(static_cast<int>(kAmxTileSteps), kGroups);  // of a tile
-  const uint8_t* from;                                     // the item's first tile
-  uint8_t* to;    // [16 rows][step][16][64 bytes], kChunkBytes for 16 rows
-  float* scales;  // [tile][scale group][32 rows], of 4-bit weights
+  const Linear* p;
+  const uint8_t* from;  // the item's first tile
+  uint8_t* to;          // [16 rows][step][16][64 bytes], kChunkBytes for 16 rows
+  float* scales;        // [tile][scale group][32 rows], of 4-bit weights
   int64_t tile_bytes;
   int64_t row_bytes;  // of a packed tile row
   bool is_one_wide;   // else two tiles
   int64_t next = 0, end;
   int64_t ahead;  // bytes from a tile to its counterpart of the next item
 
-  Expander(const Linear& p, uint8_t* dense, float* row_scales, const Item& now, const Item& later)
-      : to(dense),
+  Expander(const Linear& linear, uint8_t* dense, float* row_scales, const Item& now,
+           const Item& later)
+      : p(&linear),
+        to(dense),
         scales(row_scales),
-        tile_bytes(amx_tile_bytes(p, kWeights)),
+        tile_bytes(amx_tile_bytes(linear, kWeights)),
         row_bytes(now.row_tiles * tile_bytes),
         is_one_wide(now.tile_end - now.tile == 1) {
     static_assert(kChunkTiles == 2);
-    from = p.packed + (now.row * now.row_tiles + now.tile) * tile_bytes;
+    from = linear.packed + (now.row * now.row_tiles + now.tile) * tile_bytes;
     end = now.is_end() ? 0 : (now.row_end - now.row) * (now.tile_end - now.tile);
     const int64_t tiles = (later.row - now.row) * now.row_tiles + later.tile - now.tile;
     ahead = later.is_end() ? 0 : tiles * tile_bytes;
@@ -94,14 +104,21 @@ struct Expander {
     for (int64_t i = e.next; i < last; ++i) {
       const int64_t row = e.is_one_wide ? i : i / 2, tile = e.is_one_wide ? 0 : i % 2;
       const uint8_t* packed = e.from + row * e.row_bytes + tile * e.tile_bytes;
-      prefetch<kTileLines, Prefetch::kT1>(packed + e.ahead);
-      expand_tile<kWeights, kGroups>(packed,
-                                     e.to + row / 2 * kChunkBytes + row % 2 * kTileRows * 64 +
-                                         tile * kDenseSteps * kStepTileBytes,
-                                     kStepTileBytes);
-      if constexpr (kHasRowScales)
-        read_int4_scales<kGroups>(packed, e.scales + tile * kTileScales + row * kTileRows,
-                                  kBlockRows);
+      uint8_t* dense = e.to + row / kTileRowTiles * kChunkBytes +
+                       row % kTileRowTiles * kTileRows * 64 + tile * kDenseSteps * kStepTileBytes;
+      float* of_rows = e.scales + tile * kTileScales + row * (16 / kTileRowTiles);
+      if constexpr (kIs64) {
+        for (int64_t byte = 0; byte < e.tile_bytes; byte += 64)
+          prefetch<1, Prefetch::kT1>(packed + e.ahead + byte);
+        expand_tile64<kWeights, kGroups>(*e.p, packed, dense, kStepTileBytes);
+        for (int group = 0; kHasRowScales && group < kGroups; ++group)
+          _mm512_store_ps(of_rows + group * kBlockRows,
+                          row_scales64(packed + scales_at64(*e.p), group));
+      } else {
+        prefetch<kTileLines, Prefetch::kT1>(packed + e.ahead);
+        expand_tile<kWeights, kGroups>(packed, dense, kStepTileBytes);
+        if constexpr (kHasRowScales) read_int4_scales<kGroups>(packed, of_rows, kBlockRows);
+      }
     }
     next = last;
   }

@@ -8,6 +8,9 @@
 // More tokens share a chunk of x in L2: all blocks of a slab take it in turn, and their sums wait
 // in L2.
 //
+// Weights that keep n of 64 take all of this, with weights and x in each other's place (TokenRows
+// in amx_tiles.h).
+//
 // The sums of int8 weights leave the tile registers after every scale group, to be scaled
 // (amx_int8.h).
 #pragma once
@@ -68,7 +71,7 @@ void multiply_bf16(const PassTokens& tokens, const Item& item, const uint8_t* de
                    Expander& expander) {
   const int64_t pairs = tokens.num_pairs(), tiles = item.tile_end - item.tile;
   const int64_t share = (expander.num_left() + tiles * pairs - 1) / (tiles * pairs);
-  const bool two_rows = item.row_end - item.row > 2;
+  const bool two_rows = item.has_two_row_tiles();
   for (int64_t pair = 0; pair < pairs; ++pair, sums += tokens.pair_sums())
     with_counts(two_rows, tokens.has_two_blocks(pair), [&]<int kRowTiles, int kBlocks>() {
       if (item.is_first_chunk()) zero_tiles<Tiles>();
@@ -99,8 +102,8 @@ inline void store_16(DType dtype, __m512 floats, uint8_t* out) {
 // The sums of a block, tile rows [row, row_end), and up to 32 tokens -> out, with scale and bias.
 inline void store_block(const Linear& p, int64_t row, int64_t row_end, int64_t first_token,
                         const float* sums, int64_t lanes) {
-  const int64_t size = element_bytes(p.dtype), first_n = row * kTileRows;
-  const int64_t num_rows = std::min(row_end * kTileRows, p.out_features) - first_n;
+  const int64_t size = element_bytes(p.dtype), first_n = row * p.tile_rows();
+  const int64_t num_rows = std::min(row_end * p.tile_rows(), p.out_features) - first_n;
   const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
   alignas(64) uint8_t lines[kRegisterTokens][kBlockRows * 4];  // whole cache lines of out
   for (int64_t block = 0; block < 2; ++block) {
@@ -117,8 +120,10 @@ inline void store_block(const Linear& p, int64_t row, int64_t row_end, int64_t f
       const float* tile = sums + (half * 2 + block) * 16 * lanes;
       __m512i rows[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi32(lane_mask, tile + i * lanes);
-      transpose_16x16(rows);
+      for (int i = 0; i < 16; ++i)  // of 64: rows of tokens already, garbage from `lanes` on
+        rows[i] = p.kept != 0 ? _mm512_loadu_si512(tile + i * 16)
+                              : _mm512_maskz_loadu_epi32(lane_mask, tile + i * lanes);
+      if (p.kept == 0) transpose_16x16(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i)
         store_16(p.dtype, _mm512_fmadd_ps(_mm512_castsi512_ps(rows[i]), scale, bias),
@@ -140,8 +145,8 @@ inline void store_slab(const Linear& p, const Item& item, int64_t first_token,
                        const PassTokens& tokens, const float* sums) {
   for (int64_t pair = 0; pair < tokens.num_pairs(); ++pair) {
     const float* block_sums = sums + pair * tokens.pair_sums();
-    for (int64_t row = item.slab; row < item.slab_end; row += kBlockTileRows) {
-      store_block(p, row, std::min(row + kBlockTileRows, item.slab_end),
+    for (int64_t row = item.slab; row < item.slab_end; row += item.block_rows) {
+      store_block(p, row, std::min(row + item.block_rows, item.slab_end),
                   first_token + pair * kPairTokens, block_sums, tokens.lanes);
       block_sums += tokens.num_pairs() * tokens.pair_sums();
     }
@@ -149,7 +154,7 @@ inline void store_slab(const Linear& p, const Item& item, int64_t first_token,
 }
 
 // Tokens [first, first_after) of the tile rows [begin, end).
-template <typename Tiles, Weights kWeights, int kGroups>
+template <typename Tiles, Weights kWeights, typename Expander>
 void run_amx_pass(const Linear& p, const void* workspace, int64_t first, int64_t first_after,
                   int64_t begin, int64_t end, AmxScratch& scratch) {
   constexpr bool is_int8 = kWeights != Weights::kOfXsDType;
@@ -164,19 +169,19 @@ void run_amx_pass(const Linear& p, const void* workspace, int64_t first, int64_t
   const int64_t slab_blocks =
       tokens.sums_stay() ? 1 : std::min(kAmxSumBytes / 4 / block_sums, kMostSlabBlocks);
 
-  Item item = Item::first(begin, end, row_tiles, slab_blocks * kBlockTileRows);
+  Item item = Item::first(p, begin, end, row_tiles, slab_blocks);
   Item next = item, later = item;
   next.advance();
-  Int8Products<Tiles, Expander<kWeights, kGroups>> int8{scratch};
-  Expander<kWeights, kGroups> expander(p, scratch.dense[0], scratch.row_scales[0], item, next);
+  Int8Products<Tiles, Expander> int8{scratch};
+  Expander expander(p, scratch.dense[0], scratch.row_scales[0], item, next);
   expander.expand(expander.num_left());
   for (int64_t number = 0; !item.is_end(); ++number) {
     later = next;
     if (!next.is_end()) later.advance();
-    expander = Expander<kWeights, kGroups>(p, scratch.dense[(number + 1) % 2],
-                                           scratch.row_scales[(number + 1) % 3], next, later);
+    expander = Expander(p, scratch.dense[(number + 1) % 2], scratch.row_scales[(number + 1) % 3],
+                        next, later);
     const uint8_t* dense = scratch.dense[number % 2];
-    float* sums = scratch.sums + (item.row - item.slab) / kBlockTileRows * block_sums;
+    float* sums = scratch.sums + item.block() * block_sums;
     if constexpr (is_int8)
       int8.multiply(tokens, item, dense, scratch.row_scales[number % 3], sums, expander);
     else
@@ -190,19 +195,35 @@ void run_amx_pass(const Linear& p, const void* workspace, int64_t first, int64_t
   }
 }
 
-template <typename Tiles, Weights kWeights, int kGroups = 1>
-void run_amx(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
-  if (begin == end) return;
-  // Rows of the odd half of a block are multiplied too, and their sums left.
+// Rows of the odd half of a block are multiplied too, whatever they hold, and their sums left.
+inline AmxScratch& amx_scratch() {
   static thread_local AmxScratch scratch;
-  Tiles::configure(amx_lanes(p));
+  return scratch;
+}
+
+template <typename Tiles, Weights kWeights, typename Expander>
+void run_amx_by(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  const int64_t lanes = amx_lanes(p);
+  Expander::kIs64 ? Tiles::configure(lanes, 64) : Tiles::configure(kTileRegisterRows, lanes * 4);
   const int64_t passes = (p.num_tokens + kAmxPassTokens - 1) / kAmxPassTokens;
   const int64_t pairs = (p.num_tokens + kPairTokens - 1) / kPairTokens;
   const int64_t pass_tokens = (pairs + passes - 1) / passes * kPairTokens;
   for (int64_t first = 0; first < p.num_tokens; first += pass_tokens)
-    run_amx_pass<Tiles, kWeights, kGroups>(
-        p, workspace, first, std::min(first + pass_tokens, p.num_tokens), begin, end, scratch);
+    run_amx_pass<Tiles, kWeights, Expander>(p, workspace, first,
+                                            std::min(first + pass_tokens, p.num_tokens), begin, end,
+                                            amx_scratch());
   Tiles::release();
+}
+
+template <typename Tiles, Weights kWeights, int kGroups = 1>
+void run_amx(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
+  if (p.kept == 0)
+    return run_amx_by<Tiles, kWeights, Expander<kWeights, kGroups, false>>(p, workspace, begin,
+                                                                           end);
+  if constexpr (kWeights != Weights::kDenseInt8)
+    run_amx_by<TokenRows<Tiles>, kWeights, Expander<kWeights, kGroups, true>>(p, workspace, begin,
+                                                                              end);
 }
 
 }  // namespace

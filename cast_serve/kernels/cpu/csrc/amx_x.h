@@ -25,7 +25,8 @@ inline int64_t amx_token_blocks(const Linear& p) {
   return (p.num_tokens + kRegisterTokens - 1) / kRegisterTokens;
 }
 
-// x: [block of tokens][step][16][lanes] times 4 bytes, so that a step is a tile of x.
+// x: [block of tokens][step][16][lanes] times 4 bytes, so that a step is a tile of x; [lanes][16]
+// for weights that keep n of 64.
 inline int64_t amx_x_step_bytes(const Linear& p) { return 16 * 4 * amx_lanes(p); }
 
 inline int64_t amx_x_block_bytes(const Linear& p, Weights weights) {
@@ -36,11 +37,29 @@ inline int64_t amx_x_bytes(const Linear& p, Weights weights) {
   return (amx_token_blocks(p) * amx_x_block_bytes(p, weights) + 63) / 64 * 64;
 }
 
-// bf16 x. Returns whether all of it is finite: a zero at a dropped weight times Inf would be NaN.
-inline bool prepare_amx_bf16(const Linear& p, uint8_t* workspace) {
-  const int64_t lanes = amx_lanes(p), steps = p.num_tile_columns() * kAmxTileSteps;
-  const __m512i exponent = _mm512_set1_epi16(0x7F80);
+// Sixteen tokens' 64 bytes of K -> a tile of x. kIsInt8: groups of four columns in the order of
+// int8_group, unless the weights keep n of 64.
+template <bool kIsInt8>
+inline void store_x_tile(const Linear& p, __m512i rows[16], uint8_t* to) {
+  const int64_t lanes = amx_lanes(p);
+  if (p.kept != 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < lanes) _mm512_storeu_si512(to + i * 64, rows[i]);
+    return;
+  }
   const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
+  transpose_16x16(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    _mm512_mask_storeu_epi32(to + i * lanes * 4, lane_mask, rows[kIsInt8 ? int8_group(i) : i]);
+}
+
+// bf16 x, 0 where it is not finite. Returns whether all of it is: a zero at a dropped weight times
+// Inf would be NaN.
+inline bool prepare_amx_bf16(const Linear& p, uint8_t* workspace) {
+  const int64_t steps = p.num_tile_columns() * kAmxTileSteps;
+  const __m512i exponent = _mm512_set1_epi16(0x7F80);
   __mmask32 not_finite = 0;
   for (int64_t first = 0; first < p.num_tokens; first += kRegisterTokens)
     for (int64_t step = 0; step < steps; ++step, workspace += amx_x_step_bytes(p)) {
@@ -54,18 +73,18 @@ inline bool prepare_amx_bf16(const Linear& p, uint8_t* workspace) {
         const uint16_t* x =
             static_cast<const uint16_t*>(p.x) + (first + i) * p.x_stride + step * 32;
         rows[i] = _mm512_maskz_loadu_epi16(inside, x);
-        not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(rows[i], exponent), exponent);
+        const __mmask32 is_not =
+            _mm512_cmpeq_epi16_mask(_mm512_and_si512(rows[i], exponent), exponent);
+        rows[i] = _mm512_maskz_mov_epi16(~is_not, rows[i]);
+        not_finite |= is_not;
       }
-      transpose_16x16(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        _mm512_mask_storeu_epi32(workspace + i * lanes * 4, lane_mask, rows[i]);
+      store_x_tile<false>(p, rows, workspace);
     }
   return not_finite == 0;
 }
 
-// x as integers, groups of four columns in the order of int8_group, then the scales: [block of
-// tokens][scale group][16], those of fewer lanes repeated.
+// x as integers, then the scales: [block of tokens][scale group][16], those of fewer lanes
+// repeated.
 inline float* amx_scales(const Linear& p, const void* workspace) {
   uint8_t* bytes = static_cast<uint8_t*>(const_cast<void*>(workspace));
   return reinterpret_cast<float*>(bytes + amx_x_bytes(p, Weights::kInt8));
@@ -77,7 +96,6 @@ inline int64_t amx_int8_bytes(const Linear& p) {
 
 inline void prepare_amx_int8(const Linear& p, void* workspace) {
   const int64_t lanes = amx_lanes(p), groups = p.num_int8_tile_columns();
-  const auto lane_mask = static_cast<__mmask16>((1u << lanes) - 1);
   uint8_t* to = static_cast<uint8_t*>(workspace);
   float* scales = amx_scales(p, workspace);
   for (int64_t first = 0; first < p.num_tokens; first += kRegisterTokens)
@@ -98,10 +116,7 @@ inline void prepare_amx_int8(const Linear& p, void* workspace) {
           rows[i] = i < lanes ? _mm512_xor_si512(_mm512_load_si512(integers[i] + step * 64),
                                                  _mm512_set1_epi8(-128))  // signed again
                               : _mm512_setzero_si512();
-        transpose_16x16(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          _mm512_mask_storeu_epi32(to + i * lanes * 4, lane_mask, rows[int8_group(i)]);
+        store_x_tile<true>(p, rows, to);
       }
     }
 }
