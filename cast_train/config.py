@@ -160,7 +160,12 @@ class TrainConfig(BaseModel):
 
     @property
     def is_solved(self) -> bool:
-        """Whether the kept weights are solved for the mask before they are trained."""
+        """Whether the weights that a mask keeps are solved for it before they are trained."""
+        return False
+
+    @property
+    def waits(self) -> bool:
+        """Whether the weights stay dense and unmoved until the mask is exact."""
         return False
 
     @property
@@ -278,10 +283,9 @@ class Masked(Pruned, Decayed):
     """A run whose last steps compute with the exact mask."""
 
     start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
-    """what the mask starts from: `magnitude`, `wanda`, `sparsegpt` (which also moves the weights;
-    docs/method.md) or, for `gates` and `ste`, `ones` (no order). `ste` ranks by it all along; from
-    `sparsegpt`, by magnitude, with the dropped weights starting at 0. `auto`: `sparsegpt` for
-    `gates` without `masks_first` and `penalty`; else `wanda`"""
+    """what the mask starts from: scores by `magnitude`, `wanda` or `sparsegpt`, whose weights are
+    solved for it, or, for `gates` and `ste`, `ones` (no order, dense weights). `ste` ranks by it
+    all along. `auto`: `wanda`"""
     quantize: Literal["none", "int8", "int4"] = "none"
     """what the weights are trained for: in the last steps the targets compute with weights of that
     many bits and 8-bit activations, as `cast-serve convert --quantize` serves them (quantizing.py)
@@ -319,6 +323,10 @@ class Masked(Pruned, Decayed):
         return "wanda" if self.start == "auto" else self.start
 
     @property
+    def is_solved(self) -> bool:
+        return self.start != "ones"
+
+    @property
     def quantization(self) -> Quantization | None:
         if self.quantize == "none":
             return None
@@ -343,11 +351,6 @@ class Fixed(Masked):
 
     method: Literal["fixed"] = "fixed"
     start: Literal["auto", "magnitude", "wanda", "sparsegpt"] = "auto"
-    is_sharded: Literal[False] = False  # solving needs whole weights
-
-    @property
-    def is_solved(self) -> bool:
-        return True
 
 
 class Learnt(Masked):
@@ -426,12 +429,13 @@ class Gates(Learnt):
 
     @property
     def is_solved(self) -> bool:
-        return self.masks_first
+        if self.selector == "penalty" and not self.masks_first:  # the model is dense at first
+            return False
+        return super().is_solved or self.masks_first
 
     @property
-    def first_order(self) -> str:
-        is_moved = self.selector != "penalty" and not self.masks_first
-        return "sparsegpt" if self.start == "auto" and is_moved else super().first_order
+    def waits(self) -> bool:
+        return self.masks_first and self.first_exact_step > 0
 
 
 METHODS: dict[str, type[TrainConfig]] = {

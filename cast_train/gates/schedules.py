@@ -60,13 +60,13 @@ def ramp(shape: str, progress: float) -> float:
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """What the weights' learning rate is multiplied by: a warm-up, then half a cosine to 0.
 
-    Where weights are solved it is 0 until the mask is exact; the schedule has the steps after that.
+    Where weights wait for the mask it is 0 until that is exact; the schedule has the steps after.
     Source: transformers' get_cosine_schedule_with_warmup.
 
     Args:
         step: from 0; step = steps is the end of training.
     """
-    first = config.first_exact_step if config.is_solved else 0
+    first = config.first_exact_step if config.waits else 0
     if step < first:
         return 0.0
     step, num_steps = step - first, config.steps - first

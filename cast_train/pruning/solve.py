@@ -37,6 +37,44 @@ def solve(
     )
 
 
+def solve_again(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    dense: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    blocks: Tensor,
+) -> None:
+    """Moves trained weights by what solving changes with the mask, in the rows where it changed.
+
+    A weight was solved for the mask before, or had the dense value where that dropped it, and was
+    trained since. Now it is as if it had been solved for the new mask, and trained as far.
+
+    Args:
+        model: as for `solve`, computing with the new masks whatever its weights are.
+        targets: linears by name; weights that the new mask drops stay as they are.
+        dense: their dense weights, fp32 [out_features, in_features] by name.
+        before: the mask that they were solved for, bool, the same shapes.
+        masks: the new one.
+        blocks: calibration tokens, int64 [num_blocks, block_size].
+    """
+    changed = {name: (before[name] != masks[name]).any(1) for name in targets}
+    linears = {name: linear for name, linear in targets.items() if changed[name].any()}
+    if not linears:
+        return
+
+    def moved(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        rows = changed[name]
+        mask, was, start = masks[name][rows], before[name][rows], dense[name][rows]
+        solved = solve_kept(start, mask, hessian)
+        start = torch.where(was, solve_kept(start, was, hessian), start)
+        found = weight.clone()
+        found[rows] += torch.where(mask, solved - start, 0)
+        return found
+
+    replace_weights(model, linears, blocks, moved)
+
+
 @torch.no_grad()
 def solve_kept(
     weight: Tensor, mask: Tensor, hessian: Tensor, tolerance: float = TOLERANCE

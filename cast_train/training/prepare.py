@@ -18,7 +18,7 @@ from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.models import load_any
 from cast_train.checkpoint.resume import Choices
-from cast_train.config import Adams, Pruned, TrainConfig
+from cast_train.config import Adams, Learnt, Pruned, TrainConfig
 from cast_train.gates import gating, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.passes import check_length
@@ -45,6 +45,8 @@ class Prepared:
             of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool.
+        dense: the targets' dense weights by name, fp32 [out_features, in_features], where they are
+            solved again for a mask that was learnt; else none.
         reach: how far the gates can move from there; None where no logits are to be learnt.
         teacher: the dense model that is distilled from, or None.
     """
@@ -54,6 +56,7 @@ class Prepared:
     choices: Choices
     gate_map: Mapping[str, gating.Gate]
     start: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
     reach: Reach | None
     teacher: Any
 
@@ -103,7 +106,11 @@ def prepare(
     if reason := not_by_vllm(targets, [*dense, *kept_dense]):
         logger.warning("%s: %s", model_dir, reason)
 
-    gate_map = start_gates(model, targets, calibration, patterns, config)
+    dense_weights = {}
+    if _solves_again(config):
+        dense_weights = {name: weight_rows(linear).clone() for name, linear in targets.items()}
+    is_resumed = choices is not None
+    gate_map = start_gates(model, targets, calibration, patterns, config, is_resumed)
     if not config.train_embeddings:
         _keep_embeddings(model)
     attention.use_blocks(model)
@@ -115,6 +122,7 @@ def prepare(
         choices=Choices(kept_dense, kept_of_64(patterns, config.pattern), order),
         gate_map=gate_map,
         start={name: gate.mask() for name, gate in gate_map.items()},
+        dense=dense_weights,
         reach=measure_reach(gate_map, config),
         teacher=teacher,
     )
@@ -222,6 +230,12 @@ def _choose_patterns(
     return sharding.in_first(
         lambda: allocate(model, targets, config.pattern, calibration, config.zeros)
     )
+
+
+def _solves_again(config: TrainConfig) -> bool:
+    """Whether weights that were solved for one mask are trained while another is learnt."""
+    is_learnt = isinstance(config, Learnt) and config.first_exact_step > 0
+    return is_learnt and config.is_solved and not (config.waits or config.is_sharded)
 
 
 def _keep_embeddings(model: Any) -> None:

@@ -1,16 +1,21 @@
-"""Target linears + calibration blocks + TrainConfig -> their gates, as training starts them."""
+"""Target linears + calibration blocks + TrainConfig -> their gates and weights, as training starts.
+
+Every method with a start goes the same way: scores, by them a mask, and the weights that it keeps
+solved for it (solve.py). With a fixed mask the others become 0; where a mask is learnt they keep
+the dense model's value, so that it can bring them back.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.pattern import Pattern
 from cast_train import sharding
 from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
 from cast_train.gates import gating, quantizing, scaling
-from cast_train.pruning.oneshot import prune
-from cast_train.pruning.scores import magnitude_scores, wanda_scores
+from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
+from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
 
 
@@ -20,8 +25,9 @@ def start_gates(
     calibration: Tensor,
     patterns: Mapping[str, Pattern],
     config: TrainConfig,
+    is_resumed: bool = False,
 ) -> dict[str, gating.Gate]:
-    """Puts gates on the targets, the same in every process; `ste` may change the weights.
+    """Puts gates on the targets and solves their weights, the same in every process.
 
     Args:
         model: fp32.
@@ -29,6 +35,7 @@ def start_gates(
         calibration: token blocks, int64 [num_blocks, block_size].
         patterns: the targets', by name.
         config: all settings.
+        is_resumed: whether a checkpoint has the weights.
 
     Returns:
         the gates by the targets' names; none with ``dense``.
@@ -40,6 +47,9 @@ def start_gates(
         if sharding.rank() == 0:
             scores = _scores(model, targets, calibration, patterns, config)
         gate_map = with_gates(targets, patterns, scores, config)
+        is_solved_first = config.is_solved and not config.waits and not is_resumed
+        if sharding.rank() == 0 and is_solved_first:
+            _solve(model, targets, gate_map, calibration)
     sharding.take_first(sharding.state_of(model))
     return gate_map
 
@@ -51,28 +61,36 @@ def _scores(
     patterns: Mapping[str, Pattern],
     config: Pruned,
 ) -> Mapping[str, Tensor] | None:
-    """What the gates start from, as `gating.attach` takes it; SparseGPT may move the weights."""
-    scores = None
+    """What the gates start from, as `gating.attach` takes it."""
     if isinstance(config, Adams) or config.first_order == "magnitude":
-        scores = magnitude_scores(targets)
-    elif config.first_order == "wanda":
-        scores = wanda_scores(model, targets, calibration)
-    elif config.first_order == "sparsegpt":
-        dense = {}
-        if config.is_solved:
-            dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
-        scores = sparsegpt_scores(model, targets, calibration, patterns)
-        _restore(targets, dense)  # what is solved takes the order alone
-        if isinstance(config, Ste):  # ranks by |W|: what SparseGPT drops starts at 0
-            prune(targets, {n: hard_mask(found, patterns[n]) for n, found in scores.items()})
-            scores = None
+        return magnitude_scores(targets)
+    if config.first_order == "wanda":
+        return wanda_scores(model, targets, calibration)
+    if config.first_order != "sparsegpt":
+        return None
+    dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
+    scores = sparsegpt_scores(model, targets, calibration, patterns)
+    with torch.no_grad():
+        for name, weight in dense.items():  # which SparseGPT has moved
+            targets[name].weight.copy_(weight)
     return scores
 
 
 @torch.no_grad()
-def _restore(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        targets[name].weight.copy_(weight)
+def _solve(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    gate_map: Mapping[str, gating.Gate],
+    calibration: Tensor,
+) -> None:
+    """Solves the weights that the gates' masks keep; the others as the module says."""
+    dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
+    masks = {name: gate.mask() for name, gate in gate_map.items()}
+    solve(model, targets, masks, calibration)
+    for name, gate in gate_map.items():
+        if not isinstance(gate, gating.FixedGate):
+            weight = gate.weight()
+            weight.copy_(torch.where(masks[name], weight, dense[name]))
 
 
 def with_gates(

@@ -33,7 +33,7 @@ from cast_train.gates.schedules import (
     phase_at,
 )
 from cast_train.precision import autocast
-from cast_train.pruning.solve import solve
+from cast_train.pruning.solve import solve, solve_again
 from cast_train.text import TokenBlocks
 from cast_train.training import optimizer
 from cast_train.training.blocks import Blocks
@@ -82,7 +82,7 @@ class CastTrainer(Trainer):
         self.add_callback(Resumed(self))
         self.watch = Watch(self, blocks.heldout, prepared.start)
         self.add_callback(self.watch)
-        self.add_callback(Starts(self, blocks.calibration))
+        self.add_callback(Starts(self, prepared, blocks.calibration))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -233,18 +233,22 @@ class Watch(TrainerCallback):
 class Starts(TrainerCallback):
     """Weights that are chosen before a step and not learnt in it: solved ones, and quantised ones.
 
-    Before the first step under the exact mask the kept weights are solved for it (`is_solved`);
-    before the first quantised step scales and integers are chosen. Rank 0 does it, and all
-    processes take its weights. Weights to be solved do not move before. A run that is resumed at
-    such a step has the checkpoint's weights and does it again.
+    Before the first step under the exact mask, where a mask was learnt, the kept weights are solved
+    for it (`is_solved`): all of them, if they have waited for it unmoved, else in the rows where it
+    changed. Before the first quantised step scales and integers are chosen. Rank 0 does it, and all
+    processes take its weights. A run that is resumed at such a step has the checkpoint's weights
+    and does it again. Sharded weights are not solved again.
 
     Args:
         trainer: whose weights and gates these are.
+        prepared: its model as it started.
         blocks: calibration tokens, int64 [num_blocks, block_size].
     """
 
-    def __init__(self, trainer: CastTrainer, blocks: Tensor) -> None:
+    def __init__(self, trainer: CastTrainer, prepared: Prepared, blocks: Tensor) -> None:
         self.trainer = trainer
+        self.dense = prepared.dense
+        self.before = prepared.start
         self.blocks = blocks
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -254,9 +258,12 @@ class Starts(TrainerCallback):
         phase = dataclasses.replace(phase_at(step, config), is_quantized=False)
         gating.set_phase(trainer.gate_map, phase)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if sharding.rank() == 0 and config.is_solved and step == config.first_exact_step:
+        if sharding.rank() == 0 and step == config.first_exact_step:
             masks = {name: gate.mask() for name, gate in trainer.gate_map.items()}
-            solve(model, trainer.targets, masks, self.blocks)
+            if config.waits:
+                solve(model, trainer.targets, masks, self.blocks)
+            elif self.dense:
+                solve_again(model, trainer.targets, self.dense, self.before, masks, self.blocks)
         if sharding.rank() == 0 and config.quantization and step == config.first_quantized_step:
             start_quantized(
                 model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
@@ -266,7 +273,7 @@ class Starts(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.trainer.config
-        if not config.is_solved or state.global_step >= config.first_exact_step:
+        if not config.waits or state.global_step >= config.first_exact_step:
             return
         assert self.trainer.optimizer is not None
         for group in self.trainer.optimizer.param_groups:

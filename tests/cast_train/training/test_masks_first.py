@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from cast_serve.sparsity.pattern import hard_mask
 from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint import conv1d, models
-from cast_train.config import Gates, TrainConfig
+from cast_train.config import Fixed, Gates, TrainConfig
 from cast_train.gates.schedules import gate_rate_factor, learning_rate_factor
+from cast_train.pruning import oneshot
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
@@ -105,12 +106,16 @@ def test_the_order_of_sparsegpt_leaves_the_weights(llama_dir, text_file, config,
     assert any((found["sparsegpt"][name] != found["wanda"][name]).any() for name in found["wanda"])
 
 
-def test_method_fixed_is_masks_first_without_a_first_step(
-    llama_dir, text_file, settings_file, tmp_path
+@pytest.mark.parametrize("selector", ["soft_topk", "gumbel", "generator"])
+@pytest.mark.parametrize("masks_first", [True, False])
+def test_gates_without_reach_are_a_fixed_mask(
+    masks_first, selector, llama_dir, text_file, settings_file, tmp_path
 ):
+    """To the bit, after training: the start is the same."""
+    no_soft_step = {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "masks_first": masks_first}
     ways: dict[str, dict[str, Any]] = {
         "fixed": {"method": "fixed"},
-        "gates": {"masks_first": True, "hard_fraction": 0.0, "tau_end_fraction": 0.0},
+        "gates": {"selector": selector, **no_soft_step},
     }
     for name, way in ways.items():
         config = TrainConfig.from_toml(settings_file, steps=5, **way)
@@ -118,10 +123,41 @@ def test_method_fixed_is_masks_first_without_a_first_step(
         assert (record["method"], record["gates"]["flipped_share"]) == (name, 0)
         assert "reach" not in record["gates"]
     fixed, gates = (load_file(tmp_path / name / "model.safetensors") for name in ways)
-    assert fixed.keys() == gates.keys()
+    masks = {key.removesuffix(".gate"): m for key, m in fixed.items() if key.endswith(".gate")}
     for key, value in fixed.items():
-        wanted = hard_mask(gates[key]) if key.endswith(".gate") else gates[key]
-        assert torch.equal(value, wanted), key
+        found, mask = gates[key], masks.get(key.removesuffix(".weight"))
+        if key.endswith(".gate"):
+            found = hard_mask(found)
+        elif mask is not None:
+            found = found * mask  # gates keep what the mask drops
+        assert torch.equal(value, found), key
+
+
+def test_where_gates_moved_the_mask_kept_weights_are_solved_again(
+    llama_dir, text_file, settings_file, tmp_path, monkeypatch
+):
+    """Nothing but gates learns, so a row that changed is solved as if its mask had been fixed."""
+    config = TrainConfig.from_toml(settings_file, steps=8).as_dict()
+    config |= {"hard_fraction": 0.5, "tau_end": 0.1, "gate_learning_rate": 0.3}
+    config |= {"learning_rate": 0.0, "include": ["layers.0.self_attn.q_proj"]}
+    record = train(llama_dir, [text_file], tmp_path / "gates", TrainConfig.from_dict(config))
+    assert record["gates"]["flipped_share"] > 0.01
+    written = load_file(tmp_path / "gates/model.safetensors")
+    name = record["targets"][0]
+    mask = hard_mask(written[f"{name}.gate"])
+    same_blocks = Fixed(block_size=32, calibration_blocks=4)
+    monkeypatch.setattr(oneshot, "Fixed", lambda: same_blocks)
+    solved = oneshot.write_pruned(
+        *(llama_dir, [text_file], tmp_path / "solved", "mask"),
+        mask_dir=tmp_path / "gates",
+        is_solved=True,
+        exclude=[f"^(?!.*{name})"],
+    )
+    assert solved["targets"] == [name]
+    wanted = load_file(tmp_path / "solved/model.safetensors")[f"{name}.weight"]
+    found = (written[f"{name}.weight"] * mask).float()
+    unsolved = load_file(llama_dir / "model.safetensors")[f"{name}.weight"] * mask
+    assert (found - wanted).norm() < 0.2 * (unsolved - wanted).norm()
 
 
 def test_the_schedules_by_hand():

@@ -254,11 +254,16 @@ NOT_LEARNT = {"hard_fraction": 0.0, "tau_end_fraction": 0.0, "blend_end_fraction
     ("settings", "effective"),
     [
         ({"method": "fixed"}, (False, True, "wanda", False)),
-        ({"method": "gates"}, (True, False, "sparsegpt", False)),
-        ({"method": "gates", **NOT_LEARNT}, (False, False, "sparsegpt", False)),
+        ({"method": "gates"}, (True, True, "wanda", False)),
+        ({"method": "gates", "start": "ones"}, (True, False, "ones", False)),
+        ({"method": "gates", "selector": "penalty"}, (True, False, "wanda", False)),
+        (
+            {"method": "gates", "start": "sparsegpt", **NOT_LEARNT},
+            (False, True, "sparsegpt", False),
+        ),
         ({"method": "gates", "masks_first": True, **NOT_LEARNT}, (False, True, "wanda", False)),
         ({"method": "dense"}, (False, False, None, False)),
-        ({"method": "ste", "channel_order": "auto"}, (True, False, "wanda", True)),
+        ({"method": "ste", "channel_order": "auto"}, (True, True, "wanda", True)),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -119,6 +119,7 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     [
         {"method": "dense"},
         {"method": "fixed"},
+        {"method": "fixed", "is_sharded": True},
         {"method": "fixed", "quantize": "int8", "channel_order": "auto", "zeros": 0.4},
         {"method": "gates", "masks_first": True, "quantize": "int4", "scale_group": 32},
         {"method": "gates", "selector": "generator", "zeros": 0.4},
