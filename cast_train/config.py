@@ -169,6 +169,11 @@ class TrainConfig(BaseModel):
         return False
 
     @property
+    def is_solved_again(self) -> bool:
+        """Whether rows in which a learnt mask has changed are solved for it as it is hardened."""
+        return False
+
+    @property
     def first_order(self) -> str | None:
         """What the mask starts from: `start`, `auto` resolved; None: the method has no start."""
         return None
@@ -436,6 +441,12 @@ class Gates(Learnt):
     @property
     def waits(self) -> bool:
         return self.masks_first and self.first_exact_step > 0
+
+    @property
+    def is_solved_again(self) -> bool:
+        # Of sharded weights no process has a whole one.
+        is_late = self.first_exact_step > 0 and not self.waits
+        return self.is_solved and is_late and not self.is_sharded
 
 
 METHODS: dict[str, type[TrainConfig]] = {

@@ -18,7 +18,7 @@ from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.models import load_any
 from cast_train.checkpoint.resume import Choices
-from cast_train.config import Adams, Learnt, Pruned, TrainConfig
+from cast_train.config import Adams, Pruned, TrainConfig
 from cast_train.gates import gating, scaling
 from cast_train.gates.reach import Reach, measure_reach
 from cast_train.passes import check_length
@@ -107,7 +107,7 @@ def prepare(
         logger.warning("%s: %s", model_dir, reason)
 
     dense_weights = {}
-    if _solves_again(config):
+    if config.is_solved_again:
         dense_weights = {name: weight_rows(linear).clone() for name, linear in targets.items()}
     is_resumed = choices is not None
     gate_map = start_gates(model, targets, calibration, patterns, config, is_resumed)
@@ -230,12 +230,6 @@ def _choose_patterns(
     return sharding.in_first(
         lambda: allocate(model, targets, config.pattern, calibration, config.zeros)
     )
-
-
-def _solves_again(config: TrainConfig) -> bool:
-    """Whether weights that were solved for one mask are trained while another is learnt."""
-    is_learnt = isinstance(config, Learnt) and config.first_exact_step > 0
-    return is_learnt and config.is_solved and not (config.waits or config.is_sharded)
 
 
 def _keep_embeddings(model: Any) -> None:

@@ -1,8 +1,8 @@
 """Target linears + calibration blocks + TrainConfig -> their gates and weights, as training starts.
 
 Every method with a start goes the same way: scores, by them a mask, and the weights that it keeps
-solved for it (solve.py). With a fixed mask the others become 0; where a mask is learnt they keep
-the dense model's value, so that it can bring them back.
+solved for it (solve.py). The others become 0, from where `ste` may bring them back; beside a gate
+they keep the dense model's value, so that it brings back what it dropped.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ def _solve(
     masks = {name: gate.mask() for name, gate in gate_map.items()}
     solve(model, targets, masks, calibration)
     for name, gate in gate_map.items():
-        if not isinstance(gate, gating.FixedGate):
+        if isinstance(gate, gating.LogitGate) and not isinstance(gate, gating.RankedGate):
             weight = gate.weight()
             weight.copy_(torch.where(masks[name], weight, dense[name]))
 

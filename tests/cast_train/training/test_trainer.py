@@ -79,7 +79,9 @@ def test_a_mask_that_is_exact_from_the_first_step_is_the_starts(
 
 
 @pytest.mark.parametrize(
-    "way", [{"method": "dense"}, {"start": "ones", "scale_parts": 2}, {"method": "ste"}], ids=str
+    "way",
+    [{"method": "dense"}, {"start": "ones", "scale_parts": 2}, {"method": "ste", "start": "ones"}],
+    ids=str,
 )
 def test_weight_decay_is_of_the_targets_weights_only(way, model_dir, text_file, config, tmp_path):
     """One step with and one without: what differs is rate * decay of the targets' weights."""
