@@ -15,7 +15,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,11 @@ def _above_dense(path: Path, found: dict[str, Any]) -> list[float]:
     raise ValueError(f"{path} has no dense-{text}.json of the same blocks beside it")
 
 
+def _exact(found: Mapping[str, Any]) -> float:
+    """The perplexity of the exact model, which of a gated checkpoint stands beside the soft one."""
+    return float(found["perplexity_hard" if "perplexity_hard" in found else "perplexity"])
+
+
 def _paired(paths: Sequence[Path]) -> list[str]:
     """`cast-train eval --losses` of two models on one text, and again: model, other, model, ..."""
     lines = []
@@ -200,7 +205,7 @@ def _paired(paths: Sequence[Path]) -> list[str]:
             [
                 f"{path.stem} against {other.stem}",
                 f"{ours['num_tokens']:,}",
-                *(f"{found['perplexity']:.2f}" for found in (ours, theirs)),
+                *(f"{_exact(found):.2f}" for found in (ours, theirs)),
                 f"{math.exp(statistics.fmean(above)):.3f}",
                 f"{statistics.fmean(above):+.4f} +- {error:.4f}",
             ]
