@@ -185,8 +185,9 @@ def run(
             form = settings.quantization
             if form is None:
                 form = Quantization.asked(quantize, scale_group or SCALE_GROUP)
-            budget = {"zeros": _zeros_of(bits, zeros, settings.pattern, form)}
-            settings = TrainConfig.from_dict(settings.as_dict() | budget)
+            budgeted = settings.as_dict()
+            budgeted["zeros"] = _zeros_of(bits, budgeted.get("zeros", 1.0), settings.pattern, form)
+            settings = TrainConfig.from_dict(budgeted)
         from cast_train import sharding
         from cast_train.training.run import train
 
@@ -299,7 +300,7 @@ def oneshot(
     solve: Annotated[
         bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
     ] = False,
-    zeros: Annotated[float | None, ZEROS] = None,
+    zeros: Annotated[float, ZEROS] = 1.0,
     bits: Annotated[float | None, BITS] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
@@ -329,7 +330,7 @@ def oneshot(
             sparsity,
             mask,
             solve,
-            1.0 if zeros is None else zeros,
+            zeros,
             exclude=exclude or [],
         )
         print(f"{out}: {method} {sparsity} over {len(record['targets'])} linears")
@@ -402,13 +403,11 @@ def study(context: typer.Context) -> None:
         of_source_tree(context, "benchmarks.studies.command").main(context.args)
 
 
-def _zeros_of(
-    bits: float, zeros: float | None, pattern: "Pattern", form: "Quantization | None"
-) -> float:
+def _zeros_of(bits: float, zeros: float, pattern: "Pattern", form: "Quantization | None") -> float:
     """The share of zeros of --bits, which stands in place of --zeros."""
     from cast_train.pruning.allocate import zeros_of_bits
 
-    if zeros is not None:
+    if zeros != 1:
         raise UsageError(f"--bits {bits:g} and --zeros {zeros:g} are both a budget; leave one out")
     return zeros_of_bits(bits, pattern, form)
 

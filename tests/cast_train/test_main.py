@@ -173,6 +173,42 @@ def test_the_whole_text_is_measured_unless_told(cast_train, llama_dir, tmp_path)
     assert last_json(cast_train(*asked))["num_tokens"] == 2 * 511
 
 
+def test_bits_are_a_budget(cast_train, words_dir, text_file, settings_file, tmp_path):
+    asked = ("--model", words_dir, "--text", text_file, "--sparsity", "32:64", "--bits")
+    run = ("--config", settings_file, "--method", "fixed", "--steps", 2)
+    found = last_json(
+        cast_train("run", *asked, 4.5, *run, "--convert", "sparse", "--quantize", "int8")
+    )
+    assert found["zeros"] == pytest.approx(9 / 16, abs=0.01)
+    assert 4.4 < found["bits_per_weight"] < 4.5 + 16 / 64  # the scale of a row of 64 columns
+    pruned = ("oneshot", *asked, 3.375, "--quantize", "int4", "--method", "magnitude")
+    last_json(cast_train(*pruned, "--out", "pruned"))
+    record = json.loads(Path("pruned/cast.json").read_text())
+    assert (record["n"], record["m"]) == (36, 64)  # 4 * 36 / 64 and 1.125
+    assert len(set(record["kept_of_64"].values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("run", ("--bits", 5), "bits 5 is a budget for N of 64, but sparsity is 2:4"),
+        ("run", ("--bits", 5, "--zeros", 0.4), "--bits 5 and --zeros 0.4 are both a budget"),
+        ("run", ("--bits", 9, "--set", "zeros=0.3"), "--bits 9 and --zeros 0.3 are both a budget"),
+        ("oneshot", ("--bits", 20, "--sparsity", "32:64"), "takes 2 (4:64) to 15 (56:64) bits"),
+        ("oneshot", ("--quantize", "int8"), "--quantize int8 needs --bits N here"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(
+    command, flags, message, cast_train, llama_dir, text_file, tmp_path
+):
+    method = ("--method", "magnitude") if command == "oneshot" else ()
+    asked = ("--model", llama_dir, "--text", text_file, "--out", "out")
+    refused = cast_train(command, *asked, *method, *flags)
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_prune_and_solve(cast_train, llama_dir, text_file):
     asked = ("oneshot", "--model", llama_dir, "--method", "magnitude", "--text", text_file)
     last_json(cast_train(*asked, "--out", "pruned"))
