@@ -38,8 +38,8 @@ MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@R
 ZEROS = option(
     "SHARE",
     "Share of zeros over all targets, such as 0.45, spent where it costs least: with --sparsity "
-    "N:64 by an N for each linear, else by leaving some linears dense.",
-    "those of --sparsity",
+    "N:64 by an N for each linear, else by leaving some linears dense. 1.0: --sparsity everywhere.",
+    "1.0",
 )
 BITS = option(
     "N",

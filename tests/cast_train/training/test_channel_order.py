@@ -17,6 +17,7 @@ from cast_train.pruning.oneshot import read_masks, write_pruned
 from cast_train.training import prepare
 from cast_train.training.blocks import read_blocks
 from cast_train.training.run import train
+from tests.cast_train.settings import changed
 
 TOKENS = torch.arange(64).view(2, 32)
 
@@ -49,7 +50,8 @@ def hidden_states(model):
 
 
 def test_model_and_teacher_have_the_same_order(large_weights_dir, text_file, config):
-    found = prepared(large_weights_dir, text_file, config)
+    unsolved = changed(config, method="gates", start="ones")
+    found = prepared(large_weights_dir, text_file, unsolved)
     order = found.choices.order
     assert order.residual != sorted(order.residual)
     dense = models.load_dense(large_weights_dir, torch.float32)
@@ -145,7 +147,7 @@ def test_a_model_that_would_compute_something_else_is_trained_as_it_is(
 ):
     monkeypatch.setattr(reorder, "residual_readers", lambda layer: [layer.self_attn.q_proj])
     with caplog.at_level(logging.WARNING):
-        found = prepared(llama_dir, text_file, config)
+        found = prepared(llama_dir, text_file, changed(config, method="gates", start="ones"))
     assert "keeping the given channel order: LlamaForCausalLM computes" in caplog.text
     assert found.choices.order is None
     dense = models.load_dense(llama_dir, torch.float32)
