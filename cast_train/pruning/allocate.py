@@ -48,7 +48,7 @@ def allocate(
     Args:
         model: a transformers model that the targets belong to, dense, fp32; it is left as it was.
         targets: linears by name.
-        pattern: N:64, of which N is chosen anew, or the pattern of all that do not stay dense.
+        pattern: of every linear that is pruned; with N:64 only its M counts, unless zeros is 1.
         blocks: calibration tokens, int64 [num_blocks, block_size].
         zeros: share of zeros over all weights of all targets, reached or slightly exceeded; 1: the
             pattern everywhere.
@@ -96,12 +96,12 @@ def kept_of_64(patterns: Mapping[str, Pattern], most: Pattern) -> dict[str, int]
 
 
 def zeros_of_bits(bits: float, pattern: Pattern, quantization: Quantization | None) -> float:
-    """The share of zeros of weights that take so many bits each, in N of 64 with its bitmask.
+    """The share of zeros at which N of 64, bitmask included, takes that many bits per weight.
 
     Args:
-        bits: stored bits a weight, over all targets, without the scales of rows.
+        bits: stored bits per weight, averaged over all targets; the scales of rows not counted.
         pattern: must be N:64.
-        quantization: what the kept values are stored in; None: bf16.
+        quantization: how the kept values are stored; None: in bf16.
 
     Raises:
         UsageError: if no N of 64 has so many bits, or the pattern is another.
@@ -111,24 +111,25 @@ def zeros_of_bits(bits: float, pattern: Pattern, quantization: Quantization | No
             f"bits {bits:g} is a budget for N of 64, but sparsity is {pattern}; set sparsity to "
             "32:64, or give zeros"
         )
-    each, besides = 16, 1.0  # of a kept value, and of any weight
+    value_bits, overhead = 16, 1.0  # overhead: the bitmask's bit, and a share of a group's scale
     if quantization is not None:
-        each = {"int8": 8, "int4": 4}[quantization.values]
-        besides += 16 / quantization.group if quantization.group else 0
-    least, most = (each * n / WORD + besides for n in (LEAST_KEPT, MOST_KEPT))
+        value_bits = {"int8": 8, "int4": 4}[quantization.values]
+        overhead += 16 / quantization.group if quantization.group else 0
+    least, most = (value_bits * n / WORD + overhead for n in (LEAST_KEPT, MOST_KEPT))
     if not least <= bits <= most:
         raise UsageError(
-            f"bits {bits:g} cannot be met: of {each}-bit values N of 64 takes {least:g} "
+            f"bits {bits:g} cannot be met: with {value_bits}-bit values N of 64 takes {least:g} "
             f"({LEAST_KEPT}:64) to {most:g} ({MOST_KEPT}:64) bits a weight"
         )
-    return 1 - (bits - besides) / each
+    return 1 - (bits - overhead) / value_bits
 
 
 def spend(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
     """The options with the least sum of costs among those whose prices the budget pays.
 
-    From each unit's cheapest option on, the exchange that lowers the cost most for its price comes
-    first. That is the least sum but for the last exchanges, which what is left may not pay.
+    Starts with each unit's cheapest option and keeps taking the upgrade that lowers the cost most
+    for its price. Only the last upgrades may fall short of the optimum, where the rest of the
+    budget does not pay for the best one.
 
     Args:
         units: of each, (price, cost) of its options, by rising price.
@@ -139,10 +140,10 @@ def spend(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
     """
     chosen = [0] * len(units)
     left = budget - sum(options[0][0] for options in units)
-    exchanges: list[tuple[float, int, int]] = []
+    upgrades: list[tuple[float, int, int]] = []  # (-cost saved per price, unit, option)
 
     def offer(unit: int) -> None:
-        """Puts the unit's best exchange in line."""
+        """Queues the unit's best upgrade."""
         price, cost = units[unit][chosen[unit]]
         rates = [
             (-(cost - better) / (dearer - price), unit, option)
@@ -150,12 +151,12 @@ def spend(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> list
             if option > chosen[unit] and better < cost
         ]
         if rates:
-            heapq.heappush(exchanges, min(rates))
+            heapq.heappush(upgrades, min(rates))
 
     for number in range(len(units)):
         offer(number)
-    while exchanges:
-        _, unit, option = heapq.heappop(exchanges)
+    while upgrades:
+        _, unit, option = heapq.heappop(upgrades)
         price = units[unit][option][0] - units[unit][chosen[unit]][0]
         if price <= left:
             left -= price

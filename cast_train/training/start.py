@@ -49,7 +49,8 @@ def start_gates(
         gate_map = with_gates(targets, patterns, scores, config)
         is_solved_first = config.is_solved and not config.waits and not is_resumed
         if sharding.rank() == 0 and is_solved_first:
-            _solve(model, targets, gate_map, calibration)
+            masks = {name: gate.mask() for name, gate in gate_map.items()}
+            _solve(model, targets, masks, calibration, keeps_dropped=isinstance(config, Gates))
     sharding.take_first(sharding.state_of(model))
     return gate_map
 
@@ -80,17 +81,19 @@ def _scores(
 def _solve(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    gate_map: Mapping[str, gating.Gate],
+    masks: Mapping[str, Tensor],
     calibration: Tensor,
+    *,
+    keeps_dropped: bool,
 ) -> None:
-    """Solves the weights that the gates' masks keep; the others as the module says."""
-    dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
-    masks = {name: gate.mask() for name, gate in gate_map.items()}
+    """Solves the weights that the masks keep; the others become 0, or keep their dense value."""
+    dense = {}
+    if keeps_dropped:
+        dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
     solve(model, targets, masks, calibration)
-    for name, gate in gate_map.items():
-        if isinstance(gate, gating.LogitGate) and not isinstance(gate, gating.RankedGate):
-            weight = gate.weight()
-            weight.copy_(torch.where(masks[name], weight, dense[name]))
+    for name, weight in dense.items():
+        solved = gating.stored_weight(targets[name])
+        solved.copy_(torch.where(masks[name], solved, weight))
 
 
 def with_gates(

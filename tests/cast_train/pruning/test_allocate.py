@@ -89,7 +89,7 @@ def test_the_least_sum_of_costs_that_the_budget_pays_is_found():
         assert found == pytest.approx(least)
 
 
-def test_what_a_dear_exchange_leaves_buys_a_cheaper_one():
+def test_what_is_left_below_a_dear_upgrade_buys_a_cheaper_one():
     units = [[(1.0, 9.0), (8.0, 0.0)], [(1.0, 2.0), (2.0, 1.5)]]
     assert allocate.spend(units, 4.0) == [0, 1]
     assert allocate.spend(units, 9.0) == [1, 0]
@@ -173,19 +173,19 @@ def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
 
 
 @pytest.mark.parametrize(
-    ("bits", "quantization", "zeros"),
+    ("bits", "quantization", "zeros", "least"),
     [
-        (9, None, 0.5),
-        (5, Quantization("int8"), 0.5),
-        (3.125, Quantization("int4"), 0.5),
-        (4.5, Quantization("int4", 32), 0.25),
+        (9, None, 0.5, 2),
+        (5, Quantization("int8"), 0.5, 1.5),
+        (3.125, Quantization("int4"), 0.5, 1.375),
+        (4.5, Quantization("int4", 32), 0.25, 1.75),
     ],
 )
-def test_bits_are_a_share_of_zeros(bits, quantization, zeros):
+def test_bits_are_a_share_of_zeros(bits, quantization, zeros, least):
     pattern = Pattern(32, 64)
     assert allocate.zeros_of_bits(bits, pattern, quantization) == pytest.approx(zeros)
     for wrong in (0.5, 17.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"bits {wrong:g} cannot be met: of .* takes 1\.|2 "):
+        with pytest.raises(ValueError, match=rf"bits {wrong:g} cannot .* takes {least} \(4:64\)"):
             allocate.zeros_of_bits(wrong, pattern, quantization)
     with pytest.raises(ValueError, match="sparsity is 2:4; set sparsity to 32:64"):
         allocate.zeros_of_bits(bits, TWO_FOUR, quantization)
