@@ -152,18 +152,32 @@ def held(partial: Path, is_first: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_layout(partial: Path, model: nn.Module) -> None:
-    """Refuses checkpoints of a release that trained GPT-2's weights as they are on disk.
+def check_release(partial: Path, model: nn.Module, config: TrainConfig, step: int) -> None:
+    """Refuses what an earlier release began and this one would go on with wrongly.
+
+    That release trained GPT-2's weights as they are on disk, and gates from SparseGPT's mask and
+    weights, from which their mask cannot be solved again here.
+
+    Args:
+        partial: OUT.partial.
+        model: as it is trained now.
+        config: of the run.
+        step: after which it goes on.
 
     Raises:
         CheckpointError: naming the remedy.
     """
-    found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8")).get("layout")
-    if found != LAYOUT and conv1d.are_in(model):
+    if json.loads((partial / RUN_FILE).read_text(encoding="utf-8")).get("layout") == LAYOUT:
+        return
+    fault = ""
+    if conv1d.are_in(model):
+        fault = f"whose checkpoints have the weights of {type(model).__name__} transposed"
+    elif config.is_solved_again and step <= config.first_exact_step:
+        fault = "whose gates started from another mask"
+    if fault:
         raise CheckpointError(
-            f"{partial} was begun by an earlier release, whose checkpoints have the weights of "
-            f"{type(model).__name__} transposed; finish it with that release, or remove it and "
-            "start the run again"
+            f"{partial} was begun by an earlier release, {fault}; finish it with that release, or "
+            "remove it and start the run again"
         )
 
 

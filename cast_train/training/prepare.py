@@ -40,7 +40,7 @@ class Prepared:
 
     Attributes:
         model: fp32, its targets with gates.
-        targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
+        targets: the linears that are, or with ``dense`` would be, sparse in the end, by name.
         choices: what was chosen for it: the order of its channels, the linears that stay dense, N
             of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.

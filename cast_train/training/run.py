@@ -264,7 +264,7 @@ class Run:
             self.model_dir, self.sparse, self.teacher_dir, self.blocks, self.config, choices
         )
         if self.resume_from:
-            resume.check_layout(partial, self.prepared.model)
+            resume.check_release(partial, self.prepared.model, self.config, step)
         if is_first:
             resume.check_room(partial, self.prepared.model, self.prepared.gate_map, self.config)
             if self.resume_from:

@@ -54,7 +54,7 @@ class CastTrainer(Trainer):
         arguments: as `arguments_of` makes them.
 
     Attributes:
-        targets: the linears that are, or with ``dense`` would be, 2:4 in the end, by name.
+        targets: the linears that are, or with ``dense`` would be, sparse in the end, by name.
         teacher: the dense model that is distilled from, or None.
         figures: the terms of the last pass's loss; logged beside ``loss``.
         watch: times the steps.
@@ -233,7 +233,7 @@ class Watch(TrainerCallback):
 class Starts(TrainerCallback):
     """Weights that are chosen before a step and not learnt in it: solved ones, and quantised ones.
 
-    Before the first step under the exact mask, where a mask was learnt, the kept weights are solved
+    Before the first step under the exact mask, where gates learnt it, the kept weights are solved
     for it (`is_solved`): all of them, if they have waited for it unmoved, else in the rows where it
     changed. Before the first quantised step scales and integers are chosen. Rank 0 does it, and all
     processes take its weights. A run that is resumed at such a step has the checkpoint's weights

@@ -116,6 +116,21 @@ def test_a_run_of_an_earlier_release_goes_on_unless_its_weights_are_transposed(
         assert launch["step"] == 4
 
 
+def test_soft_gates_of_an_earlier_release_are_refused(
+    llama_dir, text_file, config, tmp_path, train_until
+):
+    """They started from another mask, from which the weights would be solved again."""
+    soft = changed(config, method="gates", hard_fraction=0.9)
+    arguments = (llama_dir, [text_file], tmp_path / "out", soft)
+    train_until(6, *arguments)
+    path = tmp_path / "out.partial/run.json"
+    found = json.loads(path.read_text())
+    del found["layout"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="gates started from another mask; finish it with"):
+        train(*arguments, is_resume=True)
+
+
 def test_a_second_run_is_kept_out_of_the_first_ones_directory(
     llama_dir, text_file, config, tmp_path
 ):
