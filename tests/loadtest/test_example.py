@@ -23,7 +23,7 @@ def test_a_committed_run_passes(run: Path) -> None:
 
 
 def test_there_are_examples_and_records() -> None:
-    assert (len(EXAMPLES), len(RECORDS)) == (8, 2)
+    assert (len(EXAMPLES), len(RECORDS)) == (8, 3)
 
 
 @pytest.mark.parametrize("name", ["llama-1b/concurrency-1", "smollm2-poisson/rate-4"])
