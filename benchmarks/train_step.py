@@ -1,9 +1,10 @@
 """A dense model + text -> seconds and bytes of a training step: plain, soft gates, exact mask.
 
-    .venv/bin/python -m benchmarks.train_step MODEL TEXT [--rounds 6]
+    .venv/bin/python -m benchmarks.train_step MODEL TEXT [--sparsity 2:4 32:64] [--rounds 6]
 
-The three ways take turns in one process, each on a model of its own, without distillation and with
-the defaults of ``--method gates``, from Wanda's scores. Ratios are taken round by round.
+The ways, plain and two for each pattern, take turns in one process, each on a model of its own,
+without distillation and with the defaults of ``--method gates``, from Wanda's scores. Ratios are
+taken round by round.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ from cast_train.pruning.scores import wanda_scores
 from cast_train.text import read_texts, to_blocks, tokenize
 
 CONFIG = Gates(steps=1000)
-# The step of CONFIG's plan whose phase is measured.
-WAYS = {"plain": None, "soft": 30, "exact": 500}
+PHASES = {"soft": 30, "exact": 500}  # the step of CONFIG's plan whose phase is measured
 
 
 class Way:
@@ -103,7 +103,8 @@ def measure(
     model_dir: Path,
     text: Path,
     rounds: int,
-    config: TrainConfig = CONFIG,
+    config: Gates = CONFIG,
+    patterns: Sequence[str] = ("2:4",),
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Measures with torch's number of threads.
@@ -113,11 +114,14 @@ def measure(
         text: UTF-8; as much of it as one step takes is used.
         rounds: steps of each way, after a first that is not counted.
         config: block size, blocks of a batch and the phases' plan.
+        patterns: N:M.
         on_round: called after each round, the first too.
 
     Returns:
-        What `origin` says; num_tokens and num_threads; by way: step_s (median), over_plain (median
-        of the rounds' ratios) with its range, trained_parameter_bytes, kept_bytes.
+        What `origin` says; num_tokens and num_threads; ways: by ``plain`` and names such as
+        ``soft 2:4``, step_s (median), over_plain (median of the rounds' ratios) with its range,
+        over_first (the same, over the first pattern in that phase), trained_parameter_bytes,
+        kept_bytes.
 
     Raises:
         ValueError: if the model or the text cannot be read, the text is too short, or there is no
@@ -129,7 +133,13 @@ def measure(
     num_tokens = config.batch_blocks * config.block_size
     tokens = tokenize(read_texts([text]), load_tokenizer(model_dir), num_tokens)
     batch = to_blocks(tokens, config.block_size)
-    ways = {name: Way(model_dir, step, batch, config) for name, step in WAYS.items()}
+    ways = {"plain": Way(model_dir, None, batch, config)}
+    first = {"plain": "plain"}
+    for pattern in patterns:
+        of_pattern = config.model_copy(update={"sparsity": pattern})
+        for phase, step in PHASES.items():
+            ways[f"{phase} {pattern}"] = Way(model_dir, step, batch, of_pattern)
+            first[f"{phase} {pattern}"] = f"{phase} {patterns[0]}"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name in sorted(ways, reverse=number % 2 == 0):
@@ -140,31 +150,39 @@ def measure(
         "num_launches": 1,
         "num_tokens": num_tokens,
         "num_threads": torch.get_num_threads(),
+        "ways": {},
     }
     for name, way in ways.items():
-        measured = seconds[name][1:]
-        ratios = [own / plain for own, plain in zip(measured, seconds["plain"][1:], strict=True)]
-        found[name] = {
-            "step_s": statistics.median(measured),
-            "over_plain": statistics.median(ratios),
-            "over_plain_min": min(ratios),
-            "over_plain_max": max(ratios),
+        found["ways"][name] = {
+            "step_s": statistics.median(seconds[name][1:]),
+            **_ratios("over_plain", seconds[name][1:], seconds["plain"][1:]),
+            **_ratios("over_first", seconds[name][1:], seconds[first[name]][1:]),
             "trained_parameter_bytes": way.parameter_bytes,
             "kept_bytes": way.kept_bytes(batch),
         }
     return found
 
 
+def _ratios(name: str, own: list[float], others: list[float]) -> dict[str, float]:
+    """The median of the rounds' ratios, and their range."""
+    ratios = [one / other for one, other in zip(own, others, strict=True)]
+    return {
+        name: statistics.median(ratios),
+        f"{name}_min": min(ratios),
+        f"{name}_max": max(ratios),
+    }
+
+
 def text_of(found: dict[str, Any]) -> str:
     """The result for people, a line each way."""
     lines = []
-    for name in WAYS:
-        way = found[name]
-        lines.append(
-            f"{name}: {way['step_s']:.2f} s, {way['over_plain']:.2f} times plain "
-            f"({way['over_plain_min']:.2f} to {way['over_plain_max']:.2f}), "
-            f"keeps {way['kept_bytes'] / 1e6:.0f} MB"
-        )
+    for name, way in found["ways"].items():
+        ratios = [
+            f"{way[over]:.2f} ({way[f'{over}_min']:.2f} to {way[f'{over}_max']:.2f}) times {what}"
+            for over, what in (("over_plain", "plain"), ("over_first", "the first pattern"))
+        ]
+        kept = f"keeps {way['kept_bytes'] / 1e6:.0f} MB"
+        lines.append(f"{name}: {way['step_s']:.2f} s, {', '.join(ratios)}, {kept}")
     return "\n".join(lines)
 
 
@@ -172,12 +190,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="dense HF directory")
     parser.add_argument("text", type=Path, help="UTF-8 text")
+    parser.add_argument("--sparsity", nargs="+", default=["2:4"], help="patterns N:M")
     parser.add_argument("--rounds", type=int, default=6, help="steps of each way, after a first")
     args = parser.parse_args()
     memory.keep_freed()
     try:
         with tqdm(total=args.rounds + 1, desc="rounds") as bar:
-            found = measure(args.model, args.text, args.rounds, on_round=bar.update)
+            found = measure(
+                args.model, args.text, args.rounds, patterns=args.sparsity, on_round=bar.update
+            )
     except ValueError as error:
         sys.exit(f"benchmarks.train_step: {error}")
     print(text_of(found))

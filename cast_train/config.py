@@ -35,7 +35,7 @@ from pydantic_core import ErrorDetails
 
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import Pattern, patterns_of
+from cast_serve.sparsity.pattern import WORD, Pattern, patterns_of
 from cast_serve.sparsity.quantize import SCALE_GROUP
 from cast_serve.sparsity.targets import check_expressions
 
@@ -386,6 +386,9 @@ class Gates(Learnt):
     gate_learning_rate: NonNegativeFloat = 1e-3
     """learning rate of the gate logits, constant until the mask is exact: how far a logit moves in
     a step whose gradient is as large as its tensor's usually are (optimizer.py)"""
+    budget_learning_rate: NonNegativeFloat = 0.0
+    """with `zeros` in N:64, by how much of 64 a linear's N moves in a step, towards where a weight
+    more lowers the loss most (budget.py), until the mask is exact. 0: N stays what its costs say"""
     penalty_weight: NonNegativeFloat = 0.1
     """lambda at its highest, the weight of the sparsity penalty"""
     penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"
@@ -421,6 +424,9 @@ class Gates(Learnt):
                 f"{self.blend_end_fraction} or tau_end_fraction {self.tau_end_fraction}: "
                 "the last steps must see the exact mask that is served"
             )
+        self.check_unused("budget_learning_rate", self.hard_fraction > 0, "a hard_fraction above 0")
+        if self.budget_learning_rate:
+            self._check_budget()
         if self.is_sharded and self.masks_first:
             raise UsageError(
                 "masks_first cannot go with is_sharded, since solving needs whole weights; set "
@@ -430,6 +436,22 @@ class Gates(Learnt):
             raise UsageError(
                 "is_sharded cannot go with selector generator, whose network all layers share; "
                 "choose soft_topk, or set is_sharded to false"
+            )
+
+    def _check_budget(self) -> None:
+        if self.pattern.m != WORD or self.zeros == 1:
+            raise UsageError(
+                f"budget_learning_rate {self.budget_learning_rate} needs a share of zeros to spend "
+                f"in N of 64, but sparsity is {self.sparsity} and zeros {self.zeros:g}; write for "
+                "instance sparsity 32:64 and zeros 0.5"
+            )
+        if self.selector != "soft_topk":
+            raise UsageError(
+                f"budget_learning_rate cannot go with selector {self.selector}; choose soft_topk"
+            )
+        if self.is_sharded:
+            raise UsageError(
+                "budget_learning_rate cannot go with is_sharded; set one of them to its default"
             )
 
     @property

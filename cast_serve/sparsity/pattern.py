@@ -9,6 +9,7 @@ module needs torch only and is imported by everything.
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +93,11 @@ class Pattern:
 
 TWO_FOUR = Pattern(2, 4)
 WORD = 64  # columns of a word of the bitmask
-LEAST_KEPT, MOST_KEPT = 4, 56  # N of 64 that a budget chooses from; of more, dense takes no more
+# N of 64 that a budget chooses from, and the step between them; above, dense takes no more.
+LEAST_KEPT, MOST_KEPT, KEPT_STEP = 4, 56, 4
 MAX_PATTERNS = 70  # of a group in `gumbel_topk`: 4:8
 COUNTED_M = 8  # up to which counting ranks is faster than sorting
-SLAB_WEIGHTS = 1 << 18  # sorted at a time: they stay in a core's cache
+SLAB_WEIGHTS = 1 << 18  # sorted at a time on a CPU: they stay in a core's cache
 
 
 def groups(tensor: Tensor, m: int) -> Tensor:
@@ -130,12 +132,22 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
         )
     if pattern.m <= COUNTED_M or pattern.m & (pattern.m - 1):
         return _by_counting(grouped, pattern.n).flatten(-2)
-    rows = grouped.detach().reshape(-1, pattern.m)
-    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-    slab = SLAB_WEIGHTS // pattern.m
-    for part, kept in zip(rows.split(slab), mask.split(slab), strict=True):
-        kept.copy_(_by_sorting(part.t().contiguous(), pattern.n).t())
-    return mask.view(scores.shape)
+    mask = torch.empty(grouped.shape, dtype=torch.bool, device=grouped.device)
+    for rows, kept in slabs(grouped.detach(), mask):
+        kept.copy_(_by_sorting(rows.t().contiguous(), pattern.n).t())
+    return mask.flatten(-2)
+
+
+def slabs(grouped: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The groups of [..., M] in parts [groups, M] for one operation each, and their results'.
+
+    Args:
+        result: contiguous, the shape of grouped.
+    """
+    rows, results = (tensor.view(-1, tensor.shape[-1]) for tensor in (grouped.contiguous(), result))
+    # A GPU has no such cache, and waits for every operation that is launched.
+    size = SLAB_WEIGHTS // rows.shape[1] if rows.device.type == "cpu" else max(len(rows), 1)
+    yield from zip(rows.split(size), results.split(size), strict=True)
 
 
 def _by_counting(grouped: Tensor, n: int) -> Tensor:
@@ -155,7 +167,7 @@ def _by_sorting(columns: Tensor, n: int) -> Tensor:
 
     It is what lies above the N-th largest score, and of those that equal it the lowest columns.
     """
-    least = _ascending(columns.clone())[-n]
+    least = sort_columns(columns.clone())[-n]
     kept = columns >= least
     tied = (kept.sum(0, dtype=torch.int16) != n).nonzero().flatten()
     if len(tied):
@@ -166,13 +178,16 @@ def _by_sorting(columns: Tensor, n: int) -> Tensor:
     return kept
 
 
-def _ascending(columns: Tensor) -> Tensor:
-    """Sorts each column of a contiguous [M, groups] in place, by Batcher's odd-even merges.
+def sort_columns(columns: Tensor) -> Tensor:
+    """Sorts each column of a contiguous [M, groups] in place, ascending, by Batcher's merges.
 
     A merge of two sorted halves of `block` rows compares rows that are `gap` apart. That takes
-    log2(M) (log2(M) + 1) / 2 steps, each one operation for all groups and pairs.
+    log2(M) (log2(M) + 1) / 2 steps, each one operation for all groups and pairs, and is
+    faster than torch.sort, which does it where M is no power of two.
     """
     num_rows, num_groups = columns.shape
+    if num_rows & (num_rows - 1):
+        return columns.copy_(columns.sort(dim=0).values)
     half = 1
     while half < num_rows:
         gap = half

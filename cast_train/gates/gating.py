@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cast_serve.sparsity.pattern import Pattern, groups, hard_mask
+from cast_serve.sparsity.pattern import WORD, Pattern, groups, hard_mask
 from cast_train import sharding
 from cast_train.gates.schedules import Phase
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
@@ -139,6 +139,8 @@ class LogitGate(Gate):
         logits: gate logits, fp32, the shape of the weight; of a gate that computes them, what they
             were when it was frozen.
         is_frozen: from the first exact mask on, the logits stay as they are.
+        kept: N of N:64 where it is learnt (budget.py), an fp32 scalar that linears may share; None:
+            the pattern's.
     """
 
     def __init__(
@@ -153,6 +155,18 @@ class LogitGate(Gate):
         self.selector = selector
         self.is_frozen = False
         self._mask: Tensor | None = None
+        self._kept: list[nn.Parameter] = []  # in a list: registered on its owner alone
+
+    @property
+    def kept(self) -> nn.Parameter | None:
+        return self._kept[0] if self._kept else None
+
+    def learn_kept(self) -> None:
+        self.owned_kept = nn.Parameter(torch.tensor(float(self.pattern.n)))
+        self._kept = [self.owned_kept]
+
+    def share_kept(self, owner: "LogitGate") -> None:
+        self._kept = owner._kept
 
     def stored(self) -> dict[str, Tensor]:
         return {"gate": self.logits.detach()}
@@ -171,8 +185,13 @@ class LogitGate(Gate):
         self.mark_frozen()
 
     def mark_frozen(self) -> None:
+        self._round_kept()
         self.is_frozen = True
         self._mask = None
+
+    def _round_kept(self) -> None:
+        if self.kept is not None:
+            self.pattern = Pattern(round(self.kept.item()), WORD)
 
     def mask(self) -> Tensor:
         """As `Gate.mask`; kept until the phase changes."""
@@ -186,12 +205,14 @@ class LogitGate(Gate):
             return sigmoid_gates(logits, phase.relative_tau)
         if self.selector == "gumbel":
             return gumbel_topk(logits, n, m, phase.tau, phase.noise if self.training else 0.0)
-        return soft_topk(logits, n, m, phase.tau)
+        return soft_topk(logits, n, m, phase.tau, self.kept)
 
     def set_phase(self, phase: Phase) -> None:
         """Sets the phase of the next passes; with the first exact mask the gate is frozen."""
         if not (phase.is_hard and self.phase.is_hard):
             self._mask = None
+        if not self.is_frozen:
+            self._round_kept()
         if phase.is_hard and not self.is_frozen:
             self.freeze()
         super().set_phase(phase)

@@ -26,12 +26,11 @@ from tqdm.auto import tqdm
 
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import LEAST_KEPT, MOST_KEPT, WORD, Pattern, hard_mask
+from cast_serve.sparsity.pattern import KEPT_STEP, LEAST_KEPT, MOST_KEPT, WORD, Pattern, hard_mask
 from cast_train.passes import evaluating, hooked
 from cast_train.pruning.scores import check_reached
 from cast_train.pruning.sparsegpt import replace_weights, sparsegpt
 
-STEP = 4  # of N
 MEASURED = (16, 32, 48)  # N of 64
 LEAST_COST = 1e-30  # so that it has a logarithm
 
@@ -68,7 +67,7 @@ def allocate(
     model.requires_grad_(False)
     try:
         with evaluating(model):
-            units = _units(model, targets, blocks[:1])
+            units = units_of(model, targets, blocks[:1])
             changes = _changes(model, targets, measured, blocks)
             costs = _costs(model, targets, changes, blocks)
     finally:
@@ -78,7 +77,7 @@ def allocate(
     sizes = [sum(changes[name][0].numel() for name in unit) for unit in units]
     options: list[Pattern | None] = [pattern, None]  # None: dense
     if pattern.m == WORD:
-        options = [Pattern(n, WORD) for n in range(LEAST_KEPT, MOST_KEPT + 1, STEP)]
+        options = [Pattern(n, WORD) for n in range(LEAST_KEPT, MOST_KEPT + 1, KEPT_STEP)]
     points = [
         [(size * _kept(option), _cost_of(option, unit_costs, measured)) for option in options]
         for size, unit_costs in zip(sizes, _by_unit(units, costs), strict=True)
@@ -208,8 +207,17 @@ def _changes(
 
 
 @torch.no_grad()
-def _units(model: Any, targets: Mapping[str, nn.Module], blocks: Tensor) -> list[list[str]]:
-    """The names of linears with the same inputs together."""
+def units_of(model: Any, targets: Mapping[str, nn.Module], blocks: Tensor) -> list[list[str]]:
+    """The names of linears with the same inputs together.
+
+    Args:
+        model: a transformers model that the targets belong to.
+        targets: linears by name.
+        blocks: tokens, int64 [num_blocks, block_size]; one block suffices.
+
+    Raises:
+        UsageError: if the tokens never reach a target.
+    """
     readers: dict[int, list[str]] = {}  # of an input, by its id
     held: list[Tensor] = []  # else another tensor might get its id
 

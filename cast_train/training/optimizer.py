@@ -10,6 +10,7 @@ to its mean gradient:
     L -= lr * mu / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
 A logit whose gradient always has the tensor's root mean square and one sign moves by lr a step.
+N of N:64, where that is learnt, follows the mean mu of its gradients as budget.py says.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from cast_train import sharding
 from cast_train.config import Adams, Decayed, Gates, TrainConfig
-from cast_train.gates import gating
+from cast_train.gates import budget, gating
 from cast_train.training import adams
 
 LOGITS = "logits"
+BUDGET = "budget"  # N of N:64
 GENERATOR = "generator"  # the network that computes logits
 WEIGHTS = "weights"  # all else: weights, norms, biases, embeddings, scales
 
@@ -39,6 +41,8 @@ class AdamWithGates(torch.optim.AdamW):
                 if logits.grad is not None:
                     self._update_logits(logits, group)
                     logits.grad = None  # AdamW passes by what has no gradient
+            if group["role"] == BUDGET and group["params"][0].grad is not None:
+                self._exchange(group)
         super().step()
         return loss
 
@@ -55,6 +59,17 @@ class AdamWithGates(torch.optim.AdamW):
         state["mean_square"].lerp_(mean_square.to(state["mean_square"]), 1 - beta2)
         root = (state["mean_square"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
         logits.sub_(state["mu"], alpha=float(group["lr"] / (1 - beta1 ** state["step"]) / root))
+
+    def _exchange(self, group: Mapping[str, Any]) -> None:
+        benefits = []
+        for kept, size in zip(group["params"], group["sizes"], strict=True):
+            state = self.state[kept]
+            if not state:
+                state["step"] = torch.tensor(0.0)  # torch's optimisers want it
+                state["mu"] = torch.zeros_like(kept)
+            benefits.append(-state["mu"].lerp_(kept.grad, 1 - group["betas"][0]).item() / size)
+            kept.grad = None
+        budget.exchange(group["params"], group["sizes"], torch.tensor(benefits), group["lr"])
 
 
 def make(
@@ -95,16 +110,23 @@ def make(
         },
     ]
     if isinstance(config, Gates):
-        logits = {id(p) for p in gating.logits_of(gate_map)}
+        units = budget.units_of(gate_map)
+        role_of = {id(p): LOGITS for p in gating.logits_of(gate_map)}
+        role_of |= {id(kept): BUDGET for kept, _ in units}
         groups += [
             {
-                "params": [p for p in gates if (id(p) in logits) == (role == LOGITS)],
+                "params": [p for p in gates if role_of.get(id(p), GENERATOR) == role],
                 "role": role,
-                "lr": config.gate_learning_rate,
+                "lr": rate,
                 "weight_decay": 0.0,
             }
-            for role in (LOGITS, GENERATOR)
+            for role, rate in (
+                (LOGITS, config.gate_learning_rate),
+                (GENERATOR, config.gate_learning_rate),
+                (BUDGET, config.budget_learning_rate),
+            )
         ]
+        groups[-1]["sizes"] = [size for _, size in units]
     # fused: one pass over memory in place of ten
     return AdamWithGates([group for group in groups if group["params"]], fused=True)
 

@@ -60,6 +60,11 @@ class Prepared:
     reach: Reach | None
     teacher: Any
 
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The targets' patterns, as learnt so far; of ``dense`` none."""
+        return {name: gate.pattern for name, gate in self.gate_map.items()}
+
 
 def prepare(
     model_dir: Path,

@@ -46,6 +46,7 @@ from cast_train.gates import gating, quantizing, scaling
 from cast_train.gates.schedules import Phase, phase_at
 from cast_train.origin import origin
 from cast_train.precision import autocast
+from cast_train.pruning.allocate import kept_of_64
 from cast_train.training import progress
 from cast_train.training.blocks import Blocks, read_blocks
 from cast_train.training.prepare import Prepared, prepare
@@ -312,8 +313,7 @@ class Run:
         targets = {name: model.get_submodule(name) for name in self.prepared.targets}
         gate_map = {}
         if isinstance(self.config, Pruned):
-            patterns = {name: gate.pattern for name, gate in self.prepared.gate_map.items()}
-            gate_map = with_gates(targets, patterns, None, self.config)
+            gate_map = with_gates(targets, self.prepared.patterns, None, self.config)
         model.load_state_dict(state)
         for name, gate in gate_map.items():
             gate.is_frozen = self.prepared.gate_map[name].is_frozen
@@ -330,7 +330,7 @@ class Run:
             "m": config.pattern.m,
             "targets": list(trained.targets),
             "kept_dense": list(trained.choices.kept_dense),
-            "kept_of_64": dict(trained.choices.kept_of_64),
+            "kept_of_64": kept_of_64(trained.patterns, config.pattern),
             "selector": config.selector if isinstance(config, Gates) else None,
             "schedules_end": dataclasses.asdict(self.last),
             # What the settings came to, which `method` and those that are ``auto`` do not say.

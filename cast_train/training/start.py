@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cast_serve.sparsity.pattern import Pattern
 from cast_train import sharding
 from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
-from cast_train.gates import gating, quantizing, scaling
+from cast_train.gates import budget, gating, quantizing, scaling
+from cast_train.pruning.allocate import units_of
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
@@ -51,6 +52,8 @@ def start_gates(
         if sharding.rank() == 0 and is_solved_first:
             masks = {name: gate.mask() for name, gate in gate_map.items()}
             _solve(model, targets, masks, calibration, keeps_dropped=isinstance(config, Gates))
+    if isinstance(config, Gates) and config.budget_learning_rate:
+        budget.attach(gate_map, units_of(model, targets, calibration[:1]))
     sharding.take_first(sharding.state_of(model))
     return gate_map
 

@@ -26,7 +26,7 @@ from cast_train.checkpoint import resume
 from cast_train.config import TrainConfig
 from cast_train.errors import DivergedError
 from cast_train.evaluate.perplexity import perplexity
-from cast_train.gates import gating
+from cast_train.gates import budget, gating
 from cast_train.gates.schedules import (
     gate_rate_factor,
     learning_rate_factor,
@@ -255,6 +255,8 @@ class Starts(TrainerCallback):
         trainer, config, step = self.trainer, self.trainer.config, state.global_step
         if step not in (config.first_exact_step, config.first_quantized_step):
             return
+        if step == config.first_exact_step:
+            budget.harden(trainer.gate_map)
         phase = dataclasses.replace(phase_at(step, config), is_quantized=False)
         gating.set_phase(trainer.gate_map, phase)
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -53,7 +53,7 @@ def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_di
     for gate in gate_map.values():
         gate.logits.data.normal_(generator=torch.Generator().manual_seed(0))
     blocks = torch.arange(128).view(4, 32)
-    cold, warm = (Phase(1.0, tau, 0.0, True) for tau in (1e-4, 1.0))
+    cold, warm = (Phase(1.0, tau, 0.0, True) for tau in (1e-4, 10.0))
     soft, hard = soft_and_hard(model, gate_map, cold, blocks)
     assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-3)
     soft, same = soft_and_hard(model, gate_map, warm, blocks)

@@ -9,7 +9,7 @@ from torch import Tensor
 from cast_serve.sparsity.pattern import PatternError
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
 
-PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (2, 8), (8, 16), (32, 64), (40, 64)]
+PATTERNS = [(2, 4), (1, 4), (3, 4), (2, 3), (1, 2), (4, 8), (2, 8), (8, 16), (32, 64), (40, 64)]
 patterns = st.sampled_from(PATTERNS)
 taus = st.sampled_from([1e-4, 1e-2, 0.5, 1.0, 10.0])
 seeds = st.integers(0, 2**31 - 1)
@@ -45,19 +45,9 @@ def test_a_group_sums_to_n_within_0_and_1(pattern, tau, seed, scale):
     )
 
 
-@given(taus, seeds)
+@given(patterns, taus, seeds)
 @settings(deadline=None, max_examples=60)
-def test_2_4_is_the_marginal_over_all_ways_to_choose(tau, seed):
-    n, m = 2, 4
-    scores = random_scores(seed, m)
-    torch.testing.assert_close(
-        soft_topk(scores, n, m, tau), by_enumeration(scores, n, m, tau), rtol=1e-9, atol=1e-12
-    )
-
-
-@given(patterns.filter(lambda pattern: pattern != (2, 4)), taus, seeds)
-@settings(deadline=None, max_examples=60)
-def test_any_other_is_a_threshold_on_the_scores(pattern, tau, seed):
+def test_it_is_a_threshold_on_the_scores_of_a_group(pattern, tau, seed):
     n, m = pattern
     scores = random_scores(seed, m)
     p = soft_topk(scores, n, m, tau)
@@ -122,7 +112,7 @@ def test_wrong_use_is_refused():
         soft_topk(torch.zeros(1, 6), 2, 4, 1)
 
 
-@given(st.sampled_from(PATTERNS[:6]), taus, seeds)
+@given(st.sampled_from(PATTERNS[:7]), taus, seeds)
 @settings(deadline=None, max_examples=40)
 def test_gumbel_without_noise_is_the_marginal_over_all_ways_to_choose(pattern, tau, seed):
     n, m = pattern
@@ -140,7 +130,8 @@ def test_gumbel_noise_draws_patterns_by_their_chance():
     torch.manual_seed(0)
     drawn = gumbel_topk(scores, 2, 4, 1e-3, 1.0)  # cold: one pattern each
     torch.testing.assert_close(drawn.sum(-1), torch.full((20_000,), 2.0))
-    torch.testing.assert_close(drawn.mean(0), soft_topk(scores[0], 2, 4, 1.0), rtol=0, atol=0.015)
+    chance = by_enumeration(scores[0], 2, 4, 1.0)
+    torch.testing.assert_close(drawn.mean(0), chance, rtol=0, atol=0.015)
     torch.manual_seed(0)
     assert torch.equal(drawn, gumbel_topk(scores, 2, 4, 1e-3, 1.0))
 

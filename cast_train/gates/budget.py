@@ -1,0 +1,93 @@
+"""Gates of N:64 under a share of zeros -> how many of 64 weights each unit of linears keeps.
+
+A *unit* is the linears that read the same inputs; vLLM merges them, so they share N. Its N is
+learnt as a real number, rounded in every forward. By the implicit function that gives selection.py
+its gradient, one more weight in each group changes the loss by
+
+    dL/dN = sum over groups of sum(v g) / sum(v)            v = p (1 - p), g the gradient by p
+
+which averages over all groups of a unit. The units compete for one budget: with their sizes s and
+the benefit of a weight b = -dL/dN / s,
+
+    N += lr (b - mean b) / rms(b - mean b)                  mean and rms weighted by s
+
+and the sum of s N stays. Where all benefits are equal, no exchange lowers the loss. N starts from
+what the costs say (allocate.py), and is a multiple of 4 once the gates are hardened.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cast_serve.sparsity.pattern import KEPT_STEP, LEAST_KEPT, MOST_KEPT, WORD
+from cast_train.gates.gating import Gate, LogitGate
+
+
+def attach(gates: Mapping[str, Gate], units: Sequence[Sequence[str]]) -> None:
+    """Gives the gates of each unit one N to learn.
+
+    Args:
+        gates: LogitGates by name; those of a unit have the same N.
+        units: the names of each.
+    """
+    for names in units:
+        owner, *others = [gates[name] for name in names]
+        assert isinstance(owner, LogitGate)
+        owner.learn_kept()
+        for gate in others:
+            assert isinstance(gate, LogitGate)
+            gate.share_kept(owner)
+
+
+def units_of(gates: Mapping[str, Gate]) -> list[tuple[Tensor, int]]:
+    """N, an fp32 scalar, and the number of weights of each unit; none, if N is not learnt."""
+    units: dict[int, tuple[Tensor, int]] = {}
+    for gate in gates.values():
+        if isinstance(gate, LogitGate) and (kept := gate.kept) is not None:
+            _, size = units.get(id(kept), (kept, 0))
+            units[id(kept)] = kept, size + gate.logits.numel()
+    return list(units.values())
+
+
+@torch.no_grad()
+def exchange(kept: Sequence[Tensor], sizes: Sequence[int], benefits: Tensor, rate: float) -> None:
+    """Moves N towards the units of most benefit, within what N may be.
+
+    Args:
+        kept: N of each unit, fp32 scalars, changed in place.
+        sizes: the units' numbers of weights.
+        benefits: of a weight of each, fp32 [num_units].
+        rate: how far N moves where the benefit lies one root mean square from the mean.
+    """
+    shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    excess = benefits.double().cpu() - shares @ benefits.double().cpu()
+    spread = (shares @ excess.square()).sqrt()
+    if not spread > 0:
+        return
+    before = torch.tensor([n.item() for n in kept], dtype=torch.float64)
+    wanted = before + rate * excess / spread
+    low, high = -float(WORD), float(WORD)  # of a shift that keeps the sum within the limits
+    for _ in range(60):
+        shift = (low + high) / 2
+        is_less = shares @ (wanted + shift).clamp(LEAST_KEPT, MOST_KEPT) < shares @ before
+        low, high = (shift, high) if is_less else (low, shift)
+    for n, found in zip(kept, (wanted + low).clamp(LEAST_KEPT, MOST_KEPT).tolist(), strict=True):
+        n.fill_(found)
+
+
+@torch.no_grad()
+def harden(gates: Mapping[str, Gate]) -> None:
+    """Rounds each N to a multiple of KEPT_STEP; the sum of s N does not rise.
+
+    All are rounded down; what that leaves of the budget rounds up those that lost most.
+    """
+    units = units_of(gates)
+    lost = [kept.item() % KEPT_STEP for kept, _ in units]
+    left = sum(size * part for (_, size), part in zip(units, lost, strict=True))
+    for number in sorted(range(len(units)), key=lambda number: -lost[number]):
+        kept, size = units[number]
+        kept.sub_(lost[number])
+        if lost[number] and left >= KEPT_STEP * size:
+            kept.add_(KEPT_STEP)
+            left -= KEPT_STEP * size
