@@ -34,28 +34,28 @@ def attach(gates: Mapping[str, Gate], units: Sequence[Sequence[str]]) -> None:
     for names in units:
         owner, *others = [gates[name] for name in names]
         assert isinstance(owner, LogitGate)
-        owner.learn_kept()
+        owner.learn_n()
         for gate in others:
             assert isinstance(gate, LogitGate)
-            gate.share_kept(owner)
+            gate.share_n(owner)
 
 
 def units_of(gates: Mapping[str, Gate]) -> list[tuple[Tensor, int]]:
     """N, an fp32 scalar, and the number of weights of each unit; none, if N is not learnt."""
     units: dict[int, tuple[Tensor, int]] = {}
     for gate in gates.values():
-        if isinstance(gate, LogitGate) and (kept := gate.kept) is not None:
-            _, size = units.get(id(kept), (kept, 0))
-            units[id(kept)] = kept, size + gate.logits.numel()
+        if isinstance(gate, LogitGate) and (n := gate.learnt_n) is not None:
+            _, size = units.get(id(n), (n, 0))
+            units[id(n)] = n, size + gate.logits.numel()
     return list(units.values())
 
 
 @torch.no_grad()
-def exchange(kept: Sequence[Tensor], sizes: Sequence[int], benefits: Tensor, rate: float) -> None:
+def exchange(each_n: Sequence[Tensor], sizes: Sequence[int], benefits: Tensor, rate: float) -> None:
     """Moves N towards the units of most benefit, within what N may be.
 
     Args:
-        kept: N of each unit, fp32 scalars, changed in place.
+        each_n: N of each unit, fp32 scalars, changed in place.
         sizes: the units' numbers of weights.
         benefits: of a weight of each, fp32 [num_units].
         rate: how far N moves where the benefit lies one root mean square from the mean.
@@ -65,14 +65,14 @@ def exchange(kept: Sequence[Tensor], sizes: Sequence[int], benefits: Tensor, rat
     spread = (shares @ excess.square()).sqrt()
     if not spread > 0:
         return
-    before = torch.tensor([n.item() for n in kept], dtype=torch.float64)
+    before = torch.tensor([n.item() for n in each_n], dtype=torch.float64)
     wanted = before + rate * excess / spread
     low, high = -float(WORD), float(WORD)  # of a shift that keeps the sum within the limits
     for _ in range(60):
         shift = (low + high) / 2
         is_less = shares @ (wanted + shift).clamp(LEAST_KEPT, MOST_KEPT) < shares @ before
         low, high = (shift, high) if is_less else (low, shift)
-    for n, found in zip(kept, (wanted + low).clamp(LEAST_KEPT, MOST_KEPT).tolist(), strict=True):
+    for n, found in zip(each_n, (wanted + low).clamp(LEAST_KEPT, MOST_KEPT).tolist(), strict=True):
         n.fill_(found)
 
 
@@ -83,11 +83,11 @@ def harden(gates: Mapping[str, Gate]) -> None:
     All are rounded down; what that leaves of the budget rounds up those that lost most.
     """
     units = units_of(gates)
-    lost = [kept.item() % KEPT_STEP for kept, _ in units]
+    lost = [n.item() % KEPT_STEP for n, _ in units]
     left = sum(size * part for (_, size), part in zip(units, lost, strict=True))
     for number in sorted(range(len(units)), key=lambda number: -lost[number]):
-        kept, size = units[number]
-        kept.sub_(lost[number])
+        n, size = units[number]
+        n.sub_(lost[number])
         if lost[number] and left >= KEPT_STEP * size:
-            kept.add_(KEPT_STEP)
+            n.add_(KEPT_STEP)
             left -= KEPT_STEP * size

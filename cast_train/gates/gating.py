@@ -139,8 +139,8 @@ class LogitGate(Gate):
         logits: gate logits, fp32, the shape of the weight; of a gate that computes them, what they
             were when it was frozen.
         is_frozen: from the first exact mask on, the logits stay as they are.
-        kept: N of N:64 where it is learnt (budget.py), an fp32 scalar that linears may share; None:
-            the pattern's.
+        learnt_n: N of N:64 where it is learnt (budget.py), an fp32 scalar that linears may share;
+            None: the pattern's.
     """
 
     def __init__(
@@ -155,18 +155,18 @@ class LogitGate(Gate):
         self.selector = selector
         self.is_frozen = False
         self._mask: Tensor | None = None
-        self._kept: list[nn.Parameter] = []  # in a list: registered on its owner alone
+        self._learnt_n: list[nn.Parameter] = []  # in a list: registered on its owner alone
 
     @property
-    def kept(self) -> nn.Parameter | None:
-        return self._kept[0] if self._kept else None
+    def learnt_n(self) -> nn.Parameter | None:
+        return self._learnt_n[0] if self._learnt_n else None
 
-    def learn_kept(self) -> None:
-        self.owned_kept = nn.Parameter(torch.tensor(float(self.pattern.n)))
-        self._kept = [self.owned_kept]
+    def learn_n(self) -> None:
+        self.owned_n = nn.Parameter(torch.tensor(float(self.pattern.n)))
+        self._learnt_n = [self.owned_n]
 
-    def share_kept(self, owner: "LogitGate") -> None:
-        self._kept = owner._kept
+    def share_n(self, owner: "LogitGate") -> None:
+        self._learnt_n = owner._learnt_n
 
     def stored(self) -> dict[str, Tensor]:
         return {"gate": self.logits.detach()}
@@ -185,13 +185,13 @@ class LogitGate(Gate):
         self.mark_frozen()
 
     def mark_frozen(self) -> None:
-        self._round_kept()
+        self._round_n()
         self.is_frozen = True
         self._mask = None
 
-    def _round_kept(self) -> None:
-        if self.kept is not None:
-            self.pattern = Pattern(round(self.kept.item()), WORD)
+    def _round_n(self) -> None:
+        if self.learnt_n is not None:
+            self.pattern = Pattern(round(self.learnt_n.item()), WORD)
 
     def mask(self) -> Tensor:
         """As `Gate.mask`; kept until the phase changes."""
@@ -205,14 +205,14 @@ class LogitGate(Gate):
             return sigmoid_gates(logits, phase.relative_tau)
         if self.selector == "gumbel":
             return gumbel_topk(logits, n, m, phase.tau, phase.noise if self.training else 0.0)
-        return soft_topk(logits, n, m, phase.tau, self.kept)
+        return soft_topk(logits, n, m, phase.tau, self.learnt_n)
 
     def set_phase(self, phase: Phase) -> None:
         """Sets the phase of the next passes; with the first exact mask the gate is frozen."""
         if not (phase.is_hard and self.phase.is_hard):
             self._mask = None
         if not self.is_frozen:
-            self._round_kept()
+            self._round_n()
         if phase.is_hard and not self.is_frozen:
             self.freeze()
         super().set_phase(phase)

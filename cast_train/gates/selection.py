@@ -36,7 +36,7 @@ NEWTON_STEPS = 6  # at most
 NEWTON_DONE = 1e-3  # of theta, in tau: the next step would be about its square
 
 
-def soft_topk(scores: Tensor, n: int, m: int, tau: float, kept: Tensor | None = None) -> Tensor:
+def soft_topk(scores: Tensor, n: int, m: int, tau: float, learnt_n: Tensor | None = None) -> Tensor:
     """A soft mask of N of M.
 
     Args:
@@ -44,8 +44,8 @@ def soft_topk(scores: Tensor, n: int, m: int, tau: float, kept: Tensor | None = 
         n: kept per group, 0 < n < m.
         m: group size.
         tau: temperature above 0, in units of the scores.
-        kept: a scalar that stands for n where N is learnt; it gets the gradient by n, summed over
-            the groups.
+        learnt_n: a scalar that stands for n where N is learnt; it gets the gradient by n, summed
+            over the groups.
 
     Returns:
         p in [0, 1], the dtype and shape of scores; each group sums to n. Differentiable once.
@@ -58,7 +58,7 @@ def soft_topk(scores: Tensor, n: int, m: int, tau: float, kept: Tensor | None = 
         raise PatternError(f"cannot keep {n} of {m}; N must be above 0 and below M")
     if not tau > 0:
         raise ValueError(f"tau is {tau}, but a temperature must be above 0")
-    return _SoftTopK.apply(groups(scores, m), n, tau, kept).flatten(-2)
+    return _SoftTopK.apply(groups(scores, m), n, tau, learnt_n).flatten(-2)
 
 
 def hard(scores: Tensor, n: int, m: int) -> Tensor:
@@ -80,7 +80,7 @@ class _SoftTopK(torch.autograd.Function):
     """`soft_topk` of grouped scores [..., K / M, M] -> p of the same shape."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, n: int, tau: float, kept: Tensor | None) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, n: int, tau: float, learnt_n: Tensor | None) -> Tensor:
         logits = torch.empty_like(scores, memory_format=torch.contiguous_format)
         for rows, found in slabs(scores, logits):
             columns = rows.t().contiguous()  # a loop over a last dimension of 4 is slow
@@ -97,8 +97,8 @@ class _SoftTopK(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         slope = logits.sigmoid().mul_((-logits).sigmoid_())  # p (1 - p) without cancellation
         mean = (slope * grad_p).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
-        by_kept = mean.sum() if ctx.needs_input_grad[3] else None
-        return slope.mul_(grad_p - mean).div_(ctx.tau), None, None, by_kept
+        by_n = mean.sum() if ctx.needs_input_grad[3] else None
+        return slope.mul_(grad_p - mean).div_(ctx.tau), None, None, by_n
 
 
 def _relative(columns: Tensor, middle: Tensor, tau: float) -> Tensor:

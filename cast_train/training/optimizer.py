@@ -62,13 +62,13 @@ class AdamWithGates(torch.optim.AdamW):
 
     def _exchange(self, group: Mapping[str, Any]) -> None:
         benefits = []
-        for kept, size in zip(group["params"], group["sizes"], strict=True):
-            state = self.state[kept]
+        for n, size in zip(group["params"], group["sizes"], strict=True):
+            state = self.state[n]
             if not state:
                 state["step"] = torch.tensor(0.0)  # torch's optimisers want it
-                state["mu"] = torch.zeros_like(kept)
-            benefits.append(-state["mu"].lerp_(kept.grad, 1 - group["betas"][0]).item() / size)
-            kept.grad = None
+                state["mu"] = torch.zeros_like(n)
+            benefits.append(-state["mu"].lerp_(n.grad, 1 - group["betas"][0]).item() / size)
+            n.grad = None
         budget.exchange(group["params"], group["sizes"], torch.tensor(benefits), group["lr"])
 
 
@@ -112,7 +112,7 @@ def make(
     if isinstance(config, Gates):
         units = budget.units_of(gate_map)
         role_of = {id(p): LOGITS for p in gating.logits_of(gate_map)}
-        role_of |= {id(kept): BUDGET for kept, _ in units}
+        role_of |= {id(n): BUDGET for n, _ in units}
         groups += [
             {
                 "params": [p for p in gates if role_of.get(id(p), GENERATOR) == role],
