@@ -387,8 +387,9 @@ class Gates(Learnt):
     """learning rate of the gate logits, constant until the mask is exact: how far a logit moves in
     a step whose gradient is as large as its tensor's usually are (optimizer.py)"""
     budget_learning_rate: NonNegativeFloat = 0.0
-    """with `zeros` in N:64, by how much of 64 a linear's N moves in a step, towards where a weight
-    more lowers the loss most (budget.py), until the mask is exact. 0: N stays what its costs say"""
+    """with `zeros` in N:64: how far a linear's N usually moves in a step, up where one more weight
+    lowers the loss most and down elsewhere (budget.py), until the mask is exact. 0: N stays as
+    `zeros` chose it"""
     penalty_weight: NonNegativeFloat = 0.1
     """lambda at its highest, the weight of the sparsity penalty"""
     penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"

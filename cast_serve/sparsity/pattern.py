@@ -130,7 +130,7 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
         raise PatternError(
             "scores hold NaN, so they cannot be ranked; check the training for divergence"
         )
-    if pattern.m <= COUNTED_M or pattern.m & (pattern.m - 1):
+    if pattern.m <= COUNTED_M:
         return _by_counting(grouped, pattern.n).flatten(-2)
     mask = torch.empty(grouped.shape, dtype=torch.bool, device=grouped.device)
     for rows, kept in slabs(grouped.detach(), mask):
@@ -139,13 +139,14 @@ def hard_mask(scores: Tensor, pattern: Pattern = TWO_FOUR) -> Tensor:
 
 
 def slabs(grouped: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The groups of [..., M] in parts [groups, M] for one operation each, and their results'.
+    """Cuts [..., M] into slabs [groups, M], each with its part of the result.
 
     Args:
-        result: contiguous, the shape of grouped.
+        grouped: any dtype, [..., M].
+        result: contiguous, the same shape; it is written through the slabs.
     """
     rows, results = (tensor.view(-1, tensor.shape[-1]) for tensor in (grouped.contiguous(), result))
-    # A GPU has no such cache, and waits for every operation that is launched.
+    # On a GPU every launch costs time, so all groups are one slab.
     size = SLAB_WEIGHTS // rows.shape[1] if rows.device.type == "cpu" else max(len(rows), 1)
     yield from zip(rows.split(size), results.split(size), strict=True)
 
@@ -163,7 +164,7 @@ def _by_counting(grouped: Tensor, n: int) -> Tensor:
 
 
 def _by_sorting(columns: Tensor, n: int) -> Tensor:
-    """The mask [M, groups] of contiguous scores [M, groups], M a power of two.
+    """The mask [M, groups] of contiguous scores [M, groups].
 
     It is what lies above the N-th largest score, and of those that equal it the lowest columns.
     """
@@ -182,8 +183,8 @@ def sort_columns(columns: Tensor) -> Tensor:
     """Sorts each column of a contiguous [M, groups] in place, ascending, by Batcher's merges.
 
     A merge of two sorted halves of `block` rows compares rows that are `gap` apart. That takes
-    log2(M) (log2(M) + 1) / 2 steps, each one operation for all groups and pairs, and is
-    faster than torch.sort, which does it where M is no power of two.
+    log2(M) (log2(M) + 1) / 2 steps, each a single operation on all groups and pairs, which beats
+    torch.sort. If M is not a power of two, torch.sort is used.
     """
     num_rows, num_groups = columns.shape
     if num_rows & (num_rows - 1):

@@ -40,8 +40,8 @@ def attach(gates: Mapping[str, Gate], units: Sequence[Sequence[str]]) -> None:
             gate.share_n(owner)
 
 
-def units_of(gates: Mapping[str, Gate]) -> list[tuple[Tensor, int]]:
-    """N, an fp32 scalar, and the number of weights of each unit; none, if N is not learnt."""
+def learnt_units(gates: Mapping[str, Gate]) -> list[tuple[Tensor, int]]:
+    """Each unit's N, an fp32 scalar, and its number of weights; empty if N is not learnt."""
     units: dict[int, tuple[Tensor, int]] = {}
     for gate in gates.values():
         if isinstance(gate, LogitGate) and (n := gate.learnt_n) is not None:
@@ -52,16 +52,16 @@ def units_of(gates: Mapping[str, Gate]) -> list[tuple[Tensor, int]]:
 
 @torch.no_grad()
 def exchange(each_n: Sequence[Tensor], sizes: Sequence[int], benefits: Tensor, rate: float) -> None:
-    """Moves N towards the units of most benefit, within what N may be.
+    """Moves N towards the units that benefit most; N stays from LEAST_KEPT to MOST_KEPT.
 
     Args:
         each_n: N of each unit, fp32 scalars, changed in place.
         sizes: the units' numbers of weights.
-        benefits: of a weight of each, fp32 [num_units].
+        benefits: how much one more weight of each lowers the loss, fp64 [num_units].
         rate: how far N moves where the benefit lies one root mean square from the mean.
     """
     shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    excess = benefits.double().cpu() - shares @ benefits.double().cpu()
+    excess = benefits - shares @ benefits
     spread = (shares @ excess.square()).sqrt()
     if not spread > 0:
         return
@@ -82,7 +82,7 @@ def harden(gates: Mapping[str, Gate]) -> None:
 
     All are rounded down; what that leaves of the budget rounds up those that lost most.
     """
-    units = units_of(gates)
+    units = learnt_units(gates)
     lost = [n.item() % KEPT_STEP for n, _ in units]
     left = sum(size * part for (_, size), part in zip(units, lost, strict=True))
     for number in sorted(range(len(units)), key=lambda number: -lost[number]):

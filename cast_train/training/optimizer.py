@@ -69,7 +69,12 @@ class AdamWithGates(torch.optim.AdamW):
                 state["mu"] = torch.zeros_like(n)
             benefits.append(-state["mu"].lerp_(n.grad, 1 - group["betas"][0]).item() / size)
             n.grad = None
-        budget.exchange(group["params"], group["sizes"], torch.tensor(benefits), group["lr"])
+        budget.exchange(
+            group["params"],
+            group["sizes"],
+            torch.tensor(benefits, dtype=torch.float64),
+            group["lr"],
+        )
 
 
 def make(
@@ -110,7 +115,7 @@ def make(
         },
     ]
     if isinstance(config, Gates):
-        units = budget.units_of(gate_map)
+        units = budget.learnt_units(gate_map)
         role_of = {id(p): LOGITS for p in gating.logits_of(gate_map)}
         role_of |= {id(n): BUDGET for n, _ in units}
         groups += [

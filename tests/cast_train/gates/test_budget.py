@@ -40,7 +40,7 @@ def test_units_exchange_weights_until_a_limit_and_the_sum_stays():
     total = sum(size * float(n) for size, n in zip(sizes, kept, strict=True))
     for step in range(40):
         before = [float(n) for n in kept]
-        budget.exchange(kept, sizes, torch.tensor([3.0, 1.0, 0.0]), 2.0)
+        budget.exchange(kept, sizes, torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64), 2.0)
         found = sum(size * float(n) for size, n in zip(sizes, kept, strict=True))
         assert found == pytest.approx(total, rel=1e-6)
         assert kept[0] >= before[0], step
@@ -50,7 +50,7 @@ def test_units_exchange_weights_until_a_limit_and_the_sum_stays():
 
 def test_equal_benefits_move_nothing():
     kept = [torch.tensor(20.0), torch.tensor(40.0)]
-    budget.exchange(kept, [1, 1], torch.tensor([0.5, 0.5]), 2.0)
+    budget.exchange(kept, [1, 1], torch.tensor([0.5, 0.5], dtype=torch.float64), 2.0)
     assert [float(n) for n in kept] == [20, 40]
 
 
@@ -60,7 +60,7 @@ def gates_of(kept: list[float], rows: list[int]) -> dict[str, gating.Gate]:
         for number, num_rows in enumerate(rows)
     }
     budget.attach(gates, [[name] for name in gates])
-    for (n, _), found in zip(budget.units_of(gates), kept, strict=True):
+    for (n, _), found in zip(budget.learnt_units(gates), kept, strict=True):
         n.data.fill_(found)
     return gates
 
@@ -79,9 +79,9 @@ def gates_of(kept: list[float], rows: list[int]) -> dict[str, gating.Gate]:
 def test_hardened_n_are_multiples_of_4_within_the_budget(kept, rows, wanted):
     gates = gates_of(kept, rows)
     budget.harden(gates)
-    assert [n.item() for n, _ in budget.units_of(gates)] == wanted
+    assert [n.item() for n, _ in budget.learnt_units(gates)] == wanted
     budget.harden(gates)  # as a run that is resumed there does
-    assert [n.item() for n, _ in budget.units_of(gates)] == wanted
+    assert [n.item() for n, _ in budget.learnt_units(gates)] == wanted
 
 
 @pytest.fixture
@@ -123,8 +123,7 @@ def test_a_run_learns_n_converts_and_goes_on_after_a_stop(
         assert again["quality"] == record["quality"]
 
 
-def test_kept_weights_are_solved_for_what_was_learnt(words_dir, text_file, config, tmp_path):
-    """A run that waits has the solved weights of its own mask."""
+def test_n_learnt_on_unmoved_weights_can_be_taken_as_a_mask(words_dir, text_file, config, tmp_path):
     still = changed(config, masks_first=True, learning_rate=0.0, channel_order="given")
     record = train(words_dir, [text_file], tmp_path / "out", still)
     assert len(set(record["kept_of_64"].values())) > 1
