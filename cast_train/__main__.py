@@ -80,7 +80,7 @@ def run(
     ] = None,
     method: Annotated[
         str | None,
-        option("NAME", "Whose mask: fixed; learnt by gates, ste, adams; or dense.", "fixed"),
+        option("NAME", "Whose mask: learnt by gates, ste, adams; fixed; or dense.", "gates"),
     ] = None,
     selector: Annotated[
         str | None,
@@ -91,7 +91,7 @@ def run(
     bits: Annotated[float | None, BITS] = None,
     start: Annotated[
         str | None,
-        option("NAME", "Gates' first order: auto, ones, magnitude, wanda, sparsegpt.", "auto"),
+        option("NAME", "What ranks weights at first: wanda, magnitude, sparsegpt, ones.", "wanda"),
     ] = None,
     steps: Annotated[int | None, option("N", "Optimiser steps.", "64")] = None,
     quantize: Annotated[

@@ -174,11 +174,6 @@ class TrainConfig(BaseModel):
         return False
 
     @property
-    def first_order(self) -> str | None:
-        """What the mask starts from: `start`, `auto` resolved; None: the method has no start."""
-        return None
-
-    @property
     def quantization(self) -> Quantization | None:
         """What the last steps compute with."""
         return None
@@ -213,12 +208,12 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of `as_dict`: the type that `method` names, `fixed` by default.
+        """The inverse of `as_dict`: the type that `method` names, `gates` by default.
 
         Raises:
             UsageError: if a key is unknown or a value is wrong.
         """
-        method = settings.get("method", "fixed")
+        method = settings.get("method", DEFAULT_METHOD)
         try:
             return _ANY.validate_python({**settings, "method": method})
         except ValidationError as error:
@@ -287,10 +282,10 @@ class Adams(Pruned):
 class Masked(Pruned, Decayed):
     """A run whose last steps compute with the exact mask."""
 
-    start: Literal["auto", "ones", "magnitude", "wanda", "sparsegpt"] = "auto"
+    start: Literal["ones", "magnitude", "wanda", "sparsegpt"] = "wanda"
     """what the mask starts from: scores by `magnitude`, `wanda` or `sparsegpt`, whose weights are
     solved for it, or, for `gates` and `ste`, `ones` (no order, dense weights). `ste` ranks by it
-    all along. `auto`: `wanda`"""
+    all along"""
     quantize: Literal["none", "int8", "int4"] = "none"
     """what the weights are trained for: in the last steps the targets compute with weights of that
     many bits and 8-bit activations, as `cast-serve convert --quantize` serves them (quantizing.py)
@@ -324,10 +319,6 @@ class Masked(Pruned, Decayed):
         return 0.0
 
     @property
-    def first_order(self) -> str:
-        return "wanda" if self.start == "auto" else self.start
-
-    @property
     def is_solved(self) -> bool:
         return self.start != "ones"
 
@@ -355,7 +346,7 @@ class Fixed(Masked):
     """The mask of `start`, kept; its weights are solved and then trained."""
 
     method: Literal["fixed"] = "fixed"
-    start: Literal["auto", "magnitude", "wanda", "sparsegpt"] = "auto"
+    start: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
 
 
 class Learnt(Masked):
@@ -473,15 +464,16 @@ class Gates(Learnt):
 
 
 METHODS: dict[str, type[TrainConfig]] = {
-    "fixed": Fixed,
     "gates": Gates,
+    "fixed": Fixed,
     "ste": Ste,
     "adams": Adams,
     "dense": Dense,
 }
+DEFAULT_METHOD = "gates"
 RETIRED = ("allocation",)  # settings of earlier releases, in their records
 _ANY: TypeAdapter[TrainConfig] = TypeAdapter(
-    Annotated[Fixed | Gates | Ste | Adams | Dense, Field(discriminator="method")]
+    Annotated[Gates | Fixed | Ste | Adams | Dense, Field(discriminator="method")]
 )
 
 
@@ -490,7 +482,7 @@ def of_method(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Earlier releases recorded all settings for every method; runs to compare have some in common.
     """
-    own = METHODS.get(settings.get("method", "fixed"), TrainConfig).model_fields
+    own = METHODS.get(settings.get("method", DEFAULT_METHOD), TrainConfig).model_fields
     known = {name for config in METHODS.values() for name in config.model_fields} | {*RETIRED}
     return {name: value for name, value in settings.items() if name in own or name not in known}
 
@@ -531,7 +523,7 @@ def _describe(fault: ErrorDetails, method: str) -> str:
     """One of pydantic's errors in a line: the setting, its value, the limit and the default."""
     limit = fault["msg"].replace("Input should", "must").replace("tuple", "list of strings")
     if fault["type"] == "union_tag_invalid":
-        return f"method is {method!r}, but must be {either(METHODS)} (default: fixed)"
+        return f"method is {method!r}, but must be {either(METHODS)} (default: {DEFAULT_METHOD})"
     if len(fault["loc"]) < 2:  # of several settings together
         return str(fault["ctx"]["error"])
     name, fields = str(fault["loc"][1]), METHODS[method].model_fields

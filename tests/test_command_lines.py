@@ -57,7 +57,7 @@ def test_the_defaults_in_the_help_are_the_settings_own() -> None:
     checked = set()
     settings = {
         name: field.default
-        for method in reversed(METHODS)  # the first, fixed, is the default
+        for method in reversed(METHODS)  # the first, gates, is the default
         for name, field in METHODS[method].model_fields.items()
     }
     for _, option in options(cast_train, "run"):

@@ -108,33 +108,33 @@ def test_the_int8_model_is_served_and_told_beside_the_bf16_one(
 
     assert list(result["perplexity"]) == [
         *("dense", "magnitude", "wanda", "sparsegpt"),
-        *("fixed", "fixed_int8", "fixed_fewer_zeros", "cast_soft", "cast"),
+        *("cast", "cast_int8", "fixed", "cast_2_4"),
     ]
     steps = demo.Steps(is_verbose=False)
     bf16, eight = (
         demo.evaluate(steps, folder)["perplexity"] for folder in (demo.OUT / "sparse", int8)
     )
-    assert result["perplexity"]["fixed"] == pytest.approx(bf16, rel=1e-4)
-    assert result["perplexity"]["fixed_int8"] == pytest.approx(eight, rel=1e-6)
+    assert result["perplexity"]["cast"] == pytest.approx(bf16, rel=1e-4)
+    assert result["perplexity"]["cast_int8"] == pytest.approx(eight, rel=1e-6)
     assert bf16 != eight
-    assert result["bits_per_weight"]["fixed_int8"] == about["bits_per_weight"]
-    assert result["bits_per_weight"]["fixed"] == in_bf16["bits_per_weight"]
-    fewer = inspect(demo.OUT / "fewer-zeros")
-    assert (in_bf16["zeros"], fewer["zeros"]) == (0.5, result["zeros"]["fixed_fewer_zeros"])
-    assert fewer["bits_per_weight"] == result["bits_per_weight"]["fixed_fewer_zeros"]
-    assert result["perplexity"]["fixed_fewer_zeros"] == pytest.approx(
-        demo.evaluate(steps, demo.OUT / "fewer-zeros")["perplexity"], rel=1e-4
+    assert result["bits_per_weight"]["cast_int8"] == about["bits_per_weight"]
+    assert result["bits_per_weight"]["cast"] == in_bf16["bits_per_weight"]
+    assert (in_bf16["pattern"], in_bf16["zeros"]) == ("32:64", 0.5)
+    two_four = inspect(demo.OUT / "two-of-four")
+    assert (two_four["pattern"], two_four["zeros"]) == ("2:4", result["zeros"]["cast_2_4"])
+    assert two_four["bits_per_weight"] == result["bits_per_weight"]["cast_2_4"]
+    assert result["perplexity"]["cast_2_4"] == pytest.approx(
+        demo.evaluate(steps, demo.OUT / "two-of-four")["perplexity"], rel=1e-4
     )
     records = [
         json.loads((demo.OUT / name / "cast.json").read_text())
-        for name in ("gated", "fewer-zeros-gated", "cast-gated")
+        for name in ("gated", "fixed-gated", "two-of-four-gated")
     ]
-    assert [record["method"] for record in records] == ["fixed", "fixed", "gates"]
-    assert {record["config"]["channel_order"] for record in records} == {"auto"}
-    assert (int8 / ORDER_FILE).is_file()
-    learnt = demo.evaluate(steps, demo.OUT / "cast-gated")
-    assert result["perplexity"]["cast"] == pytest.approx(learnt["perplexity_hard"], rel=1e-6)
-    assert result["perplexity"]["cast_soft"] == pytest.approx(learnt["perplexity_soft"], rel=1e-6)
+    assert [record["method"] for record in records] == ["gates", "fixed", "gates"]
+    assert [record["config"]["zeros"] for record in records] == [0.5, 0.5, 1.0]
+    assert (demo.OUT / "two-of-four" / ORDER_FILE).is_file()
+    fixed = demo.evaluate(steps, demo.OUT / "fixed-gated")
+    assert result["perplexity"]["fixed"] == pytest.approx(fixed["perplexity_hard"], rel=1e-6)
     assert result["weight_bytes"]["sparse"] == about["linear_weight_bytes"]
 
     (tmp_path / "demo.json").write_text(shown.out.splitlines()[-1])
@@ -160,7 +160,7 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert len(lines) <= MAX_LINES
     assert "noise" not in shown.err
     assert [text[:5] for text in lines if text[2:3] == "/"] == [
-        f"{number:2}/12" for number in range(1, 13)
+        f"{number:2}/11" for number in range(1, 12)
     ]
     assert not (script.OUT / "of-last-time").exists()
     log = (script.OUT / "demo.log").read_text()
@@ -168,8 +168,9 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     assert '"tokens_seen": 40960' in log
     assert "noise cast-serve up" in (script.OUT / "serve.log").read_text()
     for start, cells in (
-        ("fixed mask", ["50.1", "2.30", "50%", "9.0"]),
-        ("cast hardened", ["50.1", "2.30", "0.0%"]),
+        ("cast int8", ["21.8", "1.00", "50%", "9.0"]),
+        ("fixed mask", ["50.1", "2.30"]),
+        ("cast 2:4", ["50.1", "2.30", "50%", "9.0", "0.0%"]),
     ):
         row = next(text for text in lines if text.strip().startswith(start))
         assert row.split() == [*start.split(), *cells]

@@ -102,21 +102,19 @@ def _demo_quality(paths: Sequence[Path]) -> list[str]:
     """The last line of `make demo`: a line for each model."""
     found = read(paths[0])
     names = {
-        "fixed": "Wanda's mask, fixed, its weights solved and trained",
-        "fixed_int8": "the same in 8 bits, head too",
-        "fixed_fewer_zeros": "trained alike with fewer zeros",
-        "cast_soft": "CAST, mask and weights learn together, soft",
-        "cast": "the same, hardened",
+        "cast": "CAST, mask and weights learn together",
+        "cast_int8": "the same in 8 bits, head too",
+        "fixed": "its baseline, the same start with its mask fixed",
+        "cast_2_4": "CAST in 2:4",
     }
     dense = found["perplexity"]["dense"]
-    flipped = dict.fromkeys(("cast_soft", "cast"), found["flipped_share"])
     lines = []
     for name, value in found["perplexity"].items():
         cells = [names.get(name, name), f"{value:.1f}", f"{value / dense:.2f}"]
         for about, form in (
             (found.get("zeros", {}), ".0%"),
             (found.get("bits_per_weight", {}), ".1f"),
-            (flipped, ".1%"),
+            (found["flipped_share"], ".1%"),
         ):
             cells.append(format(about[name], form) if name in about else "")
         lines.append(cells)
@@ -137,7 +135,7 @@ def _demo_speed(paths: Sequence[Path]) -> list[str]:
         dense, sparse = (scale * found[key][side] for side in ("dense", "sparse"))
         gain = speedup(found["speedups"][name]) if name else f"{dense / sparse:.2f}"
         lines.append([title, f"{dense:.1f}", f"{sparse:.1f}", gain])
-    sparse_name = "sparse, 8 bits" if found.get("served_as_sparse") == "fixed_int8" else "sparse"
+    sparse_name = "sparse, 8 bits" if found.get("served_as_sparse") == "cast_int8" else "sparse"
     return markdown_table(
         ["served by vLLM, one request at a time", "dense", sparse_name, "gain"], lines
     )

@@ -77,6 +77,6 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | Non
             found.reach,
             found.mean_gap,
             100 * found.changeable_share,
-            config.first_order,
+            config.start,
         )
     return found

@@ -337,7 +337,6 @@ class Run:
             "effective": {
                 "is_mask_learnt": config.method != "dense" and config.first_exact_step > 0,
                 "is_solved": config.is_solved,
-                "start": config.first_order,
                 "is_reordered": trained.choices.order is not None,
             },
             "trained_as": self._trained_as(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cast_serve.sparsity.pattern import Pattern
 from cast_train import sharding
-from cast_train.config import Adams, Gates, Pruned, Ste, TrainConfig
+from cast_train.config import Gates, Masked, Pruned, Ste, TrainConfig
 from cast_train.gates import budget, gating, quantizing, scaling
 from cast_train.pruning.allocate import units_of
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
@@ -66,12 +66,13 @@ def _scores(
     config: Pruned,
 ) -> Mapping[str, Tensor] | None:
     """What the gates start from, as `gating.attach` takes it."""
-    if isinstance(config, Adams) or config.first_order == "magnitude":
-        return magnitude_scores(targets)
-    if config.first_order == "wanda":
-        return wanda_scores(model, targets, calibration)
-    if config.first_order != "sparsegpt":
+    start = config.start if isinstance(config, Masked) else "magnitude"
+    if start == "ones":
         return None
+    if start == "magnitude":
+        return magnitude_scores(targets)
+    if start == "wanda":
+        return wanda_scores(model, targets, calibration)
     dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
     scores = sparsegpt_scores(model, targets, calibration, patterns)
     with torch.no_grad():

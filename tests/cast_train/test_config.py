@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cast_train.config import METHODS, Fixed, TrainConfig, of_method
+from cast_train.config import METHODS, Gates, TrainConfig, of_method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -15,7 +15,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "train.toml"
     file.write_text('steps = 7\nstart = "wanda"\n')
     config = TrainConfig.from_toml(file, steps=9, start=None)
-    assert config == Fixed(steps=9, start="wanda")
+    assert config == Gates(steps=9, start="wanda")
 
 
 def test_an_unknown_key_is_named_with_the_nearest(tmp_path):
@@ -30,7 +30,7 @@ def test_assignments_win_over_flags_and_file_and_are_typed_as_in_toml(tmp_path):
     file.write_text("steps = 7\nseed = 1\n")
     texts = ["steps=11", "start=wanda", "learning_rate=1e-4", 'include=["q_proj"]', "steps=12"]
     config = TrainConfig.from_toml(file, [*texts, "sparsity=4:8", "keep_best=false"], steps=9)
-    assert config == Fixed(
+    assert config == Gates(
         steps=12,
         seed=1,
         start="wanda",
@@ -48,9 +48,9 @@ def test_assignments_win_over_flags_and_file_and_are_typed_as_in_toml(tmp_path):
         ("stesp=3", r"unknown setting stesp; the nearest is steps \(whole number above 0; .*64\)"),
         (
             "methd=ste",
-            r"the nearest is method \(fixed, gates, ste, adams or dense\)",
+            r"the nearest is method \(gates, fixed, ste, adams or dense\)",
         ),
-        ("path=3", "unknown setting path; method fixed has method, "),
+        ("path=3", "unknown setting path; method gates has method, "),
         ("steps=many", r"steps is 'many', but must be a valid integer \(default: 64\)"),
         ("seed=", "seed is '', but must be a valid integer"),
         ("keep_best=True", "keep_best is 'True', but must be a valid boolean"),
@@ -72,20 +72,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("settings", "order"),
-    [
-        ({}, "wanda"),
-        ({"method": "gates"}, "wanda"),
-        ({"method": "gates", "start": "sparsegpt"}, "sparsegpt"),
-        ({"method": "ste"}, "wanda"),
-        ({"method": "ste", "start": "magnitude"}, "magnitude"),
-    ],
-)
-def test_the_automatic_start_is_the_same_for_every_method(settings, order):
-    assert TrainConfig.from_dict(settings).first_order == order
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"keep_best": True}, "keep_best needs evaluate_every above 0"),
@@ -103,7 +89,7 @@ def test_the_automatic_start_is_the_same_for_every_method(settings, order):
         ),
         (
             {"method": "magic"},
-            "method is 'magic', but must be fixed, gates, ste, adams or dense",
+            "method is 'magic', but must be gates, fixed, ste, adams or dense",
         ),
         (
             {"method": "gates", "selector": "sort"},
@@ -111,7 +97,7 @@ def test_the_automatic_start_is_the_same_for_every_method(settings, order):
         ),
         (
             {"start": "zeros"},
-            "start is 'zeros', but must be 'auto', 'magnitude', 'wanda' or",
+            "start is 'zeros', but must be 'ones', 'magnitude', 'wanda' or",
         ),
         ({"sparsity": "4:2"}, "is not N:M"),
         ({"steps": 0}, "steps is 0, but must be greater than 0"),
@@ -125,7 +111,10 @@ def test_the_automatic_start_is_the_same_for_every_method(settings, order):
         ({"method": "gates", "tau_end": 0.9}, "tau must fall"),
         ({"method": "gates", "hard_fraction": 1.0}, "hard_fraction is 1.0, but must be less"),
         ({"method": "gates", "tau_end_fraction": 0.9}, "the last steps must see the exact mask"),
-        ({"start": "ones"}, "start is 'ones', but must be 'auto', 'magnitude', .* method fixed"),
+        (
+            {"method": "fixed", "start": "ones"},
+            "start is 'ones', but must be 'magnitude', 'wanda' or .* method fixed",
+        ),
         (
             {"method": "gates", "masks_first": True, "is_sharded": True},
             "masks_first cannot go with is_sharded",
@@ -157,9 +146,9 @@ def test_a_wrong_value_is_refused(settings, message):
         ("fixed", "decay", "only ste or adams has"),
         ("ste", "masks_first", "only gates has"),
         ("gates", "mask_every", "only adams has"),
-        ("adams", "start", "only fixed, gates or ste has"),
-        ("adams", "weight_decay", "only fixed, gates, ste or dense has"),
-        ("dense", "sparsity", "only fixed, gates, ste or adams has"),
+        ("adams", "start", "only gates, fixed or ste has"),
+        ("adams", "weight_decay", "only gates, fixed, ste or dense has"),
+        ("dense", "sparsity", "only gates, fixed, ste or adams has"),
     ],
 )
 def test_a_setting_of_another_method_is_refused_and_a_record_of_it_is_read(method, name, having):
