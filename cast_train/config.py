@@ -375,8 +375,9 @@ class Gates(Learnt):
     selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
     """how gates become a soft mask; see selection.py"""
     gate_learning_rate: NonNegativeFloat = 1e-3
-    """learning rate of the gate logits, constant until the mask is exact: how far a logit moves in
-    a step whose gradient is as large as its tensor's usually are (optimizer.py)"""
+    """learning rate of the gate logits, until the mask is exact, after a warm-up of some ten steps:
+    how far a logit moves in a step whose gradient is as large as its tensor's usually are
+    (optimizer.py)"""
     budget_learning_rate: NonNegativeFloat = 0.0
     """with `zeros` in N:64: how far a linear's N usually moves in a step, up where one more weight
     lowers the loss most and down elsewhere (budget.py), until the mask is exact. 0: N stays as

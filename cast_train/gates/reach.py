@@ -1,8 +1,8 @@
 """Gates before training + TrainConfig -> how far they can move, and how far apart their groups are.
 
 A logit whose gradient is always as large as its tensor's root mean square, with one sign, moves by
-the learning rate a step (training/optimizer.py). Over the steps until the mask is exact that is the
-*reach*; a group changes its mask only if the last logit that it keeps and the first that it drops
+the learning rate a step (training/optimizer.py). The sum over the steps until the mask is exact is
+the *reach*; a group changes its mask only if the last logit that it keeps and the first that it drops
 cross.
 """
 
@@ -16,6 +16,7 @@ import torch
 from cast_serve.sparsity.pattern import groups
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates.gating import Gate, LogitGate
+from cast_train.gates.schedules import gate_rate_factor
 from cast_train.gates.selection import hard
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | Non
         return None
     if config.first_exact_step == 0:
         return None
-    reach = config.gate_learning_rate * config.first_exact_step
+    factors = (gate_rate_factor(step, config) for step in range(config.first_exact_step))
+    reach = config.gate_learning_rate * sum(factors)
     total_gap = 0.0
     num_groups = num_changeable = 0
     for gate in gates.values():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from cast_train.config import Gates, TrainConfig
 
+MOMENTUM = 0.9  # of the mean of a logit's gradients
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -77,8 +79,12 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def gate_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the gates' learning rate is multiplied by: 1 until the mask is exact, then 0."""
-    return float(not phase_at(step, config).is_hard)
+    """What the gates' learning rate is multiplied by, from step 0; 0 once the mask is exact.
+
+    It warms up as the weight of the gradients in their mean does: two batches say little of a
+    weight, and say it loudest where a gradient happens to be large.
+    """
+    return 0.0 if phase_at(step, config).is_hard else 1 - MOMENTUM ** (step + 1)
 
 
 def phase_at(step: int, config: TrainConfig) -> Phase:

@@ -9,7 +9,8 @@ to its mean gradient:
     v  = beta2 v + (1 - beta2) mean(g^2)         one number, over all logits of the tensor
     L -= lr * mu / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-A logit whose gradient always has the tensor's root mean square and one sign moves by lr a step.
+A logit whose gradient always has the tensor's root mean square and one sign moves by lr a step; lr
+warms up with the mean (schedules.py).
 N of N:64, where that is learnt, follows the mean mu of its gradients as budget.py says.
 """
 

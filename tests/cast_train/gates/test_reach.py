@@ -18,12 +18,12 @@ def gates_of(*rows: list[float]) -> dict[str, gating.Gate]:
 
 
 def test_by_hand():
-    config = Gates(steps=10, hard_fraction=0.3, gate_learning_rate=0.1, warmup_fraction=0.0)
+    config = Gates(steps=10, hard_fraction=0.3, gate_learning_rate=0.3, warmup_fraction=0.0)
     gates = gates_of([4.0, 3.0, 2.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 9.0, 1.0, 8.0])
     found = measure_reach(gates, config)
     assert found.mean_gap == pytest.approx((0.5 + 0.0 + 7.0) / 3)
-    assert found.reach == pytest.approx(0.1 * 3)  # steps 0, 1 and 2 are soft
-    assert found.changeable_share == pytest.approx(2 / 3)  # 0.5 <= 2 * 0.3
+    assert found.reach == pytest.approx(0.3 * (0.1 + 0.19 + 0.271))  # steps 0, 1 and 2 are soft
+    assert found.changeable_share == pytest.approx(1 / 3)  # 0.5 > 2 * 0.17
 
 
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.2, 1.0])

@@ -164,7 +164,7 @@ def test_the_schedules_by_hand():
     config = Gates(steps=12, masks_first=True, hard_fraction=1 / 3, warmup_fraction=0.25)
     gates = [gate_rate_factor(step, config) for step in range(12)]
     weights = [learning_rate_factor(step, config) for step in range(12)]
-    assert gates == [1.0] * 4 + [0.0] * 8
+    assert gates == pytest.approx([0.1, 0.19, 0.271, 0.3439] + [0.0] * 8)
     assert weights[:7] == [0.0] * 4 + [0.0, 0.5, 1.0]
     assert weights[9] == pytest.approx(0.5)  # half of the six steps of the cosine
     assert learning_rate_factor(12, config) == pytest.approx(0.0)
