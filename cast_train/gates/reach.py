@@ -2,8 +2,8 @@
 
 A logit whose gradient is always as large as its tensor's root mean square, with one sign, moves by
 the learning rate a step (training/optimizer.py). The sum over the steps until the mask is exact is
-the *reach*; a group changes its mask only if the last logit that it keeps and the first that it drops
-cross.
+the *reach*; a group changes its mask only if the last logit that it keeps and the first that it
+drops cross.
 """
 
 import logging

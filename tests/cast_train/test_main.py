@@ -284,7 +284,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
         (
             {"--method": "magic"},
-            "method is 'magic', but must be fixed, gates, ste, adams or dense",
+            "method is 'magic', but must be gates, fixed, ste, adams or dense",
         ),
         ({"--method": "fixed", "--selector": "gumbel"}, "method fixed has no setting selector"),
         ({"--config": "gone.toml"}, "cannot read the settings gone.toml"),
