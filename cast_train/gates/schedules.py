@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cast_train.config import Gates, TrainConfig
 
-MOMENTUM = 0.9  # of the mean of a logit's gradients
+MOMENTUM = 0.9  # of the mean of a logit's gradients, beta1 in training/optimizer.py
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 def gate_rate_factor(step: int, config: TrainConfig) -> float:
     """What the gates' learning rate is multiplied by, from step 0; 0 once the mask is exact.
 
-    It warms up as the weight of the gradients in their mean does: two batches say little of a
-    weight, and say it loudest where a gradient happens to be large.
+    It warms up with the mean of the gradients: the first few batches are weak evidence, and would
+    move a logit farthest where a gradient happens to be large.
     """
     return 0.0 if phase_at(step, config).is_hard else 1 - MOMENTUM ** (step + 1)
 
