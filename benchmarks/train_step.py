@@ -29,7 +29,7 @@ from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
 from cast_train.precision import autocast
 from cast_train.pruning.scores import wanda_scores
-from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
 
 CONFIG = Gates(steps=1000)
 PHASES = {"soft": 30, "exact": 500}  # the step of CONFIG's plan whose phase is measured
@@ -131,7 +131,7 @@ def measure(
         raise ValueError(f"{rounds} rounds measure nothing; ask for 1 or more")
     begun = origin()
     num_tokens = config.batch_blocks * config.block_size
-    tokens = tokenize(read_texts([text]), load_tokenizer(model_dir), num_tokens)
+    tokens = read_tokens([text], load_tokenizer(model_dir), num_tokens)
     batch = to_blocks(tokens, config.block_size)
     ways = {"plain": Way(model_dir, None, batch, config)}
     first = {"plain": "plain"}

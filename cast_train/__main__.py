@@ -1,4 +1,4 @@
-"""The command line `cast-train`: train gates, measure, prune in one shot, quantise, reorder.
+"""The command line `cast-train`: train gates, measure, prune, quantise, reorder, tokenise.
 
 Speaks to people while it works and ends stdout with one line of JSON. Exit 0: done. 1: training
 diverged, or the result could not be pushed. 2: wrong use; then one line on stderr says what is
@@ -33,7 +33,11 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # to write to
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
-Text = Annotated[list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")]
+TEXT = (
+    "UTF-8 text, .jsonl or .parquet, a folder or a glob of them, or what `tokenize` made; repeat "
+    "for more."
+)
+Text = Annotated[list[Path], option("FILE", TEXT, name="--text")]
 MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub.")
 ZEROS = option(
     "SHARE",
@@ -64,7 +68,14 @@ def run(
             "ORG/NAME[@REVISION] of a hub.",
         ),
     ],
-    text: Text,
+    text: Annotated[
+        list[Path],
+        option(
+            "FILE",
+            TEXT + " FILE=WEIGHT for all: their shares of the tokens.",
+            name="--text",
+        ),
+    ],
     out: Annotated[
         Path | None, option("DIR", "Gated checkpoint to write.", "DIR.gated of --convert")
     ] = None,
@@ -188,9 +199,10 @@ def run(
             budgeted = settings.as_dict()
             budgeted["zeros"] = _zeros_of(bits, budgeted.get("zeros", 1.0), settings.pattern, form)
             settings = TrainConfig.from_dict(budgeted)
-        from cast_train import sharding
+        from cast_train import documents, sharding
         from cast_train.training.run import train
 
+        texts, weights = documents.weighted(text)
         conversion = None
         if convert is not None:
             from cast_train.training.conversion import Conversion, quantization_of
@@ -209,13 +221,14 @@ def run(
         with nullcontext() if conversion is None else redirect_stdout(sys.stderr):
             record = train(
                 model,
-                text,
+                texts,
                 out,
                 settings,
                 is_resume=resume,
                 heldout_file=heldout,
                 tensorboard_dir=tensorboard,
                 teacher_dir=teacher,
+                weights=weights,
             )
             if sharding.rank() != 0:  # only rank 0 prints
                 return
@@ -235,7 +248,7 @@ def run(
                 elapsed_s=round(time.monotonic() - began, 1),
             )
         if conversion is not None:
-            _finish(path=str(convert), **conversion.make(text))
+            _finish(path=str(convert), **conversion.make(texts))
 
 
 @app.command("eval")
@@ -290,7 +303,12 @@ def oneshot(
     out: Annotated[Path, option("DIR", "Pruned directory to write.")],
     text: Annotated[
         list[Path] | None,
-        option("FILE", "Calibration text, for wanda, sparsegpt and --solve.", "none", "--text"),
+        option(
+            "FILE",
+            "Calibration text for wanda, sparsegpt and --solve, as of `eval`.",
+            "none",
+            "--text",
+        ),
     ] = None,
     sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
     mask: Annotated[
@@ -343,9 +361,7 @@ def quantize(
         Path,
         option("MODEL", "Gated, pruned or compressed 2:4 model that is not quantised, or a hub's."),
     ],
-    text: Annotated[
-        list[Path], option("FILE", "Calibration text; repeat for more files.", name="--text")
-    ],
+    text: Annotated[list[Path], option("FILE", "Calibration text, as of `eval`.", name="--text")],
     out: Annotated[Path, option("DIR", "Compressed directory to write.")],
     bits: Annotated[int, option("4|8", "Of a kept weight.")] = 4,
     scale_group: Annotated[
@@ -375,6 +391,42 @@ def quantize(
         summary = write_quantized(model, text, out, asked, num_blocks=blocks)
         print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits a weight")
         _finish(path=str(out), **summary)
+
+
+@app.command()
+def tokenize(
+    model: Annotated[
+        Path, option("MODEL", "Whose tokenizer: its directory, or its name on a hub.")
+    ],
+    text: Annotated[
+        list[Path],
+        option(
+            "FILE",
+            "UTF-8 text, .jsonl or .parquet, a folder or a glob of them, or ORG/NAME[@REVISION], a "
+            "hub's data set; repeat for more.",
+            name="--text",
+        ),
+    ],
+    out: Annotated[Path, option("DIR", "Folder of tokens to write, for --text of any command.")],
+    text_field: Annotated[
+        str, option("NAME", "Field of .jsonl and .parquet with the text.")
+    ] = "text",
+    tokens: Annotated[int | None, option("N", "Tokens to stop after.", "all", min=1)] = None,
+    subset: Annotated[str | None, option("NAME", "Of a hub's data set.", "its only one")] = None,
+    split: Annotated[str, option("NAME", "Of a hub's data set.")] = "train",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
+    ] = False,
+) -> None:
+    """Tokenises text of any size once, to be trained on many times without being read whole."""
+    with _working():
+        from cast_train.documents import Hub
+        from cast_train.tokens import write_tokens
+
+        record = write_tokens(model, text, out, text_field, tokens, Hub(subset, split), resume)
+        num_tokens, num_shards = record["num_tokens"], len(record["shards"])
+        print(f"{out}: {num_tokens:,} tokens in {num_shards} files")
+        _finish(out=str(out), num_tokens=num_tokens, num_files=num_shards)
 
 
 @app.command()
@@ -470,7 +522,7 @@ def main() -> None:
     try:
         app(repeat_text_flag(sys.argv[1:]))
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers", "accelerate"):
+        if error.name not in ("torch", "transformers", "accelerate", "datasets"):
             raise
         print(f"cast-train: {error}; run pip install 'cast-serve[train]'", file=sys.stderr)
         sys.exit(2)

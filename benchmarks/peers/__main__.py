@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.peers import compare, files, names, picture
 from benchmarks.peers.names import PeerError
 from cast_serve.cores import parse_cores
-from cast_train.text import read_texts, tokenize
+from cast_train.tokens import read_tokens
 from loadtest.report.directory import check_file, check_matplotlib
 
 DEFAULT = compare.Plan()
@@ -109,7 +109,7 @@ def blocks_of(
     from transformers import AutoTokenizer  # seconds
 
     tokenizer = AutoTokenizer.from_pretrained(models[0][1])
-    tokens = tokenize(read_texts([text]), tokenizer, plan.blocks * plan.block_size)
+    tokens = read_tokens([text], tokenizer, plan.blocks * plan.block_size)
     if len(tokens) < plan.blocks * plan.block_size:
         raise ValueError(
             f"{text} has {len(tokens)} tokens, but {plan.blocks} blocks of {plan.block_size} are "

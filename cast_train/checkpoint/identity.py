@@ -1,34 +1,80 @@
 """What a run or a study reads -> its identity: names, and the sha256 of every file.
 
-Names do not identify files: weights may be trained again under the same name. So every file is
+Names do not identify files: weights may be trained again under the same name. So weights are
 hashed whole, each time a command starts. One core with SHA instructions hashes about 1.7 GB a
 second (AMD Zen 4, measured): 0.2 s for SmolLM2-135M, 10 s for 8 billion parameters in bf16. Sizes
 and modification times would be quicker, but copying changes the times and not the weights, and
-training changes the weights and not the sizes.
+training changes the weights and not the sizes. Text grows, and what changes it changes its size or
+its ends: of a text above `WHOLE_BYTES` those stand for it, and tokens.json for a folder of tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import CheckpointError, sha256
+from cast_serve.checkpoint.record import CheckpointError, read_json, sha256
 from cast_serve.errors import UsageError
+from cast_train import documents
 from cast_train.checkpoint.models import check_directory
 from cast_train.config import of_method
 
 # Weights, configuration and tokenizer, as transformers names them.
 SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+STEP_BLOCKS = "batch_blocks x accumulation x processes"
 MAX_SHOWN = 4  # differences in a message
+WHOLE_BYTES = 1 << 30
+END_BYTES = 1 << 24
 
 
 def of_file(path: Path) -> dict[str, str]:
-    """``name`` and ``sha256``.
+    """``name`` and ``sha256``; above `WHOLE_BYTES` ``sha256_of_ends``, of its size and both ends.
 
     Raises:
         OSError: if it cannot be read.
     """
-    return {"name": path.name, "sha256": sha256(path)}
+    if (size := path.stat().st_size) <= WHOLE_BYTES:
+        return {"name": path.name, "sha256": sha256(path)}
+    with path.open("rb") as file:
+        hashed = hashlib.sha256(f"{size}\n".encode() + file.read(END_BYTES))
+        file.seek(-END_BYTES, 2)
+        hashed.update(file.read())
+    return {"name": path.name, "sha256_of_ends": hashed.hexdigest()}
+
+
+def of_texts(names: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Every file of some texts (see `of_file`), in the order read.
+
+    Of a folder of tokens its name, the ``sha256`` of its tokens.json, and as ``of`` what it was
+    made of; of a hub's data set its name.
+
+    Raises:
+        UsageError: if a text cannot be found.
+        OSError: if it cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for name in names:
+        listed = Path(name) / documents.TOKENS_JSON
+        if listed.is_file():
+            made_of = read_json(listed).get("source")
+            found.append({"name": Path(name).name, "sha256": sha256(listed), "of": made_of})
+            continue
+        for source in documents.find([name]):
+            found.append(of_file(source.path) if source.path else {"name": source.name})
+    return found
+
+
+def hashes(texts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Names by hash of all files of some texts, also those that tokens were made of."""
+    names: dict[str, str] = {}
+    for text in texts:
+        for key in ("sha256", "sha256_of_ends"):
+            if key in text:
+                names[text[key]] = text["name"]
+        names |= hashes(text.get("of") or ())
+    return names
 
 
 def of_directory(directory: Path) -> dict[str, str]:
@@ -49,21 +95,21 @@ def of_directory(directory: Path) -> dict[str, str]:
 
 def of_inputs(
     model_dir: Path,
-    text_files: Sequence[Path],
+    texts: Sequence[Path],
     heldout_file: Path | None,
     teacher_dir: Path | None,
 ) -> dict[str, Any]:
     """``source`` of a training run's record.
 
     Returns:
-        ``model`` (name) and ``model_sha256`` (see `of_directory`); ``text``, in the order read, and
+        ``model`` (name) and ``model_sha256`` (see `of_directory`); ``text`` (see `of_texts`) and
         ``heldout`` (see `of_file`); ``teacher`` and ``teacher_sha256``. Heldout and teacher only if
         there are any.
     """
     found: dict[str, Any] = {
         "model": hub.name_of(model_dir),
         "model_sha256": of_directory(model_dir),
-        "text": [of_file(path) for path in text_files],
+        "text": of_texts(texts),
     }
     if heldout_file is not None:
         found["heldout"] = of_file(heldout_file)
@@ -84,17 +130,19 @@ def check_texts(source: Mapping[str, Any]) -> None:
     """
     names: dict[str, str] = {}
     for text in source["text"]:
-        if text["sha256"] in names:
+        for digest, name in hashes([text]).items():
+            if digest in names:
+                raise UsageError(
+                    f"--text has {name} twice (also as {names[digest]}); what is held out of one "
+                    "would be trained on in the other; name it once"
+                )
+            names[digest] = name
+    for digest, name in hashes([source["heldout"]] if "heldout" in source else []).items():
+        if digest in names:
             raise UsageError(
-                f"--text has {text['name']} twice (also as {names[text['sha256']]}); what is held "
-                "out of one would be trained on in the other; name it once"
+                f"--heldout {name} is among the training texts, as {names[digest]}; measure on "
+                "another text"
             )
-        names[text["sha256"]] = text["name"]
-    if (heldout := source.get("heldout")) and heldout["sha256"] in names:
-        raise UsageError(
-            f"--heldout {heldout['name']} is among the training texts, as "
-            f"{names[heldout['sha256']]}; measure on another text"
-        )
 
 
 def check(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str) -> None:
@@ -112,13 +160,29 @@ def check(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy
     compared = {key: found[key] for key in wanted if key in found}
     if isinstance(compared.get("config"), dict):
         compared["config"] = of_method(compared["config"])
-    differences = _differences(compared, wanted)
+    differences = _differences(_of_any_number(compared), _of_any_number(wanted))
     if differences:
         shown = ", ".join(differences[:MAX_SHOWN])
         more = len(differences) - MAX_SHOWN
         raise CheckpointError(
             f"{what} ({shown}{f' and {more} more' if more > 0 else ''}); {remedy}"
         )
+
+
+def _of_any_number(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's identity, with the sequences of a step in place of how processes share them."""
+    config, num_processes = identity.get("config"), identity.get("num_processes")
+    if not isinstance(config, Mapping) or not isinstance(num_processes, int):
+        return identity
+    parts = ("batch_blocks", "accumulation")
+    if not all(isinstance(config.get(part), int) for part in parts):
+        return identity
+    of_step = math.prod(config[part] for part in parts) * num_processes
+    return {
+        **{key: value for key, value in identity.items() if key != "num_processes"},
+        "config": {key: value for key, value in config.items() if key not in parts},
+        STEP_BLOCKS: of_step,
+    }
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:

@@ -104,6 +104,15 @@ def load_tokenizer(directory: Path) -> Any:
         CheckpointError: if the directory is missing or has no tokenizer.
     """
     check_directory(directory)
+    return read_tokenizer(directory)
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory that need not hold a model.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     try:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -318,18 +327,29 @@ def check_same_tokens(directory: Path, other: Path) -> None:
         CheckpointError: if more than MAX_RENAMED of the tokens that both have differ.
     """
     try:
-        vocabularies = [load_tokenizer(folder).get_vocab() for folder in (directory, other)]
+        tokenizers = [load_tokenizer(folder) for folder in (directory, other)]
     except CheckpointError:
         return
-    ours, theirs = ({number: token for token, number in v.items()} for v in vocabularies)
+    check_same_vocabulary(tokenizers[0], tokenizers[1], f"{directory} and {other}")
+
+
+def check_same_vocabulary(tokenizer: Any, other: Any, names: str) -> None:
+    """Refuses two tokenizers as `check_same_tokens` does.
+
+    Args:
+        names: of both, for the message.
+    """
+    ours, theirs = (
+        {number: token for token, number in each.get_vocab().items()} for each in (tokenizer, other)
+    )
     both = ours.keys() & theirs.keys()
     differ = sorted(number for number in both if ours[number] != theirs[number])
     if len(differ) > MAX_RENAMED * len(both):
         first = differ[0]
         raise CheckpointError(
-            f"{directory} and {other} have tokenizers of their own: {len(differ)} of {len(both)} "
-            f"tokens differ, such as {first}, {ours[first]!r} and {theirs[first]!r}; only models "
-            "of one tokenizer can be compared or distilled from"
+            f"{names} have tokenizers of their own: {len(differ)} of {len(both)} tokens differ, "
+            f"such as {first}, {ours[first]!r} and {theirs[first]!r}; only what has one tokenizer "
+            "goes together"
         )
 
 

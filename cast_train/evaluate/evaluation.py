@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.record import CAST_JSON, read_record, sha256
+from cast_serve.checkpoint.record import CAST_JSON, read_record
 from cast_serve.errors import UsageError
 from cast_serve.questions import paired_difference as accuracy_difference
 from cast_serve.questions import read_questions
-from cast_train.checkpoint import models
+from cast_train.checkpoint import identity, models
 from cast_train.evaluate import choices as answered
 from cast_train.evaluate.perplexity import (
     mean_divergence,
@@ -21,7 +21,7 @@ from cast_train.evaluate.perplexity import (
 )
 from cast_train.passes import check_length
 from cast_train.precision import arithmetic
-from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +77,12 @@ def evaluate(
     answered.check_names(choices)
     kind = models.kind_of(folder)
     record = read_record(folder) if (folder / CAST_JSON).is_file() else {}
-    trained_on = {each["sha256"] for each in (record.get("source") or {}).get("text", ())}
-    for path in text:
-        if path.is_file() and sha256(path) in trained_on:
-            logger.warning("%s was trained on %s, so measuring on it tests nothing", folder, path)
     tokenizer = models.load_tokenizer(folder)
-    blocks = to_blocks(tokenize(read_texts(text), tokenizer, max_tokens), context)
+    blocks = to_blocks(read_tokens(text, tokenizer, max_tokens), context)
+    trained_on = identity.hashes((record.get("source") or {}).get("text", ()))
+    for digest, name in identity.hashes(identity.of_texts(text)).items():
+        if digest in trained_on:
+            logger.warning("%s was trained on %s, so measuring on it tests nothing", folder, name)
     questions = {path.stem: read_questions(path, limit) for path in choices}
     figures: dict[str, Any] = {}
     if kind == "gated":

@@ -28,7 +28,7 @@ from cast_train.pruning.reorder import reorder
 from cast_train.pruning.scores import magnitude_scores, wanda_scores, weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.pruning.sparsegpt import sparsegpt_scores
-from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 MASK_OF_ANOTHER = "mask"
@@ -96,8 +96,7 @@ def read_calibration(
     """
     defaults = Fixed()
     num_tokens = (num_blocks or defaults.calibration_blocks) * defaults.block_size
-    tokens = tokenize(read_texts(text_files), tokenizer, num_tokens)
-    return to_blocks(tokens, defaults.block_size)
+    return to_blocks(read_tokens(text_files, tokenizer, num_tokens), defaults.block_size)
 
 
 def write_pruned(

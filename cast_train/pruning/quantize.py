@@ -80,7 +80,7 @@ def write_quantized(
 
     replace_weights(model, linears, blocks, quantized)
     record = {
-        "text": [identity.of_file(path) for path in text_files],
+        "text": identity.of_texts(text_files),
         "num_tokens": blocks.numel(),
         "sweeps": SWEEPS,
     }

@@ -60,20 +60,21 @@ ANOTHER_OUT = "choose another --out or remove it"
 
 def train(
     model_dir: Path,
-    text_files: Sequence[Path],
+    texts: Sequence[Path],
     out: Path,
     config: TrainConfig,
     is_resume: bool = False,
     heldout_file: Path | None = None,
     tensorboard_dir: Path | None = None,
     teacher_dir: Path | None = None,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Trains and writes a gated checkpoint.
 
     Args:
         model_dir: dense HF directory, or a pruned or compressed one to be trained further, or its
             name on a hub.
-        text_files: UTF-8 training text.
+        texts: training text, see documents.py; or folders of tokens, see tokens.py.
         out: the checkpoint's directory; OUT.partial beside it holds resumable state until the end,
             see resume.py.
         config: all settings.
@@ -82,6 +83,7 @@ def train(
         tensorboard_dir: where TensorBoard's files go; None: OUT.tensorboard, if `report_to` asks
             for them.
         teacher_dir: dense HF directory of the same vocabulary to distil from; None: model_dir.
+        weights: each text's share of what is trained on, of any sum; None: all texts are one.
 
     Returns:
         cast.json's content. If out is already the result of this run (the same settings, and files
@@ -95,13 +97,14 @@ def train(
     """
     run = Run(
         model_dir=model_dir,
-        text_files=text_files,
+        texts=texts,
         out=out,
         config=config,
         is_resume=is_resume,
         heldout_file=heldout_file,
         tensorboard_dir=tensorboard_dir,
         teacher_dir=teacher_dir,
+        weights=weights,
     )
     run.check()
     run.read()
@@ -125,7 +128,7 @@ class Run:
     """What a run is given, what it reads of that, and the steps that `train` takes.
 
     Attributes:
-        model_dir: and all others down to teacher_dir: as `train` takes them. `read` replaces a
+        model_dir: and all others down to weights: as `train` takes them. `read` replaces a
             model's name on a hub by the directory that it was fetched to.
         began: commit, machine and load before the run (origin.py).
         sparse: the linears that have zeros already, and their patterns; None: the model is dense.
@@ -141,13 +144,14 @@ class Run:
     """
 
     model_dir: Path
-    text_files: Sequence[Path]
+    texts: Sequence[Path]
     out: Path
     config: TrainConfig
     is_resume: bool
     heldout_file: Path | None
     tensorboard_dir: Path | None
     teacher_dir: Path | None
+    weights: Sequence[float] | None
     began: Mapping[str, Any] = field(init=False)
     sparse: Mapping[str, Pattern] | None = field(init=False)
     tokenizer: Any = field(init=False)
@@ -205,11 +209,13 @@ class Run:
         self.teacher_dir = hub.fetch(self.teacher_dir) if self.teacher_dir else None
         self.sparse = self._sparse_targets()
         self.tokenizer = load_tokenizer(self.model_dir)
-        self.blocks = read_blocks(self.text_files, self.heldout_file, self.tokenizer, self.config)
-        source = identity.of_inputs(
-            self.model_dir, self.text_files, self.heldout_file, self.teacher_dir
+        self.blocks = read_blocks(
+            self.texts, self.heldout_file, self.tokenizer, self.config, self.weights
         )
+        source = identity.of_inputs(self.model_dir, self.texts, self.heldout_file, self.teacher_dir)
         identity.check_texts(source)
+        if self.weights:
+            source["text_weights"] = list(self.weights)
         self.identity = {
             "config": self.config.as_dict(),
             "num_processes": sharding.num_processes(),

@@ -34,7 +34,6 @@ from cast_train.gates.schedules import (
 )
 from cast_train.precision import autocast
 from cast_train.pruning.solve import solve, solve_again
-from cast_train.text import TokenBlocks
 from cast_train.training import optimizer
 from cast_train.training.blocks import Blocks
 from cast_train.training.prepare import Prepared
@@ -66,8 +65,8 @@ class CastTrainer(Trainer):
         super().__init__(
             model=prepared.model,
             args=arguments,
-            train_dataset=TokenBlocks(blocks.train),
-            eval_dataset=TokenBlocks(blocks.validation),
+            train_dataset=blocks.train,
+            eval_dataset=blocks.validation,
         )
         self.config = config
         self.gate_map = prepared.gate_map

@@ -144,9 +144,9 @@ def untrained_llama_perplexity(llama_dir: Path, text_file: Path) -> float:
 def _perplexity(model_dir: Path, text_file: Path) -> float:
     from cast_train.checkpoint import models
     from cast_train.evaluate.perplexity import perplexity
-    from cast_train.text import read_texts, to_blocks, tokenize
+    from cast_train.tokens import read_tokens, to_blocks
 
-    tokens = tokenize(read_texts([text_file]), models.load_tokenizer(model_dir), 128)
+    tokens = read_tokens([text_file], models.load_tokenizer(model_dir), 128)
     model = models.load_dense(model_dir, torch.float32)
     return perplexity(model, to_blocks(tokens, 32)).perplexity
 

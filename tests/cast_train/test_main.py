@@ -22,7 +22,7 @@ from cast_train.errors import StoppedError
 from cast_train.evaluate import evaluation
 from cast_train.evaluate.perplexity import Perplexity, perplexity
 from cast_train.precision import arithmetic
-from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
 
 
 @pytest.fixture
@@ -59,12 +59,32 @@ def test_train_then_measure(
     assert found["perplexity_hard"] == pytest.approx(trained["perplexity_hard"], rel=1e-4)
 
 
+def test_tokenise_then_train_by_weights(cast_train, llama_dir, text_file, settings_file, tmp_path):
+    rows = [{"body": f"Row {i} of a data set.\n" * 9} for i in range(60)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    tokenized = cast_train(
+        *("tokenize", "--model", llama_dir, "--text", "rows.jsonl", "--text-field", "body"),
+        *("--tokens", 9000, "--out", "tokens"),
+    )
+    assert "tokens: 9,000 tokens in 1 files" in tokenized.stdout
+    assert last_json(tokenized) == {"out": "tokens", "num_tokens": 9000, "num_files": 1}
+    cast_train("tokenize", "--model", llama_dir, "--text", text_file, "--out", "more")
+    trained = cast_train(
+        *("run", "--model", llama_dir, "--text", "tokens=0.3", "--text", "more=0.7"),
+        *("--out", "gated", "--config", settings_file, "--steps", 2),
+    )
+    assert last_json(trained)["steps"] == 2
+    refused = cast_train("run", "--model", llama_dir, "--text", "rows.jsonl", "--out", "other")
+    assert refused.exit_code == 2
+    assert "rows.jsonl has no field 'text' but body" in refused.stderr
+
+
 def test_prune_then_measure(cast_train, llama_dir, text_file):
     pruned = last_json(
         cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "pruned")
     )
     assert pruned["num_targets"] == 14
-    blocks = to_blocks(tokenize(read_texts([text_file]), load_tokenizer(llama_dir)), 32)
+    blocks = to_blocks(read_tokens([text_file], load_tokenizer(llama_dir)), 32)
     measured = []
     for folder, kind in ((llama_dir, "dense"), (Path("pruned"), "pruned")):
         found = last_json(cast_train("eval", folder, "--text", text_file, "--context", 32))

@@ -30,7 +30,7 @@ def inputs(llama_dir, text_file, tmp_path):
         (folder / name).write_text(f"{text_file.read_text()}{name}\n")
     return {
         "model_dir": folder / "model",
-        "text_files": [folder / "a.txt", folder / "b.txt"],
+        "texts": [folder / "a.txt", folder / "b.txt"],
         "heldout_file": folder / "heldout.txt",
         "teacher_dir": folder / "teacher",
     }
@@ -55,11 +55,11 @@ CHANGES = {
     "weights": (lambda of: train_anew(of["model_dir"]), "model_sha256.model.safetensors is"),
     "tokenizer": (lambda of: other_vocabulary(of["model_dir"]), "model_sha256.tokenizer.json is"),
     "teacher": (lambda of: train_anew(of["teacher_dir"]), "teacher_sha256.model.safetensors is"),
-    "text": (lambda of: of["text_files"][1].write_text("other\n" * 999), r"text\[1\].sha256 is"),
-    "order": (lambda of: of["text_files"].reverse(), r"text\[0\].name is 'a.txt', not 'b.txt'"),
+    "text": (lambda of: of["texts"][1].write_text("other\n" * 999), r"text\[1\].sha256 is"),
+    "order": (lambda of: of["texts"].reverse(), r"text\[0\].name is 'a.txt', not 'b.txt'"),
     "heldout": (lambda of: of["heldout_file"].write_text("other\n" * 999), "heldout.sha256 is"),
     "role": (
-        lambda of: of["text_files"].append(of.pop("heldout_file")),
+        lambda of: of["texts"].append(of.pop("heldout_file")),
         "text is .*heldout is only there",
     ),
 }
@@ -80,13 +80,13 @@ def test_an_unfinished_run_of_other_weights_is_refused(
     inputs, config, tmp_path, train_until, monkeypatch
 ):
     out = tmp_path / "out"
-    train_until(4, inputs["model_dir"], inputs["text_files"], out, config)
+    train_until(4, inputs["model_dir"], inputs["texts"], out, config)
     train_anew(inputs["model_dir"])
     monkeypatch.setattr(prepare, "load_any", None)
     with pytest.raises(
         CheckpointError, match="partial is another run .*model_sha256.*or remove it"
     ):
-        train(inputs["model_dir"], inputs["text_files"], out, config, is_resume=True)
+        train(inputs["model_dir"], inputs["texts"], out, config, is_resume=True)
 
 
 def test_a_record_of_an_earlier_release_says_what_it_lacks(inputs, config, tmp_path):
@@ -140,7 +140,7 @@ def test_what_is_measured_on_is_not_trained_on(
     monkeypatch.setattr(prepare, "load_any", lambda *_: pytest.fail("was loaded"))
     folder = inputs["model_dir"].parent
     shutil.copy(folder / "b.txt", folder / "copy.txt")
-    inputs["text_files"] = [folder / name for name in text]
+    inputs["texts"] = [folder / name for name in text]
     inputs["heldout_file"] = folder / heldout if heldout else None
     with pytest.raises(ValueError, match=message):
         train(**inputs, out=tmp_path / "out", config=config)

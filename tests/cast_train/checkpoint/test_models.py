@@ -324,4 +324,4 @@ def test_a_text_that_was_trained_on_is_no_test(
     evaluate(tmp_path / "out", [heldout_file], 32, 128)
     assert "no test" not in caplog.text
     evaluate(tmp_path / "out", [text_file], 32, 128)
-    assert f"was trained on {text_file}" in caplog.text
+    assert f"was trained on {text_file.name}" in caplog.text

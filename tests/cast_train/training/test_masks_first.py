@@ -14,7 +14,8 @@ from cast_train.gates.schedules import gate_rate_factor, learning_rate_factor
 from cast_train.pruning import oneshot
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.solve import solve
-from cast_train.text import read_texts, split_held_out, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
+from cast_train.training.blocks import split_held_out
 from cast_train.training.run import train
 from tests.cast_train.settings import changed
 
@@ -43,11 +44,13 @@ def assert_solved_from_dense(model_dir, text_file, config, written):
     targets, _ = find_targets(dense, config.pattern)
     written = conv1d.transposed(dense, written)
     masks = {name: hard_mask(written[f"{name}.gate"], config.pattern) for name in targets}
-    tokens = tokenize(read_texts([text_file]), models.load_tokenizer(model_dir))
-    blocks, _ = split_held_out(
-        to_blocks(tokens, config.block_size), config.heldout_blocks, config.batch_blocks
+    blocks = to_blocks(
+        read_tokens([text_file], models.load_tokenizer(model_dir)), config.block_size
     )
-    solve(dense, targets, masks, blocks[: config.calibration_blocks])
+    train, _ = split_held_out(
+        len(blocks), config.heldout_blocks, config.batch_blocks, config.block_size
+    )
+    solve(dense, targets, masks, blocks[train[: config.calibration_blocks]])
     for name, linear in targets.items():
         weight = written[f"{name}.weight"].float()
         torch.testing.assert_close(weight * masks[name], weight_rows(linear), rtol=2e-2, atol=2e-3)

@@ -12,7 +12,7 @@ from cast_train.checkpoint import models
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.evaluate.perplexity import soft_and_hard
 from cast_train.gates import gating
-from cast_train.text import read_texts, to_blocks, tokenize
+from cast_train.tokens import read_tokens, to_blocks
 from cast_train.training.run import train
 from tests.cast_train.settings import of_file
 
@@ -85,7 +85,7 @@ def test_other_patterns_train_and_evaluate(
     pattern = Pattern.parse(sparsity)
     assert (record["n"], record["m"]) == (pattern.n, pattern.m)
     model, gate_map, last = models.load_gated(tmp_path / "gated", torch.float32)
-    tokens = tokenize(read_texts([text_file]), models.load_tokenizer(llama_dir))
+    tokens = read_tokens([text_file], models.load_tokenizer(llama_dir))
     soft, hard = soft_and_hard(model, gate_map, last, to_blocks(tokens, 32)[:4])
     assert soft.perplexity == pytest.approx(hard.perplexity, rel=1e-2)
     assert hard.perplexity < LEARNT * untrained_llama_perplexity

@@ -34,14 +34,14 @@ main()
 """
 
 
-def in_two_processes(config, out, model_dir, text_file, *more, program=("-m", "cast_train")):
-    """`cast-train run` under torchrun; half a batch each."""
-    halved = changed(config, batch_blocks=config.batch_blocks // 2)
-    lines = [f"{key} = {json.dumps(value)}" for key, value in halved.as_dict().items()]
+def in_processes(config, out, model_dir, text_file, *more, program=("-m", "cast_train"), number=2):
+    """`cast-train run` under torchrun; an equal part of a batch each."""
+    shared = changed(config, batch_blocks=config.batch_blocks // number)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in shared.as_dict().items()]
     settings = out.with_suffix(".toml")
     settings.write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *program, "run", "--model", str(model_dir)]
+    command += ["--nproc-per-node", str(number), *program, "run", "--model", str(model_dir)]
     command += ["--text", str(text_file), "--config", str(settings), "--out", str(out), *more]
     return subprocess.run(
         command,
@@ -73,7 +73,7 @@ def test_two_processes_learn_what_one_does(
     config = of_file(settings_file, **{**common, **settings})
     alone = changed(config, is_sharded=False)
     one = train(model_dir, [text_file], tmp_path / "one", alone)
-    done = in_two_processes(config, tmp_path / "two", model_dir, text_file)
+    done = in_processes(config, tmp_path / "two", model_dir, text_file)
     assert done.returncode == 0, done.stderr[-3000:]
     two = verify(tmp_path / "two")
     assert two["tokens_seen"] == one["tokens_seen"]
@@ -95,11 +95,11 @@ def test_two_processes_learn_what_one_does(
 
 def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_file, tmp_path):
     config = TrainConfig.from_toml(settings_file, steps=10, is_sharded=True)
-    whole = in_two_processes(config, tmp_path / "whole", llama_dir, text_file)
+    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
     assert whole.returncode == 0, whole.stderr[-3000:]
     (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
     arguments = (config, tmp_path / "out", llama_dir, text_file)
-    stopped = in_two_processes(*arguments, program=[str(tmp_path / "stop.py")])
+    stopped = in_processes(*arguments, program=[str(tmp_path / "stop.py")])
     assert stopped.returncode != 0
     assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
     assert not (tmp_path / "out").exists()
@@ -108,7 +108,27 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
         (half / file).unlink(missing_ok=True)
     (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
-    resumed = in_two_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
+    resumed = in_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["copied", "sharded"])
+def test_a_run_of_four_processes_is_gone_on_with_by_two(
+    is_sharded, llama_dir, text_file, settings_file, tmp_path
+):
+    config = TrainConfig.from_toml(settings_file, steps=8, is_sharded=is_sharded, precision="fp32")
+    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
+    (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
+    arguments = (config, tmp_path / "out", llama_dir, text_file)
+    stopped = in_processes(*arguments, program=[str(tmp_path / "stop.py")], number=4)
+    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
+    resumed = in_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
     assert first.keys() == second.keys()
@@ -138,7 +158,7 @@ def test_processes_on_unlike_cpus_train_one_model(
     """Whatever one process finds by its own rounding, and keeps, all must take from the first."""
     config = of_file(settings_file, steps=8, precision="fp32", **settings)
     program = [str(Path(__file__).with_name("unlike_cpus.py"))]
-    done = in_two_processes(config, tmp_path / "out", llama_dir, text_file, program=program)
+    done = in_processes(config, tmp_path / "out", llama_dir, text_file, program=program)
     assert done.returncode == 0, done.stderr[-3000:]
     for when in ("start", "end"):
         first, second = (torch.load(tmp_path / f"{when}-{rank}") for rank in (0, 1))

@@ -151,12 +151,14 @@ def test_a_model_that_is_damaged_by_the_last_step_has_diverged(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_belongs_to_its_number_of_processes(
+def test_a_run_belongs_to_its_sequences_of_a_step(
     llama_dir, text_file, config, tmp_path, monkeypatch, train_until
 ):
     train_until(6, llama_dir, [text_file], tmp_path / "out", config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CheckpointError, match="another run .num_processes is 1, not 2"):
+    with pytest.raises(
+        CheckpointError, match=r"another run \(batch_blocks x accumulation x processes is 4, not 8"
+    ):
         train(llama_dir, [text_file], tmp_path / "out", config, is_resume=True)
 
 
