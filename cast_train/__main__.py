@@ -430,6 +430,58 @@ def tokenize(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        Path,
+        option("MODEL", "Dense model: a directory with its config.json, or its name on a hub."),
+    ],
+    memory_gb: Annotated[float, option("GB", "Memory of a process, 10^9 bytes.", min=0.001)],
+    processes: Annotated[int, option("N", "Processes of the run.", min=1)] = 1,
+    config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        option("KEY=VALUE", "Any setting, as of `run`; repeat for more.", "none", "--set"),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        option(
+            "TFLOPS", "What a process reaches, 10^12 operations a second.", "not known", min=1e-6
+        ),
+    ] = None,
+) -> None:
+    """Says what memory a run needs, by part, before anything is loaded; exit 1: too much."""
+    with _working():
+        from cast_train.config import TrainConfig
+        from cast_train.training import plan as planning
+
+        settings = TrainConfig.from_toml(config, assignments or ())
+        found = planning.plan(model, settings, processes)
+        for part in found.parts:
+            print(f"{part.num_bytes / 1e9:9.2f} GB  {part.name}")
+        print(f"{found.step_bytes / 1e9:9.2f} GB  in a step of each of {processes} processes")
+        print(f"{found.start_bytes / 1e9:9.2f} GB  before the first step and after the last")
+        figures = {
+            "num_weights": found.num_weights,
+            "num_sparse_weights": found.num_sparse,
+            "step_bytes": found.step_bytes,
+            "start_bytes": found.start_bytes,
+            "parts_bytes": {part.name: part.num_bytes for part in found.parts},
+            "is_fitting": found.num_bytes <= memory_gb * 1e9,
+            "step_flops": found.flops,
+            "step_tokens": found.tokens * processes,
+        }
+        if tflops is not None:
+            figures["step_s"] = found.flops / tflops / 1e12
+            print(f"{figures['step_s']:9.2f} s   a step of {figures['step_tokens']} tokens")
+        if not figures["is_fitting"]:
+            most = found.num_bytes / 1e9
+            print(f"{most:.2f} GB do not fit in {memory_gb:g}. What helps: {found.remedy()}")
+        _finish(**figures)
+        if not figures["is_fitting"]:
+            raise typer.Exit(1)
+
+
+@app.command()
 def permute(
     model: Annotated[Path, MODEL],
     text: Text,

@@ -20,16 +20,24 @@ BLOCK = 128  # queries at a time; keys after a block's last query are not looked
 MAX_LENGTH = 1024
 
 
-def use_blocks(model: Any) -> None:
+def use_blocks(model: Any, is_fake: bool = False) -> None:
     """Has a model compute its plain causal attention by `causal_attention`, on a CPU.
 
     Args:
         model: of transformers; changed, unless it was told to take another attention than "sdpa".
+        is_fake: whether its tensors hold nothing, so that masks cannot be looked at: then all are
+            plain.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _forward)
-        AttentionMaskInterface.register(NAME, sdpa_mask)  # None where it is plain causal
-        model.set_attn_implementation(NAME)
+        name = f"{NAME}_fake" if is_fake else NAME
+        AttentionInterface.register(name, _forward)
+        # None where it is plain causal.
+        AttentionMaskInterface.register(name, _no_mask if is_fake else sdpa_mask)
+        model.set_attn_implementation(name)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -332,8 +332,8 @@ def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
     Raises:
         PatternError: if K is not a multiple of M.
     """
-    dropped = 1 - hard(gates, pattern.n, pattern.m)  # topk is eight times as slow on small groups
-    return (gates * dropped).mean() * pattern.m
+    kept = hard_mask(gates.detach(), pattern)  # topk is eight times as slow on small groups
+    return torch.where(kept, 0.0, gates).mean() * pattern.m
 
 
 def attach(

@@ -1,0 +1,194 @@
+"""A model's configuration + TrainConfig -> a process's bytes in a step, before weights are read.
+
+Nothing of the model's size is allocated: the model and one forward are made of torch's fake
+tensors, which have shapes and dtypes only. What the forward keeps for its backward is so what the
+real one keeps. Not counted are what the C library does not hand back, and on GPUs the libraries'
+own memory.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cast_serve.checkpoint.record import CheckpointError
+from cast_serve.sparsity.targets import find_targets
+from cast_train import attention
+from cast_train.config import Adams, Fixed, Gates, Pruned, Ste, TrainConfig
+from cast_train.gates.gating import FixedGate
+from cast_train.losses import hidden_distance
+from cast_train.precision import arithmetic, autocast
+
+PROGRAM = 600_000_000  # Python, torch and transformers, measured
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a process's memory.
+
+    Attributes:
+        num_bytes: in one process.
+        remedy: a setting that would make it less; empty: none would.
+    """
+
+    name: str
+    num_bytes: int
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step takes.
+
+    Attributes:
+        parts: held together at the peak of a step.
+        start_bytes: held before the first step and after the last, when every process has the whole
+            model.
+        num_weights: parameters of the model.
+        num_sparse: those of them that become sparse.
+        flops: of a step of one process, teacher and backward with it.
+        tokens: of a step of one process.
+    """
+
+    parts: Sequence[Part]
+    start_bytes: int
+    num_weights: int
+    num_sparse: int
+    flops: int
+    tokens: int
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return max(self.step_bytes, self.start_bytes)
+
+    def remedy(self) -> str:
+        """What would make it less, by the largest parts first."""
+        if self.start_bytes > self.step_bytes:
+            return "fewer processes on a machine, or a smaller model"
+        largest = sorted(self.parts, key=lambda part: -part.num_bytes)
+        return "; ".join(dict.fromkeys(part.remedy for part in largest if part.remedy))
+
+
+def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan:
+    """Plans a run of equal processes.
+
+    Args:
+        model: HF directory, or a name on a hub; only its config.json is read.
+        config: all settings.
+        num_processes: at least 1; with `is_sharded` they share weights, gates and moments.
+
+    Raises:
+        CheckpointError: if config.json cannot be read.
+        UsageError: if nothing can be a target.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} has no config.json that can be read: {error}") from error
+    dtype = arithmetic(config.precision)
+    shape = (config.batch_blocks, config.block_size)
+    tokens = shape[0] * shape[1]
+    with FakeTensorMode():
+        fake = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).train()
+        attention.use_blocks(fake, is_fake=True)
+        targets, _ = find_targets(fake, config.pattern, config.include, config.exclude)
+        if not config.train_embeddings:
+            for each in (fake.get_input_embeddings(), fake.get_output_embeddings()):
+                each.requires_grad_(False)
+        num_weights = sum(p.numel() for p in fake.parameters())
+        trained = sum(p.numel() for p in fake.parameters() if p.requires_grad)
+        sparse = 0
+        if isinstance(config, Pruned):
+            sparse = sum(each.weight.numel() for each in targets.values())
+            for linear in targets.values():
+                if isinstance(linear, nn.Linear):
+                    mask = torch.empty(linear.weight.shape, dtype=torch.bool)
+                    FixedGate(mask, config.pattern).register_on(linear)
+        kept, flops = _kept_and_flops(fake, shape, config)
+        if isinstance(config, Gates) and config.first_exact_step > 0:
+            # p, the logits that its gradient is made of, and which the penalty leaves out.
+            kept += (9 if config.penalty_weight else 8) * sparse
+        if config.is_checkpointed:  # then one layer at a time is computed again, gates and all
+            fake.gradient_checkpointing_enable()
+            between, flops = _kept_and_flops(fake, shape, config)
+            kept = between + (kept - between) // settings.get_text_config().num_hidden_layers
+    vocabulary = settings.get_text_config().vocab_size
+    has_teacher = config.distillation_weight > 0
+    share = num_processes if config.is_sharded else 1
+    shard = "" if config.is_sharded else "is_sharded = true, with more processes"
+    masks = 2 if isinstance(config, Gates | Ste) else 1 if sparse else 0
+    logits = tokens * vocabulary * dtype.itemsize * (3 if has_teacher else 2)
+    activations = "is_checkpointed = true, or a smaller batch_blocks"
+    gradients = 4 * trained // share
+    parts = [
+        Part("program", PROGRAM),
+        Part("weights", 4 * num_weights // share, shard),
+        Part("moments of AdamW", 8 * trained // share, shard),
+    ]
+    if isinstance(config, Gates):
+        parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))
+        gradients += 4 * sparse // share
+        if config.is_solved_again:
+            parts.append(Part("dense weights, to solve again", 4 * sparse, "method = fixed"))
+    elif isinstance(config, Ste | Adams):
+        parts.append(Part("scores", 4 * sparse // share, shard))
+    parts.append(Part("masks", masks * sparse))
+    if has_teacher:
+        parts.append(Part("teacher", dtype.itemsize * num_weights, "distillation_weight = 0"))
+    # While a backward goes on, gradients take the place of what was kept.
+    if gradients > kept + logits:
+        parts.append(Part("gradients", gradients, shard))
+    else:
+        parts.append(Part("activations", kept, activations))
+        parts.append(Part("logits and their gradient", logits, "a smaller batch_blocks"))
+    start = PROGRAM + (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
+    if isinstance(config, Pruned) and not isinstance(config, Fixed):
+        start += 4 * sparse * (2 if config.is_solved_again else 1)
+    return Plan(parts, start, num_weights, sparse, flops, tokens)
+
+
+def _kept_and_flops(model: Any, shape: tuple[int, int], config: TrainConfig) -> tuple[int, int]:
+    """Bytes that a forward keeps for its backward, without parameters and masks; and the operations
+    of a step, with the teacher's forward."""
+    own = {_storage(each) for each in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor
+        return tensor
+
+    ids = torch.zeros(shape, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        stack.enter_context(counter)
+        stack.enter_context(autocast(config.precision, "cpu"))
+        has_hidden = config.distillation_weight > 0 and config.hidden_states_weight > 0
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(input_ids=ids, use_cache=False, output_hidden_states=has_hidden)
+            loss = out.logits.sum()
+            if has_hidden:
+                states = out.hidden_states[1:]
+                loss = loss + hidden_distance(states, [torch.empty_like(each) for each in states])
+        forward = counter.get_total_flops()
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        loss.backward()
+    teacher = forward if config.distillation_weight else 0
+    return num_bytes, counter.get_total_flops() + teacher
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor has; fake ones have no address."""
+    return int(tensor.untyped_storage()._cdata)
