@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,18 +35,31 @@ main()
 """
 
 
-def in_processes(config, out, model_dir, text_file, *more, program=("-m", "cast_train"), number=2):
-    """`cast-train run` under torchrun; an equal part of a batch each."""
+def flags(config, out, model_dir, text_file, number):
+    """Of `cast-train run`, with an equal part of a batch for each process."""
     shared = changed(config, batch_blocks=config.batch_blocks // number)
     lines = [f"{key} = {json.dumps(value)}" for key, value in shared.as_dict().items()]
     settings = out.with_suffix(".toml")
     settings.write_text("\n".join(lines))
+    command = ["--model", str(model_dir), "--text", str(text_file)]
+    return [*command, "--config", str(settings), "--out", str(out)]
+
+
+def in_processes(
+    config, out, model_dir, text_file, *more, program=("-m", "cast_train"), number=2, restarts=0
+):
+    """`cast-train run` under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(number), *program, "run", "--model", str(model_dir)]
-    command += ["--text", str(text_file), "--config", str(settings), "--out", str(out), *more]
+    command += ["--nproc-per-node", str(number), "--max-restarts", str(restarts), *program, "run"]
+    command += [*flags(config, out, model_dir, text_file, number), *more]
     return subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FOUND": str(out.parent)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "FOUND": str(out.parent),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as docs/method.md says
+        },
         capture_output=True,
         text=True,
     )
@@ -114,6 +128,81 @@ def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_f
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], msg=name)
+
+
+KILLED_ONCE = """
+import os, signal
+from pathlib import Path
+from cast_train.__main__ import main
+from cast_train.training.trainer import CastTrainer
+
+compute_loss = CastTrainer.compute_loss
+
+def die(self, *args, **kwargs):
+    died = Path(os.environ["FOUND"]) / "died"
+    if self.state.global_step == 6 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute_loss(self, *args, **kwargs)
+
+CastTrainer.compute_loss = die
+main()
+"""
+
+
+def test_a_killed_process_is_started_again(llama_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, steps=10)
+    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (tmp_path / "die.py").write_text(KILLED_ONCE)
+    arguments = (config, tmp_path / "out", llama_dir, text_file, "--resume")
+    done = in_processes(*arguments, program=[str(tmp_path / "die.py")], restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died").exists()
+    origins = verify(tmp_path / "out")["origins"]
+    assert [launch["step"] for launch in origins] == [0, 4]
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+SRUN = """#!/usr/bin/env bash
+# Every node is this machine.
+shift
+for node in $(seq "$SLURM_NNODES"); do "$@" & done
+for node in $(seq "$SLURM_NNODES"); do wait -n || exit 1; done
+"""
+
+
+def test_slurm_nodes_train_one_model(llama_dir, text_file, settings_file, tmp_path):
+    config = TrainConfig.from_toml(settings_file, steps=4, precision="fp32")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "bin").mkdir()
+    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\necho node2\n")):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+        "CAST_RDZV_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).parents[3] / "deploy/train.slurm"
+    arguments = flags(config, tmp_path / "two", llama_dir, text_file, 2)
+    done = subprocess.run([script, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = verify(tmp_path / "two")
+    assert record["num_processes"] == 2
+    one = train(llama_dir, [text_file], tmp_path / "one", config)
+    assert record["quality"]["perplexity_hard"] == pytest.approx(
+        one["quality"]["perplexity_hard"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["copied", "sharded"])
