@@ -435,7 +435,7 @@ def plan(
         Path,
         option("MODEL", "Dense model: a directory with its config.json, or its name on a hub."),
     ],
-    memory_gb: Annotated[float, option("GB", "Memory of a process, 10^9 bytes.", min=0.001)],
+    memory_gb: Annotated[float, option("N", "Memory of a process in 10^9 bytes.", min=0.001)],
     processes: Annotated[int, option("N", "Processes of the run.", min=1)] = 1,
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
     assignments: Annotated[

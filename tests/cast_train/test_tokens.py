@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,8 +14,8 @@ from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.errors import UsageError
 from cast_train import documents, tokens
 from cast_train.checkpoint import models
-from cast_train.documents import Documents, find, weighted
-from cast_train.tokens import TOKENS_JSON, read_tokens, to_blocks, tokenize, write_tokens
+from cast_train.documents import TOKENS_JSON, Documents, find, weighted
+from cast_train.tokens import read_tokens, to_blocks, tokenize, write_tokens
 
 ROWS = [f"document {i}, a short one. " * (1 + i % 3) for i in range(40)]
 
@@ -143,8 +145,8 @@ def test_what_is_not_there_is_refused(tmp_path):
 def test_weights_are_of_all_texts_or_of_none(tmp_path):
     there = tmp_path / "a=2.txt"
     there.write_text("a")
-    assert weighted([there, "b.txt"]) == ([there, documents.Path("b.txt")], None)
-    assert weighted([f"{there}=3", "b.txt=0.5"]) == ([there, documents.Path("b.txt")], [3, 0.5])
+    assert weighted([there, "b.txt"]) == ([there, Path("b.txt")], None)
+    assert weighted([f"{there}=3", "b.txt=0.5"]) == ([there, Path("b.txt")], [3, 0.5])
     with pytest.raises(UsageError, match=r"b\.txt has no weight"):
         weighted(["a.txt=1", "b.txt"])
     for wrong in ("0", "-1", "much", "nan", "inf"):
@@ -232,7 +234,7 @@ def test_a_damaged_folder_and_another_tokenizer_are_refused(names, end_dir, llam
 
 
 def test_a_data_set_of_a_hub_is_streamed(end_dir, tmp_path, monkeypatch):
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def load_dataset(name, subset, **options):
         asked.update(name=name, subset=subset, **options)
@@ -240,7 +242,7 @@ def test_a_data_set_of_a_hub_is_streamed(end_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     write_tokens(
-        end_dir, ["org/name@v1"], tmp_path / "out", max_tokens=100, of_hub=documents.Hub("en")
+        end_dir, [Path("org/name@v1")], tmp_path / "out", max_tokens=100, of_hub=documents.Hub("en")
     )
     assert asked == {
         "name": "org/name",

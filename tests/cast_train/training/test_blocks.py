@@ -1,7 +1,11 @@
 """Texts in memory and folders of tokens are shared out alike, whole or by weights."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cast_serve.errors import UsageError
 from cast_train.checkpoint import models
@@ -28,8 +32,8 @@ def folder(llama_dir, text_file, tmp_path, monkeypatch):
 
 
 def test_blocks_are_counted_through_all_texts():
-    texts = [np.arange(6, dtype=np.uint16).reshape(3, 2), np.arange(6, 10, dtype=np.uint32)[None]]
-    texts[1] = texts[1].reshape(2, 2)
+    numbers = np.arange(10).reshape(5, 2)
+    texts: list[NDArray[Any]] = [numbers[:3].astype(np.uint16), numbers[3:].astype(np.uint32)]
     blocks = TokenBlocks(texts, np.array([4, 0, 2, 3]))
     assert blocks.tensor().tolist() == [[8, 9], [0, 1], [4, 5], [6, 7]]
     assert blocks.tensor(1).tolist() == [[8, 9]]
@@ -118,4 +122,4 @@ def test_more_text_than_one_run_should_tokenise_is_refused(
     with pytest.raises(UsageError, match=r"has more than .* cast-train tokenize --model MODEL"):
         read_blocks([text_file], None, tokenizer, config)
     with pytest.raises(UsageError, match=r"org/name is no file here; .* cast-train tokenize"):
-        read_blocks([blocks_module.Path("org/name")], None, tokenizer, config)
+        read_blocks([Path("org/name")], None, tokenizer, config)

@@ -1,23 +1,24 @@
 """What a run will need, against what a run has."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from cast_serve.errors import UsageError
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention
 from cast_train.__main__ import app
 from cast_train.checkpoint import models
 from cast_train.config import Dense, Fixed, Gates
-from cast_train.errors import UsageError
 from cast_train.gates import gating
 from cast_train.losses import hidden_distance
 from cast_train.precision import autocast
 from cast_train.training.plan import PROGRAM, plan
 
-SMALL = {"block_size": 32, "batch_blocks": 3, "precision": "bf16"}
+SMALL: dict[str, Any] = {"block_size": 32, "batch_blocks": 3, "precision": "bf16"}
 
 
 def parts(found):
@@ -78,7 +79,7 @@ def test_every_part_has_its_bytes(words_dir):
 
 
 def test_processes_share_what_is_sharded(words_dir):
-    settings = {"sparsity": "32:64", "is_sharded": True, **SMALL}
+    settings: dict[str, Any] = {"sparsity": "32:64", "is_sharded": True, **SMALL}
     one, four = (plan(words_dir, Gates(**settings), number) for number in (1, 4))
     for name in ("weights", "moments of AdamW", "logits of the gates, and their moment"):
         assert parts(four)[name] == parts(one)[name] // 4
