@@ -444,9 +444,7 @@ def plan(
     ] = None,
     tflops: Annotated[
         float | None,
-        option(
-            "TFLOPS", "What a process reaches, 10^12 operations a second.", "not known", min=1e-6
-        ),
+        option("N", "What a process reaches, in 10^12 operations a second.", "not known", min=1e-6),
     ] = None,
 ) -> None:
     """Says what memory a run needs, by part, before anything is loaded; exit 1: too much."""
