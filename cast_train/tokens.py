@@ -279,10 +279,10 @@ def write_tokens(
             "origin": origin(),
         }
         (partial / TOKENS_JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (partial / STATE_JSON).unlink()
         to_disk(partial)
         partial.rename(out)
     fsync(out.parent)
+    (out / STATE_JSON).unlink()
     return record
 
 
@@ -301,8 +301,9 @@ def _begun(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> dict[st
         CheckpointError: if it is not to be resumed, or was made of something else.
     """
     state = {**wanted, "shards": [], "position": None}
-    if not any(partial.iterdir()):
-        return state
+    names = [path.name for path in partial.iterdir()]
+    if STATE_JSON not in names and all(name.startswith("tokens-") for name in names):
+        return state  # killed before the first file was whole, or never begun
     if not is_resume:
         raise CheckpointError(f"{partial} holds unfinished work; go on with --resume, or remove it")
     found = read_json(partial / STATE_JSON)

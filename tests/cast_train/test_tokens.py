@@ -201,8 +201,39 @@ def test_killed_it_goes_on_where_its_shards_end(names, end_dir, tmp_path, monkey
     write_tokens(end_dir, names, out, max_tokens=2500, is_resume=True)
     assert [(out / path.name).stat().st_mtime_ns for path in written] == times
     assert not partial.exists()
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
     for path in (tmp_path / "whole").glob("*.bin"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("when", ["in the first file", "before the folder is renamed"])
+def test_killed_elsewhere_it_goes_on(names, end_dir, tmp_path, monkeypatch, when):
+    out, killed = tmp_path / "out", pytest.raises(KeyboardInterrupt)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        name = "fsync" if when == "in the first file" else "to_disk"
+        patched.setattr(tokens, name, kill)
+        with killed:
+            write_tokens(end_dir, names, out)
+    assert not out.exists()
+    assert any((tmp_path / "out.partial").iterdir())
+    write_tokens(end_dir, names, out, is_resume=True)
+    tokenizer = models.load_tokenizer(end_dir)
+    assert read_tokens([out], tokenizer).tolist() == read_tokens(names, tokenizer).tolist()
+
+
+def test_another_run_s_folder_is_not_taken(names, end_dir, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"state\.json is not readable"):
+        write_tokens(end_dir, names, tmp_path / "out", is_resume=True)
+    with pytest.raises(CheckpointError, match="holds unfinished work"):
+        write_tokens(end_dir, names, tmp_path / "out")
 
 
 def test_nothing_is_left_of_a_text_that_is_refused(end_dir, tmp_path):
