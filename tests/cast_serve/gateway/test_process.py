@@ -48,15 +48,16 @@ def gateway(
     log: int = subprocess.DEVNULL, words: tuple[str, ...] = ("one", " two"), **environment: str
 ) -> Iterator[Process]:
     """Started without --port and --host: they come from the environment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "cast_serve", "gateway"]
-    settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
     with ExitStack() as stack:
         servers = stack.enter_context(Servers())
         apps = {name: fake_worker.create_app(name, words) for name in ("dense", "sparse")}
         for name, app in apps.items():
             command += ["--variant", f"{name}={servers.start(app)}"]
+        # After the workers have their ports: else one of them could be given this one.
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        settings = {"CAST_PORT": str(port), "CAST_HEALTH_INTERVAL_S": "0.1", **environment}
         popen = stack.enter_context(
             subprocess.Popen(command, env={**os.environ, **settings}, stderr=log, text=True)
         )
