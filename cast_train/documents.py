@@ -6,6 +6,7 @@ file and row by row, so memory does not grow with their size.
 """
 
 import codecs
+import glob
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,6 @@ DATA_SETS = {
     ".jsonl.zst": "json",
     ".parquet": "parquet",
 }
-GLOB = set("*?[")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Hub:
     split: str = "train"
 
 
+TRAIN_SPLIT = Hub()
+
+
 def find(names: Sequence[str | Path]) -> list[Source]:
     """The sources that some names stand for, in their order.
 
@@ -87,8 +90,9 @@ def find(names: Sequence[str | Path]) -> list[Source]:
             if not files:
                 wanted = ", ".join([".txt", *DATA_SETS])
                 raise UsageError(f"the folder {path} holds no text: no file of {wanted}")
-        elif GLOB & set(name) and not path.exists():
-            files = _matching(path)
+        elif glob.has_magic(name) and not path.exists():
+            files = [Path(each) for each in sorted(glob.glob(name, recursive=True))]
+            files = [each for each in files if each.is_file()]
             if not files:
                 raise UsageError(f"no file matches {name}; check the path")
         elif not path.exists() and path.suffix == "" and hub.is_name(name.partition("@")[0]):
@@ -131,15 +135,6 @@ def _data_set(path: Path) -> str | None:
     return next(ends, None)
 
 
-def _matching(pattern: Path) -> list[Path]:
-    """The files that a glob stands for, sorted."""
-    parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if GLOB & set(part))
-    return sorted(
-        path for path in Path(*parts[:first]).glob(str(Path(*parts[first:]))) if path.is_file()
-    )
-
-
 class Documents:
     """The documents of some sources, in pieces, from a position on.
 
@@ -157,7 +152,7 @@ class Documents:
         sources: Sequence[Source],
         field: str = FIELD,
         position: Mapping[str, Any] | None = None,
-        of_hub: Hub = Hub(),  # noqa: B008  # frozen
+        of_hub: Hub = TRAIN_SPLIT,
     ) -> None:
         self.sources = sources
         self.field = field
@@ -174,7 +169,8 @@ class Documents:
         return {"source": self._source, "pieces": self._pieces, "state": state}
 
     def __iter__(self) -> Iterator[tuple[str, bool]]:
-        """
+        """The pieces that are left.
+
         Raises:
             UsageError: naming the file, row or field that is wrong.
         """

@@ -34,7 +34,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.errors import UsageError
 from cast_serve.provenance import origin
 from cast_train.checkpoint import identity, models, resume
-from cast_train.documents import FIELD, TOKENS_JSON, Documents, Hub, Source, find
+from cast_train.documents import FIELD, TOKENS_JSON, TRAIN_SPLIT, Documents, Hub, Source, find
 
 STATE_JSON = "state.json"
 FORMAT_VERSION = 1
@@ -219,7 +219,7 @@ def write_tokens(
     out: Path,
     field: str = FIELD,
     max_tokens: int | None = None,
-    of_hub: Hub = Hub(),  # noqa: B008  # frozen
+    of_hub: Hub = TRAIN_SPLIT,
     is_resume: bool = False,
 ) -> dict[str, Any]:
     """Tokenises texts of any size once, for many runs; memory does not grow with them.

@@ -338,6 +338,9 @@ def check_same_vocabulary(tokenizer: Any, other: Any, names: str) -> None:
 
     Args:
         names: of both, for the message.
+
+    Raises:
+        CheckpointError: if more than MAX_RENAMED of the tokens that both have differ.
     """
     ours, theirs = (
         {number: token for token, number in each.get_vocab().items()} for each in (tokenizer, other)

@@ -91,9 +91,10 @@ def read_blocks(
         UsageError: if a text cannot be read or is too short.
     """
     size = config.block_size
+    heldout, name = None, "held-out split of the training text"
     if heldout_file is not None:  # the short text first: what is wrong with it shows at once
         tokens = read_tokens([heldout_file], tokenizer, config.heldout_blocks * size)
-        measured = to_blocks(tokens, size)
+        heldout, name = to_blocks(tokens, size), heldout_file.name
     parts = [[text] for text in texts] if weights else [texts]
     cut = [_cut(_tokens(part, tokenizer), size) for part in parts]
     arrays = [array for part in cut for array in part]
@@ -110,11 +111,9 @@ def read_blocks(
         train = train[: len(train) // step * step]
     training, kept_out = TokenBlocks(arrays, train), TokenBlocks(arrays, validation)
     calibration = training.tensor(config.calibration_blocks if isinstance(config, Pruned) else 0)
-    if heldout_file is None:
-        measured, name = kept_out.tensor(), "held-out split of the training text"
-    else:
-        name = heldout_file.name
-    return Blocks(training, calibration, kept_out, measured, name)
+    if heldout is None:
+        heldout = kept_out.tensor()
+    return Blocks(training, calibration, kept_out, heldout, name)
 
 
 def _tokens(texts: Sequence[Path], tokenizer: Any) -> list[NDArray[Any]]:

@@ -107,27 +107,39 @@ def test_two_processes_learn_what_one_does(
         assert error < 3e-2, name
 
 
+def stopped(config, out, model_dir, text_file, number=2):
+    """Trains OUT.partial in some processes, as far as the checkpoint after step 4."""
+    program = out.with_name("stop.py")
+    program.write_text(STOP_IF.format(condition="== 6"))
+    done = in_processes(config, out, model_dir, text_file, program=[str(program)], number=number)
+    assert done.returncode != 0
+    assert "stopped" in done.stderr, done.stderr[-3000:]
+    assert not out.exists()
+
+
+def assert_two_go_on_as(whole, config, out, model_dir, text_file):
+    """Whether two processes that go on from that checkpoint end with the weights of `whole`."""
+    program = out.with_name("go-on.py")
+    program.write_text(STOP_IF.format(condition="< 4"))
+    done = in_processes(config, out, model_dir, text_file, "--resume", program=[str(program)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, out))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name)
+
+
 def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_file, tmp_path):
     config = TrainConfig.from_toml(settings_file, steps=10, is_sharded=True)
     whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
     arguments = (config, tmp_path / "out", llama_dir, text_file)
-    stopped = in_processes(*arguments, program=[str(tmp_path / "stop.py")])
-    assert stopped.returncode != 0
-    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
-    assert not (tmp_path / "out").exists()
+    stopped(*arguments)
     written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
     shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
     for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
         (half / file).unlink(missing_ok=True)
-    (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
-    resumed = in_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=name)
+    assert_two_go_on_as(tmp_path / "whole", *arguments)
 
 
 KILLED_ONCE = """
@@ -212,17 +224,9 @@ def test_a_run_of_four_processes_is_gone_on_with_by_two(
     config = TrainConfig.from_toml(settings_file, steps=8, is_sharded=is_sharded, precision="fp32")
     whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    (tmp_path / "stop.py").write_text(STOP_IF.format(condition="== 6"))
-    (tmp_path / "go-on.py").write_text(STOP_IF.format(condition="< 4"))
     arguments = (config, tmp_path / "out", llama_dir, text_file)
-    stopped = in_processes(*arguments, program=[str(tmp_path / "stop.py")], number=4)
-    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
-    resumed = in_processes(*arguments, "--resume", program=[str(tmp_path / "go-on.py")])
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=name)
+    stopped(*arguments, number=4)
+    assert_two_go_on_as(tmp_path / "whole", *arguments)
 
 
 @pytest.mark.parametrize(
