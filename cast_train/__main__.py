@@ -457,7 +457,7 @@ def plan(
         for part in found.parts:
             print(f"{part.num_bytes / 1e9:9.2f} GB  {part.name}")
         print(f"{found.step_bytes / 1e9:9.2f} GB  in a step of each of {processes} processes")
-        print(f"{found.start_bytes / 1e9:9.2f} GB  before the first step and after the last")
+        print(f"{found.start_bytes / 1e9:9.2f} GB  before the first step")
         figures = {
             "num_weights": found.num_weights,
             "num_sparse_weights": found.num_sparse,

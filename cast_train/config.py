@@ -102,7 +102,8 @@ class TrainConfig(BaseModel):
     train_embeddings: bool = False
     """also train embeddings and head"""
     is_sharded: bool = False
-    """shard all parameters by rows over the processes (FSDP2) instead of copying them"""
+    """cut all parameters by rows over the processes (FSDP2) instead of copying them; none of them
+    ever has the whole model"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the model; `auto`: bf16 where the machine multiplies it natively"""
     checkpoint_every: NonNegativeInt = 0
@@ -301,12 +302,11 @@ class Masked(Pruned, Decayed):
         self.check_unused("quantized_fraction", self.quantize != "none", "quantize")
         if self.quantize == "none":
             return
-        for name in ("scale_parts", "is_sharded"):
-            if getattr(self, name):
-                raise UsageError(
-                    f"quantize {self.quantize} cannot go with {name} {getattr(self, name)}; "
-                    "set one of them to its default"
-                )
+        if self.scale_parts:
+            raise UsageError(
+                f"quantize {self.quantize} cannot go with scale_parts {self.scale_parts}; "
+                "set one of them to its default"
+            )
         if self.quantized_fraction < self.exact_fraction:
             raise UsageError(
                 f"quantized_fraction {self.quantized_fraction} must not be below hard_fraction "
@@ -420,11 +420,6 @@ class Gates(Learnt):
         self.check_unused("budget_learning_rate", self.hard_fraction > 0, "a hard_fraction above 0")
         if self.budget_learning_rate:
             self._check_budget()
-        if self.is_sharded and self.masks_first:
-            raise UsageError(
-                "masks_first cannot go with is_sharded, since solving needs whole weights; set "
-                "one of them to false"
-            )
         if self.is_sharded and self.selector == "generator":
             raise UsageError(
                 "is_sharded cannot go with selector generator, whose network all layers share; "
@@ -459,9 +454,7 @@ class Gates(Learnt):
 
     @property
     def is_solved_again(self) -> bool:
-        # Of sharded weights no process has a whole one.
-        is_late = self.first_exact_step > 0 and not self.waits
-        return self.is_solved and is_late and not self.is_sharded
+        return self.is_solved and self.first_exact_step > 0 and not self.waits
 
 
 METHODS: dict[str, type[TrainConfig]] = {

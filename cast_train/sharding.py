@@ -5,10 +5,9 @@ and then stays (the order of channels, a start, solved weights, scales, a frozen
 between CPUs of unlike kinds for good. The first process alone computes it and the others take what
 it found (`in_first`, `take_first`).
 
-Between two forwards each process holds rows of every parameter; during a layer's forward it holds
-that layer whole. The mask of a group is thus always chosen from all of its M weights. Optimisers
-work on the rows alone, which is the same for all that treats weights one by one; AdamS ranks
-groups, which rows keep whole.
+A sharded model is never whole. Between two forwards each process has rows of every parameter, and
+during a layer's forward that layer. Rows keep groups whole and are pruned, solved and ranked by
+themselves, so each process does that for its own, and no other has them to differ in.
 """
 
 import os
@@ -17,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from cast_serve.errors import UsageError
 from cast_train.config import TrainConfig
@@ -57,9 +57,8 @@ def take_first(tensors: Iterable[Tensor]) -> None:
     """
     if num_processes() == 1:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for tensor in tensors:
-        sent = tensor.detach().to(device).contiguous()
+        sent = tensor.detach().to(device()).contiguous()
         distributed.broadcast(sent, 0)
         tensor.copy_(sent)
 
@@ -92,13 +91,50 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor cut as `other` is; the tensor itself if that is whole."""
+def whole_of(rows: Tensor, other: Tensor) -> Tensor:
+    """The whole of what each process has rows of, cut as `other` is; every process must call.
+
+    Args:
+        rows: of this process; if `other` is whole, all of them.
+    """
     if not isinstance(other, DTensor):
-        return tensor
-    return distribute_tensor(tensor, other.device_mesh, other.placements)
+        return rows
+    return DTensor.from_local(
+        rows, other.device_mesh, other.placements, shape=other.shape, stride=other.stride()
+    ).full_tensor()
 
 
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a sharded model, whole, on every process; every process must call."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of a tensor this process has."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    mesh = tensor.device_mesh
+    first = -(-len(tensor) // mesh.size()) * mesh.get_local_rank()  # as torch.chunk cuts
+    return slice(first, first + len(tensor.to_local()))
+
+
+def summed(tensor: Tensor, like: Tensor) -> Tensor:
+    """The sum over the processes of what each found in its rows of `like`; every one must call."""
+    if isinstance(like, DTensor):
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shard(model: Any) -> None:
+    """Cuts all parameters by rows over the processes, in place; a decoder layer is a unit.
+
+    Args:
+        model: a transformers model, best of meta tensors, which stay such.
+    """
+    mesh = init_device_mesh(device().type, (num_processes(),))
+    layers = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    # torch leaves the outermost unit whole until its backward, which not every forward has.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)

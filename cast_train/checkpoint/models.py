@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.checkpoint.architecture import attention_of
@@ -42,7 +43,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.shard import each_tensor
 from cast_serve.sparsity.pattern import Pattern
-from cast_train.checkpoint import channel_order, conv1d
+from cast_train.checkpoint import channel_order, conv1d, rows
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.compressed import load_compressed
 from cast_train.gates import gating, quantizing, scaling
@@ -50,7 +51,6 @@ from cast_train.gates.schedules import Phase
 
 logger = logging.getLogger(__name__)
 
-MAX_SHARD_SIZE = "4GB"
 MAX_RENAMED = 0.05  # share of tokens
 GATE_PARTS = ("gate", "scale", "weight_scale")  # what is stored beside a target's weight
 
@@ -70,7 +70,7 @@ def write(
     Args:
         out: must not exist.
         model: a transformers model as the functions below load it, without parametrizations, in
-            the dtype to store.
+            the dtype to store; or a sharded one (rows.py).
         tokenizer: its tokenizer.
         record: what cast.json says besides format_version, versions and sha256; needs ``kind``.
         gate_tensors: as `gating.detach` gives them; None if not gated.
@@ -85,8 +85,11 @@ def write(
     """
     check_new(out)
     with new_directory(out) as partial:
-        state = conv1d.transposed(model, {**model.state_dict(), **(gate_tensors or {})})
-        model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        if isinstance(model, FSDPModule):
+            rows.save(partial, model, gate_tensors or {})
+        else:
+            state = conv1d.transposed(model, {**model.state_dict(), **(gate_tensors or {})})
+            model.save_pretrained(partial, state_dict=state, max_shard_size=rows.MAX_SHARD_SIZE)
         if record.get("kind") == "gated":
             _mark_gated(partial / "config.json")
         tokenizer.save_pretrained(partial)
@@ -253,8 +256,18 @@ def _no_report_of_keys() -> Iterator[None]:
         log.setLevel(level)
 
 
-def load_any(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A compressed or an ordinary directory, as `load_compressed` and `load_unmasked` read them."""
+def load_any(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, *, is_sharded: bool = False
+) -> Any:
+    """A compressed or an ordinary directory, as `load_compressed` and `load_unmasked` read them.
+
+    Args:
+        is_sharded: as `rows.load` does; every process must call.
+    """
+    if is_sharded:
+        model = rows.load(directory, dtype)
+        _check_generation(directory, model)
+        return model
     load = load_compressed if kind_of(directory) == "compressed" else load_unmasked
     return load(directory, dtype)
 

@@ -14,7 +14,7 @@ themselves. The methods `ste` and `adams` learn no L: the weights' own sizes ran
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from cast_train import sharding
 from cast_train.gates.schedules import Phase
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
 
+Part = Callable[[Tensor], Tensor]
 DENSE = Phase(blend=0.0, tau=1.0, penalty_weight=0.0, is_hard=False)
 # sigmoid(4) = 0.98: near 1, and still with a gradient.
 START_LOGIT = 4.0
@@ -34,6 +35,9 @@ START_LOGIT = 4.0
 
 class Gate(nn.Module, ABC):
     """The parametrization W -> W'' of one linear.
+
+    Where the model is sharded, a parameter is whole in a forward of its layer alone. `part` is what
+    is asked of it else: `sharding.whole` of it, or `sharding.local`, this process's rows.
 
     Attributes:
         phase: what `forward` does; set before each step.
@@ -52,22 +56,23 @@ class Gate(nn.Module, ABC):
 
     def register_on(self, linear: Any) -> None:
         self._linear = [linear]
-        parametrize.register_parametrization(linear, "weight", self)
+        # unsafe: without a forward to check its shape, which meta tensors could not go through.
+        parametrize.register_parametrization(linear, "weight", self, unsafe=True)
 
     def weight(self) -> Tensor:
         """W, the linear's parameter; looked up each time, as FSDP replaces it."""
         return stored_weight(self._linear[0])
 
-    def whole_weight(self) -> Tensor:
-        """W [out_features, in_features], also where it is sharded."""
-        return sharding.whole(self.weight())
+    @abstractmethod
+    def begin(self, scores: Tensor | None) -> None:
+        """Starts as `attach` says, from the scores of this process's rows."""
 
     @abstractmethod
-    def mask(self) -> Tensor:
+    def mask(self, part: Part = sharding.whole) -> Tensor:
         """The exact N:M mask, bool [out_features, in_features]."""
 
     @abstractmethod
-    def soft_mask(self, phase: Phase) -> Tensor:
+    def soft_mask(self, phase: Phase, part: Part = sharding.whole) -> Tensor:
         """p [out_features, in_features], differentiable."""
 
     @abstractmethod
@@ -97,23 +102,25 @@ class FixedGate(Gate):
     """A mask that is kept from the first step to the last.
 
     Attributes:
-        kept: the mask, bool [out_features, in_features].
+        kept: the mask, bool [out_features, in_features]; a parameter, so that it can be sharded.
     """
-
-    kept: Tensor
 
     def __init__(self, kept: Tensor, pattern: Pattern) -> None:
         super().__init__(pattern)
-        self.register_buffer("kept", kept.contiguous())
+        self.kept = nn.Parameter(kept.contiguous(), requires_grad=False)
 
-    def mask(self) -> Tensor:
-        return self.kept
+    def begin(self, scores: Tensor | None) -> None:
+        kept = sharding.local(self.kept.data)
+        kept.copy_(hard_mask(_start_logits(scores, kept, self.pattern.m), self.pattern))
 
-    def soft_mask(self, phase: Phase) -> Tensor:
-        return self.kept.float()
+    def mask(self, part: Part = sharding.whole) -> Tensor:
+        return part(self.kept.detach())
+
+    def soft_mask(self, phase: Phase, part: Part = sharding.whole) -> Tensor:
+        return self.mask(part).float()
 
     def stored(self) -> dict[str, Tensor]:
-        return {"gate": self.kept}
+        return {"gate": self.kept.detach()}
 
     def take(self, stored: Tensor) -> None:
         """Takes over a mask, or the logits that releases before this form stored."""
@@ -139,6 +146,7 @@ class LogitGate(Gate):
         logits: gate logits, fp32, the shape of the weight; of a gate that computes them, what they
             were when it was frozen.
         is_frozen: from the first exact mask on, the logits stay as they are.
+        is_sharded: then a forward computes the mask in place of keeping it, whole, in each process.
         learnt_n: N of N:64 where it is learnt (budget.py), an fp32 scalar that linears may share;
             None: the pattern's.
     """
@@ -154,6 +162,7 @@ class LogitGate(Gate):
         self.logits = nn.Parameter(logits.float().contiguous(), requires_grad=is_learnt)
         self.selector = selector
         self.is_frozen = False
+        self.is_sharded = False
         self._mask: Tensor | None = None
         self._learnt_n: list[nn.Parameter] = []  # in a list: registered on its owner alone
 
@@ -174,14 +183,18 @@ class LogitGate(Gate):
     def take(self, stored: Tensor) -> None:
         self.logits.data.copy_(stored)
 
-    def whole_logits(self) -> Tensor:
-        """The logits [out_features, in_features], also where they are sharded or computed."""
-        return sharding.whole(self.logits)
+    def begin(self, scores: Tensor | None) -> None:
+        logits = sharding.local(self.logits.data)
+        logits.copy_(_start_logits(scores, logits, self.pattern.m))
+
+    def ranks(self, part: Part = sharding.whole) -> Tensor:
+        """The logits [out_features, in_features], also where they are computed."""
+        return part(self.logits)
 
     @torch.no_grad()
     def freeze(self) -> None:
         """Stops training the gate; logits that are computed are copied to `logits`."""
-        self.logits.copy_(sharding.sharded_like(self.whole_logits(), self.logits))
+        sharding.local(self.logits.data).copy_(self.ranks(sharding.local))
         self.mark_frozen()
 
     def mark_frozen(self) -> None:
@@ -193,14 +206,16 @@ class LogitGate(Gate):
         if self.learnt_n is not None:
             self.pattern = Pattern(round(self.learnt_n.item()), WORD)
 
-    def mask(self) -> Tensor:
+    def mask(self, part: Part = sharding.whole) -> Tensor:
         """As `Gate.mask`; kept until the phase changes."""
+        if self.is_sharded:
+            return hard_mask(self.ranks(part).detach(), self.pattern)
         if self._mask is None:
-            self._mask = hard_mask(self.whole_logits().detach(), self.pattern)
+            self._mask = hard_mask(self.ranks().detach(), self.pattern)
         return self._mask
 
-    def soft_mask(self, phase: Phase) -> Tensor:
-        logits, n, m = self.whole_logits(), self.pattern.n, self.pattern.m
+    def soft_mask(self, phase: Phase, part: Part = sharding.whole) -> Tensor:
+        logits, n, m = self.ranks(part), self.pattern.n, self.pattern.m
         if self.selector == "penalty":
             return sigmoid_gates(logits, phase.relative_tau)
         if self.selector == "gumbel":
@@ -247,9 +262,9 @@ class GeneratedGate(LogitGate):
         if is_owner:
             self.generator = generator  # registered once, so that it is saved and trained once
 
-    def whole_logits(self) -> Tensor:
-        start = super().whole_logits()
-        return start if self.is_frozen else self._generator[0](self.whole_weight(), start)
+    def ranks(self, part: Part = sharding.whole) -> Tensor:
+        start = super().ranks(part)
+        return start if self.is_frozen else self._generator[0](part(self.weight()), start)
 
 
 class RankedGate(LogitGate):
@@ -263,24 +278,28 @@ class RankedGate(LogitGate):
 
     column_scale: Tensor
 
-    def __init__(
-        self,
-        logits: Tensor,
-        pattern: Pattern,
-        column_scale: Tensor,
-        decay: float | None,
-    ) -> None:
+    def __init__(self, logits: Tensor, pattern: Pattern, decay: float | None) -> None:
         super().__init__(logits, pattern, is_learnt=False)
-        self.register_buffer("column_scale", column_scale.float(), persistent=False)
+        self.register_buffer("column_scale", torch.ones(logits.shape[1]), persistent=False)
         self.decay = decay
+
+    def begin(self, scores: Tensor | None) -> None:
+        """A score is |W| times a factor of its column; ``adams`` ranks by |W| alone."""
+        sharding.local(self.logits.data).zero_()
+        if scores is None or self.decay is None:
+            return
+        weight = self.weight().detach()
+        sums = torch.stack([scores.sum(0), sharding.local(weight).float().abs().sum(0)])
+        sums = sharding.summed(sums, weight)
+        self.column_scale.copy_(sums[0] / sums[1].clamp(min=1e-12))
 
     def stored(self) -> dict[str, Tensor]:
         return {} if self.decay is None else super().stored()
 
-    def whole_logits(self) -> Tensor:
+    def ranks(self, part: Part = sharding.whole) -> Tensor:
         if self.is_frozen:
-            return super().whole_logits()
-        return self.whole_weight().detach().float().abs() * self.column_scale
+            return super().ranks(part)
+        return part(self.weight()).detach().float().abs() * self.column_scale
 
     def soft(self, weight: Tensor) -> Tensor:
         if self.decay is None:
@@ -288,8 +307,8 @@ class RankedGate(LogitGate):
         self._mask = None
         return _StraightThrough.apply(weight, self.mask(), self.decay)
 
-    def soft_mask(self, phase: Phase) -> Tensor:
-        return hard(self.whole_logits(), self.pattern.n, self.pattern.m)
+    def soft_mask(self, phase: Phase, part: Part = sharding.whole) -> Tensor:
+        return hard(self.ranks(part), self.pattern.n, self.pattern.m)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -368,37 +387,30 @@ def attach(
             generator = MaskGenerator(pattern.m)
         assert isinstance(linear, nn.Linear), f"{name}: groups of a Conv1D lie in its columns"
         weight = linear.weight.detach()
+        logits = torch.empty_like(weight, dtype=torch.float32)
         gate: Gate
-        if method in ("fixed", "gates"):
-            logits = torch.full_like(weight, START_LOGIT, dtype=torch.float32)
-            if scores is not None:
-                logits += _start_offsets(scores[name], pattern.m)
-            if method == "fixed":
-                gate = FixedGate(hard_mask(logits, pattern), pattern)
-            elif generator is not None:
-                gate = GeneratedGate(logits, pattern, generator=generator, is_owner=not gates)
-            else:
-                gate = LogitGate(logits, pattern, selector)
+        if method == "fixed":
+            gate = FixedGate(torch.empty_like(weight, dtype=torch.bool), pattern)
+        elif method != "gates":
+            gate = RankedGate(logits, pattern, decay if method == "ste" else None)
+        elif generator is not None:
+            gate = GeneratedGate(logits, pattern, generator=generator, is_owner=not gates)
         else:
-            column_scale = torch.ones(weight.shape[1], device=weight.device)
-            if method == "ste" and scores is not None:
-                column_scale = scores[name].sum(0) / weight.float().abs().sum(0).clamp(min=1e-12)
-            gate = RankedGate(
-                torch.zeros_like(weight, dtype=torch.float32),
-                pattern,
-                column_scale=column_scale,
-                decay=decay if method == "ste" else None,
-            )
+            gate = LogitGate(logits, pattern, selector)
         gate.register_on(linear)
+        if not weight.is_meta:  # else it begins once it has memory
+            gate.begin(None if scores is None else scores[name])
         gates[name] = gate
     return gates
 
 
-def _start_offsets(scores: Tensor, m: int) -> Tensor:
-    """Scores over their group's mean, minus 1: around 0, whatever the layer's scale."""
+def _start_logits(scores: Tensor | None, like: Tensor, m: int) -> Tensor:
+    """Scores over their group's mean: around START_LOGIT, whatever the layer's scale."""
+    if scores is None:
+        return torch.full_like(like, START_LOGIT, dtype=torch.float32)
     grouped = groups(scores.float(), m)
     mean = grouped.mean(-1, keepdim=True)
-    return torch.where(mean > 0, grouped / mean - 1, 0.0).flatten(-2)
+    return START_LOGIT + torch.where(mean > 0, grouped / mean - 1, 0.0).flatten(-2)
 
 
 def detach(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -467,21 +479,27 @@ def statistics(
     """Measures the gates in a phase, without setting it.
 
     Args:
-        start: bool masks by name, to count flips against; None: no flips.
+        start: bool masks by name, to count flips against; None: no flips. Of a sharded model this
+            process's rows; then every process must call.
     """
-    num_weights = num_undecided = num_flipped = num_kept = 0
-    dropped = kept = 0.0
+    totals = torch.zeros(6, dtype=torch.float64, device=sharding.device())
     for name, gate in gates.items():
-        soft = gate.soft_mask(replace(phase, noise=0.0))  # a mask is not drawn to be looked at
-        num_weights += soft.numel()
-        num_undecided += int(((soft > 0.05) & (soft < 0.95)).sum())
-        mask = gate.mask()
-        size = gate.whole_weight().detach().float().abs()
-        kept += float((size * mask).sum()) / gate.pattern.n
-        dropped += float((size * ~mask).sum()) / (gate.pattern.m - gate.pattern.n)
-        if start is not None:
-            num_flipped += int((mask & ~start[name]).sum())
-            num_kept += int(start[name].sum())
+        mask = gate.mask(sharding.local)
+        soft = gate.soft_mask(replace(phase, noise=0.0), sharding.local)  # not drawn to be seen
+        size = sharding.local(gate.weight().detach()).float().abs()
+        begun = mask if start is None else start[name]
+        found = (
+            soft.numel(),
+            ((soft > 0.05) & (soft < 0.95)).sum(),
+            begun.sum(),
+            (mask & ~begun).sum(),
+            (size * mask).sum() / gate.pattern.n,
+            (size * ~mask).sum() / (gate.pattern.m - gate.pattern.n),
+        )
+        totals += sharding.summed(
+            torch.tensor(found, dtype=torch.float64).to(totals), gate.weight()
+        )
+    num_weights, num_undecided, num_kept, num_flipped, kept, dropped = totals.tolist()
     return GateStatistics(
         undecided_share=num_undecided / max(num_weights, 1),
         flipped_share=num_flipped / max(num_kept, 1),

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, rounded
+from cast_train import sharding
 from cast_train.gates.gating import Gate
 
 STORED_DTYPE = torch.bfloat16  # of weights and scales on disk
@@ -41,16 +42,15 @@ class Quantizer(nn.Module):
 
     Attributes:
         scale: fp32 [out_features, number of scale groups], each a number of bf16; 0 until it is
-            chosen.
+            chosen. A parameter, so that it can be sharded.
     """
-
-    scale: Tensor
 
     def __init__(self, gate: Gate, shape: tuple[int, int], scale_group: int | None) -> None:
         super().__init__()
         out_features, in_features = shape
         num_groups = math.ceil(in_features / scale_group) if scale_group else 1
-        self.register_buffer("scale", torch.zeros(out_features, num_groups))
+        scale = torch.zeros(out_features, num_groups)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.scale_group = scale_group
         self._gate = [gate]  # in a list, so that torch does not register it as a submodule
 
@@ -60,7 +60,7 @@ class Quantizer(nn.Module):
         return phase.is_hard and phase.is_quantized
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self._rounded) if self.is_on else weight
+        return _StraightThrough.apply(weight, self.rounded) if self.is_on else weight
 
     def round_inputs(self, linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A forward pre-hook of the linear."""
@@ -70,11 +70,12 @@ class Quantizer(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The scales, as `convert` writes them; nothing before they are chosen."""
-        return {"weight_scale": self.scale.to(STORED_DTYPE)} if self.scale.any() else {}
+        is_chosen = sharding.whole(self.scale).any()
+        return {"weight_scale": self.scale.detach().to(STORED_DTYPE)} if is_chosen else {}
 
-    def _rounded(self, weight: Tensor) -> Tensor:
-        """integers * scale, in the weight's dtype."""
-        values, scale = weight.float(), self.scale
+    def rounded(self, weight: Tensor) -> Tensor:
+        """integers * scale, in the weight's dtype; of a sharded weight this process's rows."""
+        values, scale = weight.float(), sharding.local(self.scale)
         largest = MAX_INTEGER
         if self.scale_group is not None:
             largest = MAX_INT4
@@ -117,7 +118,7 @@ def attach(
         UsageError: if a stored scale is of another shape.
     """
     for name, linear in targets.items():
-        out_features, in_features = gates[name].whole_weight().shape
+        out_features, in_features = gates[name].weight().shape
         quantizer = Quantizer(gates[name], (out_features, in_features), scale_group)
         if scales is not None:
             if scales[name].shape != quantizer.scale.shape:
@@ -126,7 +127,7 @@ def attach(
                     f"{list(quantizer.scale.shape)} belongs to its weight and cast.json; "
                     "the file is damaged: copy the directory again"
                 )
-            quantizer.scale.copy_(scales[name])
+            quantizer.scale.data.copy_(scales[name])
         parametrize.register_parametrization(linear, "weight", quantizer.to(linear.weight.device))
         linear.register_forward_pre_hook(quantizer.round_inputs)
 
@@ -145,5 +146,7 @@ def write_integers(targets: Mapping[str, nn.Module], gates: Mapping[str, Gate]) 
     Its error is below 2^-8 of the weight: of 127 less than half a scale, of 7 far less.
     """
     for name, linear in targets.items():
-        weight = gates[name].weight()
-        weight.copy_(torch.where(gates[name].mask(), linear.weight, weight))
+        weight = sharding.local(gates[name].weight().data)
+        mask = gates[name].mask(sharding.local)
+        integers = quantizer_of(linear).rounded(torch.where(mask, weight, 0.0))
+        weight.copy_(torch.where(mask, integers, weight))

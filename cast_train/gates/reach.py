@@ -61,7 +61,7 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | Non
     num_groups = num_changeable = 0
     for gate in gates.values():
         assert isinstance(gate, LogitGate)
-        logits, m = gate.whole_logits(), gate.pattern.m
+        logits, m = gate.ranks(), gate.pattern.m
         is_kept = hard(logits, gate.pattern.n, m).bool()
         least_kept = groups(logits.masked_fill(~is_kept, math.inf), m).amin(-1)
         most_dropped = groups(logits.masked_fill(is_kept, -math.inf), m).amax(-1)

@@ -48,6 +48,12 @@ def attach(targets: Mapping[str, nn.Module], num_parts: int, m: int) -> None:
         parametrize.register_parametrization(linear, "weight", scale)
 
 
+def scales_of(targets: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """The scales that `attach` put on the targets, if it did."""
+    modules = (module for linear in targets.values() for module in linear.modules())
+    return [module.scale for module in modules if isinstance(module, ColumnScale)]
+
+
 def check_parts(weights: Mapping[str, Tensor], num_parts: int, m: int) -> None:
     """Refuses weights [out_features, in_features] that are not num_parts parts of whole groups.
 

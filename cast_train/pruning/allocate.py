@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import KEPT_STEP, LEAST_KEPT, MOST_KEPT, WORD, Pattern, hard_mask
+from cast_train import sharding
+from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, hooked
 from cast_train.pruning.scores import check_reached
 from cast_train.pruning.sparsegpt import replace_weights, sparsegpt
@@ -74,7 +76,7 @@ def allocate(
         for parameter, is_required in required.items():
             parameter.requires_grad_(is_required)
 
-    sizes = [sum(changes[name][0].numel() for name in unit) for unit in units]
+    sizes = [sum(stored_weight(targets[name]).numel() for name in unit) for unit in units]
     options: list[Pattern | None] = [pattern, None]  # None: dense
     if pattern.m == WORD:
         options = [Pattern(n, WORD) for n in range(LEAST_KEPT, MOST_KEPT + 1, KEPT_STEP)]
@@ -191,7 +193,10 @@ def _cost_of(option: Pattern | None, costs: list[float], measured: list[Pattern]
 def _changes(
     model: nn.Module, targets: Mapping[str, nn.Module], patterns: Sequence[Pattern], blocks: Tensor
 ) -> dict[str, list[Tensor]]:
-    """W' - W of each pattern by name, bf16 [out_features, in_features]; the model stays."""
+    """W' - W of each pattern by name, bf16 [out_features, in_features]; the model stays.
+
+    Of a sharded model, this process's rows.
+    """
     changes: dict[str, list[Tensor]] = {}
 
     def observe(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
@@ -244,29 +249,33 @@ def _costs(
 ) -> dict[str, list[float]]:
     """The module's cost by name, of each of its changes."""
     costs = {name: [0.0] * len(changes[name]) for name in targets}
+    stored = {name: stored_weight(linear) for name, linear in targets.items()}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, inputs: Any, outputs: Tensor) -> None:
             tokens = inputs[0].detach()
 
             def add(grad: Tensor) -> None:
+                grad = grad[..., sharding.own_rows(stored[name])]
                 for number, change in enumerate(changes[name]):
                     moved = grad * (tokens @ change.to(tokens).t())
-                    cost = 0.5 * float(moved.flatten(0, -2).sum(-1).square().sum())
-                    costs[name][number] += cost
+                    of_tokens = sharding.summed(moved.flatten(0, -2).sum(-1), stored[name])
+                    costs[name][number] += 0.5 * float(of_tokens.square().sum())
 
             outputs.register_hook(add)
 
         return hook
 
+    def begin(_: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        outputs.requires_grad_()  # gradients by a linear's outputs need a beginning
+
     hooks = [linear.register_forward_hook(watch(name)) for name, linear in targets.items()]
-    embeddings = model.get_input_embeddings()
+    hooks.append(model.get_input_embeddings().register_forward_hook(begin))
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     with hooked(hooks):
         for block in tqdm(blocks, desc="cost of pruning", unit="block"):
-            inputs = block[None].to(embeddings.weight.device)
-            embedded = embeddings(inputs).requires_grad_()  # gradients by outputs need a beginning
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+            logits = model(input_ids=block[None].to(device), use_cache=False).logits[0]
             chances = logits.detach().float().softmax(-1).cpu()
             labels = torch.multinomial(chances, 1, generator=generator)
             loss = nn.functional.cross_entropy(

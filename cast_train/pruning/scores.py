@@ -1,5 +1,7 @@
 """Linears (+ calibration blocks) -> importance scores, fp32 [out_features, in_features].
 
+Of a sharded model each process gets those of its rows; every process must call.
+
 Magnitude scores a weight by |W|; Wanda by |W_ij| * ||x_j||_2, x_j the linear's j-th input over all
 calibration tokens. Source: Sun et al., "A simple and effective pruning approach for large language
 models", 2023 (all activations come from one pass of the dense model here; the authors prune layer
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.errors import UsageError
+from cast_train import sharding
 from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, hooked
 
@@ -74,5 +77,8 @@ def check_reached(targets: Mapping[str, nn.Module], reached: Mapping[str, Any]) 
 
 
 def weight_rows(linear: nn.Module) -> Tensor:
-    """A linear's own weight, without its gate: fp32 [out_features, in_features]."""
-    return stored_weight(linear).detach().float()
+    """A linear's own weight, without its gate: fp32 [out_features, in_features].
+
+    Where it is sharded, this process's rows; shares memory if it is fp32.
+    """
+    return sharding.local(stored_weight(linear).detach()).float()

@@ -5,11 +5,14 @@ For a row w of a weight, the columns K that its mask keeps and H = X^T X of the 
 origin can so be compared on equal terms: each with its best weights, from the same dense ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from cast_train import sharding
+from cast_train.gates.gating import stored_weight
 from cast_train.pruning.sparsegpt import damped, replace_weights
 
 TOLERANCE = 1e-4  # leaves 0.3 % more error than the least at most (benchmarks/log.md)
@@ -23,18 +26,27 @@ def solve(
     Args:
         model: a transformers model that the targets belong to, dense, fp32.
         targets: linears by name; their weights are overwritten, zero where they are dropped.
-        masks: bool [out_features, in_features] by name.
+        masks: bool [out_features, in_features] by name; of a sharded model this process's rows.
         blocks: calibration tokens, int64 [num_blocks, block_size].
 
     Raises:
         UsageError: if the calibration tokens never reach a target.
     """
+    totals = _totals(targets)
     replace_weights(
         model,
         targets,
         blocks,
-        lambda name, weight, hessian: solve_kept(weight, masks[name], hessian),
+        lambda name, weight, hessian: solve_kept(weight, masks[name], hessian, total=totals[name]),
     )
+
+
+def _totals(targets: Mapping[str, nn.Module]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Of each linear, what adds up the sums that the processes found in their rows."""
+    return {
+        name: partial(sharding.summed, like=stored_weight(linear))
+        for name, linear in targets.items()
+    }
 
 
 def solve_again(
@@ -53,21 +65,28 @@ def solve_again(
     Args:
         model: as for `solve`, computing with the new masks whatever its weights are.
         targets: linears by name; weights that the new mask drops stay as they are.
-        dense: their dense weights, fp32 [out_features, in_features] by name.
+        dense: their dense weights, [out_features, in_features] by name; of a sharded model this
+            process's rows, as of the masks.
         before: the mask that they were solved for, bool, the same shapes.
         masks: the new one.
         blocks: calibration tokens, int64 [num_blocks, block_size].
     """
     changed = {name: (before[name] != masks[name]).any(1) for name in targets}
-    linears = {name: linear for name, linear in targets.items() if changed[name].any()}
+    totals = _totals(targets)
+    counts = torch.stack([totals[name](changed[name].sum()) for name in targets])
+    linears = {
+        name: linear
+        for (name, linear), count in zip(targets.items(), counts.tolist(), strict=True)
+        if count
+    }
     if not linears:
         return
 
     def moved(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         rows = changed[name]
-        mask, was, start = masks[name][rows], before[name][rows], dense[name][rows]
-        solved = solve_kept(start, mask, hessian)
-        start = torch.where(was, solve_kept(start, was, hessian), start)
+        mask, was, start = masks[name][rows], before[name][rows], dense[name][rows].float()
+        solved = solve_kept(start, mask, hessian, total=totals[name])
+        start = torch.where(was, solve_kept(start, was, hessian, total=totals[name]), start)
         found = weight.clone()
         found[rows] += torch.where(mask, solved - start, 0)
         return found
@@ -77,7 +96,11 @@ def solve_again(
 
 @torch.no_grad()
 def solve_kept(
-    weight: Tensor, mask: Tensor, hessian: Tensor, tolerance: float = TOLERANCE
+    weight: Tensor,
+    mask: Tensor,
+    hessian: Tensor,
+    tolerance: float = TOLERANCE,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
     """One weight, solved: fp32 [out_features, in_features], zero where it is dropped.
 
@@ -90,7 +113,9 @@ def solve_kept(
         mask: bool, the same shape.
         hessian: X^T X, fp32 [in_features, in_features].
         tolerance: stop once an iteration lowers the error, summed over all rows, by less than this
-            share of it.
+            share of it; or once that share of the first error is left, as of fewer tokens than
+            columns, which can be fitted exactly.
+        total: of sums over these rows makes those over all rows, where processes share them.
     """
     hessian = damped(hessian)
     scale = hessian.diagonal().rsqrt()
@@ -98,10 +123,10 @@ def solve_kept(
     scaled = weight / scale
     solved = scaled * mask
     dropped = scaled - solved
-    if not dropped.any():
-        return weight.clone()
     residual = dropped @ hessian
-    error = (dropped * residual).sum()
+    first = error = total((dropped * residual).sum())
+    if error == 0:
+        return weight * mask
     residual = residual * mask
     direction = residual
     squares = residual.square().sum(1, keepdim=True)
@@ -112,9 +137,9 @@ def solve_kept(
         step = torch.where(curvature > 0, squares / curvature, 0)
         solved = solved + step * direction
         residual = residual - step * curved
-        lowered = (step * squares).sum()
+        lowered = total((step * squares).sum())
         error = error - lowered
-        if lowered <= tolerance * error:
+        if lowered <= tolerance * error or error <= tolerance * first:
             break
         before, squares = squares, residual.square().sum(1, keepdim=True)
         direction = residual + torch.where(before > 0, squares / before, 0) * direction

@@ -6,6 +6,7 @@ Frantar and Alistarh, "SparseGPT: massive language models can be accurately prun
 2023.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_train import sharding
 from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, hooked
 from cast_train.pruning.scores import check_reached, weight_rows
@@ -55,7 +57,7 @@ def sparsegpt_scores(
 
     replace_weights(model, targets, blocks, pruned)
     for name, linear in targets.items():
-        linear.weight.copy_(moved[name])
+        weight_rows(linear).copy_(moved[name])
     return scores
 
 
@@ -75,19 +77,24 @@ def replace_weights(
         targets: linears by name; their weights are overwritten.
         blocks: calibration tokens, int64 [num_blocks, block_size].
         replace: (name, weight [out_features, in_features], H = X^T X of its inputs) -> new weight.
+            Of a sharded model each process is given its own rows; every process must call.
 
     Raises:
         UsageError: if the calibration tokens never reach a target.
     """
     last: list[Tensor] = [torch.empty(0)] * 2  # inputs and their H, which q, k and v share
     replaced: dict[str, bool] = {}
+    stored = {name: stored_weight(linear) for name, linear in targets.items()}
 
     def replace_on_input(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(linear: Any, inputs: Any) -> None:
             if inputs[0] is not last[0]:
                 tokens = inputs[0].flatten(0, -2).float()
                 last[:] = inputs[0], tokens.t() @ tokens
-            stored_weight(linear).copy_(replace(name, weight_rows(linear), last[1]))
+            rows = sharding.local(stored[name])
+            rows.copy_(replace(name, rows.detach().float(), last[1]))
+            if rows is not stored[name]:  # what this forward computes with is another tensor
+                stored_weight(linear).copy_(sharding.whole_of(rows, stored[name]))
             replaced[name] = True
             progress.update()
 
@@ -97,10 +104,11 @@ def replace_weights(
         linear.register_forward_pre_hook(replace_on_input(name)) for name, linear in targets.items()
     ]
     device = next(model.parameters()).device
-    base: Any = model.base_model  # which computes no logits
+    has_choice = "logits_to_keep" in inspect.signature(model.forward).parameters
+    few = {"logits_to_keep": 1} if has_choice else {}  # none are needed
     progress = tqdm(total=len(targets), desc="calibration", unit="linear")
     with progress, hooked(hooks), evaluating(model):
-        base(input_ids=blocks.to(device), use_cache=False)
+        model(input_ids=blocks.to(device), use_cache=False, **few)
     check_reached(targets, replaced)
 
 

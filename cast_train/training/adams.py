@@ -81,7 +81,9 @@ class AdamS(torch.optim.Optimizer):
         pattern: tuple[int, int] | None = group["pattern"]  # a Pattern is not safe to unpickle
         if pattern is not None and state["step"] % group["mask_every"] == 0:
             weight = sharding.local(parameter)
-            state["dropped"] = ~hard_mask(weight.abs(), Pattern(*pattern))
+            if "dropped" not in state:
+                state["dropped"] = torch.zeros_like(parameter, dtype=torch.bool)
+            sharding.local(state["dropped"]).copy_(~hard_mask(weight.abs(), Pattern(*pattern)))
             if weight is parameter:  # else its rows are in no other process
                 sharding.take_first([state["dropped"]])
         state["step"] += 1
@@ -93,7 +95,7 @@ class AdamS(torch.optim.Optimizer):
         if pattern is not None:
             share = min(state["step"] / group["total_steps"], 1.0)
             pulled = direction * (1 - share) + share * group["decay"] * weight.sign()
-            direction = torch.where(state["dropped"].bool(), pulled, direction)
+            direction = torch.where(sharding.local(state["dropped"]).bool(), pulled, direction)
             v.lerp_(direction.square(), 1 - beta2)
         else:
             v.lerp_(gradient.square(), 1 - beta2)

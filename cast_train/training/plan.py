@@ -50,8 +50,7 @@ class Plan:
 
     Attributes:
         parts: held together at the peak of a step.
-        start_bytes: held before the first step and after the last, when every process has the whole
-            model.
+        start_bytes: held before the first step.
         num_weights: parameters of the model.
         num_sparse: those of them that become sparse.
         flops: of a step of one process, teacher and backward with it.
@@ -75,8 +74,6 @@ class Plan:
 
     def remedy(self) -> str:
         """What would make it less, by the largest parts first."""
-        if self.start_bytes > self.step_bytes:
-            return "fewer processes on a machine, or a smaller model"
         largest = sorted(self.parts, key=lambda part: -part.num_bytes)
         return "; ".join(dict.fromkeys(part.remedy for part in largest if part.remedy))
 
@@ -87,7 +84,7 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     Args:
         model: HF directory, or a name on a hub; only its config.json is read.
         config: all settings.
-        num_processes: at least 1; with `is_sharded` they share weights, gates and moments.
+        num_processes: at least 1; with `is_sharded` they share all that is of the weights' size.
 
     Raises:
         CheckpointError: if config.json cannot be read.
@@ -128,7 +125,9 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     has_teacher = config.distillation_weight > 0
     share = num_processes if config.is_sharded else 1
     shard = "" if config.is_sharded else "is_sharded = true, with more processes"
-    masks = 2 if isinstance(config, Gates | Ste) else 1 if sparse else 0
+    # Copied gates keep the mask beside that which they started from.
+    has_two = isinstance(config, Gates | Ste) and not config.is_sharded
+    masks = 2 if has_two else 1 if sparse else 0
     logits = tokens * vocabulary * dtype.itemsize * (3 if has_teacher else 2)
     activations = "is_checkpointed = true, or a smaller batch_blocks"
     gradients = 4 * trained // share
@@ -141,22 +140,36 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
         parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))
         gradients += 4 * sparse // share
         if config.is_solved_again:
-            parts.append(Part("dense weights, to solve again", 4 * sparse, "method = fixed"))
+            dense = (settings.dtype or torch.float32).itemsize * sparse // share
+            parts.append(Part("dense weights, to solve again", dense, "method = fixed"))
     elif isinstance(config, Ste | Adams):
         parts.append(Part("scores", 4 * sparse // share, shard))
-    parts.append(Part("masks", masks * sparse))
+    parts.append(Part("masks", masks * sparse // share))
     if has_teacher:
-        parts.append(Part("teacher", dtype.itemsize * num_weights, "distillation_weight = 0"))
+        teacher = dtype.itemsize * num_weights // share
+        parts.append(Part("teacher", teacher, "distillation_weight = 0"))
+    if config.is_sharded:
+        gates = sparse if isinstance(config, Gates) else 0
+        parts.append(Part("what is whole at a time", _whole_bytes(fake, num_weights, gates)))
     # While a backward goes on, gradients take the place of what was kept.
     if gradients > kept + logits:
         parts.append(Part("gradients", gradients, shard))
     else:
         parts.append(Part("activations", kept, activations))
         parts.append(Part("logits and their gradient", logits, "a smaller batch_blocks"))
-    start = PROGRAM + (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
+    held = (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
     if isinstance(config, Pruned) and not isinstance(config, Fixed):
-        start += 4 * sparse * (2 if config.is_solved_again else 1)
-    return Plan(parts, start, num_weights, sparse, flops, tokens)
+        held += 4 * sparse * (2 if config.is_solved_again else 1)
+    return Plan(parts, PROGRAM + held // share, num_weights, sparse, flops, tokens)
+
+
+def _whole_bytes(model: Any, num_weights: int, num_gates: int) -> int:
+    """What a process has whole of a sharded model in a backward: embeddings, head and last norm,
+    one decoder layer, the next one, which is fetched meanwhile, and a layer's gradients."""
+    layers = [each for each in model.modules() if type(each).__name__ in model._no_split_modules]
+    parameters = [p for layer in layers for p in layer.parameters() if p.is_floating_point()]
+    in_layers = sum(p.numel() for p in parameters)
+    return 4 * (num_weights - in_layers) + 3 * 4 * (in_layers + num_gates) // max(len(layers), 1)
 
 
 def _kept_and_flops(model: Any, shape: tuple[int, int], config: TrainConfig) -> tuple[int, int]:

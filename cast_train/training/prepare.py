@@ -45,8 +45,9 @@ class Prepared:
             of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.
         start: the mask that each gate starts from, bool.
-        dense: the targets' dense weights by name, fp32 [out_features, in_features], where they are
-            solved again for a mask that was learnt; else none.
+        dense: the targets' dense weights by name, [out_features, in_features], where they are
+            solved again for a mask that was learnt; else none. Where the model is sharded, of this
+            process's rows, as `start` is.
         reach: how far the gates can move from there; None where no logits are to be learnt.
         teacher: the dense model that is distilled from, or None.
     """
@@ -88,7 +89,7 @@ def prepare(
     Raises:
         UsageError: for every wrong input.
     """
-    model = load_any(model_dir, torch.float32)
+    model = load_any(model_dir, torch.float32, is_sharded=config.is_sharded)
     # Fail fast: the search takes a minute or more.
     check_length(model, config.block_size, "block_size")
     _check_targets(model, sparse, config, choices)
@@ -113,9 +114,11 @@ def prepare(
 
     dense_weights = {}
     if config.is_solved_again:
-        dense_weights = {name: weight_rows(linear).clone() for name, linear in targets.items()}
+        dense_weights = {name: _small(weight_rows(linear)) for name, linear in targets.items()}
     is_resumed = choices is not None
-    gate_map = start_gates(model, targets, calibration, patterns, config, is_resumed)
+    model, targets, gate_map = start_gates(
+        model, targets, calibration, patterns, config, is_resumed
+    )
     if not config.train_embeddings:
         _keep_embeddings(model)
     attention.use_blocks(model)
@@ -126,11 +129,17 @@ def prepare(
         targets=targets,
         choices=Choices(kept_dense, kept_of_64(patterns, config.pattern), order),
         gate_map=gate_map,
-        start={name: gate.mask() for name, gate in gate_map.items()},
+        start={name: gate.mask(sharding.local) for name, gate in gate_map.items()},
         dense=dense_weights,
         reach=measure_reach(gate_map, config),
         teacher=teacher,
     )
+
+
+def _small(weight: Tensor) -> Tensor:
+    """A copy of an fp32 weight, in bf16 where that holds it exactly, as of most models it does."""
+    rounded = weight.to(torch.bfloat16)
+    return rounded if torch.equal(rounded.float(), weight) else weight.clone()
 
 
 def _check_targets(
@@ -194,6 +203,12 @@ def _in_order(
             reorder(model, choices.order)
         return model, choices.order
     order = None
+    if is_auto and config.is_sharded:
+        logger.warning(
+            "channel_order auto: keeping the given channel order: it is searched for in a whole "
+            "model; cast-train permute can do that before"
+        )
+        return model, None
     if is_auto and sharding.rank() == 0:
         model, order = _reordered(model, model_dir, calibration, config)
     return model, sharding.in_first(lambda: order)
@@ -232,9 +247,14 @@ def _choose_patterns(
         return dict.fromkeys(targets, config.pattern)
     if sparse is not None:  # what has zeros keeps its own
         return {name: sparse[name] for name in targets if name in sparse}
-    return sharding.in_first(
-        lambda: allocate(model, targets, config.pattern, calibration, config.zeros)
-    )
+
+    def choose() -> dict[str, Pattern]:
+        return allocate(model, targets, config.pattern, calibration, config.zeros)
+
+    if not config.is_sharded:
+        return sharding.in_first(choose)
+    chosen = choose()  # which takes every process
+    return sharding.in_first(lambda: chosen)
 
 
 def _keep_embeddings(model: Any) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.sparsity.bitmask import pack_mask
+from cast_train import sharding
 from cast_train.gates import gating, quantizing
 from cast_train.pruning.quantize import quantize_linear
+from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.sparsegpt import replace_weights
 
 MARGIN = 0.48
@@ -45,15 +47,19 @@ def start_quantized(
         UsageError: if the calibration tokens never reach a target, or a weight is Inf or NaN.
     """
     moved: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    masks = {name: gate.mask(sharding.local) for name, gate in gates.items()}
 
     def quantized(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-        mask = gates[name].mask()
+        moved[name], mask = weight, masks[name]
+        if not len(weight):  # fewer rows than processes
+            return weight
         kept = weight[mask].view(len(weight), -1).to(quantizing.STORED_DTYPE)
         pattern = gates[name].pattern.stored
         linear = CompressedLinear(name, kept, pack_mask(mask), weight.shape[1], pattern=pattern)
         found = quantize_linear(linear, hessian, quantization)
         assert found.scale is not None
-        scale = quantizing.quantizer_of(targets[name]).scale.copy_(found.scale)
+        scales[name] = scale = found.scale.float()
         columns = quantization.group or weight.shape[1]
         reach = MARGIN * scale.repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
         integers = found.dense(torch.float32)
@@ -63,4 +69,6 @@ def start_quantized(
 
     replace_weights(model, targets, blocks, quantized)
     for name, linear in targets.items():
-        gating.stored_weight(linear).copy_(moved[name])
+        weight_rows(linear).copy_(moved[name])
+        if name in scales:
+            sharding.local(quantizing.quantizer_of(linear).scale).copy_(scales[name])

@@ -37,7 +37,7 @@ from cast_serve.checkpoint.record import (
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, PatternError
 from cast_train import sharding
-from cast_train.checkpoint import identity, models, resume
+from cast_train.checkpoint import identity, models, resume, rows
 from cast_train.checkpoint.models import load_tokenizer
 from cast_train.config import Gates, Pruned, TrainConfig
 from cast_train.errors import DivergedError, NotFiniteError, StoppedError
@@ -50,7 +50,6 @@ from cast_train.pruning.allocate import kept_of_64
 from cast_train.training import progress
 from cast_train.training.blocks import Blocks, read_blocks
 from cast_train.training.prepare import Prepared, prepare
-from cast_train.training.start import with_gates
 from cast_train.training.stopping import Checkpoints
 from cast_train.training.trainer import CastTrainer, arguments_of, tokens_per_step
 
@@ -300,9 +299,7 @@ class Run:
             )
 
     def round(self) -> None:
-        """Makes the trained model, unsharded, what it will be on disk."""
-        if self.config.is_sharded:
-            self.prepared = self._gathered()
+        """Makes the trained model what it will be on disk."""
         trained = self.prepared
         self.last = phase_at(self.config.steps, self.config)
         if self.config.quantization is not None:
@@ -311,19 +308,6 @@ class Run:
         _round_as_stored(trained.model, trained.gate_map)
         if self.config.method == "adams":  # the other methods froze theirs in training
             gating.freeze(trained.gate_map)
-
-    def _gathered(self) -> Prepared:
-        """The trained model, unsharded in every process, with its targets and gates."""
-        state = sharding.whole_state(self.trainer.model)
-        model = models.load_any(self.model_dir, torch.float32)
-        targets = {name: model.get_submodule(name) for name in self.prepared.targets}
-        gate_map = {}
-        if isinstance(self.config, Pruned):
-            gate_map = with_gates(targets, self.prepared.patterns, None, self.config)
-        model.load_state_dict(state)
-        for name, gate in gate_map.items():
-            gate.is_frozen = self.prepared.gate_map[name].is_frozen
-        return dataclasses.replace(self.prepared, model=model, targets=targets, gate_map=gate_map)
 
     def measure(self) -> dict[str, Any]:
         """cast.json's content, without the run's identity."""
@@ -394,8 +378,11 @@ class Run:
         trained = self.prepared
         tensors = gating.detach(trained.targets) if trained.gate_map else {}
         if sharding.rank() != 0:
+            if self.config.is_sharded:
+                rows.save(None, trained.model, tensors)
             return record
-        trained.model.to(torch.bfloat16)
+        if not self.config.is_sharded:
+            trained.model.to(torch.bfloat16)
         written = models.write(
             self.out,
             trained.model,

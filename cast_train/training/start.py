@@ -6,12 +6,14 @@ they keep the dense model's value, so that it brings back what it dropped.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cast_serve.sparsity.pattern import Pattern
 from cast_train import sharding
+from cast_train.checkpoint import rows
 from cast_train.config import Gates, Masked, Pruned, Ste, TrainConfig
 from cast_train.gates import budget, gating, quantizing, scaling
 from cast_train.pruning.allocate import units_of
@@ -22,16 +24,16 @@ from cast_train.pruning.sparsegpt import sparsegpt_scores
 
 def start_gates(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    targets: dict[str, nn.Module],
     calibration: Tensor,
     patterns: Mapping[str, Pattern],
     config: TrainConfig,
     is_resumed: bool = False,
-) -> dict[str, gating.Gate]:
+) -> tuple[Any, dict[str, nn.Module], dict[str, gating.Gate]]:
     """Puts gates on the targets and solves their weights, the same in every process.
 
     Args:
-        model: fp32.
+        model: fp32; where it is sharded, another takes its place.
         targets: its linears to prune, by name.
         calibration: token blocks, int64 [num_blocks, block_size].
         patterns: the targets', by name.
@@ -39,23 +41,57 @@ def start_gates(
         is_resumed: whether a checkpoint has the weights.
 
     Returns:
-        the gates by the targets' names; none with ``dense``.
+        the model; its targets; the gates by the targets' names, none with ``dense``.
     """
     torch.manual_seed(config.seed)  # of the first weights of `generator`
     gate_map = {}
+    has_rows = config.is_sharded or sharding.rank() == 0  # to score and to solve
     if isinstance(config, Pruned):
-        scores = None
-        if sharding.rank() == 0:
-            scores = _scores(model, targets, calibration, patterns, config)
-        gate_map = with_gates(targets, patterns, scores, config)
+        scores = _scores(model, targets, calibration, patterns, config) if has_rows else None
+        if config.is_sharded:
+            model, targets, gate_map = _sharded_with_gates(model, targets, patterns, scores, config)
+        else:
+            gate_map = with_gates(targets, patterns, scores, config)
         is_solved_first = config.is_solved and not config.waits and not is_resumed
-        if sharding.rank() == 0 and is_solved_first:
-            masks = {name: gate.mask() for name, gate in gate_map.items()}
+        if has_rows and is_solved_first:
+            masks = {name: gate.mask(sharding.local) for name, gate in gate_map.items()}
             _solve(model, targets, masks, calibration, keeps_dropped=isinstance(config, Gates))
     if isinstance(config, Gates) and config.budget_learning_rate:
         budget.attach(gate_map, units_of(model, targets, calibration[:1]))
-    sharding.take_first(sharding.state_of(model))
-    return gate_map
+    if not config.is_sharded:
+        sharding.take_first(sharding.state_of(model))
+    return model, targets, gate_map
+
+
+@torch.no_grad()
+def _sharded_with_gates(
+    model: Any,
+    targets: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    scores: Mapping[str, Tensor] | None,
+    config: Pruned,
+) -> tuple[Any, dict[str, nn.Module], dict[str, gating.Gate]]:
+    """As `with_gates`, on a model that is cut with them: FSDP takes no parameters afterwards.
+
+    Returns:
+        the new model, its targets and gates. The old one's parameters have gone there.
+    """
+    gated = rows.another(model)
+    found = {name: gated.get_submodule(name) for name in targets}
+    gate_map = with_gates(found, patterns, None, config)
+    sharding.shard(gated)
+    rows.allocate(gated)
+    rows.move(model, gated)
+    for name, gate in gate_map.items():
+        gate.begin(None if scores is None else scores[name])
+        if isinstance(gate, gating.LogitGate):
+            gate.is_sharded = True
+    for scale in scaling.scales_of(found):
+        sharding.local(scale).fill_(1)
+    if isinstance(config, Masked) and config.quantization is not None:
+        for linear in found.values():
+            sharding.local(quantizing.quantizer_of(linear).scale).zero_()
+    return gated, found, gate_map
 
 
 def _scores(
@@ -73,11 +109,10 @@ def _scores(
         return magnitude_scores(targets)
     if start == "wanda":
         return wanda_scores(model, targets, calibration)
-    dense = {name: linear.weight.detach().clone() for name, linear in targets.items()}
+    dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
     scores = sparsegpt_scores(model, targets, calibration, patterns)
-    with torch.no_grad():
-        for name, weight in dense.items():  # which SparseGPT has moved
-            targets[name].weight.copy_(weight)
+    for name, weight in dense.items():  # which SparseGPT has moved
+        weight_rows(targets[name]).copy_(weight)
     return scores
 
 
@@ -96,7 +131,7 @@ def _solve(
         dense = {name: weight_rows(linear).clone() for name, linear in targets.items()}
     solve(model, targets, masks, calibration)
     for name, weight in dense.items():
-        solved = gating.stored_weight(targets[name])
+        solved = weight_rows(targets[name])
         solved.copy_(torch.where(masks[name], solved, weight))
 
 

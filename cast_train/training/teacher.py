@@ -6,7 +6,7 @@ from typing import Any
 from cast_serve.errors import UsageError
 from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
-from cast_train.checkpoint.models import check_same_tokens, load_dense
+from cast_train.checkpoint.models import check_dense, check_same_tokens, load_any
 from cast_train.config import TrainConfig
 from cast_train.precision import arithmetic
 from cast_train.pruning.reorder import reorder_residual
@@ -33,7 +33,9 @@ def load_teacher(
     directory = teacher_dir or model_dir
     if teacher_dir is not None:
         check_same_tokens(teacher_dir, model_dir)
-    teacher = load_dense(directory, arithmetic(config.precision)).requires_grad_(False)
+    check_dense(directory)
+    dtype = arithmetic(config.precision)
+    teacher = load_any(directory, dtype, is_sharded=config.is_sharded).requires_grad_(False)
     if teacher.config.vocab_size != student.vocab_size:
         raise UsageError(
             f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from cast_serve.checkpoint.record import CheckpointError
 from cast_train import losses, sharding
-from cast_train.checkpoint import resume
+from cast_train.checkpoint import resume, rows
 from cast_train.config import TrainConfig
 from cast_train.errors import DivergedError
 from cast_train.evaluate.perplexity import perplexity
@@ -69,6 +70,8 @@ class CastTrainer(Trainer):
             eval_dataset=blocks.validation,
         )
         self.config = config
+        if config.is_sharded:  # then the model averages gradients itself, and no wrapper is to
+            self.accelerator.prepare_model = lambda model, **_: model
         self.gate_map = prepared.gate_map
         self.targets = prepared.targets
         self.teacher = prepared.teacher
@@ -187,6 +190,35 @@ class CastTrainer(Trainer):
         else:
             self.control.should_training_stop = True
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A sharded model is saved with its optimizer."""
+        if not self.config.is_sharded:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.config.is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        assert self.lr_scheduler is not None
+        rows.save_state(Path(output_dir), self.model, self._plain_optimizer())
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.config.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.config.is_sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.lr_scheduler is not None
+        rows.load_state(Path(checkpoint), self.model, self._plain_optimizer())
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Marks the checkpoint as complete once every process has written its part (resume.py)."""
         super()._save_checkpoint(model, trial)
@@ -235,8 +267,8 @@ class Starts(TrainerCallback):
     Before the first step under the exact mask, where gates learnt it, the kept weights are solved
     for it (`is_solved`): all of them, if they have waited for it unmoved, else in the rows where it
     changed. Before the first quantised step scales and integers are chosen. Rank 0 does it, and all
-    processes take its weights. A run that is resumed at such a step has the checkpoint's weights
-    and does it again. Sharded weights are not solved again.
+    processes take its weights; of sharded ones each process solves its rows. A run that is resumed
+    at such a step has the checkpoint's weights and does it again.
 
     Args:
         trainer: whose weights and gates these are.
@@ -259,17 +291,18 @@ class Starts(TrainerCallback):
         phase = dataclasses.replace(phase_at(step, config), is_quantized=False)
         gating.set_phase(trainer.gate_map, phase)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if sharding.rank() == 0 and step == config.first_exact_step:
-            masks = {name: gate.mask() for name, gate in trainer.gate_map.items()}
+        has_rows = config.is_sharded or sharding.rank() == 0
+        if has_rows and step == config.first_exact_step:
+            masks = {name: gate.mask(sharding.local) for name, gate in trainer.gate_map.items()}
             if config.waits:
                 solve(model, trainer.targets, masks, self.blocks)
             elif self.dense:
                 solve_again(model, trainer.targets, self.dense, self.before, masks, self.blocks)
-        if sharding.rank() == 0 and config.quantization and step == config.first_quantized_step:
+        if has_rows and config.quantization and step == config.first_quantized_step:
             start_quantized(
                 model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
             )
-        if not config.is_sharded:  # else each row lies in one process alone
+        if not config.is_sharded:
             sharding.take_first(sharding.state_of(model))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -330,7 +363,6 @@ def arguments_of(config: TrainConfig, partial: Path) -> TrainingArguments:
         gradient_checkpointing=config.is_checkpointed,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
-        fsdp=config.is_sharded or None,
         save_strategy="steps" if _steps_between_saves(config) else "no",
         save_steps=_steps_between_saves(config) or 1,
         per_device_eval_batch_size=config.batch_blocks,

@@ -116,10 +116,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
             "start is 'ones', but must be 'magnitude', 'wanda' or .* method fixed",
         ),
         (
-            {"method": "gates", "masks_first": True, "is_sharded": True},
-            "masks_first cannot go with is_sharded",
-        ),
-        (
             {"method": "gates", "selector": "generator", "is_sharded": True},
             "is_sharded cannot go with selector generator",
         ),

@@ -17,5 +17,5 @@ def test_one_process_has_nobody_to_share_with(llama_dir, text_file, settings_fil
 
 def test_a_whole_tensor_is_its_own_share():
     tensor = torch.ones(3)
-    for same in (sharding.whole, sharding.local, lambda t: sharding.sharded_like(t, t)):
+    for same in (sharding.whole, sharding.local, lambda t: sharding.whole_of(t, t)):
         assert same(tensor) is tensor

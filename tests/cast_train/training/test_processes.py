@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cast_serve.checkpoint.record import verify
-from cast_train.config import Gates, TrainConfig
+from cast_train.config import TrainConfig
 from cast_train.training.run import train
 from tests.cast_train.settings import changed, of_file
 
@@ -73,14 +73,13 @@ def in_processes(
         ("llama", {"method": "gates", "is_sharded": True, "precision": "bf16", "scale_parts": 2}),
         ("llama", {"method": "adams", "learning_rate": 0.01, "is_sharded": True}),
         ("gpt2", {"method": "ste", "is_sharded": True}),
+        ("llama", {"method": "fixed", "is_sharded": True, "quantize": "int8", "zeros": 0.4}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_two_processes_learn_what_one_does(
-    family, settings, request, text_file, settings_file, tmp_path, monkeypatch
+    family, settings, request, text_file, settings_file, tmp_path
 ):
-    if settings.get("is_sharded"):  # such weights are not solved again
-        monkeypatch.setattr(Gates, "is_solved_again", False)
     model_dir = request.getfixturevalue(f"{family}_dir")
     # bf16, which `auto` is on some CPUs, rounds half a batch in other places than a whole one.
     common = {"steps": 10, "evaluate_every": 5, "precision": "fp32"}

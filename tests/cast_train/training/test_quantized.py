@@ -207,10 +207,6 @@ def test_the_first_quantised_step_by_hand(settings, first):
         ({"method": "dense"}, "method dense has no setting quantize"),
         ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
         (
-            {"method": "gates", "is_sharded": True},
-            "cannot go with is_sharded True; set one of them",
-        ),
-        (
             {"method": "gates", "quantized_fraction": 0.02},
             "0.02 must not be below hard_fraction 0.05",
         ),

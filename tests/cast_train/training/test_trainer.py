@@ -124,7 +124,7 @@ def test_a_finished_run_is_not_run_again(llama_dir, text_file, config, tmp_path,
 def test_a_loss_that_is_not_finite_stops_the_run(
     llama_dir, text_file, config, tmp_path, monkeypatch
 ):
-    def poisoned(directory, dtype):
+    def poisoned(directory, dtype, is_sharded):
         model = models.load_dense(directory, dtype)
         model.lm_head.weight.data.fill_(float("inf"))
         return model

@@ -39,7 +39,7 @@ def leave(when, found):
 
 def state_of(model):
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: sharding.whole(tensor.detach()) for name, tensor in found.items()}
 
 
 def leave_all():
@@ -60,12 +60,8 @@ def leave_all():
         done = fit(self, **arguments)
         states = getattr(self.optimizer, "optimizer", self.optimizer).state.values()
         masks = {f"dropped {i}": s["dropped"] for i, s in enumerate(states) if "dropped" in s}
-        if self.config.is_sharded:
-            leave("end", sharding.whole_state(self.model))
-        else:
-            model = self.accelerator.unwrap_model(self.model)
-            # AdamS's weights are off by rounding, and by more than that where its masks are.
-            leave("end", masks or state_of(model))
+        # AdamS's weights are off by rounding, and by more than that where its masks are.
+        leave("end", masks or state_of(self.accelerator.unwrap_model(self.model)))
         return done
 
     patch.object(run, "prepare", leave_start).start()
