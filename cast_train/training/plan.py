@@ -151,12 +151,11 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     if config.is_sharded:
         gates = sparse if isinstance(config, Gates) else 0
         parts.append(Part("what is whole at a time", _whole_bytes(fake, num_weights, gates)))
-    # While a backward goes on, gradients take the place of what was kept.
-    if gradients > kept + logits:
-        parts.append(Part("gradients", gradients, shard))
-    else:
-        parts.append(Part("activations", kept, activations))
-        parts.append(Part("logits and their gradient", logits, "a smaller batch_blocks"))
+    # A backward frees the one while it makes the other, but on a CPU in another thread, and so in
+    # another arena of the C library, which both keep what was freed.
+    parts.append(Part("activations", kept, activations))
+    parts.append(Part("logits and their gradient", logits, "a smaller batch_blocks"))
+    parts.append(Part("gradients", gradients, shard))
     held = (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
     if isinstance(config, Pruned) and not isinstance(config, Fixed):
         held += 4 * sparse * (2 if config.is_solved_again else 1)

@@ -132,3 +132,9 @@ def test_what_is_written_transformers_reads(family, size, request, tmp_path, alo
     settings = json.loads((tmp_path / "config.json").read_text())
     theirs = json.loads((directory / "config.json").read_text())
     assert settings == {**theirs, "dtype": "bfloat16"}
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused(llama_dir, tmp_path, alone):
+    model = rows.load(llama_dir, torch.float32)
+    with pytest.raises(CheckpointError, match="written by an earlier release.*start again"):
+        rows.load_state(tmp_path, model, torch.optim.AdamW(model.parameters()))
