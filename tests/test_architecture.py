@@ -1,4 +1,4 @@
-"""README's tree and docs/architecture.md name the files that there are."""
+"""docs/architecture.md names the files that there are."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,9 @@ PACKAGES = ("cast_train", "cast_serve", "loadtest", "benchmarks")
 LINE = re.compile(r"^( *)(?:(\w+)/)? *(.*)$")
 
 
-def modules_in_readme() -> dict[str, set[str]]:
-    """The modules that README's tree names, by folder."""
-    tree = (ROOT / "README.md").read_text().split("## The file tree")[1].split("```")[1]
+def modules_in_tree() -> dict[str, set[str]]:
+    """The modules that the page's tree names, by folder."""
+    tree = (ROOT / "docs/architecture.md").read_text().split("## The file tree")[1].split("```")[1]
     found: dict[str, set[str]] = {}
     around: list[str] = []  # the folders that the line lies in
     for line in tree.strip().splitlines():
@@ -36,11 +36,12 @@ def test_the_tree_names_every_module_and_no_other() -> None:
             if path.name != "__init__.py":
                 folder = path.parent.relative_to(ROOT).as_posix()
                 on_disk.setdefault(folder, set()).add(path.stem)
-    assert modules_in_readme() == on_disk
+    assert modules_in_tree() == on_disk
 
 
 def test_each_way_in_architecture_names_a_file_once() -> None:
-    sections = (ROOT / "docs/architecture.md").read_text().split("\n## ")[1:]
+    *sections, tree = (ROOT / "docs/architecture.md").read_text().split("\n## ")[1:]
+    assert tree.startswith("The file tree")
     assert len(sections) == 4
     for section in sections:
         named = re.findall(r"`((?:\w+/)+\w+\.py)`", section)
