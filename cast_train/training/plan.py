@@ -94,7 +94,7 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
         settings = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} has no config.json that can be read: {error}") from error
-    dtype = arithmetic(config.precision)
+    dtype, stored = arithmetic(config.precision), settings.dtype or torch.float32
     shape = (config.batch_blocks, config.block_size)
     tokens = shape[0] * shape[1]
     with FakeTensorMode():
@@ -140,7 +140,7 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
         parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))
         gradients += 4 * sparse // share
         if config.is_solved_again:
-            dense = (settings.dtype or torch.float32).itemsize * sparse // share
+            dense = stored.itemsize * sparse // share
             parts.append(Part("dense weights, to solve again", dense, "method = fixed"))
     elif isinstance(config, Ste | Adams):
         parts.append(Part("scores", 4 * sparse // share, shard))

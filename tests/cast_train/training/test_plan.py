@@ -78,6 +78,13 @@ def test_every_part_has_its_bytes(words_dir):
     assert not {"teacher", "masks"} & {name for name, size in parts(dense).items() if size}
 
 
+def test_dense_weights_take_what_they_take_on_disk(words_dir, tmp_path):
+    settings = json.loads((words_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
+    found = plan(tmp_path, Gates(sparsity="32:64", **SMALL))
+    assert parts(found)["dense weights, to solve again"] == 2 * found.num_sparse
+
+
 def test_processes_share_what_is_sharded(words_dir):
     settings: dict[str, Any] = {"sparsity": "32:64", "is_sharded": True, **SMALL}
     one, four = (plan(words_dir, Gates(**settings), number) for number in (1, 4))
