@@ -114,7 +114,12 @@ def own_rows(tensor: Tensor) -> slice:
 
 
 def summed(tensor: Tensor, like: Tensor) -> Tensor:
-    """The sum over the processes of what each found in its rows of `like`; every one must call."""
+    """Adds up, in place, what each process found in its rows of `like`; every one must call.
+
+    Args:
+        tensor: of one shape in all processes; what is returned.
+        like: if it is whole, nothing is added.
+    """
     if isinstance(like, DTensor):
         distributed.all_reduce(tensor)
     return tensor

@@ -52,13 +52,18 @@ def transposed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         tensors: weights and gates of its linears are transposed where the linear was a Conv1D; all
             else stays.
     """
-    found = {
+    found = names_of_transposed(model)
+    return {
+        key: tensor.transpose(0, -1).contiguous() if key in found else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def names_of_transposed(model: nn.Module) -> set[str]:
+    """The tensors of a model, as `to_linears` returns it, that are transposed on disk."""
+    return {
         f"{name}.{part}"
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LinearOfConv1D)
         for part in TRANSPOSED_PARTS
-    }
-    return {
-        key: tensor.transpose(0, -1).contiguous() if key in found else tensor
-        for key, tensor in tensors.items()
     }

@@ -47,13 +47,16 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
     allocate(model)
     with ExitStack() as stack:
         stored = _Stored(directory, model, stack)
-        for name, parameter in model.named_parameters():
-            stored.read(name, parameter)
-        kept = model.state_dict().keys()  # other buffers are computed
-        for name, buffer in model.named_buffers():
-            if name in kept:
-                stored.read(name, buffer)
+        for name, tensor in _on_disk(model).items():
+            stored.read(name, tensor)
     return model
+
+
+def _on_disk(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that are saved; others are computed."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def another(model: Any) -> Any:
@@ -107,11 +110,7 @@ class _Stored:
             directory, quantization_of(directory, read_json(directory / "config.json"))
         )
         self.prefix = f"{model.base_model_prefix}."
-        self.transposed = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, conv1d.LinearOfConv1D)
-        }
+        self.transposed = conv1d.names_of_transposed(model)
         self.shard_of: dict[str, Any] = {}
         for path in shards(directory):
             shard = stack.enter_context(opened(path))
@@ -188,9 +187,7 @@ def save(folder: Path | None, model: Any, gate_tensors: Mapping[str, Tensor]) ->
         gate_tensors: what is stored beside the weights, in its own dtype.
     """
     dtype = torch.bfloat16
-    tensors = {**dict(model.named_parameters()), **gate_tensors}  # a tied weight comes once
-    kept = model.state_dict().keys()
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    tensors = {**_on_disk(model), **gate_tensors}
     num_bytes = {
         id(tensor): tensor.nbytes if name in gate_tensors else tensor.numel() * dtype.itemsize
         for name, tensor in tensors.items()
