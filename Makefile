@@ -4,7 +4,7 @@
 
 python = .venv/bin/python
 # All Python: what has no suffix .py says so in its first line.
-sources = cast_train cast_serve loadtest benchmarks tests deploy/check/image $(wildcard docs/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
+sources = cast_train cast_serve loadtest benchmarks tests deploy/check/image $(wildcard docs/*.py scripts/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
 	scripts/setup
@@ -31,7 +31,7 @@ test: packages data  # in two processes, see tests/conftest.py; pictures of dash
 MINUTES = 10
 SEED = 0
 
-soak: setup  # hostile load and faults against a gateway; docs/serving.md has what it tries
+soak: setup  # hostile load and faults against a gateway; benchmarks/gateway.md has what it tries
 	$(python) -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 fuzz: setup  # MINUTES of CPU for each target
