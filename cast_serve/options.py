@@ -12,7 +12,7 @@ import typer
 METAVARS = {
     *("DIR", "FILE", "MODEL", "ORG/NAME", "NAME", "TEXT", "FLAGS"),
     *("REGEX", "KEY", "ADDRESS", "URL", "CORES", "WAYS"),
-    *("N", "N,N", "N:M", "RATE", "RATE,RATE", "SHARE", "SECONDS", "MS"),
+    *("NAME,NAME", "N", "N,N", "N:M", "RATE", "RATE,RATE", "SHARE", "SECONDS", "MS"),
     *("KEY=VALUE", "NAME=DIR", "NAME=URL", "NAME=NAME", "NAME=NAME:N,NAME:N"),
 }
 
@@ -40,7 +40,9 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+VERSION = typer.Option(
+    "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+)
 
 # Settings of a command whose flags, --help too, are those of what it runs.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -59,8 +61,8 @@ def of_source_tree(context: typer.Context, module: str) -> Any:
     tree = Path(__file__).resolve().parents[1]
     if not (tree / "benchmarks").is_dir():
         print(
-            f"{context.command_path} runs {module.removesuffix('.__main__')}, which no "
-            "wheel holds: it needs the source tree",
+            f"{context.command_path} runs {module.removesuffix('.__main__')}, which is in no "
+            "wheel: it needs the source tree",
             file=sys.stderr,
         )
         raise typer.Exit(2)

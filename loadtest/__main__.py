@@ -24,7 +24,7 @@ from loadtest.job import Job, Options
 from loadtest.measure import measure
 from loadtest.provenance import provenance
 from loadtest.record import Recorded
-from loadtest.report import commands, pareto
+from loadtest.report import commands, pareto, tasks
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of
 
@@ -32,15 +32,16 @@ STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
+app.command()(tasks.tasks)
 
 
 @app.callback()
 def about(show_version: Annotated[bool, VERSION] = False) -> None:
-    """Measures served variants against each other, over HTTP."""
+    """Measure served variants against each other over HTTP."""
 
 
 def run(context: typer.Context, **given: Any) -> None:
-    """Sends the same prompts to two variants in alternating blocks and compares them.
+    """Send the same prompts to two variants in alternating blocks, and compare them.
 
     Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: done,
     1: the run does not pass its guard rails, 2: wrong use.
@@ -90,13 +91,13 @@ def _keeping(folder: Path) -> Iterator[None]:
         code, why = STOPPED, "stopped"
     except Exception:
         traceback.print_exc()
-        code, why = 1, "this is a fault of cast-loadtest itself"
+        code, why = 1, "this is a bug in cast-loadtest"
     with suppress(OSError):  # not empty, or not made yet
         folder.rmdir()
     print(f"cast-loadtest: {why}", file=sys.stderr)
     if folder.exists():
         print(
-            f"cast-loadtest: what was measured is in {folder}; to make the report from it: "
+            f"cast-loadtest: the measurements are in {folder}; to write their report: "
             f"{shlex.join(['cast-loadtest', 'report', str(folder)])}",
             file=sys.stderr,
         )
@@ -128,13 +129,13 @@ def _written(out: Path, write: Callable[[], None]) -> list[str]:
 
 @app.command(context_settings=PASSED_ON)
 def kernels(context: typer.Context) -> None:
-    """Times the 2:4 op without a server: python -m benchmarks.kernels, of the source tree."""
+    """Time the sparse op without a server: python -m benchmarks.kernels; needs the source tree."""
     of_source_tree(context, "benchmarks.kernels.__main__").main(context.args)
 
 
 @app.command(context_settings=PASSED_ON)
 def coverage(context: typer.Context) -> None:
-    """Simulates how often intervals hold the truth: python -m benchmarks.coverage, likewise."""
+    """Simulate how often intervals hold the true value; needs the source tree."""
     of_source_tree(context, "benchmarks.coverage").main(context.args)
 
 

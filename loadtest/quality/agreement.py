@@ -19,7 +19,10 @@ MEASURES = ("token_agreement", "kl_nats_per_token")
 MAX_TOKENS = 512  # the gateway's limit for an answer
 PATH = "/v1/compare"
 NUM_ANSWERS = 4  # within one request: both variants answer, and both score the baseline's answer
-REMEDY = "it needs our gateway (cast-serve up), or leave --quality-prompts out"
+REMEDY = (
+    "agreement needs the cast-serve gateway (cast-serve up); serve through it, or leave "
+    "--quality-prompts out"
+)
 
 
 async def measure(

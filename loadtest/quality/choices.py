@@ -133,13 +133,13 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
     if not tokens or len(tokens) != len(logprobs):
         raise UsageError(
             "the server does not return log probabilities of the prompt (echo with logprobs); "
-            "serve the variant by vLLM, or leave --choices out"
+            "serve the variant with vLLM, or leave --choices out"
         )
     if not spelled.endswith(continuation):
         raise UsageError(
             f"the tokens spell {spelled[-80:]!r}, which does not end with the answer "
-            f"{continuation!r}; if the server shows token ids in place of text, switch that off, "
-            "else leave the question out"
+            f"{continuation!r}; if the server shows token ids instead of text, switch that off; "
+            "otherwise remove the question"
         )
     border = len(spelled) - len(continuation)  # where the answer begins
     ends = list(accumulate(map(len, tokens)))
@@ -151,7 +151,7 @@ def log_likelihood(response: Mapping[str, Any], continuation: str) -> float:
     if not all(isinstance(logprob, int | float) for logprob in own):
         raise UsageError(
             f"the server gives no log probability to a part of the answer {continuation!r}; serve "
-            "the variant by vLLM, or leave --choices out"
+            "the variant with vLLM, or leave --choices out"
         )
     if wrong := [logprob for logprob in own if not logprob <= ROUNDING]:
         raise UsageError(

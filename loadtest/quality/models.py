@@ -15,7 +15,7 @@ NOT_RECORDED = "not recorded"
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """A name and what baseline and candidate have of it, for each property of the models."""
-    names = ("model", "directory", "bits a weight", "zeros", "perplexity")
+    names = ("model", "directory", "bits per weight", "zeros", "perplexity")
     sides = [_properties(result, result[side]) for side in ("baseline", "candidate")]
     return list(zip(names, *sides, strict=True))
 
@@ -27,7 +27,7 @@ def _properties(result: Mapping[str, Any], variant: str) -> tuple[str, str, str,
         directory.get("model") or NOT_RECORDED,
         directory.get("path") or NOT_RECORDED,
         _bits(directory, result["served"].get(variant) or {}),
-        "not known" if zeros is None else f"{zeros:.0%}",
+        "unknown" if zeros is None else f"{zeros:.0%}",
         _perplexity(directory),
     )
 
@@ -40,7 +40,7 @@ def _bits(directory: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         share = float(labels["weight_bytes"]) / float(labels["dense_weight_bytes"])
         return f"{share * DTYPE_BITS[labels['dtype']]:.3g}"
     except (KeyError, ValueError, ZeroDivisionError):
-        return "not known"
+        return "unknown"
 
 
 def _perplexity(directory: Mapping[str, Any]) -> str:

@@ -36,15 +36,15 @@ def failures_of(result: dict[str, Any]) -> list[str]:
 
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Made by `run --out`: a run, or a sweep.")
+        Path, typer.Argument(metavar="DIR", help="Run or sweep that `run --out` wrote.")
     ],
     guard: Annotated[
-        Path | None, option("FILE", "TOML of guard rails to judge by.", "the run's own")
+        Path | None, option("FILE", "TOML file of guard rails.", "the run's own")
     ] = None,
 ) -> None:
-    """Recomputes result.json and the reports from run.json and requests.jsonl.
+    """Recompute result.json and the reports from run.json and requests.jsonl.
 
-    In a directory of runs it recomputes each, and throughput against interactivity over all.
+    If DIR is a sweep, recompute every run, and throughput against interactivity over all.
 
     Exit code 0: done, 1: a run does not pass, 2: wrong use.
     """
@@ -99,10 +99,10 @@ def compare(
         bool, typer.Option("--fail-on-regression", help="Exit 1 if a speed-up got worse.")
     ] = False,
 ) -> None:
-    """Prints the speed-ups of two runs side by side, and how they changed.
+    """Print the speed-ups of two runs side by side, and how they changed.
 
-    A speed-up got worse if its new interval lies wholly below the old one. Exit code 0: done, 1:
-    one got worse and --fail-on-regression is given, 2: wrong use.
+    A speed-up got worse if its new interval lies entirely below the old one. Exit code 0: done,
+    1: one got worse and --fail-on-regression is given, 2: wrong use.
     """
     try:
         runs = [Recorded.read(directory) for directory in (old, new)]
@@ -113,9 +113,9 @@ def compare(
     console.width = max(console.width, regression.TABLE_WIDTH)
     console.print(regression.table_of(found))
     for text in found["warnings"]:
-        console.print(f"warning, {text}", style="bold red", markup=False, highlight=False)
+        console.print(f"warning: {text}", style="bold red", markup=False, highlight=False)
     for text in found["differences"]:
-        console.print(f"not the same, {text}", style="yellow", markup=False, highlight=False)
+        console.print(f"differs: {text}", style="yellow", markup=False, highlight=False)
     worse = [name for name, change in found["changes"].items() if change["verdict"] == "worse"]
     failures = [f"worse than {old}: {', '.join(worse)}"] if worse and fail_on_regression else []
     finish(found, failures)
@@ -130,13 +130,13 @@ def attempt(place: str, write: Callable[[], object]) -> list[str]:
     return []
 
 
-def finish(printed: dict[str, Any], failures: list[str]) -> None:
-    """Ends a command: the line of JSON, then what is wrong, and exit code 1 if anything is."""
+def finish(printed: dict[str, Any], failures: list[str], code: int = 1) -> None:
+    """Ends a command: the line of JSON, then what is wrong, and exit code `code` if anything is."""
     print(json.dumps(printed, allow_nan=False), flush=True)
     for failure in failures:
         print(f"cast-loadtest: {failure}", file=sys.stderr)
     if failures:
-        raise typer.Exit(1)
+        raise typer.Exit(code)
 
 
 def refuse(error: ValueError) -> NoReturn:

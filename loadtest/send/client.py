@@ -52,8 +52,11 @@ class _Completion:
     class Error(Exception):
         pass
 
-    def __init__(self, intended_send_s: float) -> None:
+    def __init__(
+        self, intended_send_s: float, on_chunk: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         self.watch = Stopwatch(intended_send_s)
+        self.on_chunk = on_chunk
         self.usage: Mapping[str, Any] = {}
         self.is_done = False
         self._reader = sse.Reader()
@@ -73,6 +76,7 @@ class _Completion:
                 raise self.Error("stream_error")
             self.watch.observe(chunk)
             self.usage = chunk.get("usage") or self.usage
+            self.on_chunk(chunk)
         except (ValueError, AttributeError, TypeError) as error:
             raise self.Error("malformed_chunk") from error
 
@@ -224,9 +228,24 @@ class Client:
             "stream_options": {"include_usage": True},
         }
         path = "/v1/completions" if is_text else "/v1/chat/completions"
+        return await self.stream(path, body, prompt_index, intended_send_s)
+
+    async def stream(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        prompt_index: int,
+        intended_send_s: float | None = None,
+        on_chunk: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> Request:
+        """Sends a body that asks for a stream with usage, and reads the whole stream.
+
+        `body["model"]` is the variant, `intended_send_s` is as in `complete`, and `on_chunk` gets
+        each chunk after it has been stamped.
+        """
         data = json.dumps(body).encode()
         sent_s = time.perf_counter()
-        completion = _Completion(sent_s if intended_send_s is None else intended_send_s)
+        completion = _Completion(sent_s if intended_send_s is None else intended_send_s, on_chunk)
         timing: RequestTiming | None = None
         error: str | None = None
         try:
@@ -243,7 +262,7 @@ class Client:
         return Request(
             block=None,
             block_pair=None,
-            variant=variant,
+            variant=body["model"],
             prompt_index=prompt_index,
             error=error,
             prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,

@@ -170,7 +170,7 @@ def test_reports_tell_it_and_older_records_are_read(tmp_path: Path) -> None:
     run = two_pairs(choices=each(ROWS))
     text = accuracy_text(result_of(run))
     assert text is not None
-    for part in ("100 questions of set.jsonl", "58.0% ± 5.0%", "60.0% ± 4.9%", "-2.0 points (-"):
+    for part in ("100 questions from set.jsonl", "58.0% ± 5.0%", "60.0% ± 4.9%", "-2.0 points (-"):
         assert part in text
     assert text in markdown_of(result_of(run))
     write_out(tmp_path / "out", run)

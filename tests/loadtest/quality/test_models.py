@@ -16,7 +16,7 @@ LABELS = {"dtype": "bfloat16", "weight_bytes": "9", "dense_weight_bytes": "16"}
 def cells(directory: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
     run = two_pairs(directories={"sparse": directory}, served={"sparse": labels})
     found = rows(result_of(run))
-    assert {dense for _, dense, _ in found} == {"not recorded", "not known"}
+    assert {dense for _, dense, _ in found} == {"not recorded", "unknown"}
     return {name: sparse for name, _, sparse in found}
 
 
@@ -25,7 +25,7 @@ def test_of_a_directory_all_is_known(is_before: bool, before: str) -> None:
     quality = {**QUALITY, "is_before_quantizing": is_before}
     assert cells({**DIRECTORY, "zeros": 0.5, "quality": quality}, LABELS) == {
         "model": "tiny",
-        "bits a weight": "5.02",
+        "bits per weight": "5.02",
         "zeros": "50%",
         "perplexity": f"54.81{before} (a.txt, 8,176 tokens)",
         "directory": "runs/int8",
@@ -37,6 +37,6 @@ def test_what_was_not_measured_is_told_from_what_was_not_recorded() -> None:
     infinite = {**DIRECTORY, "quality": {"perplexity": None}}
     assert cells(infinite, {})["perplexity"] == "infinite"
     found = cells({}, LABELS)  # served by URL
-    assert (found["perplexity"], found["bits a weight"]) == ("not recorded", "9")
-    assert cells({}, {**LABELS, "dense_weight_bytes": "0"})["bits a weight"] == "not known"
-    assert cells({}, {**LABELS, "dtype": "other"})["bits a weight"] == "not known"
+    assert (found["perplexity"], found["bits per weight"]) == ("not recorded", "9")
+    assert cells({}, {**LABELS, "dense_weight_bytes": "0"})["bits per weight"] == "unknown"
+    assert cells({}, {**LABELS, "dtype": "other"})["bits per weight"] == "unknown"
