@@ -36,7 +36,8 @@ if words[1] == "up":
             self.answer(said["metrics"] if self.path == "/metrics" else "{}")
 
         def do_POST(self):
-            self.answer(json.dumps({"choices": [{"text": said["answer"]}]}))
+            message = {"role": "assistant", "content": said["answer"]}
+            self.answer(json.dumps({"choices": [{"message": message}]}))
 
         def answer(self, text):
             self.send_response(200)
