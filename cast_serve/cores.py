@@ -17,7 +17,7 @@ def parse_cores(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"cores {text!r} is not a list of CPU ids; write for instance 0,2-3")
+            raise UsageError(f"cores {text!r} is not a list of CPU ids; write, for example, 0,2-3")
         own = range(int(first), int(last or first) + 1)
         if not own or own[-1] > max(is_open) or set(own) - is_open:
             raise UsageError(
@@ -25,7 +25,7 @@ def parse_cores(text: str) -> list[int]:
                 f"{sorted(is_open)}"
             )
         if twice := set(own) & set(cores):
-            raise UsageError(f"cores {text!r} name {min(twice)} twice; name each once")
+            raise UsageError(f"cores {text!r} list {min(twice)} twice; list each once")
         cores += own
     return cores
 

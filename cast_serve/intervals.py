@@ -12,7 +12,7 @@ that Student's t puts at 95 % (the expanded percentile interval of Hesterberg, T
 Statistician 69, 2015). *Sums and rates*, and quantiles of fewer than six units: Student's t times
 the resamples' standard deviation, on the logarithm of the ratio; the middle of the resamples is too
 narrow there, since it cannot be wider than the resamples' range.
-`cast-loadtest coverage` simulates how often these hold the truth; docs/loadtest.md has its table.
+`cast-loadtest coverage` simulates how often these hold the truth (table in benchmarks/serving.md).
 
 *Means of a series* whose neighbours are alike, as a text's blocks are: `series_stderr`.
 

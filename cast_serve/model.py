@@ -61,8 +61,8 @@ class SparseLinear(nn.Module):
         is_integer = self.scale is not None or self.scale_group is not None
         if not is_integer and x.dtype != self.dtype:  # the packed bytes hold that dtype's bits
             raise ValueError(
-                f"sparse weights packed in {self.dtype} cannot multiply {x.dtype}: give "
-                f"load(DIR, dtype={x.dtype}) in place of converting the model after it"
+                f"sparse weights packed in {self.dtype} cannot multiply {x.dtype}: call load(DIR, "
+                f"dtype={x.dtype}) instead of converting the loaded model"
             )
         return kernels.multiply(
             x,

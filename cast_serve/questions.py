@@ -88,11 +88,11 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
             lines = list(islice(file, limit))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"questions {path} cannot be read: {error}; name a .jsonl file, for instance one of "
+            f"questions {path} cannot be read: {error}; name a .jsonl file, for example one of "
             "data/choices after running scripts/data"
         ) from error
     if not lines:
-        raise UsageError(f"questions {path} is empty; give a line of JSON a question")
+        raise UsageError(f"questions {path} is empty; give one line of JSON per question")
     return [_parse(line, f"questions {path}, line {n}") for n, line in enumerate(lines, 1)]
 
 
@@ -100,7 +100,7 @@ def _parse(line: str, where: str) -> Question:
     try:
         given = json.loads(line)
         if not isinstance(given["choices"], list):
-            raise TypeError(f"choices {given['choices']!r} are no list")
+            raise TypeError(f"choices {given['choices']!r} are not a list")
         choices = tuple(str(choice) for choice in given["choices"])
         return Question(str(given["question"]), choices, given["answer"])
     except (ValueError, KeyError, TypeError) as error:

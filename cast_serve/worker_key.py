@@ -21,7 +21,7 @@ VLLM_VARIABLE = "VLLM_API_KEY"
 OPEN_PATHS = ("/health", "/version")
 HOW_TO_MAKE = "`openssl rand -hex 32` makes one"
 NEEDS_KEY = (
-    "this worker only answers its gateway: ask the gateway, or send the header "
+    "this worker answers only its gateway: send requests to the gateway, or send the header "
     f"Authorization: Bearer KEY with the key in its {VARIABLE}"
 )
 

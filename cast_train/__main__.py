@@ -34,28 +34,31 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # to write to
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 TEXT = (
-    "UTF-8 text, .jsonl or .parquet, a folder or a glob of them, or what `tokenize` made; repeat "
-    "for more."
+    "UTF-8 text, .jsonl or .parquet: a file, folder or glob, or the output of `tokenize`; "
+    "repeatable."
 )
 Text = Annotated[list[Path], option("FILE", TEXT, name="--text")]
-MODEL = option("MODEL", "Dense Hugging Face model: its directory, or ORG/NAME[@REVISION] of a hub.")
+MODEL = option(
+    "MODEL", "Dense Hugging Face model: a directory, or ORG/NAME or ORG/NAME@REVISION on a hub."
+)
 ZEROS = option(
     "SHARE",
-    "Share of zeros over all targets, such as 0.45, spent where it costs least: with --sparsity "
-    "N:64 by an N for each linear, else by leaving some linears dense. 1.0: --sparsity everywhere.",
+    "Share of zeros over all targets, such as 0.45, placed where they cost least: with "
+    "--sparsity N:64 by choosing N per linear, else by keeping some linears dense. 1.0: "
+    "--sparsity everywhere.",
     "1.0",
 )
 BITS = option(
     "N",
-    "In place of --zeros, with --sparsity N:64: stored bits a weight, in the form of --quantize, "
-    "such as 5 with int8 for 50 % zeros.",
+    "Instead of --zeros, with --sparsity N:64: stored bits per weight, in the form of --quantize; "
+    "5 with int8 gives 50 % zeros.",
     "none",
 )
 
 
 @app.callback()
 def cast_train(show_version: Annotated[bool, VERSION] = False) -> None:
-    """Teaches a dense language model an N:M pattern, and measures what that costs."""
+    """Train a dense language model to an N:M pattern, and measure what that costs."""
 
 
 @app.command()
@@ -64,75 +67,80 @@ def run(
         Path,
         option(
             "MODEL",
-            "Dense model, or a pruned or compressed one to train further: its directory, or "
-            "ORG/NAME[@REVISION] of a hub.",
+            "Dense model, or a pruned or compressed one to train further: a directory, or "
+            "ORG/NAME or ORG/NAME@REVISION on a hub.",
         ),
     ],
     text: Annotated[
         list[Path],
         option(
             "FILE",
-            TEXT + " FILE=WEIGHT for all: their shares of the tokens.",
+            TEXT + " FILE=WEIGHT, on all or none, sets the shares of the tokens.",
             name="--text",
         ),
     ],
     out: Annotated[
-        Path | None, option("DIR", "Gated checkpoint to write.", "DIR.gated of --convert")
+        Path | None, option("DIR", "Gated checkpoint to write.", "DIR.gated with --convert DIR")
     ] = None,
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
     assignments: Annotated[
         list[str] | None,
         option(
             "KEY=VALUE",
-            "Any setting (docs/settings.md), over --config and the flags here; repeat for more.",
+            "Any setting (docs/settings.md); overrides --config and the other flags; repeatable.",
             "none",
             "--set",
         ),
     ] = None,
     method: Annotated[
         str | None,
-        option("NAME", "Whose mask: learnt by gates, ste, adams; fixed; or dense.", "gates"),
+        option("NAME", "Mask: learnt (gates, ste, adams), fixed, or none (dense).", "gates"),
     ] = None,
     selector: Annotated[
         str | None,
-        option("NAME", "Gates to soft mask: soft_topk, gumbel, penalty, generator.", "soft_topk"),
+        option(
+            "NAME",
+            "How gates become a soft mask: soft_topk, gumbel, penalty, generator.",
+            "soft_topk",
+        ),
     ] = None,
-    sparsity: Annotated[str | None, option("N:M", "N are kept of every M weights.", "2:4")] = None,
+    sparsity: Annotated[str | None, option("N:M", "Keep N of every M weights.", "2:4")] = None,
     zeros: Annotated[float | None, ZEROS] = None,
     bits: Annotated[float | None, BITS] = None,
     start: Annotated[
         str | None,
-        option("NAME", "What ranks weights at first: wanda, magnitude, sparsegpt, ones.", "wanda"),
+        option("NAME", "Initial ranking of weights: wanda, magnitude, sparsegpt, ones.", "wanda"),
     ] = None,
     steps: Annotated[int | None, option("N", "Optimiser steps.", "64")] = None,
     quantize: Annotated[
         Literal["none", "int8", "int4"] | None,
         option(
             "int8|int4",
-            "Train the last steps as they are served in 8 or 4 bits; with --convert: form of its "
-            "weights.",
+            "Train the last steps as they are served in 8 or 4 bits; with --convert: form of the "
+            "compressed weights.",
             "none",
         ),
     ] = None,
     heldout: Annotated[
-        Path | None, option("FILE", "Text to measure on.", "blocks kept out of --text")
+        Path | None, option("FILE", "Text to measure on.", "blocks held out of --text")
     ] = None,
     tensorboard: Annotated[
-        Path | None, option("DIR", "Where TensorBoard's files of this run go.", "none")
+        Path | None, option("DIR", "Folder for TensorBoard files.", "none")
     ] = None,
     teacher: Annotated[
         Path | None, option("MODEL", "Dense model to distil from.", "--model")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
+        bool, typer.Option("--resume", help="Continue from OUT.partial if it exists.")
     ] = False,
     convert: Annotated[
-        Path | None, option("DIR", "Compressed directory to make of the checkpoint.", "none")
+        Path | None, option("DIR", "Also compress the checkpoint into this directory.", "none")
     ] = None,
     train_quantized: Annotated[
         bool,
         typer.Option(
-            "--train-quantized", help="With --convert --quantize: train the last steps so too."
+            "--train-quantized",
+            help="With --convert --quantize: also train the last steps in that form.",
         ),
     ] = False,
     scale_group: Annotated[
@@ -144,19 +152,19 @@ def run(
         option(
             "int8|none",
             "With --convert: form of the output layer.",
-            "int8 with --quantize where vLLM has one, else none",
+            "int8 with --quantize where vLLM supports it, else none",
         ),
     ] = None,
     push_to_hub: Annotated[
-        str | None, option("ORG/NAME", "Also push --convert's DIR to a hub.", "none")
+        str | None, option("ORG/NAME", "Also push the compressed directory to a hub.", "none")
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Only its owner sees the model on the hub.")
+        bool, typer.Option("--private", help="Make the model on the hub private.")
     ] = False,
 ) -> None:
-    """Trains a dense model under a fixed or a learnt mask into a gated checkpoint.
+    """Train a dense model under a fixed or a learnt mask, and write a gated checkpoint.
 
-    With --convert also compresses the checkpoint, and ends with the line of `cast-serve inspect`.
+    With --convert, also compress it; the last line is then that of `cast-serve inspect`.
     """
     with _working():
         from cast_serve.checkpoint.quantization import Quantization
@@ -256,29 +264,31 @@ def evaluate(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="Dense, gated, pruned or compressed model, as --model of run."
+            metavar="DIR",
+            help="Dense, gated, pruned or compressed model: a directory, or ORG/NAME or "
+            "ORG/NAME@REVISION on a hub.",
         ),
     ],
     text: Text,
-    context: Annotated[int, option("N", "Tokens of one sequence.", min=2)] = 512,
+    context: Annotated[int, option("N", "Tokens per sequence.", min=2)] = 512,
     tokens: Annotated[
-        int | None, option("N", "Tokens to read from the text's beginning.", "all", min=2)
+        int | None, option("N", "Read only the first N tokens of the text.", "all", min=2)
     ] = None,
     reference: Annotated[
         Path | None,
-        option("DIR", "What KL and perplexity are measured against, paired.", "none"),
+        option("DIR", "Model to compare with, paired: KL, perplexity, accuracy.", "none"),
     ] = None,
     losses: Annotated[
-        Path | None, option("FILE", "JSON to write, with the loss of every block.", "none")
+        Path | None, option("FILE", "Write the loss of every block to this JSON file.", "none")
     ] = None,
     choices: Annotated[
-        list[Path] | None, option("FILE", "Questions, JSONL; repeat for more files.", "none")
+        list[Path] | None, option("FILE", "Multiple-choice questions, JSONL; repeatable.", "none")
     ] = None,
     limit: Annotated[
-        int | None, option("N", "Questions from each file's beginning.", "all", min=2)
+        int | None, option("N", "Ask only the first N questions of each file.", "all", min=2)
     ] = None,
 ) -> None:
-    """Measures perplexity (of a gated checkpoint, soft and hard), KL and accuracy (hard)."""
+    """Measure perplexity (soft and hard for a gated checkpoint), KL and accuracy."""
     with _working():
         from cast_train.evaluate import evaluation
         from cast_train.origin import origin
@@ -299,37 +309,37 @@ def evaluate(
 @app.command()
 def oneshot(
     model: Annotated[Path, MODEL],
-    method: Annotated[str, option("NAME", "magnitude, wanda, sparsegpt, or mask: that of --mask.")],
+    method: Annotated[str, option("NAME", "magnitude, wanda, sparsegpt, or mask to use --mask's.")],
     out: Annotated[Path, option("DIR", "Pruned directory to write.")],
     text: Annotated[
         list[Path] | None,
         option(
             "FILE",
-            "Calibration text for wanda, sparsegpt and --solve, as of `eval`.",
+            "Calibration text for wanda, sparsegpt and --solve, given as in `eval`.",
             "none",
             "--text",
         ),
     ] = None,
-    sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
+    sparsity: Annotated[str, option("N:M", "Keep N of every M weights.")] = "2:4",
     mask: Annotated[
         Path | None,
-        option("DIR", "Gated, pruned or compressed directory whose mask to take.", "none"),
+        option("DIR", "Gated, pruned or compressed directory to take the mask from.", "none"),
     ] = None,
     solve: Annotated[
-        bool, typer.Option("--solve", help="Solve the dense model's kept weights by least squares.")
+        bool, typer.Option("--solve", help="Adjust the kept weights by least squares.")
     ] = False,
     zeros: Annotated[float, ZEROS] = 1.0,
     bits: Annotated[float | None, BITS] = None,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
-        option("int8|int4", "With --bits: the form that they count.", "bf16"),
+        option("int8|int4", "With --bits: the form whose bits are counted.", "bf16"),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        option("REGEX", "Linears whose names match stay dense; repeat for more.", "none"),
+        option("REGEX", "Keep linears with matching names dense; repeatable.", "none"),
     ] = None,
 ) -> None:
-    """Prunes a dense model without training: the baseline to beat."""
+    """Prune a dense model without training: the baseline to beat."""
     with _working():
         from cast_serve.checkpoint.quantization import Quantization
         from cast_serve.sparsity.pattern import Pattern
@@ -359,27 +369,34 @@ def oneshot(
 def quantize(
     model: Annotated[
         Path,
-        option("MODEL", "Gated, pruned or compressed 2:4 model that is not quantised, or a hub's."),
+        option(
+            "MODEL",
+            "Gated, pruned or compressed 2:4 model, not quantised yet: a directory, or ORG/NAME "
+            "or ORG/NAME@REVISION on a hub.",
+        ),
     ],
-    text: Annotated[list[Path], option("FILE", "Calibration text, as of `eval`.", name="--text")],
+    text: Annotated[
+        list[Path], option("FILE", "Calibration text, given as in `eval`.", name="--text")
+    ],
     out: Annotated[Path, option("DIR", "Compressed directory to write.")],
-    bits: Annotated[int, option("4|8", "Of a kept weight.")] = 4,
+    bits: Annotated[int, option("4|8", "Bits per kept weight.")] = 4,
     scale_group: Annotated[
-        int, option("128|64|32", "Columns that share a scale, of 4 bits; 8 bits have one a row.")
+        int,
+        option("128|64|32", "Columns that share a scale in 4 bits; in 8 bits each row has one."),
     ] = 128,
     head: Annotated[
         Literal["int8", "none"] | None,
         option(
             "int8|none",
             "Form of the output layer; int8 makes a copy if it is tied.",
-            "int8 where vLLM has one",
+            "int8 where vLLM supports it",
         ),
     ] = None,
     blocks: Annotated[
-        int, option("N", "Sequences of 512 tokens, from the text's beginning.", min=1)
+        int, option("N", "Sequences of 512 tokens, from the start of the text.", min=1)
     ] = 16,
 ) -> None:
-    """Quantises and compresses a 2:4 model, its integers chosen to change the outputs least."""
+    """Quantise and compress a 2:4 model, choosing integers that change its outputs least."""
     with _working():
         from cast_serve.checkpoint.quantization import Quantization
         from cast_train.pruning.quantize import write_quantized
@@ -389,36 +406,38 @@ def quantize(
         asked = Quantization.asked("int4" if bits == 4 else "int8", scale_group, head)
         assert asked is not None
         summary = write_quantized(model, text, out, asked, num_blocks=blocks)
-        print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits a weight")
+        print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits per weight")
         _finish(path=str(out), **summary)
 
 
 @app.command()
 def tokenize(
     model: Annotated[
-        Path, option("MODEL", "Whose tokenizer: its directory, or its name on a hub.")
+        Path, option("MODEL", "Model whose tokenizer to use: a directory, or its name on a hub.")
     ],
     text: Annotated[
         list[Path],
         option(
             "FILE",
-            "UTF-8 text, .jsonl or .parquet, a folder or a glob of them, or ORG/NAME[@REVISION], a "
-            "hub's data set; repeat for more.",
+            "UTF-8 text, .jsonl or .parquet: a file, folder or glob, or a data set on a hub as "
+            "ORG/NAME or ORG/NAME@REVISION; repeatable.",
             name="--text",
         ),
     ],
-    out: Annotated[Path, option("DIR", "Folder of tokens to write, for --text of any command.")],
+    out: Annotated[Path, option("DIR", "Folder of tokens to write; any --text accepts it.")],
     text_field: Annotated[
-        str, option("NAME", "Field of .jsonl and .parquet with the text.")
+        str, option("NAME", "Field of .jsonl and .parquet that holds the text.")
     ] = "text",
-    tokens: Annotated[int | None, option("N", "Tokens to stop after.", "all", min=1)] = None,
-    subset: Annotated[str | None, option("NAME", "Of a hub's data set.", "its only one")] = None,
-    split: Annotated[str, option("NAME", "Of a hub's data set.")] = "train",
+    tokens: Annotated[int | None, option("N", "Stop after N tokens.", "all", min=1)] = None,
+    subset: Annotated[
+        str | None, option("NAME", "Subset of a hub's data set.", "its only one")
+    ] = None,
+    split: Annotated[str, option("NAME", "Split of a hub's data set.")] = "train",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUT.partial if it is there.")
+        bool, typer.Option("--resume", help="Continue from OUT.partial if it exists.")
     ] = False,
 ) -> None:
-    """Tokenises text of any size once, to be trained on many times without being read whole."""
+    """Tokenise text of any size once, so that no run has to read it whole."""
     with _working():
         from cast_train.documents import Hub
         from cast_train.tokens import write_tokens
@@ -433,21 +452,24 @@ def tokenize(
 def plan(
     model: Annotated[
         Path,
-        option("MODEL", "Dense model: a directory with its config.json, or its name on a hub."),
+        option("MODEL", "Dense model: a directory with a config.json, or its name on a hub."),
     ],
-    memory_gb: Annotated[float, option("N", "Memory of a process in 10^9 bytes.", min=0.001)],
-    processes: Annotated[int, option("N", "Processes of the run.", min=1)] = 1,
+    memory_gb: Annotated[float, option("N", "Memory per process, in 10^9 bytes.", min=0.001)],
+    processes: Annotated[int, option("N", "Number of processes.", min=1)] = 1,
     config: Annotated[Path | None, option("FILE", "TOML file of settings.", "none")] = None,
     assignments: Annotated[
         list[str] | None,
-        option("KEY=VALUE", "Any setting, as of `run`; repeat for more.", "none", "--set"),
+        option("KEY=VALUE", "Any setting, as in `run`; repeatable.", "none", "--set"),
     ] = None,
     tflops: Annotated[
         float | None,
-        option("N", "What a process reaches, in 10^12 operations a second.", "not known", min=1e-6),
+        option("N", "Speed of a process, in 10^12 operations per second.", "unknown", min=1e-6),
     ] = None,
 ) -> None:
-    """Says what memory a run needs, by part, before anything is loaded; exit 1: too much."""
+    """Show how much memory a run needs, by part, without loading anything.
+
+    Exit code 1: it does not fit.
+    """
     with _working():
         from cast_train.config import TrainConfig
         from cast_train.training import plan as planning
@@ -456,7 +478,7 @@ def plan(
         found = planning.plan(model, settings, processes)
         for part in found.parts:
             print(f"{part.num_bytes / 1e9:9.2f} GB  {part.name}")
-        print(f"{found.step_bytes / 1e9:9.2f} GB  in a step of each of {processes} processes")
+        print(f"{found.step_bytes / 1e9:9.2f} GB  during a step, in each of {processes} processes")
         print(f"{found.start_bytes / 1e9:9.2f} GB  before the first step")
         figures = {
             "num_weights": found.num_weights,
@@ -470,10 +492,10 @@ def plan(
         }
         if tflops is not None:
             figures["step_s"] = found.flops / tflops / 1e12
-            print(f"{figures['step_s']:9.2f} s   a step of {figures['step_tokens']} tokens")
+            print(f"{figures['step_s']:9.2f} s   per step of {figures['step_tokens']} tokens")
         if not figures["is_fitting"]:
             most = found.num_bytes / 1e9
-            print(f"{most:.2f} GB do not fit in {memory_gb:g}. What helps: {found.remedy()}")
+            print(f"{most:.2f} GB do not fit in {memory_gb:g} GB. To reduce it: {found.remedy()}")
         _finish(**figures)
         if not figures["is_fitting"]:
             raise typer.Exit(1)
@@ -484,23 +506,24 @@ def permute(
     model: Annotated[Path, MODEL],
     text: Text,
     out: Annotated[Path, option("DIR", "Dense directory to write.")],
-    sparsity: Annotated[str, option("N:M", "N are kept of every M weights.")] = "2:4",
+    sparsity: Annotated[str, option("N:M", "Keep N of every M weights.")] = "2:4",
 ) -> None:
-    """Reorders a dense model's channels so that pruning costs less; it computes the same."""
+    """Reorder a dense model's channels so that pruning costs less; its outputs do not change."""
     with _working():
         from cast_train.pruning.permute import write_permuted
 
         record = write_permuted(model, text, out, sparsity)
         for kind, (before, after) in record["kept_share"].items():
             print(
-                f"{out}: {sparsity} keeps {before:.4f} of {kind}'s squared scores, now {after:.4f}"
+                f"{out}: share of {kind}'s squared scores that {sparsity} keeps: {before:.4f} "
+                f"before, {after:.4f} now"
             )
         _finish(out=str(out), kept_share=record["kept_share"])
 
 
 @app.command(context_settings=PASSED_ON)
 def study(context: typer.Context) -> None:
-    """Compares ways of learning the pattern, at equal tokens; needs the source tree."""
+    """Compare ways of learning the pattern at equal tokens; needs the source tree."""
     with _working():
         of_source_tree(context, "benchmarks.studies.command").main(context.args)
 
@@ -510,7 +533,7 @@ def _zeros_of(bits: float, zeros: float, pattern: "Pattern", form: "Quantization
     from cast_train.pruning.allocate import zeros_of_bits
 
     if zeros != 1:
-        raise UsageError(f"--bits {bits:g} and --zeros {zeros:g} are both a budget; leave one out")
+        raise UsageError(f"--bits {bits:g} and --zeros {zeros:g} both set the budget; drop one")
     return zeros_of_bits(bits, pattern, form)
 
 
@@ -518,7 +541,7 @@ def _check_losses(path: Path) -> None:
     """Refuses a file to write that cannot be written, before there is anything to write."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UsageError(f"--losses {path}: there is no such directory; make it first")
+        raise UsageError(f"--losses {path}: its directory does not exist; create it first")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise UsageError(f"--losses {path} cannot be written; name another file")
 
@@ -548,7 +571,7 @@ def _working() -> Iterator[None]:
             raise
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("stopped; nothing was written since the last checkpoint, if there is one", STOPPED)
+        _fail("stopped; nothing was saved since the last checkpoint, if any", STOPPED)
 
 
 def _fail(message: str, code: int) -> None:

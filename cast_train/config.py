@@ -60,61 +60,58 @@ class TrainConfig(BaseModel):
     )
 
     method: str
-    """where the pattern comes from. `fixed`: the mask of `start`, kept from the first step to the
-    last, its weights solved by least squares (solve.py) and then trained. `gates`: learnt by a gate
-    beside every weight. `ste`: the weights' sizes, straight through, with SR-STE decay. `adams`:
-    dense forward, decay in the optimiser, pruned at the end. `dense`: none, plain fine-tuning for
-    comparison"""
+    """where the mask comes from. `gates`: learnt, by a gate beside every weight. `fixed`:
+    `start`'s, unchanged. `ste`: magnitudes, straight through, with SR-STE decay. `adams`: dense
+    forward, decay in the optimiser, pruned at the end. `dense`: no mask, plain fine-tuning"""
     include: Names = ()
-    """regular expressions; if given, only linears whose names match are targets"""
+    """regular expressions; if set, only linears with matching names are targets"""
     exclude: Names = ()
-    """regular expressions; linears whose names match stay dense"""
+    """regular expressions; linears with matching names stay dense"""
     steps: PositiveInt = 64
     """optimiser steps"""
     block_size: Annotated[int, Field(ge=2)] = 512
     """tokens per training sequence"""
     batch_blocks: PositiveInt = 2
-    """sequences per pass and process"""
+    """sequences per forward pass and process"""
     accumulation: PositiveInt = 1
-    """passes per step"""
+    """forward passes per step"""
     is_checkpointed: bool = False
-    """recompute activations in backward to save memory"""
+    """recompute activations in the backward pass to save memory"""
     learning_rate: NonNegativeFloat = 5e-4
     """peak learning rate of the weights"""
     warmup_fraction: Fraction = 0.05
-    """the learning rate rises linearly until then, then falls along half a cosine"""
+    """when the learning rate has risen linearly to its peak; a cosine decay follows"""
     max_grad_norm: Annotated[float, Field(allow_inf_nan=True)] = 1.0
-    """gradients are clipped to this norm"""
+    """norm to clip gradients to"""
     distillation_weight: Fraction = 0.9
-    """eta, the share of the distillation loss against the dense model"""
+    """eta: share of the loss that is distillation from the dense model"""
     distillation_temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """temperature of both logits in the distillation loss"""
+    """temperature of both models' logits in that loss"""
     hidden_states_weight: NonNegativeFloat = 10.0
-    """weight of the distance between the hidden states of model and teacher in the loss; there is
-    no teacher without a distillation_weight"""
+    """loss weight of the distance between hidden states of model and teacher; unused if
+    `distillation_weight` is 0"""
     heldout_blocks: PositiveInt = 16
-    """sequences taken out of the training text to measure quality on"""
+    """training sequences held out to measure quality on"""
     evaluate_every: NonNegativeInt = 0
-    """steps between measurements on the held-out text and of the gates; 0: only at the end"""
+    """steps between measurements of held-out text and gates; 0: only at the end"""
     keep_best: bool = False
-    """keep the checkpoint with the lowest loss on sequences held out of the training text, among
-    those with the exact mask; measured every `evaluate_every` steps"""
+    """keep the exact-mask checkpoint with the lowest loss on sequences held out of the training
+    text, measured every `evaluate_every` steps"""
     train_embeddings: bool = False
     """also train embeddings and head"""
     is_sharded: bool = False
-    """cut all parameters by rows over the processes (FSDP2) instead of copying them; none of them
-    ever has the whole model"""
+    """shard all parameters by rows over the processes (FSDP2); no process ever holds the whole
+    model"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the model; `auto`: bf16 where the machine multiplies it natively"""
+    """arithmetic of the model; `auto`: bf16 where the hardware has it"""
     checkpoint_every: NonNegativeInt = 0
     """steps between resumable checkpoints; 0: save by time"""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     """minutes between resumable checkpoints if `checkpoint_every` is 0"""
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio"] = "none"
-    """also report every step's figures through transformers' reporter of that name, whose package
-    must be installed"""
+    """also report every step to this tracker, whose package must be installed"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """seed of the order of the sequences, `generator`'s first weights and `gumbel`'s noise"""
+    """seed of sequence order, `generator`'s initial weights and `gumbel`'s noise"""
 
     @model_validator(mode="after")
     def _checked(self) -> "TrainConfig":
@@ -128,18 +125,18 @@ class TrainConfig(BaseModel):
         if not self.keep_best:
             return
         if self.is_sharded:
-            raise UsageError("is_sharded cannot go with keep_best; set one of them to false")
+            raise UsageError("is_sharded and keep_best cannot both be true; set one to false")
         if not self.evaluate_every:
-            raise UsageError("keep_best needs evaluate_every above 0: it compares what is measured")
+            raise UsageError("keep_best needs evaluate_every > 0, which measures the checkpoints")
         if self.steps % self.evaluate_every:
             raise UsageError(
-                f"steps {self.steps} is not a multiple of evaluate_every {self.evaluate_every}; "
-                "keep_best can only keep what is measured"
+                f"keep_best needs steps {self.steps} to be a multiple of evaluate_every "
+                f"{self.evaluate_every}, so that the last step is measured; change one of them"
             )
         if self.checkpoint_every not in (0, self.evaluate_every):
             raise UsageError(
-                f"checkpoint_every {self.checkpoint_every} must be 0 or evaluate_every "
-                f"{self.evaluate_every}: keep_best saves what it measures"
+                f"with keep_best, which saves what it measures, checkpoint_every "
+                f"{self.checkpoint_every} must be 0 or evaluate_every's {self.evaluate_every}"
             )
 
     def check_unused(self, name: str, is_used: bool, needs: str) -> None:
@@ -152,7 +149,7 @@ class TrainConfig(BaseModel):
         """Refuses settings whose result cannot be compressed (`cast-serve convert`)."""
         if self.method == "dense":
             raise UsageError(
-                "method dense has no compressed weights; train it with cast-train run alone"
+                "method dense makes no sparse weights to compress; leave --convert out"
             )
 
     @property
@@ -230,8 +227,8 @@ class Decayed(TrainConfig):
     """A run whose optimiser is AdamW."""
 
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's, of the weights of the target linears (with `dense`: of those that would be); norms,
-    biases, embeddings, scales and gates have none"""
+    """AdamW's, on the targets' weights (`dense`: would-be targets'); norms, biases, embeddings,
+    scales and gates have none"""
 
 
 class Dense(Decayed):
@@ -244,18 +241,17 @@ class Pruned(TrainConfig):
     """A run that ends in N:M."""
 
     sparsity: str = "2:4"
-    """N:M"""
+    """pattern N:M: keep N of every M weights"""
     channel_order: Literal["auto", "given"] = "auto"
     """order of a dense model's channels, which decides what shares a group. `auto`: search for the
-    order in which pruning costs least (permute.py); the model computes the same in it. `given`:
-    leave them; so does `auto` after `cast-train permute`, or where the layout does not allow it"""
+    order that prunes cheapest (permute.py); outputs stay the same. `given`: keep it, as `auto` does
+    after `cast-train permute` or where the layout rules out a search"""
     zeros: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """share of zeros over all weights of the targets, spent where it costs least (allocate.py): if
-    `sparsity` is N:64, by an N for each linear in place of that N; else the linears whose pruning
-    would hurt most for their size stay dense. 1: `sparsity` everywhere"""
+    """share of zeros over all target weights, placed where they cost least (allocate.py): with
+    N:64 by choosing N per linear, else by keeping some linears dense. 1: `sparsity` everywhere"""
     scale_parts: NonNegativeInt = 0
-    """column groups with a learnt scale of their own per row, folded into the weights on hardening;
-    0: none"""
+    """column groups with a learnt scale per row each, folded into the weights on hardening; 0:
+    none"""
     calibration_blocks: PositiveInt = 16
     """sequences to measure activations on, for `start`, solving, `zeros` and the channel order"""
 
@@ -275,7 +271,7 @@ class Adams(Pruned):
     method: Literal["adams"] = "adams"
     keep_best: Literal[False] = False  # compares exact masks, but adams prunes after its last step
     decay: NonNegativeFloat = 2e-4
-    """lambda, the size of the pull beside the gradients' own"""
+    """lambda: pull of dropped weights towards 0, added to the gradients"""
     mask_every: PositiveInt = 10
     """steps between refreshes of AdamS's mask"""
 
@@ -284,17 +280,16 @@ class Masked(Pruned, Decayed):
     """A run whose last steps compute with the exact mask."""
 
     start: Literal["ones", "magnitude", "wanda", "sparsegpt"] = "wanda"
-    """what the mask starts from: scores by `magnitude`, `wanda` or `sparsegpt`, whose weights are
-    solved for it, or, for `gates` and `ste`, `ones` (no order, dense weights). `ste` ranks by it
-    all along"""
+    """initial ranking: `magnitude`, `wanda` or `sparsegpt`, with weights solved for that mask by
+    least squares (solve.py), or `ones` (not `fixed`; no ranking, dense weights). `ste` ranks by it
+    throughout"""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """what the weights are trained for: in the last steps the targets compute with weights of that
-    many bits and 8-bit activations, as `cast-serve convert --quantize` serves them (quantizing.py)
-    """
+    """compute the last steps with weights of that many bits and 8-bit activations, as served after
+    `cast-serve convert --quantize` (quantizing.py)"""
     scale_group: Literal[128, 64, 32] = 128
     """columns of a row that share a scale in `int4`"""
     quantized_fraction: BelowOne = 0.5
-    """with `quantize`: the forward is quantised from then on"""
+    """with `quantize`: when the quantised forward starts"""
 
     def check(self) -> None:
         super().check()
@@ -304,8 +299,8 @@ class Masked(Pruned, Decayed):
             return
         if self.scale_parts:
             raise UsageError(
-                f"quantize {self.quantize} cannot go with scale_parts {self.scale_parts}; "
-                "set one of them to its default"
+                f"quantize {self.quantize} cannot be combined with scale_parts "
+                f"{self.scale_parts}; leave one of them out"
             )
         if self.quantized_fraction < self.exact_fraction:
             raise UsageError(
@@ -353,7 +348,7 @@ class Learnt(Masked):
     """A run that learns its mask until it is exact."""
 
     hard_fraction: BelowOne = 0.05
-    """from then on the mask is exact and frozen, and only weights learn"""
+    """when the mask becomes exact and frozen; after that only weights learn"""
 
     @property
     def exact_fraction(self) -> float:
@@ -365,7 +360,7 @@ class Ste(Learnt):
 
     method: Literal["ste"] = "ste"
     decay: NonNegativeFloat = 2e-4
-    """the share of a dropped weight that is added to its gradient"""
+    """share of a dropped weight that is added to its gradient"""
 
 
 class Gates(Learnt):
@@ -375,32 +370,31 @@ class Gates(Learnt):
     selector: Literal["soft_topk", "gumbel", "penalty", "generator"] = "soft_topk"
     """how gates become a soft mask; see selection.py"""
     gate_learning_rate: NonNegativeFloat = 1e-3
-    """learning rate of the gate logits, until the mask is exact, after a warm-up of some ten steps:
-    how far a logit moves in a step whose gradient is as large as its tensor's usually are
-    (optimizer.py)"""
+    """learning rate of the gate logits until the mask is exact, after about ten warm-up steps: a
+    logit's move per step for a gradient of its tensor's usual size (optimizer.py)"""
     budget_learning_rate: NonNegativeFloat = 0.0
-    """with `zeros` in N:64: how far a linear's N usually moves in a step, up where one more weight
-    lowers the loss most and down elsewhere (budget.py), until the mask is exact. 0: N stays as
-    `zeros` chose it"""
+    """with `zeros` in N:64, until the mask is exact: usual move of a linear's N per step, up where
+    one more weight lowers the loss most, down elsewhere (budget.py). 0: N stays as `zeros` chose
+    it"""
     penalty_weight: NonNegativeFloat = 0.1
-    """lambda at its highest, the weight of the sparsity penalty"""
+    """lambda: peak weight of the sparsity penalty"""
     penalty_ramp: Literal["constant", "linear", "cosine"] = "linear"
-    """how lambda rises from 0 to there (`constant`: it is there from the start)"""
+    """how lambda rises from 0 to its peak (`constant`: at once)"""
     tau_start: Temperature = 0.1
     """temperature of the selection at step 0, in logits"""
     tau_end: Temperature = 1e-3
     """temperature from `tau_end_fraction` on"""
     tau_end_fraction: Fraction = 0.04
-    """by then tau has fallen, geometrically, to tau_end"""
+    """when tau, falling geometrically, reaches `tau_end`"""
     blend_end_fraction: Fraction = 0.0
-    """by then the blend has risen from 0 (dense) to 1 (the soft mask)"""
+    """when the blend, rising from 0 (dense), reaches 1 (soft mask)"""
     blend_ramp: Literal["linear", "cosine"] = "linear"
     """shape of that rise"""
     gumbel_noise: NonNegativeFloat = 0.5
-    """noise of the `gumbel` selector at step 0, in logits; 0 once tau is tau_end"""
+    """noise of the `gumbel` selector at step 0, in logits; 0 once tau reaches `tau_end`"""
     masks_first: bool = False
-    """keep the weights dense and unmoved while the gates learn. Once the mask is exact, the kept
-    ones are solved by least squares (solve.py) and only then trained; warm-up begins there"""
+    """freeze the dense weights while the gates learn, then solve the kept ones by least squares
+    (solve.py) and train them, with warm-up"""
 
     def check(self) -> None:
         super().check()
@@ -422,24 +416,25 @@ class Gates(Learnt):
             self._check_budget()
         if self.is_sharded and self.selector == "generator":
             raise UsageError(
-                "is_sharded cannot go with selector generator, whose network all layers share; "
-                "choose soft_topk, or set is_sharded to false"
+                "is_sharded cannot be combined with selector generator, whose network all layers "
+                "share; choose soft_topk, or set is_sharded to false"
             )
 
     def _check_budget(self) -> None:
         if self.pattern.m != WORD or self.zeros == 1:
             raise UsageError(
-                f"budget_learning_rate {self.budget_learning_rate} needs a share of zeros to spend "
-                f"in N of 64, but sparsity is {self.sparsity} and zeros {self.zeros:g}; write for "
-                "instance sparsity 32:64 and zeros 0.5"
+                f"budget_learning_rate {self.budget_learning_rate} needs zeros below 1 in N of 64, "
+                f"but sparsity is {self.sparsity} and zeros {self.zeros:g}; for example, set "
+                "sparsity 32:64 and zeros 0.5"
             )
         if self.selector != "soft_topk":
             raise UsageError(
-                f"budget_learning_rate cannot go with selector {self.selector}; choose soft_topk"
+                f"budget_learning_rate does not work with selector {self.selector}; choose "
+                "soft_topk"
             )
         if self.is_sharded:
             raise UsageError(
-                "budget_learning_rate cannot go with is_sharded; set one of them to its default"
+                "budget_learning_rate cannot be combined with is_sharded; leave one of them out"
             )
 
     @property
@@ -505,7 +500,7 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
-            raise UsageError(f"{text!r} is not KEY=VALUE; write for instance steps=100")
+            raise UsageError(f"{text!r} is not KEY=VALUE; write, for example, steps=100")
         try:
             settings[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -551,20 +546,20 @@ def either(names: Iterable[object]) -> str:
 
 
 def type_in_words(schema: Mapping[str, Any]) -> str:
-    """What a setting takes, by its JSON schema: ``whole number above 0``, ``gates or ste``."""
+    """What a setting takes, by its JSON schema: ``integer > 0``, ``gates or ste``."""
     if "anyOf" in schema:  # a type, or none
         return type_in_words(schema["anyOf"][0])
     if "enum" in schema:
         return either(schema["enum"])
-    names = {"integer": "whole number", "boolean": "true or false", "array": "list of strings"}
+    names = {"integer": "integer", "boolean": "boolean", "array": "strings"}
     words = names.get(schema["type"], str(schema.get("format", schema["type"])))
     if "minimum" in schema and "maximum" in schema:
-        return f"{words} from {schema['minimum']:.10g} to {schema['maximum']:.10g}"
+        return f"{words} {schema['minimum']:.10g}–{schema['maximum']:.10g}"
     for limit, text in (
-        ("exclusiveMinimum", " above {:.10g}"),
-        ("minimum", ", {:.10g} or more"),
-        ("maximum", ", at most {:.10g}"),
-        ("exclusiveMaximum", " and below {:.10g}"),
+        ("exclusiveMinimum", " > {:.10g}"),
+        ("minimum", " ≥ {:.10g}"),
+        ("maximum", ", ≤ {:.10g}"),
+        ("exclusiveMaximum", ", < {:.10g}"),
     ):
         if limit in schema:
             words += text.format(schema[limit])

@@ -125,7 +125,9 @@ def weighted(names: Sequence[str | Path]) -> tuple[list[Path], list[float] | Non
         except ValueError:
             is_right = False
         if not is_right:
-            raise UsageError(f"{name}: the weight {weight!r} is no number above 0; write NAME=0.3")
+            raise UsageError(
+                f"{name}: the weight {weight!r} is not a number above 0; write NAME=0.3"
+            )
     return [Path(name) for name, _, _ in parts], [float(weight) for _, _, weight in parts]
 
 
@@ -193,19 +195,19 @@ class Documents:
             raise UsageError(f"{source.name} is empty")
 
     def _of_data_set(self, source: Source) -> Iterator[tuple[str, bool]]:
-        remedy = "name the field with the text: cast-train tokenize --text-field NAME"
+        remedy = "name the field that holds the text: cast-train tokenize --text-field NAME"
         for row in self._rows_of(source):
             self._pieces += 1
             if self.field not in row:
                 fields = ", ".join(sorted(row))
                 raise UsageError(
-                    f"{source.name} has no field {self.field!r} but {fields}; {remedy}"
+                    f"{source.name} has no field {self.field!r}, only {fields}; {remedy}"
                 )
             document = row[self.field]
             if document is not None and not isinstance(document, str):
                 raise UsageError(
                     f"{source.name}: row {self._pieces} has {document!r:.60} as {self.field!r}, "
-                    f"which is no text; {remedy}"
+                    f"which is not text; {remedy}"
                 )
             if document and document.strip():
                 yield document, True

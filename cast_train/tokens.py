@@ -305,7 +305,9 @@ def _begun(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> dict[st
     if STATE_JSON not in names and all(name.startswith("tokens-") for name in names):
         return state  # killed before the first file was whole, or never begun
     if not is_resume:
-        raise CheckpointError(f"{partial} holds unfinished work; go on with --resume, or remove it")
+        raise CheckpointError(
+            f"{partial} holds unfinished work; continue it with --resume, or remove it"
+        )
     found = read_json(partial / STATE_JSON)
     remedy = "repeat that command, or remove it"
     identity.check(found, wanted, f"{partial} is of other texts", remedy)

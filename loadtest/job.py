@@ -24,101 +24,101 @@ from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
 class Options:
     """Every flag, with its help text."""
 
-    url: Annotated[str | None, option("URL", "Root of the server, without /v1.", "none")] = None
+    url: Annotated[str | None, option("URL", "Server root, without /v1.", "none")] = None
     variant: Annotated[
         list[str] | None,
-        option("NAME=DIR", "For both, in place of --url: `cast-serve up` serves them.", "none"),
+        option("NAME=DIR", "Both models, instead of --url: `cast-serve up` serves them.", "none"),
     ] = None
     launches: Annotated[
         int, option("N", "With --variant: number of launches; cores alternate.", min=1)
     ] = 1
     vllm_flags: Annotated[
-        str, option("FLAGS", "With --variant: for both vLLM servers, in one word.", "none")
+        str,
+        option("FLAGS", "With --variant: flags for both vLLM servers, as one argument.", "none"),
     ] = ""
-    baseline: Annotated[str, option("NAME", "Variant compared against.")] = Plan.baseline
-    candidate: Annotated[str, option("NAME", "Variant that should be better.")] = Plan.candidate
+    baseline: Annotated[str, option("NAME", "Variant to compare against.")] = Plan.baseline
+    candidate: Annotated[str, option("NAME", "Variant expected to be better.")] = Plan.candidate
     concurrency: Annotated[
-        str, option("N,N", "Closed loop: requests in flight; 1,4,16 makes a run for each.")
+        str, option("N,N", "Closed loop: requests in flight; 1,4,16 makes one run each.")
     ] = str(Plan.concurrency)
-    schedule: Annotated[str, option("NAME", f"When requests leave: {', '.join(KINDS)}.")] = (
+    schedule: Annotated[str, option("NAME", f"When to send requests: {', '.join(KINDS)}.")] = (
         Schedule.kind
     )
     rate: Annotated[
-        str | None, option("RATE,RATE", "Requests a second; 1,2,4 makes a run for each.", "none")
+        str | None, option("RATE,RATE", "Requests per second; 1,2,4 makes one run each.", "none")
     ] = None
-    rate_to: Annotated[float | None, option("RATE", "Ramp: the rate at a block's end.", "none")] = (
-        None
-    )
+    rate_to: Annotated[
+        float | None, option("RATE", "Ramp: rate at the end of a block.", "none")
+    ] = None
     burst: Annotated[
         int | None,
-        option("N", "Burst: requests that leave at once, every BURST/RATE s.", "none"),
+        option("N", "Burst: requests sent at once, every BURST/RATE s.", "none"),
     ] = None
     trace: Annotated[
-        Path | None, option("FILE", "Trace: seconds from a block's start, one a line.", "none")
+        Path | None,
+        option("FILE", "Trace: seconds from block start, one per line.", "none"),
     ] = None
     processes: Annotated[
-        int, option("N", "Client processes, if one is too slow for the load.", min=1)
+        int, option("N", "Client processes, if one cannot keep up with the load.", min=1)
     ] = 1
     num_prompts: Annotated[
-        int | None, option("N", "Prompts in a block.", "as many as --block-s needs")
+        int | None, option("N", "Prompts per block.", "enough for --block-s")
     ] = None
-    block_s: Annotated[float, option("SECONDS", "How long a block keeps up its load.")] = (
-        Plan.block_s
-    )
+    block_s: Annotated[float, option("SECONDS", "Duration of a block's load.")] = Plan.block_s
     blocks: Annotated[int, option("N", "Block pairs, in ABBA order; even.")] = Plan.num_block_pairs
-    warmup: Annotated[int, option("N", "Requests to each variant before anything is counted.")] = (
+    warmup: Annotated[int, option("N", "Uncounted requests to each variant first.")] = (
         Plan.num_warmup
     )
-    output_tokens: Annotated[int, option("N", "Tokens that every response must have.")] = (
-        Plan.output_tokens
-    )
-    prompt_tokens: Annotated[int, option("N", "Length of a prompt, counted in words.")] = (
+    output_tokens: Annotated[int, option("N", "Tokens in every answer.")] = Plan.output_tokens
+    prompt_tokens: Annotated[int, option("N", "Prompt length, counted in words.")] = (
         Workload.prompt_words
     )
-    text: Annotated[
-        Path | None, option("FILE", "Text to cut prompts from.", "prompts are made up")
-    ] = None
+    text: Annotated[Path | None, option("FILE", "Text to cut prompts from.", "made-up prompts")] = (
+        None
+    )
     prompts: Annotated[
         str | None,
         option(
-            "NAME", "Ready prompts: sharegpt, gsm8k, or a .jsonl of prompts or messages.", "none"
+            "NAME",
+            "Ready-made prompts: sharegpt, gsm8k, or a .jsonl of prompts or messages.",
+            "none",
         ),
     ] = None
-    seed: Annotated[int, option("N", "Same seed, same words and times.")] = Workload.seed
-    timeout_s: Annotated[float, option("SECONDS", "Longest time for one request.")] = 120.0
+    seed: Annotated[int, option("N", "Same seed, same prompts and send times.")] = Workload.seed
+    timeout_s: Annotated[float, option("SECONDS", "Time limit per request.")] = 120.0
     api_key: Annotated[
         str | None, option("KEY", "Bearer token.", "none", envvar="CAST_LOADTEST_API_KEY")
     ] = None
     guard: Annotated[
-        Path | None, option("FILE", "TOML of guard rails.", "nothing may fail or be void")
+        Path | None, option("FILE", "TOML file of guard rails.", "no failure, not void")
     ] = None
     slo_ttft_ms: Annotated[
-        float | None, option("MS", "Goodput: a good request has this TTFT at most.", "none")
+        float | None, option("MS", "Goodput: longest TTFT of a good request.", "none")
     ] = None
     slo_tpot_ms: Annotated[
-        float | None, option("MS", "Goodput: a good request has this TPOT at most.", "none")
+        float | None, option("MS", "Goodput: longest TPOT of a good request.", "none")
     ] = None
     quality_prompts: Annotated[
         int,
         option(
             "N",
-            "Prompts on which agreement and KL are measured, before the load: those of "
-            "--prompts or --text, else of ShareGPT (scripts/data).",
+            "Prompts to measure agreement and KL on before the load: --prompts or --text, else "
+            "ShareGPT (scripts/data).",
         ),
     ] = 0
     choices: Annotated[
         Path | None,
-        option("FILE", "Questions on which accuracy is measured, before the load.", "none"),
+        option("FILE", "Questions to measure accuracy on before the load.", "none"),
     ] = None
-    choices_limit: Annotated[
-        int | None, option("N", "Take only this many questions, from the file's start.", "all")
-    ] = None
+    choices_limit: Annotated[int | None, option("N", "Ask only the first N questions.", "all")] = (
+        None
+    )
     same_model: Annotated[
         bool,
         typer.Option("--same-model", help="A/A: both names serve one model, so ratios must be 1."),
     ] = False
     out: Annotated[
-        Path | None, option("DIR", "New, for the record, the result and reports.", "none")
+        Path | None, option("DIR", "New folder for the record, result and reports.", "none")
     ] = None
 
 
@@ -199,7 +199,7 @@ class Job:
             check_out(options.out)
         terms, limit = _terms(options), options.choices_limit
         if options.choices is None and limit is not None:
-            raise UsageError(f"--choices-limit {limit} limits nothing; give --choices too")
+            raise UsageError(f"--choices-limit {limit} has no effect without --choices; give both")
         if limit is not None and limit < 1:
             raise UsageError(f"--choices-limit {limit} is too small; give 1 or more")
         questions = read_questions(options.choices, limit) if options.choices else []
@@ -213,7 +213,7 @@ def _loads(options: Options) -> list[Load]:
     if len(places) > 1 and (len(rates) > 1 or options.schedule != "closed"):
         raise UsageError(
             f"--concurrency {options.concurrency} is a sweep of closed loops; give one number, or "
-            "drop --schedule and --rate"
+            "leave out --schedule and --rate"
         )
     plan = Plan(
         baseline=options.baseline,

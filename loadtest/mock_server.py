@@ -246,21 +246,21 @@ def _two_numbers(text: str, form: str) -> tuple[float, float]:
 
 
 def main(
-    variant: Annotated[list[str], typer.Option(help="NAME=TTFT_S,ITL_S; may be repeated.")],
+    variant: Annotated[list[str], typer.Option(help="NAME=TTFT_S,ITL_S; repeatable.")],
     noise: Annotated[
         float, typer.Option(help="Sigma of the log-normal factor on every time.", min=0)
     ] = MockVariant.noise,
     seed: Annotated[int, typer.Option(help="Same seed, same noise.")] = MockVariant.seed,
     max_concurrency: Annotated[
-        int, typer.Option(help="Requests worked on at once, per variant; 0 = all.", min=0)
+        int, typer.Option(help="Concurrent requests per variant; 0: no limit.", min=0)
     ] = MockVariant.max_concurrency,
     stall: Annotated[
-        str | None, typer.Option(help="FROM_S,TO_S after the first request: a stall.")
+        str | None, typer.Option(help="Stall from FROM_S to TO_S after the first request.")
     ] = None,
     host: str = "127.0.0.1",
     port: int = 8009,
 ) -> None:
-    """Serves variants with known latencies, to check a load test against."""
+    """Serve variants with known latencies, to check a load test against."""
     try:
         more: dict[str, Any] = {"noise": noise, "seed": seed, "max_concurrency": max_concurrency}
         variants = {

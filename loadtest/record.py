@@ -180,7 +180,7 @@ class Recorded:
             sides.setdefault(block.block_pair, {})[block.variant] = block
         for number, both in sides.items():
             if len(both) < 2:
-                raise UsageError(f"block pair {number} has one block only")
+                raise UsageError(f"block pair {number} has only one block")
         baseline, candidate = self.variants
         return [(both[baseline], both[candidate]) for _, both in sorted(sides.items())]
 
@@ -328,7 +328,7 @@ def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:
         fields = json.loads(line)
         request = Request(**{**fields, "token_events_s": tuple(fields["token_events_s"])})
         if request.variant not in variants:
-            raise UsageError(f"variant {request.variant!r} is none of {', '.join(variants)}")
+            raise UsageError(f"variant {request.variant!r} is not one of {', '.join(variants)}")
         if (request.timing is None) != (request.error is not None):
             raise UsageError("a request has either an error or a last_s")
     except KeyError as error:

@@ -46,7 +46,7 @@ class Load:
         """
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) < 1:
-            raise ValueError(f"{name!r} is not a load; write for instance 64x20ms")
+            raise ValueError(f"{name!r} is not a load; write, for example, 64x20ms")
         return cls(int(match[1]), int(match[2]))
 
 

@@ -27,31 +27,31 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def kernels(
     shapes: Annotated[
-        str, option("NAME", "Whose linears: smollm2-135m, llama-1b or llama-8b.")
+        str, option("NAME", "Model whose linears to time: smollm2-135m, llama-1b or llama-8b.")
     ] = "llama-1b",
     tokens: Annotated[str, option("N,N", "Tokens per call.")] = "1,4,8,16,64",
     threads: Annotated[int, option("N", "CPU threads.", min=1)] = 1,
-    device: Annotated[str, option("cpu|cuda", "Where the op runs.")] = "cpu",
+    device: Annotated[str, option("cpu|cuda", "Device to run the op on.")] = "cpu",
     weights: Annotated[
-        str, option("NAME", "Of the sparse op: bf16, int8, int4, int4-64 or int4-32.")
+        str, option("NAME", "Weights of the sparse op: bf16, int8, int4, int4-64 or int4-32.")
     ] = "bf16",
     sparsity: Annotated[
-        str, option("N:M", "Of a CPU, any with M dividing 64; then 2:4 is timed beside it.")
+        str, option("N:M", "Pattern; on a CPU any with M dividing 64, which is timed beside 2:4.")
     ] = "2:4",
     out: Annotated[
-        Path | None, option("DIR", "New, for result.json and, of CPUs, report.png.", "none")
+        Path | None, option("DIR", "New folder for result.json and, on CPUs, report.png.", "none")
     ] = None,
 ) -> None:
-    """Times the sparse op, interleaved, without a server.
+    """Time the sparse op against others, interleaved, without a server.
 
-    On a CPU against vLLM's dense op and torch's, with int8 or int4 also against vLLM's int8 op; on
-    a GPU against cuBLAS, and with bf16 torch's 2:4 products or with int8 the bf16 2:4 op.
+    On a CPU against vLLM's dense op and torch's, with int8 or int4 also vLLM's int8 op; on a GPU
+    against cuBLAS, and with bf16 also torch's 2:4 products or with int8 the bf16 2:4 op.
     """
     try:
         linears = shapes_of(shapes)
         counts = parse_tokens(tokens)
         if device not in ("cpu", "cuda"):
-            raise ValueError(f"--device {device} is not known; choose cpu or cuda")
+            raise ValueError(f"--device {device} is unknown; choose cpu or cuda")
         check_weights(weights, device)
         kept = parse_sparsity(sparsity, device)
         if out is not None:

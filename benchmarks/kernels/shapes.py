@@ -61,7 +61,7 @@ def parse_tokens(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ValueError(
-            f"--tokens {text!r} is not a list of numbers above 0; write for instance 1,8"
+            f"--tokens {text!r} is not a list of numbers above 0; write, for example, 1,8"
         )
     return [int(part) for part in parts]
 

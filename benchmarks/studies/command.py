@@ -18,13 +18,11 @@ app = typer.Typer(add_completion=False)
 def compare(
     model: Annotated[
         Path,
-        option("MODEL", "Dense model: its directory, or ORG/NAME[@REVISION] of a hub."),
+        option("MODEL", "Dense model: a directory, or ORG/NAME or ORG/NAME@REVISION on a hub."),
     ],
-    text: Annotated[
-        list[Path], option("FILE", "UTF-8 text; repeat for more files.", name="--text")
-    ],
+    text: Annotated[list[Path], option("FILE", "UTF-8 text; repeatable.", name="--text")],
     heldout: Annotated[Path, option("FILE", "Text to measure on, never trained on.")],
-    out: Annotated[Path, option("DIR", "To write; an unfinished study in it is resumed.")],
+    out: Annotated[Path, option("DIR", "Folder to write; an unfinished study in it is resumed.")],
     config: Annotated[
         Path | None, option("FILE", "TOML file of settings that all ways share.", "none")
     ] = None,
@@ -32,25 +30,25 @@ def compare(
         str | None,
         option(
             "WAYS",
-            "Ways to compare, separated by ';', each with KEY=VALUE for any setting of the "
-            "run, as in 'ste;soft_topk;soft_topk penalty_weight=1'.",
+            "Ways to compare, separated by ';', each with KEY=VALUE for any setting of the run, "
+            "such as 'ste;soft_topk;soft_topk penalty_weight=1'.",
             "all",
         ),
     ] = None,
-    seeds: Annotated[int, option("N", "Runs of each way.", min=1)] = 3,
+    seeds: Annotated[int, option("N", "Runs per way.", min=1)] = 3,
     first_seed: Annotated[
-        int, option("N", "Seed of the first run; the next have the following ones.", min=0)
+        int, option("N", "Seed of the first run; later runs count up from it.", min=0)
     ] = 0,
     choices: Annotated[
         list[Path] | None,
-        option("FILE", "Questions, JSONL, for every model; repeat for more files.", "none"),
+        option("FILE", "Multiple-choice questions for every model, JSONL; repeatable.", "none"),
     ] = None,
     rival: Annotated[
         list[Path] | None,
-        option("DIR", "Pruned by other means, to measure too; repeat for more.", "none"),
+        option("DIR", "Model pruned by other means, to measure too; repeatable.", "none"),
     ] = None,
 ) -> None:
-    """Compares the ways of learning the pattern, at equal tokens."""
+    """Compare ways of learning the pattern at equal tokens."""
     settings = read_toml(config) if config is not None else {}
     result = study.run(
         *(model, text, heldout, out, settings),

@@ -9,7 +9,7 @@ from typing import Any
 # The figures that report.png shows as bars, one per way, beside the perplexities.
 BARS = {
     "recovered": "share of the log gap recovered,\none-shot Wanda to dense",
-    "step_s": "seconds a step, median",
+    "step_s": "seconds per step, median",
     "peak_memory_mb": "peak memory, MB",
 }
 
@@ -80,8 +80,8 @@ def table_of(result: Mapping[str, Any]) -> str:
     summary = result["summary"]
     asked = list(dict.fromkeys(name for row in summary.values() for name in row.get("choices", {})))
     head = ["way", "tokens", "perplexity, mean (range of seeds)", "recovered of the log gap"]
-    head += ["soft to hard", "mask flipped", "s a step", "CPU s a run", "peak MB"]
-    head += ["KL, nats a token", *(f"{name} acc_norm" for name in asked)] if asked else []
+    head += ["soft to hard", "mask flipped", "s per step", "CPU s per run", "peak MB"]
+    head += ["KL, nats per token", *(f"{name} acc_norm" for name in asked)] if asked else []
     table = [head, ["---"] * len(head)]
     for way, row in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
         if row["num_seeds"]:

@@ -133,8 +133,8 @@ def run(
     }
     if any(config.include for config in configs.values()):
         raise UsageError(
-            "a study takes no include, since the one-shot prunings that it compares with would not "
-            "follow it; exclude the other linears"
+            "a study takes no include, which the one-shot prunings that it compares with do not "
+            "support; exclude the other linears"
         )
     if any(config.is_sharded for config in configs.values()):
         raise UsageError("a study's runs are of one process each; set is_sharded to false")
@@ -192,8 +192,8 @@ def run(
     report.draw(out / "report.png", result)
     if failed:
         raise StudyError(
-            f"{'; '.join(failed)} failed, as told above; {out}/report.md has the others. The same "
-            "study again repeats what failed"
+            f"{'; '.join(failed)} failed, see above; {out}/report.md has the others. Run the "
+            "study again to repeat what failed"
         )
     return result
 
@@ -293,7 +293,8 @@ def _call(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode == STOPPED or process.returncode < 0:  # by a signal
         raise StoppedError(
-            f"{' '.join(command)} was stopped ({process.returncode}); run the study again to go on"
+            f"{' '.join(command)} was stopped ({process.returncode}); run the study again to "
+            "continue"
         )
     if process.returncode:
         raise StudyError(f"{' '.join(command)} ended with {process.returncode}")

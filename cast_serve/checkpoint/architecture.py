@@ -52,7 +52,7 @@ def meta_model(directory: Path, num_tensors: int) -> Any:
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises whatever a foreign config.json makes it raise
         raise CheckpointError(
-            f"{directory}/config.json describes no model that can be built: {error!s:.500}"
+            f"{directory}/config.json does not describe a model that can be built: {error!s:.500}"
         ) from error
 
 

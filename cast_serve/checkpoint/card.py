@@ -21,7 +21,7 @@ OUR_TITLE = re.compile(r"\s*# A [\d:-]+-sparse language model\n")
 DENSE_CARD = "\n## The card of the dense model\n"
 SERVING = """## How to serve it
 
-With cast-serve installed, whose plugin vLLM finds by itself:
+Install cast-serve; vLLM finds its plugin by itself:
 
 ```
 cast-serve vllm serve DIR
@@ -51,8 +51,8 @@ def write_card(folder: Path, record: dict[str, Any], summary: dict[str, Any]) ->
         text = _written(card, record, summary)
     except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
-            f"no card can be written of the source's cast.json and README.md ({error!r:.300}); "
-            "correct or remove what another program wrote there"
+            "no model card can be written from the source's cast.json and README.md "
+            f"({error!r:.300}); correct or remove what another program wrote there"
         ) from error
     path.write_text(text, encoding="utf-8")
 
@@ -88,17 +88,16 @@ def _about(summary: dict[str, Any]) -> str:
     form = BITMASK_24 if pattern == "2:4" else BITMASK_64
     n, _, m = pattern.partition(":")
     if pattern == "2:4":
-        rule = "Of every four consecutive weights along in_features two are zero"
+        rule = "Two of every four consecutive weights along in_features are zero"
     elif "-" in n:
         kept = n.replace("-", " to ")
-        rule = f"Of every {m} consecutive weights along in_features a linear keeps {kept}"
+        rule = f"A linear keeps {kept} of every {m} consecutive weights along in_features"
     else:
-        rule = f"Of every {m} consecutive weights along in_features {int(m) - int(n)} are zero"
+        rule = f"{int(m) - int(n)} of every {m} consecutive weights along in_features are zero"
     return (
-        f"{TITLE.format(pattern)}\n{rule}, in "
-        f"{summary['num_sparse_layers']} linears; {summary['num_dense_layers']} are dense. "
-        f"The kept weights are stored with a bitmask (`{form}`)"
-        f"{BITS[summary['quantized']]}. Made by cast-serve.\n"
+        f"{TITLE.format(pattern)}\n{rule} in {summary['num_sparse_layers']} linears; "
+        f"{summary['num_dense_layers']} are dense. The kept weights are stored with a bitmask "
+        f"(`{form}`){BITS[summary['quantized']]}. Made by cast-serve.\n"
     )
 
 
@@ -106,8 +105,8 @@ def _figures(summary: dict[str, Any]) -> str:
     quality = summary["quality"] or summary["quality_before_quantizing"]
     rows = [
         ("share of zeros in the pruned linears", f"{summary['zeros']:.1%}"),
-        ("bits stored for each of their weights", f"{summary['bits_per_weight']}"),
-        ("their bytes, of the dense model's", f"{summary['linear_bytes_ratio']}"),
+        ("stored bits per weight in them", f"{summary['bits_per_weight']}"),
+        ("their size, as a share of the dense model's", f"{summary['linear_bytes_ratio']}"),
         ("all weights, MB", f"{summary['total_weight_bytes'] / 1e6:.1f}"),
     ]
     if quality and "text" in quality:

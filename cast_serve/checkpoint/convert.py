@@ -116,8 +116,8 @@ def convert(
         is_int4 = quantization is not None and quantization.values == "int4"
         if is_int4 and calibrated is None and not plan.is_trained(directory):
             logger.warning(
-                "%s: 4-bit values are rounded to the nearest, which costs much quality; "
-                "cast-train quantize has calibration text choose them",
+                "%s: 4-bit values are rounded to nearest, which costs much quality; cast-train "
+                "quantize chooses them with calibration text",
                 out,
             )
         _write(directory, compressed, dense, plan, progress or (lambda done, total: None))
@@ -135,8 +135,8 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
     source = directory.path
     if directory.quantized and quantization:
         raise CheckpointError(
-            f"{source} is quantised already ({directory.quantized}); "
-            f"give --quantize {quantization.values} the directory that it was made from"
+            f"{source} is already quantised ({directory.quantized}); for --quantize "
+            f"{quantization.values}, give the directory that it was made from"
         )
     if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
@@ -161,7 +161,7 @@ def check_outputs(outputs: Sequence[Path]) -> None:
         raise CheckpointError(f"{outputs[0]} cannot be its own dense twin; name another directory")
     for inner, outer in itertools.permutations(outputs, 2):
         if inner.resolve().is_relative_to(outer.resolve()):
-            raise CheckpointError(f"{inner} lies in {outer}; name a directory beside it")
+            raise CheckpointError(f"{inner} is inside {outer}; name a directory outside it")
     for folder in outputs:
         check_new(folder)
 
@@ -330,17 +330,18 @@ def _warn_of_changes(source: ModelDirectory) -> None:
             "%s: the input_scale of %d linears is left out: activations are %s",
             source.path,
             num_static,
-            "quantised anew for each token" if is_integer else "not quantised",
+            "quantised for each token" if is_integer else "not quantised",
         )
     groups = (source.quantization.get("config_groups") or {}).values()
     if is_integer and not all(group.get("input_activations") for group in groups):
         logger.warning(
-            "%s: its activations are not quantised, but served they are, in int8 for each token",
+            "%s: its activations are not quantised, but serving quantises them to int8 for each "
+            "token",
             source.path,
         )
     if source.form.is_widened and source.quantized != "float8":
         logger.warning(
-            "%s: no kernel has the scale groups of its %s weights, so they become %s; "
+            "%s: no kernel supports the scale groups of its %s weights, so they become %s; "
             "`cast-serve convert OUT OUT2 --quantize int8` makes them smaller again",
             source.path,
             source.quantized,
@@ -356,7 +357,7 @@ def _warn_of_training(source: ModelDirectory, plan: Plan) -> None:
     group = trained_as["scale_group"]
     flags = f"--quantize {trained_as['quantize']}" + (f" --scale-group {group}" if group else "")
     logger.warning(
-        "%s: it was trained to be converted with %s, from the gated checkpoint; here it is %s",
+        "%s: it was trained to be converted from the gated checkpoint with %s, but here it is %s",
         source.path,
         flags,
         "quantised with newly chosen scales" if plan.quantization else "not quantised",
@@ -375,8 +376,8 @@ def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
     name = f"{source.tied_embedding or source.head}.weight"
     if name.removesuffix(".weight") in source.form.dense:
         raise CheckpointError(
-            f"{source.path} stores {name} as a bitmask; convert it without --quantize, then OUT "
-            "with it"
+            f"{source.path} stores {name} as a bitmask; convert it without --quantize, then "
+            "convert OUT with it"
         )
     if name not in source.files:
         raise CheckpointError(f"{source.path} has no tensor {name}; the checkpoint is incomplete")

@@ -87,7 +87,7 @@ def check_declared(path: Path, quantization: dict[str, Any]) -> None:
     """
     if not quantization:
         return
-    remedy = "start from the checkpoint that it was made of, in bf16, fp16 or fp32"
+    remedy = "start from the checkpoint that it was made from, in bf16, fp16 or fp32"
     method = quantization.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
         raise CheckpointError(f"{path} is quantised ({method}), which is not read; {remedy}")

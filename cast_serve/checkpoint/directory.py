@@ -41,7 +41,8 @@ class ModelDirectory(StoredModel):
         if self.form.structure is not None:
             if pattern is not None:
                 raise CheckpointError(
-                    f"{path} is in the format {RAGGED}, of which N is counted; leave --sparsity out"
+                    f"{path} is in the format {RAGGED}, where N is counted from the weights; "
+                    "leave --sparsity out"
                 )
             self.pattern = self.form.structure.pattern
             self.kept_of_64 = self.form.structure.kept_of_64

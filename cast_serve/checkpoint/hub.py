@@ -30,7 +30,7 @@ def fetch(model: str | Path) -> Path:
     name, _, revision = str(folder).partition("@")
     if not is_name(name):
         raise CheckpointError(
-            f"{model} is not a directory, and no model's name on a hub (ORG/NAME or "
+            f"{model} is neither a directory nor a model's name on a hub (ORG/NAME or "
             "ORG/NAME@REVISION); check the path"
         )
     from huggingface_hub import snapshot_download
@@ -75,7 +75,9 @@ def check_push(repo: str, is_private: bool) -> None:
             write there; or if the repository is there already and public against `is_private`.
     """
     if not is_name(repo):
-        raise CheckpointError(f"--push-to-hub {repo!r} is no name on a hub; write ORG/NAME")
+        raise CheckpointError(
+            f"--push-to-hub {repo!r} is not a model's name on a hub; write ORG/NAME"
+        )
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HTTPError,
@@ -95,15 +97,15 @@ def check_push(repo: str, is_private: bool) -> None:
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set; unset it, or leave --push-to-hub out"
         elif _status(error) == 401:
-            why = f"{api.endpoint} does not know the token; {LOG_IN}"
+            why = f"{api.endpoint} does not accept the token; {LOG_IN}"
         else:
-            why = f"{api.endpoint} cannot be asked ({_short(error)}); leave --push-to-hub out"
+            why = f"{api.endpoint} cannot be reached ({_short(error)}); leave --push-to-hub out"
         raise CheckpointError(
             f"--push-to-hub {repo} is not possible: {why} and push later (`hf upload`)"
         ) from error
     if is_private and is_public:
         raise CheckpointError(
-            f"{api.endpoint}/{repo} is there already and public; leave --private out, make it "
+            f"{api.endpoint}/{repo} exists already and is public; leave --private out, make it "
             "private there, or choose another name"
         )
 
@@ -156,8 +158,8 @@ def _check_may_write(repo: str, user: dict[str, Any]) -> None:
         )
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise CheckpointError(
-            f"--push-to-hub {repo}: the token of {user['name']} may only read; make one that may "
-            f"write, and {LOG_IN}"
+            f"--push-to-hub {repo}: the token of {user['name']} is read-only; make one with write "
+            f"access, and {LOG_IN}"
         )
 
 
@@ -166,13 +168,13 @@ def _why_not_fetched(name: str, revision: str, error: Exception) -> str:
 
     hub = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
-        return f"its terms must be accepted first, at {hub}/{name}; then {LOG_IN}"
+        return f"accept its terms first, at {hub}/{name}; then {LOG_IN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{hub} has no model of that name, or a private one; check it, or {LOG_IN}"
+        return f"{hub} has no public model of that name; check the name, or {LOG_IN}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{hub} has no revision {revision!r} of {name}; check it, or leave it out"
+        return f"{hub} has no revision {revision!r} of {name}; correct it, or leave it out"
     if _status(error) == 401:
-        return f"{hub} does not know the token; {LOG_IN}"
+        return f"{hub} does not accept the token; {LOG_IN}"
     if constants.HF_HUB_OFFLINE:
         return (
             f"it is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it,"

@@ -46,8 +46,8 @@ def inspect(path: Path) -> dict[str, Any]:
     directory = ModelDirectory(path)
     if directory.kind in ("quantised", "ragged"):
         raise CheckpointError(
-            f"{path} is {directory.kind}, by another program, and stored as it does it; "
-            "convert it first (cast-serve convert SRC OUT)"
+            f"{path} is {directory.kind}, in the form of another program; convert it first "
+            "(cast-serve convert SRC OUT)"
         )
     scales = (directory.record.get("quantization") or {}).get("scales", SCALES_TAKEN_OVER)
     is_quantized_here = scales != SCALES_TAKEN_OVER
@@ -178,7 +178,7 @@ def _check_scale_shapes(files: dict[str, Path], linears: list[str], part: str) -
             wanted = [[bitmask[0], -(-bitmask[1] * 8 // group)] for group in INT4_SCALE_GROUPS]
         if scale not in wanted and (scale or part == PACKED):
             raise CheckpointError(
-                f"{name}.weight_scale is {scale}, but {' or '.join(map(str, wanted))} belongs "
-                f"to {name}.{part}, which is {weight}; copy the directory again, or start from the "
-                "checkpoint that it was made of"
+                f"{name}.weight_scale is {scale}, but {' or '.join(map(str, wanted))} belongs to "
+                f"{name}.{part}, which is {weight}; copy the directory again, or start from the "
+                "checkpoint that it was made from"
             )

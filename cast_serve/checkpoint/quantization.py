@@ -33,8 +33,8 @@ class Quantization:
         is_default = self.scale_group == SCALE_GROUP
         if self.scale_group not in INT4_SCALE_GROUPS or not (is_default or self.values == "int4"):
             raise CheckpointError(
-                f"--scale-group {self.scale_group} is not served; it goes with --quantize int4 and "
-                f"is one of {known}"
+                f"--scale-group {self.scale_group} is not served; it needs --quantize int4 and is "
+                f"one of {known}"
             )
 
     @classmethod
@@ -54,7 +54,9 @@ class Quantization:
         if head == "int8":
             raise CheckpointError("--head int8 needs --quantize int8 or int4; give both or none")
         if scale_group != SCALE_GROUP:
-            raise CheckpointError(f"--scale-group {scale_group} goes with --quantize int4")
+            raise CheckpointError(
+                f"--scale-group {scale_group} needs --quantize int4; give both or none"
+            )
         return None
 
     @property

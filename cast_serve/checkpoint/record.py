@@ -79,7 +79,7 @@ def read_record(directory: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no checkpoint's record: {error!r}") from error
+        raise CheckpointError(f"{path} is not a checkpoint's record: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version {version!r}, but this program reads {FORMAT_VERSION}; "
@@ -276,8 +276,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         directory.rename(out)
     except OSError as error:
         raise CheckpointError(
-            f"{out} cannot be made any more ({error.strerror}); all of it is in {directory}: move "
-            "it to where it shall be"
+            f"{out} can no longer be created ({error.strerror}); everything is in {directory}: "
+            "move it to where you want it"
         ) from error
     fsync(out.parent)
 

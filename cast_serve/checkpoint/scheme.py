@@ -39,7 +39,9 @@ def resolved(quantization: Quantization | None, source: Path) -> Quantization | 
     if name is None:
         return quantization.with_head("int8")
     if quantization.head == "auto":
-        logger.warning("%s: vLLM has no int8 output layer for %s; it stays as it is", source, name)
+        logger.warning(
+            "%s: vLLM has no int8 output layer for %s; it stays unquantised", source, name
+        )
         return quantization.with_head(None)
     raise CheckpointError(f"vLLM has no int8 output layer for {name}; give --head none")
 

@@ -31,7 +31,7 @@ def check_contained(directory: Path) -> None:
         if path.is_symlink():
             _check_link(path, home)
         if path.suffix in (".safetensors", ".json") and not path.is_file():
-            raise CheckpointError(f"{path} is no file; copy the directory again")
+            raise CheckpointError(f"{path} is not a file; copy the directory again")
         if path.name.endswith(".safetensors.index.json") and path.is_file():
             _check_index(path)
 
@@ -40,12 +40,10 @@ def _check_link(path: Path, home: Path) -> None:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # a circle
-        raise CheckpointError(
-            f"{path} is a link that leads nowhere; copy the directory again"
-        ) from None
+        raise CheckpointError(f"{path} is a broken link; copy the directory again") from None
     if not target.is_relative_to(home):
         raise CheckpointError(
-            f"{path} is a link out of its directory, to {target}; copy the file itself there"
+            f"{path} is a link to {target}, outside its directory; copy the file itself there"
         )
 
 
@@ -53,7 +51,7 @@ def _check_index(path: Path) -> None:
     try:
         files = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no index of shards: {error!r:.200}") from None
+        raise CheckpointError(f"{path} is not an index of shards: {error!r:.200}") from None
     for name in files:
         if not is_file_name(name):
             raise CheckpointError(
@@ -100,8 +98,8 @@ def each_tensor(paths: Iterable[Path]) -> Iterator[tuple[str, Path, "safe_open"]
                 if name in files:
                     raise CheckpointError(
                         f"{path.parent} has {name} in {files[name].name} and in {path.name}, so "
-                        "shards of two versions of the model lie there; remove those that its "
-                        "index does not name"
+                        "shards of two versions of the model are mixed there; remove those that "
+                        "its index does not name"
                     )
                 files[name] = path
                 yield name, path, shard

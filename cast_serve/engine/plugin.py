@@ -28,13 +28,13 @@ def register() -> None:
     logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged there
     if why := refusal("cast-serve's 2:4 plugin", PLUGIN):
         if is_parent:
-            logger.warning("%s. No 2:4 model can be served; others are not affected", why)
+            logger.warning("%s. 2:4 models cannot be served; others are not affected", why)
         with suppress(Exception):  # what this needs of vLLM may be what differs
             _register_refusal(why)
         return
     if is_parent and not installed().startswith(f"{TESTED}."):
         logger.warning(
-            "cast-serve's 2:4 plugin was tested with vLLM %s; %s runs, which has all the "
+            "cast-serve's 2:4 plugin was tested with vLLM %s; this is %s, which has all the "
             "interfaces that it uses",
             TESTED,
             installed(),

@@ -58,8 +58,8 @@ async def warm_up(engine: "EngineClient") -> WarmUp:
         except Exception as error:  # whatever it is, this engine must not be served
             cause = error.__cause__ or error
             raise FailedError(
-                f"the engine did not answer a request of {num_tokens} prompt tokens before it was "
-                f"to serve ({type(cause).__name__}: {cause}); what it logged above says why"
+                f"the engine did not answer a request of {num_tokens} prompt tokens during "
+                f"warm-up ({type(cause).__name__}: {cause}); its log above says why"
             ) from error
         seconds.append(time.perf_counter() - begun_s)
     return WarmUp(first_s=seconds[0], step_s=seconds[-1], step_tokens=step_tokens)

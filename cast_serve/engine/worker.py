@@ -114,7 +114,8 @@ def run(
         )
     if expected and "--enable-lora" in vllm_flags:
         raise UsageError(
-            f"--enable-lora: vLLM puts no LoRA on the sparse linears of {model}; serve it dense"
+            f"--enable-lora: vLLM cannot apply LoRA to the sparse linears of {model}; serve it "
+            "dense"
         )
     _end_with_parent()
     if cores is not None:
@@ -247,7 +248,7 @@ def guard(args: argparse.Namespace, name: str) -> None:
     """
     if args.api_key:
         raise UsageError(
-            "--api-key shows the key in `ps`, and vLLM asks for it under /v1 alone; set "
+            "--api-key shows the key in `ps`, and vLLM checks it only under /v1; set "
             f"{worker_key.VARIABLE} or {worker_key.FILE_VARIABLE} in the environment"
         )
     if key := worker_key.key_of_environment():
@@ -394,7 +395,7 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
         "weight_bytes": str(report["weight_bytes"]),
         "dense_weight_bytes": str(report["dense_weight_bytes"]),
     }
-    gauge = Gauge("cast_variant_info", "What the variant really runs", list(labels))
+    gauge = Gauge("cast_variant_info", "What the variant actually runs", list(labels))
     gauge.labels(**labels).set(1)
     print(f"cast-serve worker {name}: {json.dumps(labels)}", flush=True)
 
@@ -407,7 +408,7 @@ def _publish_limits(name: str, vocabulary_size: int, warmed_up: WarmUp) -> None:
     """
     from prometheus_client import Gauge
 
-    Gauge("cast_worker_vocabulary_size", "Token ids lie below it").set(vocabulary_size)
+    Gauge("cast_worker_vocabulary_size", "Token ids are below this").set(vocabulary_size)
     text = f"Seconds of one full step at start, of {warmed_up.step_tokens} tokens"
     Gauge("cast_worker_step_seconds", text).set(warmed_up.step_s)
     print(

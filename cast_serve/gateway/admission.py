@@ -135,8 +135,8 @@ class Admission:
             if isinstance(error, TimeoutError):
                 raise ShedError(
                     504,
-                    f"no place was free within {timeout_s:g} s; ask again later, or allow more "
-                    "with X-Request-Timeout",
+                    f"no place was free within {timeout_s:g} s; try again later, or allow more "
+                    "time with X-Request-Timeout",
                     "server_error",
                     "timeout",
                     headers={"Retry-After": str(self.retry_after_s())},

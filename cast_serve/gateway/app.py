@@ -155,8 +155,8 @@ class Gateway:
         except VariantError as failure:
             self.failure = failure
         except Exception as error:  # unwatched, a dead worker would stay up and never come back
-            logger.exception("gateway: watching the workers failed")
-            self.failure = VariantError(f"the watch over the workers failed: {error!r}")
+            logger.exception("gateway: monitoring the workers failed")
+            self.failure = VariantError(f"monitoring the workers failed: {error!r}")
         on_failure()
 
     async def close(self) -> None:

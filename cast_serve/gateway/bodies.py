@@ -104,7 +104,7 @@ class BodyReader:
         for name in set(without_effect) - self._logged:
             self._logged.add(name)
             logger.warning(
-                "the field %s has no effect here: it is accepted and not passed on", name
+                "the field %s has no effect here: it is accepted but not passed on", name
             )
         return body, checked, without_effect
 

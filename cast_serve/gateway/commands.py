@@ -31,7 +31,7 @@ Split = Annotated[
     str | None,
     option(
         "NAME=NAME:N,NAME:N",
-        "llama=dense:9,sparse:1: a model name answered by weights.",
+        "llama=dense:9,sparse:1: split the requests for llama by weight.",
         "CAST_SPLIT, else none",
     ),
 ]
@@ -47,15 +47,13 @@ LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"] | None,
     option(
         "debug|info|warning|error",
-        "Least level of the gateway's lines.",
+        "Minimum level of the gateway's own log lines.",
         "CAST_LOG_LEVEL, else info",
     ),
 ]
 Assignments = Annotated[
     list[str] | None,
-    option(
-        "KEY=VALUE", "Any gateway setting (docs/settings.md); repeat for more.", "none", "--set"
-    ),
+    option("KEY=VALUE", "Any gateway setting (docs/settings.md); repeatable.", "none", "--set"),
 ]
 
 
@@ -63,11 +61,15 @@ def up(
     context: typer.Context,
     variant: Annotated[
         list[str] | None,
-        option("NAME=DIR", "What to serve under which name; repeat.", "those of --config"),
+        option("NAME=DIR", "Name of a variant and its model; repeatable.", "those of --config"),
     ] = None,
     config: Annotated[
         Path | None,
-        option("FILE", "TOML of variants and settings (docs/serving.md); flags win.", "none"),
+        option(
+            "FILE",
+            "TOML file of variants and settings (docs/serving.md); flags override it.",
+            "none",
+        ),
     ] = None,
     port: GatewayPort = None,
     host: GatewayHost = None,
@@ -78,15 +80,15 @@ def up(
         Path | None,
         option(
             "DIR",
-            "Where the workers' logs go and stay.",
-            "CAST_LOG_DIR, else a temporary folder, removed at a clean end",
+            "Folder to keep the workers' logs in.",
+            "CAST_LOG_DIR, else a temporary folder, removed after a clean exit",
         ),
     ] = None,
     assignments: Assignments = None,
 ) -> None:
     """Start one worker per variant, each on its own cores, and the gateway in front of them.
 
-    Flags after -- go to every vLLM server, for instance -- --enforce-eager.
+    Flags after -- go to every vLLM server: -- --enforce-eager, for example.
     """
     from cast_serve.gateway.upstream.config import (
         ServeConfig,
@@ -111,7 +113,7 @@ def up(
     ports = [worker.port for worker in workers.values() if worker.port is not None]
     if len({settings.port, *ports}) <= len(ports):
         raise UsageError(
-            f"ports {settings.port}, {ports}: gateway and variants need different ones"
+            f"ports {settings.port}, {ports}: gateway and variants need different ports"
         )
     for own in ports:
         check_port_is_free("127.0.0.1", own)
@@ -120,7 +122,7 @@ def up(
 
 def gateway(
     variant: Annotated[
-        list[str], option("NAME=URL", "A server and the name it answers for; repeat.")
+        list[str], option("NAME=URL", "Name of a variant and the URL of its server; repeatable.")
     ],
     port: GatewayPort = None,
     host: GatewayHost = None,
@@ -144,7 +146,10 @@ def gateway(
 Socket = Annotated[
     Path | None,
     option(
-        "FILE", "The gateway's control_socket.", "CAST_CONTROL_SOCKET, else --port's", "--socket"
+        "FILE",
+        "Control socket of the gateway.",
+        "CAST_CONTROL_SOCKET, else the one for --port",
+        "--socket",
     ),
 ]
 
@@ -154,13 +159,16 @@ def roll(
         str,
         typer.Argument(
             metavar="NAME[=DIR]",
-            help="What to serve under which name; NAME alone: reload the same directory.",
+            help="Variant, and its new model; NAME alone: reload the same directory.",
         ),
     ],
-    port: GatewayPort = None,
+    port: Annotated[
+        int | None,
+        option("N", "TCP port of the gateway.", "CAST_PORT, else 8000", min=1, max=65535),
+    ] = None,
     control_socket: Socket = None,
 ) -> None:
-    """Switch a running `cast-serve up` to another directory without losing a request.
+    """Switch a variant of a running `cast-serve up` to another model without losing a request.
 
     A second worker starts and takes over once it answers; the first one finishes its requests.
     """

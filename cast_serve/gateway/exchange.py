@@ -117,8 +117,8 @@ def deadline_s(request: Request, longest_s: float) -> float:
             timeout_s = math.nan
         if not 0 < timeout_s <= longest_s:
             raise bad_request(
-                f"X-Request-Timeout is {given[:50]!r}, but must be seconds above 0 and up to "
-                f"{longest_s:g}",
+                f"X-Request-Timeout is {given[:50]!r}, but must be a number of seconds above 0 "
+                f"and up to {longest_s:g}",
                 "X-Request-Timeout",
             )
     return asyncio.get_running_loop().time() + timeout_s

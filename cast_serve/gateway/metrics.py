@@ -70,16 +70,14 @@ class Metrics:
         self.output_tokens = counter("cast_output_tokens_total", "Output tokens", "variant")
         self.variant_up = gauge("cast_variant_up", "1 if a replica answers", "variant")
         self.replica_up = gauge("cast_replica_up", "1 if it answers", "variant", "replica")
-        self.restarts = counter(
-            "cast_variant_restarts_total", "Local workers started again", "variant"
-        )
+        self.restarts = counter("cast_variant_restarts_total", "Local worker restarts", "variant")
         self.rolls = counter(
-            "cast_variant_rolls_total", "Model changes of a variant", "variant", "outcome"
+            "cast_variant_rolls_total", "Model changes per variant", "variant", "outcome"
         )
         self.shed = counter("cast_requests_shed_total", "Requests turned away", "reason")
         self.retries = counter(
             "cast_retries_total",
-            "Requests sent to a variant again, by how the try before ended",
+            "Retried requests, by how the previous attempt ended",
             "variant",
             "reason",
         )
@@ -162,14 +160,14 @@ class _ReadAtScrape(Collector):
     def collect(self) -> Iterator[Metric]:
         speedups = GaugeMetricFamily(
             "cast_speedup_ratio",
-            "Dense over sparse of live traffic; above 1 = sparse faster",
+            "Dense over sparse in live traffic; above 1 = sparse faster",
             labels=["metric", "quantile"],
         )
         for metric, quantile, ratio in self.comparison.speedups():
             speedups.add_metric([metric, str(quantile)], ratio)
         yield speedups
         queued = GaugeMetricFamily(
-            "cast_requests_queued", "Requests waiting for a place", labels=["variant"]
+            "cast_requests_queued", "Requests waiting in the queue", labels=["variant"]
         )
         for name, admission in self.admissions.items():
             queued.add_metric([name], admission.num_queued)

@@ -16,68 +16,73 @@ class GatewaySettings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",
-        description="minimum level of the gateway's own lines; requests are logged at info",
+        description="minimum level of the gateway's own log lines; requests are logged at info",
     )
     log_dir: Path | None = Field(
         default=None,
-        description="folder of the local workers' `VARIANT.log`, which are kept; none: a temporary "
-        "folder, removed after a clean exit",
+        description="folder for the local workers' `VARIANT.log`; none: a temporary folder, "
+        "removed after a clean exit",
     )
 
     control_socket: Path | None = Field(
         default=None,
-        description="Unix socket through which `cast-serve roll` reaches `up`; none: one named "
-        "after the port, in a folder only this user can open",
+        description="Unix socket of `up` for `cast-serve roll`; none: one named after the port, "
+        "in a folder only this user can open",
     )
 
     api_keys: str = Field(
         default="",
         repr=False,
-        description="keys, separated by commas; `sha256:HEX` is an already hashed key; commas "
-        "alone are refused; none: open to everyone",
+        description="comma-separated keys, plain or hashed as `sha256:HEX`; none: open to everyone",
     )
     api_keys_file: Path | None = Field(default=None, description="the same, one per line")
     worker_key: str = Field(
         default="",
         repr=False,
-        description="sent to the workers as `Authorization: Bearer KEY`; `cast-serve worker` reads "
-        "the same variable, and asks for it; not for `--set`, since `ps` would show it; none: `up` "
+        description="sent to workers as `Authorization: Bearer KEY`; `cast-serve worker` reads the "
+        "same variable and requires it; refused in `--set`, where `ps` would show it; none: `up` "
         "makes one, `gateway` sends none",
     )
     worker_key_file: Path | None = Field(
-        default=None, description="the same, as a one-line file; read by both, too"
+        default=None, description="one-line file with that key; `cast-serve worker` reads it too"
     )
 
-    max_body_bytes: int = Field(default=4 << 20, gt=0, description="largest body; beyond it 413")
+    max_body_bytes: int = Field(
+        default=4 << 20, gt=0, description="largest request body; above it, 413"
+    )
     max_held_body_bytes: int = Field(
         default=64 << 20,
         gt=0,
-        description="total size of the bodies of waiting and running requests; beyond it 429. They "
-        "take up to five times as much memory",
+        description="bodies of all waiting and running requests; above it, 429. They take up to "
+        "5× as much memory",
     )
     max_answer_bytes: int = Field(
-        default=64 << 20, gt=0, description="largest answer that is not streamed; beyond it 502"
+        default=64 << 20, gt=0, description="largest answer that is not streamed; above it, 502"
     )
-    max_header_bytes: int = Field(default=32 << 10, gt=0, description="largest head; beyond it 431")
+    max_header_bytes: int = Field(
+        default=32 << 10, gt=0, description="largest request head; above it, 431"
+    )
     max_connections: int = Field(
-        default=2048, gt=0, description="open connections, idle ones included; beyond it 503"
+        default=2048, gt=0, description="open connections, including idle ones; above it, 503"
     )
     body_timeout_s: float = Field(
-        default=30, gt=0, description="time for a head, and then for a body, to arrive"
+        default=30, gt=0, description="timeout for a head, then for a body, to arrive"
     )
     request_timeout_s: float = Field(
-        default=600, gt=0, description="time for an answer; the maximum for `X-Request-Timeout`"
+        default=600,
+        gt=0,
+        description="timeout for an answer; the maximum for `X-Request-Timeout`",
     )
     max_choices: int = Field(default=8, gt=0, description="largest `n`")
     max_prompts: int = Field(default=32, gt=0, description="most prompts in one request")
     max_constraint_characters: int = Field(
         default=32_768,
         gt=0,
-        description="most characters in the schema, regex, choice or grammar of one request",
+        description="most characters in a request's schema, regex, choice or grammar",
     )
     media_parts: bool = Field(
         default=False,
-        description="pass on images, audio and video in chats; the workers open their URLs, which "
+        description="accept images, audio and video in chats; workers open their URLs, which "
         "vLLM's `--allowed-media-domains` restricts",
     )
     strict_fields: bool = Field(
@@ -87,13 +92,13 @@ class GatewaySettings(BaseSettings):
         default=64, gt=0, description="concurrent requests per replica; vLLM batches them"
     )
     max_queued: int = Field(
-        default=256, ge=0, description="waiting requests per variant; beyond it 429"
+        default=256, ge=0, description="waiting requests per variant; above it, 429"
     )
 
     split: str = Field(
         default="",
-        description="`llama=dense:9,sparse:1`: requests for `llama` are shared by these weights; "
-        "`;` between several",
+        description="`llama=dense:9,sparse:1`: split requests for `llama` by these weights; `;` "
+        "separates several",
     )
     fallback: str = Field(
         default="", description="`sparse=dense`: dense answers while sparse is down"
@@ -102,32 +107,36 @@ class GatewaySettings(BaseSettings):
         default=0,
         ge=0,
         le=1,
-        description="share of finished requests that are repeated on the other variant",
+        description="share of finished requests to repeat on the other variant",
     )
     shadow_concurrency: int = Field(
-        default=1, gt=0, description="concurrent repeated requests; more are dropped and counted"
+        default=1,
+        gt=0,
+        description="concurrent repeats; further ones are dropped and counted",
     )
     comparison_window: int = Field(
-        default=512, gt=1, description="latest requests per variant that `/v1/comparison` reads"
+        default=512, gt=1, description="latest requests per variant that `/v1/comparison` covers"
     )
 
     startup_timeout_s: float = Field(
-        default=900, gt=0, description="time for a local worker to load"
+        default=900, gt=0, description="timeout for a local worker to load"
     )
-    health_interval_s: float = Field(default=1, gt=0, description="between two checks of a worker")
+    health_interval_s: float = Field(
+        default=1, gt=0, description="time between two checks of a worker"
+    )
     hang_timeout_s: float = Field(
         default=8,
         gt=0,
-        description="time for a one-token canary, or ten of the worker's full steps if longer",
+        description="timeout for a one-token canary, or ten of the worker's full steps if longer",
     )
     drain_delay_s: float = Field(
         default=0,
         ge=0,
-        description="time after SIGTERM to be unready but still answering, for load balancers that "
-        "notice late",
+        description="time after SIGTERM to report unready but still answer, for slow load "
+        "balancers",
     )
     shutdown_grace_s: float = Field(
-        default=30, gt=0, description="time for running requests to finish"
+        default=30, gt=0, description="timeout for running requests to finish"
     )
 
     @model_validator(mode="after")
@@ -157,7 +166,7 @@ class GatewaySettings(BaseSettings):
             if not (name.strip() and equals and total > 0 and min(weights.values()) >= 0):
                 raise ValueError(
                     f"split {text!r} is not NAME=VARIANT:WEIGHT,VARIANT:WEIGHT with weights of 0 "
-                    "or more; write for instance llama=dense:9,sparse:1"
+                    "or more; write, for example, llama=dense:9,sparse:1"
                 )
             found[name.strip()] = {variant: weight / total for variant, weight in weights.items()}
         return found

@@ -36,7 +36,7 @@ class Pattern:
         if match is None or not 0 < int(match[1]) < int(match[2]) or WORD % int(match[2]):
             raise PatternError(
                 f"sparsity {text!r:.100} is not N:M with 0 < N < M and M one of 2, 4, 8, 16, 32, "
-                "64; write for instance 2:4, which a GPU needs, or 32:64 for a CPU"
+                "64; write, for example, 2:4, which a GPU needs, or 32:64 for a CPU"
             )
         return cls(int(match[1]), int(match[2]))
 
@@ -80,8 +80,9 @@ class Pattern:
         if not (share == 1 or (least <= share <= most and share > 0)):
             limit = f"from {least:g}" if least else "above 0 and"
             raise PatternError(
-                f"zeros {share} is no share {limit} up to {most:g}, all that {self} can have; "
-                "write for instance 0.45, or leave it at 1 for the pattern in every linear"
+                f"zeros {share} is not a share {limit} up to {most:g}, the most that {self} "
+                "allows; write, for example, 0.45, or leave it at 1 for the pattern in every "
+                "linear"
             )
 
     def with_zeros(self, share: float) -> "Pattern":

@@ -81,7 +81,7 @@ def not_by_vllm(targets: Iterable[str], dense: Iterable[str]) -> str | None:
     if not found:
         return None
     return (
-        "vLLM will not load what is made of this: it merges q, k and v, and gate and up, and here "
+        "vLLM will not load the result: it merges q, k and v, and gate and up, and here "
         f"{len(found)} of them stay dense beside sparse ones, such as {min(found)}; include or "
         "exclude them together"
     )
@@ -97,4 +97,4 @@ def check_expressions(expressions: Iterable[str]) -> None:
         try:
             re.compile(expression)
         except re.error as error:
-            raise PatternError(f"{expression!r} is no regular expression: {error}") from None
+            raise PatternError(f"{expression!r} is not a regular expression: {error}") from None

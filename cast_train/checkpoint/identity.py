@@ -133,7 +133,7 @@ def check_texts(source: Mapping[str, Any]) -> None:
         for digest, name in hashes([text]).items():
             if digest in names:
                 raise UsageError(
-                    f"--text has {name} twice (also as {names[digest]}); what is held out of one "
+                    f"--text has {name} twice (also as {names[digest]}); blocks held out of one "
                     "would be trained on in the other; name it once"
                 )
             names[digest] = name

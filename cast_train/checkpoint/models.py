@@ -121,7 +121,7 @@ def read_tokenizer(directory: Path) -> Any:
             directory, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no tokenizer that can be read: {error}") from error
+        raise CheckpointError(f"{directory} has no readable tokenizer: {error}") from error
 
 
 def _mark_gated(config: Path) -> None:
@@ -167,19 +167,20 @@ def sparse_targets(directory: Path, pattern: Pattern) -> dict[str, Pattern] | No
     if kind == "gated":
         raise CheckpointError(
             f"{directory} is gated; give the dense model that it was made of or, to train it "
-            "further, what cast-serve convert makes of it"
+            "further, the output of cast-serve convert"
         )
     if kind not in ("pruned", "compressed"):
         return None
     found = ModelDirectory(directory)
     if found.quantized:
         raise CheckpointError(
-            f"{directory} is quantised ({found.quantized}); give the directory that it was made of"
+            f"{directory} is quantised ({found.quantized}); give the directory that it was made "
+            "from"
         )
     if found.pattern != pattern:
         raise CheckpointError(
-            f"{directory} is {found.pattern}, and its zeros are the mask; set sparsity to that in "
-            f"place of {pattern}"
+            f"{directory} is {found.pattern}, and its zeros are the mask; set sparsity to that "
+            f"instead of {pattern}"
         )
     return {name: found.pattern_of(name) for name in found.targets}
 
@@ -239,8 +240,8 @@ def _check_generation(directory: Path, model: Any) -> None:
         model.generation_config.validate(strict=True)
     except ValueError as error:
         raise CheckpointError(
-            f"{directory}/generation_config.json contradicts itself, so that nothing made of this "
-            f"model could be saved; where it samples, set do_sample to true there: {error}"
+            f"{directory}/generation_config.json contradicts itself, so no model made from this "
+            f"one could be saved; if it samples, set do_sample to true there: {error}"
         ) from error
 
 
@@ -363,9 +364,9 @@ def check_same_vocabulary(tokenizer: Any, other: Any, names: str) -> None:
     if len(differ) > MAX_RENAMED * len(both):
         first = differ[0]
         raise CheckpointError(
-            f"{names} have tokenizers of their own: {len(differ)} of {len(both)} tokens differ, "
-            f"such as {first}, {ours[first]!r} and {theirs[first]!r}; only what has one tokenizer "
-            "goes together"
+            f"{names} have different tokenizers: {len(differ)} of {len(both)} tokens differ, such "
+            f"as {first}, {ours[first]!r} and {theirs[first]!r}; give models with the same "
+            "tokenizer"
         )
 
 

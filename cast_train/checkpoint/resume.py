@@ -140,10 +140,10 @@ def held(partial: Path, is_first: bool) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise CheckpointError(
-            f"another process works in {partial} now; wait for it, or choose another --out"
+            f"another process is working in {partial}; wait for it, or choose another --out"
         ) from None
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked: %s; start no second run there", partial, error)
+        logger.warning("%s cannot be locked: %s; do not start a second run there", partial, error)
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ def check_names(files: Sequence[Path]) -> None:
         if (other := named.setdefault(path.stem, path)) is not path:
             raise UsageError(
                 f"the questions {other} and {path} would both be reported as {path.stem}; give "
-                "each file once, and files another name"
+                "each file once, and rename one of them"
             )
 
 

@@ -47,7 +47,7 @@ def evaluate(
         limit: questions from each file's beginning; None: all.
 
     Returns:
-        the figures, as `cast-train eval` prints them; the loss of every block, nats a token.
+        the figures, as `cast-train eval` prints them; the loss of every block, nats per token.
 
     Raises:
         CheckpointError: if a directory cannot be read.
@@ -58,21 +58,21 @@ def evaluate(
     dense_folder = hub.fetch(reference) if reference is not None else None
     if dense_folder is not None and models.kind_of(dense_folder) == "gated":
         raise UsageError(
-            f"--reference {reference} is a gated checkpoint; give the dense model, or what "
-            "cast-serve convert makes of the checkpoint"
+            f"--reference {reference} is a gated checkpoint; give the dense model, or the output "
+            "of cast-serve convert"
         )
     if dense_folder is not None:
         sizes = [models.vocabulary_size(path) for path in (folder, dense_folder)]
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"{directory} has a vocabulary of {sizes[0]} tokens and --reference {reference} "
-                f"one of {sizes[1]}; only a model of the same tokenizer can be compared with"
+                f"one of {sizes[1]}; give a reference with the same tokenizer"
             )
         models.check_same_tokens(dense_folder, folder)
     if max_tokens is not None and max_tokens < context:
         raise UsageError(
-            f"--tokens {max_tokens} makes no whole sequence of --context {context} tokens; ask for "
-            "more tokens, or a shorter context"
+            f"--tokens {max_tokens} is less than one sequence of --context {context} tokens; "
+            "raise --tokens or lower --context"
         )
     answered.check_names(choices)
     kind = models.kind_of(folder)
@@ -101,12 +101,12 @@ def evaluate(
     if dense_folder is not None:
         dense = models.load_any(dense_folder, arithmetic())
         figures["kl_nats_per_token"] = mean_divergence(model, dense, blocks)
-        print(f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats a token")
+        print(f"KL({reference} || {directory}): {figures['kl_nats_per_token']:.4f} nats per token")
         difference, stderr = paired_difference(hard, perplexity(dense, blocks))
         figures["nats_above_reference"] = difference
         figures["nats_above_reference_stderr"] = stderr
         print(
-            f"log perplexity above {reference}'s: {difference:.4f}{_error(stderr, 4)} nats a "
+            f"log perplexity minus {reference}'s: {difference:.4f}{_error(stderr, 4)} nats per "
             f"token, that is {math.exp(difference):.3f} times its perplexity"
         )
     for name, asked in questions.items():
@@ -128,7 +128,7 @@ def evaluate(
                 "acc_norm_above_reference_stderr": stderr,
             }
             print(
-                f"{name}: acc_norm above {reference}'s ({of_reference.acc_norm:.3f}), paired: "
+                f"{name}: acc_norm minus {reference}'s ({of_reference.acc_norm:.3f}), paired: "
                 f"{difference:+.3f}{_error(stderr)}"
             )
     found = {

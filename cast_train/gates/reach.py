@@ -72,10 +72,10 @@ def measure_reach(gates: Mapping[str, Gate], config: TrainConfig) -> Reach | Non
     found = Reach(reach, total_gap / num_groups, num_changeable / num_groups)
     if found.reach < FEW_GAPS * found.mean_gap:
         logger.warning(
-            "a gate logit moves by %.2g or so in all, and in a group the last kept one is %.2g "
-            "above the first dropped one on average: about %.1f%% of the groups can change, so "
-            "this trains weights under the start's mask (%s); more steps, a higher hard_fraction "
-            "or a higher gate_learning_rate let the mask move",
+            "gate logits move by about %.2g in all, but on average a group's lowest kept logit "
+            "is %.2g above its highest dropped one: about %.1f%% of the groups can change, so "
+            "this trains weights under the initial mask (%s); more steps, a higher hard_fraction "
+            "or a higher gate_learning_rate let the mask change",
             found.reach,
             found.mean_gap,
             100 * found.changeable_share,

@@ -110,7 +110,7 @@ def zeros_of_bits(bits: float, pattern: Pattern, quantization: Quantization | No
     if pattern.m != WORD:
         raise UsageError(
             f"bits {bits:g} is a budget for N of 64, but sparsity is {pattern}; set sparsity to "
-            "32:64, or give zeros"
+            "32:64, or give zeros instead"
         )
     value_bits, overhead = 16, 1.0  # overhead: the bitmask's bit, and a share of a group's scale
     if quantization is not None:
@@ -120,7 +120,7 @@ def zeros_of_bits(bits: float, pattern: Pattern, quantization: Quantization | No
     if not least <= bits <= most:
         raise UsageError(
             f"bits {bits:g} cannot be met: with {value_bits}-bit values N of 64 takes {least:g} "
-            f"({LEAST_KEPT}:64) to {most:g} ({MOST_KEPT}:64) bits a weight"
+            f"({LEAST_KEPT}:64) to {most:g} ({MOST_KEPT}:64) bits per weight"
         )
     return 1 - (bits - overhead) / value_bits
 

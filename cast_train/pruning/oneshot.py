@@ -134,12 +134,18 @@ def write_pruned(
     if method not in known:
         raise UsageError(f"method {method!r} does not exist; choose from {', '.join(known)}")
     if (method == MASK_OF_ANOTHER) != (mask_dir is not None):
-        raise UsageError("method 'mask' and a directory to take the mask of belong together")
+        raise UsageError(
+            "method 'mask' needs a directory to take the mask from (--mask DIR), and no other "
+            "method takes one"
+        )
     pattern = Pattern.parse(sparsity)
     pattern.check_zeros(zeros)
     pattern = pattern.with_zeros(zeros)
     if mask_dir is not None and zeros != 1:
-        raise UsageError(f"zeros {zeros} cannot go with a mask, which has its own; leave it at 1")
+        raise UsageError(
+            f"zeros {zeros} has no effect with method 'mask', whose mask decides them; leave it "
+            "at 1"
+        )
     check_expressions(exclude)
     check_new(out)
     model_dir = hub.fetch(model_dir)
@@ -217,7 +223,7 @@ def _order_of(model: Any, model_dir: Path, mask_dir: Path | None) -> ChannelOrde
     if order is not None or mask_order is None:
         raise UsageError(
             f"the channel order of {model_dir} differs from that of {mask_dir}; give the dense "
-            "model that both were made of"
+            "model that both were made from"
         )
     reorder(model, mask_order)
     return mask_order

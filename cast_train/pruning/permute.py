@@ -65,8 +65,8 @@ def permute(
     """
     if pattern.m > MOST_IN_GROUP:
         raise PatternError(
-            f"{pattern} has groups of {pattern.m} channels, for which a search would take an hour "
-            f"or more; an order is searched for groups of up to {MOST_IN_GROUP}"
+            f"{pattern} has groups of {pattern.m} channels, and a search would take an hour or "
+            f"more; only groups of up to {MOST_IN_GROUP} are searched"
         )
     layers = layers_of(model)
     _check_sizes(layers[0], pattern)
@@ -271,7 +271,7 @@ def write_permuted(
     try:
         order, shares = permute(model, blocks, pattern)
     except UsageError as error:
-        raise type(error)(f"{error}; train it as it is") from error
+        raise type(error)(f"{error}; train it without reordering") from error
     record = {
         "kind": "dense",
         "method": "permute",

@@ -41,7 +41,7 @@ def layers_of(model: Any) -> list[Any]:
     ):
         raise UsageError(
             f"{type(model).__name__} is not a decoder of Llama's layout (model.layers, each with "
-            f"{', '.join(LINEARS)}), and which of its channels can be reordered is not known"
+            f"{', '.join(LINEARS)}), so it is not known which of its channels can be reordered"
         )
     return layers
 

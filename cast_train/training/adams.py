@@ -133,14 +133,14 @@ def check_reach(config: Adams, weights: Mapping[str, Tensor]) -> None:
     if moved < mean:
         raise UsageError(
             f"with learning_rate {config.learning_rate} and {config.steps} steps AdamS can move a "
-            f"dropped weight by {moved:.2g}, but they are {mean:.2g} on average, so the "
-            f"final pruning would cut them off; raise steps or learning_rate at least "
+            f"dropped weight by {moved:.2g}, but dropped weights are {mean:.2g} on average, so "
+            "the final pruning would cut them off; raise steps or learning_rate at least "
             f"{math.ceil(mean / max(moved, 1e-12) * 3)}-fold, or choose method gates"
         )
     if moved < 3 * mean:
         logger.warning(
-            "AdamS can move a dropped weight by %.2g and they are %.2g on average: more steps "
-            "or a higher learning_rate would leave less to cut off at the end",
+            "AdamS can move a dropped weight by %.2g, and dropped weights are %.2g on average: "
+            "more steps or a higher learning_rate would leave less to cut off at the end",
             moved,
             mean,
         )

@@ -105,7 +105,7 @@ def read_blocks(
         ends = np.cumsum([sum(map(len, part)) for part in cut])
         of_each = np.split(train, np.searchsorted(train, ends[:-1]))
         if short := [text for text, ids in zip(texts, of_each, strict=True) if not len(ids)]:
-            raise UsageError(f"{short[0]} has no block that is not held out; give more of it")
+            raise UsageError(f"all blocks of {short[0]} are held out; give more of that text")
         train = _mixed(of_each, weights, step * config.steps, config.seed)
     else:  # however the processes share a step: the order is drawn for this number of blocks
         train = train[: len(train) // step * step]
@@ -128,7 +128,7 @@ def _tokens(texts: Sequence[Path], tokenizer: Any) -> list[NDArray[Any]]:
     of_hub = [source.name for source in sources if source.path is None]
     if of_hub or sum(source.num_bytes for source in sources) > MOST_BYTES:
         what = (
-            f"{of_hub[0]} is no file here; if it is a hub's data set"
+            f"{of_hub[0]} is not a file here; if it is a hub's data set"
             if of_hub
             else f"--text has more than {MOST_BYTES >> 30} GB"
         )

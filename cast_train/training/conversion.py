@@ -64,8 +64,8 @@ class Conversion:
             check_outputs([self.out])
         elif self.trained == self.out and self.push_to_hub is not None:
             raise CheckpointError(
-                f"{self.out} is there and {self.gated} is not; push it with: "
-                f"hf upload {self.push_to_hub} {self.out}"
+                f"{self.out} exists but {self.gated} does not; push it with: hf upload "
+                f"{self.push_to_hub} {self.out}"
             )
         if self.push_to_hub is not None:
             hub.check_push(self.push_to_hub, self.is_private)

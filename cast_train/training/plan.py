@@ -93,7 +93,7 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     try:
         settings = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} has no config.json that can be read: {error}") from error
+        raise CheckpointError(f"{model} has no readable config.json: {error}") from error
     dtype, stored = arithmetic(config.precision), settings.dtype or torch.float32
     shape = (config.batch_blocks, config.block_size)
     tokens = shape[0] * shape[1]

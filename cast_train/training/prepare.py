@@ -162,7 +162,7 @@ def _check_targets(
     if left_out := sorted(set(sparse or ()) - set(targets)):
         raise UsageError(
             f"include and exclude leave out {left_out[0]}, which has zeros already that training "
-            "would fill; let them take all linears that have zeros"
+            "would fill; let them cover all linears that have zeros"
         )
     kept_dense = choices.kept_dense if choices is not None else ()
     rows_of = {
@@ -195,7 +195,7 @@ def _in_order(
     given = channel_order.read(model_dir)
     is_auto = isinstance(config, Pruned) and config.channel_order == "auto"
     if given is not None and is_auto:
-        logger.info("channel_order auto: %s was reordered before; its order stays", model_dir)
+        logger.info("channel_order auto: %s was already reordered; keeping its order", model_dir)
     if given is not None or sparse is not None:  # zeros stay where they are
         return model, given
     if choices is not None:
@@ -205,8 +205,8 @@ def _in_order(
     order = None
     if is_auto and config.is_sharded:
         logger.warning(
-            "channel_order auto: keeping the given channel order: it is searched for in a whole "
-            "model; cast-train permute can do that before"
+            "channel_order auto: keeping the given channel order: the search needs an unsharded "
+            "model; run cast-train permute first"
         )
         return model, None
     if is_auto and sharding.rank() == 0:

@@ -185,8 +185,8 @@ class Run:
             for folder in (out, self.partial):
                 if self.tensorboard_dir.resolve().is_relative_to(folder.resolve()):
                     raise UsageError(
-                        f"--tensorboard {self.tensorboard_dir} lies in {folder}, which is written "
-                        "whole at the end; choose a directory beside it"
+                        f"--tensorboard {self.tensorboard_dir} is inside {folder}, which is "
+                        "written as a whole at the end; choose a directory outside it"
                     )
             progress.check_reporter("tensorboard", "--tensorboard")
             check_writable(self.tensorboard_dir)
@@ -235,13 +235,13 @@ class Run:
         if isinstance(self.config, Pruned) and self.config.zeros != 1:
             raise UsageError(
                 f"zeros {self.config.zeros} chooses among the linears of a dense model, but "
-                f"{self.model_dir} has its zeros already; leave zeros at 1, and what is dense "
-                "there stays dense"
+                f"{self.model_dir} is already pruned; leave zeros at 1: the linears that are "
+                "dense there stay dense"
             )
         if self.config.distillation_weight and self.teacher_dir is None:
             raise UsageError(
-                f"{self.model_dir} has its zeros already, so it cannot be the teacher; give "
-                "--teacher the dense model, or set distillation_weight to 0"
+                f"{self.model_dir} is already pruned, so it cannot be the teacher; give --teacher "
+                "the dense model, or set distillation_weight to 0"
             )
         return sparse
 
@@ -295,7 +295,7 @@ class Run:
         if (step := trainer.state.global_step) < self.config.steps:
             raise StoppedError(
                 f"stopped after step {step} of {self.config.steps}, saved in {self.partial}; the "
-                "same command with --resume goes on from there"
+                "same command with --resume continues from there"
             )
 
     def round(self) -> None:

@@ -39,8 +39,7 @@ def load_teacher(
     if teacher.config.vocab_size != student.vocab_size:
         raise UsageError(
             f"the teacher {directory} has a vocabulary of {teacher.config.vocab_size} tokens and "
-            f"the model one of {student.vocab_size}; only a teacher with the model's own tokenizer "
-            "can be distilled from"
+            f"the model one of {student.vocab_size}; give a teacher with the model's own tokenizer"
         )
     if not config.hidden_states_weight:
         return teacher.eval()
@@ -53,9 +52,9 @@ def load_teacher(
             )
     if channel_order.read(directory) not in (None, channel_order.read(model_dir)):
         raise UsageError(
-            f"the channel order of the teacher {directory} differs from that of {model_dir}, "
-            "so hidden states cannot be compared; give the dense model that both were made "
-            "of, or set hidden_states_weight to 0"
+            f"the channel order of the teacher {directory} differs from that of {model_dir}, so "
+            "hidden states cannot be compared; give the dense model that both were made from, or "
+            "set hidden_states_weight to 0"
         )
     return teacher.eval()
 

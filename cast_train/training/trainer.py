@@ -331,7 +331,9 @@ class Resumed(TrainerCallback):
         if self.trainer.config.keep_best and state.best_global_step:
             best = Path(args.output_dir) / f"{resume.PREFIX}{state.best_global_step}"
             if not best.is_dir():
-                raise CheckpointError(f"{best}, the run's best, is missing; start the run again")
+                raise CheckpointError(
+                    f"{best}, the run's best checkpoint, is missing; start the run again"
+                )
             state.best_model_checkpoint = str(best)
         if state.global_step and phase_at(state.global_step - 1, self.trainer.config).is_hard:
             gating.mark_frozen(self.trainer.gate_map)

@@ -60,15 +60,15 @@ class Guard:
         """
         known = [each.name for each in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
-            raise UsageError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
+            raise UsageError(f"unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
         for name in ("min_speedup", "max_slowdown"):
             limits = given.get(name, {})
             if not isinstance(limits, Mapping):
-                raise UsageError(f"{name} is {limits!r}; write for instance {{tpot_p50 = 1.1}}")
+                raise UsageError(f"{name} is {limits!r}; write, for example, {{tpot_p50 = 1.1}}")
             for metric, limit in limits.items():
                 if metric not in SPEEDUPS:
                     raise UsageError(
-                        f"{name} has unknown key {metric!r}; known are {', '.join(SPEEDUPS)}"
+                        f"{name} has unknown key {metric!r}; known keys: {', '.join(SPEEDUPS)}"
                     )
                 if not _is_number(limit) or limit <= 0:
                     raise UsageError(f"{name}.{metric} is {limit!r}; give a number above 0")
@@ -119,7 +119,7 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         text = why.get("error_rate", "no request failed")
         checks.append(Check("error_rate", limit, rate, rate <= limit, text))
         unequal = result["num_unequal_lengths"]
-        text = why.get("unequal_lengths", "every answer has the length asked for")
+        text = why.get("unequal_lengths", "every answer has the requested length")
         checks.append(Check("unequal_lengths", 0, unequal, not unequal, text))
         is_void, allowed = result["harness"]["is_void"], guard.allow_void
         text = why.get("void", "the harness kept up")
@@ -161,8 +161,8 @@ def unsound(result: Mapping[str, Any]) -> dict[str, str]:
     if result["num_errors"]:
         found["error_rate"] = (
             f"{result['num_errors']} of {num_requests} requests failed: {classes}; they count as "
-            "longer than any answered one, so a percentile among them reads “failed”; see the "
-            "server's log, or send fewer at a time"
+            "slower than any answered one, so a percentile among them reads “failed”; see the "
+            "server's log, or send fewer at once"
         )
     if result["num_unequal_lengths"]:
         found["unequal_lengths"] = (
@@ -189,7 +189,7 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
                 found, passed = 1 / low, 1 / low <= limit
                 why = (
                     f"candidate over baseline {1 / ratio:.3f} ({1 / high:.3f} to {1 / low:.3f}): "
-                    f"its upper end may be {limit:g} at most"
+                    f"its upper end must not exceed {limit:g}"
                 )
             yield Check(f"{kind}.{metric}", limit, found, passed, why)
 
@@ -203,7 +203,7 @@ def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     if agreement is None:
         why = "quality was not measured; give --quality-prompts"
     elif quality["num_scored"] < MIN_ANSWERS:
-        why = "one prompt has no interval; give more --quality-prompts"
+        why = "one prompt gives no interval; give more --quality-prompts"
     else:
         found = agreement["low"]
         why = (
@@ -221,7 +221,7 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     if not choices:
         why = "accuracy was not measured; give --choices"
     elif choices["acc_norm_difference"]["num_questions"] < MIN_ANSWERS:
-        why = "one question has no interval; give a file of more, or raise --choices-limit"
+        why = "one question gives no interval; give a file with more, or raise --choices-limit"
     else:
         difference = choices["acc_norm_difference"]
         mean, low, high = (difference[key] for key in ("mean", "low", "high"))
@@ -235,7 +235,7 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
 
 def _unknown(metric: str, result: Mapping[str, Any]) -> str:
     if metric == "goodput" and not result["slo"]:
-        return "no goodput was asked for; give --slo-ttft-ms or --slo-tpot-ms"
+        return "goodput was not measured; give --slo-ttft-ms or --slo-tpot-ms"
     if result["speedups"].get(metric, {}).get("ratio"):
         return (
             "has no interval: too few block pairs or requests; give more --blocks, or a longer run"

@@ -103,7 +103,7 @@ def _figure(size: tuple[float, float]) -> Iterator[Any]:
 
 def distribution(axes: Any, recorded: Recorded, metric: str) -> str:
     """The share of requests that had a time, or a shorter one."""
-    axes.set_title(f"{NAMES[metric]}: share of requests that were as fast")
+    axes.set_title(f"{NAMES[metric]}: share of requests at least as fast")
     output_tokens = recorded.about["plan"]["output_tokens"]
     all_ms = []
     for variant in recorded.variants:
@@ -111,7 +111,7 @@ def distribution(axes: Any, recorded: Recorded, metric: str) -> str:
         all_ms.append(1e3 * values(requests, metric, output_tokens))
     answered_ms = [side[np.isfinite(side)] for side in all_ms]
     if not all(map(len, answered_ms)):
-        return _empty(axes, "A variant has no values.")
+        return _empty(axes, "One variant has no values.")
     longest_ms = max(side[-1] for side in answered_ms)
     lines = zip(recorded.variants, all_ms, answered_ms, STYLES, strict=True)
     for variant, side, known, style in lines:
@@ -144,7 +144,7 @@ def speedups(axes: Any, result: dict[str, Any]) -> str:
     axes.set_xlabel("speed-up and 95 % interval")
     _scale(axes.set_xscale, axes.xaxis, np.array([row.interval for row in found]))
     axes.invert_yaxis()  # the first row on top
-    return "Dots and bars: the run's speed-ups and their intervals; grey ones hold 1."
+    return "Dots and bars: the run's speed-ups and their intervals; a grey one contains 1."
 
 
 def block_pairs(axes: Any, result: dict[str, Any], metric: str) -> str:
@@ -170,7 +170,7 @@ def block_pairs(axes: Any, result: dict[str, Any], metric: str) -> str:
 
 def drift(axes: Any, recorded: Recorded, result: dict[str, Any], metric: str) -> str:
     """Each block's median against when it began."""
-    axes.set_title(f"{NAMES[metric]}: block after block")
+    axes.set_title(f"{NAMES[metric]}: block by block")
     found = result["drift"][metric]
     drawn_ms: list[float] = []
     for variant, style in zip(recorded.variants, STYLES, strict=True):
@@ -189,7 +189,7 @@ def drift(axes: Any, recorded: Recorded, result: dict[str, Any], metric: str) ->
         for variant, of_variant in found.items()
         if of_variant["second_half_over_first"] is not None
     ]
-    return f"Later half of the blocks over the earlier: {', '.join(halves) or 'not known'}."
+    return f"Second half of the blocks over the first half: {', '.join(halves) or 'unknown'}."
 
 
 def timeline(axes: Any, recorded: Recorded, metric: str) -> str:
@@ -221,8 +221,8 @@ def timeline(axes: Any, recorded: Recorded, metric: str) -> str:
     label = "intended send, seconds from the block's start"
     axes.set(xlabel=label, ylabel=f"{NAMES[metric]} (ms)")
     axes.legend()
-    caption = f"{num_drawn} of {len(sent)} requests, all blocks laid over each other."
-    return caption + (" Crosses at the top failed." if any(failed_s.values()) else "")
+    caption = f"{num_drawn} of {len(sent)} requests, all blocks overlaid."
+    return caption + (" Crosses at the top are failed requests." if any(failed_s.values()) else "")
 
 
 Series = tuple[str, Sequence[Point], Sequence[tuple[Point, str]]]
@@ -242,7 +242,7 @@ def front(axes: Any, series: Sequence[Series]) -> str:
     across, up = _coordinates(positions)
     _scale(axes.set_xscale, axes.xaxis, np.array(across))
     _scale(axes.set_yscale, axes.yaxis, np.array(up))
-    axes.set(xlabel="tokens/s per user (1 / median TPOT)", ylabel="output tokens/s of all users")
+    axes.set(xlabel="tokens/s per user (1 / median TPOT)", ylabel="output tokens/s, all users")
     axes.autoscale_view()  # else the limits are not known before the figure is saved
     to_axes = axes.transScale + axes.transLimits  # 0 is the left end and 1 the right
     for _, _, dots in series:

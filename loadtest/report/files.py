@@ -50,7 +50,7 @@ def markdown_of(result: dict[str, Any]) -> str:
     lines += [f"> **{warning}**\n" for warning in result["warnings"]]
     lines += [f"**{verdict(result)}**: {result['headline']}", ""]
     lines += [*(f"- {text}" for text in guard_rails(result)), ""]
-    columns = ("model of", result["baseline"], result["candidate"])
+    columns = ("variant", result["baseline"], result["candidate"])
     lines += [*markdown_table(columns, models.rows(result)), ""]
     if result["num_requests"]:
         names = ("", result["baseline"], result["candidate"], "speed-up")

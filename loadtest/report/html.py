@@ -59,7 +59,7 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
         all_speedups = chart(partial(figures.speedups, result=result), SPEEDUPS_INCHES)
         body.append(f'<div class="only">{all_speedups}</div>')
     if texts := notes(result):
-        body += ["<h2>How to read them</h2>"]
+        body += ["<h2>How to read the figures</h2>"]
         body += folded("Notes", [f'<p class="muted">{escape(text)}</p>' for text in texts])
     if texts := quality_texts(result):
         body += ["<h2>Quality</h2>", *(f"<p>{escape(text)}</p>" for text in texts)]
@@ -85,7 +85,7 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
     body += folded("Command, load, machine, versions", [f'<dl class="panel">{items}</dl>'])
     body.append(
         '<p class="muted">Computed from run.json and requests.jsonl beside this file; '
-        "<code>cast-loadtest report DIR</code> does it again.</p>"
+        "<code>cast-loadtest report DIR</code> recomputes it.</p>"
     )
     return page(title(result), body)
 
@@ -105,7 +105,7 @@ def _first_screen(result: dict[str, Any]) -> list[str]:
 
 
 def _models(result: dict[str, Any]) -> str:
-    columns = ("model of", result["baseline"], result["candidate"])
+    columns = ("variant", result["baseline"], result["candidate"])
     lines = [("", line) for line in models.rows(result)]
     return _panel("Models", columns, lines, "models")
 

@@ -35,8 +35,8 @@ def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
     ]
     if len({run.variants for _, run in found}) > 1:
         raise UsageError(
-            f"the runs in {directory} compare different variants; put those of one pair in a "
-            "directory of their own"
+            f"the runs in {directory} compare different variants; move the runs of each pair into "
+            "their own directory"
         )
     return sorted(found, key=lambda one: (_load(one[1]), one[0]))
 
@@ -85,13 +85,11 @@ def headline(sweep: dict[str, Any]) -> str:
     parts = []
     for variant, front, _ in _series(sweep):
         if not front:
-            parts.append(f"{variant} answered too little to tell")
+            parts.append(f"{variant} answered too few requests to tell")
             continue
         per_user = max(position[0] for position in front)
         total = max(position[1] for position in front)
-        parts.append(
-            f"{variant} reaches {per_user:.1f} tokens/s for one user and {total:.1f} for all"
-        )
+        parts.append(f"{variant} reaches {per_user:.1f} tokens/s per user and {total:.1f} in total")
     return "; ".join(parts) + "."
 
 
@@ -108,8 +106,8 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     variants = (sweep["baseline"], sweep["candidate"])
     columns = ["run"]
     columns += [f"{variant}, per user" for variant in variants]
-    columns += [f"{variant}, all" for variant in variants]
-    columns += ["verdict", "in a sentence"]
+    columns += [f"{variant}, total" for variant in variants]
+    columns += ["verdict", "summary"]
     lines = []
     for name, found in sweep["runs"].items():
         own = {p["variant"]: p for p in sweep["points"] if p["run"] == name}

@@ -121,7 +121,7 @@ def _differences(old: Recorded, new: Recorded) -> list[str]:
 
 def table_of(comparison: dict[str, Any]) -> Table:
     """The comparison for the terminal: speed-ups, then each variant's own figures."""
-    table = Table(caption="worse or better: the old and the new interval do not overlap")
+    table = Table(caption="worse, better: the intervals of old and new do not overlap")
     table.add_column("", no_wrap=True)
     for heading in ("old", "new", "change, new over old"):
         table.add_column(heading, justify="right", no_wrap=True)

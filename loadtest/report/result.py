@@ -52,7 +52,7 @@ def table_of(result: dict[str, Any]) -> Table:
         title=f"{result['num_requests']} requests, {result['num_errors']} errors, "
         f"{result['num_block_pairs']} block pairs, "
         f"{result['output_tokens_per_request']} output tokens each",
-        caption="above 1x the candidate is better; in brackets, the 95 % interval",
+        caption="above 1x the candidate is better; 95 % intervals in brackets",
     )
     table.add_column("", no_wrap=True)
     for heading in (result["baseline"], result["candidate"], "speed-up"):

@@ -26,9 +26,9 @@ def warnings(result: Result) -> list[str]:
     ]
     if behind:
         found.append(
-            "More was offered than the server can carry: TTFT in the last quarter of the blocks "
-            f"over the first is {', '.join(behind)}. Such times measure a queue that grows until "
-            "the block ends; lower --rate."
+            "The load exceeds what the server can carry: TTFT in the last quarter of the blocks, "
+            f"over the first quarter, is {', '.join(behind)}. Such times measure a queue that "
+            "grows until the block ends; lower --rate."
         )
     at_once = [
         variant
@@ -37,14 +37,12 @@ def warnings(result: Result) -> list[str]:
     ]
     if at_once:
         found.append(
-            f"The tokens of {' and '.join(at_once)} arrive in one piece, so TPOT and TTFT say "
-            "nothing about the server: something between it and here buffers the stream."
+            f"The tokens of {' and '.join(at_once)} arrive all at once, so TPOT and TTFT say "
+            "nothing about the server: something between server and client buffers the stream."
         )
     served = result["served"].get(result["candidate"], {})
     if not result["is_aa"] and served.get("num_sparse_layers") == "0":
-        found.append(
-            f"{result['candidate']} has no sparse layer: dense was measured against dense."
-        )
+        found.append(f"{result['candidate']} has no sparse layers: this compares dense with dense.")
     if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
         found.append(
             f"{result['num_block_pairs']} block pairs are too few for an interval; give --blocks "
@@ -58,7 +56,7 @@ def warnings(result: Result) -> list[str]:
     ]
     if drifts:
         found.append(
-            f"The run drifted: later half of the blocks over the earlier is {', '.join(drifts)}. "
-            "Pairing cancels this in the ratios, not in the milliseconds."
+            "The run drifted: the second half of the blocks, over the first half, is "
+            f"{', '.join(drifts)}. Pairing cancels this in the ratios, not in the milliseconds."
         )
     return found

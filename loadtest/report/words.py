@@ -61,14 +61,15 @@ def guard_rails(result: Result) -> list[str]:
     """What the verdict rests on, a line each: the limits that were set, and whatever failed."""
     checks = result["verdict"]["checks"]
     found = [
-        f"{'held' if check['passed'] else 'NOT HELD'}: {check['name']}: {check['why']}"
+        f"{'met' if check['passed'] else 'NOT MET'}: {check['name']}: {check['why']}"
         for check in checks
         if check["name"] not in SOUNDNESS or not check["passed"]
     ]
     if not result["verdict"]["has_guard"]:
         found.append(
-            "No limit on speed or quality was set (--guard FILE). The only checks: all requests "
-            "answered, answers of equal length, and a harness that kept up."
+            "No limits on speed or quality were set (--guard FILE). The run only checked that "
+            "all requests were answered, that answers have equal length and that the harness "
+            "kept up."
         )
     return found
 
@@ -85,8 +86,8 @@ def headline(result: Result) -> str:
     if result["is_aa"]:
         start += "one model under two names: "
     return (
-        f"{start}{candidate} is {per_token} as fast per token as {baseline} and {first} to the "
-        f"first token, with {rate} the tokens per second."
+        f"{start}{candidate} is {per_token} as fast per token as {baseline} and {first} as fast "
+        f"to the first token, with {rate} the tokens per second."
     )
 
 
@@ -110,54 +111,55 @@ def notes(result: Result) -> list[str]:
     num_intervals = sum(s["low"] is not None for s in result["speedups"].values())
     found = [
         f"Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over {over}; "
-        "one that contains 1 shows no difference.",
-        f"The claim of this report is the speed-up per token, TPOT p50. With {num_intervals} "
-        "intervals, one or two may well miss the truth by chance: the others explain the claim and "
-        "are not claims themselves.",
+        "an interval that contains 1 shows no difference.",
+        f"This report's claim is the speed-up per token, TPOT p50. With {num_intervals} "
+        "intervals, one or two are likely to miss the true value by chance, so the others only "
+        "explain the claim.",
     ]
     if num_launches == 1:
         found.append(
-            "The servers were launched once. What a launch does to all its requests alike (memory "
-            "layout, cores) is not in the intervals: with launches that differ by 4 %, they hold "
-            "the truth about half the time. --launches 6 measures it."
+            "The servers were launched once, so the intervals leave out whatever affects all "
+            "requests of a launch alike (memory layout, cores). If launches differ by 4 %, the "
+            "intervals contain the true value only about half the time. --launches 6 measures "
+            "this."
         )
     if result["is_aa"]:
         known = [s for s in result["speedups"].values() if s["low"] is not None]
         covering = sum(s["low"] <= 1 <= (s["high"] or 1) for s in known)
         found.append(
-            f"A/A calibration: both names serve one model, so the truth is 1, and 95 of 100 "
+            "A/A calibration: both names serve one model, so the true ratio is 1, and 95 of 100 "
             f"intervals should contain it; here {covering} of {len(known)} do. They come from one "
             "run, so they are right or wrong together."
         )
     n = min(side["n"] for side in result["e2e_s"].values())
     if n < num_needed(0.99):
         found.append(
-            f"With {n} requests a variant, p99 is little more than the slowest one, and has no "
-            f"interval: {num_needed(0.99)} are needed."
+            f"With {n} requests per variant, p99 is close to the slowest request and has no "
+            f"interval, which needs {num_needed(0.99)}."
         )
     busy_s = result["busy_s_per_block"]
     if result["schedule"] != "closed":
         found.append(
-            "Requests left on a timetable, so the arrivals fix the throughput of a variant that "
-            "keeps up. It is counted while requests arrive, not after the last one."
+            "Requests left on a schedule, so their rate sets the throughput of a variant that "
+            "keeps up. Throughput is counted while requests arrive, not after the last one."
         )
     elif busy_s < MIN_BUSY_S:
         found.append(
-            f"Short blocks: each kept {result['concurrency']} in flight for {busy_s:.1f} s "
-            f"(median) and then ran empty. Below {MIN_BUSY_S:.0f} s that says more about a burst "
+            f"Short blocks: each kept {result['concurrency']} requests in flight for {busy_s:.1f} "
+            f"s (median), then drained. Below {MIN_BUSY_S:.0f} s that says more about a burst "
             "than about steady load; leave out --num-prompts."
         )
     if result["saturation"]:
         limits = [
-            f"{variant} keeps up with no rate of the ramp; start it lower"
+            f"{variant} does not keep up with any rate of the ramp; start it lower"
             if limit["is_reached"] and limit["rate_per_s"] is None
             else f"{variant} keeps up to {_rate(limit['rate_per_s'])} requests/s"
             + ("" if limit["is_reached"] else ", where the ramp ends")
             for variant, limit in result["saturation"].items()
         ]
         found.append(
-            f"Saturation: {'; '.join(limits)}. Beyond it, TTFT stays above one and a half times "
-            "that of the ramp's first tenth."
+            f"Saturation: {'; '.join(limits)}. Beyond it, TTFT stays above 1.5x its value in the "
+            "first tenth of the ramp."
         )
     return found
 
@@ -225,12 +227,12 @@ def facts(result: Result) -> list[tuple[str, str]]:
         (
             "plan",
             f"{plan['num_block_pairs']} block pairs in ABBA order, {plan['num_prompts']} prompts "
-            f"a block, {plan['num_warmup']} warm-up requests a variant, not counted; "
+            f"per block, {plan['num_warmup']} uncounted warm-up requests per variant; "
             f"{result['num_launches']} launch{'es' if result['num_launches'] > 1 else ''}",
         ),
         ("lengths", lengths),
         ("workload", ", ".join(f"{key} {value}" for key, value in workload.items())),
-        ("time-out", f"{result['timeout_s']:g} s a request"),
+        ("timeout", f"{result['timeout_s']:g} s per request"),
         (
             "harness",
             f"{harness['num_processes']} process{'es' if harness['num_processes'] > 1 else ''}, "
@@ -257,7 +259,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
             for name, limit in result["slo"].items()
             if limit is not None
         ]
-        found.append(("limits", f"good is {' and '.join(limits)} at most"))
+        found.append(("limits", f"a good request has at most {' and '.join(limits)}"))
     return found
 
 
@@ -276,12 +278,12 @@ def quality_text(result: Result) -> str | None:
         return f"None of {quality['num_prompts']} prompts could be compared token by token."
     source = f" of {result['quality_source']}" if result["quality_source"] else ""
     return (
-        f"{result['candidate']} ranks the same token first as {result['baseline']} at "
+        f"{result['candidate']} ranks the same token first as {result['baseline']} for "
         f"{agreement['mean']:.1%} ({agreement['low']:.1%} to {agreement['high']:.1%}) of the "
-        f"{quality['num_tokens']} tokens that {result['baseline']} answered, KL at least "
+        f"{quality['num_tokens']} tokens that {result['baseline']} generated; KL is at least "
         f"{kl['mean']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) nats per token, on "
         f"{quality['num_scored']} of {quality['num_prompts']} prompts{source}. The KL is a lower "
-        "bound: over the 20 likeliest tokens, with all others as one."
+        "bound: it covers the 20 most likely tokens, with all others merged into one."
     )
 
 
@@ -298,12 +300,12 @@ def accuracy_text(result: Result) -> str | None:
     is_certain = low is not None and not low <= 0 <= high
     meaning = "" if is_certain else ", which is not statistically significant"
     return (
-        f"Of {difference['num_questions']} questions of {choices['source']}, {candidate} answers "
-        f"{_share(of_candidate, 'acc_norm')} correctly and {baseline} "
-        f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference of "
-        f"{100 * mean:+.1f} points{interval}, paired by question{meaning}. By their sum (acc) it "
-        f"is {_share(of_candidate, 'acc')} and {_share(of_baseline, 'acc')}. ± is one standard "
-        f"error{_chance(choices['chance'])}."
+        f"On {difference['num_questions']} questions from {choices['source']}, {candidate} "
+        f"answers {_share(of_candidate, 'acc_norm')} correctly and {baseline} "
+        f"{_share(of_baseline, 'acc_norm')} by log likelihood per byte (acc_norm): a difference "
+        f"of {100 * mean:+.1f} points{interval}, paired by question{meaning}. By summed log "
+        f"likelihood (acc) they answer {_share(of_candidate, 'acc')} and "
+        f"{_share(of_baseline, 'acc')}. ± is one standard error{_chance(choices['chance'])}."
     )
 
 

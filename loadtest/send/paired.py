@@ -169,8 +169,8 @@ def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
     if most is not None and num_processes > most:
         option = "--concurrency" if schedule.kind == "closed" else "--num-prompts"
         raise UsageError(
-            f"--processes {num_processes} is more than {option} {most}, so some would have nothing "
-            f"to do; give at most {most}"
+            f"--processes {num_processes} is more than {option} {most}, so some would be idle; "
+            f"give at most {most}"
         )
 
 

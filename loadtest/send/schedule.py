@@ -126,5 +126,5 @@ def read_trace(path: Path) -> tuple[float, ...]:
             )
         times_s.append(time_s)
     if not times_s:
-        raise UsageError(f"trace {path} is empty; give one number of seconds a line")
+        raise UsageError(f"trace {path} is empty; give one number of seconds per line")
     return tuple(times_s)

@@ -127,7 +127,7 @@ def read_prompts(name: str) -> tuple[Prompt, ...]:
             f"{', '.join(PACKAGED)} after running scripts/data"
         ) from error
     if not lines:
-        raise UsageError(f"prompts {path} is empty; give a line of JSON a prompt")
+        raise UsageError(f"prompts {path} is empty; give one line of JSON per prompt")
     return tuple(_parse(line, f"prompts {path}, line {n}") for n, line in enumerate(lines, 1))
 
 

@@ -31,7 +31,7 @@ def test_cores_as_people_write_them(text: str, cores: list[int]) -> None:
 )
 @pytest.mark.usefixtures("open_cores")
 def test_what_is_no_list_of_cpu_ids_is_refused(text: str) -> None:
-    wanted = f"cores {text!r} is not a list of CPU ids; write for instance 0,2-3"
+    wanted = f"cores {text!r} is not a list of CPU ids; write, for example, 0,2-3"
     with pytest.raises(ValueError, match=re.escape(wanted)):
         parse_cores(text)
 
@@ -48,7 +48,7 @@ def test_cores_that_this_process_does_not_have_are_refused(text: str, part: str)
 
 @pytest.mark.usefixtures("open_cores")
 def test_a_core_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="cores '3,2-3' name 3 twice"):
+    with pytest.raises(ValueError, match="cores '3,2-3' list 3 twice"):
         parse_cores("3,2-3")
 
 

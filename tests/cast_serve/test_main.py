@@ -53,7 +53,7 @@ def test_convert_quantises(cast_serve: Call, save_gated: Save, tmp_path: Path) -
     assert code == 0
     converted = json.loads(out.splitlines()[-1])
     assert (converted["quantized"], converted["head"]) == ("int8", "int8")
-    assert "bits a weight), int8 values and an int8 head" in err
+    assert "bits per weight), int8 values and an int8 head" in err
     for same in ([], ["--head", "int8"]):
         assert cast_serve(*words, *same, "--resume")[0] == 0
     code, out, err = cast_serve(*words, "--head", "none", "--resume")
@@ -112,15 +112,18 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
     ("words", "message"),
     [
         (["inspect", "nowhere"], "nowhere holds no model"),
-        (["convert", "nowhere", "out"], "nowhere is not a directory, and no model's name on a hub"),
+        (
+            ["convert", "nowhere", "out"],
+            "nowhere is neither a directory nor a model's name on a hub",
+        ),
         (
             ["convert", "org/nowhere", "out"],
             "org/nowhere is not a directory here, and it is not in",
         ),
         (["convert", ".", "out", "--private"], "--private needs --push-to-hub ORG/NAME"),
         (["convert", ".", "out", "--dense-twin", "out"], "out cannot be its own dense twin"),
-        (["convert", ".", "out", "--dense-twin", "out/twin"], "out/twin lies in out; name a"),
-        (["worker", "nowhere", "--name", "x"], "nowhere is not a directory"),
+        (["convert", ".", "out", "--dense-twin", "out/twin"], "out/twin is inside out; name a"),
+        (["worker", "nowhere", "--name", "x"], "nowhere is neither a directory nor a model's name"),
         (["worker", "nowhere", "--name", "x", "--cores", "a"], "'a' is not a list of CPU ids"),
         (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not available"),
         (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not available"),
@@ -144,7 +147,10 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["roll", "=dir"], "'=dir' is not NAME or NAME=DIR; write sparse=PATH"),
         (["roll", "sparse="], "'sparse=' is not NAME or NAME=DIR"),
         (["roll", "sparse", "--socket", "s"], "no `cast-serve up` of this user answers at s ("),
-        (["up", "--variant", "a=nowhere"], "variant a: nowhere is not a directory"),
+        (
+            ["up", "--variant", "a=nowhere"],
+            "variant a: nowhere is neither a directory nor a model's name",
+        ),
         (["gateway", "--variant", "a=b"], "'b' is not a URL"),
         (["gateway", "--variant", "稀疏=http://x"], "'稀疏' cannot be an HTTP header's value"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
@@ -298,7 +304,7 @@ def test_up_serves_what_a_file_says_and_flags_win(
     code, _, err = cast_serve(*words, "--log-dir", file)
     assert (code, f"log directory {file} cannot be made" in err) == (2, True)
     code, _, err = cast_serve(*words, "--port", of_worker)
-    assert (code, "gateway and variants need different ones" in err) == (2, True)
+    assert (code, "gateway and variants need different ports" in err) == (2, True)
 
 
 def test_a_variable_that_is_almost_a_setting_is_named(

@@ -31,7 +31,7 @@ def test_a_line_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
         ("", "is not a question: Expecting value"),
         ('{"question": "?", "choices": ["a"], "answer": 0}', "1 choices; give two or more"),
         ('{"question": "?", "choices": ["a", ""], "answer": 0}', "none empty"),
-        ('{"question": "?", "choices": "ab", "answer": 0}', "choices 'ab' are no list"),
+        ('{"question": "?", "choices": "ab", "answer": 0}', "choices 'ab' are not a list"),
         ('{"question": "?", "choices": ["a", "b"], "answer": 2}', "answer 2; give .* 0 to 1"),
         ('{"question": "?", "choices": ["a", "b"], "answer": -1}', "answer -1; give the right"),
         ('{"question": "?", "choices": ["a", "b"], "answer": true}', "answer True; give the right"),
@@ -54,7 +54,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="latin cannot be read: 'utf-8' codec"):
         read_questions(tmp_path / "latin")
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="empty is empty; give a line of JSON"):
+    with pytest.raises(ValueError, match="empty is empty; give one line of JSON"):
         read_questions(tmp_path / "empty")
 
 

@@ -43,9 +43,9 @@ def test_assignments_win_over_flags_and_file_and_are_typed_as_in_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps", "'steps' is not KEY=VALUE; write for instance steps=100"),
+        ("steps", "'steps' is not KEY=VALUE; write, for example, steps=100"),
         ("=3", "'=3' is not KEY=VALUE"),
-        ("stesp=3", r"unknown setting stesp; the nearest is steps \(whole number above 0; .*64\)"),
+        ("stesp=3", r"unknown setting stesp; the nearest is steps \(integer > 0; .*64\)"),
         (
             "methd=ste",
             r"the nearest is method \(gates, fixed, ste, adams or dense\)",
@@ -74,14 +74,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep_best": True}, "keep_best needs evaluate_every above 0"),
+        ({"keep_best": True}, "keep_best needs evaluate_every > 0"),
         (
             {"keep_best": True, "evaluate_every": 3, "steps": 32},
-            "steps 32 is not a multiple of evaluate_every 3",
+            "keep_best needs steps 32 to be a multiple of evaluate_every 3",
         ),
         (
             {"keep_best": True, "evaluate_every": 8, "checkpoint_every": 16},
-            "checkpoint_every 16 must be 0 or evaluate_every 8",
+            "checkpoint_every 16 must be 0 or evaluate_every's 8",
         ),
         (
             {"keep_best": True, "evaluate_every": 8, "method": "adams"},
@@ -117,15 +117,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
         ),
         (
             {"method": "gates", "selector": "generator", "is_sharded": True},
-            "is_sharded cannot go with selector generator",
+            "is_sharded cannot be combined with selector generator",
         ),
         (
             {"method": "gates", "is_sharded": True, "keep_best": True, "evaluate_every": 1},
-            "is_sharded cannot go with keep_best",
+            "is_sharded and keep_best cannot both be true",
         ),
         ({"include": "q_proj"}, "include is 'q_proj', but must be a valid list of strings"),
         ({"include": ["q_proj", 1]}, "include is 1, but must be a valid string"),
-        ({"exclude": ["*_proj"]}, "'*_proj' is no regular expression: nothing to repeat"),
+        ({"exclude": ["*_proj"]}, "'*_proj' is not a regular expression: nothing to repeat"),
         ({"steps": 0, "seed": -1}, "steps is 0, .*; seed is -1"),
     ],
 )

@@ -76,7 +76,7 @@ def test_tokenise_then_train_by_weights(cast_train, llama_dir, text_file, settin
     assert last_json(trained)["steps"] == 2
     refused = cast_train("run", "--model", llama_dir, "--text", "rows.jsonl", "--out", "other")
     assert refused.exit_code == 2
-    assert "rows.jsonl has no field 'text' but body" in refused.stderr
+    assert "rows.jsonl has no field 'text', only body" in refused.stderr
 
 
 def test_prune_then_measure(cast_train, llama_dir, text_file):
@@ -212,8 +212,12 @@ def test_bits_are_a_budget(cast_train, words_dir, text_file, settings_file, tmp_
     ("command", "flags", "message"),
     [
         ("run", ("--bits", 5), "bits 5 is a budget for N of 64, but sparsity is 2:4"),
-        ("run", ("--bits", 5, "--zeros", 0.4), "--bits 5 and --zeros 0.4 are both a budget"),
-        ("run", ("--bits", 9, "--set", "zeros=0.3"), "--bits 9 and --zeros 0.3 are both a budget"),
+        ("run", ("--bits", 5, "--zeros", 0.4), "--bits 5 and --zeros 0.4 both set the budget"),
+        (
+            "run",
+            ("--bits", 9, "--set", "zeros=0.3"),
+            "--bits 9 and --zeros 0.3 both set the budget",
+        ),
         ("oneshot", ("--bits", 20, "--sparsity", "32:64"), "takes 2 (4:64) to 15 (56:64) bits"),
         ("oneshot", ("--quantize", "int8"), "--quantize int8 needs --bits N here"),
     ],
@@ -248,7 +252,7 @@ def test_prune_by_the_mask_of_another_directory(
     asked = ("oneshot", "--model", large_weights_dir, "--method", "mask", "--out", "out")
     refused = cast_train(*asked)
     assert refused.exit_code == 2
-    assert "a directory to take the mask of belong together" in refused.stderr
+    assert "needs a directory to take the mask from" in refused.stderr
     assert not list(tmp_path.iterdir())
     last_json(cast_train("oneshot", "--model", llama_dir, "--method", "magnitude", "--out", "of"))
     assert last_json(cast_train(*asked, "--mask", "of"))["method"] == "mask"
@@ -300,7 +304,7 @@ def test_the_seeds_of_a_study(cast_train, tmp_path, monkeypatch, flags, seeds):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"--model": "gone"}, "gone is not a directory"),
+        ({"--model": "gone"}, "gone is neither a directory nor a model's name on a hub"),
         ({"--text": "gone.txt"}, "cannot read the text gone.txt"),
         (
             {"--method": "magic"},
@@ -366,10 +370,10 @@ def test_a_hubs_name_is_taken_as_a_directory_is(
         ("run --out text/out", "text/out cannot be made: {tmp_path}/text is a file"),
         ("run --out out --tensorboard logs", "--tensorboard needs the package tensorboard"),
         ("run --out text", "text exists and is not a run's result; choose another --out"),
-        ("run --out out --config bad.toml", "'(' is no regular expression"),
+        ("run --out out --config bad.toml", "'(' is not a regular expression"),
         ("run --out out --heldout gone.txt", "cannot read the text gone.txt"),
         ("oneshot --out text/out --method wanda", "text/out cannot be made"),
-        ("oneshot --out out --method wanda --exclude (", "'(' is no regular expression"),
+        ("oneshot --out out --method wanda --exclude (", "'(' is not a regular expression"),
         ("permute --out text/out", "text/out cannot be made"),
         ("study --out out --heldout text", "reports need matplotlib"),
         ("eval . --losses .", "--losses . cannot be written; name another file"),
@@ -440,7 +444,7 @@ def test_text_takes_several_files(given, expected):
     ("error", "message"),
     [
         (StoppedError("stopped after step 3"), "cast-train: stopped after step 3"),
-        (KeyboardInterrupt(), "cast-train: stopped; nothing was written since"),
+        (KeyboardInterrupt(), "cast-train: stopped; nothing was saved since"),
     ],
 )
 def test_a_stop_is_told_in_one_line(error, message, cast_train, tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def test_weights_are_of_all_texts_or_of_none(tmp_path):
     with pytest.raises(UsageError, match=r"b\.txt has no weight"):
         weighted(["a.txt=1", "b.txt"])
     for wrong in ("0", "-1", "much", "nan", "inf"):
-        with pytest.raises(UsageError, match=f"the weight '{wrong}' is no number above 0"):
+        with pytest.raises(UsageError, match=f"the weight '{wrong}' is not a number above 0"):
             weighted([f"a.txt={wrong}"])
 
 
@@ -191,7 +191,7 @@ def test_killed_it_goes_on_where_its_shards_end(names, end_dir, tmp_path, monkey
     partial = tmp_path / "out.partial"
     if num_batches > 1:  # a shard of 300 tokens is there
         with pytest.raises(
-            CheckpointError, match=r"out\.partial holds unfinished work; go on with"
+            CheckpointError, match=r"out\.partial holds unfinished work; continue it with"
         ):
             write_tokens(end_dir, names, out, max_tokens=2500)
         with pytest.raises(CheckpointError, match="max_tokens is 2500, not 2000"):
@@ -252,7 +252,7 @@ def test_a_damaged_folder_and_another_tokenizer_are_refused(names, end_dir, llam
     other = models.load_tokenizer(llama_dir)
     swapped = other.get_vocab()
     other.get_vocab = lambda: {token: 255 - number for token, number in swapped.items()}
-    with pytest.raises(CheckpointError, match=r"the model and .*out have tokenizers of their own"):
+    with pytest.raises(CheckpointError, match=r"the model and .*out have different tokenizers"):
         read_tokens([out], other)
     shard = out / "tokens-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])

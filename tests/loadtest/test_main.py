@@ -94,7 +94,7 @@ def test_dense_against_dense_is_noticed_behind_a_key(serve: Serve, is_flag: bool
     environment = {} if is_flag else {"CAST_LOADTEST_API_KEY": "hush"}
     figures = last_line(cast_loadtest("--url", url, *SMALL, *flags, **environment))
     assert figures["served"]["sparse"]["num_sparse_layers"] == "0"
-    assert any("dense was measured against dense" in text for text in figures["warnings"])
+    assert any("this compares dense with dense" in text for text in figures["warnings"])
 
 
 def test_an_open_loop_from_two_processes(serve: Serve, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
         (["--slo-ttft-ms", "0"], "--slo-ttft-ms 0 is too small"),
         (["--quality-prompts", "-1"], "--quality-prompts -1 is too small"),
         (["--choices", "/absent"], "questions /absent cannot be read"),
-        (["--choices-limit", "3"], "--choices-limit 3 limits nothing; give --choices too"),
+        (["--choices-limit", "3"], "--choices-limit 3 has no effect without --choices"),
         (["--choices", "CHOICES", "--choices-limit", "0"], "--choices-limit 0 is too small"),
         (["--guard", "SPEED", "--blocks", "2"], "but 2 block pairs give no interval"),
     ],
@@ -295,7 +295,7 @@ def fault(*_: object) -> None:
 
 def report_again(stderr: str) -> Any:
     """Follows the last line of a run that went wrong."""
-    words = shlex.split(stderr.splitlines()[-1].partition("make the report from it: ")[2])
+    words = shlex.split(stderr.splitlines()[-1].partition("write their report: ")[2])
     assert words[:2] == ["cast-loadtest", "report"]
     return CliRunner().invoke(app, words[1:])
 
@@ -317,7 +317,7 @@ def test_a_fault_in_the_statistics_costs_no_record(
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "ValueError: a fault in the statistics\n" in result.stderr
-    assert "this is a fault of cast-loadtest itself" in result.stderr
+    assert "this is a bug in cast-loadtest" in result.stderr
     again = report_again(result.stderr)
     assert again.exit_code == 0, again.output
     figures = last_line(again)
@@ -361,7 +361,7 @@ def test_a_run_that_is_ended_leaves_what_it_measured(
     assert text in (out / "report.md").read_text()
     assert "complete: the run was stopped" in again.stderr
     if by == signal.SIGTERM:
-        assert f"what was measured is in {out}" in stderr
+        assert f"the measurements are in {out}" in stderr
 
 
 @contextmanager

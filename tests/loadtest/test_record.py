@@ -79,8 +79,8 @@ def test_broken_lines_are_named(tmp_path: Path, line: str | None, message: str) 
         (None, r"run.json cannot be read.*`cast-loadtest run --out`"),
         (recorded([], format_version=2), "format_version 2, but only 1 is known"),
         (recorded([]), "it holds no requests"),
-        (recorded([request(0, 0, "other", 1.0)]), "variant 'other' is none of dense, sparse"),
-        (recorded([request(0, 0, "dense", 1.0)]), "block pair 0 has one block only"),
+        (recorded([request(0, 0, "other", 1.0)]), "variant 'other' is not one of dense, sparse"),
+        (recorded([request(0, 0, "dense", 1.0)]), "block pair 0 has only one block"),
         (Recorded({"format_version": 1}, ()), "'plan' is missing"),
     ],
 )

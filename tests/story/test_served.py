@@ -187,9 +187,7 @@ def test_a_worker_whose_engine_answers_nothing_is_not_served(twins: dict[str, Pa
         command("cast_serve", *words), capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 1
-    said = (
-        "cast-serve: the engine did not answer a request of 1 prompt tokens before it was to serve"
-    )
+    said = "cast-serve: the engine did not answer a request of 1 prompt tokens during warm-up"
     assert any(line.startswith(said) for line in done.stderr.splitlines())
     assert "Starting vLLM server" not in done.stdout + done.stderr
 

@@ -89,8 +89,8 @@ def _declared_integers(source: StoredModel) -> tuple[int, bool]:
             for weights in all_weights
         ]
         raise CheckpointError(
-            f"{source.path} has linears in {' and in '.join(kinds)}; only one can be read: "
-            "start from the checkpoint that it was made of"
+            f"{source.path} has linears in {' and in '.join(kinds)}; only one can be read: start "
+            "from the checkpoint that it was made from"
         )
     return found.pop()
 

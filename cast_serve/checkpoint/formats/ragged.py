@@ -126,8 +126,8 @@ class _Masks:
         self.kept = {name: kept for name, kept in self.kept.items() if kept <= MOST_KEPT}
         if not self.kept:
             raise PatternError(
-                f"{source.path}: in each linear, a word of 64 columns keeps more than {MOST_KEPT}; "
-                "serve the dense model that it was made of"
+                f"{source.path}: in each linear, a word of 64 columns keeps more than "
+                f"{MOST_KEPT}; serve the dense model that it was made from"
             )
         n = Counter(self.kept.values()).most_common(1)[0][0]
         others = {name: kept for name, kept in self.kept.items() if kept != n}

@@ -97,7 +97,7 @@ def _check_grammar(text: str, field: str) -> None:
     if nested := _NESTED.search(text):
         raise bad_request(
             f"{field} holds {nested[0]}, a language inside the grammar, which is not accepted; "
-            "write rules, or send json or regex in its place",
+            "write rules, or send json or regex instead",
             field,
         )
     for number in _REPEATED.findall(text):
@@ -144,7 +144,7 @@ def _check_schema(schema: dict[str, Any], field: str, max_characters: int) -> No
         raise _too_long(field, max_characters)
     if num_repetitions > MAX_REPETITIONS:
         raise bad_request(
-            f"{field}: minItems and maxItems come to more than {MAX_REPETITIONS}; ask for fewer "
+            f"{field}: minItems and maxItems add up to more than {MAX_REPETITIONS}; ask for fewer "
             "items",
             field,
         )

@@ -75,8 +75,8 @@ def unavailable(variant: str, status: str | None = None) -> APIError:
 def timed_out(variant: str) -> APIError:
     return APIError(
         504,
-        f"variant {variant!r} did not answer in time; allow more with X-Request-Timeout, or ask "
-        "for fewer tokens",
+        f"variant {variant!r} did not answer in time; allow more time with X-Request-Timeout, or "
+        "ask for fewer tokens",
         "server_error",
         "timeout",
     )

@@ -80,7 +80,7 @@ def check(
     if isinstance(body, CompletionBody):
         if body.max_tokens == 0 and not body.echo:
             raise bad_request(
-                "max_tokens is 0, which answers nothing unless echo is true; ask for 1 or more",
+                "max_tokens is 0, which returns nothing unless echo is true; ask for 1 or more",
                 "max_tokens",
             )
         _check_prompts(body, asked, max_model_len, vocabulary_size)

@@ -33,9 +33,10 @@ FAILURES = {
     "408": "the body did not arrive in time",
     "413": "the body is too large",
     "431": "the head is too large",
-    "429": "too many requests wait, or bytes in their bodies; try again after Retry-After seconds",
+    "429": "too many requests are waiting, or their bodies are too large in total; try again after "
+    "Retry-After seconds",
     "500": "the gateway failed; its log has the cause",
-    "502": "the answer is larger than the gateway takes",
+    "502": "the answer is larger than the gateway accepts",
     "503": "the variant does not answer; try again after Retry-After seconds",
     "504": "the deadline has passed",
 }
@@ -81,9 +82,9 @@ def page(schema: dict[str, Any]) -> str:
 <body>
 <h1>cast-serve API</h1>
 <p>OpenAI's completions and chat completions, served by variants of one model. Types, limits and
-statuses are in <a href="/openapi.json">/openapi.json</a>, which any OpenAPI tool reads; where keys
-are set, it needs one: <code>curl -H "Authorization: Bearer KEY" .../openapi.json</code>.
-<a href="/">The dashboard</a> tries a prompt on every variant.</p>
+statuses are in <a href="/openapi.json">/openapi.json</a>, which any OpenAPI tool reads. If the
+gateway has API keys, send one: <code>curl -H "Authorization: Bearer KEY" .../openapi.json</code>.
+<a href="/">The dashboard</a> sends a prompt to every variant.</p>
 <h2>Routes, and the fields of their bodies</h2>
 <dl>{"".join(parts)}</dl>
 </body>

@@ -9,8 +9,8 @@ _WRITES_TEXT = (
     "not served: the models here write text; POST /v1/chat/completions or /v1/completions"
 )
 _KEEPS_NOTHING = (
-    "not served: nothing is kept here; send each request by itself to POST /v1/chat/completions or "
-    "/v1/completions"
+    "not served: the gateway stores nothing; send each request in full to POST "
+    "/v1/chat/completions or /v1/completions"
 )
 _ELSEWHERE = {
     "responses": "not served: send its input as messages to POST /v1/chat/completions",

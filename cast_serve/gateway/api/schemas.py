@@ -191,7 +191,7 @@ class CompletionBody(Generating):
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None  # 0: to score a prompt
     echo: StrictBool | None = None
     logprobs: Logprobs | None = None
-    best_of: Literal[1] | None = Field(None, description="vLLM has no best_of; ask for n")
+    best_of: Literal[1] | None = Field(None, description="vLLM has no best_of; use n")
     suffix: None = Field(None, description="not supported")
 
 
@@ -356,7 +356,7 @@ def parse(route: str, body: Any, max_prompts: int) -> BaseModel:
 
 
 _REFUSED = {
-    "best_of": "this route has no such field; ask for n",
+    "best_of": "this route has no such field; use n",
     "chat_template": "a template runs as code; leave it out, the model's own is used",
     "chat_template_kwargs": "a template runs as code; leave it out, the model's own is used",
     "prompt_embeds": "send text or token ids",

@@ -201,8 +201,8 @@ async def _logprobs_of(
     if any(entry["logprob"] > ROUNDING for tokens in found if tokens for entry in tokens.values()):
         raise APIError(
             503,
-            f"variant {variant!r} reports logits and not log probabilities, so agreement cannot be "
-            "measured; start its worker without --logprobs-mode",
+            f"variant {variant!r} reports logits instead of log probabilities, so agreement "
+            "cannot be measured; start its worker without --logprobs-mode",
             "server_error",
             "no_log_probabilities",
         )

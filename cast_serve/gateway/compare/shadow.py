@@ -148,7 +148,7 @@ class Shadow:
                 found = await agreements(body, text, *num_tokens, pair, self._complete, limit)
                 agreement = found[candidate]
             except RefusedError as error:
-                self._warn(f"shadow requests give latency alone: {str(error)[:200]}")
+                self._warn(f"shadow requests give only latency: {str(error)[:200]}")
         of_baseline, of_candidate = timings[baseline], timings[candidate]
         has_same_length = of_baseline.output_tokens == of_candidate.output_tokens
         return replace(

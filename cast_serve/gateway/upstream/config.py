@@ -31,15 +31,15 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     dir: Path = Field(
-        description="dense or compressed model: a directory, or ORG/NAME[@REVISION] of a hub"
+        description="dense or compressed model: a directory, or ORG/NAME[@REVISION] on a hub"
     )
     cores: str | None = Field(
         default=None,
-        description="CPU ids, as `0,2-3`; none: an equal share of those that no variant names",
+        description="CPU ids, such as `0,2-3`; none: an equal share of those that no variant names",
     )
-    vllm: tuple[str, ...] = Field(default=(), description="flags of this variant's vLLM server")
+    vllm: tuple[str, ...] = Field(default=(), description="flags for this variant's vLLM server")
     port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        default=None, description="the worker's TCP port on 127.0.0.1; none: any free one"
+        default=None, description="the worker's port on 127.0.0.1; none: any free one"
     )
 
     @field_validator("cores")
@@ -136,7 +136,7 @@ def settings_of(
     pairs = [text.partition("=") for text in assignments]
     for text, (key, equals, _) in zip(assignments, pairs, strict=True):
         if not (key and equals):
-            raise UsageError(f"--set {text!r} is not KEY=VALUE; write for instance max_queued=64")
+            raise UsageError(f"--set {text!r} is not KEY=VALUE; write, for example, max_queued=64")
     last = {key: value for key, _, value in pairs}
     _check_settings(last, "--set")
     if "worker_key" in last:

@@ -57,7 +57,7 @@ class Control:
         if self._is_default:
             _make_private(self.path.parent)
         self._server = await asyncio.start_unix_server(self._accept, sock=_bound(self.path))
-        logger.info("gateway: `cast-serve roll` asks at %s", self.path)
+        logger.info("gateway: `cast-serve roll` connects to %s", self.path)
 
     async def close(self) -> None:
         """Ends a roll under way: a new worker that does not serve yet is ended."""
@@ -106,7 +106,7 @@ class Control:
         roll = self._roll(name, Path(model) if model else None, say)
         done = await unless_left(roll, reader.read(1))
         if done is None:
-            logger.warning("gateway: the client that asked to roll %s has left", name)
+            logger.warning("gateway: the client that asked to roll %s has disconnected", name)
         return done
 
 
@@ -146,7 +146,7 @@ def request_roll(path: Path, variant: str, model: str | None, say: Say) -> dict[
                     raise (UsageError if message.get("is_wrong_use") else FailedError)(
                         message["error"]
                     )
-    raise FailedError("the gateway ended before the roll did")
+    raise FailedError("the gateway stopped before the roll was complete")
 
 
 def _make_private(folder: Path) -> None:

@@ -21,7 +21,7 @@ from cast_serve.gateway.upstream.probes import Limits
 logger = logging.getLogger(__name__)
 
 KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
-LOCKED = "locked: its worker refuses the gateway's key (401); give both one CAST_WORKER_KEY"
+LOCKED = "locked: its worker refuses the gateway's key (401); give both the same CAST_WORKER_KEY"
 UNKNOWN = (
     "unknown to its server, which serves no model of that name (404); start the server with "
     "--served-model-name {}"
@@ -200,12 +200,12 @@ def stop_workers(replicas: Iterable[Replica], grace_s: float = 15) -> None:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            logger.warning("worker %d did not end in %.3g s; killing it", process.pid, grace_s)
+            logger.warning("worker %d did not exit within %.3g s; killing it", process.pid, grace_s)
         _signal_group(process.pid, signal.SIGKILL)  # what the leader left behind, too
     deadline = time.monotonic() + KILL_GRACE_S
     while any(process.poll() is None or _has_group(process.pid) for process in running):
         if time.monotonic() > deadline:
-            logger.warning("workers are still there %.3g s after SIGKILL", KILL_GRACE_S)
+            logger.warning("workers are still running %.3g s after SIGKILL", KILL_GRACE_S)
             break
         time.sleep(0.02)
 

@@ -99,7 +99,7 @@ class Roller:
         variant = self.variants.get(name)
         if variant is None:
             raise UsageError(
-                f"there is no variant {name!r}; the variants are {list(self.variants)}"
+                f"variant {name!r} does not exist; the variants are {list(self.variants)}"
             )
         if any(replica.model is None for replica in variant.replicas):
             raise UsageError(
@@ -108,7 +108,7 @@ class Roller:
             )
         if self._rolling is not None:
             raise UsageError(
-                f"variant {self._rolling!r} is already being rolled; wait until that is done"
+                f"variant {self._rolling!r} is already being rolled; wait until that has finished"
             )
         (replica,) = variant.replicas
         return replica
@@ -149,7 +149,7 @@ class Roller:
             while old.num_outstanding and time.monotonic() < deadline_s:
                 await asyncio.sleep(POLL_S)
             if old.num_outstanding:
-                logger.warning("%s: %d requests did not end in time", old, old.num_outstanding)
+                logger.warning("%s: %d requests did not finish in time", old, old.num_outstanding)
         finally:
             self._rolling = None
             await _undisturbed(asyncio.to_thread(stop_workers, [old]))

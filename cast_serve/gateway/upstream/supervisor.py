@@ -306,9 +306,7 @@ class Watch:
     def _hung(self) -> str:
         limit_s, set_s = self.settings.hang_limit_s(self.replica), self.settings.hang_timeout_s
         step_s = self.replica.limits.step_s
-        step = (
-            f", raised to {STEP_FACTOR} of its steps of {step_s:.3g} s" if limit_s > set_s else ""
-        )
+        step = f", raised to {STEP_FACTOR} steps of {step_s:.3g} s" if limit_s > set_s else ""
         return f"made no progress for {limit_s:.3g} s (CAST_HANG_TIMEOUT_S is {set_s:.3g} s{step})"
 
     async def _wait_for_progress(self) -> str:

@@ -83,9 +83,9 @@ def build() -> Path:
                 _compile(compiler, library)
     except OSError as error:
         raise KernelBuildError(
-            f"the CPU kernels cannot be compiled into {library.parent} ({error}); name a "
-            "folder that can be written in CAST_KERNEL_CACHE, or install a wheel that brings them "
-            "(made by `make wheel`)"
+            f"the CPU kernels cannot be compiled into {library.parent} ({error}); set "
+            "CAST_KERNEL_CACHE to a writable folder, or install a wheel that includes them (made "
+            "by `make wheel`)"
         ) from error
     return library
 
@@ -164,7 +164,7 @@ def _compile(compiler: str, library: Path) -> None:
         raise KernelBuildError(
             f"no C++ compiler {compiler!r} found, which builds the CPU kernels; install it "
             "(Debian and Ubuntu: apt-get install g++), name another in CXX, or install a wheel "
-            f"that brings them for torch {torch.__version__} (made by `make wheel`)"
+            f"that includes them for torch {torch.__version__} (made by `make wheel`)"
         )
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     torch_libs = Path(torch.__file__).parent / "lib"

@@ -287,7 +287,7 @@ def _cached_or_measured() -> Tuning:
             tuning = _measured()
             _write(path, tuning, library)
     except OSError as error:  # a container's file system is often read-only
-        logger.warning("measured settings of the CPU kernels cannot be kept: %s", error)
+        logger.warning("measured settings of the CPU kernels cannot be saved: %s", error)
         tuning = _measured()
     return tuning
 

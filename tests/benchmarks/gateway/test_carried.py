@@ -46,5 +46,5 @@ def test_too_little_is_refused(plan: carried.Plan) -> None:
 
 @pytest.mark.parametrize("name", ["", "64", "0x5ms", "64x20", "ax20ms", "64x20ms\n"])
 def test_a_name_that_is_no_load_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is not a load; write for instance 64x20ms"):
+    with pytest.raises(ValueError, match="is not a load; write, for example, 64x20ms"):
         Load.parse(name)

@@ -173,7 +173,7 @@ def test_a_wrong_op_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         (["--shapes", "gpt"], "choose one of smollm2-135m, llama-1b, llama-8b"),
         (["--tokens", "1,x"], "'1,x' is not a list"),
         (["--tokens", "0"], "'0' is not a list"),
-        (["--device", "tpu"], "--device tpu is not known; choose cpu or cuda"),
+        (["--device", "tpu"], "--device tpu is unknown; choose cpu or cuda"),
         (["--weights", "int4-16"], "choose one of bf16, int8, int4, int4-64, int4-32"),
         (["--weights", "int4", "--device", "cuda"], "with --device cuda; choose one of bf16, int8"),
     ],

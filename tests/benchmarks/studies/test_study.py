@@ -267,7 +267,7 @@ def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(
     common: dict[str, Any] = {"out": tmp_path / "study", "settings": {}, "seeds": [0]}
     ways = {name: study.WAYS[name] for name in ("ste", "fixed")}
     for _ in range(2):
-        with pytest.raises(study.StudyError, match="ste, seed 0 failed, as told above; .*report"):
+        with pytest.raises(study.StudyError, match="ste, seed 0 failed, see above; .*report"):
             study.run(**inputs, **common, ways=ways)
     assert trained == ["ste", "fixed", "ste"]
     assert "study: cast-train run ended with 2" in capsys.readouterr().err
@@ -298,7 +298,7 @@ def test_a_run_that_was_stopped_stops_the_study(tmp_path: Path) -> None:
     script.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(script))
-        with pytest.raises(StoppedError, match="run the study again to go on"):
+        with pytest.raises(StoppedError, match="run the study again to continue"):
             study._call("run")
 
 

@@ -34,7 +34,7 @@ def test_a_card_has_the_figures_and_the_licence(save_gated: Save, tmp_path: Path
     for text in (
         "in 14 linears",
         "| share of zeros in the pruned linears | 50.0% |",
-        "| bits stored for each of their weights | 9.0 |",
+        "| stored bits per weight in them | 9.0 |",
         "| perplexity (wiki.txt, 8,176 tokens in contexts of 512) | 48.25 |",
         "1,234 steps, 567,890 tokens, method `gates`, learning rate 0.0005",
         "cast-serve vllm serve DIR",
@@ -75,6 +75,6 @@ def test_a_record_of_another_program_is_refused(
     save_gated: Save, tmp_path: Path, field: str, value: object
 ) -> None:
     source = save_gated(tiny_llama(), **{field: value})
-    with pytest.raises(CheckpointError, match="no card can be written"):
+    with pytest.raises(CheckpointError, match="no model card can be written"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

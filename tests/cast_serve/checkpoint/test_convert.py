@@ -268,7 +268,7 @@ def test_refuses_a_missing_gate(save_gated: Save, tmp_path: Path) -> None:
 
 
 def test_refuses_folders_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
+    with pytest.raises(CheckpointError, match="nowhere is neither a directory nor a model's name"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(CheckpointError, match="there is no config.json"):
         convert(tmp_path, tmp_path / "out")

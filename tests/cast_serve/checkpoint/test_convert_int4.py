@@ -71,7 +71,7 @@ def test_bits_stored_are_told(
     assert (summary["bits_per_weight"], summary["scale_group"]) == (3.5, 32)
     assert summary["total_weight_bytes"] == sum(t.nbytes for t in all_tensors(out).values())
     assert "in 4 bits" in (out / "README.md").read_text()
-    assert "4-bit values are rounded to the nearest, which costs much" in caplog.text
+    assert "4-bit values are rounded to nearest, which costs much" in caplog.text
 
 
 def test_a_transposed_weight(save_gated: Save, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_config_is_what_compressed_tensors_reads(
 def test_what_is_asked_for_wrongly_is_refused(save_gated: Save, tmp_path: Path) -> None:
     source, out = save_gated(tiny_llama()), tmp_path / "out"
     for values, scale_group in (("int4", 96), ("int8", 64), (None, 64)):
-        with pytest.raises(CheckpointError, match="--scale-group .* goes with --quantize int4"):
+        with pytest.raises(CheckpointError, match="--scale-group .* needs --quantize int4"):
             Quantization.asked(values, scale_group)  # type: ignore[arg-type]
     convert(source, out, quantization=Quantization("int4", scale_group=64))
     check_converted(source, out, quantization=Quantization("int4", scale_group=64))
@@ -116,7 +116,7 @@ def test_what_is_asked_for_wrongly_is_refused(save_gated: Save, tmp_path: Path) 
         check_converted(source, out, quantization=Quantization("int4"))
     with pytest.raises(CheckpointError, match="with --quantize int4, but int8 is asked for"):
         check_converted(source, out, quantization=Quantization("int8"))
-    with pytest.raises(CheckpointError, match=r"is quantised already \(int4\)"):
+    with pytest.raises(CheckpointError, match=r"is already quantised \(int4\)"):
         convert(out, tmp_path / "again", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match="is compressed already"):
         convert(out, tmp_path / "again")

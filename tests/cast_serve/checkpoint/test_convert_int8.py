@@ -182,7 +182,7 @@ def test_a_twin_of_a_compressed_source_is_no_longer_quantised(
 
 def test_refuses_what_is_quantised_or_compressed_already(save_gated: Save, tmp_path: Path) -> None:
     convert(save_gated(tiny_llama()), tmp_path / "out", quantization=Quantization("int8"))
-    with pytest.raises(CheckpointError, match=r"is quantised already \(int8\); give --quantize"):
+    with pytest.raises(CheckpointError, match=r"is already quantised \(int8\); for --quantize"):
         convert(tmp_path / "out", tmp_path / "again", quantization=Quantization("int8"))
     with pytest.raises(CheckpointError, match="is compressed already"):
         convert(tmp_path / "out", tmp_path / "again")

@@ -123,12 +123,13 @@ def test_it_answers_as_its_dequantised_twin(name: str, tmp_path: Path) -> None:
 def test_what_changes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         convert(FIXTURES / "int4-packed-group", tmp_path / "int4")
-    assert "activations are not quantised, but served they are" in caplog.text
+    assert "activations are not quantised, but serving quantises them" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         convert(FIXTURES / "int8-packed-group", tmp_path / "bf16")
-    assert "no kernel has the scale groups of its int8 weights, so they become torch.bfloat16" in (
-        caplog.text
+    assert (
+        "no kernel supports the scale groups of its int8 weights, so they become torch.bfloat16"
+        in (caplog.text)
     )
     assert "activations" not in caplog.text
     assert (
@@ -274,9 +275,11 @@ def test_what_cannot_be_served_or_quantised_as_it_is(tmp_path: Path) -> None:
             count_sparse(FIXTURES / name)
     assert count_sparse(FIXTURES / "int4-packed-group") == (0, False)  # dense, by vLLM
     for name in ("int4-marlin-group", "int4-packed-group", "int8-packed-group"):
-        with pytest.raises(CheckpointError, match="by another program, .*convert it first"):
+        with pytest.raises(
+            CheckpointError, match="in the form of another program; convert it first"
+        ):
             inspect(FIXTURES / name)
-        with pytest.raises(CheckpointError, match=r"is quantised already \(int[48]\)"):
+        with pytest.raises(CheckpointError, match=r"is already quantised \(int[48]\)"):
             convert(FIXTURES / name, tmp_path / "out", quantization=Quantization("int4"))
 
 

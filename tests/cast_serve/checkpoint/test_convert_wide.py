@@ -80,8 +80,8 @@ def test_gated_becomes_words_of_64(pattern: Pattern, save_gated: Save, tmp_path:
     card = (tmp_path / "out/README.md").read_text()
     assert f"# A {pattern}-sparse language model" in card
     assert (
-        f"Of every {pattern.m} consecutive weights along in_features {pattern.m - pattern.n}"
-        in (card)
+        f"{pattern.m - pattern.n} of every {pattern.m} consecutive weights along in_features are"
+        in card
     )
     check_converted(source, tmp_path / "out")
 
@@ -187,7 +187,7 @@ def test_one_n_for_each_linear(wide_dir: Path, tmp_path: Path) -> None:
     assert inspect(tmp_path / "int8") == summary
     card = (tmp_path / "int8/README.md").read_text()
     assert "# A 20-40:64-sparse language model" in card
-    assert "Of every 64 consecutive weights along in_features a linear keeps 20 to 40" in card
+    assert "A linear keeps 20 to 40 of every 64 consecutive weights along in_features" in card
 
 
 def edit_sparsity(folder: Path, **changes: object) -> None:

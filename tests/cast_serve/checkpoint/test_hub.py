@@ -47,7 +47,7 @@ def test_fetches_what_is_needed_and_only_once(hub: FakeHub, model: str) -> None:
 
 def test_a_revision(hub: FakeHub, model: str) -> None:
     assert fetch(f"{model}@{SHA}").name == SHA
-    with pytest.raises(CheckpointError, match="has no revision 'v9' of org/model; check it"):
+    with pytest.raises(CheckpointError, match="has no revision 'v9' of org/model; correct it"):
         fetch(f"{model}@v9")
 
 
@@ -63,7 +63,7 @@ def test_a_directory_wins(
 
 @pytest.mark.parametrize("text", ["nowhere", "/org/model", "../org/model", "a/b/c", "org/mo del"])
 def test_what_is_no_name_is_not_asked_for(hub: FakeHub, text: str) -> None:
-    with pytest.raises(CheckpointError, match="is not a directory, and no model's name on a hub"):
+    with pytest.raises(CheckpointError, match="is neither a directory nor a model's name on a hub"):
         fetch(text)
     assert hub.asked == []
 
@@ -71,15 +71,13 @@ def test_what_is_no_name_is_not_asked_for(hub: FakeHub, text: str) -> None:
 def test_what_cannot_be_fetched(
     hub: FakeHub, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="has no model of that name, or a private one"):
+    with pytest.raises(CheckpointError, match="has no public model of that name"):
         fetch("org/other")
     hub.repos["org/bin"] = {"config.json": b"{}", "pytorch_model.bin": b""}
     with pytest.raises(CheckpointError, match=r"has no \*.safetensors on the hub"):
         fetch("org/bin")
     hub.gated.add(model)
-    with pytest.raises(
-        CheckpointError, match=f"terms must be accepted first, at {hub.url}/{model}"
-    ):
+    with pytest.raises(CheckpointError, match=f"accept its terms first, at {hub.url}/{model}"):
         fetch(model)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -128,26 +126,28 @@ def test_a_push_that_would_fail(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(CheckpointError, match="needs a token; set HF_TOKEN"):
         check_push("tester/sparse", False)
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
-    with pytest.raises(CheckpointError, match="does not know the token; set HF_TOKEN"):
+    with pytest.raises(CheckpointError, match="does not accept the token; set HF_TOKEN"):
         check_push("tester/sparse", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for owner in ("stranger", "readers"):
         with pytest.raises(CheckpointError, match=f"may not write to {owner}; choose tester/spars"):
             check_push(f"{owner}/sparse", False)
-    with pytest.raises(CheckpointError, match="'sparse' is no name on a hub; write ORG/NAME"):
+    with pytest.raises(
+        CheckpointError, match="'sparse' is not a model's name on a hub; write ORG/NAME"
+    ):
         check_push("sparse", False)
     hub.repos["tester/sparse"] = {}
-    with pytest.raises(CheckpointError, match="is there already and public; leave --private out"):
+    with pytest.raises(CheckpointError, match="exists already and is public; leave --private out"):
         check_push("tester/sparse", True)
     hub.role = "read"
-    with pytest.raises(CheckpointError, match="the token of tester may only read"):
+    with pytest.raises(CheckpointError, match="the token of tester is read-only"):
         check_push("tester/sparse", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="not possible: HF_HUB_OFFLINE is set; unset it"):
         check_push("tester/sparse", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(CheckpointError, match=r"cannot be asked .*push later \(`hf upload`\)"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached .*push later \(`hf upload`\)"):
         check_push("tester/sparse", False)
 
 

@@ -109,7 +109,7 @@ def test_an_unknown_format_version_is_named(written: Path) -> None:
 def test_what_is_no_record_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "cast.json").write_text(content)
-    with pytest.raises(CheckpointError, match="is no checkpoint's record"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint's record"):
         read_record(tmp_path)
 
 
@@ -165,12 +165,12 @@ def test_a_link_to_nothing_is_taken_too(tmp_path: Path) -> None:
 
 
 def test_work_is_kept_if_the_name_was_taken_meanwhile(tmp_path: Path) -> None:
-    taken = pytest.raises(CheckpointError, match="cannot be made any more")
+    taken = pytest.raises(CheckpointError, match="can no longer be created")
     with taken as raised, new_directory(tmp_path / "out") as folder:
         (folder / "model").write_text("hours of work")
         (tmp_path / "out").mkdir()
         (tmp_path / "out/other").touch()
-    assert f"all of it is in {folder}: move it" in str(raised.value)
+    assert f"everything is in {folder}: move it" in str(raised.value)
     assert (folder / "model").read_text() == "hours of work"
 
 

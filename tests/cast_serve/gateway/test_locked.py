@@ -19,7 +19,7 @@ from tests.cast_serve.gateway import fake_worker
 from tests.cast_serve.gateway.stack import Servers, events, wait_until
 
 KEY = "of-the-workers"
-LOCKED = "locked: its worker refuses the gateway's key (401); give both one CAST_WORKER_KEY"
+LOCKED = "locked: its worker refuses the gateway's key (401); give both the same CAST_WORKER_KEY"
 
 
 @dataclass

@@ -109,8 +109,8 @@ def test_routes_that_are_not_served_say_what_is(client: openai.OpenAI) -> None:
         (lambda: client.moderations.create(input="a"), "POST /v1/chat/completions"),
         (lambda: client.images.generate(prompt="a"), "the models here write text"),
         (lambda: client.audio.speech.create(model="a", voice="b", input="c"), "write text"),
-        (lambda: client.files.list(), "nothing is kept here"),
-        (lambda: client.batches.list(), "nothing is kept here"),
+        (lambda: client.files.list(), "the gateway stores nothing"),
+        (lambda: client.batches.list(), "the gateway stores nothing"),
     ):
         with pytest.raises(openai.NotFoundError, match=message) as caught:
             ask()

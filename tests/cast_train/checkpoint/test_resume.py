@@ -135,7 +135,7 @@ def test_a_second_run_is_kept_out_of_the_first_ones_directory(
     llama_dir, text_file, config, tmp_path
 ):
     arguments = (llama_dir, [text_file], tmp_path / "out", config)
-    refused = pytest.raises(CheckpointError, match="another process works in .*out.partial now")
+    refused = pytest.raises(CheckpointError, match="another process is working in .*out.partial")
     with resume.held(tmp_path / "out.partial", is_first=True), refused:
         train(*arguments, is_resume=True)
     assert list(tmp_path.iterdir()) == []  # it held nothing

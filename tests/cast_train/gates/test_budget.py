@@ -141,10 +141,10 @@ def test_n_learnt_on_unmoved_weights_can_be_taken_as_a_mask(words_dir, text_file
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparsity": "2:4"}, "needs a share of zeros to spend in N of 64, but sparsity is 2:4"),
+        ({"sparsity": "2:4"}, "needs zeros below 1 in N of 64, but sparsity is 2:4"),
         ({"zeros": 1.0}, "sparsity is 32:64 and zeros 1; write"),
-        ({"selector": "penalty"}, "cannot go with selector penalty; choose soft_topk"),
-        ({"is_sharded": True}, "cannot go with is_sharded"),
+        ({"selector": "penalty"}, "does not work with selector penalty; choose soft_topk"),
+        ({"is_sharded": True}, "cannot be combined with is_sharded"),
         (
             {"hard_fraction": 0.0, "tau_end_fraction": 0.0},
             "has no effect without a hard_fraction above 0",

@@ -163,7 +163,7 @@ def test_between_measured_n_costs_follow_a_power_of_the_zeros():
 @pytest.mark.parametrize("zeros", [0.0, -1.0, 0.6, 45.0, float("nan")])
 def test_impossible_shares_are_refused(llama_dir, blocks, zeros):
     model, targets = loaded(llama_dir)
-    with pytest.raises(ValueError, match=rf"zeros {zeros} is no share above 0 and up to 0\.5"):
+    with pytest.raises(ValueError, match=rf"zeros {zeros} is not a share above 0 and up to 0\.5"):
         allocate.allocate(model, targets, TWO_FOUR, blocks, zeros)
     with pytest.raises(ValueError, match=f"zeros {zeros} is no|zeros is {zeros}, but"):
         TrainConfig.from_dict({"zeros": zeros})
@@ -242,7 +242,7 @@ def test_each_linears_n_is_kept_by_what_is_made_of_it(words_dir, text_file, tmp_
     config = TrainConfig.from_dict(settings)
     further = train(tmp_path / "pruned", [text_file], tmp_path / "further", config)
     assert further["kept_of_64"] == kept
-    with pytest.raises(ValueError, match=r"zeros 0\.4 cannot go with a mask"):
+    with pytest.raises(ValueError, match=r"zeros 0\.4 has no effect with method 'mask'"):
         write_pruned(
             *(words_dir, [text_file], tmp_path / "out", "mask", "38:64"),
             mask_dir=tmp_path / "pruned",

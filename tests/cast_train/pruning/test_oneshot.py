@@ -90,5 +90,5 @@ def test_the_mask_of_quantised_weights_is_their_bitmask(large_weights_dir, tmp_p
 
 @pytest.mark.parametrize("zeros", [45.0, float("nan"), 0.6, 0.0])
 def test_a_share_of_zeros_that_there_is_not_is_refused(zeros, llama_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"no share above 0 and up to 0\.5, all that 2:4"):
+    with pytest.raises(ValueError, match=r"not a share above 0 and up to 0\.5, the most that 2:4"):
         oneshot.write_pruned(llama_dir, [], tmp_path / "out", "magnitude", zeros=zeros)

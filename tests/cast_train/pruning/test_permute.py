@@ -105,7 +105,7 @@ def test_a_model_that_computes_something_else_is_refused(
 ):
     """As one would whose channels are read somewhere that we do not know of."""
     monkeypatch.setattr(reorder, "residual_readers", lambda layer: [layer.self_attn.q_proj])
-    with pytest.raises(ValueError, match="; train it as it is"):
+    with pytest.raises(ValueError, match="; train it without reordering"):
         permute.write_permuted(llama_dir, [text_file], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -131,7 +131,7 @@ def test_wrong_use_leaves_nothing(few_blocks, llama_dir, text_file, tmp_path):
     oneshot.write_pruned(llama_dir, [], tmp_path / "pruned", "magnitude")
     convert(tmp_path / "pruned", tmp_path / "int8", quantization=Quantization("int8"))
     there = set(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"is quantised already \(int8\)"):
+    with pytest.raises(ValueError, match=r"is already quantised \(int8\)"):
         write_quantized(tmp_path / "int8", [text_file], tmp_path / "out", Quantization("int4"))
     with pytest.raises(ValueError, match="--scale-group 64 is not served"):
         Quantization("int8", 64)

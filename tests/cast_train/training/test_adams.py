@@ -67,4 +67,4 @@ def test_a_plan_that_cannot_reach_is_refused(caplog):
     adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 1e-4, 3e-4]])})
     assert not caplog.messages
     adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 5e-4, 15e-4]])})
-    assert "by 0.0015 and they are 0.001 on average" in caplog.text
+    assert "by 0.0015, and dropped weights are 0.001 on average" in caplog.text

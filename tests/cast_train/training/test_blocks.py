@@ -121,5 +121,5 @@ def test_more_text_than_one_run_should_tokenise_is_refused(
     monkeypatch.setattr(blocks_module, "MOST_BYTES", 1000)
     with pytest.raises(UsageError, match=r"has more than .* cast-train tokenize --model MODEL"):
         read_blocks([text_file], None, tokenizer, config)
-    with pytest.raises(UsageError, match=r"org/name is no file here; .* cast-train tokenize"):
+    with pytest.raises(UsageError, match=r"org/name is not a file here; .* cast-train tokenize"):
         read_blocks([Path("org/name")], None, tokenizer, config)

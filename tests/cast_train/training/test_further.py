@@ -85,7 +85,7 @@ def test_wrong_use_is_refused_before_anything_is_written(
         train(tmp_path / "int8", [text_file], out, config, teacher_dir=model_dir)
     assert not out.exists()
     train(model_dir, [text_file], out, config)
-    with pytest.raises(CheckpointError, match="what cast-serve convert makes of it"):
+    with pytest.raises(CheckpointError, match="the output of cast-serve convert"):
         train(out, [text_file], tmp_path / "again", config, teacher_dir=model_dir)
 
 

@@ -125,7 +125,7 @@ def test_it_says_what_does_not_fit_and_what_would_help(llama_dir):
     assert sum(found["parts_bytes"].values()) == found["step_bytes"]
     done = CliRunner().invoke(app, [*asked, "--memory-gb", "0.5"])
     assert done.exit_code == 1
-    assert "GB do not fit in 0.5. What helps: " in done.stdout
+    assert "GB do not fit in 0.5 GB. To reduce it: " in done.stdout
     assert "is_checkpointed = true" in done.stdout
 
 

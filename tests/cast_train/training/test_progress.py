@@ -119,7 +119,7 @@ def test_a_reporter_gets_every_loss_and_its_parts(
 
 @pytest.mark.parametrize("folder", ["out", "out/logs", "out.partial/logs"])
 def test_figures_inside_the_output_are_refused(folder, llama_dir, text_file, tmp_path):
-    with pytest.raises(ValueError, match="choose a directory beside it"):
+    with pytest.raises(ValueError, match="choose a directory outside it"):
         train(
             *(llama_dir, [text_file], tmp_path / "out", Fixed()),
             tensorboard_dir=tmp_path / folder,

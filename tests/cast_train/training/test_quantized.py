@@ -105,7 +105,7 @@ def test_a_conversion_to_something_else_is_warned_of(
     llama_dir, text_file, config, tmp_path, caplog
 ):
     train(llama_dir, [text_file], tmp_path / "out", changed(config, steps=2))
-    wanted = "trained to be converted with --quantize int4 --scale-group 32, from the gated"
+    wanted = "from the gated checkpoint with --quantize int4 --scale-group 32, but here"
     asked = [None, Quantization("int8"), Quantization("int4", scale_group=64)]
     for number, quantization in enumerate(asked):
         caplog.clear()
@@ -205,7 +205,7 @@ def test_the_first_quantised_step_by_hand(settings, first):
     [
         ({"method": "adams"}, "method adams has no setting quantize"),
         ({"method": "dense"}, "method dense has no setting quantize"),
-        ({"scale_parts": 2}, "cannot go with scale_parts 2; set one of them"),
+        ({"scale_parts": 2}, "cannot be combined with scale_parts 2; leave one of them"),
         (
             {"method": "gates", "quantized_fraction": 0.02},
             "0.02 must not be below hard_fraction 0.05",

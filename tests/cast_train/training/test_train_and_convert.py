@@ -65,7 +65,7 @@ def test_what_is_of_the_conversion_needs_one(words, message, llama_dir, text_fil
             "--set quantize=int4 --quantize int4 --scale-group 64",
             "--scale-group 64 differs from scale_group 128",
         ),
-        ("--set quantize=int8 --scale-group 64", "--scale-group 64 is not served; it goes with"),
+        ("--set quantize=int8 --scale-group 64", "--scale-group 64 is not served; it needs"),
     ],
 )
 def test_what_has_no_compressed_weights_is_not_trained(flag, named, llama_dir, text_file, tmp_path):

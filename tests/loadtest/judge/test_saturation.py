@@ -59,7 +59,7 @@ def test_a_slow_spell_that_ends_is_no_saturation() -> None:
 def test_a_ramp_that_begins_beyond_the_limit_tells_no_rate(begins: int, error: bool) -> None:
     result = result_of(run(ramp(0, "dense", begins, error=error), ramp(1, "sparse", 10)))
     assert result["saturation"]["dense"] == {"rate_per_s": None, "is_reached": True}
-    assert any("dense keeps up with no rate" in text for text in notes(result))
+    assert any("dense does not keep up with any rate" in text for text in notes(result))
     closed = recorded([*ramp(0, "dense", 9), *ramp(1, "sparse", 9)])
     assert result_of(closed)["saturation"] is None
 
@@ -68,7 +68,7 @@ def test_a_rate_beyond_the_limit_is_warned_of() -> None:
     slow = recorded([*ramp(0, "dense", 4), *ramp(1, "sparse", 10)], schedule="constant")
     found = result_of(slow)
     assert found["ttft_growth"] == {"dense": pytest.approx(3.0), "sparse": pytest.approx(1.0)}
-    (warning,) = (text for text in found["warnings"] if "offered" in text)
+    (warning,) = (text for text in found["warnings"] if "exceeds" in text)
     assert "dense 3.0x" in warning
     failed = recorded([*ramp(0, "dense", 0, error=True), *ramp(1, "sparse", 10)], schedule="burst")
     assert result_of(failed)["ttft_growth"]["dense"] is None

@@ -84,7 +84,7 @@ def test_the_first_screen_says_what_is_worth_knowing(watched: Watched, tmp_path:
         "sparse against dense",
         "Load test of 2026-11-25 10:00 UTC, A CPU (family 6, model 207), 2 cores",
         "PASSED",
-        "held: min_speedup.tpot_p50: ",
+        "met: min_speedup.tpot_p50: ",
         "54.81 before int8 (heldout-wiki.txt, 8,176 tokens)",
         "runs/demo/int8",
         "not measured",

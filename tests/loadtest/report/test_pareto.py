@@ -45,7 +45,7 @@ def test_a_variant_that_never_answered_has_no_front(tmp_path: Path) -> None:
     ]
     sweep = pareto.sweep_of([("a", recorded(lost))])
     assert [point["is_on_front"] for point in sweep["points"]] == [True, False]
-    assert "sparse answered too little to tell" in pareto.headline(sweep)
+    assert "sparse answered too few requests to tell" in pareto.headline(sweep)
     pareto.write_sweep(tmp_path, sweep)
     assert (tmp_path / "report.png").exists()
 

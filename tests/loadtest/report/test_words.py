@@ -43,11 +43,11 @@ def test_the_verdict_rests_on_what_was_set() -> None:
     assert len(guard_rails(RESULT)) == 1
     failed = result_of(four_pairs(harness={"is_void": True, "why": "too slow"}))
     assert verdict(failed) == "NOT PASSED"
-    assert guard_rails(failed)[0] == "NOT HELD: void: too slow"
+    assert guard_rails(failed)[0] == "NOT MET: void: too slow"
     guarded = result_of(four_pairs(guard={"min_speedup": {"tpot_p50": 1.2}}))
     assert verdict(guarded) == "PASSED"
     (rail,) = guard_rails(guarded)
-    assert rail.startswith("held: min_speedup.tpot_p50: 2.000 (2.000 to 2.000)")
+    assert rail.startswith("met: min_speedup.tpot_p50: 2.000 (2.000 to 2.000)")
 
 
 def test_rows_of_failures_and_of_goodput() -> None:
@@ -59,7 +59,7 @@ def test_rows_of_failures_and_of_goodput() -> None:
     result = result_of(two_pairs(slo={"ttft_s": 3.0, "tpot_s": None}))
     assert row(result, "goodput, requests/s").candidate == f"{5 / 9:.3f}"
     assert row(result, "within the limits").baseline == "16.7%"
-    assert ("limits", "good is TTFT 3000 ms at most") in facts(result)
+    assert ("limits", "a good request has at most TTFT 3000 ms") in facts(result)
 
 
 def test_whatever_misleads_is_warned_of_gravest_first() -> None:
@@ -88,7 +88,7 @@ def test_whatever_misleads_is_warned_of_gravest_first() -> None:
         request(block, 0, variant, 1.0, itl_s, sent_s=100.0 * block)
         for block, (variant, itl_s) in enumerate((("dense", 1e-5), ("sparse", 0.02)))
     ]
-    assert "tokens of dense arrive in one piece" in warnings(result_of(recorded(requests)))[0]
+    assert "tokens of dense arrive all at once" in warnings(result_of(recorded(requests)))[0]
 
 
 def test_a_failed_warmup_is_warned_of() -> None:

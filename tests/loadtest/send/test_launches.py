@@ -110,7 +110,7 @@ def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1, done.output
     assert "launch 3: `cast-serve up` ended with 1; it printed:\nno such model" in done.stderr
-    assert f"what was measured is in {out}; " in done.stderr
+    assert f"the measurements are in {out}; " in done.stderr
     for load in ("concurrency-1", "concurrency-2"):
         recorded = Recorded.read(out / load)
         assert [block.launch for block in recorded.blocks] == [0] * 4 + [1] * 4

@@ -54,7 +54,7 @@ export async function* eventsOf(response) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read().catch(unreachable);
-    if (done) throw new Error("The answer broke off.");
+    if (done) throw new Error("The answer was cut off.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {

@@ -95,7 +95,7 @@ function showOutcome(runs) {
   const [slow, fast] = [runs.get(baseline), runs.get(candidate)];
   if (!slow || !fast) return;
   if (!slow.isDone || !fast.isDone) {
-    $("outcome").replaceChildren(html("p", {}, "No ratio: for one, both variants have to answer to the end."));
+    $("outcome").replaceChildren(html("p", {}, "No ratio: both variants must finish their answers."));
     return;
   }
   let same = 0;
@@ -108,8 +108,8 @@ function showOutcome(runs) {
       ["TPOT", times(perToken(slow) / perToken(fast))],
       ["tokens/s", times(perSecond(fast) / perSecond(slow))],
     ]),
-    html("p", { class: "muted" }, `Above 1, ${candidate} is faster. One prompt has no interval and is no verdict. ${
-      isSame ? "The texts are the same." : `The texts are the same for ${same} characters.`}`),
+    html("p", { class: "muted" }, `Above 1, ${candidate} is faster. One prompt gives no interval, so this is not a verdict. ${
+      isSame ? "The texts are the same." : `The first ${same} characters of the texts are the same.`}`),
   );
 }
 
@@ -215,8 +215,8 @@ function stateOf(speedup) {
   return speedup.low > 1 ? "is-better" : speedup.high < 1 ? "is-worse" : "is-even";
 }
 
-const tooFew = (kind) => `no interval below ${live.min_requests?.interval ?? "–"} ${kind}`;
-const kindOf = (metric) => (metric === "e2e" ? "requests of each" : "streamed requests of each");
+const tooFew = (kind) => `an interval needs ${live.min_requests?.interval ?? "–"} ${kind}`;
+const kindOf = (metric) => (metric === "e2e" ? "requests of each variant" : "streamed requests of each variant");
 
 function speedupCard([metric, title, meaning]) {
   const { baseline, candidate } = pair();
@@ -245,7 +245,7 @@ function showVerdict() {
     "is-open": `No verdict yet: ${tooFew(kindOf(CLAIM))}.`,
     "is-better": `${candidate} is faster per token: ${ratio}.`,
     "is-worse": `${candidate} is slower per token: ${ratio}.`,
-    "is-even": `No clear difference per token: ${ratio} holds 1.`,
+    "is-even": `No clear difference per token: ${ratio}; the interval contains 1.`,
   };
   $("verdict").hidden = candidate == null;
   $("verdict").className = `verdict ${state}`;
@@ -263,7 +263,7 @@ function agreementCard() {
     small(
       tokens.low == null ? tooFew("requests")
         : `interval ${percent(tokens.low)} to ${percent(tokens.high)} %`,
-      `${tokens.n_tokens} tokens of ${tokens.n_requests} requests`,
+      `${tokens.n_tokens} tokens in ${tokens.n_requests} requests`,
       kl && `KL ${number(kl.mean)} nats per token`));
 }
 
@@ -277,7 +277,7 @@ async function showComparison() {
   const counts = Object.entries(live.variants ?? {}).filter(([, of]) => of?.num_requests)
     .map(([name, of]) => `${of.num_requests} ${name}`);
   $("window").textContent = counts.length
-    ? `Of live traffic, not paired: the latest ${live.window} requests of each. So far: ${counts.join(", ")}.`
+    ? `Live traffic, not paired: the latest ${live.window} requests of each variant. So far: ${counts.join(", ")}.`
     : WAITING;
   showVerdict();
   $("speedups").replaceChildren(...SPEEDUPS.map(speedupCard), agreementCard());

@@ -5,7 +5,7 @@ import { html, svg, number, megabytes } from "./elements.js";
 
 const DTYPE_BITS = { bfloat16: 16, float16: 16, float32: 32 };
 const UNMEASURED = "not measured";
-const ELSEWHERE = "not known: the worker is given as a URL";
+const ELSEWHERE = "unknown: the worker is given as a URL";
 
 const isElsewhere = (model) => model != null && model.path == null;
 
@@ -28,7 +28,7 @@ function bits({ model, info }) {
 
 function perplexity({ model }) {
   if (model == null) return null;
-  if (isElsewhere(model)) return "not known";
+  if (isElsewhere(model)) return "unknown";
   if (!model.quality) return UNMEASURED;
   if (model.quality.perplexity == null) return "infinite";
   const before = model.quality.is_before_quantizing ? ` before ${model.quantized}` : "";
@@ -36,7 +36,7 @@ function perplexity({ model }) {
 }
 
 export function summary(variant) {
-  const parts = [`${bits(variant)} bits a weight`];
+  const parts = [`${bits(variant)} bits per weight`];
   if (perplexity(variant)) parts.push(`perplexity ${perplexity(variant)}`);
   return parts.join(", ");
 }
@@ -51,7 +51,7 @@ function modelRows(variant) {
     ["Model", model.model],
     ["Directory", model.path],
     ["Perplexity", perplexity(variant) + over],
-    ["Zeros", model.zeros == null ? "not known" : `${number(100 * model.zeros)} %`],
+    ["Zeros", model.zeros == null ? "unknown" : `${number(100 * model.zeros)} %`],
   ];
 }
 
@@ -73,7 +73,7 @@ function workerRows({ info }) {
 
 export function facts(variant) {
   const list = html("dl", { class: "facts" });
-  const rows = [...modelRows(variant), ["Bits a weight", bits(variant)], ...workerRows(variant)];
+  const rows = [...modelRows(variant), ["Bits per weight", bits(variant)], ...workerRows(variant)];
   for (const [name, value] of rows) list.append(html("dt", {}, name), html("dd", {}, value || "–"));
   const share = Number(variant.info?.weight_bytes) / Number(variant.info?.dense_weight_bytes);
   const shown = [list];

@@ -119,7 +119,7 @@ def test_int8_keeps_its_integers_and_scales(tmp_path: Path) -> None:
     assert record == {"quantize": "int8", "head": None, "scales": SCALES_TAKEN_OVER}
     before, after = all_tensors(FIXTURES / "int8-ragged"), all_tensors(tmp_path / "out")
     assert torch.equal(after[f"{UP}.weight_scale"], before[f"{UP}.weight_scale"])
-    with pytest.raises(CheckpointError, match=r"is quantised already \(int8\)"):
+    with pytest.raises(CheckpointError, match=r"is already quantised \(int8\)"):
         convert(FIXTURES / "int8-ragged", tmp_path / "int4", quantization=Quantization("int4"))
 
 
@@ -247,11 +247,15 @@ def test_damage_is_named(
 def test_it_is_converted_before_it_is_served_or_counted(copy: Copy, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="format sparse-bitmask, which vLLM does not .*conv"):
         count_sparse(FIXTURES / "bf16-ragged")
-    with pytest.raises(CheckpointError, match="is ragged, by another program, .*convert it first"):
+    with pytest.raises(
+        CheckpointError, match="is ragged, in the form of another program; convert it first"
+    ):
         inspect(FIXTURES / "bf16-ragged")
     with pytest.raises(CheckpointError, match="is ragged; convert it first"):
         load(FIXTURES / "bf16-ragged")
-    with pytest.raises(CheckpointError, match="of which N is counted; leave --sparsity out"):
+    with pytest.raises(
+        CheckpointError, match="where N is counted from the weights; leave --sparsity out"
+    ):
         convert(FIXTURES / "bf16-ragged", tmp_path / "out", pattern=Pattern(32, 64))
     source = copy("int8-zeros")
     config = json.loads((source / "config.json").read_text())["quantization_config"]

@@ -34,10 +34,12 @@ def test_a_ratio_without_an_interval_is_no_verdict(
     page.goto(url)
     cards = page.locator("#speedups article")
     expect(cards.nth(1)).to_contain_text("1.31×")
-    expect(cards.get_by_text("no interval below 20 streamed requests of each")).to_have_count(2)
-    expect(cards.get_by_text("no interval below 20 requests")).to_have_count(2)
+    expect(
+        cards.get_by_text("an interval needs 20 streamed requests of each variant")
+    ).to_have_count(2)
+    expect(cards.get_by_text("an interval needs 20 requests")).to_have_count(2)
     expect(page.locator("#verdict")).to_have_text(
-        "No verdict yet: no interval below 20 streamed requests of each."
+        "No verdict yet: an interval needs 20 streamed requests of each variant."
     )
     expect(cards.get_by_text("faster")).to_have_count(0)
 

@@ -143,8 +143,12 @@ def test_a_worker_that_does_not_come_up_in_time_is_given_up(
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("other", None, "there is no variant 'other'; the variants are ['dense', 'sparse']"),
-        ("sparse", "/nowhere", "variant sparse: /nowhere is not a directory"),
+        ("other", None, "variant 'other' does not exist; the variants are ['dense', 'sparse']"),
+        (
+            "sparse",
+            "/nowhere",
+            "variant sparse: /nowhere is neither a directory nor a model's name",
+        ),
         ("sparse", "EMPTY", "holds no model (no config.json)"),
     ],
 )

@@ -32,7 +32,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CAST_KERNEL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(KernelBuildError, match="can be written in CAST_KERNEL_CACHE"):
+    with pytest.raises(KernelBuildError, match="set CAST_KERNEL_CACHE to a writable folder"):
         build.build()
 
 

@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_written_is_warned_of(
     monkeypatch.setattr(build, "locked_cache", refuse)
     with caplog.at_level(logging.WARNING):
         assert tuning.tune() == MEASURED
-    assert "cannot be kept: " in caplog.text
+    assert "cannot be saved: " in caplog.text
     assert "read-only" in caplog.text
 
 
