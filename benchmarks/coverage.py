@@ -123,9 +123,9 @@ def _intervals(times: Array, num_launches: int) -> dict[str, Ratio]:
 
 @app.command()
 def simulate(
-    runs: Annotated[int, option("N", "Simulated runs of each kind of noise.", min=1)] = 1000,
+    runs: Annotated[int, option("N", "Simulated runs per kind of noise.", min=1)] = 1000,
     seed: Annotated[int, option("N", "Same seed, same result.")] = 0,
-    out: Annotated[Path | None, option("FILE", "JSON to write.", "none")] = None,
+    out: Annotated[Path | None, option("FILE", "JSON file to write.", "none")] = None,
 ) -> None:
     """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
     try:

@@ -210,13 +210,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended too
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a directory")
-    parser.add_argument("--cores", default="0", help="of the server (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="a request (default: %(default)s)")
+    parser.add_argument("--cores", default="0", help="CPU ids of the server (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="tokens per request (default: %(default)s)"
+    )
     parser.add_argument("--vllm-flags", default="", help="more flags for the vLLM server")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args()
     if args.tokens < 32:
-        parser.error(f"--tokens {args.tokens} is too few to look at; give 32 or more")
+        parser.error(f"--tokens {args.tokens} is too few; give 32 or more")
     for model in args.models:
         if not (model / "config.json").is_file():
             parser.error(f"{model} is not a model directory: there is no config.json")

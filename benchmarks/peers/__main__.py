@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.peers --model dense=data/models/smollm2-135m-dense \\
         --model sparse=runs/demo/sparse [--peers q8_0:native+fa,q8_0:openvino] [--cores 0-1] \\
-        [--text data/text/heldout-wiki.txt --blocks 32 --picture FILE] [--out FILE]
+        [--text data/text/heldout-wiki.txt --blocks 32] [--out FILE]
 
 A peer is TYPE (llama-cpp-python's server), TYPE:native (llama.cpp's own decode, no server),
 TYPE:native+fa (the same with flash attention) or TYPE:openvino (OpenVINO GenAI), of the demo's
@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import compare, files, names, picture
+from benchmarks.peers import compare, files, names
 from benchmarks.peers.names import PeerError
 from cast_serve.cores import parse_cores
 from cast_train.tokens import read_tokens
-from loadtest.report.directory import check_file, check_matplotlib
+from loadtest.report.directory import check_file
 
 DEFAULT = compare.Plan()
 
@@ -50,25 +50,19 @@ def main() -> None:
             flag, type=type(default), default=default, help="(default: %(default)s)"
         )
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    parser.add_argument("--picture", type=Path, help="PNG of perplexity against bytes and TPOT")
     args = parser.parse_args()
     models = [(name, Path(path)) for name, _, path in (x.partition("=") for x in args.model)]
     asked = [name for name in args.peers.split(",") if name]
     try:
         plan = compare.Plan(**{name: getattr(args, name) for name in asdict(DEFAULT)})
-        for flag, out in (("--out", args.out), ("--picture", args.picture)):
-            if out is not None:
-                check_file(flag, out)
+        if args.out is not None:
+            check_file("--out", args.out)
         for name, path in models:
             if not path.is_dir():
                 raise PeerError(f"--model {name}={path} is not a directory; give NAME=DIR")
         parse_cores(plan.cores)
         kinds = [names.parse(name)[0] for name in asked]
         blocks = blocks_of(args.text, models, plan)
-        if args.picture is not None:
-            check_matplotlib()
-            if not blocks:
-                raise PeerError("--picture shows perplexity; give --text FILE and --blocks NUMBER")
     except (PeerError, ValueError) as error:
         parser.error(str(error))
     shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name
@@ -88,8 +82,6 @@ def main() -> None:
         result = result_of(compare.compare(peers, plan, blocks, result_of))
     except PeerError as error:
         sys.exit(f"benchmarks.peers: {error}")
-    if args.picture is not None:
-        picture.write_png(result, args.picture)
     print(json.dumps(result))
 
 

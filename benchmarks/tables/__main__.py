@@ -1,4 +1,4 @@
-"""Records in benchmarks/records and docs/example -> the tables of README and docs made of them.
+"""Records in benchmarks/records and docs/example -> the tables of README, docs and benchmarks.
 
     .venv/bin/python -m benchmarks.tables [--check]
 
@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, compare only")
     is_check = parser.parse_args().check
     differences: list[str] = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    pages = [path for folder in ("docs", "benchmarks") for path in (ROOT / folder).glob("*.md")]
+    for path in (ROOT / "README.md", *sorted(pages)):
         before = path.read_text(encoding="utf-8")
         after = rewritten(before, ROOT)
         if before == after:

@@ -7,11 +7,10 @@ repository's root:
     ...
     <!-- end of table -->
 
-KIND is one of `KINDS`. So every figure of such a table is in a file that is committed beside it.
+KIND is one of `KINDS`. So every figure of such a table is in a file that is committed with it.
 """
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -19,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import benches
+from benchmarks.tables import benches, claims
+from benchmarks.tables.records import above_first, read
 from cast_serve.intervals import series_stderr
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
@@ -48,18 +48,6 @@ def rewritten(page: str, root: Path) -> str:
         return begin + "\n".join(lines) + "\n" + end
 
     return MARKED.sub(table, page)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A record that is one JSON object.
-
-    Raises:
-        ValueError: if it cannot be read or is none.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"record {path} cannot be read: {error}") from error
 
 
 def _of_records(
@@ -240,23 +228,19 @@ def _study(paths: Sequence[Path]) -> list[str]:
     result = read(paths[0])
     summary = result["summary"]
     sparsegpt, dense = (math.log(summary[way]["perplexity"]) for way in ("sparsegpt", "before"))
-    logs: dict[str, dict[int, float]] = {}
-    for row in result["runs"]:
-        if row["seed"] is not None:
-            logs.setdefault(row["way"], {})[row["seed"]] = math.log(row["perplexity"])
-    first = next(iter(logs))
+    above = above_first(result)
+    first = next(iter(above))
     lines = []
     for way, found in sorted(summary.items(), key=lambda item: item[1]["perplexity"]):
         cells = [way, f"{found['perplexity']:.3f}", "", "", "", ""]
-        if way in logs:
+        if way in above:
             recovered = (sparsegpt - math.log(found["perplexity"])) / (sparsegpt - dense)
             cells[1] += f" ({found['perplexity_min']:.3f} to {found['perplexity_max']:.3f})"
             cells[2:4] = f"{recovered:.0%}", f"{found['flipped_share']:.1%}"
             cells[4] = f"{found['cpu_s']:,.0f}" if "cpu_s" in found else ""
-        if way in logs and way != first:
-            above = [logs[way][seed] - logs[first][seed] for seed in logs[first]]
-            error = statistics.stdev(above) / math.sqrt(len(above))
-            cells[5] = f"{statistics.fmean(above):+.4f} +- {error:.4f}"
+        if way in above and way != first:
+            mean, error = above[way]
+            cells[5] = f"{mean:+.4f} +- {error:.4f}"
         lines.append(cells)
     columns = ["way", "perplexity, mean (range of seeds)", "recovered", "mask flipped"]
     columns += ["CPU s a run", f"log perplexity above {first}, paired by seed"]
@@ -341,4 +325,5 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "decode": _of_records(benches.decode),
     "soak": _of_records(benches.soak),
     "fuzz": _of_records(benches.fuzz),
+    "claims": claims.table,
 }

@@ -1,4 +1,4 @@
-"""Tables in README and docs follow from their records; a wrong kind or record is named."""
+"""Tables in README, docs and benchmarks follow from records; a wrong kind or record is named."""
 
 import json
 import math
@@ -9,7 +9,18 @@ import pytest
 from benchmarks.tables.pages import KINDS, MARKED, rewritten
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for folder in ("docs", "benchmarks") for path in (ROOT / folder).glob("*.md")),
+]
+CLAIM = """
+[[claims]]
+claim = "It is better"
+figure = "{ratio sub/a-wiki.json dense-wiki.json} times, {value c.json:of.share .1%}"
+records = ["d*.json"]
+command = "`measure`"
+threat = "one seed"
+"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -121,3 +132,50 @@ def test_wrong_marks_are_named(tmp_path: Path) -> None:
         page = f"<!-- table: {kind} c.json -->\n<!-- end of table -->\n"
         with pytest.raises(ValueError, match=message):
             rewritten(page, tmp_path)
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Path:
+    folder = tmp_path / "records"
+    (folder / "sub").mkdir(parents=True)
+    for name, losses in (("sub/a-wiki", [3.0, 3.4]), ("dense-wiki", [2.9, 3.1, 9.0])):
+        found = {"text": ["wiki.txt"], "losses": losses}
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    (folder / "c.json").write_text(json.dumps({"of": {"share": 0.5}}))
+    return tmp_path / "claims.toml"
+
+
+def _table(claims: Path, text: str) -> str:
+    claims.write_text(text)
+    page = "<!-- table: claims claims.toml -->\n<!-- end of table -->\n"
+    return rewritten(page, claims.parent)
+
+
+def test_a_claim_by_hand(claims: Path) -> None:
+    """Losses of 0.1 and 0.3 more, on the blocks that both records have."""
+    line = "| It is better | 1.22 times, 50.0% |  | sub: a-wiki; dense-wiki, c, d\\* | `measure` |"
+    assert f"{line} one seed |" in _table(claims, CLAIM)
+    exact = CLAIM.replace("{ratio sub/a-wiki.json dense-wiki.json} times, {value", "half, {value")
+    assert "| half, 50.0% |" in _table(claims, exact + 'follows_from = "the format"')
+    assert "| the format | `measure` |" in _table(claims, exact + 'follows_from = "the format"')
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sub/a-wiki.json", "sub/b-wiki.json", "b-wiki.json cannot be read"),
+        ("dense-wiki.json", "c.json", "c.json has no 'text'"),
+        ("of.share", "of.part", "c.json has no 'of.part': 'part' is missing"),
+        ("of.share", "of.share.more", "'more' is missing"),
+        ("d*.json", "e*.json", r"no record is named e\*.json"),
+        ("{ratio", "{rate", "function 'rate' is not one of value"),
+        ('threat = "one seed"', "", "missing or unknown: threat"),
+        ("threat", "thread", "missing or unknown: thread, threat"),
+        (CLAIM[CLAIM.index("figure") : CLAIM.index("command")], 'figure = "1.2"\n', "follows_from"),
+    ],
+)
+def test_a_claim_without_its_evidence_is_an_error(
+    claims: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"claim 'It is better': .*{message}"):
+        _table(claims, CLAIM.replace(old, new))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-    "benchmarks/log.md",
+    *sorted(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.md")),
 )
 # A fenced block, or a heading that lies in none.
 PART = re.compile(

@@ -31,16 +31,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pages_that_name_each_other_are_linked(site: Path) -> None:
     start = (site / "index.html").read_text()
-    for name in ("serving", "python", "troubleshooting", "evidence"):
+    for name in ("serving", "python", "troubleshooting", "deploy"):
         assert f'href="{name}.html">docs/{name}.md</a>' in start
     assert 'href="#deploy"' in start
     assert 'id="deploy"' in start
     for page in PAGES[1:]:
-        assert f'href="{Path(page).stem}.html" class="md-nav__link' in start, page
+        place = page.removeprefix("docs/").replace(".md", ".html")
+        assert f'href="{place}" class="md-nav__link' in start, page
+    there = (site / "benchmarks/log.html").read_text()
+    assert 'href="quality.html">benchmarks/quality.md</a>' in there
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
-    pages = [path for path in site.glob("*.html")]
+    pages = [*site.glob("*.html"), *site.glob("benchmarks/*.html")]
     assert len(pages) >= len(PAGES) - 1  # README is none of them
     for path in (*pages, *site.rglob("*.css")):
         links = re.sub(r"<a [^>]*>", "", path.read_text())  # a reader follows those
