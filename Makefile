@@ -7,13 +7,13 @@ python = .venv/bin/python
 sources = cast_train cast_serve loadtest benchmarks tests deploy/check/image $(wildcard docs/*.py scripts/*.py) $(shell grep -rslI '^.!/usr/bin/env python' scripts deploy)
 
 setup:
-	scripts/setup
+	@scripts/setup
 
 data: setup
-	$(python) scripts/data
+	@$(python) scripts/data
 
 demo: data
-	$(python) scripts/demo
+	@$(python) scripts/demo
 
 serve: data  # the demo's two models, until Ctrl-C
 	@[ -d runs/demo/int8 ] || { echo "make serve: no model to serve yet; run make demo first" >&2; exit 2; }

