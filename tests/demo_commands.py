@@ -37,7 +37,8 @@ if words[1] == "up":
 
         def do_POST(self):
             message = {"role": "assistant", "content": said["answer"]}
-            self.answer(json.dumps({"choices": [{"message": message}]}))
+            choice = {"text": said["answer"], "message": message}
+            self.answer(json.dumps({"choices": [choice]}))
 
         def answer(self, text):
             self.send_response(200)

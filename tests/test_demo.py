@@ -171,7 +171,7 @@ def test_it_fits_a_screen_of_80_columns_and_ends_with_json(
     row = next(text for text in lines if text.startswith(" CAST int8"))
     assert row.split() == ["CAST", "int8", "21.8", "1.00", "50%", "9.0"]
     answers = [text for text in lines if "The capital of Spain is [Madrid]" in text]
-    assert len(answers) == 2 * len(script.QUESTIONS)
+    assert len(answers) == 2 * len((*script.PROMPTS, *script.QUESTIONS))
 
 
 def test_also_adds_models_to_compare_with(

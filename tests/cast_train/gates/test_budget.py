@@ -142,7 +142,7 @@ def test_n_learnt_on_unmoved_weights_can_be_taken_as_a_mask(words_dir, text_file
     ("changes", "message"),
     [
         ({"sparsity": "2:4"}, "needs zeros below 1 in N of 64, but sparsity is 2:4"),
-        ({"zeros": 1.0}, "sparsity is 32:64 and zeros 1; write"),
+        ({"zeros": 1.0}, "sparsity is 32:64 and zeros 1; for example, set"),
         ({"selector": "penalty"}, "does not work with selector penalty; choose soft_topk"),
         ({"is_sharded": True}, "cannot be combined with is_sharded"),
         (
