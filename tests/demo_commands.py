@@ -76,7 +76,7 @@ SAID: dict[str, Any] = {
         "num_tokens": 16352,
     },
     "oneshot": {},
-    "run": {"tokens_seen": 40960, "flipped_share": 0.0},
+    "run": {"tokens_seen": 40960, "flipped_share": 0.0, "perplexity_hard": 50.1},
     "convert": CONVERTED,
     "inspect": CONVERTED,
     "load": LOAD,

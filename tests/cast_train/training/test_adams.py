@@ -62,7 +62,9 @@ def test_a_plan_that_cannot_reach_is_refused(caplog):
     config = Adams(steps=100, learning_rate=1e-4, warmup_fraction=0.0)
     # cosine: sum of lr (1 + cos) / 2 * t / T = lr T (1/4 - 1 / pi^2), nearly
     assert adams.reach(config) == pytest.approx(1e-2 * (0.25 - 1 / math.pi**2), rel=0.05)
-    with pytest.raises(ValueError, match="they are 0.4 on average.*raise steps or learning_rate"):
+    with pytest.raises(
+        ValueError, match="dropped weights are 0.4 on average.*raise steps or learning_rate"
+    ):
         adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 0.3, 0.5]])})
     adams.check_reach(config, {"a": torch.tensor([[3.0, 4.0, 1e-4, 3e-4]])})
     assert not caplog.messages

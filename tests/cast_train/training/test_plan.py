@@ -130,5 +130,5 @@ def test_it_says_what_does_not_fit_and_what_would_help(llama_dir):
 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"has no config\.json that can be read"):
+    with pytest.raises(UsageError, match=r"has no readable config\.json"):
         plan(tmp_path, Fixed())

@@ -109,7 +109,7 @@ function showOutcome(runs) {
       ["tokens/s", times(perSecond(fast) / perSecond(slow))],
     ]),
     html("p", { class: "muted" }, `Above 1, ${candidate} is faster. One prompt gives no interval, so this is not a verdict. ${
-      isSame ? "The texts are the same." : `The first ${same} characters of the texts are the same.`}`),
+      isSame ? "The texts are the same." : `The texts differ from character ${same + 1} on.`}`),
   );
 }
 
