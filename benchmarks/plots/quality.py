@@ -37,7 +37,10 @@ ZEROS: dict[str, tuple[str, dict[float, str]]] = {
         },
     ),
     "2:4, 41 thousand tokens": ("C1D-", {9: "zen4-trained-2-4"}),
-    "N of 64, 41 thousand tokens": ("C0o-", {9: "zen4-trained-32-64", 11: "zen4-trained-40-64"}),
+    "N of 64, 41 thousand tokens": (
+        "C0o-",
+        {8: "zen4-trained-28-64", 9: "zen4-trained-32-64", 11: "zen4-trained-40-64"},
+    ),
     "an N for each linear, 41 thousand tokens": ("C2^-", {9: "zen4-trained-budget-50"}),
     "2:4, 4 million tokens": ("C3*-", {9: "hidden-4m"}),
 }
