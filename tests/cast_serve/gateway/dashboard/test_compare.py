@@ -33,9 +33,7 @@ def test_both_variants_stream_side_by_side(
         assert figure(page, name, "tokens/s") > 0
         assert figure(page, name, "tokens") == 40  # as usage says, not one per event
     assert re.findall(r"(TTFT|TPOT|tokens/s)(?:\n|\s)*\d+\.\d\d×", page.inner_text("#outcome"))
-    expect(page.locator("#outcome")).to_contain_text(
-        "The texts differ from character 50 on"
-    )
+    expect(page.locator("#outcome")).to_contain_text("The texts differ from character 50 on")
     expect(page.locator("#outcome")).to_contain_text("no interval, so this is not a verdict")
     assert sorted(body["model"] for body in gateway.bodies) == ["dense", "sparse"]
     assert gateway.bodies[0] | {"model": ""} == {
