@@ -117,7 +117,7 @@ def test_blocks_hold_the_tokens_in_order():
             r"x\.txt is not UTF-8.*byte 1",
         ),
         (lambda d: (d / "x.txt").write_text(" \n"), r"x\.txt is empty"),
-        (lambda d: (d / "x.jsonl").write_text('{"body": "a"}\n'), r"no field 'text' but body"),
+        (lambda d: (d / "x.jsonl").write_text('{"body": "a"}\n'), r"no field 'text', only body"),
         (
             lambda d: (d / "x.jsonl").write_text('{"text": 3}\n'),
             r"row 1 has 3 as 'text'",
@@ -238,7 +238,7 @@ def test_another_run_s_folder_is_not_taken(names, end_dir, tmp_path):
 
 def test_nothing_is_left_of_a_text_that_is_refused(end_dir, tmp_path):
     path = jsonl(tmp_path / "x.jsonl", ROWS, field="body")
-    with pytest.raises(UsageError, match="has no field 'text' but body, n"):
+    with pytest.raises(UsageError, match="has no field 'text', only body, n"):
         write_tokens(end_dir, [path], tmp_path / "out")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["x.jsonl"]
     assert write_tokens(end_dir, [path], tmp_path / "out", field="body")["field"] == "body"

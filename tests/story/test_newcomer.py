@@ -13,7 +13,7 @@ from tests.story.newcomer import Newcomer, check
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 
-SECTIONS = ("Serve a model that I have", "Without a server")
+SECTIONS = ("Serve a model", "Without a server")
 ACTIVE = re.compile(r"2:4 is active: 210 linears run cast::linear24 on \w+")
 PROMPT = "The capital of France is"
 STUB = """\

@@ -59,7 +59,7 @@ def test_what_is_of_the_conversion_needs_one(words, message, llama_dir, text_fil
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
-        ("--set method=dense", "method dense has no"),
+        ("--set method=dense", "method dense makes no"),
         ("--set quantize=int8 --quantize int4", "--quantize int4 differs from quantize int8"),
         (
             "--set quantize=int4 --quantize int4 --scale-group 64",
