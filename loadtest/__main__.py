@@ -24,15 +24,15 @@ from loadtest.job import Job, Options
 from loadtest.measure import measure
 from loadtest.provenance import provenance
 from loadtest.record import Recorded
-from loadtest.report import commands, pareto, tasks
+from loadtest.report import commands, pareto
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of
+from loadtest.tasks import tasks
 
-STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
-app.command()(tasks.tasks)
+app.command()(tasks)
 
 
 @app.callback()
@@ -88,7 +88,7 @@ def _keeping(folder: Path) -> Iterator[None]:
     except (FailedError, ChildProcessError) as error:
         code, why = 1, str(error)
     except KeyboardInterrupt:
-        code, why = STOPPED, "stopped"
+        code, why = commands.STOPPED, "stopped"
     except Exception:
         traceback.print_exc()
         code, why = 1, "this is a bug in cast-loadtest"

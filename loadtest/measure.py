@@ -6,18 +6,16 @@ them becomes one record. Quality is measured first, and in the first launch only
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from loadtest.errors import LaunchError, UnreachableError
 from loadtest.job import Job, Load
+from loadtest.progress import progress
 from loadtest.provenance import told_by
 from loadtest.quality import agreement, choices
 from loadtest.quality.ask import asking
@@ -125,7 +123,7 @@ async def _run(
         if options.processes == 1
         else Processes(options.processes, url, timeout_s=options.timeout_s, api_key=options.api_key)
     )
-    with _progress(load.name or "requests", load.plan.num_requests) as (advance, resize):
+    with progress(load.name or "requests", load.plan.num_requests) as (advance, resize):
         async with sender:
             sent = await run_paired(
                 sender,
@@ -145,7 +143,7 @@ async def _quality(job: Job, url: str) -> dict[str, Any]:
     url, key, timeout_s = url.rstrip("/"), options.api_key, options.timeout_s
     if num := options.quality_prompts:
         prompts = [_text(job.quality_workload.prompt(number)) for number in range(num)]
-        with _progress("quality", num) as (advance, _):
+        with progress("quality", num) as (advance, _):
             place, longest_s = url + agreement.PATH, agreement.NUM_ANSWERS * timeout_s
             async with asking(place, key, longest_s, agreement.REMEDY) as ask:
                 agreements = await agreement.measure(
@@ -153,23 +151,12 @@ async def _quality(job: Job, url: str) -> dict[str, Any]:
                 )
     if options.choices is not None:
         total = 2 * sum(len(question.choices) for question in job.questions)
-        with _progress("choices", total) as (advance, _):
+        with progress("choices", total) as (advance, _):
             async with asking(url + choices.PATH, key, timeout_s, choices.REMEDY) as ask:
                 each = await choices.measure(ask, job.questions, *job.variants, advance)
         chosen = choices.about(options.choices, each)
     source = job.quality_workload.source if agreements else None
     return {"quality": agreements, "quality_source": source, "choices": chosen}
-
-
-@contextmanager
-def _progress(
-    name: str, total: int | None
-) -> Iterator[tuple[Callable[[], None], Callable[[int | None], None]]]:
-    """A progress bar on stderr: what advances it, and what changes its total."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda: progress.advance(task), lambda new: progress.update(task, total=new)
 
 
 def _text(prompt: Prompt) -> str:

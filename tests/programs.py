@@ -5,6 +5,7 @@ In CI (the variable CI is "true") a missing one fails the test, so that CI canno
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
@@ -23,10 +24,14 @@ def need(name: str) -> str:
     if path := shutil.which(name):
         return path
     package = DEBIAN_PACKAGES[name]
-    reason = (
+    lack(
         f"{name} is missing, which Debian's package {package} has; run scripts/install-packages "
         f"as root, or apt-get install {package}"
     )
+
+
+def lack(reason: str) -> NoReturn:
+    """Skips the test for what the machine lacks; in CI it fails."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason} (CI=true: nothing is skipped for it)", pytrace=False)
     pytest.skip(reason)

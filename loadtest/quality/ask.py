@@ -1,6 +1,7 @@
 """A URL and an API key -> a function that posts JSON there and returns the JSON of the answer."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -38,3 +39,14 @@ async def asking(
             raise QualityError(f"POST {url} gave {reason}; {remedy}")
 
         yield ask
+
+
+async def at_once(num: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs `work` `num` times at once; the first error ends the others and is raised."""
+    tasks = [asyncio.create_task(work()) for _ in range(num)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

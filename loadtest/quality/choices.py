@@ -16,7 +16,6 @@ The variants' difference is paired, because both got the same questions. Its int
 times the standard error; its width is 0 if both chose the same answer to every question.
 """
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -27,7 +26,7 @@ from typing import Any
 from cast_serve.intervals import student
 from cast_serve.questions import Question, paired_difference, share
 from loadtest.errors import QualityError, UsageError
-from loadtest.quality.ask import Ask
+from loadtest.quality.ask import Ask, at_once
 
 MEASURES = {"acc": "by_sum", "acc_norm": "by_byte"}
 """Name of the share, and of the choices in run.json that it counts."""
@@ -89,13 +88,7 @@ async def measure(
                 raise QualityError(f"accuracy cannot be measured: {where}: {error}") from error
             on_answer()
 
-    tasks = [asyncio.create_task(keep_asking()) for _ in range(NUM_IN_FLIGHT)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await at_once(NUM_IN_FLIGHT, keep_asking)
 
     found = []
     for number, question in enumerate(questions):

@@ -29,7 +29,6 @@ from loadtest.errors import FailedError, UsageError
 
 JAIL = Path(__file__).with_name("jail.py")
 OUTCOMES = {0: "left_early", 1: "failed", 2: "killed", 3: "timed_out"}  # by jail.py's exit code
-CANNOT = 70
 GRACE_S = 30  # jail.py enforces wall_s; this covers a jail.py that hangs
 TAIL_BYTES = 4096  # of stderr, searched for the last line
 

@@ -23,7 +23,6 @@ many characters as the longest stop string has, and the first token would appear
 """
 
 import ast
-import asyncio
 import json
 import os
 import re
@@ -42,6 +41,7 @@ from loadtest.errors import QualityError, UsageError
 from loadtest.judge.proportions import Pairs, wilson
 from loadtest.judge.statistics import distribution
 from loadtest.quality import sandbox
+from loadtest.quality.ask import at_once
 from loadtest.send.client import Client
 
 SYSTEM = "You are an intelligent programming assistant to produce Python algorithmic solutions"
@@ -216,13 +216,7 @@ async def ask(
         for number, variant in waiting:
             on_answer(await _ask(client, problems, number, variant, is_chat, max_tokens))
 
-    workers = [asyncio.create_task(keep_asking()) for _ in range(concurrency)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    await at_once(concurrency, keep_asking)
 
 
 async def _ask(

@@ -18,6 +18,8 @@ from loadtest.report.directory import check_directory, check_matplotlib
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of, table_of
 
+STOPPED = 130  # as a shell says of a process that Ctrl-C ended
+
 
 def show(result: dict[str, Any]) -> None:
     """Prints a result for people; warnings last, where a terminal shows them."""

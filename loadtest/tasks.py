@@ -16,19 +16,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from cast_serve.options import option
 from loadtest.errors import FailedError, QualityError, RecordError, UnreachableError, UsageError
+from loadtest.progress import progress
 from loadtest.provenance import provenance, told_by
 from loadtest.quality import tasks as quality
 from loadtest.quality.sandbox import Limits, check_sandbox
-from loadtest.report.commands import attempt, finish, refuse
+from loadtest.report.commands import STOPPED, attempt, finish, refuse
 from loadtest.report.directory import check_out
 from loadtest.send.client import Client
 
-STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 TABLE_WIDTH = 100
 
 
@@ -94,7 +93,8 @@ def tasks(
     answers: list[quality.Answer] = []
     code, failures = 1, []
     try:
-        with _progress("answers", len(problems) * len(names)) as advance, _writing(out) as write:
+        num_answers = len(problems) * len(names)
+        with progress("answers", num_answers) as (advance, _), _writing(out) as write:
 
             def on_answer(answer: quality.Answer) -> None:
                 answers.append(answer)
@@ -110,7 +110,7 @@ def tasks(
     except (QualityError, FailedError, KeyboardInterrupt) as error:
         code, failures = _code(error), [str(error) or "stopped"]
     try:  # what was written until then is worth its run
-        with _progress("programs", len(answers)) as advance:
+        with progress("programs", len(answers)) as (advance, _):
             for place, answer in enumerate(quality.judge(problems, answers[:])):
                 answers[place] = answer
                 advance()
@@ -199,15 +199,6 @@ def _code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
     return 2 if isinstance(error, UsageError) else 1
-
-
-@contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, and what advances it."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(name, total=total)
-        yield lambda: progress.advance(bar)
 
 
 @contextmanager
