@@ -20,6 +20,7 @@ from cast_serve.checkpoint.record import CAST_JSON, check_new, read_record
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import check_expressions, find_targets
+from cast_train import attention
 from cast_train.checkpoint import channel_order, identity, models
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import Fixed
@@ -156,6 +157,7 @@ def write_pruned(
     if is_solved or zeros != 1 or method in ("wanda", "sparsegpt"):
         blocks = read_calibration(text_files, tokenizer)
     model = models.load_dense(model_dir)
+    attention.use_blocks(model)
     order = _order_of(model, model_dir, mask_dir)
     targets, _ = find_targets(model, pattern, exclude=exclude)
     if mask_dir is not None:
@@ -179,6 +181,7 @@ def write_pruned(
     if is_solved:
         if method == "sparsegpt":  # which has moved the weights
             model = models.load_dense(model_dir)
+            attention.use_blocks(model)
             targets = {name: model.get_submodule(name) for name in targets}
         solve(model.float(), targets, masks, blocks)
     else:

@@ -52,7 +52,8 @@ def sparsegpt_scores(
     scores: dict[str, Tensor] = {}
 
     def pruned(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-        moved[name], scores[name] = sparsegpt(weight, hessian, patterns[name])
+        upper = inverse_factor(hessian)
+        moved[name], scores[name] = sparsegpt(weight, upper, patterns[name])
         return moved[name] * hard_mask(scores[name], patterns[name])
 
     replace_weights(model, targets, blocks, pruned)
@@ -121,15 +122,19 @@ def damped(hessian: Tensor, share: float = DAMPING) -> Tensor:
     return hessian
 
 
-def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of a damped X^T X, in its shape and dtype."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def sparsegpt(weight: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """One linear's moved weights and scores, [out_features, in_features].
 
     Args:
         weight: fp32 [out_features, in_features].
-        hessian: X^T X, fp32 [in_features, in_features].
+        upper: `inverse_factor` of its inputs' X^T X, fp32 [in_features, in_features].
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
-    upper = torch.linalg.cholesky(inverse, upper=True)
     # A column of the weight is a row here; a copy, as it is moved.
     columns = weight.t().clone(memory_format=torch.contiguous_format)
     scores = torch.empty_like(columns)

@@ -98,6 +98,7 @@ def prepare(
         teacher = load_teacher(teacher_dir, model_dir, model.config, config)
     calibration = blocks.calibration
     model, order = _in_order(model, model_dir, sparse, calibration, choices, config)
+    attention.use_blocks(model)
     if teacher is not None and order is not None and config.hidden_states_weight:
         reorder_teacher(teacher, teacher_dir or model_dir, order)
 
@@ -249,7 +250,9 @@ def _choose_patterns(
         return {name: sparse[name] for name in targets if name in sparse}
 
     def choose() -> dict[str, Pattern]:
-        return allocate(model, targets, config.pattern, calibration, config.zeros)
+        return allocate(
+            model, targets, config.pattern, calibration, config.zeros, config.precision
+        )
 
     if not config.is_sharded:
         return sharding.in_first(choose)

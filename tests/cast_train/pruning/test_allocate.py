@@ -33,7 +33,7 @@ def test_a_cost_is_fishers_along_the_change(llama_dir, blocks):
     name = "model.layers.1.mlp.down_proj"
     change = {n: 0.01 * torch.randn(linear.weight.shape) for n, linear in targets.items()}
     both = {n: [torch.zeros_like(change[n]), change[n]] for n in targets}
-    found = allocate._costs(model, targets, both, blocks[:1])
+    found = allocate._costs(model, targets, both, blocks[:1], "fp32")
 
     captured: dict[str, torch.Tensor] = {}
     model.requires_grad_(False)
@@ -42,14 +42,22 @@ def test_a_cost_is_fishers_along_the_change(llama_dir, blocks):
     )
     logits = model(input_ids=blocks[:1], use_cache=False).logits[0]
     hook.remove()
-    labels = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))
-    loss = nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum")
+    labels = allocate._drawn(logits.detach(), torch.Generator().manual_seed(0))
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     (grad,) = torch.autograd.grad(loss, captured["y"])
     wanted = 0.0
     for token in range(blocks.shape[1]):
         by_weight = torch.outer(grad[0, token], captured["x"][0, token])
         wanted += 0.5 * float((by_weight * change[name]).sum() ** 2)
     assert found[name] == [0, pytest.approx(wanted, rel=1e-3)]
+
+
+def test_labels_are_drawn_from_the_models_own_distribution():
+    chances = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = allocate._drawn(chances.log().expand(20_000, 4), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, chances, rtol=0, atol=0.015)  # four standard deviations
+    assert shares[1] == 0
 
 
 def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, blocks):
@@ -59,7 +67,7 @@ def test_the_cost_of_one_linear_is_about_what_its_pruning_costs(llama_dir, block
     weight = targets[name].weight
     change = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     many = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(2))
-    estimated = allocate._costs(model, {name: targets[name]}, {name: [change]}, many)
+    estimated = allocate._costs(model, {name: targets[name]}, {name: [change]}, many, "fp32")
     with torch.no_grad():
         before = model(input_ids=many, use_cache=False).logits.log_softmax(-1)
         weight += change

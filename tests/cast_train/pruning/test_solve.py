@@ -8,7 +8,7 @@ from cast_train.checkpoint.models import load_dense
 from cast_train.config import Fixed, TrainConfig
 from cast_train.pruning import oneshot, solve
 from cast_train.pruning.scores import weight_rows
-from cast_train.pruning.sparsegpt import DAMPING, sparsegpt
+from cast_train.pruning.sparsegpt import DAMPING, inverse_factor, sparsegpt
 from cast_train.training.run import train
 
 
@@ -42,7 +42,7 @@ def test_no_weights_under_the_mask_are_better_than_solved_ones():
     weight, inputs = random_problem(16, 64)
     inputs[:, 1] = 0  # an input that says nothing
     hessian = inputs.t() @ inputs
-    moved, scores = sparsegpt(weight, hessian, TWO_FOUR)
+    moved, scores = sparsegpt(weight, inverse_factor(hessian), TWO_FOUR)
     mask = hard_mask(scores, TWO_FOUR)
 
     def error(candidate: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from cast_serve.sparsity.targets import find_targets
 from cast_train.checkpoint.models import load_dense
 from cast_train.pruning.oneshot import prune
 from cast_train.pruning.scores import wanda_scores
-from cast_train.pruning.sparsegpt import DAMPING, sparsegpt, sparsegpt_scores
+from cast_train.pruning.sparsegpt import DAMPING, inverse_factor, sparsegpt, sparsegpt_scores
 
 
 def test_sparsegpt_moves_the_kept_weights_to_the_least_squares_fit():
@@ -14,7 +14,7 @@ def test_sparsegpt_moves_the_kept_weights_to_the_least_squares_fit():
     torch.manual_seed(0)
     inputs = torch.randn(64, 4) @ torch.randn(4, 4)
     weight = torch.tensor([[0.01, 0.02, 1.0, -2.0], [-0.02, 0.01, 3.0, 1.0]])
-    moved, scores = sparsegpt(weight, inputs.t() @ inputs, TWO_FOUR)
+    moved, scores = sparsegpt(weight, inverse_factor(inputs.t() @ inputs), TWO_FOUR)
     assert hard_mask(scores, TWO_FOUR).tolist() == [[False, False, True, True]] * 2
     hessian = damped(inputs)
     makes_up = torch.linalg.solve(hessian[2:, 2:], hessian[2:, :2] @ weight[:, :2].t().double()).t()
@@ -31,7 +31,7 @@ def damped(inputs):
 def test_sparsegpt_scores_are_weight_over_the_inverse_hessians_factor():
     torch.manual_seed(1)
     inputs, weight = torch.randn(64, 8, dtype=torch.float64), torch.randn(3, 8)
-    _, scores = sparsegpt(weight, (inputs.t() @ inputs).float(), TWO_FOUR)
+    _, scores = sparsegpt(weight, inverse_factor((inputs.t() @ inputs).float()), TWO_FOUR)
     upper = torch.linalg.cholesky(damped(inputs).inverse(), upper=True)
     expected = weight[:, :4].abs() / upper.diagonal()[:4]  # the first group is not moved yet
     torch.testing.assert_close(scores[:, :4], expected.float())
@@ -46,7 +46,7 @@ def test_sparsegpt_keeps_the_outputs_closer_than_its_mask_alone(num_columns):
     inputs += 0.1 * torch.randn(512, num_columns)
     inputs[:, 1] = 0  # an input that says nothing
     weight = torch.randn(16, num_columns)
-    moved, scores = sparsegpt(weight, inputs.t() @ inputs, TWO_FOUR)
+    moved, scores = sparsegpt(weight, inverse_factor(inputs.t() @ inputs), TWO_FOUR)
     mask = hard_mask(scores, TWO_FOUR)
     wanted = inputs @ weight.t()
     own = (inputs @ (moved * mask).t() - wanted).square().sum()
@@ -80,7 +80,7 @@ def test_sparsegpts_blocks_change_nothing(pattern):
     inputs += 0.1 * torch.randn(inputs.shape, generator=generator)
     weight = torch.randn(16, num_columns, generator=generator, dtype=torch.float64)
     hessian = inputs.t() @ inputs
-    moved, scores = sparsegpt(weight, hessian, pattern)
+    moved, scores = sparsegpt(weight, inverse_factor(hessian), pattern)
     expected, kept = column_by_column(weight, hessian, pattern)
     torch.testing.assert_close(moved, expected)
     assert torch.equal(hard_mask(scores, pattern), kept)
