@@ -250,9 +250,7 @@ def _choose_patterns(
         return {name: sparse[name] for name in targets if name in sparse}
 
     def choose() -> dict[str, Pattern]:
-        return allocate(
-            model, targets, config.pattern, calibration, config.zeros, config.precision
-        )
+        return allocate(model, targets, config.pattern, calibration, config.zeros, config.precision)
 
     if not config.is_sharded:
         return sharding.in_first(choose)
