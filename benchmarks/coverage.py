@@ -16,6 +16,10 @@ are made of them as judge/statistics.py makes them. A 95 % interval should hold 
     launches      5 % a request, 2 % a block, and 4 % by which each variant differs from launch to
                   launch of the servers: with one launch no interval can know it
     few blocks    as blocks, with four block pairs, the fewest that have an interval
+
+*until certain*: the share of runs whose interval of `--until certain` (judge/anytime.py) holds the
+truth at every look, from four block pairs to thirty, two more at a time; not of launches, of which
+such a run has one.
 """
 
 import json
@@ -32,12 +36,15 @@ from rich.table import Table
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
 from cast_serve.options import option
 from cast_serve.provenance import origin
+from loadtest.judge import anytime
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES
 from loadtest.report import commands
 from loadtest.report.directory import check_file
 
 TRUTH = 1.3
 NUM_PAIRS = 6
+MOST_PAIRS = 30  # of a run that goes on until it is certain
+UNTIL_CERTAIN = "until certain"
 NUM_PROMPTS = 20  # a block; 120 a variant, enough for a p99
 LAUNCHES = {f"launches, {n} launch{'es' * (n > 1)}": n for n in (1, 2, 3, 6)}
 NOISES = (
@@ -64,10 +71,14 @@ def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, 
     for noise in NOISES:
         rng = np.random.default_rng(seed)
         num_held = dict.fromkeys([*QUANTILES, "rate"], 0)
+        if noise not in LAUNCHES:
+            num_held[UNTIL_CERTAIN] = 0
         for _ in range(num_runs):
             for name, ratio in _intervals(_simulated(noise, rng), LAUNCHES.get(noise, 1)).items():
                 num_held[name] += (ratio.low or 0.0) <= TRUTH <= (ratio.high or 0.0)
             on_run()
+        for _ in range(num_runs * (noise not in LAUNCHES)):
+            num_held[UNTIL_CERTAIN] += _holds_at_every_look(_simulated(noise, rng, MOST_PAIRS))
         found[noise] = {name: number / num_runs for name, number in num_held.items()}
     return {
         "coverage": found,
@@ -80,10 +91,11 @@ def coverage(num_runs: int, seed: int, on_run: Callable[[], None]) -> dict[str, 
     }
 
 
-def _simulated(noise: str, rng: np.random.Generator) -> Array:
-    """Times of baseline and candidate, [2, num_pairs, num_prompts]."""
+def _simulated(noise: str, rng: np.random.Generator, num_pairs: int | None = None) -> Array:
+    """Times of baseline and candidate, [2, num_pairs, num_prompts]; None: as many as usual."""
     num_launches = LAUNCHES.get(noise, 1)
-    num_pairs = MIN_BLOCK_PAIRS if noise == "few blocks" else NUM_PAIRS * num_launches
+    if num_pairs is None:
+        num_pairs = MIN_BLOCK_PAIRS if noise == "few blocks" else NUM_PAIRS * num_launches
     logs = rng.normal(0, 0.05, (2, num_pairs, NUM_PROMPTS))
     if noise in ("blocks", "few blocks"):
         logs += rng.normal(0, 0.05, (2, num_pairs, 1))
@@ -119,6 +131,14 @@ def _intervals(times: Array, num_launches: int) -> dict[str, Ratio]:
     rates = [[(float(NUM_PROMPTS), float(block.sum())) for block in side] for side in times]
     found["rate"] = ratio_of_rates(rates[1], rates[0], resamples)
     return found
+
+
+def _holds_at_every_look(times: Array) -> bool:
+    """Whether the interval of the median's ratio holds the truth after every other block pair."""
+    baseline, candidate = np.median(times, axis=2)
+    logs = [float(log) for log in np.log(baseline / candidate)]
+    ends = (anytime.interval(logs[:num])[1:] for num in range(MIN_BLOCK_PAIRS, len(logs) + 1, 2))
+    return all(low <= np.log(TRUTH) <= high for low, high in ends)
 
 
 @app.command()

@@ -12,7 +12,8 @@ import typer
 METAVARS = {
     *("DIR", "FILE", "MODEL", "ORG/NAME", "NAME", "TEXT", "FLAGS"),
     *("REGEX", "KEY", "ADDRESS", "URL", "CORES", "WAYS"),
-    *("NAME,NAME", "N", "N,N", "N:M", "RATE", "RATE,RATE", "SHARE", "SECONDS", "MS"),
+    *("NAME,NAME", "N", "N,N", "N:M", "LENGTH", "RATE", "RATE,RATE", "SHARE"),
+    *("MINUTES", "SECONDS", "MS"),
     *("KEY=VALUE", "NAME=DIR", "NAME=URL", "NAME=NAME", "NAME=NAME:N,NAME:N"),
 }
 

@@ -1,7 +1,7 @@
 """Command line -> a paired load test (`run`), its reports, or a benchmark of the source tree.
 
-Exit 0: done. 1: what was measured does not pass, or a fault, which shows its traceback. 2: wrong
-use. 130: stopped by Ctrl-C or SIGTERM.
+Exit 0: done, and what was measured passes. 1: it fails, or a fault, which shows its traceback. 2:
+wrong use. 3: what was measured is inconclusive. 130: stopped by Ctrl-C or SIGTERM.
 """
 
 import inspect
@@ -43,14 +43,14 @@ def about(show_version: Annotated[bool, VERSION] = False) -> None:
 def run(context: typer.Context, **given: Any) -> None:
     """Send the same prompts to two variants in alternating blocks, and compare them.
 
-    Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: done,
-    1: the run does not pass its guard rails, 2: wrong use.
+    Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: the
+    run passes, 1: it fails, 2: wrong use, 3: inconclusive: more blocks would tell.
     """
     try:
         job = Job.of(Options(**given))
     except UsageError as error:
         commands.refuse(error)
-    results, failures = [], []
+    results, unwritten = [], []
     out = job.options.out
     folder = Path(tempfile.mkdtemp(prefix="cast-loadtest-")) if out is None else out
     with _keeping(folder):
@@ -58,13 +58,18 @@ def run(context: typer.Context, **given: Any) -> None:
         for load in measure(job, about, folder):
             result, failed = _conclude(load.out(folder), is_out=out is not None)
             results.append(result)
-            failures += failed
+            unwritten += failed
         if out is not None and len(job.loads) > 1:
             curve = pareto.sweep_of(pareto.runs_in(out))
-            failures += _written(out, lambda: pareto.write_sweep(out, curve))
+            unwritten += _written(out, lambda: pareto.write_sweep(out, curve))
     if out is None:
         shutil.rmtree(folder)
-    commands.finish({"sweep": results} if len(job.loads) > 1 else results[0], failures)
+    failures = [text for result in results for text in commands.failures_of(result)]
+    commands.finish(
+        {"sweep": results} if len(job.loads) > 1 else results[0],
+        failures + unwritten,
+        commands.code_of(results, unwritten),
+    )
 
 
 # Typer reads a command's flags from its signature: those of `run` are the fields of Options.
@@ -108,15 +113,14 @@ def _conclude(directory: Path, is_out: bool) -> tuple[dict[str, Any], list[str]]
     """Shows a run as its record has it, and writes the reports if that is --out.
 
     Returns:
-        its result, and all that is wrong with it.
+        its result, and what could not be written.
     """
     recorded = Recorded.read(directory)
     result = result_of(recorded)
     commands.show(result)
-    failures = commands.failures_of(result)
-    if is_out:
-        failures += _written(directory, lambda: write_reports(directory, recorded, result))
-    return result, failures
+    if not is_out:
+        return result, []
+    return result, _written(directory, lambda: write_reports(directory, recorded, result))
 
 
 def _written(out: Path, write: Callable[[], None]) -> list[str]:

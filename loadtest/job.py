@@ -11,13 +11,17 @@ import typer
 from cast_serve.options import option
 from cast_serve.questions import Question, read_questions
 from loadtest.errors import UsageError
-from loadtest.judge.statistics import MIN_BLOCK_PAIRS
+from loadtest.judge.statistics import AT_EVERY_LOOK, MIN_BLOCK_PAIRS
 from loadtest.judge.verdict import Guard
 from loadtest.report.directory import check_out
+from loadtest.send.distribution import Distribution, lengths
 from loadtest.send.launches import parse_variants
 from loadtest.send.paired import Plan, check_fit
-from loadtest.send.schedule import KINDS, Schedule, read_trace
-from loadtest.send.workload import PACKAGED, Workload, read_prompts, read_words
+from loadtest.send.schedule import KINDS, Schedule
+from loadtest.send.trace import Arrival, read_trace
+from loadtest.send.workload import PACKAGED, Ready, Workload, read_prompts, read_words
+
+MAX_MINUTES = 30.0  # of a load with --until
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Options:
     ] = None
     trace: Annotated[
         Path | None,
-        option("FILE", "Trace: seconds from block start, one per line.", "none"),
+        option("FILE", "Trace: times, and lengths if it has them (docs/loadtest.md).", "none"),
     ] = None
     processes: Annotated[
         int, option("N", "Client processes, if one cannot keep up with the load.", min=1)
@@ -66,13 +70,44 @@ class Options:
     ] = None
     block_s: Annotated[float, option("SECONDS", "Duration of a block's load.")] = Plan.block_s
     blocks: Annotated[int, option("N", "Block pairs, in ABBA order; even.")] = Plan.num_block_pairs
+    until: Annotated[
+        str | None,
+        option(
+            "NAME", "certain: add block pairs until each speed limit of --guard is decided.", "none"
+        ),
+    ] = None
+    max_minutes: Annotated[
+        float | None,
+        option("MINUTES", "With --until: stop then, decided or not.", f"{MAX_MINUTES:g}"),
+    ] = None
     warmup: Annotated[int, option("N", "Uncounted requests to each variant first.")] = (
         Plan.num_warmup
     )
-    output_tokens: Annotated[int, option("N", "Tokens in every answer.")] = Plan.output_tokens
-    prompt_tokens: Annotated[int, option("N", "Prompt length, counted in words.")] = (
-        Workload.prompt_words
-    )
+    output_tokens: Annotated[
+        str,
+        option(
+            "LENGTH",
+            "Tokens of an answer: 32, 16-256, lognormal:MEDIAN:SIGMA, or own: as --prompts has it.",
+        ),
+    ] = "32"
+    until_eos: Annotated[
+        bool, typer.Option("--until-eos", help="Answers may end before --output-tokens.")
+    ] = False
+    prompt_tokens: Annotated[
+        str, option("LENGTH", "Tokens of a prompt, counted in words, as for --output-tokens.")
+    ] = "128"
+    turns: Annotated[
+        str, option("N", "Turns of a conversation, as for --output-tokens; a chat if above 1.")
+    ] = "1"
+    think_s: Annotated[
+        str, option("SECONDS", "Between an answer and the next turn, as for --output-tokens.")
+    ] = "0"
+    shared_prefix: Annotated[
+        int, option("N", "Tokens, counted in words, with which all prompts of a group begin.")
+    ] = Workload.prefix_words
+    prefix_groups: Annotated[
+        int, option("N", "Groups of prompts, each with a --shared-prefix of its own.")
+    ] = Workload.prefix_groups
     text: Annotated[Path | None, option("FILE", "Text to cut prompts from.", "made-up prompts")] = (
         None
     )
@@ -182,7 +217,7 @@ class Job:
         loads = _loads(options)
         names = (options.baseline, options.candidate)
         models = parse_variants(options.variant, names) if options.variant else {}
-        workload = _workload(options)
+        workload = _workload(options, loads[0].schedule.trace)
         if (options.num_prompts or options.trace) and options.block_s != Plan.block_s:
             raise UsageError(
                 f"--block-s {options.block_s:g} has no effect where --num-prompts or --trace say "
@@ -223,14 +258,13 @@ def _loads(options: Options) -> list[Load]:
         block_s=options.block_s,
         num_block_pairs=options.blocks,
         num_warmup=options.warmup,
-        output_tokens=options.output_tokens,
     )
     schedule = Schedule(
         kind=options.schedule,
         rate_per_s=rates[0] if rates else None,
         rate_to_per_s=options.rate_to,
         burst=options.burst,
-        trace_s=read_trace(options.trace) if options.trace else (),
+        trace=read_trace(options.trace) if options.trace else (),
         seed=options.seed,
     )
     loads = [Load(None, plan, schedule)]
@@ -260,19 +294,88 @@ def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> list[float]
     return list(found)
 
 
-def _workload(options: Options) -> Workload:
-    if options.prompts and options.prompt_tokens != Workload.prompt_words:
+def _workload(options: Options, trace: Sequence[Arrival]) -> Workload:
+    """Where prompts come from, and how long they and their answers are."""
+    prompts = read_prompts(options.prompts) if options.prompts else ()
+    turns = lengths("--turns", options.turns, 1)
+    _check_ready(options, prompts)
+    _check_trace(options, trace)
+    own = options.output_tokens == "own"
+    if own and not (prompts and all(ready.output_tokens for ready in prompts)):
+        raise UsageError(
+            "--output-tokens own needs --prompts FILE whose lines all have output_tokens; give "
+            "such a file, or a number"
+        )
+    if turns.high == 1 and options.think_s != "0":
+        raise UsageError(f"--think-s {options.think_s} has no effect with one turn; give --turns 2")
+    try:
+        think_s = Distribution(options.think_s)
+    except UsageError as error:
+        raise UsageError(f"--think-s {error}") from None
+    for flag, value, least in (
+        ("--shared-prefix", options.shared_prefix, 0),
+        ("--prefix-groups", options.prefix_groups, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} {value} is too small; give {least} or more")
+    if options.prefix_groups > 1 and not options.shared_prefix:
+        raise UsageError(
+            f"--prefix-groups {options.prefix_groups} has no effect without --shared-prefix; give "
+            "both"
+        )
+    return Workload(
+        prompt_words=lengths("--prompt-tokens", options.prompt_tokens, 1),
+        output_tokens=None if own else lengths("--output-tokens", options.output_tokens, 2),
+        seed=options.seed,
+        text=read_words(options.text) if options.text else (),
+        prompts=prompts,
+        turns=turns,
+        think_s=think_s,
+        prefix_words=options.shared_prefix,
+        prefix_groups=options.prefix_groups,
+        until_eos=options.until_eos,
+        source=str(options.prompts or options.text or Workload.source),
+    )
+
+
+def _check_ready(options: Options, prompts: Sequence[Ready]) -> None:
+    """Refuses what ready prompts would not show."""
+    if not prompts:
+        return
+    if options.prompt_tokens != Options.prompt_tokens:
         raise UsageError(
             f"--prompt-tokens {options.prompt_tokens} has no effect on the prompts of --prompts; "
             "leave one of them out"
         )
-    return Workload(
-        prompt_words=options.prompt_tokens,
-        seed=options.seed,
-        text=read_words(options.text) if options.text else (),
-        prompts=read_prompts(options.prompts) if options.prompts else (),
-        source=str(options.prompts or options.text or Workload.source),
-    )
+    is_chat = any(not isinstance(ready.prompt, str) for ready in prompts)
+    for flag, is_given in (
+        ("--turns", options.turns != "1"),
+        ("--shared-prefix", options.shared_prefix),
+    ):
+        if is_chat and is_given:
+            raise UsageError(
+                f"{flag} needs prompts that are texts, but {options.prompts} has messages; give "
+                "another file"
+            )
+
+
+def _check_trace(options: Options, trace: Sequence[Arrival]) -> None:
+    """Refuses lengths of which the trace has its own, and prompts that it has no room for."""
+    if not trace or trace[0].prompt_tokens is None:
+        return
+    for flag, is_given in (
+        ("--output-tokens", options.output_tokens != Options.output_tokens),
+        ("--prompt-tokens", options.prompt_tokens != Options.prompt_tokens),
+        ("--turns", options.turns != Options.turns),
+        ("--shared-prefix", options.shared_prefix),
+        ("--prompts", options.prompts),
+        ("--text", options.text),
+    ):
+        if is_given:
+            raise UsageError(
+                f"{flag} has no effect: trace {options.trace} has lengths of its own, for made-up "
+                "prompts; leave one of them out"
+            )
 
 
 def _terms(options: Options) -> dict[str, Any]:
@@ -304,6 +407,7 @@ def _terms(options: Options) -> dict[str, Any]:
                 f"guard {options.guard} limits {name}, but nothing measures it; give {flag}, or "
                 "drop the limit"
             )
+    _check_until(options, speed)
     num_pairs = options.blocks * options.launches
     if speed and num_pairs < MIN_BLOCK_PAIRS:
         raise UsageError(
@@ -315,4 +419,38 @@ def _terms(options: Options) -> dict[str, Any]:
         "guard": limits.about(),
         "slo": slo if has_slo else None,
         "is_aa": options.same_model,
+        "until": options.until,
     }
+
+
+def _check_until(options: Options, limits: Mapping[str, float]) -> None:
+    """Refuses a run that nothing would end but its time, or whose time nothing asks for."""
+    if options.until is None:
+        if options.max_minutes is not None:
+            raise UsageError(
+                f"--max-minutes {options.max_minutes:g} has no effect without --until certain; "
+                "give both"
+            )
+        return
+    if options.until != "certain":
+        raise UsageError(f"--until {options.until} is unknown; give certain")
+    if options.max_minutes is not None and not 0 < options.max_minutes < inf:
+        raise UsageError(
+            f"--max-minutes {options.max_minutes:g} is out of range; give a number above 0"
+        )
+    if options.launches > 1:
+        raise UsageError(
+            f"--until certain adds block pairs to one launch, but --launches is {options.launches};"
+            " leave one of them out"
+        )
+    if not limits:
+        raise UsageError(
+            "--until certain needs a limit to decide; give --guard with min_speedup or max_slowdown"
+        )
+    for name in limits:
+        if name not in AT_EVERY_LOOK:
+            raise UsageError(
+                f"--until certain cannot decide {name} of guard {options.guard}, which has no "
+                f"value for each block pair; limit one of {', '.join(AT_EVERY_LOOK)}, or leave "
+                "out --until"
+            )

@@ -6,6 +6,8 @@ them becomes one record. Quality is measured first, and in the first launch only
 
 import asyncio
 import os
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.errors import LaunchError, UnreachableError
-from loadtest.job import Job, Load
+from loadtest.job import MAX_MINUTES, Job, Load
+from loadtest.judge.statistics import speedups
+from loadtest.judge.verdict import Guard, is_open
 from loadtest.progress import progress
 from loadtest.provenance import told_by
 from loadtest.quality import agreement, choices
 from loadtest.quality.ask import asking
-from loadtest.record import Recorder, Request
+from loadtest.record import Recorded, Recorder, Request
 from loadtest.send.client import Client
 from loadtest.send.launches import served
 from loadtest.send.paired import Plan, run_paired, worst
 from loadtest.send.processes import Processes
-from loadtest.send.workload import Prompt, new_run_number
+from loadtest.send.workload import Prompt, Workload, new_run_number
 
 
 def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
@@ -118,12 +122,21 @@ async def _run(
         harness = worst([*earlier, sending["harness"]])
         recorder.add(requests, {**sending, "harness": harness, "workload": workload.about()})
 
+    began_s = time.monotonic()
+    guard = Guard.of(job.terms["guard"])
+
+    def goes_on() -> bool:
+        most_s = 60 * (options.max_minutes or MAX_MINUTES)
+        if options.until is None or time.monotonic() - began_s > most_s:
+            return False
+        return is_open(speedups(Recorded.read(recorder.directory)), guard)
+
     sender = (
         _client(job, url)
         if options.processes == 1
         else Processes(options.processes, url, timeout_s=options.timeout_s, api_key=options.api_key)
     )
-    with progress(load.name or "requests", load.plan.num_requests) as (advance, resize):
+    with progress(load.name or "requests", load.plan.num_conversations) as (advance, resize):
         async with sender:
             sent = await run_paired(
                 sender,
@@ -131,8 +144,9 @@ async def _run(
                 workload,
                 advance,
                 load.schedule,
-                lambda sized: resize(sized.num_requests),
+                lambda sized: resize(sized.num_conversations),
                 record,
+                goes_on,
             )
     harness: Mapping[str, Any] = sent.about["harness"]
     return harness
@@ -147,7 +161,7 @@ async def _quality(job: Job, url: str) -> dict[str, Any]:
             place, longest_s = url + agreement.PATH, agreement.NUM_ANSWERS * timeout_s
             async with asking(place, key, longest_s, agreement.REMEDY) as ask:
                 agreements = await agreement.measure(
-                    ask, prompts, *job.variants, options.output_tokens, advance
+                    ask, prompts, *job.variants, _usual_tokens(job.workload), advance
                 )
     if options.choices is not None:
         total = 2 * sum(len(question.choices) for question in job.questions)
@@ -157,6 +171,13 @@ async def _quality(job: Job, url: str) -> dict[str, Any]:
         chosen = choices.about(options.choices, each)
     source = job.quality_workload.source if agreements else None
     return {"quality": agreements, "quality_source": source, "choices": chosen}
+
+
+def _usual_tokens(workload: Workload) -> int:
+    """How many tokens answers have, to compare quality over as many."""
+    if workload.output_tokens is None:
+        return round(statistics.median(ready.output_tokens or 1 for ready in workload.prompts))
+    return workload.output_tokens.whole("quality")
 
 
 def _text(prompt: Prompt) -> str:

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -40,6 +40,8 @@ class MockVariant:
             time: the medians stay, the mean ITL, and so TPOT, grows by exp(noise^2 / 2).
         seed: the same seed gives the n-th request the same factors.
         max_concurrency: how many requests are worked on at once, the others wait; 0 = all.
+        prefill_s: more TTFT for each word of a prompt at which it begins to differ from all earlier
+            prompts and their answers, as with a prefix cache that forgets nothing.
     """
 
     ttft_s: float
@@ -50,6 +52,7 @@ class MockVariant:
     noise: float = 0.0
     seed: int = 0
     max_concurrency: int = 0
+    prefill_s: float = 0.0
 
 
 @dataclass
@@ -60,6 +63,9 @@ class Answer:
         variant: the name asked for.
         prompt: as received; of a chat, one message a line.
         arrived_s: when the request's head had arrived.
+        num_tokens: asked for.
+        num_new_words: of the prompt, behind what an earlier prompt and its answer began with; all
+            of them without `prefill_s`.
         due_s: when each token was to leave.
         sent_s: when each token was handed to the connection; fewer if the client left.
     """
@@ -67,6 +73,8 @@ class Answer:
     variant: str
     prompt: str
     arrived_s: float
+    num_tokens: int
+    num_new_words: int
     due_s: list[float] = field(default_factory=list)
     sent_s: list[float] = field(default_factory=list)
 
@@ -140,6 +148,7 @@ class _Completions:
             name: asyncio.Semaphore(variant.max_concurrency) if variant.max_concurrency else None
             for name, variant in variants.items()
         }
+        self._seen: dict[str, list[list[str]]] = {name: [] for name in variants}
         self._frozen_s: tuple[float, float] | None = None  # the stall, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +171,11 @@ class _Completions:
         variant, number = self._variants[name], self._counts[name]
         if variant.fail_every and number % variant.fail_every == 0:
             return await _error(503, "told to fail")(scope, receive, send)
-        answer = Answer(name, prompt, arrived_s)
+        words = prompt.split()
+        seen = self._seen[name] if variant.prefill_s else []
+        num_new = len(words) - max((_num_alike(words, one) for one in seen), default=0)
+        seen.append(words + [str(token) for token in range(request["max_tokens"])])
+        answer = Answer(name, prompt, arrived_s, request["max_tokens"], num_new)
         self._truth.answers.append(answer)
         has_left = asyncio.ensure_future(receive())  # the next message is the client's disconnect
         try:
@@ -209,7 +222,8 @@ class _Completions:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         num_tokens = request["max_tokens"] - variant.missing_tokens
         for token in range(num_tokens):
-            gap_s = variant.itl_s if token else variant.ttft_s
+            first_s = variant.ttft_s + variant.prefill_s * answer.num_new_words
+            gap_s = variant.itl_s if token else first_s
             due_s = self._after(due_s, gap_s * rng.lognormvariate(0.0, variant.noise))
             answer.due_s.append(due_s)
             await asyncio.sleep(due_s - now())
@@ -231,6 +245,12 @@ class _Completions:
         if self._frozen_s and due_s < self._frozen_s[0] <= due_s + gap_s:
             gap_s += self._frozen_s[1] - self._frozen_s[0]
         return due_s + gap_s
+
+
+def _num_alike(words: Sequence[str], earlier: Sequence[str]) -> int:
+    """How many words both begin with."""
+    pairs = enumerate(zip(words, earlier, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(words), len(earlier)))
 
 
 def _error(status: int, message: str) -> JSONResponse:

@@ -48,6 +48,8 @@ class Request:
         last_s: when the output was complete; None for a failed request.
         ended_s: when the response was over, or had failed.
         launch: which launch of the servers it was sent to; 0 is the first.
+        turn: its place in its conversation, from 0.
+        asked_tokens: what the answer should have had, or at most; 0: not known.
     """
 
     block: int | None
@@ -63,6 +65,8 @@ class Request:
     last_s: float | None
     ended_s: float
     launch: int = 0
+    turn: int = 0
+    asked_tokens: int = 0
 
     @cached_property
     def timing(self) -> RequestTiming | None:
@@ -228,11 +232,16 @@ class Recorded:
                 del lines[-1]  # it was stopped while it wrote
             requests = [_parsed(line, n, asked) for n, line in enumerate(lines, start=1)]
             if not is_complete:
-                sent = Counter(request.block_pair for request in requests)
-                num_both = 2 * (about["plan"]["num_prompts"] or 0)
+                sent = Counter((r.block_pair, r.variant) for r in requests)
                 requests = [
-                    r for r in requests if r.block is None or sent[r.block_pair] == num_both
+                    r
+                    for r in requests
+                    if r.block is None or len({sent[r.block_pair, v] for v in asked}) == 1
                 ]
+            # Records of 2026-11-30 and before ask all answers for the plan's number.
+            same_tokens = about["plan"].get("output_tokens", 0)
+            if not any(request.asked_tokens for request in requests):
+                requests = [replace(request, asked_tokens=same_tokens) for request in requests]
             recorded = cls(about, tuple(requests))
             if is_complete and not recorded.pairs and not recorded.warmup:
                 raise UsageError("it holds no requests")

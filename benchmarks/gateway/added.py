@@ -18,6 +18,7 @@ from typing import Any
 from cast_serve.provenance import origin
 from loadtest.record import Request
 from loadtest.send.client import Client
+from loadtest.send.distribution import Distribution
 from loadtest.send.workload import Workload
 
 TIMEOUT_S = 120
@@ -46,7 +47,7 @@ async def measure(
             "ask for 2 of each or more"
         )
     begun = origin()
-    workload = Workload(prompt_words=prompt_words)
+    workload = Workload(Distribution(str(prompt_words)))
     ttft_s: dict[str, list[float]] = {"gateway": [], "worker": []}
     tpot_s: dict[str, list[float]] = {"gateway": [], "worker": []}
     async with (

@@ -38,6 +38,7 @@ from cast_serve.latency import RequestTiming
 from cast_serve.provenance import origin
 from loadtest.provenance import hashes_of, served_at
 from loadtest.send.connection import Pool
+from loadtest.send.distribution import Distribution
 from loadtest.send.workload import Workload
 
 MIN_CORE_SHARE = 0.95  # of llama.cpp's decode, or times are not comparable
@@ -138,7 +139,7 @@ def compare(
     begun = origin()
     with ExitStack() as stack:
         peers = [stack.enter_context(running(name, path, cores, plan)) for name, path in models]
-        prompt = _prompt(Workload(plan.prompt_words), 0)
+        prompt = _prompt(Workload(Distribution(str(plan.prompt_words))), 0)
         lengths = {peer.name: peer.prompt_tokens(prompt) for peer in peers}
         if len(set(lengths.values())) > 1:
             raise PeerError(
@@ -201,10 +202,10 @@ async def measure(
     pools = {peer.name: Pool(peer.url, {}) for peer in peers if isinstance(peer, Server)}
     for number in range(plan.rounds + 1):
         # Each prompt opens with a number of its own: no prefix of it was seen before.
-        prompts = [
-            _prompt(Workload(plan.prompt_words, number, run_number=rng.randrange(10**9)), index)
-            for index in range(plan.prompts + plan.at_once)
-        ]
+        workload = Workload(
+            Distribution(str(plan.prompt_words)), seed=number, run_number=rng.randrange(10**9)
+        )
+        prompts = [_prompt(workload, index) for index in range(plan.prompts + plan.at_once)]
         single, at_once = prompts[: plan.prompts], prompts[plan.prompts :]
         for peer in peers if number % 2 else peers[::-1]:
             pool = pools.get(peer.name)

@@ -82,7 +82,10 @@ def _coverage(paths: Sequence[Path]) -> list[str]:
     """`cast-loadtest coverage --out`."""
     found = read(paths[0])["coverage"]
     names = list(next(iter(found.values())))
-    lines = [[noise, *(f"{shares[n]:.1%}" for n in names)] for noise, shares in found.items()]
+    lines = [
+        [noise, *(f"{shares[n]:.1%}" if n in shares else "" for n in names)]
+        for noise, shares in found.items()
+    ]
     return markdown_table(["noise", *names], lines)
 
 

@@ -8,8 +8,10 @@ Every ratio above 1 favours the candidate: baseline / candidate for times, candi
 rates. A *speed-up* compares the two variants' percentiles over the whole run, with an interval over
 block pairs, or over launches of the servers if there are several (cast_serve/intervals.py). A
 percentile beyond which not even one request is expected has no interval, and below
-`MIN_BLOCK_PAIRS` nothing has one. *ratio* compares the two blocks' medians of each block pair
-alone. *drift* compares the blocks of each variant alone, one after the other within a launch.
+`MIN_BLOCK_PAIRS` nothing has one. In a run that went on until it was certain, a speed-up of medians
+or rates is the geometric mean over block pairs, with an interval that allows for every look
+(anytime.py). *ratio* compares the two blocks' medians of each block pair alone. *drift* compares
+the blocks of each variant alone, one after the other within a launch.
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the
@@ -33,21 +35,24 @@ from cast_serve.intervals import (
     ratio_of_quantiles,
     ratio_of_rates,
 )
+from loadtest.judge import anytime
 from loadtest.record import Block, Recorded, Request
 
 TIMES = ("ttft", "tpot", "itl", "e2e")
 THROUGHPUT = "output_tokens_per_s"
 MIN_BLOCK_PAIRS = 4
+# Speed-ups that have a value for each block pair, and so can be looked at while a run goes on.
+AT_EVERY_LOOK = {**{f"{time}_p50": time for time in TIMES}, "throughput": THROUGHPUT}
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
-def values(requests: Iterable[Request], metric: str, output_tokens: int) -> Array:
+def values(requests: Iterable[Request], metric: str) -> Array:
     """Ascending seconds of one of TIMES; inf for what a failed request would have had."""
     found: list[float] = []
     for request in requests:
         timing = request.timing
         if timing is None:
-            found += [np.inf] * (output_tokens - 1 if metric == "itl" else 1)
+            found += [np.inf] * (request.asked_tokens - 1 if metric == "itl" else 1)
         elif metric == "itl":
             found += timing.itl_s
         else:
@@ -111,9 +116,27 @@ def speedups(recorded: Recorded) -> dict[str, Ratio]:
             [_goodput_of(recorded, block, slo) for block in baseline_blocks],
             resamples,
         )
+    if recorded.about.get("until"):
+        found = {name: replace(ratio, low=None, high=None) for name, ratio in found.items()}
+        found |= {
+            name: _at_every_look(recorded, name, found[name])
+            for name in AT_EVERY_LOOK
+            if name in found
+        }
     if len(pairs) < MIN_BLOCK_PAIRS:
         found = {name: replace(ratio, low=None, high=None) for name, ratio in found.items()}
     return found
+
+
+def _at_every_look(recorded: Recorded, name: str, once: Ratio) -> Ratio:
+    """One of AT_EVERY_LOOK in place of its ratio as of one look; unknown if a pair has no value."""
+    each = ratios(recorded, AT_EVERY_LOOK[name])
+    if len(each) < len(recorded.pairs):
+        return replace(once, value=None)
+    mean, low, high = (
+        float(np.exp(end)) for end in anytime.interval([float(log) for log in np.log(each)])
+    )
+    return replace(once, value=mean, low=low or None, high=finite(high))
 
 
 def num_needed(share: float) -> int:
@@ -166,8 +189,7 @@ def block_value(recorded: Recorded, block: Block, metric: str) -> float | None:
 
 def _in_blocks(recorded: Recorded, blocks: Sequence[Block], metric: str) -> list[Array]:
     """Ascending seconds of each block."""
-    output_tokens = recorded.about["plan"]["output_tokens"]
-    return [values(block.requests, metric, output_tokens) for block in blocks]
+    return [values(block.requests, metric) for block in blocks]
 
 
 def _median(found: Sequence[float]) -> float | None:
@@ -240,10 +262,19 @@ def goodput(recorded: Recorded, variant: str, slo: dict[str, float | None]) -> d
     }
 
 
+def _by_turn(requests: Iterable[Request]) -> list[dict[str, Any]]:
+    """`distribution` of TTFT at each turn of a conversation; empty if all have one turn."""
+    turns: dict[int, list[Request]] = {}
+    for request in requests:
+        turns.setdefault(request.turn, []).append(request)
+    if len(turns) < 2:
+        return []
+    return [distribution(values(turns[turn], "ttft")) for turn in sorted(turns)]
+
+
 def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
     """The part of the result that is computed; `found` has the run's speed-ups."""
     variants = recorded.variants
-    output_tokens = recorded.about["plan"]["output_tokens"]
     blocks = {v: recorded.blocks_of(v) for v in variants}
     requests = {v: [r for b in blocks[v] for r in b.requests] for v in variants}
     measured = [r for v in variants for r in requests[v]]
@@ -252,6 +283,7 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
     classes = {v: [r.error for r in warmup if r.error and r.variant == v] for v in variants}
     prompt_tokens = [r.prompt_tokens for r in measured if r.prompt_tokens is not None]
     slo = recorded.about.get("slo")
+    until_eos = recorded.about["workload"].get("until_eos", False)
     summary: dict[str, Any] = {
         "num_requests": len(measured),
         "num_block_pairs": len(recorded.pairs),
@@ -261,7 +293,8 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
         "num_errors": sum(map(len, failed.values())),
         "num_warmup_errors": sum(r.error is not None for r in warmup),
         "num_unequal_lengths": sum(
-            r.error is None and r.output_tokens != output_tokens for r in measured
+            r.error is None and r.output_tokens != r.asked_tokens and not until_eos
+            for r in measured
         ),
         "errors": {
             v: dict(Counter([*classes[v], *(r.error for r in failed[v])])) for v in variants
@@ -270,11 +303,13 @@ def summarise(recorded: Recorded, found: dict[str, Ratio]) -> dict[str, Any]:
             v: len(failed[v]) / len(requests[v]) if requests[v] else None for v in variants
         },
         "prompt_tokens_per_request": _median(prompt_tokens),
+        "output_tokens_per_request": {
+            v: _median([r.output_tokens for r in requests[v] if r.output_tokens]) for v in variants
+        },
+        "ttft_by_turn_s": {v: _by_turn(requests[v]) for v in variants},
     }
     for metric in TIMES:
-        summary[f"{metric}_s"] = {
-            v: distribution(values(requests[v], metric, output_tokens)) for v in variants
-        }
+        summary[f"{metric}_s"] = {v: distribution(values(requests[v], metric)) for v in variants}
     summary[THROUGHPUT] = {
         v: _rate(throughput_of(recorded, block) for block in blocks[v]) for v in variants
     }

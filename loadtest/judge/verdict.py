@@ -1,31 +1,37 @@
-"""A result and guard rails -> passed or not, check by check, each with the reason.
+"""A result and guard rails -> pass, fail or inconclusive, check by check, each with the reason.
 
 Guard rails come from a TOML file; every key may be left out:
 
-    min_speedup = {tpot_p50 = 1.2, throughput = 1.1}   # the interval's lower end must reach it
-    max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline, its upper end
+    min_speedup = {tpot_p50 = 1.2, throughput = 1.1}
+    max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline
     max_error_rate = 0.01                              # of the worse variant
-    min_token_agreement = 0.5                          # the interval's lower end
-    max_accuracy_loss = 0.02                           # baseline - candidate, its upper end
+    min_token_agreement = 0.5
+    max_accuracy_loss = 0.02                           # baseline - candidate
     allow_void = true                                  # judge even if the harness was too slow
 
-Without a file, and for keys that it does not set: no request may fail and a void run does not pass.
-Answers of unequal length never pass: they compare unequal work. Neither does a run that was
-stopped, nor one without one of its launches, whose warm-up failed, nor a limit on what was not
-measured, or on one answer only.
+A limit passes if the whole interval meets it, fails if none of it does, and else is inconclusive,
+as is a limit on what was not measured, or on one answer only. A run passes if every check does, and
+fails if one does. A void run and one that was stopped are inconclusive, whatever else they show.
+
+Without a file, and for keys that it does not set, no request may fail. Answers of unequal length
+always fail: they compare unequal work. So does a launch of the servers whose warm-up failed.
 """
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cast_serve.intervals import Ratio
 from loadtest.errors import UsageError
 from loadtest.judge.statistics import QUANTILES, TIMES
 
 SPEEDUPS = [f"{time}_{name}" for time in TIMES for name in QUANTILES] + ["throughput", "goodput"]
 MIN_ANSWERS = 2  # prompts or questions: one has no interval
+PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
+MOST_MORE = 50  # times as many: nobody waits for more
 
 
 @dataclass(frozen=True)
@@ -97,36 +103,43 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """One condition: its limit, what was found, and why it passed or not."""
+    """One condition: its limit, what was found, PASS, FAIL or INCONCLUSIVE, and why."""
 
     name: str
     limit: float | bool
     found: float | bool | None
-    passed: bool
+    verdict: str
     why: str
 
 
 def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
-    """The verdict, as result.json has it."""
+    """`verdict`, `has_guard` and `checks`, as result.json has them."""
     why = unsound(result)
     checks = []
     if "complete" in why:
-        checks.append(Check("complete", True, False, False, why["complete"]))
+        checks.append(Check("complete", True, False, INCONCLUSIVE, why["complete"]))
     if "warmup" in why:
-        checks.append(Check("warmup", 0, result["num_warmup_errors"], False, why["warmup"]))
+        checks.append(Check("warmup", 0, result["num_warmup_errors"], FAIL, why["warmup"]))
     if result["num_requests"]:
         limit, rate = guard.max_error_rate, max(result["error_rate"].values())
         text = why.get("error_rate", "no request failed")
-        checks.append(Check("error_rate", limit, rate, rate <= limit, text))
+        checks.append(Check("error_rate", limit, rate, PASS if rate <= limit else FAIL, text))
         unequal = result["num_unequal_lengths"]
         text = why.get("unequal_lengths", "every answer has the requested length")
-        checks.append(Check("unequal_lengths", 0, unequal, not unequal, text))
+        checks.append(Check("unequal_lengths", 0, unequal, FAIL if unequal else PASS, text))
         is_void, allowed = result["harness"]["is_void"], guard.allow_void
         text = why.get("void", "the harness kept up")
-        checks.append(Check("void", allowed, is_void, allowed or not is_void, text))
+        state = PASS if allowed or not is_void else INCONCLUSIVE
+        checks.append(Check("void", allowed, is_void, state, text))
         checks += [*_speed(result, guard), *_agreement(result, guard), *_accuracy(result, guard)]
+    states = {check.name: check.verdict for check in checks}
+    verdict = FAIL if FAIL in states.values() else PASS
+    if INCONCLUSIVE in (states.get("complete"), states.get("void")) or (
+        verdict == PASS and INCONCLUSIVE in states.values()
+    ):
+        verdict = INCONCLUSIVE
     return {
-        "passed": all(check.passed for check in checks),
+        "verdict": verdict,
         "has_guard": guard.is_set,
         "checks": [asdict(check) for check in checks],
     }
@@ -166,9 +179,9 @@ def unsound(result: Mapping[str, Any]) -> dict[str, str]:
         )
     if result["num_unequal_lengths"]:
         found["unequal_lengths"] = (
-            f"{result['num_unequal_lengths']} of {num_requests} responses do not have "
-            f"{result['output_tokens_per_request']} tokens, so the variants did unequal work; "
-            "lower --output-tokens, or make the server honour ignore_eos"
+            f"{result['num_unequal_lengths']} of {num_requests} responses do not have as many "
+            "tokens as they were asked for, so the variants did unequal work; lower "
+            "--output-tokens, make the server honour ignore_eos, or give --until-eos"
         )
     return found
 
@@ -179,25 +192,54 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
             speedup = result["speedups"].get(metric, {})
             ends = [speedup.get(key) for key in ("ratio", "low", "high")]
             if not all(ends):
-                yield Check(f"{kind}.{metric}", limit, None, False, _unknown(metric, result))
+                why = _unknown(metric, result)
+                yield Check(f"{kind}.{metric}", limit, None, INCONCLUSIVE, why)
                 continue
             ratio, low, high = ends
+            least = limit if kind == "min_speedup" else 1 / limit
+            verdict = PASS if low >= least else FAIL if high < least else INCONCLUSIVE
             if kind == "min_speedup":
-                found, passed = low, low >= limit
+                found = low
                 why = f"{ratio:.3f} ({low:.3f} to {high:.3f}): its lower end must reach {limit:g}"
             else:
-                found, passed = 1 / low, 1 / low <= limit
+                found = 1 / low
                 why = (
                     f"candidate over baseline {1 / ratio:.3f} ({1 / high:.3f} to {1 / low:.3f}): "
                     f"its upper end must not exceed {limit:g}"
                 )
-            yield Check(f"{kind}.{metric}", limit, found, passed, why)
+            if verdict == INCONCLUSIVE:
+                why += f"; {_how_many_more(result, ratio, low, high, least)}"
+            yield Check(f"{kind}.{metric}", limit, found, verdict, why)
+
+
+def is_open(speedups: Mapping[str, Ratio], guard: Guard) -> bool:
+    """Whether more block pairs may decide a limit on speed."""
+    found: dict[str, Any] = {name: ratio.about() for name, ratio in speedups.items()}
+    result = {"speedups": found, "slo": None, "num_launches": 1, "num_block_pairs": 1}
+    return any(check.verdict == INCONCLUSIVE for check in _speed(result, guard))
+
+
+def _how_many_more(
+    result: Mapping[str, Any], ratio: float, low: float, high: float, limit: float
+) -> str:
+    """How much more to measure until the interval leaves the limit: it shrinks as 1 / sqrt(n)."""
+    if result["num_launches"] > 1:
+        num, what = result["num_launches"], "launches"
+    else:
+        num, what = result["num_block_pairs"], "block pairs"
+    reach, distance = math.log(high / low) / 2, abs(math.log(ratio / limit))
+    if distance * math.sqrt(MOST_MORE) < reach:
+        return (
+            f"the ratio is so close to the limit that {MOST_MORE} times as many {what} may not do"
+        )
+    needed = math.ceil(num * (reach / distance) ** 2)
+    return f"about {max(needed - num, 1)} more {what} would settle it"
 
 
 def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, quality = guard.min_token_agreement, result["quality"]
     agreement = quality and quality["token_agreement"]
-    found = None
+    found, verdict = None, INCONCLUSIVE
     if limit is None:
         return
     if agreement is None:
@@ -205,17 +247,20 @@ def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     elif quality["num_scored"] < MIN_ANSWERS:
         why = "one prompt gives no interval; give more --quality-prompts"
     else:
-        found = agreement["low"]
+        mean, found, high = (agreement[key] for key in ("mean", "low", "high"))
+        verdict = PASS if found >= limit else FAIL if high < limit else INCONCLUSIVE
         why = (
-            f"{agreement['mean']:.3f} ({agreement['low']:.3f} to {agreement['high']:.3f}) over "
-            f"{quality['num_scored']} prompts: its lower end must reach {limit:g}"
+            f"{mean:.3f} ({found:.3f} to {high:.3f}) over {quality['num_scored']} prompts: its "
+            f"lower end must reach {limit:g}"
         )
-    yield Check("min_token_agreement", limit, found, found is not None and found >= limit, why)
+        if verdict == INCONCLUSIVE:
+            why += "; more --quality-prompts would settle it"
+    yield Check("min_token_agreement", limit, found, verdict, why)
 
 
 def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, choices = guard.max_accuracy_loss, result.get("choices")
-    loss = None
+    loss, verdict = None, INCONCLUSIVE
     if limit is None:
         return
     if not choices:
@@ -225,12 +270,15 @@ def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     else:
         difference = choices["acc_norm_difference"]
         mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+        loss = 0 - low  # never -0
+        verdict = PASS if loss <= limit else FAIL if -high > limit else INCONCLUSIVE
         why = (
             f"acc_norm, candidate - baseline {mean:+.4f} ({low:+.4f} to {high:+.4f}) over "
             f"{difference['num_questions']} questions: its lower end must reach {0 - limit:g}"
         )
-        loss = 0 - low  # never -0
-    yield Check("max_accuracy_loss", limit, loss, loss is not None and loss <= limit, why)
+        if verdict == INCONCLUSIVE:
+            why += "; more questions would settle it"
+    yield Check("max_accuracy_loss", limit, loss, verdict, why)
 
 
 def _unknown(metric: str, result: Mapping[str, Any]) -> str:

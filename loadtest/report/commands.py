@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,13 +12,17 @@ from rich.console import Console
 
 from cast_serve.options import option
 from loadtest.errors import UsageError
-from loadtest.judge.verdict import Guard
+from loadtest.judge.verdict import FAIL, PASS, Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
 from loadtest.report.directory import check_directory, check_matplotlib
+from loadtest.report.export import FORMS
+from loadtest.report.export import export as write_export
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of, table_of
+from loadtest.report.words import stressed
 
+FAILED, UNDECIDED = 1, 3  # exit codes of a verdict
 STOPPED = 130  # as a shell says of a process that Ctrl-C ended
 
 
@@ -32,8 +37,17 @@ def show(result: dict[str, Any]) -> None:
 
 def failures_of(result: dict[str, Any]) -> list[str]:
     """Why a result did not pass, a line a check."""
-    checks = result["verdict"]["checks"]
-    return [f"{check['name']}: {check['why']}" for check in checks if not check["passed"]]
+    return [
+        f"{stressed(check)}: {check['name']}: {check['why']}"
+        for check in result["checks"]
+        if check["verdict"] != PASS
+    ]
+
+
+def code_of(results: Sequence[dict[str, Any]], unwritten: Sequence[str]) -> int:
+    """The exit code of a command some of whose results did not pass, or could not be written."""
+    is_failed = unwritten or any(result["verdict"] == FAIL for result in results)
+    return FAILED if is_failed else UNDECIDED
 
 
 def report(
@@ -43,15 +57,21 @@ def report(
     guard: Annotated[
         Path | None, option("FILE", "TOML file of guard rails.", "the run's own")
     ] = None,
+    export: Annotated[
+        str | None,
+        option("NAME", f"Also write each variant's files as of {', '.join(FORMS)}.", "none"),
+    ] = None,
 ) -> None:
     """Recompute result.json and the reports from run.json and requests.jsonl.
 
     If DIR is a sweep, recompute every run, and throughput against interactivity over all.
 
-    Exit code 0: done, 1: a run does not pass, 2: wrong use.
+    Exit code 0: done, 1: a run fails, 2: wrong use, 3: a run is inconclusive.
     """
     try:
         check_matplotlib()
+        if export is not None and export not in FORMS:
+            raise UsageError(f"--export {export} is unknown; give {', '.join(FORMS)}")
         new_guard = None if guard is None else Guard.read(guard).about()
         if pareto.is_sweep(directory):
             runs = pareto.runs_in(directory)
@@ -66,10 +86,14 @@ def report(
             ]
     except UsageError as error:
         refuse(error)
-    failures, unwritten = [], []
+    results, failures, unwritten = [], [], []
     for name, run in runs:
         printed = result_of(run)
+        results.append(printed)
         unwritten += _write_anew(directory / name, run, printed, new_guard is not None)
+        if export is not None:
+            write = partial(write_export, run, directory / name, export)
+            unwritten += attempt(f"{directory}", write)
         show(printed)
         failures += [f"{name}: {text}" if name else text for text in failures_of(printed)]
     if pareto.is_sweep(directory):
@@ -78,7 +102,7 @@ def report(
         Console().print(pareto.headline(printed))
     if not unwritten:
         print(f"written: {directory}/{WRITTEN}")
-    finish(printed, failures + unwritten)
+    finish(printed, failures + unwritten, code_of(results, unwritten))
 
 
 def _write_anew(
@@ -132,7 +156,7 @@ def attempt(place: str, write: Callable[[], object]) -> list[str]:
     return []
 
 
-def finish(printed: dict[str, Any], failures: list[str], code: int = 1) -> None:
+def finish(printed: dict[str, Any], failures: list[str], code: int = FAILED) -> None:
     """Ends a command: the line of JSON, then what is wrong, and exit code `code` if anything is."""
     print(json.dumps(printed, allow_nan=False), flush=True)
     for failure in failures:

@@ -104,11 +104,10 @@ def _figure(size: tuple[float, float]) -> Iterator[Any]:
 def distribution(axes: Any, recorded: Recorded, metric: str) -> str:
     """The share of requests that had a time, or a shorter one."""
     axes.set_title(f"{NAMES[metric]}: share of requests at least as fast")
-    output_tokens = recorded.about["plan"]["output_tokens"]
     all_ms = []
     for variant in recorded.variants:
         requests = [r for block in recorded.blocks_of(variant) for r in block.requests]
-        all_ms.append(1e3 * values(requests, metric, output_tokens))
+        all_ms.append(1e3 * values(requests, metric))
     answered_ms = [side[np.isfinite(side)] for side in all_ms]
     if not all(map(len, answered_ms)):
         return _empty(axes, "One variant has no values.")

@@ -19,6 +19,7 @@ from loadtest.report.words import (
     origin,
     quality_texts,
     rows,
+    stressed,
     title,
     verdict,
 )
@@ -60,9 +61,7 @@ def markdown_of(result: dict[str, Any]) -> str:
         lines += ["![distributions and block pairs](report.png)", ""]
     lines += [f"{text}\n" for text in quality_texts(result)]
     lines += ["## Checks", ""]
-    for check in result["verdict"]["checks"]:
-        state = "passed" if check["passed"] else "**NOT PASSED**"
-        lines.append(f"- {state}: {check['name']}: {check['why']}")
+    lines += [f"- {stressed(check)}: {check['name']}: {check['why']}" for check in result["checks"]]
     lines += ["", "## How it was measured", ""]
     lines += [f"- {name}: {value}" for name, value in facts(result)]
     return "\n".join(lines) + "\n"

@@ -25,12 +25,12 @@ from loadtest.report.words import (
     origin,
     quality_texts,
     rows,
+    stressed,
     title,
     verdict,
 )
 
 SPEEDUPS_INCHES = (5.6, 4.2)
-STATES = {"PASSED": "passed", "NOT PASSED": "not-passed"}
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -66,16 +66,16 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
     if recorded.pairs:
         body += ["<h2>Charts</h2>"]
         body += folded("Distributions, block pairs, drift", _charts(recorded, result))
-    columns = ["check", "limit", "found", "passed", "why"]
+    columns = ["check", "limit", "found", "verdict", "why"]
     checks = [
         [
             check["name"],
             _shown(check["limit"]),
             _shown(check["found"]),
-            "yes" if check["passed"] else "NO",
+            stressed(check),
             check["why"],
         ]
-        for check in result["verdict"]["checks"]
+        for check in result["checks"]
     ]
     body += ["<h2>Checks</h2>", plain_table(columns, checks)]
     items = "".join(
@@ -92,12 +92,13 @@ def report(recorded: Recorded, result: dict[str, Any]) -> str:
 
 def _first_screen(result: dict[str, Any]) -> list[str]:
     state = verdict(result)
+    style = result["verdict"] if state == result["verdict"].upper() else "muted"
     rails = "".join(f"<li>{escape(text)}</li>" for text in guard_rails(result))
     return [
         f"<header><h1>{escape(title(result))}</h1>",
         f'<p class="muted">{escape(origin(result))}</p></header>',
         *alerts(warnings(result)),
-        f'<p class="verdict {STATES.get(state, "muted")}">{state}</p>',
+        f'<p class="verdict {style}">{state}</p>',
         f'<p class="lead">{escape(headline(result))}</p>',
         f'<ul class="rails">{rails}</ul>' if rails else "",
         _models(result),

@@ -54,7 +54,6 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
         result = result_of(run)
         speedups = result["speedups"]
         found[name] = {
-            "passed": result["passed"],
             "verdict": verdict(result),
             "headline": result["headline"],
             "warnings": result["warnings"],

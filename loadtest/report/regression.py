@@ -61,8 +61,7 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
         }
     results = {"old": result_of(old), "new": result_of(new)}
     kept = ["baseline", "candidate", "num_requests", "slo", "goodput", THROUGHPUT]
-    kept += [f"{metric}_s" for metric in TIMES]
-    kept.append("speedups")
+    kept += [*(f"{metric}_s" for metric in TIMES), "ttft_by_turn_s", "speedups"]
     return {
         "changes": changes,
         "num_worse": sum(change["verdict"] == "worse" for change in changes.values()),

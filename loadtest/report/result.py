@@ -10,12 +10,12 @@ from loadtest.judge.verdict import Guard, judge
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded
 from loadtest.report.warnings import warnings
-from loadtest.report.words import headline, rows
+from loadtest.report.words import headline, output_lengths, rows
 
 # What result.json copies from run.json.
 KEPT = "date command versions plan workload schedule rate_per_s timeout_s harness is_aa served"
 # Records of 2026-11-25 and before do not have these.
-LATER = ("machine", "models", "directories", "quality_source")
+LATER = ("machine", "models", "directories", "quality_source", "until")
 
 
 def result_of(recorded: Recorded) -> dict[str, Any]:
@@ -29,7 +29,6 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         "url": about["url"],
         **dict(zip(("baseline", "candidate"), recorded.variants, strict=True)),
         "concurrency": plan["concurrency"],
-        "output_tokens_per_request": plan["output_tokens"],
         "block_order": [block.variant for block in recorded.blocks],
         **{key: about["workload"].get(key) for key in ("prompt_words", "seed", "run_number")},
         **{key: about[key] for key in KEPT.split()},
@@ -41,8 +40,7 @@ def result_of(recorded: Recorded) -> dict[str, Any]:
         "quality": agreement.summarise(about["quality"]) if about["quality"] else None,
         "choices": choices.summarise(chosen, *recorded.variants) if chosen else None,
     }
-    verdict = judge(result, Guard.of(about["guard"]))
-    result |= {"passed": verdict["passed"], "verdict": verdict}
+    result |= judge(result, Guard.of(about["guard"]))
     return {**result, "headline": headline(result), "warnings": warnings(result)}
 
 
@@ -50,8 +48,7 @@ def table_of(result: dict[str, Any]) -> Table:
     """The result for the terminal."""
     table = Table(
         title=f"{result['num_requests']} requests, {result['num_errors']} errors, "
-        f"{result['num_block_pairs']} block pairs, "
-        f"{result['output_tokens_per_request']} output tokens each",
+        f"{result['num_block_pairs']} block pairs, {output_lengths(result)}",
         caption="above 1x the candidate is better; 95 % intervals in brackets",
     )
     table.add_column("", no_wrap=True)

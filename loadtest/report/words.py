@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES, num_needed
+from loadtest.judge.verdict import PASS
 
 MIN_BUSY_S = 10.0  # of a block in a closed loop
 SOUNDNESS = ("error_rate", "unequal_lengths", "void")  # checked in any run
@@ -51,27 +52,32 @@ def origin(result: Result) -> str:
 
 
 def verdict(result: Result) -> str:
-    """PASSED only where a guard rail was set that could have failed."""
-    if not result["passed"]:
-        return "NOT PASSED"
-    return "PASSED" if result["verdict"]["has_guard"] else "NO GUARD RAIL SET"
+    """In capitals; PASS only where a guard rail was set that could have failed."""
+    if result["verdict"] == PASS and not result["has_guard"]:
+        return "NO GUARD RAIL SET"
+    return str(result["verdict"]).upper()
 
 
 def guard_rails(result: Result) -> list[str]:
     """What the verdict rests on, a line each: the limits that were set, and whatever failed."""
-    checks = result["verdict"]["checks"]
     found = [
-        f"{'met' if check['passed'] else 'NOT MET'}: {check['name']}: {check['why']}"
-        for check in checks
-        if check["name"] not in SOUNDNESS or not check["passed"]
+        f"{stressed(check)}: {check['name']}: {check['why']}"
+        for check in result["checks"]
+        if check["name"] not in SOUNDNESS or check["verdict"] != PASS
     ]
-    if not result["verdict"]["has_guard"]:
+    if not result["has_guard"]:
         found.append(
             "No limits on speed or quality were set (--guard FILE). The run only checked that "
             "all requests were answered, that answers have equal length and that the harness "
             "kept up."
         )
     return found
+
+
+def stressed(check: Mapping[str, Any]) -> str:
+    """A check's verdict, in capitals unless it passed."""
+    word = str(check["verdict"])
+    return word if word == PASS else word.upper()
 
 
 def headline(result: Result) -> str:
@@ -89,6 +95,16 @@ def headline(result: Result) -> str:
         f"{start}{candidate} is {per_token} as fast per token as {baseline} and {first} as fast "
         f"to the first token, with {rate} the tokens per second."
     )
+
+
+def output_lengths(result: Result) -> str:
+    """How many tokens answers had."""
+    medians = result["output_tokens_per_request"]
+    asked = result["workload"].get("output_tokens", result["plan"].get("output_tokens"))
+    if isinstance(asked, int) and not result["workload"].get("until_eos"):
+        return f"{asked} output tokens each"
+    found = [f"{variant} {n:g}" for variant, n in medians.items() if n is not None]
+    return f"output tokens (median) {', '.join(found) or 'none'}"
 
 
 def times(speedup: Mapping[str, float | None] | None) -> str:
@@ -109,9 +125,12 @@ def notes(result: Result) -> list[str]:
     if num_launches > 1:
         over = f"{num_launches} launches of the servers and {over}"
     num_intervals = sum(s["low"] is not None for s in result["speedups"].values())
+    intervals = f"95 % bootstrap intervals over {over}"
+    if result["until"]:
+        intervals = f"95 % intervals over {over} that hold however often the run was looked at"
     found = [
-        f"Ratios above 1 favour the candidate. Ranges are 95 % bootstrap intervals over {over}; "
-        "an interval that contains 1 shows no difference.",
+        f"Ratios above 1 favour the candidate. Ranges are {intervals}; an interval that contains "
+        "1 shows no difference.",
         f"This report's claim is the speed-up per token, TPOT p50. With {num_intervals} "
         "intervals, one or two are likely to miss the true value by chance, so the others only "
         "explain the claim.",
@@ -130,6 +149,11 @@ def notes(result: Result) -> list[str]:
             "A/A calibration: both names serve one model, so the true ratio is 1, and 95 of 100 "
             f"intervals should contain it; here {covering} of {len(known)} do. They come from one "
             "run, so they are right or wrong together."
+        )
+    if result["workload"].get("until_eos"):
+        found.append(
+            "Answers ended by themselves, so the variants wrote answers of different lengths: "
+            "compare TTFT, TPOT and ITL; E2E and tokens/s compare different work."
         )
     n = min(side["n"] for side in result["e2e_s"].values())
     if n < num_needed(0.99):
@@ -176,6 +200,11 @@ def rows(result: Result) -> list[Row]:
             cells = [_milliseconds(side[key], side["n"]) for side in sides]
             label = f"{NAMES[metric]} {name}, ms"
             found.append(_row(label, cells, speedups.get(f"{metric}_{name}"), n))
+    by_turn = zip(*(result["ttft_by_turn_s"][variant] for variant in variants), strict=True)
+    for turn, both in enumerate(by_turn, start=1):
+        cells = [_milliseconds(side["median"], side["n"]) for side in both]
+        label = f"TTFT p50 in turn {turn}, ms"
+        found.append(_row(label, cells, None, (both[0]["n"], both[1]["n"])))
     speeds = [_rate(result[THROUGHPUT][variant]) for variant in variants]
     found.append(_row("output tokens/s", speeds, speedups.get("throughput"), None))
     if result["goodput"]:
@@ -216,7 +245,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     load = f"{result['schedule']}{rate}"
     if result["schedule"] == "closed":
         load = f"closed loop, {plan['concurrency']} in flight"
-    lengths = f"{plan['output_tokens']} output tokens each"
+    lengths = output_lengths(result)
     if result["prompt_tokens_per_request"] is not None:
         lengths = f"{result['prompt_tokens_per_request']:g} prompt tokens (median), {lengths}"
     found = [

@@ -2,40 +2,45 @@
 
 from dataclasses import dataclass, replace
 
-from loadtest.send.workload import Prompt
+from loadtest.send.workload import Conversation
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The requests of a warm-up or of a block.
+    """The conversations of a warm-up or of a block; most have one turn.
 
     Attributes:
         variant: who gets them.
-        prompts: (number in the workload, prompt), in the order in which they leave.
-        output_tokens: asked of each.
-        concurrency: closed loop: requests in flight; the next one leaves when one comes back.
-        due_s: open loop: when each prompt leaves, in seconds from the start, ascending, however
-            many are outstanding; None = closed loop.
+        conversations: in the order in which they begin.
+        concurrency: closed loop: conversations at a time; the next begins when one is over.
+        due_s: open loop: when each conversation begins, in seconds from the start, ascending,
+            however many are going on; None = closed loop.
+        until_eos: whether answers end by themselves; else all have the tokens that are asked for.
     """
 
     variant: str
-    prompts: tuple[tuple[int, Prompt], ...]
-    output_tokens: int
+    conversations: tuple[Conversation, ...]
     concurrency: int
     due_s: tuple[float, ...] | None = None
+    until_eos: bool = False
+
+    @property
+    def num_requests(self) -> int:
+        """Turns of all conversations."""
+        return sum(len(conversation.turns) for conversation in self.conversations)
 
     def shares(self, num: int) -> list["Batch"]:
         """Cuts it into `num` batches that together do the same; a closed loop needs a place each.
 
-        In a closed loop every share gets prompts in proportion to its places.
+        In a closed loop every share gets conversations in proportion to its places.
         """
         period = self.concurrency if self.due_s is None else num
         return [
             replace(
                 self,
-                prompts=tuple(
-                    prompt
-                    for place, prompt in enumerate(self.prompts)
+                conversations=tuple(
+                    conversation
+                    for place, conversation in enumerate(self.conversations)
                     if place % period % num == share
                 ),
                 concurrency=len(range(share, self.concurrency, num)),

@@ -1,19 +1,22 @@
 """A variant and prompts -> one streamed completion's time stamps each, or the class of its error.
 
-Nothing is retried and nothing is dropped: each prompt becomes one record.Request. Error classes are
+Nothing is retried and nothing is dropped: each turn becomes one record.Request. Error classes are
 `http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
 connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
 stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event),
-`no_usage` and `answered_by_fallback` (our gateway let another variant answer).
+`no_usage`, `answered_by_fallback` (our gateway let another variant answer) and `turn_before_failed`
+(not sent: the conversation had failed).
 """
 
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +26,11 @@ from loadtest.errors import UnreachableError
 from loadtest.record import Request
 from loadtest.send.batch import Batch
 from loadtest.send.connection import Pool, TransportError, authorization
-from loadtest.send.workload import Prompt
+from loadtest.send.workload import Conversation, Prompt
+
+
+def _ignore(_: Mapping[str, Any]) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Sent:
 
     Attributes:
         started_s: time 0 of the batch's timetable; all times are those of time.perf_counter.
-        requests: one a prompt, in the batch's order.
+        requests: one a turn, in the batch's order.
         cpu_s: CPU time that each client process spent on it.
     """
 
@@ -171,8 +178,8 @@ class Client:
         start: Callable[[], float] = time.perf_counter,
     ) -> Sent:
         """Sends a batch; `start`, called once all is ready, gives the timetable's time 0."""
-        done: list[Request | None] = [None] * len(batch.prompts)
-        waiting = iter(range(len(batch.prompts)))
+        done: list[list[Request]] = [[] for _ in batch.conversations]
+        waiting = iter(range(len(batch.conversations)))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 await self._pool.open_ahead(batch.concurrency)
@@ -180,11 +187,10 @@ class Client:
         started_s = start()
 
         async def one(place: int, intended_send_s: float) -> Request:
-            index, prompt = batch.prompts[place]
-            request = await self.complete(
-                batch.variant, index, prompt, batch.output_tokens, intended_send_s
-            )
-            done[place] = request
+            async for request in self._converse(
+                batch.variant, batch.conversations[place], intended_send_s, batch.until_eos
+            ):
+                done[place].append(request)
             on_response()
             return request
 
@@ -203,7 +209,50 @@ class Client:
                     await _sleep_until(started_s + due_s)
                     tasks.create_task(one(place, started_s + due_s))
         cpu_s += time.thread_time()
-        return Sent(started_s, tuple(request for request in done if request), (cpu_s,))
+        return Sent(started_s, tuple(chain.from_iterable(done)), (cpu_s,))
+
+    async def _converse(
+        self, variant: str, conversation: Conversation, intended_send_s: float, until_eos: bool
+    ) -> AsyncIterator[Request]:
+        """Sends one turn after the other, each with the answers that came before it."""
+        has_history = len(conversation.turns) > 1
+        history: list[dict[str, str]] = []
+        failed: Request | None = None
+        for number, turn in enumerate(conversation.turns):
+            if failed is not None:
+                moment_s = failed.ended_s
+                yield replace(
+                    failed,
+                    turn=number,
+                    asked_tokens=turn.output_tokens,
+                    error="turn_before_failed",
+                    intended_send_s=moment_s,
+                    sent_s=moment_s,
+                )
+                continue
+            answer: list[str] = []
+            prompt = turn.prompt
+            if has_history:
+                history.append({"role": "user", "content": str(turn.prompt)})
+                prompt = history
+            if number:
+                intended_send_s += turn.think_s
+                await _sleep_until(intended_send_s)
+            request = await self.complete(
+                variant,
+                conversation.index,
+                prompt,
+                turn.output_tokens,
+                intended_send_s,
+                until_eos=until_eos,
+                on_chunk=partial(_collect, answer) if has_history else _ignore,
+            )
+            request = replace(request, turn=number)
+            yield request
+            if request.error is not None:
+                failed = request
+            history.append({"role": "assistant", "content": "".join(answer)})
+            intended_send_s = request.ended_s
 
     async def complete(
         self,
@@ -212,10 +261,20 @@ class Client:
         prompt: Prompt,
         output_tokens: int,
         intended_send_s: float | None = None,
+        *,
+        until_eos: bool = False,
+        on_chunk: Callable[[Mapping[str, Any]], None] = _ignore,
     ) -> Request:
         """Sends one prompt and reads the whole stream.
 
-        `intended_send_s` is when it should have left (perf_counter); None = now.
+        Args:
+            variant: the name asked for.
+            prompt_index: the prompt's number in its workload.
+            prompt: a text, or the messages of a chat.
+            output_tokens: of the answer, or with `until_eos` at most.
+            intended_send_s: when it should have left (perf_counter); None = now.
+            until_eos: whether the answer may end by itself.
+            on_chunk: gets each chunk after it has been stamped.
         """
         is_text = isinstance(prompt, str)
         body = {
@@ -223,12 +282,13 @@ class Client:
             "prompt" if is_text else "messages": prompt,
             "max_tokens": output_tokens,
             "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if not until_eos:
+            body["ignore_eos"] = True
         path = "/v1/completions" if is_text else "/v1/chat/completions"
-        return await self.stream(path, body, prompt_index, intended_send_s)
+        return await self.stream(path, body, prompt_index, intended_send_s, on_chunk)
 
     async def stream(
         self,
@@ -236,7 +296,7 @@ class Client:
         body: Mapping[str, Any],
         prompt_index: int,
         intended_send_s: float | None = None,
-        on_chunk: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        on_chunk: Callable[[Mapping[str, Any]], None] = _ignore,
     ) -> Request:
         """Sends a body that asks for a stream with usage, and reads the whole stream.
 
@@ -267,12 +327,19 @@ class Client:
             error=error,
             prompt_tokens=completion.usage.get("prompt_tokens") if timing else None,
             output_tokens=timing.output_tokens if timing else None,
+            asked_tokens=body["max_tokens"],
             intended_send_s=sent_s if intended_send_s is None else intended_send_s,
             sent_s=sent_s,
             token_events_s=timing.token_events_s if timing else (),
             last_s=timing.last_s if timing else None,
             ended_s=ended_s,
         )
+
+
+def _collect(answer: list[str], chunk: Mapping[str, Any]) -> None:
+    """Adds a chunk's text to the answer."""
+    for choice in chunk.get("choices") or ():
+        answer.append((choice.get("delta") or {}).get("content") or "")
 
 
 async def _sleep_until(moment_s: float) -> None:

@@ -44,11 +44,10 @@ class Plan:
         baseline: name of the variant compared against.
         candidate: name of the variant that should be better.
         concurrency: requests in flight in a closed loop and in the warm-up.
-        num_prompts: prompts in a block; None: as many as `block_s` needs.
+        num_prompts: conversations in a block; None: as many as `block_s` needs.
         block_s: seconds for which a block keeps up its load, by what the warm-up took.
         num_block_pairs: block pairs; even, so that each variant goes first equally often.
-        num_warmup: requests to each variant before anything is counted.
-        output_tokens: tokens that every response must have.
+        num_warmup: conversations with each variant before anything is counted.
     """
 
     baseline: str = "dense"
@@ -58,7 +57,6 @@ class Plan:
     block_s: float = 20.0
     num_block_pairs: int = 6
     num_warmup: int = 2
-    output_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.baseline == self.candidate:
@@ -72,7 +70,6 @@ class Plan:
             ("num-prompts", num_prompts, self.concurrency),
             ("blocks", self.num_block_pairs, 2),
             ("warmup", self.num_warmup, 1),
-            ("output-tokens", self.output_tokens, 2),
         ):
             if value < least:
                 why = " to keep --concurrency busy" if name == "num-prompts" and least > 1 else ""
@@ -86,8 +83,8 @@ class Plan:
             )
 
     @property
-    def num_requests(self) -> int | None:
-        """All requests of the run, warm-up included; None as long as a block has no size."""
+    def num_conversations(self) -> int | None:
+        """Of the run, warm-up included; None as long as a block has no size."""
         if self.num_prompts is None:
             return None
         return 2 * (self.num_warmup + self.num_block_pairs * self.num_prompts)
@@ -160,10 +157,10 @@ def check_fit(plan: Plan, schedule: Schedule, num_processes: int) -> None:
         UsageError: if a trace is shorter than a block, or a client process would have no requests.
     """
     num_prompts = plan.num_prompts
-    if schedule.kind == "trace" and num_prompts and len(schedule.trace_s) < num_prompts:
+    if schedule.kind == "trace" and num_prompts and len(schedule.trace) < num_prompts:
         raise UsageError(
-            f"--num-prompts {num_prompts} is more than the {len(schedule.trace_s)} times of "
-            f"the trace; give at most {len(schedule.trace_s)}"
+            f"--num-prompts {num_prompts} is more than the {len(schedule.trace)} times of "
+            f"the trace; give at most {len(schedule.trace)}"
         )
     most = plan.concurrency if schedule.kind == "closed" else num_prompts
     if most is not None and num_processes > most:
@@ -182,16 +179,22 @@ def sized(plan: Plan, schedule: Schedule, warmups: Sequence[Sent]) -> Plan:
     if plan.num_prompts is not None:
         return plan
     if schedule.kind == "trace":
-        return replace(plan, num_prompts=len(schedule.trace_s))
+        return replace(plan, num_prompts=len(schedule.trace))
     if schedule.mean_rate_per_s is not None:
         num_prompts = plan.block_s * schedule.mean_rate_per_s
     else:
-        e2es_s = [
-            np.median([request.timing.e2e_s for request in sent.requests if request.timing])
-            for sent in warmups
-        ]
-        num_prompts = plan.block_s * plan.concurrency / float(min(e2es_s))
+        num_prompts = plan.block_s * plan.concurrency / min(map(_usual_s, warmups))
     return replace(plan, num_prompts=max(math.ceil(num_prompts), MIN_PROMPTS, plan.concurrency))
+
+
+def _usual_s(warmup: Sent) -> float:
+    """How long a conversation takes, thinking included: the median of those that succeeded."""
+    spans: dict[int, tuple[float, float]] = {}
+    for request in warmup.requests:
+        if request.timing:
+            begun_s, _ = spans.get(request.prompt_index, (request.intended_send_s, 0.0))
+            spans[request.prompt_index] = begun_s, request.ended_s
+    return float(np.median([ended_s - begun_s for begun_s, ended_s in spans.values()]))
 
 
 async def run_paired(
@@ -202,6 +205,7 @@ async def run_paired(
     schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_sent: Callable[[Sequence[Request], Mapping[str, Any]], None] = lambda requests, about: None,
+    goes_on: Callable[[], bool] = lambda: False,
 ) -> Recorded:
     """Warms both variants up, then runs every block; if a warm-up request fails, none.
 
@@ -211,11 +215,13 @@ async def run_paired(
         client: connected to the server that has both variants.
         plan: what to send.
         workload: where prompts come from.
-        on_response: called after each request.
+        on_response: called after each conversation.
         schedule: when requests leave.
         on_plan: called once the size of a block is known.
         on_sent: called with requests and what run.json says about the sending so far: before the
             first with none, then with those of the warm-up, and of each block when it is over.
+        goes_on: asked once all blocks are over: whether to add two block pairs to the plan, after
+            which it is asked again.
 
     Returns:
         All requests; `about` holds what run.json says about the sending: plan, schedule, rate and
@@ -229,11 +235,17 @@ async def run_paired(
     def batch(
         variant: str, indices: Sequence[int], pass_number: int, due_s: tuple[float, ...] | None
     ) -> Batch:
-        prompts = tuple((index, workload.prompt(index, pass_number)) for index in indices)
-        return Batch(variant, prompts, plan.output_tokens, plan.concurrency, due_s)
+        arrivals = schedule.trace or (None,)  # the warm-up may be longer than a trace
+        conversations = tuple(
+            workload.conversation(index, pass_number, arrivals[place % len(arrivals)])
+            for place, index in enumerate(indices)
+        )
+        return Batch(variant, conversations, plan.concurrency, due_s, workload.until_eos)
 
     if plan.num_prompts is None:  # how long a request takes depends on how many are in flight
         plan = replace(plan, num_warmup=max(plan.num_warmup, plan.concurrency))
+    if workload.prefix_words:  # each group's prefix is in the cache before anything is counted
+        plan = replace(plan, num_warmup=max(plan.num_warmup, workload.prefix_groups))
     blocks: list[Sent] = []
 
     def about() -> dict[str, Any]:
@@ -264,12 +276,19 @@ async def run_paired(
     on_sent(requests, about())
     if is_warm:
         num_prompts = plan.num_prompts or 0
-        pairs = [[next(numbers) for _ in range(num_prompts)] for _ in range(plan.num_block_pairs)]
-        for number, (pair, variant) in enumerate(plan.block_order()):
+        pairs: list[list[int]] = []
+        while len(blocks) < 2 * plan.num_block_pairs:
+            number = len(blocks)
+            pair, variant = plan.block_order()[number]
+            if pair == len(pairs):
+                pairs.append([next(numbers) for _ in range(num_prompts)])
             due_s = schedule.times_s(num_prompts)
             sent = await client.send(batch(variant, pairs[pair], number + 1, due_s), on_response)
             in_block = [request.placed(number, pair, start_s) for request in sent.requests]
             requests += in_block
             blocks.append(sent)
             on_sent(in_block, about())
+            if len(blocks) == 2 * plan.num_block_pairs and goes_on():
+                plan = replace(plan, num_block_pairs=plan.num_block_pairs + 2)
+                on_plan(plan)
     return Recorded(about(), tuple(requests))

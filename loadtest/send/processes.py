@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from loadtest.errors import UsageError
+from loadtest.record import Request
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
 
@@ -57,7 +58,7 @@ class Processes:
             pipe.close()
 
     async def send(self, batch: Batch, on_response: Callable[[], None] = lambda: None) -> Sent:
-        """Sends a batch; `on_response` is called for all requests at the end of it.
+        """Sends a batch; `on_response` is called for all conversations at its end.
 
         Raises:
             ChildProcessError: if a client process has died.
@@ -72,9 +73,11 @@ class Processes:
             sent: list[Sent] = await self._answers()
         except (EOFError, OSError) as error:
             raise ChildProcessError("a client process died; see its message above") from error
-        by_index = {request.prompt_index: request for share in sent for request in share.requests}
-        requests = tuple(by_index[index] for index, _ in batch.prompts)
-        for _ in requests:
+        by_index: dict[int, list[Request]] = {}
+        for request in (request for share in sent for request in share.requests):
+            by_index.setdefault(request.prompt_index, []).append(request)
+        requests = tuple(r for one in batch.conversations for r in by_index[one.index])
+        for _ in batch.conversations:
             on_response()
         return Sent(started_s, requests, tuple(share.cpu_s[0] for share in sent))
 

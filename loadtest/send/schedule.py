@@ -5,7 +5,7 @@
     poisson    independent users: gaps drawn from an exponential distribution of mean 1 / rate
     burst      `burst` at once, every burst / rate
     ramp       the rate grows evenly from `rate` to `rate_to` over the block
-    trace      the times in a file
+    trace      the times in a file (trace.py)
 
 All but the first are open loops: a request leaves at its time however many are outstanding. All
 blocks get the same timetable.
@@ -14,9 +14,9 @@ blocks get the same timetable.
 import math
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from loadtest.errors import UsageError
+from loadtest.send.trace import Arrival
 
 KINDS = ("closed", "constant", "poisson", "burst", "ramp", "trace")
 
@@ -30,7 +30,7 @@ class Schedule:
         rate_per_s: requests a second; ramp: at a block's start. Not for closed and trace.
         rate_to_per_s: ramp: at a block's end.
         burst: burst: requests that leave at once.
-        trace_s: trace: seconds from a block's start, ascending.
+        trace: trace: arrivals, by time.
         seed: poisson: the same seed gives the same gaps.
     """
 
@@ -38,7 +38,7 @@ class Schedule:
     rate_per_s: float | None = None
     rate_to_per_s: float | None = None
     burst: int | None = None
-    trace_s: tuple[float, ...] = field(default=(), repr=False)
+    trace: tuple[Arrival, ...] = field(default=(), repr=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Schedule:
             ("--rate", self.rate_per_s, ("constant", "poisson", "burst", "ramp")),
             ("--rate-to", self.rate_to_per_s, ("ramp",)),
             ("--burst", self.burst, ("burst",)),
-            ("--trace", self.trace_s or None, ("trace",)),
+            ("--trace", self.trace or None, ("trace",)),
         ):
             if value is None and self.kind in kinds:
                 raise UsageError(f"--schedule {self.kind} needs {option}")
@@ -73,7 +73,7 @@ class Schedule:
         if self.kind == "closed":
             return None
         if self.kind == "trace":
-            return self.trace_s[:num]
+            return tuple(arrival.due_s for arrival in self.trace[:num])
         rate = self.rate_per_s or 0.0
         if self.kind == "constant":
             return tuple(place / rate for place in range(num))
@@ -101,30 +101,3 @@ def _ramp_s(num: int, start: float, end: float) -> tuple[float, ...]:
     return tuple(
         2 * place / (start + math.sqrt(start**2 + 2 * slope * place)) for place in range(num)
     )
-
-
-def read_trace(path: Path) -> tuple[float, ...]:
-    """Reads seconds, one a line, ascending; a block starts at 0.
-
-    Raises:
-        UsageError: if the file cannot be read or a line is not such a number.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"trace {path} cannot be read: {error}") from error
-    times_s: list[float] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            time_s = float(line)
-        except ValueError:
-            time_s = math.nan
-        if not (times_s[-1] if times_s else 0.0) <= time_s < math.inf:
-            raise UsageError(
-                f"trace {path}, line {number}: {line!r} is not a number of seconds, 0 or more and "
-                "not before the line above"
-            )
-        times_s.append(time_s)
-    if not times_s:
-        raise UsageError(f"trace {path} is empty; give one number of seconds per line")
-    return tuple(times_s)

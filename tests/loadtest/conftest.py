@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from loadtest.mock_server import MockVariant, create_app
+from loadtest.send.workload import Conversation, Turn
 
 Serve = Callable[..., tuple[str, FastAPI]]
 ServeApp = Callable[[FastAPI], str]
+
+
+def conversations(texts: Iterable[str], output_tokens: int) -> tuple[Conversation, ...]:
+    """One of a turn for each text, numbered in order."""
+    return tuple(
+        Conversation(number, (Turn(text, output_tokens),)) for number, text in enumerate(texts)
+    )
 
 
 @pytest.fixture

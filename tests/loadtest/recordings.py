@@ -64,6 +64,7 @@ def request(
     *,
     sent_s: float = 0.0,
     output_tokens: int = 3,
+    asked_tokens: int = 3,
     error: str = "http_503",
 ) -> Request:
     """An answer that came a token at a time, or an error one second after it left."""
@@ -84,6 +85,7 @@ def request(
         token_events_s=tuple(events),
         last_s=events[-1] if events else None,
         ended_s=events[-1] if events else sent_s + 1.0,
+        asked_tokens=asked_tokens,
     )
 
 
@@ -183,6 +185,7 @@ def simulated(
                     0.05 * factor,
                     sent_s=now_s,
                     output_tokens=output_tokens,
+                    asked_tokens=output_tokens,
                 )
                 found.append(answer)
                 now_s = answer.ended_s

@@ -10,14 +10,14 @@ import typer
 from loadtest.mock_server import MockVariant, main
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
-from tests.loadtest.conftest import Serve
+from tests.loadtest.conftest import Serve, conversations
 
 
 def send(url: str, num: int, concurrency: int, tokens: int = 2, timeout_s: float = 30.0) -> Sent:
     async def measure() -> Sent:
         async with Client(url, timeout_s=timeout_s) as client:
-            prompts = tuple((number, "a b c") for number in range(num))
-            return await client.send(Batch("dense", prompts, tokens, concurrency))
+            batch = Batch("dense", conversations(num * ["a b c"], tokens), concurrency)
+            return await client.send(batch)
 
     return asyncio.run(measure())
 

@@ -31,6 +31,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "last_s": None,
         "ended_s": 2.0,
         "launch": 0,
+        "turn": 0,
+        "asked_tokens": 3,
     }
 
 

@@ -20,10 +20,11 @@ import pytest
 from loadtest.mock_server import MockVariant
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
+from loadtest.send.distribution import Distribution
 from loadtest.send.paired import Plan, run_paired
 from loadtest.send.schedule import Schedule
 from loadtest.send.workload import Workload
-from tests.loadtest.conftest import Serve
+from tests.loadtest.conftest import Serve, conversations
 
 StartMock = Callable[..., str]
 
@@ -67,12 +68,15 @@ class RememberingClient(Client):
         return self.sent[-1]
 
 
+SHORT = Workload(prompt_words=Distribution("8"), output_tokens=Distribution("2"))
+
+
 def run(
     url: str,
     plan: Plan,
     schedule: Schedule,
     on_response: Callable[[], None] = lambda: None,
-    workload: Workload = Workload(prompt_words=8),  # noqa: B008  (frozen)
+    workload: Workload = SHORT,
 ) -> tuple[dict[str, Any], list[Sent]]:
     """Returns what the run says about its harness, and what was sent in each block."""
 
@@ -119,9 +123,8 @@ def test_each_time_stamp_lies_where_the_server_allows_it(
         num_prompts=max(concurrency, 4),
         num_block_pairs=2,
         num_warmup=1,
-        output_tokens=9,
     )
-    workload = Workload(prompt_words=8)
+    workload = Workload(prompt_words=Distribution("8"), output_tokens=Distribution("9"))
     _, blocks = run(url, plan, Schedule(), workload=workload)
     answers = answers_by_request(url)
     seen_in_time = []
@@ -138,7 +141,7 @@ def test_each_time_stamp_lies_where_the_server_allows_it(
             # Its clock starts before the server hears of the request.
             assert request.timing.intended_send_s <= request.sent_s <= answer["arrived_s"]
             seen_s = request.timing.token_events_s
-            assert len(seen_s) == len(answer["sent_s"]) == plan.output_tokens
+            assert len(seen_s) == len(answer["sent_s"]) == 9
             assert all(sent <= seen for sent, seen in zip(answer["sent_s"], seen_s, strict=True))
             # So what it measures is never less than what the server was told to take.
             assert (request.timing.ttft_s or 0.0) >= ttft_s
@@ -165,11 +168,11 @@ def send(url: str, batch: Batch) -> Sent:
 def test_a_stall_shows_in_all_requests_that_were_due_during_it(serve: Serve) -> None:
     """The server freezes for 1.5 s, one second after the first of 80 requests, due every 50 ms."""
     variant = MockVariant(ttft_s=0.02, itl_s=0.001)
-    prompts = tuple((number, f"a b {number}") for number in range(80))
+    eighty = conversations((f"a b {number}" for number in range(80)), 2)
     due_s = Schedule("constant", 20.0).times_s(80)
     assert due_s is not None
     url, app = serve(dense=variant, stall_s=(1.0, 2.5))
-    sent = send(url, Batch("dense", prompts, 2, 1, due_s))
+    sent = send(url, Batch("dense", eighty, 1, due_s))
     frozen_s, thawed_s = app.state.truth.frozen_s
     num_held_up = 0
     for request, after_s in zip(sent.requests, due_s, strict=True):
@@ -183,13 +186,13 @@ def test_a_stall_shows_in_all_requests_that_were_due_during_it(serve: Serve) -> 
 
     # A closed loop sends nothing meanwhile: one request meets the stall, the others never know.
     url, app = serve(dense=variant, stall_s=(1.0, 2.5))
-    closed = send(url, Batch("dense", prompts, 2, 1))
+    closed = send(url, Batch("dense", eighty, 1))
     _, thawed_s = app.state.truth.frozen_s
     assert sum(r.sent_s < thawed_s <= r.ended_s for r in closed.requests) == 1
     assert max(request.ended_s for request in closed.requests) > thawed_s
 
 
-PLAN = Plan(num_prompts=30, num_block_pairs=2, num_warmup=1, output_tokens=2)
+PLAN = Plan(num_prompts=30, num_block_pairs=2, num_warmup=1)
 
 
 def test_a_harness_that_cannot_keep_up_voids_the_run_and_an_idle_one_is_less_late(

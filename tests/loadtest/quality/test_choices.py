@@ -180,24 +180,27 @@ def test_reports_tell_it_and_older_records_are_read(tmp_path: Path) -> None:
 
 def test_the_lower_end_must_not_lose_more_than_the_guard_allows() -> None:
     result = result_of(two_pairs(choices=each(ROWS)))
-    low = result["choices"]["acc_norm_difference"]["low"]
+    difference = result["choices"]["acc_norm_difference"]
+    low = difference["low"]
     assert -0.12 < low < -0.05
 
     def check(choices: Any, limit: float) -> dict[str, Any]:
         verdict = judge({**result, "choices": choices}, Guard.of({"max_accuracy_loss": limit}))
         (found,) = (c for c in verdict["checks"] if c["name"] == "max_accuracy_loss")
-        assert verdict["passed"] == found["passed"]
+        assert verdict["verdict"] == found["verdict"]
         return dict(found)
 
     kept = check(result["choices"], -low)
-    assert (kept["limit"], kept["found"], kept["passed"]) == (-low, -low, True)
-    lost = check(result["choices"], 0.05)
-    assert not lost["passed"]
-    assert "-0.0200 (-0." in lost["why"]
+    assert (kept["limit"], kept["found"], kept["verdict"]) == (-low, -low, "pass")
+    unsure = check(result["choices"], 0.05)
+    assert unsure["verdict"] == "inconclusive"
+    assert "-0.0200 (-0." in unsure["why"]
+    worse = {**result["choices"], "acc_norm_difference": {**difference, "high": -0.051}}
+    assert check(worse, 0.05)["verdict"] == "fail"
     alike = result_of(two_pairs(choices=each([(0, 0, 0)] * 9)))["choices"]
-    assert check(alike, 0)["passed"]
+    assert check(alike, 0)["verdict"] == "pass"
     unknown = check(None, 0.05)
-    assert (unknown["found"], unknown["passed"]) == (None, False)
+    assert (unknown["found"], unknown["verdict"]) == (None, "inconclusive")
 
 
 @pytest.mark.parametrize(

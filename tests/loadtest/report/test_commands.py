@@ -49,14 +49,24 @@ def test_report_judges_by_another_guard(out: Path, tmp_path: Path) -> None:
     guard.write_text("min_speedup = {tpot_p50 = 1.6}")
     done = cast_loadtest("report", out, "--guard", guard)
     assert done.exit_code == 1
+    assert done.stderr.startswith("cast-loadtest: FAIL: ")
     assert "min_speedup.tpot_p50: " in done.stderr
     assert "its lower end must reach 1.6" in done.stderr
-    assert not last_line(done)["passed"]
+    assert last_line(done)["verdict"] == "fail"
     # It stays the run's own, so that result.json still follows from run.json.
     assert Recorded.read(out).about["guard"]["min_speedup"] == {"tpot_p50": 1.6}
     assert cast_loadtest("report", out).exit_code == 1
     guard.write_text("min_speedup = {tpot_p50 = 1.4}")
     assert cast_loadtest("report", out, "--guard", guard).exit_code == 0
+
+
+def test_report_exports_the_files_of_another_tool(out: Path) -> None:
+    done = cast_loadtest("report", out, "--export", "aiperf")
+    assert done.exit_code == 0, done.output
+    assert (out / "aiperf-sparse" / "profile_export.jsonl").is_file()
+    done = cast_loadtest("report", out, "--export", "excel")
+    assert done.exit_code == 2
+    assert done.stderr == "cast-loadtest: --export excel is unknown; give aiperf\n"
 
 
 def test_report_of_a_sweep(out: Path, tmp_path: Path) -> None:
@@ -126,9 +136,9 @@ def test_run_is_judged_by_its_guard(serve: Serve, tmp_path: Path) -> None:
     )
     assert done.exit_code == 1, done.output
     found = last_line(done)
-    checks = {check["name"]: check["passed"] for check in found["verdict"]["checks"]}
-    assert checks["min_speedup.tpot_p50"]
-    assert not checks["min_token_agreement"]
+    checks = {check["name"]: check["verdict"] for check in found["checks"]}
+    assert checks["min_speedup.tpot_p50"] == "pass"
+    assert checks["min_token_agreement"] == "fail"
     assert "min_token_agreement: 0.750 (0.750 to 0.750) over 2 prompts" in done.stderr
     assert found["goodput"]["dense"]["share"] == 0
     assert found["quality"]["num_tokens"] == 8

@@ -63,11 +63,11 @@ def test_html_shows_warnings_and_verdict_before_any_figure() -> None:
         return str(re.findall('<p class="verdict ([^<]*)</p>', html.report(RUN, result))[0])
 
     assert badge(max_error_rate=0.1) == 'muted">NO GUARD RAIL SET'
-    assert badge(min_speedup={"tpot_p50": 1}) == 'not-passed">NOT PASSED'  # no interval
+    assert badge(min_speedup={"tpot_p50": 1}) == 'inconclusive">INCONCLUSIVE'  # no interval
     page = html.report(
         four_pairs(), result_of(four_pairs(guard={"min_speedup": {"tpot_p50": 1.9}}))
     )
-    assert '<p class="verdict passed">PASSED</p>' in page
+    assert '<p class="verdict pass">PASS</p>' in page
     void = result_of(two_pairs(harness={"is_void": True, "why": "too slow"}))
     page = html.report(RUN, void).partition("<body>")[2]
     assert page.index("did not keep up: too slow") < page.index("2.00x")

@@ -83,8 +83,8 @@ def test_the_first_screen_says_what_is_worth_knowing(watched: Watched, tmp_path:
     for text in (
         "sparse against dense",
         "Load test of 2026-11-25 10:00 UTC, A CPU (family 6, model 207), 2 cores",
-        "PASSED",
-        "met: min_speedup.tpot_p50: ",
+        "PASS",
+        "pass: min_speedup.tpot_p50: ",
         "54.81 before int8 (heldout-wiki.txt, 8,176 tokens)",
         "runs/demo/int8",
         "not measured",

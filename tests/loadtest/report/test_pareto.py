@@ -21,7 +21,16 @@ def loaded(concurrency: int, *, other: str = "sparse") -> Recorded:
         for _ in range(num):
             tpot = tpot_s if variant == "dense" else tpot_s / 2
             found.append(
-                request(block, 0, variant, 0.0, tpot, sent_s=10.0 * block, output_tokens=5)
+                request(
+                    block,
+                    0,
+                    variant,
+                    0.0,
+                    tpot,
+                    sent_s=10.0 * block,
+                    output_tokens=5,
+                    asked_tokens=5,
+                )
             )
     plan = {"concurrency": concurrency, "output_tokens": 5, "candidate": other}
     return recorded(found, plan=plan)

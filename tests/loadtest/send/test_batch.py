@@ -3,14 +3,15 @@
 import pytest
 
 from loadtest.send.batch import Batch
+from tests.loadtest.conftest import conversations
 
-PROMPTS = tuple((number, f"prompt {number}") for number in range(10))
+TEN = conversations((f"prompt {number}" for number in range(10)), 8)
 
 
 def test_an_open_loop_is_dealt_out_with_its_times() -> None:
     times_s = tuple(number / 2 for number in range(10))
-    shares = Batch("dense", PROMPTS, 8, 1, times_s).shares(3)
-    assert [[index for index, _ in share.prompts] for share in shares] == [
+    shares = Batch("dense", TEN, 1, times_s).shares(3)
+    assert [[one.index for one in share.conversations] for share in shares] == [
         [0, 3, 6, 9],
         [1, 4, 7],
         [2, 5, 8],
@@ -19,10 +20,10 @@ def test_an_open_loop_is_dealt_out_with_its_times() -> None:
 
 
 def test_a_closed_loop_deals_out_places_and_prompts_in_proportion() -> None:
-    shares = Batch("dense", PROMPTS, 8, 5).shares(2)
+    shares = Batch("dense", TEN, 5).shares(2)
     assert [share.concurrency for share in shares] == [3, 2]
     # Places 0, 2, 4 and 1, 3 of every five.
-    assert [[index for index, _ in share.prompts] for share in shares] == [
+    assert [[one.index for one in share.conversations] for share in shares] == [
         [0, 2, 4, 5, 7, 9],
         [1, 3, 6, 8],
     ]
@@ -32,7 +33,8 @@ def test_a_closed_loop_deals_out_places_and_prompts_in_proportion() -> None:
 @pytest.mark.parametrize("concurrency", [1, 2, 7, 128])
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_nothing_is_lost(concurrency: int, num: int) -> None:
-    shares = Batch("dense", PROMPTS, 8, concurrency).shares(num)
-    assert sorted(prompt for share in shares for prompt in share.prompts) == list(PROMPTS)
+    shares = Batch("dense", TEN, concurrency).shares(num)
+    assert {one for share in shares for one in share.conversations} == set(TEN)
+    assert sum(share.num_requests for share in shares) == 10
     assert sum(share.concurrency for share in shares) == concurrency
-    assert all(share.concurrency for share in shares if share.prompts)
+    assert all(share.concurrency for share in shares if share.conversations)

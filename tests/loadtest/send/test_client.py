@@ -14,8 +14,8 @@ from loadtest.mock_server import MockVariant, create_app
 from loadtest.record import Request
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
-from loadtest.send.workload import Prompt
-from tests.loadtest.conftest import Serve, ServeApp
+from loadtest.send.workload import Conversation, Prompt, Turn
+from tests.loadtest.conftest import Serve, ServeApp, conversations
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 
@@ -103,7 +103,7 @@ def test_broken_streams_are_classed(serve_app: ServeApp, stream: str, error: str
     assert (request.error, request.timing) == (error, None)
 
 
-CLOSED = Batch("dense", tuple((n, f"prompt {n}") for n in range(6)), 3, concurrency=2)
+CLOSED = Batch("dense", conversations((f"prompt {n}" for n in range(6)), 3), concurrency=2)
 
 
 def send(url: str, batch: Batch) -> Sent:
@@ -191,3 +191,53 @@ def test_variants_are_listed_once_all_answer(serve: Serve, serve_app: ServeApp) 
         asyncio.run(ask(url))
     status = "down"
     assert asyncio.run(ask(url)) == ["dense"]
+
+
+def turns(*texts: str, output_tokens: int = 2) -> tuple[Conversation, ...]:
+    """One conversation."""
+    found = [Turn(text, output_tokens + number, 0.05) for number, text in enumerate(texts)]
+    return (Conversation(4, tuple(found)),)
+
+
+def test_each_turn_carries_the_answers_before_it_and_waits(serve: Serve) -> None:
+    url, app = serve(dense=MockVariant(0.01, 0.001))
+    sent = send(url, Batch("dense", turns("hello", "and then?", "why?"), concurrency=1))
+    asked = [prompt for _, prompt in app.state.requests]
+    assert asked == ["hello", "hello\n 0 1\nand then?", "hello\n 0 1\nand then?\n 0 1 2\nwhy?"]
+    assert [(r.prompt_index, r.turn, r.asked_tokens, r.output_tokens) for r in sent.requests] == [
+        (4, 0, 2, 2),
+        (4, 1, 3, 3),
+        (4, 2, 4, 4),
+    ]
+    assert all(request.error is None for request in sent.requests)
+    for before, after in zip(sent.requests, sent.requests[1:], strict=False):
+        assert after.intended_send_s == pytest.approx(before.ended_s + 0.05)
+        assert after.sent_s >= after.intended_send_s
+
+
+def test_what_comes_after_a_failed_turn_fails_too(serve: Serve) -> None:
+    url, app = serve(dense=MockVariant(0.01, 0.001, fail_every=2))
+    sent = send(url, Batch("dense", turns("a", "b", "c", "d"), concurrency=1))
+    assert len(app.state.requests) == 2
+    errors = [request.error for request in sent.requests]
+    assert errors == [None, "http_503", "turn_before_failed", "turn_before_failed"]
+    assert [request.asked_tokens for request in sent.requests] == [2, 3, 4, 5]
+    assert all(request.timing is None for request in sent.requests[1:])
+
+
+def test_answers_may_end_by_themselves_only_if_told(serve_app: ServeApp) -> None:
+    app, bodies = FastAPI(), []
+
+    @app.post("/v1/completions")
+    async def complete(request: HTTPRequest) -> Response:
+        bodies.append(await request.json())
+        usage = 'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
+        return PlainTextResponse(TOKEN + usage + "data: [DONE]\n\n")
+
+    url = serve_app(app)
+    for until_eos in (False, True):
+        batch = Batch("dense", conversations(["a"], 9), concurrency=1, until_eos=until_eos)
+        (request,) = send(url, batch).requests
+        assert (request.asked_tokens, request.output_tokens) == (9, 1)
+    assert [body.get("ignore_eos") for body in bodies] == [True, None]
+    assert [body["max_tokens"] for body in bodies] == [9, 9]

@@ -118,7 +118,7 @@ def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
         report = (out / load / "report.md").read_text()
         assert "INCOMPLETE: the run was stopped: 4 of 6 block pairs" in report
     again = CliRunner().invoke(app, ["report", str(out)])
-    assert again.exit_code == 1  # it was stopped
+    assert again.exit_code == 3  # it was stopped
     sweep = json.loads(again.stdout.splitlines()[-1])
     assert {point["run"] for point in sweep["points"]} == {"concurrency-1", "concurrency-2"}
 

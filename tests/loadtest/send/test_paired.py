@@ -9,14 +9,21 @@ import pytest
 from loadtest.mock_server import MockVariant
 from loadtest.record import Recorded, Request
 from loadtest.send.client import Client, Sent
+from loadtest.send.distribution import Distribution
 from loadtest.send.paired import Harness, Plan, check_fit, run_paired, sized, worst
 from loadtest.send.schedule import Schedule
+from loadtest.send.trace import Arrival
 from loadtest.send.workload import Workload
 from tests.loadtest.conftest import Serve
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
-PLAN = Plan(num_prompts=3, num_block_pairs=2, num_warmup=1, output_tokens=4)
+PLAN = Plan(num_prompts=3, num_block_pairs=2, num_warmup=1)
+SHORT = Workload(prompt_words=Distribution("5"), output_tokens=Distribution("4"), run_number=1)
 CLOSED = Schedule()
+
+
+def arrivals(*times_s: float) -> tuple[Arrival, ...]:
+    return tuple(Arrival(time_s, None, None) for time_s in times_s)
 
 
 def run(
@@ -27,24 +34,21 @@ def run(
 ) -> Recorded:
     async def measure() -> Recorded:
         async with Client(url, timeout_s=30.0) as client:
-            return await run_paired(
-                client, plan, workload or Workload(prompt_words=5), schedule=schedule
-            )
+            return await run_paired(client, plan, workload or SHORT, schedule=schedule)
 
     return asyncio.run(measure())
 
 
 def test_what_the_server_saw(serve: Serve) -> None:
     url, app = serve(dense=QUICK, sparse=QUICK)
-    workload = Workload(prompt_words=5, run_number=1)
-    paired = run(url, workload=workload)
+    paired = run(url)
     order = [("dense", 0, 0), ("sparse", 0, 0)]  # variant, pass, prompt
     order += [("dense", 1, n) for n in (1, 2, 3)] + [("sparse", 2, n) for n in (1, 2, 3)]
     order += [("sparse", 3, n) for n in (4, 5, 6)] + [("dense", 4, n) for n in (4, 5, 6)]
     assert app.state.requests == [
-        (variant, workload.prompt(index, pass_number)) for variant, pass_number, index in order
+        (variant, SHORT.prompt(index, pass_number)) for variant, pass_number, index in order
     ]
-    assert len(order) == PLAN.num_requests
+    assert len(order) == PLAN.num_conversations
     assert len(paired.warmup) == 2
     assert paired.about["plan"] == asdict(PLAN)
     assert (paired.about["schedule"], paired.about["rate_per_s"]) == ("closed", None)
@@ -55,6 +59,35 @@ def test_what_the_server_saw(serve: Serve) -> None:
     starts_s = [paired.warmup[0].intended_send_s, *(b.started_s for b in paired.blocks)]
     assert starts_s[0] == 0.0
     assert starts_s == sorted(starts_s)
+
+
+def test_a_plan_goes_on_two_block_pairs_at_a_time(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=QUICK)
+    sizes: list[int] = []
+    recorded: list[int] = []
+
+    def goes_on() -> bool:
+        return len(sizes) < 3
+
+    async def measure() -> Recorded:
+        async with Client(url, timeout_s=30.0) as client:
+            return await run_paired(
+                client,
+                PLAN,
+                SHORT,
+                on_plan=lambda plan: sizes.append(plan.num_block_pairs),
+                on_sent=lambda requests, about: recorded.append(about["plan"]["num_block_pairs"]),
+                goes_on=goes_on,
+            )
+
+    run = asyncio.run(measure())
+    assert sizes == [2, 4, 6]
+    assert recorded == [2] * 6 + [4] * 4 + [6] * 4
+    assert run.about["plan"]["num_block_pairs"] == 6
+    longer = replace(PLAN, num_block_pairs=6)
+    assert [(b.block_pair, b.variant) for b in run.blocks] == longer.block_order()
+    sent = [{r.prompt_index for r in pair[0].requests} for pair in run.pairs]
+    assert len(set.union(*sent)) == 6 * 3  # no pair has another's prompts
 
 
 def test_a_failed_warmup_measures_nothing(serve: Serve) -> None:
@@ -118,7 +151,6 @@ def test_a_harness_that_does_not_keep_up_voids_the_run(
         ({"num_block_pairs": 0}, "--blocks 0 is too small"),
         ({"num_block_pairs": 3}, "--blocks 3 is odd.*give 4"),
         ({"num_warmup": 0}, "--warmup 0 is too small"),
-        ({"output_tokens": 1}, "--output-tokens 1 is too small; give at least 2"),
     ],
 )
 def test_bad_plans_are_refused(change: dict[str, Any], message: str) -> None:
@@ -128,7 +160,7 @@ def test_bad_plans_are_refused(change: dict[str, Any], message: str) -> None:
 
 def test_a_trace_shorter_than_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="--num-prompts 3 is more than the 2 times"):
-        check_fit(PLAN, Schedule("trace", trace_s=(0.0, 1.0)), 1)
+        check_fit(PLAN, Schedule("trace", trace=arrivals(0.0, 1.0)), 1)
 
 
 def test_a_block_keeps_up_its_load_for_as_long_as_asked(serve: Serve) -> None:
@@ -148,7 +180,7 @@ def test_a_block_keeps_up_its_load_for_as_long_as_asked(serve: Serve) -> None:
         (Schedule("poisson", 3.0), 30),
         (Schedule("ramp", 1.0, 3.0), 20),
         (Schedule("constant", 0.1), 8),
-        (Schedule("trace", trace_s=(0.0, 0.5, 0.9)), 3),
+        (Schedule("trace", trace=arrivals(0.0, 0.5, 0.9)), 3),
     ],
 )
 def test_the_size_of_a_block_in_an_open_loop(schedule: Schedule, num_prompts: int) -> None:

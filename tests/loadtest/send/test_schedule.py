@@ -1,12 +1,16 @@
 """Timetables by hand, and what is refused."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loadtest.send.schedule import Schedule, read_trace
+from loadtest.send.schedule import Schedule
+from loadtest.send.trace import Arrival
+
+
+def arrivals(*times_s: float) -> tuple[Arrival, ...]:
+    return tuple(Arrival(time_s, None, None) for time_s in times_s)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +21,7 @@ from loadtest.send.schedule import Schedule, read_trace
         # Three at once, every 3 / 2 s.
         (Schedule("burst", 2.0, burst=3), 2.0, (0.0, 0.0, 0.0, 1.5, 1.5)),
         (
-            Schedule("trace", trace_s=(0.0, 0.5, 0.5, 2.0, 3.0, 9.0)),
+            Schedule("trace", trace=arrivals(0.0, 0.5, 0.5, 2.0, 3.0, 9.0)),
             None,
             (0.0, 0.5, 0.5, 2.0, 3.0),
         ),
@@ -71,32 +75,12 @@ def test_poisson_is_seeded_and_has_exponential_gaps() -> None:
         ({"kind": "burst", "rate_per_s": 1.0}, "--schedule burst needs --burst"),
         ({"kind": "burst", "rate_per_s": 1.0, "burst": 0}, "--burst 0 is out of range"),
         ({"kind": "trace"}, "--schedule trace needs --trace"),
-        ({"kind": "constant", "rate_per_s": 1.0, "trace_s": (0.0,)}, "--trace is for --schedule"),
+        (
+            {"kind": "constant", "rate_per_s": 1.0, "trace": arrivals(0.0)},
+            "--trace is for --schedule",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**fields)
-
-
-def test_a_trace_file(tmp_path: Path) -> None:
-    (tmp_path / "trace").write_text("0\n0.5\n 0.5\n2e1\n")
-    assert read_trace(tmp_path / "trace") == (0.0, 0.5, 0.5, 20.0)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("0\n-1\n", "line 2: '-1' is not a number of seconds"),
-        ("1\n0.5\n", "line 2: '0.5' is not a number of seconds, .* not before the line above"),
-        ("a\n", "line 1: 'a'"),
-        ("nan\n", "line 1: 'nan'"),
-        ("inf\n", "line 1: 'inf'"),
-        ("0\n\n1\n", "line 2: ''"),
-    ],
-)
-def test_bad_trace_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "trace").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_trace(tmp_path / "trace")
