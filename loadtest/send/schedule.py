@@ -5,7 +5,7 @@
     poisson    independent users: gaps drawn from an exponential distribution of mean 1 / rate
     burst      `burst` at once, every burst / rate
     ramp       the rate grows evenly from `rate` to `rate_to` over the block
-    trace      the times in a file (trace.py)
+    trace      the times in a file (trace.py), stretched to a mean of `rate` if it is given
 
 All but the first are open loops: a request leaves at its time however many are outstanding. All
 blocks get the same timetable.
@@ -27,7 +27,8 @@ class Schedule:
 
     Attributes:
         kind: one of KINDS.
-        rate_per_s: requests a second; ramp: at a block's start. Not for closed and trace.
+        rate_per_s: requests a second; ramp: at a block's start; trace: None keeps its own. Not for
+            closed.
         rate_to_per_s: ramp: at a block's end.
         burst: burst: requests that leave at once.
         trace: trace: arrivals, by time.
@@ -44,22 +45,23 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"--schedule {self.kind} is unknown; give one of {', '.join(KINDS)}")
-        for option, value, kinds in (
-            ("--rate", self.rate_per_s, ("constant", "poisson", "burst", "ramp")),
-            ("--rate-to", self.rate_to_per_s, ("ramp",)),
-            ("--burst", self.burst, ("burst",)),
-            ("--trace", self.trace or None, ("trace",)),
+        for option, value, kinds, others in (
+            ("--rate", self.rate_per_s, ("constant", "poisson", "burst", "ramp"), ("trace",)),
+            ("--rate-to", self.rate_to_per_s, ("ramp",), ()),
+            ("--burst", self.burst, ("burst",), ()),
+            ("--trace", self.trace or None, ("trace",), ()),
         ):
             if value is None and self.kind in kinds:
                 raise UsageError(f"--schedule {self.kind} needs {option}")
-            if value is not None and self.kind not in kinds:
-                raise UsageError(f"{option} is for --schedule {' and '.join(kinds)}; drop it")
+            if value is not None and self.kind not in (*kinds, *others):
+                names = " and ".join((*kinds, *others))
+                raise UsageError(f"{option} is for --schedule {names}; drop it")
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise UsageError(f"{option} {value} is out of range; give a number above 0")
 
     @property
     def mean_rate_per_s(self) -> float | None:
-        """Requests a second over a block; None for closed and trace."""
+        """Requests a second over a block; None for closed, and for trace at its own speed."""
         if self.rate_per_s is None or self.rate_to_per_s is None:
             return self.rate_per_s
         return (self.rate_per_s + self.rate_to_per_s) / 2
@@ -73,7 +75,11 @@ class Schedule:
         if self.kind == "closed":
             return None
         if self.kind == "trace":
-            return tuple(arrival.due_s for arrival in self.trace[:num])
+            times_s = tuple(arrival.due_s for arrival in self.trace[:num])
+            if self.rate_per_s is None:
+                return times_s
+            factor = (len(times_s) - 1) / max(times_s[-1], 1e-9) / self.rate_per_s
+            return tuple(factor * time_s for time_s in times_s)
         rate = self.rate_per_s or 0.0
         if self.kind == "constant":
             return tuple(place / rate for place in range(num))

@@ -6,7 +6,7 @@
                                               goes on there, in the clone that is in FOLDER already
 
 Both train, serve and compare a real model, for about an hour, and write what was typed and what was
-answered to stdout. Commands are read from their pages; each must end with 0. A server runs until
+answered to stdout, and to stderr what commands say there. Commands are read from their pages; each must end with 0. A server runs until
 another is started or the section ends. CI follows only docs/index.md, on a model that is there
 already, see test_newcomer.py.
 """
@@ -89,6 +89,7 @@ class Newcomer:
         done = subprocess.run(
             words, cwd=self.folder, env=self.environment, capture_output=True, text=True
         )
+        sys.stderr.write(done.stderr)  # what a person reads too
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr if language == "python" else done.stdout
 

@@ -34,6 +34,14 @@ def test_timetables_by_hand(
     assert schedule.times_s(5) == times_s
 
 
+def test_a_trace_is_stretched_to_a_rate() -> None:
+    # Four arrivals in 3 s are three gaps of a second on average; at 2/s they take half as long.
+    slow = Schedule("trace", 2.0, trace=arrivals(0.0, 1.0, 1.0, 3.0, 9.0))
+    assert slow.times_s(4) == pytest.approx((0.0, 0.5, 0.5, 1.5))
+    assert slow.mean_rate_per_s == 2.0
+    assert Schedule("trace", 2.0, trace=arrivals(0.0)).times_s(1) == (0.0,)
+
+
 def test_ramp_by_hand() -> None:
     # From 1/s to 3/s the mean is 2/s, so 16 take 8 s, and t + t^2 / 8 have left by t.
     times_s = Schedule("ramp", 1.0, 3.0).times_s(16)
@@ -64,7 +72,10 @@ def test_poisson_is_seeded_and_has_exponential_gaps() -> None:
     [
         ({"kind": "random"}, "--schedule random is unknown; give one of closed, constant, poisson"),
         ({"kind": "poisson"}, "--schedule poisson needs --rate"),
-        ({"rate_per_s": 1.0}, "--rate is for --schedule constant and poisson and burst and ramp"),
+        (
+            {"rate_per_s": 1.0},
+            "--rate is for --schedule constant and poisson and burst and ramp and trace",
+        ),
         (
             {"kind": "constant", "rate_per_s": 0.0},
             "--rate 0.0 is out of range; give a number above",
