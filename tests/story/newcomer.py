@@ -6,9 +6,9 @@
                                               goes on there, in the clone that is in FOLDER already
 
 Both train, serve and compare a real model, for about an hour, and write what was typed and what was
-answered to stdout, and to stderr what commands say there. Commands are read from their pages; each must end with 0. A server runs until
-another is started or the section ends. CI follows only docs/index.md, on a model that is there
-already, see test_newcomer.py.
+answered to stdout, and what commands say on stderr to stderr. Commands are read from their pages;
+each must end with 0. A server runs until another is started or the section ends. CI follows only
+docs/index.md, on a model that is there already, see test_newcomer.py.
 """
 
 import json
