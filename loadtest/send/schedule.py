@@ -13,6 +13,7 @@ blocks get the same timetable.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loadtest.errors import UsageError
@@ -75,11 +76,7 @@ class Schedule:
         if self.kind == "closed":
             return None
         if self.kind == "trace":
-            times_s = tuple(arrival.due_s for arrival in self.trace[:num])
-            if self.rate_per_s is None:
-                return times_s
-            factor = (len(times_s) - 1) / max(times_s[-1], 1e-9) / self.rate_per_s
-            return tuple(factor * time_s for time_s in times_s)
+            return _trace_s([arrival.due_s for arrival in self.trace[:num]], self.rate_per_s)
         rate = self.rate_per_s or 0.0
         if self.kind == "constant":
             return tuple(place / rate for place in range(num))
@@ -94,6 +91,14 @@ class Schedule:
             time_s += rng.expovariate(rate)
             times_s.append(time_s)
         return tuple(times_s)
+
+
+def _trace_s(own_s: Sequence[float], rate_per_s: float | None) -> tuple[float, ...]:
+    """A trace's own times, or as much faster or slower as a mean rate needs."""
+    if rate_per_s is None or not own_s[-1]:
+        return tuple(own_s)
+    factor = (len(own_s) - 1) / own_s[-1] / rate_per_s
+    return tuple(factor * time_s for time_s in own_s)
 
 
 def _ramp_s(num: int, start: float, end: float) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ blocks with the run's and the pass's.
 import json
 import random
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,37 +156,37 @@ class Workload:
         """
         opening = f"{self.run_number:09d} {pass_number:04d} {index:06d}\n"
         num_turns = self.turns.whole(f"{self.seed}/{index}/turns")
-        turns = []
-        for number in range(num_turns):
-            seed = f"{self.seed}/{index}" + (f"/{number}" if number else "")
-            prompt: Prompt = opening + self._words(seed, arrival)
-            output_tokens = self._output_tokens(index, seed)
-            if self.prompts:
-                ready = self.prompts[self._order[(index * num_turns + number) % len(self.prompts)]]
-                prompt = _opened(ready.prompt, opening if number == 0 else "")
-            elif number:
-                prompt = self._words(seed, None)
-            if arrival is not None and arrival.output_tokens is not None:
-                output_tokens = arrival.output_tokens
-            think_s = self.think_s.number(f"{seed}/think") if number else 0.0
-            turns.append(Turn(prompt, output_tokens, think_s))
-        first, *later = turns
+        first, *later = (
+            self._turn(index, number, num_turns, "" if number else opening, arrival)
+            for number in range(num_turns)
+        )
         if isinstance(first.prompt, str):
+            shared = self._prefix(index)
             if arrival is not None and arrival.blocks:
                 shared = self._blocks(arrival, pass_number)
-            else:
-                shared = self._prefix(index)
-            first = Turn(shared + first.prompt, first.output_tokens)
+            first = replace(first, prompt=shared + first.prompt)
         return Conversation(index, (first, *later))
+
+    def _turn(
+        self, index: int, number: int, num_turns: int, opening: str, arrival: Arrival | None
+    ) -> Turn:
+        seed = f"{self.seed}/{index}" + (f"/{number}" if number else "")
+        if self.prompts:
+            place = (index * num_turns + number) % len(self.prompts)
+            ready = self.prompts[self._order[place]]
+            prompt, own_tokens = _opened(ready.prompt, opening), ready.output_tokens
+        else:
+            prompt, own_tokens = opening + self._words(seed, arrival), None
+        if arrival is not None and arrival.output_tokens is not None:
+            own_tokens = arrival.output_tokens
+        elif self.output_tokens is not None:
+            own_tokens = self.output_tokens.whole(f"{seed}/output")
+        think_s = self.think_s.number(f"{seed}/think") if number else 0.0
+        return Turn(prompt, own_tokens or 1, think_s)
 
     @cached_property
     def _order(self) -> list[int]:
         return random.Random(self.seed).sample(range(len(self.prompts)), len(self.prompts))
-
-    def _output_tokens(self, index: int, seed: str) -> int:
-        if self.output_tokens is not None:
-            return self.output_tokens.whole(f"{seed}/output")
-        return self.prompts[self._order[index % len(self.prompts)]].output_tokens or 1
 
     def _words(self, seed: str, arrival: Arrival | None) -> str:
         """A made-up prompt, or one cut from the text."""
