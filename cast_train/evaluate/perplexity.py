@@ -118,6 +118,8 @@ def soft_and_hard(
 ) -> tuple[Perplexity, Perplexity]:
     """Measures a gated model under the soft mask at its last temperature, and under the exact one.
 
+    A fixed mask has no soft form, so unless the last steps were quantised, it is measured once.
+
     Args:
         model: with its gates attached; left in the hard phase.
         last: the phase that training ended in.
@@ -126,7 +128,11 @@ def soft_and_hard(
     Raises:
         NotFiniteError: if the model's output is not.
     """
-    gating.set_phase(gate_map, dataclasses.replace(last, is_hard=False))
-    soft = perplexity(model, blocks, name="soft")
+    soft = None
+    is_fixed = all(isinstance(gate, gating.FixedGate) for gate in gate_map.values())
+    if last.is_quantized or not is_fixed:
+        gating.set_phase(gate_map, dataclasses.replace(last, is_hard=False))
+        soft = perplexity(model, blocks, name="soft")
     gating.set_phase(gate_map, dataclasses.replace(last, is_hard=True))
-    return soft, perplexity(model, blocks, name="hard")
+    hard = perplexity(model, blocks, name="hard")
+    return soft or hard, hard

@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,24 @@ def test_perplexity_of_known_chances():
 def test_a_damaged_model_is_refused():
     with pytest.raises(ValueError, match="its weights are damaged"):
         perplexity(Fixed(math.nan), torch.tensor([[0, 1]]))
+
+
+def test_a_fixed_mask_is_measured_once(llama_dir, monkeypatch):
+    model = load_dense(llama_dir, torch.float32)
+    targets, _ = find_targets(model, TWO_FOUR)
+    gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), method="fixed")
+    passes = []
+
+    def measured(*_, name):
+        passes.append(name)
+        return name
+
+    monkeypatch.setattr("cast_train.evaluate.perplexity.perplexity", measured)
+    phase = Phase(1.0, 1.0, penalty_weight=0.0, is_hard=True)
+    assert soft_and_hard(model, gate_map, phase, None) == ("hard", "hard")
+    assert passes == ["hard"]
+    quantized = replace(phase, is_quantized=True)
+    assert soft_and_hard(model, gate_map, quantized, None) == ("soft", "hard")
 
 
 def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
