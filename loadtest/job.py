@@ -43,13 +43,17 @@ class Options:
     baseline: Annotated[str, option("NAME", "Variant to compare against.")] = Plan.baseline
     candidate: Annotated[str, option("NAME", "Variant expected to be better.")] = Plan.candidate
     concurrency: Annotated[
-        str, option("N,N", "Closed loop: requests in flight; 1,4,16 makes one run each.")
+        str,
+        option(
+            "N,N", "Closed loop: requests, or conversations, at a time; 1,4,16 makes one run each."
+        ),
     ] = str(Plan.concurrency)
     schedule: Annotated[str, option("NAME", f"When to send requests: {', '.join(KINDS)}.")] = (
         Schedule.kind
     )
     rate: Annotated[
-        str | None, option("RATE,RATE", "Requests per second; 1,2,4 makes one run each.", "none")
+        str | None,
+        option("RATE,RATE", "Requests, or conversations, per second; 1,2,4: one run each.", "none"),
     ] = None
     rate_to: Annotated[
         float | None, option("RATE", "Ramp: rate at the end of a block.", "none")
@@ -66,7 +70,7 @@ class Options:
         int, option("N", "Client processes, if one cannot keep up with the load.", min=1)
     ] = 1
     num_prompts: Annotated[
-        int | None, option("N", "Prompts per block.", "enough for --block-s")
+        int | None, option("N", "Prompts, or conversations, per block.", "enough for --block-s")
     ] = None
     block_s: Annotated[float, option("SECONDS", "Duration of a block's load.")] = Plan.block_s
     blocks: Annotated[int, option("N", "Block pairs, in ABBA order; even.")] = Plan.num_block_pairs
@@ -78,7 +82,7 @@ class Options:
     ] = None
     max_minutes: Annotated[
         float | None,
-        option("MINUTES", "With --until: stop then, decided or not.", f"{MAX_MINUTES:g}"),
+        option("MINUTES", "With --until: add no block pairs after that.", f"{MAX_MINUTES:g}"),
     ] = None
     warmup: Annotated[int, option("N", "Uncounted requests to each variant first.")] = (
         Plan.num_warmup
@@ -334,6 +338,8 @@ def _workload(options: Options, trace: Sequence[Arrival]) -> Workload:
         prefix_words=options.shared_prefix,
         prefix_groups=options.prefix_groups,
         until_eos=options.until_eos,
+        trace=str(options.trace) if options.trace else None,
+        has_own_lengths=_has_lengths(trace),
         source=str(options.prompts or options.text or Workload.source),
     )
 
@@ -360,8 +366,8 @@ def _check_ready(options: Options, prompts: Sequence[Ready]) -> None:
 
 
 def _check_trace(options: Options, trace: Sequence[Arrival]) -> None:
-    """Refuses lengths of which the trace has its own, and prompts that it has no room for."""
-    if not trace or trace[0].prompt_tokens is None:
+    """Refuses what a trace with lengths of its own has no room for."""
+    if not _has_lengths(trace):
         return
     for flag, is_given in (
         ("--output-tokens", options.output_tokens != Options.output_tokens),
@@ -376,6 +382,10 @@ def _check_trace(options: Options, trace: Sequence[Arrival]) -> None:
                 f"{flag} has no effect: trace {options.trace} has lengths of its own, for made-up "
                 "prompts; leave one of them out"
             )
+
+
+def _has_lengths(trace: Sequence[Arrival]) -> bool:
+    return bool(trace) and trace[0].prompt_tokens is not None
 
 
 def _terms(options: Options) -> dict[str, Any]:
@@ -408,6 +418,7 @@ def _terms(options: Options) -> dict[str, Any]:
                 "drop the limit"
             )
     _check_until(options, speed)
+    _check_work(options, speed, has_slo)
     num_pairs = options.blocks * options.launches
     if speed and num_pairs < MIN_BLOCK_PAIRS:
         raise UsageError(
@@ -421,6 +432,29 @@ def _terms(options: Options) -> dict[str, Any]:
         "is_aa": options.same_model,
         "until": options.until,
     }
+
+
+def _check_work(options: Options, limits: Mapping[str, float], has_slo: bool) -> None:
+    """Refuses limits on what compares different work, or is not defined."""
+    has_turns = options.turns != Options.turns
+    unequal = {"e2e", "throughput", "goodput"} | ({"ttft"} if has_turns else set())
+    for name in limits:
+        if options.until_eos and name.partition("_")[0] in unequal:
+            what = "answers and histories" if has_turns else "answers"
+            raise UsageError(
+                f"guard {options.guard} limits {name}, but with --until-eos the variants' {what} "
+                "have different lengths; limit tpot or itl, or leave out --until-eos"
+            )
+    if has_turns and options.schedule != "closed":
+        for flag, is_given in (
+            ("--schedule ramp", options.schedule == "ramp"),
+            ("--slo-ttft-ms and --slo-tpot-ms", has_slo),
+        ):
+            if is_given:
+                raise UsageError(
+                    f"{flag} count requests by when they leave, but on a timetable only first "
+                    "turns do; leave out --turns, or --schedule"
+                )
 
 
 def _check_until(options: Options, limits: Mapping[str, float]) -> None:

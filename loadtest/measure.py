@@ -17,13 +17,13 @@ from typing import Any
 
 from loadtest.errors import LaunchError, UnreachableError
 from loadtest.job import MAX_MINUTES, Job, Load
-from loadtest.judge.statistics import speedups
-from loadtest.judge.verdict import Guard, is_open
+from loadtest.judge.verdict import is_open
 from loadtest.progress import progress
 from loadtest.provenance import told_by
 from loadtest.quality import agreement, choices
 from loadtest.quality.ask import asking
 from loadtest.record import Recorded, Recorder, Request
+from loadtest.report.result import result_of
 from loadtest.send.client import Client
 from loadtest.send.launches import served
 from loadtest.send.paired import Plan, run_paired, worst
@@ -123,13 +123,15 @@ async def _run(
         recorder.add(requests, {**sending, "harness": harness, "workload": workload.about()})
 
     began_s = time.monotonic()
-    guard = Guard.of(job.terms["guard"])
 
     def goes_on() -> bool:
         most_s = 60 * (options.max_minutes or MAX_MINUTES)
         if options.until is None or time.monotonic() - began_s > most_s:
             return False
-        return is_open(speedups(Recorded.read(recorder.directory)), guard)
+        recorded = Recorded.read(recorder.directory)
+        return is_open(
+            result_of(Recorded({**recorded.about, "is_complete": True}, recorded.requests))
+        )
 
     sender = (
         _client(job, url)
@@ -177,7 +179,7 @@ def _usual_tokens(workload: Workload) -> int:
     """How many tokens answers have, to compare quality over as many."""
     if workload.output_tokens is None:
         return round(statistics.median(ready.output_tokens or 1 for ready in workload.prompts))
-    return workload.output_tokens.whole("quality")
+    return workload.output_tokens.middle
 
 
 def _text(prompt: Prompt) -> str:

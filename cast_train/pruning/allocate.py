@@ -250,7 +250,7 @@ def _costs(
     targets: Mapping[str, nn.Module],
     changes: Mapping[str, Sequence[Tensor]],
     blocks: Tensor,
-    precision: str = "auto",
+    precision: str,
 ) -> dict[str, list[float]]:
     """The module's cost by name, of each of its changes."""
     dtype = arithmetic(precision)

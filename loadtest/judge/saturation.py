@@ -65,7 +65,7 @@ def growth(recorded: Recorded, variant: str) -> float | None:
 
 
 def _sends_and_ttfts(recorded: Recorded, variant: str) -> NDArray[np.float64]:
-    """Seconds from a block's start, and TTFT, of all requests in that order, [num_requests, 2]."""
+    """Seconds from a block's start, and TTFT, of first turns in that order, [num_turns, 2]."""
     found = sorted(
         (
             request.intended_send_s - block.started_s,
@@ -73,5 +73,6 @@ def _sends_and_ttfts(recorded: Recorded, variant: str) -> NDArray[np.float64]:
         )
         for block in recorded.blocks_of(variant)
         for request in block.requests
+        if request.turn == 0  # later turns leave when the answer before has come
     )
     return np.array(found).reshape(-1, 2)

@@ -49,10 +49,14 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 def values(requests: Iterable[Request], metric: str) -> Array:
     """Ascending seconds of one of TIMES; inf for what a failed request would have had."""
     found: list[float] = []
+    requests = list(requests)
+    # Where answers end by themselves, all are far shorter than they may be.
+    longest = max((request.output_tokens or 0 for request in requests), default=0)
     for request in requests:
         timing = request.timing
         if timing is None:
-            found += [np.inf] * (request.asked_tokens - 1 if metric == "itl" else 1)
+            num_tokens = min(request.asked_tokens, longest or request.asked_tokens)
+            found += [np.inf] * (max(num_tokens - 1, 0) if metric == "itl" else 1)
         elif metric == "itl":
             found += timing.itl_s
         else:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cast_serve.intervals import Ratio
 from loadtest.errors import UsageError
 from loadtest.judge.statistics import QUANTILES, TIMES
 
@@ -125,7 +124,8 @@ def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
         text = why.get("error_rate", "no request failed")
         checks.append(Check("error_rate", limit, rate, PASS if rate <= limit else FAIL, text))
         unequal = result["num_unequal_lengths"]
-        text = why.get("unequal_lengths", "every answer has the requested length")
+        asked = "at most as many" if result["workload"].get("until_eos") else "as many"
+        text = why.get("unequal_lengths", f"every answer has {asked} tokens as it was asked for")
         checks.append(Check("unequal_lengths", 0, unequal, FAIL if unequal else PASS, text))
         is_void, allowed = result["harness"]["is_void"], guard.allow_void
         text = why.get("void", "the harness kept up")
@@ -191,7 +191,7 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
         for metric, limit in limits.items():
             speedup = result["speedups"].get(metric, {})
             ends = [speedup.get(key) for key in ("ratio", "low", "high")]
-            if not all(ends):
+            if None in ends:
                 why = _unknown(metric, result)
                 yield Check(f"{kind}.{metric}", limit, None, INCONCLUSIVE, why)
                 continue
@@ -202,9 +202,10 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
                 found = low
                 why = f"{ratio:.3f} ({low:.3f} to {high:.3f}): its lower end must reach {limit:g}"
             else:
-                found = 1 / low
+                found = 1 / low if low else None  # 0: the percentile is among failed requests
+                slower, least_slow, most_slow = (1 / end if end else math.inf for end in ends)
                 why = (
-                    f"candidate over baseline {1 / ratio:.3f} ({1 / high:.3f} to {1 / low:.3f}): "
+                    f"candidate over baseline {slower:.3f} ({most_slow:.3f} to {least_slow:.3f}): "
                     f"its upper end must not exceed {limit:g}"
                 )
             if verdict == INCONCLUSIVE:
@@ -212,11 +213,18 @@ def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
             yield Check(f"{kind}.{metric}", limit, found, verdict, why)
 
 
-def is_open(speedups: Mapping[str, Ratio], guard: Guard) -> bool:
-    """Whether more block pairs may decide a limit on speed."""
-    found: dict[str, Any] = {name: ratio.about() for name, ratio in speedups.items()}
-    result = {"speedups": found, "slo": None, "num_launches": 1, "num_block_pairs": 1}
-    return any(check.verdict == INCONCLUSIVE for check in _speed(result, guard))
+def is_open(result: Mapping[str, Any]) -> bool:
+    """Whether more block pairs may change a verdict: a speed limit is open, and none has failed."""
+    checks = {check["name"]: check["verdict"] for check in result["checks"]}
+    is_decidable = {
+        f"{kind}.{metric}": speedup["ratio"] is not None
+        for kind in ("min_speedup", "max_slowdown")
+        for metric, speedup in result["speedups"].items()
+    }
+    return FAIL not in checks.values() and any(
+        verdict == INCONCLUSIVE and is_decidable.get(name, False)
+        for name, verdict in checks.items()
+    )
 
 
 def _how_many_more(
@@ -227,6 +235,8 @@ def _how_many_more(
         num, what = result["num_launches"], "launches"
     else:
         num, what = result["num_block_pairs"], "block pairs"
+    if not low:
+        return f"more {what} may settle it"
     reach, distance = math.log(high / low) / 2, abs(math.log(ratio / limit))
     if distance * math.sqrt(MOST_MORE) < reach:
         return (
@@ -285,6 +295,8 @@ def _unknown(metric: str, result: Mapping[str, Any]) -> str:
     if metric == "goodput" and not result["slo"]:
         return "goodput was not measured; give --slo-ttft-ms or --slo-tpot-ms"
     if result["speedups"].get(metric, {}).get("ratio"):
+        if result["until"]:
+            return "has no interval in a run with --until; limit a median or throughput"
         return (
             "has no interval: too few block pairs or requests; give more --blocks, or a longer run"
         )

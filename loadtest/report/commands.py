@@ -91,7 +91,9 @@ def report(
         printed = result_of(run)
         results.append(printed)
         unwritten += _write_anew(directory / name, run, printed, new_guard is not None)
-        if export is not None:
+        if export is not None and not run.blocks:
+            unwritten.append(f"{directory / name}: nothing was measured, so nothing is exported")
+        elif export is not None:
             write = partial(write_export, run, directory / name, export)
             unwritten += attempt(f"{directory}", write)
         show(printed)

@@ -40,7 +40,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from loadtest.errors import RecordError, UsageError
+from loadtest.errors import UsageError
 from loadtest.record import Block, Recorded, Request
 
 FORMS = ("aiperf",)
@@ -55,7 +55,7 @@ def export(recorded: Recorded, directory: Path, form: str) -> list[Path]:
 
     Raises:
         UsageError: if `form` is not one of FORMS, or nothing was measured.
-        RecordError: if a file cannot be written.
+        OSError: if a file cannot be written.
     """
     if form not in FORMS:
         raise UsageError(f"export form {form!r} is unknown; give one of {', '.join(FORMS)}")
@@ -77,12 +77,8 @@ def export(recorded: Recorded, directory: Path, form: str) -> list[Path]:
             ("profile_export.jsonl", "".join(f"{json.dumps(record)}\n" for record in records)),
             ("profile_export_aiperf.json", json.dumps(summary, indent=2) + "\n"),
         ):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
-            except OSError as error:
-                reason = f"{error.strerror}; free some space, or name another place"
-                raise RecordError(f"{folder / name} could not be written: {reason}") from error
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
     return written
 

@@ -54,7 +54,8 @@ def sweep_of(runs: Sequence[tuple[str, Recorded]]) -> dict[str, Any]:
         result = result_of(run)
         speedups = result["speedups"]
         found[name] = {
-            "verdict": verdict(result),
+            "verdict": result["verdict"],
+            "has_guard": result["has_guard"],
             "headline": result["headline"],
             "warnings": result["warnings"],
             **{key: speedups.get(key) for key in ("tpot_p50", "ttft_p50", "throughput")},
@@ -112,7 +113,7 @@ def _table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         own = {p["variant"]: p for p in sweep["points"] if p["run"] == name}
         values = [own[variant][key] for key in (PER_USER, THROUGHPUT) for variant in variants]
         cells = ["-" if value is None else f"{value:.1f}" for value in values]
-        lines.append([name, *cells, found["verdict"], found["headline"]])
+        lines.append([name, *cells, verdict(found), found["headline"]])
     return columns, lines
 
 

@@ -18,7 +18,7 @@ from loadtest.report.result import result_of
 from loadtest.report.words import rows, times
 
 TABLE_WIDTH = 110
-LOAD = ("plan", "workload", "schedule", "rate_per_s", "timeout_s")
+LOAD = ("plan", "workload", "schedule", "rate_per_s", "timeout_s", "until")
 NOT_LOAD = {"run_number"}  # every run has another
 CPU = ("cpu", "family", "model")
 SERVED = ("kernel", "isa", "head", "dtype", "weight_bytes")  # of a variant, as our gateway says
@@ -51,6 +51,8 @@ def compare(old: Recorded, new: Recorded) -> dict[str, Any]:
             )
         # Percentiles of too few values have no interval, nor has a change of one.
         has_intervals = None not in (before.low, after.low)
+        # Of a run that went on until it was certain no resamples say how sure a change is.
+        has_intervals = has_intervals and not (old.about.get("until") or new.about.get("until"))
         if num_pairs < MIN_BLOCK_PAIRS or not has_intervals:
             change = replace(change, low=None, high=None)
         changes[name] = {
@@ -94,7 +96,7 @@ def _differences(old: Recorded, new: Recorded) -> list[str]:
     def flat(run: Recorded) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key in LOAD:
-            value = run.about[key]
+            value = run.about.get(key)  # older records do not have all
             found |= value if isinstance(value, dict) else {key: value}
         return {key: value for key, value in found.items() if key not in NOT_LOAD}
 
@@ -134,8 +136,10 @@ def table_of(comparison: dict[str, Any]) -> Table:
         table.add_row(f"speed-up, {name}", *cells, verdict or "unknown", style=styles.get(verdict))
     table.add_section()
     old, new = comparison["old"], comparison["new"]
-    for before, after in zip(rows(old), rows(new), strict=False):
-        if "p95" not in before.label and "p99" not in before.label:
+    later = {row.label: row for row in rows(new)}
+    for before in rows(old):
+        after = later.get(before.label)
+        if after and "p95" not in before.label and "p99" not in before.label:
             for side in ("baseline", "candidate"):
                 cells = [getattr(before, side), getattr(after, side)]
                 table.add_row(f"{old[side]}, {before.label}", *cells, "", "")

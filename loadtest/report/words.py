@@ -68,7 +68,7 @@ def guard_rails(result: Result) -> list[str]:
     if not result["has_guard"]:
         found.append(
             "No limits on speed or quality were set (--guard FILE). The run only checked that "
-            "all requests were answered, that answers have equal length and that the harness "
+            "all requests were answered, that answers have the asked lengths and that the harness "
             "kept up."
         )
     return found
@@ -153,7 +153,8 @@ def notes(result: Result) -> list[str]:
     if result["workload"].get("until_eos"):
         found.append(
             "Answers ended by themselves, so the variants wrote answers of different lengths: "
-            "compare TTFT, TPOT and ITL; E2E and tokens/s compare different work."
+            "compare TPOT and ITL, and TTFT of first turns; E2E and tokens/s compare different "
+            "work."
         )
     n = min(side["n"] for side in result["e2e_s"].values())
     if n < num_needed(0.99):

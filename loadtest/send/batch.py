@@ -24,11 +24,6 @@ class Batch:
     due_s: tuple[float, ...] | None = None
     until_eos: bool = False
 
-    @property
-    def num_requests(self) -> int:
-        """Turns of all conversations."""
-        return sum(len(conversation.turns) for conversation in self.conversations)
-
     def shares(self, num: int) -> list["Batch"]:
         """Cuts it into `num` batches that together do the same; a closed loop needs a place each.
 

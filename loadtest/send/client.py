@@ -87,7 +87,7 @@ class _Completion:
         except (ValueError, AttributeError, TypeError) as error:
             raise self.Error("malformed_chunk") from error
 
-    def timing(self, status: int) -> RequestTiming:
+    def timing(self, status: int, may_be_empty: bool) -> RequestTiming:
         if status != 200:
             raise self.Error(f"http_{status}")
         if not self.is_done:
@@ -96,7 +96,7 @@ class _Completion:
             timing = self.watch.finish()
         except (ValueError, TypeError) as error:  # a token count that is none
             raise self.Error("malformed_chunk") from error
-        if not timing.token_events_s:
+        if not (timing.token_events_s or may_be_empty):
             raise self.Error("no_output")
         if timing.output_tokens is None:
             raise self.Error("no_usage")
@@ -215,7 +215,6 @@ class Client:
         self, variant: str, conversation: Conversation, intended_send_s: float, until_eos: bool
     ) -> AsyncIterator[Request]:
         """Sends one turn after the other, each with the answers that came before it."""
-        has_history = len(conversation.turns) > 1
         history: list[dict[str, str]] = []
         failed: Request | None = None
         for number, turn in enumerate(conversation.turns):
@@ -232,7 +231,7 @@ class Client:
                 continue
             answer: list[str] = []
             prompt = turn.prompt
-            if has_history:
+            if conversation.is_chat:
                 history.append({"role": "user", "content": str(turn.prompt)})
                 prompt = history
             if number:
@@ -245,7 +244,7 @@ class Client:
                 turn.output_tokens,
                 intended_send_s,
                 until_eos=until_eos,
-                on_chunk=partial(_collect, answer) if has_history else _ignore,
+                on_chunk=partial(_collect, answer) if conversation.is_chat else _ignore,
             )
             request = replace(request, turn=number)
             yield request
@@ -288,7 +287,9 @@ class Client:
         if not until_eos:
             body["ignore_eos"] = True
         path = "/v1/completions" if is_text else "/v1/chat/completions"
-        return await self.stream(path, body, prompt_index, intended_send_s, on_chunk)
+        return await self.stream(
+            path, body, prompt_index, intended_send_s, on_chunk, may_be_empty=until_eos
+        )
 
     async def stream(
         self,
@@ -297,11 +298,13 @@ class Client:
         prompt_index: int,
         intended_send_s: float | None = None,
         on_chunk: Callable[[Mapping[str, Any]], None] = _ignore,
+        *,
+        may_be_empty: bool = False,
     ) -> Request:
         """Sends a body that asks for a stream with usage, and reads the whole stream.
 
-        `body["model"]` is the variant, `intended_send_s` is as in `complete`, and `on_chunk` gets
-        each chunk after it has been stamped.
+        `body["model"]` is the variant, `intended_send_s` is as in `complete`, `on_chunk` gets
+        each chunk after it has been stamped, and an answer that `may_be_empty` is not a failed one.
         """
         data = json.dumps(body).encode()
         sent_s = time.perf_counter()
@@ -312,7 +315,7 @@ class Client:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._pool.exchange("POST", path, data, completion.feed)
             ended_s = response.ended_s
-            timing = completion.timing(response.status)
+            timing = completion.timing(response.status, may_be_empty)
             if response.is_fallback:
                 timing, error = None, "answered_by_fallback"
         except TimeoutError:

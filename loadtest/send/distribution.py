@@ -70,6 +70,11 @@ class Distribution:
             return random.Random(seed).randint(math.ceil(self.low), math.floor(self.high))
         return max(round(self.number(seed)), 1)
 
+    @property
+    def middle(self) -> int:
+        """The median, whole."""
+        return round((self.low + self.high) / 2 if self.median is None else self.median)
+
     def about(self) -> int | str:
         """As run.json has it: a number where it is always the same."""
         return int(self.text) if self.text.isdigit() else self.text

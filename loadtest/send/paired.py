@@ -188,13 +188,16 @@ def sized(plan: Plan, schedule: Schedule, warmups: Sequence[Sent]) -> Plan:
 
 
 def _usual_s(warmup: Sent) -> float:
-    """How long a conversation takes, thinking included: the median of those that succeeded."""
+    """How long a conversation takes, thinking included: the median of the later half.
+
+    The earlier half may have filled caches.
+    """
     spans: dict[int, tuple[float, float]] = {}
     for request in warmup.requests:
-        if request.timing:
-            begun_s, _ = spans.get(request.prompt_index, (request.intended_send_s, 0.0))
-            spans[request.prompt_index] = begun_s, request.ended_s
-    return float(np.median([ended_s - begun_s for begun_s, ended_s in spans.values()]))
+        begun_s, _ = spans.get(request.prompt_index, (request.intended_send_s, 0.0))
+        spans[request.prompt_index] = begun_s, request.ended_s
+    durations_s = [ended_s - begun_s for begun_s, ended_s in spans.values()]
+    return float(np.median(durations_s[len(durations_s) // 2 :]))
 
 
 async def run_paired(
@@ -245,7 +248,7 @@ async def run_paired(
     if plan.num_prompts is None:  # how long a request takes depends on how many are in flight
         plan = replace(plan, num_warmup=max(plan.num_warmup, plan.concurrency))
     if workload.prefix_words:  # each group's prefix is in the cache before anything is counted
-        plan = replace(plan, num_warmup=max(plan.num_warmup, workload.prefix_groups))
+        plan = replace(plan, num_warmup=max(plan.num_warmup, 2 * workload.prefix_groups))
     blocks: list[Sent] = []
 
     def about() -> dict[str, Any]:

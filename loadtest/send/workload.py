@@ -67,10 +67,13 @@ class Conversation:
     Attributes:
         index: its number in the workload.
         turns: at least one; with several, the prompts are texts.
+        is_chat: whether texts are sent as messages, as of all conversations if some have several
+            turns.
     """
 
     index: int
     turns: tuple[Turn, ...]
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Workload:
         prefix_words: words of the prefix that the prompts of a group share; 0: none.
         prefix_groups: groups; conversations take turns in them.
         until_eos: whether answers end by themselves, with output_tokens at most.
+        trace: the file whose arrivals are sent; None: there is none.
+        has_own_lengths: whether each of its arrivals says how many tokens prompt and answer have.
         source: where text or prompts come from, for the record.
         run_number: opens every prompt; drawn at random unless given.
     """
@@ -111,6 +116,8 @@ class Workload:
     prefix_words: int = 0
     prefix_groups: int = 1
     until_eos: bool = False
+    trace: str | None = None
+    has_own_lengths: bool = False
     source: str = "synthetic"
     run_number: int = field(default_factory=new_run_number)
 
@@ -132,6 +139,10 @@ class Workload:
             "seed": self.seed,
             "run_number": self.run_number,
         }
+        if self.has_own_lengths:
+            found |= {"prompt_words": "trace", "output_tokens": "trace"}
+        if self.trace:
+            found["trace"] = self.trace
         if self.turns.high > 1:
             found |= {"turns": self.turns.about(), "think_s": self.think_s.about()}
         if self.until_eos:
@@ -165,7 +176,7 @@ class Workload:
             if arrival is not None and arrival.blocks:
                 shared = self._blocks(arrival, pass_number)
             first = replace(first, prompt=shared + first.prompt)
-        return Conversation(index, (first, *later))
+        return Conversation(index, (first, *later), is_chat=self.turns.high > 1)
 
     def _turn(
         self, index: int, number: int, num_turns: int, opening: str, arrival: Arrival | None

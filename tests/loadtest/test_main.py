@@ -239,6 +239,11 @@ def test_a_trace_gives_times_and_lengths(serve: Serve, tmp_path: Path) -> None:
     flags = ["--schedule", "trace", "--trace", str(trace), "--blocks", "2"]
     figures = last_line(cast_loadtest("--url", url, *flags, "--out", str(tmp_path / "out")))
     assert figures["num_requests"] == 8
+    lengths = [figures["workload"][key] for key in ("prompt_words", "output_tokens", "trace")]
+    assert lengths == ["trace", "trace", str(trace)]
+    assert figures["output_tokens_per_request"] == {"dense": 3.5, "sparse": 3.5}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "output tokens (median) dense 3.5, sparse 3.5" in report
     recorded = Recorded.read(tmp_path / "out")
     for block in recorded.blocks:
         assert [request.asked_tokens for request in block.requests] == [3, 4]
@@ -343,6 +348,22 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
         (["--output-tokens", "1"], "--output-tokens 1 may be less than 2; raise it"),
         (["--output-tokens", "own"], "--output-tokens own needs --prompts FILE whose lines all"),
         (["--output-tokens", "own", "--prompts", "PROMPTS"], "--output-tokens own needs --prompts"),
+        (
+            ["--until-eos", "--guard", "RATE"],
+            "limits throughput, but with --until-eos the variants'",
+        ),
+        (
+            ["--until-eos", "--turns", "2", "--guard", "SPEED"],
+            "limits ttft_p50, but with --until-eos the variants' answers and histories have",
+        ),
+        (
+            ["--turns", "2", "--schedule", "constant", "--rate", "9", "--slo-ttft-ms", "9"],
+            "--slo-ttft-ms and --slo-tpot-ms count requests by when they leave",
+        ),
+        (
+            ["--turns", "2", "--schedule", "ramp", "--rate", "9", "--rate-to", "10"],
+            "--schedule ramp count requests by when they leave",
+        ),
         (["--turns", "0-2"], "--turns 0-2 may be less than 1; raise it"),
         (["--turns", "2", "--prompts", "CHAT"], "--turns needs prompts that are texts, but"),
         (["--think-s", "1"], "--think-s 1 has no effect with one turn; give --turns 2"),
@@ -372,6 +393,7 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
         "PROMPTS": '{"prompt": "a prompt"}\n',
         "CHAT": '{"messages": [{"role": "user", "content": "a prompt"}]}\n',
         "GOODPUT": "min_speedup = {goodput = 1.1}\n",
+        "RATE": "min_speedup = {throughput = 1.1}\n",
         "SPEED": "max_slowdown = {ttft_p50 = 1.1}\n",
         "AGREEMENT": "min_token_agreement = 0.5\n",
         "ACCURACY": "max_accuracy_loss = 0.02\n",

@@ -52,6 +52,23 @@ def test_a_cost_is_fishers_along_the_change(llama_dir, blocks):
     assert found[name] == [0, pytest.approx(wanted, rel=1e-3)]
 
 
+def test_costs_in_bf16_are_those_in_fp32_within_their_rounding(llama_dir, blocks):
+    model, targets = loaded(llama_dir)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    changes = {
+        name: [(0.05 * torch.randn(linear.weight.shape, generator=generator)).bfloat16()]
+        for name, linear in targets.items()
+    }
+    exact, rounded = (
+        allocate._costs(model, targets, changes, blocks, precision)
+        for precision in ("fp32", "bf16")
+    )
+    for name in targets:
+        assert rounded[name] == pytest.approx(exact[name], rel=0.1), name
+    assert rounded != exact
+
+
 def test_labels_are_drawn_from_the_models_own_distribution():
     chances = torch.tensor([0.5, 0.0, 0.3, 0.2])
     drawn = allocate._drawn(chances.log().expand(20_000, 4), torch.Generator().manual_seed(0))

@@ -1,10 +1,11 @@
 """Where queues begin, by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from loadtest.judge.saturation import saturation
+from loadtest.judge.saturation import growth, saturation
 from loadtest.record import Request
 from loadtest.report.result import result_of
 from loadtest.report.words import notes
@@ -73,3 +74,18 @@ def test_a_rate_beyond_the_limit_is_warned_of() -> None:
     failed = recorded([*ramp(0, "dense", 0, error=True), *ramp(1, "sparse", 10)], schedule="burst")
     assert result_of(failed)["ttft_growth"]["dense"] is None
     assert result_of(run(ramp(0, "dense", 4), ramp(1, "sparse", 10)))["ttft_growth"] is None
+
+
+def test_later_turns_are_no_arrivals() -> None:
+    """A conversation every 2 s; its second turn is as slow as you like, wherever it falls."""
+    requests = []
+    for block, variant in enumerate(("dense", "sparse")):
+        for place in range(40):
+            sent_s = 1000.0 * block + 2.0 * place
+            requests.append(request(block, 0, variant, 0.1, 0.01, sent_s=sent_s))
+            later_s = sent_s + 0.3 + 0.01 * (place % 7)
+            later = request(block, 0, variant, 0.1 + 0.05 * place, 0.01, sent_s=later_s)
+            requests.append(replace(later, turn=1))
+    found = recorded(requests, schedule="constant", rate_per_s=0.5)
+    assert saturation(found, "dense") == {"rate_per_s": pytest.approx(0.5), "is_reached": False}
+    assert growth(found, "dense") == pytest.approx(1)

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
-from loadtest.judge.verdict import Guard, judge
+from loadtest.judge.verdict import Guard, is_open, judge
 
 SPEEDUP = {"ratio": 1.25, "low": 1.2, "high": 1.3}
 RESULT: dict[str, Any] = {
     "is_complete": True,
     "num_requests": 100,
     "num_block_pairs": 10,
+    "workload": {},
+    "until": None,
     "num_errors": 1,
     "num_warmup_errors": 0,
     "num_unequal_lengths": 0,
@@ -148,7 +150,6 @@ def test_the_upper_end_must_keep_to_the_greatest_slowdown() -> None:
     "ends",
     [
         {"ratio": None, "low": None, "high": None},
-        {"ratio": 0.0, "low": 0.0, "high": 0.0},
         {"ratio": None, "low": 1.5, "high": None},
     ],
 )
@@ -156,6 +157,39 @@ def test_what_failed_requests_leave_unknown_does_not_pass(kind: str, ends: dict[
     check = found({"speedups": {"e2e_p99": ends}}, **{kind: {"e2e_p99": 1.1}})[f"{kind}.e2e_p99"]
     assert (check["found"], check["verdict"]) == (None, "inconclusive")
     assert "too many requests failed" in check["why"]
+
+
+def test_a_figure_among_the_candidates_failed_requests_fails() -> None:
+    """It is beyond any limit, so no more block pairs would help."""
+    ends = {"ratio": 0.0, "low": 0.0, "high": 0.0}
+    for guard in ({"max_slowdown": {"ttft_p99": 1.1}}, {"min_speedup": {"ttft_p99": 0.1}}):
+        (name,) = guard
+        check = found({"speedups": {"ttft_p99": ends}}, **guard)[f"{name}.ttft_p99"]
+        assert check["verdict"] == "fail"
+    some = {"ratio": 0.9, "low": 0.0, "high": 1.2}
+    check = found({"speedups": {"ttft_p99": some}}, max_slowdown={"ttft_p99": 1.1})
+    assert check["max_slowdown.ttft_p99"]["verdict"] == "inconclusive"
+    assert "(0.833 to inf)" in check["max_slowdown.ttft_p99"]["why"]
+    assert check["max_slowdown.ttft_p99"]["why"].endswith("; more block pairs may settle it")
+
+
+@pytest.mark.parametrize(
+    ("speedup", "change", "expected"),
+    [
+        (SPEEDUP, {}, True),
+        ({"ratio": 1.3, "low": None, "high": None}, {}, True),  # too few pairs yet
+        ({"ratio": None, "low": None, "high": None}, {}, False),  # a pair without a value
+        ({"ratio": 1.4, "low": 1.3, "high": 1.5}, {}, False),
+        (SPEEDUP, RESULT, False),  # a request failed
+        (SPEEDUP, {"num_unequal_lengths": 1}, False),
+    ],
+)
+def test_a_run_goes_on_only_while_its_verdict_may_change(
+    speedup: dict[str, Any], change: dict[str, Any], expected: bool
+) -> None:
+    result = {**FINE, **change, "speedups": {"tpot_p50": speedup}}
+    judged = judge(result, Guard.of({"min_speedup": {"tpot_p50": 1.25}}))
+    assert is_open({**result, **judged}) == expected
 
 
 def test_token_agreement() -> None:

@@ -95,3 +95,20 @@ def test_table_and_warnings() -> None:
     assert "better" in text
     assert "sparse, TTFT p50, ms" in text
     assert "…" not in text
+
+
+def test_a_run_with_turns_is_shown_beside_one_without_by_the_names_of_its_figures() -> None:
+    plain = simulated(1, num_block_pairs=4)
+    halves = (replace(r, turn=place % 2) for place, r in enumerate(plain.requests))
+    talk = Recorded({**plain.about, "until": "certain"}, tuple(halves))
+    found = compare(plain, talk)
+    assert "until: None, then certain" in found["differences"]
+    # The resamples of an ordinary interval say nothing about one that allows for every look.
+    assert found["changes"]["tpot_p50"]["change"]["low"] is None
+    console = Console(width=TABLE_WIDTH, record=True)
+    console.print(table_of(found))
+    lines = [line for line in console.export_text().splitlines() if "output tokens/s" in line]
+    for line in lines:
+        old, new = line.split("\u2502")[2:4]
+        assert old.strip() == new.strip()
+    assert len(lines) == 2

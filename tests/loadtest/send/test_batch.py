@@ -35,6 +35,6 @@ def test_a_closed_loop_deals_out_places_and_prompts_in_proportion() -> None:
 def test_nothing_is_lost(concurrency: int, num: int) -> None:
     shares = Batch("dense", TEN, concurrency).shares(num)
     assert {one for share in shares for one in share.conversations} == set(TEN)
-    assert sum(share.num_requests for share in shares) == 10
+    assert sum(len(share.conversations) for share in shares) == 10
     assert sum(share.concurrency for share in shares) == concurrency
     assert all(share.concurrency for share in shares if share.conversations)

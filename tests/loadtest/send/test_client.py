@@ -196,7 +196,7 @@ def test_variants_are_listed_once_all_answer(serve: Serve, serve_app: ServeApp) 
 def turns(*texts: str, output_tokens: int = 2) -> tuple[Conversation, ...]:
     """One conversation."""
     found = [Turn(text, output_tokens + number, 0.05) for number, text in enumerate(texts)]
-    return (Conversation(4, tuple(found)),)
+    return (Conversation(4, tuple(found), is_chat=True),)
 
 
 def test_each_turn_carries_the_answers_before_it_and_waits(serve: Serve) -> None:
@@ -223,6 +223,26 @@ def test_what_comes_after_a_failed_turn_fails_too(serve: Serve) -> None:
     assert errors == [None, "http_503", "turn_before_failed", "turn_before_failed"]
     assert [request.asked_tokens for request in sent.requests] == [2, 3, 4, 5]
     assert all(request.timing is None for request in sent.requests[1:])
+
+
+def test_an_answer_that_ends_at_once_is_one_if_answers_end_by_themselves(
+    serve_app: ServeApp,
+) -> None:
+    app = FastAPI()
+    end = 'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n'
+    usage = 'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\n'
+    stream = end + usage + "data: [DONE]\n\n"
+    app.add_api_route("/v1/completions", lambda: PlainTextResponse(stream), methods=["POST"])
+    url = serve_app(app)
+    found = {}
+    for until_eos in (False, True):
+        batch = Batch("dense", conversations(["a"], 9), concurrency=1, until_eos=until_eos)
+        (found[until_eos],) = send(url, batch).requests
+    assert found[False].error == "no_output"
+    answered = found[True]
+    assert answered.error is None
+    assert answered.timing is not None
+    assert (answered.timing.ttft_s, answered.output_tokens) == (None, 1)
 
 
 def test_answers_may_end_by_themselves_only_if_told(serve_app: ServeApp) -> None:
