@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from cast_serve.options import PASSED_ON, VERSION, of_source_tree
+from loadtest.capacity import capacity
 from loadtest.errors import FailedError, QualityError, UnreachableError, UsageError
 from loadtest.job import Job, Options
 from loadtest.measure import measure
@@ -33,6 +34,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command()(commands.report)
 app.command()(commands.compare)
 app.command()(tasks)
+app.command()(capacity)
 
 
 @app.callback()

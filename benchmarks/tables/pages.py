@@ -89,6 +89,16 @@ def _coverage(paths: Sequence[Path]) -> list[str]:
     return markdown_table(["noise", *names], lines)
 
 
+def _capacity(paths: Sequence[Path]) -> list[str]:
+    """`python -m benchmarks.capacity --out`."""
+    names = ("baseline", "candidate", "ratio")
+    lines = [
+        [case, *(f"{found[n]['coverage']:.1%}" for n in names), f"{found['baseline']['bias']:+.1%}"]
+        for case, found in read(paths[0])["cases"].items()
+    ]
+    return markdown_table(["server", *names, "bias"], lines)
+
+
 def _demo_quality(paths: Sequence[Path]) -> list[str]:
     """The last line of `make demo`: a line for each model."""
     found = read(paths[0])
@@ -313,6 +323,7 @@ def _law(paths: Sequence[Path]) -> list[str]:
 
 KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "runs": _runs,
+    "capacity": _capacity,
     "coverage": _coverage,
     "kernels": _of_records(benches.kernels),
     "demo_quality": _demo_quality,

@@ -59,10 +59,12 @@ def test_a_fixed_mask_is_measured_once(llama_dir, monkeypatch):
 
     monkeypatch.setattr("cast_train.evaluate.perplexity.perplexity", measured)
     phase = Phase(1.0, 1.0, penalty_weight=0.0, is_hard=True)
-    assert soft_and_hard(model, gate_map, phase, None) == ("hard", "hard")
+    blocks = torch.zeros(1, 8, dtype=torch.int64)
+    found: tuple[object, object] = soft_and_hard(model, gate_map, phase, blocks)
+    assert found == ("hard", "hard")
     assert passes == ["hard"]
-    quantized = replace(phase, is_quantized=True)
-    assert soft_and_hard(model, gate_map, quantized, None) == ("soft", "hard")
+    found = soft_and_hard(model, gate_map, replace(phase, is_quantized=True), blocks)
+    assert found == ("soft", "hard")
 
 
 def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
