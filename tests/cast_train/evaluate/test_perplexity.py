@@ -60,11 +60,12 @@ def test_a_fixed_mask_is_measured_once(llama_dir, monkeypatch):
     monkeypatch.setattr("cast_train.evaluate.perplexity.perplexity", measured)
     phase = Phase(1.0, 1.0, penalty_weight=0.0, is_hard=True)
     blocks = torch.zeros(1, 8, dtype=torch.int64)
-    found: tuple[object, object] = soft_and_hard(model, gate_map, phase, blocks)
-    assert found == ("hard", "hard")
+    soft, hard = soft_and_hard(model, gate_map, phase, blocks)
     assert passes == ["hard"]
-    found = soft_and_hard(model, gate_map, replace(phase, is_quantized=True), blocks)
-    assert found == ("soft", "hard")
+    assert soft is hard
+    soft, hard = soft_and_hard(model, gate_map, replace(phase, is_quantized=True), blocks)
+    assert passes == ["hard", "soft", "hard"]
+    assert soft is not hard
 
 
 def test_soft_and_hard_meet_where_tau_is_small_and_part_where_it_is_not(llama_dir):
