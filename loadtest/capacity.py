@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.options import option
-from loadtest.errors import FailedError, RecordError, UnreachableError, UsageError
+from loadtest.errors import FailedError, RecordError, UsageError
 from loadtest.job import Job, Options
 from loadtest.judge import capacity as judge
 from loadtest.judge.capacity import Posterior, Seen
@@ -223,12 +223,7 @@ def _job(good: float, max_rate: float | None, shared: Mapping[str, Any]) -> Job:
 async def _check_served(job: Job) -> None:
     url, options = str(job.options.url), job.options
     async with Client(url, timeout_s=options.timeout_s, api_key=options.api_key) as client:
-        known = await client.variants()
-    for variant in job.variants:
-        if variant not in known:
-            raise UnreachableError(
-                f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
-            )
+        await client.check_serves(job.variants)
 
 
 def _about(context: typer.Context, job: Job, good: float, max_rate: float | None) -> dict[str, Any]:

@@ -104,12 +104,7 @@ def _client(job: Job, url: str) -> Client:
 
 async def _check_served(job: Job, url: str) -> None:
     async with _client(job, url) as client:
-        known = await client.variants()
-    for variant in job.variants:
-        if variant not in known:
-            raise UnreachableError(
-                f"variant {variant!r} is not served at {url}; it serves: {', '.join(known)}"
-            )
+        await client.check_serves(job.variants)
 
 
 async def _run(

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.options import option
-from loadtest.errors import FailedError, QualityError, RecordError, UnreachableError, UsageError
+from loadtest.errors import FailedError, QualityError, RecordError, UsageError
 from loadtest.progress import progress
 from loadtest.provenance import provenance, told_by
 from loadtest.quality import tasks as quality
@@ -186,13 +186,7 @@ async def _check_served(
     url: str, api_key: str | None, timeout_s: float, names: Sequence[str]
 ) -> None:
     async with Client(url, timeout_s=timeout_s, api_key=api_key) as client:
-        known = await client.variants()
-    for name in names:
-        if name not in known:
-            raise UnreachableError(
-                f"variant {name!r} is not served at {url}; it serves: {', '.join(known)}; name "
-                "one of these with --variants"
-            )
+        await client.check_serves(names, "; name one of these with --variants")
 
 
 def _code(error: BaseException) -> int:

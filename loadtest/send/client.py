@@ -11,7 +11,7 @@ stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no t
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -170,6 +170,20 @@ class Client:
             f"{self.url}/v1/models cannot be read: {reason}; start the gateway, "
             "or correct --url or --api-key"
         )
+
+    async def check_serves(self, names: Iterable[str], remedy: str = "") -> None:
+        """Asks for `variants`, and refuses a server that lacks one of the names.
+
+        Raises:
+            UnreachableError: as `variants`, or naming the first that is lacking, with the remedy.
+        """
+        known = await self.variants()
+        for name in names:
+            if name not in known:
+                raise UnreachableError(
+                    f"variant {name!r} is not served at {self.url}; it serves: "
+                    f"{', '.join(known)}{remedy}"
+                )
 
     async def send(
         self,
