@@ -164,7 +164,10 @@ def test_the_command(serve_app: ServeApp, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(command, [*flags, "--choices-limit", "3", "--out", str(out)])
     assert done.exit_code == 3, done.output  # three questions prove nothing
-    assert "INCONCLUSIVE: max_accuracy_loss: acc_norm, candidate - baseline -0.3333 (-1.0000 to" in done.stderr
+    assert (
+        "INCONCLUSIVE: max_accuracy_loss: acc_norm, candidate - baseline -0.3333 (-1.0000 to"
+        in done.stderr
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["choices"]["accuracy"]["dense"]["acc_norm"] == 2 / 3
     assert found["choices"]["accuracy"]["sparse"]["acc"] == 1 / 3
