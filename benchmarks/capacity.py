@@ -18,7 +18,6 @@ truth is found by bisection over simulations of 160,000 requests.
 """
 
 import heapq
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +26,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.coverage import conclude, simulated
 from cast_serve.intervals import Array
 from cast_serve.options import option
-from cast_serve.provenance import origin
 from loadtest.judge import capacity
 from loadtest.judge.capacity import Estimate, Posterior, Seen
-from loadtest.progress import progress
-from loadtest.report import commands
-from loadtest.report.directory import check_file
 
 GOOD = 0.95
 SPEEDUP = 1.3
@@ -235,25 +229,13 @@ def simulate(
     out: Annotated[Path | None, option("FILE", "JSON file to write.", "none")] = None,
 ) -> None:
     """Simulates how often the 95 % intervals of `cast-loadtest capacity` hold the truth."""
-    try:
-        if out is not None:
-            check_file("--out", out)
-    except ValueError as error:
-        commands.refuse(error)
-    begun = origin()
-    with progress("runs", runs * len(CASES)) as (advance, _):
+    with simulated(out, runs * len(CASES)) as (begun, advance):
         found = {**begun, **coverage(runs, seed, advance)}
-    table = Table(caption="share of runs whose interval holds the truth; it should be 95 %")
-    for heading in ("case", *FIGURES):
-        table.add_column(heading)
-    for name, figures in found["cases"].items():
-        table.add_row(name, *(f"{figures[figure]['coverage']:.1%}" for figure in FIGURES))
-    Console().print(table)
-    failures = []
-    if out is not None:
-        text = json.dumps(found, indent=2) + "\n"
-        failures = commands.attempt(f"--out {out}", lambda: out.write_text(text, encoding="utf-8"))
-    commands.finish(found, failures)
+    shares = {
+        case: {figure: about["coverage"] for figure, about in figures.items()}
+        for case, figures in found["cases"].items()
+    }
+    conclude(found, "case", shares, out)
 
 
 if __name__ == "__main__":

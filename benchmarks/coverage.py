@@ -23,14 +23,14 @@ such a run has one.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
@@ -38,6 +38,7 @@ from cast_serve.options import option
 from cast_serve.provenance import origin
 from loadtest.judge import anytime
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES
+from loadtest.progress import progress
 from loadtest.report import commands
 from loadtest.report.directory import check_file
 
@@ -148,20 +149,35 @@ def simulate(
     out: Annotated[Path | None, option("FILE", "JSON file to write.", "none")] = None,
 ) -> None:
     """Simulates how often a report's 95 % intervals hold the truth, by kind of noise."""
+    with simulated(out, runs * len(NOISES)) as (begun, advance):
+        found = {**begun, **coverage(runs, seed, advance)}
+    conclude(found, "noise", found["coverage"], out)
+
+
+@contextmanager
+def simulated(
+    out: Path | None, num_runs: int
+) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Refuses an --out that cannot be written; gives the record's origin, and what counts a run."""
     try:
         if out is not None:
             check_file("--out", out)
     except ValueError as error:
         commands.refuse(error)
     begun = origin()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("runs", total=runs * len(NOISES))
-        found = {**begun, **coverage(runs, seed, lambda: progress.advance(task))}
+    with progress("runs", num_runs) as (advance, _):
+        yield begun, advance
+
+
+def conclude(
+    found: dict[str, Any], what: str, shares: Mapping[str, Mapping[str, float]], out: Path | None
+) -> None:
+    """Prints the shares, by `what` and figure, writes what was found, and ends the command."""
     table = Table(caption="share of runs whose interval holds the truth; it should be 95 %")
-    for heading in ("noise", *next(iter(found["coverage"].values()))):
+    for heading in (what, *next(iter(shares.values()))):
         table.add_column(heading)
-    for noise, shares in found["coverage"].items():
-        table.add_row(noise, *(f"{share:.1%}" for share in shares.values()))
+    for name, by_figure in shares.items():
+        table.add_row(name, *(f"{share:.1%}" for share in by_figure.values()))
     Console().print(table)
     failures = []
     if out is not None:

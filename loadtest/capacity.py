@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +32,10 @@ from loadtest.job import Job, Options
 from loadtest.judge import capacity as judge
 from loadtest.judge.capacity import Posterior, Seen
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, meets
+from loadtest.measure import check_served, sender_of
 from loadtest.progress import progress
 from loadtest.provenance import provenance, told_by
-from loadtest.record import REQUESTS_FILE, Request
+from loadtest.record import REQUESTS_FILE, Request, lines_of, parsed
 from loadtest.report.commands import STOPPED, attempt, finish, refuse
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
@@ -45,12 +47,11 @@ from loadtest.send.workload import new_run_number
 CAPACITY_FILE = "capacity.json"
 MIN_COUNTED = 75  # requests a block; the intervals were not simulated with fewer
 TABLE_WIDTH = 100
-SHARED: dict[str, Any] = {  # options of `run`, and defaults that differ from its own
-    **dict.fromkeys(("url", "baseline", "candidate", "slo_ttft_ms", "slo_tpot_ms")),
-    **{"block_s": 30.0, "blocks": 10},
-    **dict.fromkeys(("output_tokens", "until_eos", "prompt_tokens", "text", "prompts", "seed")),
-    **dict.fromkeys(("processes", "timeout_s", "api_key", "out")),
-}
+# Options of `run`.
+SHARED = ["url", "baseline", "candidate", "slo_ttft_ms", "slo_tpot_ms", "block_s", "blocks"]
+SHARED += ["output_tokens", "until_eos", "prompt_tokens", "text", "prompts", "seed", "processes"]
+SHARED += ["timeout_s", "api_key", "out"]
+DEFAULTS: dict[str, Any] = {"block_s": 30.0, "blocks": 10}  # where they are not those of `run`
 
 
 def capacity(
@@ -78,7 +79,7 @@ def capacity(
             record = Record.read(again)
         else:
             job = _job(good, max_rate, shared)
-            asyncio.run(_check_served(job))
+            asyncio.run(check_served(job, str(job.options.url)))
             record = Record(job.options.out, _about(context, job, good, max_rate))
     except UsageError as error:
         refuse(error)
@@ -102,9 +103,9 @@ _signature, _fields = inspect.signature(capacity), inspect.signature(Options).pa
 _shared = [
     _fields[name].replace(
         kind=inspect.Parameter.KEYWORD_ONLY,
-        default=_fields[name].default if default is None else default,
+        default=DEFAULTS.get(name, _fields[name].default),
     )
-    for name, default in SHARED.items()
+    for name in SHARED
 ]
 capacity.__signature__ = _signature.replace(  # type: ignore[attr-defined]
     parameters=[*list(_signature.parameters.values())[:-1], *_shared]
@@ -136,7 +137,7 @@ class Record:
             if self.out is not None:
                 self.out.mkdir(parents=True, exist_ok=True)
                 with (self.out / REQUESTS_FILE).open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(asdict(each)) + "\n" for each in requests)
+                    file.write(lines_of(requests))
             self.write(about)
         except OSError as error:
             raise RecordError(f"--out {self.out} cannot be written: {error}") from error
@@ -160,11 +161,9 @@ class Record:
         try:
             record = cls(None, json.loads((folder / CAPACITY_FILE).read_text(encoding="utf-8")))
             lines = (folder / REQUESTS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-            for line in lines if lines[-1].endswith("\n") else lines[:-1]:
-                fields = json.loads(line)
-                record.requests.append(
-                    Request(**{**fields, "token_events_s": tuple(fields["token_events_s"])})
-                )
+            whole = lines if lines[-1].endswith("\n") else lines[:-1]
+            variants = record.about["variants"]
+            record.requests = [parsed(line, n, variants) for n, line in enumerate(whole, start=1)]
             result_of(record)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(
@@ -218,12 +217,6 @@ def _job(good: float, max_rate: float | None, shared: Mapping[str, Any]) -> Job:
     if job.terms["slo"] is None:
         raise UsageError("every rate is within no limit; give --slo-ttft-ms or --slo-tpot-ms")
     return job
-
-
-async def _check_served(job: Job) -> None:
-    url, options = str(job.options.url), job.options
-    async with Client(url, timeout_s=options.timeout_s, api_key=options.api_key) as client:
-        await client.check_serves(job.variants)
 
 
 def _about(context: typer.Context, job: Job, good: float, max_rate: float | None) -> dict[str, Any]:
@@ -327,10 +320,7 @@ async def _measure(
 ) -> None:
     """Warms up, searches and measures."""
     options, good = job.options, record.about["good"]
-    url, limit_s, key = str(options.url), options.timeout_s, options.api_key
-    sender: Client | Processes = Client(url, timeout_s=limit_s, api_key=key)
-    if options.processes > 1:
-        sender = Processes(options.processes, url, timeout_s=limit_s, api_key=key)
+    sender = sender_of(job, str(options.url))
     search_s, num_blocks = options.block_s * judge.SEARCH_SHARE, 2 * options.blocks
     async with sender:
         session = _Session(sender, job, record)
@@ -355,13 +345,14 @@ async def _measure(
                 resize(num_blocks)
                 await session.block(variant, rate, search_s, session.num_prompts)
                 advance()
-        for pair in range(options.blocks):
-            first = session.num_prompts
-            for variant in job.variants if pair % 2 == 0 else job.variants[::-1]:
-                seen, centre = record.seen(variant), record.centre(variant)
-                rate = judge.next_rate(seen, centre, rates[variant], good)
-                await session.block(variant, rate, options.block_s, first, pair)
-                advance()
+        first = session.num_prompts
+        for number, (pair, variant) in enumerate(job.loads[0].plan.block_order()):
+            if number % 2 == 0:  # the other block of a pair has the same prompts
+                first = session.num_prompts
+            seen, centre = record.seen(variant), record.centre(variant)
+            rate = judge.next_rate(seen, centre, rates[variant], good)
+            await session.block(variant, rate, options.block_s, first, pair)
+            advance()
 
 
 def result_of(record: Record) -> dict[str, Any]:
@@ -378,6 +369,7 @@ def result_of(record: Record) -> dict[str, Any]:
     failures = [f"VOID: {harness['why']}"] if harness and harness["is_void"] else []
     seen = {name: record.seen(name) for name in about["variants"]}
     num_pairs = min(map(len, seen.values()))
+    rate_of = attrgetter("rate_per_s")
     variants, warnings, posteriors = {}, [], []
     for name, blocks in seen.items():
         value = low = high = None
@@ -390,10 +382,13 @@ def result_of(record: Record) -> dict[str, Any]:
         requests = [r for r in record.requests if r.variant == name and r.block is not None]
         errors = Counter(request.error for request in requests if request.error is not None)
         variants[name] = {
-            **{"capacity_per_s": value, "low": low, "high": high},
-            "block_below": asdict(max(below, key=_rate)) if below else None,
-            "block_above": asdict(min(above, key=_rate)) if above else None,
-            **{"num_requests": len(requests), "errors": dict(errors)},
+            "capacity_per_s": value,
+            "low": low,
+            "high": high,
+            "block_below": asdict(max(below, key=rate_of)) if below else None,
+            "block_above": asdict(min(above, key=rate_of)) if above else None,
+            "num_requests": len(requests),
+            "errors": dict(errors),
         }
         num = float(np.median([block.num for block in blocks])) if blocks else math.inf
         if num < MIN_COUNTED:
@@ -410,13 +405,12 @@ def result_of(record: Record) -> dict[str, Any]:
         value, low, high = judge.ratio(posteriors[1], posteriors[0])
         ratio = {"ratio": value, "low": low, "high": high}
     return {
-        **{"variants": variants, "ratio": ratio, "num_block_pairs": num_pairs},
-        **{"warnings": warnings, "failures": failures},
+        "variants": variants,
+        "ratio": ratio,
+        "num_block_pairs": num_pairs,
+        "warnings": warnings,
+        "failures": failures,
     }
-
-
-def _rate(block: Seen) -> float:
-    return block.rate_per_s
 
 
 def show(about: Mapping[str, Any], result: Mapping[str, Any]) -> None:

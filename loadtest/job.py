@@ -14,7 +14,7 @@ from loadtest.errors import UsageError
 from loadtest.judge.statistics import AT_EVERY_LOOK, MIN_BLOCK_PAIRS
 from loadtest.judge.verdict import Guard
 from loadtest.report.directory import check_out
-from loadtest.send.distribution import Distribution, lengths
+from loadtest.send.distribution import lengths, numbers
 from loadtest.send.launches import parse_variants
 from loadtest.send.paired import Plan, check_fit
 from loadtest.send.schedule import KINDS, Schedule
@@ -312,10 +312,6 @@ def _workload(options: Options, trace: Sequence[Arrival]) -> Workload:
         )
     if turns.high == 1 and options.think_s != "0":
         raise UsageError(f"--think-s {options.think_s} has no effect with one turn; give --turns 2")
-    try:
-        think_s = Distribution(options.think_s)
-    except UsageError as error:
-        raise UsageError(f"--think-s {error}") from None
     for flag, value, least in (
         ("--shared-prefix", options.shared_prefix, 0),
         ("--prefix-groups", options.prefix_groups, 1),
@@ -334,7 +330,7 @@ def _workload(options: Options, trace: Sequence[Arrival]) -> Workload:
         text=read_words(options.text) if options.text else (),
         prompts=prompts,
         turns=turns,
-        think_s=think_s,
+        think_s=numbers("--think-s", options.think_s),
         prefix_words=options.shared_prefix,
         prefix_groups=options.prefix_groups,
         until_eos=options.until_eos,

@@ -51,7 +51,7 @@ def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
             given = job.options.url
             server = served(job.models, number, job.options.vllm_flags.split())
             with server if given is None else nullcontext(given) as url:
-                asyncio.run(_check_served(job, url))
+                asyncio.run(check_served(job, url))
                 if number == 0:
                     about = {
                         **about,
@@ -98,11 +98,24 @@ def _ended(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"machine": {**about["machine"], "load_average": averages}}
 
 
+def sender_of(job: Job, url: str) -> Client | Processes:
+    """What sends the job's load, from as many processes as it asks for."""
+    options = job.options
+    if options.processes == 1:
+        return _client(job, url)
+    return Processes(options.processes, url, timeout_s=options.timeout_s, api_key=options.api_key)
+
+
 def _client(job: Job, url: str) -> Client:
     return Client(url, timeout_s=job.options.timeout_s, api_key=job.options.api_key)
 
 
-async def _check_served(job: Job, url: str) -> None:
+async def check_served(job: Job, url: str) -> None:
+    """Refuses a server without both variants.
+
+    Raises:
+        UnreachableError: as `Client.check_serves`.
+    """
     async with _client(job, url) as client:
         await client.check_serves(job.variants)
 
@@ -128,11 +141,7 @@ async def _run(
             result_of(Recorded({**recorded.about, "is_complete": True}, recorded.requests))
         )
 
-    sender = (
-        _client(job, url)
-        if options.processes == 1
-        else Processes(options.processes, url, timeout_s=options.timeout_s, api_key=options.api_key)
-    )
+    sender = sender_of(job, url)
     with progress(load.name or "requests", load.plan.num_conversations) as (advance, resize):
         async with sender:
             sent = await run_paired(

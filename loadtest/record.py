@@ -13,7 +13,7 @@ record too: `is_complete` in run.json is then false, and only whole block pairs 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -203,7 +203,7 @@ class Recorded:
     def write(self, directory: Path) -> None:
         """Writes both files into a directory that exists."""
         self.write_about(directory)
-        (directory / REQUESTS_FILE).write_text(_lines(self.requests), encoding="utf-8")
+        (directory / REQUESTS_FILE).write_text(lines_of(self.requests), encoding="utf-8")
 
     def write_about(self, directory: Path) -> None:
         """Writes run.json alone, in one step: a crash must not cost an old one."""
@@ -230,7 +230,7 @@ class Recorded:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             if not is_complete and lines and not lines[-1].endswith("\n"):
                 del lines[-1]  # it was stopped while it wrote
-            requests = [_parsed(line, n, asked) for n, line in enumerate(lines, start=1)]
+            requests = [parsed(line, n, asked) for n, line in enumerate(lines, start=1)]
             if not is_complete:
                 sent = Counter((r.block_pair, r.variant) for r in requests)
                 requests = [
@@ -319,7 +319,7 @@ class Recorder:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with (self.directory / REQUESTS_FILE).open("a", encoding="utf-8") as file:
-                file.write(_lines(requests))
+                file.write(lines_of(requests))
             Recorded(self.about, ()).write_about(self.directory)
         except OSError as error:
             raise RecordError(
@@ -328,11 +328,17 @@ class Recorder:
             ) from error
 
 
-def _lines(requests: Iterable[Request]) -> str:
+def lines_of(requests: Iterable[Request]) -> str:
+    """Requests as requests.jsonl has them."""
     return "".join(json.dumps(asdict(each), allow_nan=False) + "\n" for each in requests)
 
 
-def _parsed(line: str, number: int, variants: tuple[str, str]) -> Request:
+def parsed(line: str, number: int, variants: Collection[str]) -> Request:
+    """A line of `lines_of`, of one of the variants.
+
+    Raises:
+        UsageError: naming the line's number.
+    """
     try:
         fields = json.loads(line)
         request = Request(**{**fields, "token_events_s": tuple(fields["token_events_s"])})

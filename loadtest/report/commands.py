@@ -16,8 +16,7 @@ from loadtest.judge.verdict import FAIL, PASS, Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
 from loadtest.report.directory import check_directory, check_matplotlib
-from loadtest.report.export import FORMS
-from loadtest.report.export import export as write_export
+from loadtest.report.export import FORMS, write_export
 from loadtest.report.files import WRITTEN, write_reports
 from loadtest.report.result import result_of, table_of
 from loadtest.report.words import stressed

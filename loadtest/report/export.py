@@ -47,7 +47,7 @@ FORMS = ("aiperf",)
 _PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
-def export(recorded: Recorded, directory: Path, form: str) -> list[Path]:
+def write_export(recorded: Recorded, directory: Path, form: str) -> list[Path]:
     """Writes the measured requests of a run into `directory`, replacing older files.
 
     Returns:

@@ -80,16 +80,25 @@ class Distribution:
         return int(self.text) if self.text.isdigit() else self.text
 
 
+def numbers(flag: str, text: str) -> Distribution:
+    """The numbers of a flag.
+
+    Raises:
+        UsageError: as `Distribution`, naming the flag.
+    """
+    try:
+        return Distribution(text)
+    except UsageError as error:
+        raise UsageError(f"{flag} {error}") from None
+
+
 def lengths(flag: str, text: str, least: int) -> Distribution:
     """The whole numbers of a flag.
 
     Raises:
         UsageError: naming the flag, if the text is not a distribution of numbers from `least` up.
     """
-    try:
-        found = Distribution(text)
-    except UsageError as error:
-        raise UsageError(f"{flag} {error}") from None
+    found = numbers(flag, text)
     is_whole = found.median is not None or (found.low.is_integer() and found.high.is_integer())
     if not is_whole or round(found.low) < least:
         what = "may be less than" if is_whole else "is not whole numbers of at least"

@@ -9,7 +9,7 @@ import pytest
 
 from loadtest.errors import UsageError
 from loadtest.record import Recorded
-from loadtest.report.export import export
+from loadtest.report.export import write_export
 from tests.loadtest.recordings import broken_runs, recorded, request, two_pairs
 
 EPOCH_S = 1_795_600_800  # 2026-11-25 10:00:00 UTC, the recordings' date
@@ -48,7 +48,7 @@ def exported(folder: Path, variant: str = "dense") -> tuple[list[dict[str, Any]]
 
 
 def test_a_line_per_measured_request(tmp_path: Path) -> None:
-    written = export(run(), tmp_path, "aiperf")
+    written = write_export(run(), tmp_path, "aiperf")
     assert [str(path.relative_to(tmp_path)) for path in written] == [
         "aiperf-dense/profile_export.jsonl",
         "aiperf-dense/profile_export_aiperf.json",
@@ -99,7 +99,7 @@ def test_a_line_per_measured_request(tmp_path: Path) -> None:
 
 
 def test_statistics_over_answered_requests(tmp_path: Path) -> None:
-    export(run(), tmp_path, "aiperf")
+    write_export(run(), tmp_path, "aiperf")
     _, summary = exported(tmp_path)
     ttft = summary["time_to_first_token"]
     assert ttft.pop("unit") == "ms"
@@ -147,7 +147,7 @@ def test_statistics_over_answered_requests(tmp_path: Path) -> None:
 
 
 def test_each_variant_has_its_own_figures(tmp_path: Path) -> None:
-    export(two_pairs(is_complete=False), tmp_path, "aiperf")
+    write_export(two_pairs(is_complete=False), tmp_path, "aiperf")
     (dense, dense_summary), (sparse, sparse_summary) = (
         exported(tmp_path, variant) for variant in ("dense", "sparse")
     )
@@ -162,10 +162,10 @@ def test_each_variant_has_its_own_figures(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
     no_measurement, one_sided, _ = broken_runs()
     with pytest.raises(UsageError, match="no measured requests to export"):
-        export(no_measurement, tmp_path, "aiperf")
+        write_export(no_measurement, tmp_path, "aiperf")
     assert not any(tmp_path.iterdir())
     unknown = [replace(each, prompt_tokens=None) for each in one_sided.requests]
-    export(Recorded(one_sided.about, tuple(unknown)), tmp_path, "aiperf")
+    write_export(Recorded(one_sided.about, tuple(unknown)), tmp_path, "aiperf")
     lines, summary = exported(tmp_path)
     assert "input_sequence_length" not in lines[0]["metrics"]
     assert "total_isl" not in summary
@@ -178,7 +178,7 @@ def test_names_become_one_directory_each(tmp_path: Path) -> None:
     names = {"dense": "org/model", "sparse": ".."}
     renamed = [replace(each, variant=names[each.variant]) for each in two_pairs().requests]
     plan = {"baseline": "org/model", "candidate": ".."}
-    export(recorded(renamed, plan=plan), tmp_path / "new", "aiperf")
+    write_export(recorded(renamed, plan=plan), tmp_path / "new", "aiperf")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {
         "aiperf-org%2Fmodel",
         "aiperf-..",
@@ -187,7 +187,7 @@ def test_names_become_one_directory_each(tmp_path: Path) -> None:
 
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="export form 'guidellm' is unknown; give one of aiperf"):
-        export(run(), tmp_path, "guidellm")
+        write_export(run(), tmp_path, "guidellm")
     (tmp_path / "aiperf-dense").touch()
     with pytest.raises(FileExistsError):
-        export(run(), tmp_path, "aiperf")
+        write_export(run(), tmp_path, "aiperf")
