@@ -174,7 +174,7 @@ class SparseConfig(QuantizationConfig):
             return SparseLinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise UsageError(
-                f"{prefix} is quantised and not 2:4; only the head is served in that form; {REMEDY}"
+                f"{prefix} is quantised and not sparse; only the head is served in that form; {REMEDY}"
             )
         return UnquantizedLinearMethod()
 
@@ -252,7 +252,7 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
     """
     if form not in SERVED or not scheme:
         raise UsageError(
-            f"the checkpoint is 2:4-sparse and quantised ({form}); 2:4 weights are served in bf16, "
+            f"the checkpoint is sparse and quantised ({form}); sparse weights are served in bf16, "
             f"fp16, fp32, as {' or '.join(DTYPES)} with 8 bits or {INT4} with 4; {REMEDY}"
         )
     key, known = ("group_size", INT4_SCALE_GROUPS) if form == INT4 else ("strategy", STRATEGIES)
@@ -279,6 +279,6 @@ def _stored(form: str, scheme: dict[str, Any], has_zeros: bool) -> Stored:
 def _check(form: str, key: str, found: Any, served: tuple[Any, ...]) -> None:
     if found not in served:
         raise UsageError(
-            f"config_groups.{key} is {found!r}; of {4 if form == INT4 else 8}-bit 2:4 weights "
+            f"config_groups.{key} is {found!r}; of {4 if form == INT4 else 8}-bit sparse weights "
             f"{' or '.join(map(repr, served))} is served; {REMEDY}"
         )

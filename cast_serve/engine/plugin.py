@@ -1,4 +1,4 @@
-"""vLLM's plugin entry point: registers the 2:4 quantisation method.
+"""vLLM's plugin entry point: registers the method for sparse weights.
 
 vLLM calls `register` in its API process, engine core and every worker, so it is idempotent, and
 nothing heavy is imported before it is called (an ImportError at module top would be swallowed).
@@ -26,15 +26,15 @@ def register() -> None:
 
     is_parent = multiprocessing.parent_process() is None
     logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged there
-    if why := refusal("cast-serve's 2:4 plugin", PLUGIN):
+    if why := refusal("cast-serve's plugin", PLUGIN):
         if is_parent:
-            logger.warning("%s. 2:4 models cannot be served; others are not affected", why)
+            logger.warning("%s. Sparse models cannot be served; others are not affected", why)
         with suppress(Exception):  # what this needs of vLLM may be what differs
             _register_refusal(why)
         return
     if is_parent and not installed().startswith(f"{TESTED}."):
         logger.warning(
-            "cast-serve's 2:4 plugin was tested with vLLM %s; this is %s, which has all the "
+            "cast-serve's plugin was tested with vLLM %s; this is %s, which has all the "
             "interfaces that it uses",
             TESTED,
             installed(),
@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def _register_refusal(why: str) -> None:
-    """Has vLLM end with `why` where it is to serve a 2:4 checkpoint.
+    """Has vLLM end with `why` where it is to serve a sparse checkpoint.
 
     Without it vLLM would name a format that it does not know, or tensors that it does not expect.
     """
@@ -56,6 +56,6 @@ def _register_refusal(why: str) -> None:
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, *_: Any, **__: Any
         ) -> None:
             if claims(hf_quant_cfg, user_quant):
-                raise UsageError(f"this model is 2:4-sparse and cannot be served: {why}")
+                raise UsageError(f"this model is sparse and cannot be served: {why}")
 
     register_quantization_config(METHOD)(Refused)

@@ -73,11 +73,11 @@ def test_claims_our_format_and_no_other(config_class: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "marlin-24"}, r"2:4-sparse and quantised \(marlin-24\); .*convert"),
-        ({"format": "pack-quantized"}, r"2:4-sparse and quantised \(pack-quantized\)"),
-        ({"format": "float-quantized"}, r"2:4-sparse and quantised \(float-quantized\)"),
-        ({"format": "int-quantized"}, r"2:4-sparse and quantised \(int-quantized\)"),
-        ({"config_groups": {"group_0": {}}}, "2:4-sparse and quantised"),
+        ({"format": "marlin-24"}, r"sparse and quantised \(marlin-24\); .*convert"),
+        ({"format": "pack-quantized"}, r"sparse and quantised \(pack-quantized\)"),
+        ({"format": "float-quantized"}, r"sparse and quantised \(float-quantized\)"),
+        ({"format": "int-quantized"}, r"sparse and quantised \(int-quantized\)"),
+        ({"config_groups": {"group_0": {}}}, "sparse and quantised"),
         ({"sparsity_config": {"targets": []}}, r"targets \[\] is not served"),
         ({"sparsity_config": {"sparsity_structure": "4:8"}}, "'4:8' and targets"),
         (
@@ -132,7 +132,7 @@ def test_what_int8_is_asked_for(
     for name in ("lm_head", ".lm_head"):  # as vLLM names GPT-2's
         found = config.get_quant_method(output, name)
         assert (None if found is None else type(found).__name__) == head
-    with pytest.raises(ValueError, match="lm_head is quantised and not 2:4; only the he") as error:
+    with pytest.raises(ValueError, match="lm_head is quantised and not sparse; only the he") as error:
         config_class.from_config(INT8).get_quant_method(linear, "lm_head")
     assert "convert" in str(error.value)
 

