@@ -39,9 +39,24 @@ ZEROS: dict[str, tuple[str, dict[float, str]]] = {
     "2:4, 41 thousand tokens": ("C1D-", {9: "zen4-trained-2-4"}),
     "N of 64, 41 thousand tokens": (
         "C0o-",
-        {8: "zen4-trained-28-64", 9: "zen4-trained-32-64", 11: "zen4-trained-40-64"},
+        {
+            8: "zen4-trained-28-64",
+            9: "zen4-trained-32-64",
+            10: "zen4-trained-36-64",
+            11: "zen4-trained-40-64",
+            13: "zen4-trained-48-64",
+        },
     ),
-    "an N for each linear, 41 thousand tokens": ("C2^-", {9: "zen4-trained-budget-50"}),
+    "an N for each linear, 41 thousand tokens": (
+        "C2^-",
+        {
+            8: "zen4-trained-budget-56",
+            9: "zen4-trained-budget-50",
+            10: "zen4-trained-budget-44",
+            11: "zen4-trained-budget-37",
+            13: "zen4-trained-budget-25",
+        },
+    ),
     "2:4, 4 million tokens": ("C3*-", {9: "hidden-4m"}),
 }
 CURVES = {  # by style
