@@ -208,7 +208,7 @@ def test_the_recording_fits_too_and_its_figures_are_the_records(script: ModuleTy
     assert 40 < len(lines) < 60  # the last line, JSON, is left out
     assert [text for text in lines if len(text) > 80] == []
     rows = [" ".join(text.split()) for text in lines]
-    record = json.loads((ROOT / "benchmarks/records/demo-16-minutes.json").read_text())
+    record = json.loads((ROOT / "benchmarks/records/demo.json").read_text())
     for name, value in record["perplexity"].items():
         start = f"{script.NAMES.get(name, name.replace('_', ' '))} {value:.1f} "
         assert [row for row in rows if row.startswith(start)], start
