@@ -17,9 +17,9 @@ are made of them as judge/statistics.py makes them. A 95 % interval should hold 
                   launch of the servers: with one launch no interval can know it
     few blocks    as blocks, with four block pairs, the fewest that have an interval
 
-*until certain*: the share of runs whose interval of `--until certain` (judge/anytime.py) holds the
-truth at every look, from four block pairs to thirty, two more at a time; not of launches, of which
-such a run has one.
+*until certain*: the share of runs whose interval of `--until certain` (cast_serve/anytime.py) holds
+the truth at every look, from four block pairs to thirty, two more at a time; not of launches, of
+which such a run has one.
 """
 
 import json
@@ -33,11 +33,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cast_serve import anytime
 from cast_serve.intervals import Array, Ratio, draws, ratio_of_quantiles, ratio_of_rates
+from cast_serve.latency import QUANTILES
 from cast_serve.options import option
 from cast_serve.provenance import origin
-from loadtest.judge import anytime
-from loadtest.judge.statistics import MIN_BLOCK_PAIRS, QUANTILES
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS
 from loadtest.progress import progress
 from loadtest.report import commands
 from loadtest.report.directory import check_file

@@ -26,6 +26,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+TIMES = ("ttft", "tpot", "itl", "e2e")
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}  # that are reported and limited
+
 _OUTPUT_KEYS = ("text", "content", "reasoning", "reasoning_content", "tool_calls", "token_ids")
 
 

@@ -23,7 +23,7 @@ from loadtest.capacity import capacity
 from loadtest.errors import FailedError, QualityError, UnreachableError, UsageError
 from loadtest.job import Job, Options
 from loadtest.measure import measure
-from loadtest.provenance import provenance
+from loadtest.provenance import given_in, provenance
 from loadtest.record import Recorded
 from loadtest.report import commands, pareto
 from loadtest.report.files import WRITTEN, write_reports
@@ -42,14 +42,14 @@ def about(show_version: Annotated[bool, VERSION] = False) -> None:
     """Measure served variants against each other over HTTP."""
 
 
-def run(context: typer.Context, **given: Any) -> None:
+def run(context: typer.Context, **options: Any) -> None:
     """Send the same prompts to two variants in alternating blocks, and compare them.
 
     Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: the
     run passes, 1: it fails, 2: wrong use, 3: inconclusive: more blocks would tell.
     """
     try:
-        job = Job.of(Options(**given))
+        job = Job.of(Options(**options), given_in(context))
     except UsageError as error:
         commands.refuse(error)
     results, unwritten = [], []

@@ -28,13 +28,13 @@ from rich.table import Table
 
 from cast_serve.options import option
 from loadtest.errors import FailedError, RecordError, UsageError
-from loadtest.job import Job, Options
+from loadtest.job import Job, Options, flag_of
 from loadtest.judge import capacity as judge
 from loadtest.judge.capacity import Posterior, Seen
 from loadtest.judge.statistics import MIN_BLOCK_PAIRS, meets
 from loadtest.measure import check_served, sender_of
 from loadtest.progress import progress
-from loadtest.provenance import provenance, told_by
+from loadtest.provenance import given_in, provenance, told_by
 from loadtest.record import REQUESTS_FILE, Request, lines_of, parsed
 from loadtest.report.commands import STOPPED, attempt, finish, refuse
 from loadtest.send.batch import Batch
@@ -72,13 +72,15 @@ def capacity(
     Requests arrive at random (Poisson); one that fails meets no limit. Exit code 0: done, 1: void,
     or requests failed whatever the rate, 2: wrong use.
     """
-    failures, code = [], 1
+    given, failures, code = given_in(context), [], 1
     try:
         if again is not None:
-            _check_alone(context, again)
+            if idle := given - {"again"}:
+                flag = flag_of(min(idle))
+                raise UsageError(f"--from {again} sends nothing, so {flag} has no effect; drop it")
             record = Record.read(again)
         else:
-            job = _job(good, max_rate, shared)
+            job = _job(given, max_rate, shared)
             asyncio.run(check_served(job, str(job.options.url)))
             record = Record(job.options.out, _about(context, job, good, max_rate))
     except UsageError as error:
@@ -195,16 +197,7 @@ class Record:
         return judge.centre_of(self.seen(variant, in_search=True), self.about["good"])
 
 
-def _check_alone(context: typer.Context, again: Path) -> None:
-    """Refuses options that --from would leave without effect."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name != "again" and source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"--from {again} sends nothing, so {flag} has no effect; drop it")
-
-
-def _job(good: float, max_rate: float | None, shared: Mapping[str, Any]) -> Job:
+def _job(given: set[str], max_rate: float | None, shared: Mapping[str, Any]) -> Job:
     """The options of a run with a closed loop, which checks them."""
     options = Options(**shared, concurrency=str(shared["processes"]))
     if options.url is None:
@@ -213,7 +206,7 @@ def _job(good: float, max_rate: float | None, shared: Mapping[str, Any]) -> Job:
         raise UsageError(f"--max-rate {max_rate:g} is out of range; give a number above 0")
     if options.blocks < MIN_BLOCK_PAIRS:
         raise UsageError(f"--blocks {options.blocks} is too small; give at least {MIN_BLOCK_PAIRS}")
-    job = Job.of(options)
+    job = Job.of(options, given)
     if job.terms["slo"] is None:
         raise UsageError("every rate is within no limit; give --slo-ttft-ms or --slo-tpot-ms")
     return job

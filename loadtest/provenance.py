@@ -47,13 +47,18 @@ def hashes_of(directory: Path) -> dict[str, str]:
     return found
 
 
+def given_in(context: typer.Context) -> set[str]:
+    """The parameters that the command line gives, even if their values are the defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def command_of(context: typer.Context) -> str:
     """The command with every option that was given, but for secrets."""
-    words = ["cast-loadtest", str(context.info_name)]
+    words, given = ["cast-loadtest", str(context.info_name)], given_in(context)
     for parameter in context.command.params:
         name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
+        if name not in given:
             continue
         value = "SECRET" if name in SECRETS else context.params[name]
         for one in value if isinstance(value, list) else [value]:

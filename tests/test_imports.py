@@ -37,7 +37,8 @@ ALLOWED = {
         *("sparsity", "checkpoint", "intervals", "questions", "options", "provenance", "errors"),
     },
     "loadtest": {
-        *("latency", "sse", "intervals", "questions", "options", "provenance", "dtypes", "errors"),
+        *("latency", "sse", "intervals", "anytime", "guard", "questions", "options", "provenance"),
+        *("dtypes", "errors"),
     },
 }
 

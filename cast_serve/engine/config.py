@@ -174,7 +174,8 @@ class SparseConfig(QuantizationConfig):
             return SparseLinearMethod(prefix, stored, self._count)
         if stored.dtype:
             raise UsageError(
-                f"{prefix} is quantised and not sparse; only the head is served in that form; {REMEDY}"
+                f"{prefix} is quantised and not sparse; only the head is served in that form; "
+                f"{REMEDY}"
             )
         return UnquantizedLinearMethod()
 

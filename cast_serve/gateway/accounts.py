@@ -1,9 +1,10 @@
-"""A request that has ended -> counters and latencies, and maybe its repetition elsewhere."""
+"""A request that has ended -> counters, latencies, the canary; maybe its repetition elsewhere."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cast_serve.gateway.bodies import BodyReader
+from cast_serve.gateway.compare.canary import Canary
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.shadow import Shadow
 from cast_serve.gateway.exchange import Exchange
@@ -18,6 +19,7 @@ class Accounts:
     comparison: Comparison
     shadow: Shadow
     bodies: BodyReader
+    canary: Canary | None
 
     def begin(self, route: str, facts: dict[str, Any]) -> Exchange:
         """A request that came in on a route, whose end will be counted; its log line says facts."""
@@ -29,11 +31,13 @@ class Accounts:
         self.bodies.release(exchange)
         exchange.facts["outcome"] = exchange.status
         self.metrics.requests.labels(exchange.variant, exchange.route, str(exchange.status)).inc()
+        is_current = exchange.epoch == self.comparison.epoch  # else maybe of the model before
+        if self.canary is not None and is_current:
+            self.canary.observe(exchange)
         timing = exchange.timing
         if timing is None:
             return
         self.metrics.count_tokens(exchange.answered_by, exchange.prompt_tokens, timing)
-        is_current = exchange.epoch == self.comparison.epoch  # else maybe of the model before
         # The time of an answer by the fallback holds what the request waited for the variant that
         # failed, which would count as slowness of the one that answered.
         if exchange.answered_by == exchange.variant:

@@ -29,6 +29,7 @@ from cast_serve.gateway.api import openapi, paths
 from cast_serve.gateway.api.errors import APIError
 from cast_serve.gateway.bodies import BodyReader
 from cast_serve.gateway.compare.asker import Asker
+from cast_serve.gateway.compare.canary import canary_of
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.compare.models import describe, describe_directory
 from cast_serve.gateway.compare.shadow import Shadow
@@ -65,8 +66,8 @@ class Gateway:
     """The parts of the gateway and how they know of each other; what its probes say.
 
     Raises:
-        UsageError: if the workers' key cannot be read, or a split or fallback names an unknown
-            variant.
+        UsageError: if the workers' key or the canary's guard rails cannot be read, or a split or
+            fallback names an unknown variant.
     """
 
     def __init__(self, variants: Sequence[Variant], settings: GatewaySettings) -> None:
@@ -75,6 +76,7 @@ class Gateway:
         self.router = Router(self.variants, settings.split_weights, settings.fallbacks)
         self.places = Places(self.variants, settings.max_running, settings.max_queued)
         self.comparison = Comparison(list(self.variants), settings.comparison_window)
+        self.canary = canary_of(settings, self.router.split, self.comparison)
 
         key = read_key(settings.worker_key, settings.worker_key_file)
         self.client = Client(workers.share_key(variants, key))
@@ -88,12 +90,17 @@ class Gateway:
             self.comparison,
             asker.repeat,
             asker.max_scored_tokens,
+            self.canary,
         )
         self.metrics = Metrics(
-            self.comparison, self.shadow.outcomes, self.places.admissions, self.router.fallbacks
+            self.comparison,
+            self.shadow.outcomes,
+            self.places.admissions,
+            self.router.fallbacks,
+            self.canary,
         )
         self.bodies = BodyReader(settings)
-        accounts = Accounts(self.metrics, self.comparison, self.shadow, self.bodies)
+        accounts = Accounts(self.metrics, self.comparison, self.shadow, self.bodies, self.canary)
         self.proxy = Proxy(
             settings,
             self.bodies,
@@ -170,7 +177,10 @@ class Gateway:
         new = replica.num_restarts - self._num_restarts.get(replica, 0)
         self.metrics.restarts.labels(replica.variant).inc(new)
         self._num_restarts[replica] = replica.num_restarts
-        self.has_started = self.has_started or all(v.is_up for v in self.variants.values())
+        if not self.has_started and all(v.is_up for v in self.variants.values()):
+            self.has_started = True
+            if self.canary is not None:
+                self.canary.begin()
 
     def _note_state(self, replica: Replica) -> None:
         """Brings gauges and queue in line with a replica that may have come up or gone down."""
@@ -181,6 +191,8 @@ class Gateway:
     def _note_switch(self, replica: Replica) -> None:
         self._note_state(replica)
         self.comparison.forget(replica.variant)
+        if self.canary is not None:
+            self.canary.forget(replica.variant)
         assert replica.model is not None
         self.descriptions[replica.variant] = describe_directory(replica.model)
 
@@ -205,7 +217,8 @@ def create_app(
             ``app.state.gateway.failure``.
 
     Raises:
-        UsageError: if the keys cannot be read, or a split or fallback names an unknown variant.
+        UsageError: if the keys or the canary's guard rails cannot be read, or a split or fallback
+            names an unknown variant.
     """
     gateway = Gateway(variants, settings)
     digests = load_keys(settings.api_keys, settings.api_keys_file)
@@ -250,8 +263,12 @@ def create_app(
 
     @app.get("/v1/comparison")
     async def comparison() -> dict[str, Any]:
-        own = {"shadow_fraction": settings.shadow_fraction, "models": gateway.descriptions}
-        return {**gateway.comparison.snapshot(), **own}
+        return {
+            **gateway.comparison.snapshot(),
+            "shadow_fraction": settings.shadow_fraction,
+            "models": gateway.descriptions,
+            "canary": gateway.canary and gateway.canary.about(),
+        }
 
     @app.get(paths.LIVENESS, response_class=Response)
     async def livez() -> Response:

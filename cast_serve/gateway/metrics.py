@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cast_serve.gateway.admission import Admission
+from cast_serve.gateway.compare.canary import ROLLED_BACK, Canary
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.gateway.exchange import GENERATING
 from cast_serve.gateway.retries import REASONS
@@ -42,6 +43,7 @@ class Metrics:
         shadow_outcomes: how many shadow requests had each outcome.
         admissions: each variant's queue.
         fallbacks: {variant: the one that answers while it is down}.
+        canary: read at every scrape.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Metrics:
         shadow_outcomes: Mapping[str, int],
         admissions: Mapping[str, Admission],
         fallbacks: Mapping[str, str],
+        canary: Canary | None = None,
     ) -> None:
         registry = self.registry = CollectorRegistry()
 
@@ -106,7 +109,7 @@ class Metrics:
             self.shed.labels(reason)
         for (name, other), reason in itertools.product(fallbacks.items(), ("down", "broken")):
             self.fallbacks.labels(name, other, reason)
-        registry.register(_ReadAtScrape(comparison, shadow_outcomes, admissions))
+        registry.register(_ReadAtScrape(comparison, shadow_outcomes, admissions, canary))
 
     def note_state(self, variant: Variant) -> None:
         """Updates the gauges; call it when a replica may have come up or gone down."""
@@ -156,6 +159,7 @@ class _ReadAtScrape(Collector):
     comparison: Comparison
     shadow_outcomes: Mapping[str, int]
     admissions: Mapping[str, Admission]
+    canary: Canary | None
 
     def collect(self) -> Iterator[Metric]:
         speedups = GaugeMetricFamily(
@@ -178,6 +182,17 @@ class _ReadAtScrape(Collector):
         for outcome, number in self.shadow_outcomes.items():
             outcomes.add_metric([outcome], number)
         yield outcomes
+        of_canary = ["model", "variant"]
+        share = GaugeMetricFamily(
+            "cast_canary_share", "Share of the split's requests", labels=of_canary
+        )
+        rollbacks = CounterMetricFamily(
+            "cast_canary_rollbacks", "Canaries sent back to a share of 0", labels=of_canary
+        )
+        if self.canary is not None:
+            share.add_metric(self.canary.plan[:2], self.canary.share)
+            rollbacks.add_metric(self.canary.plan[:2], self.canary.state == ROLLED_BACK)
+        yield from (share, rollbacks)
         found = self.comparison.agreement()
         if found is not None and found["token_agreement"] is not None:
             yield GaugeMetricFamily(

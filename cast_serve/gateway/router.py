@@ -15,7 +15,8 @@ class Router:
 
     Args:
         variants: by name.
-        split: {model name: {variant: share of its requests}}; shares sum to 1.
+        split: {model name: {variant: share of its requests}}; shares sum to 1 and may change while
+            it runs. Of two variants, one whose share grows keeps the keys that it has.
         fallbacks: {variant that is down: variant that answers for it}.
 
     Raises:
@@ -25,7 +26,7 @@ class Router:
     def __init__(
         self,
         variants: Mapping[str, Variant],
-        split: Mapping[str, Mapping[str, float]],
+        split: Mapping[str, dict[str, float]],
         fallbacks: Mapping[str, str],
     ) -> None:
         self.variants = variants

@@ -1,10 +1,25 @@
 """Environment variables and flags -> the gateway's settings, each default written once here."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class CanaryPlan(NamedTuple):
+    """How a split's requests move to one of its two variants.
+
+    Attributes:
+        model: the split's name.
+        variant: the one that gets more and more.
+        steps: its shares, ascending, in (0, 1].
+    """
+
+    model: str
+    variant: str
+    steps: list[float]
 
 
 class GatewaySettings(BaseSettings):
@@ -114,6 +129,16 @@ class GatewaySettings(BaseSettings):
         gt=0,
         description="concurrent repeats; further ones are dropped and counted",
     )
+    canary: str = Field(
+        default="",
+        description="`default=canary:0.05,0.25,1`: raise canary's share of the split `default` "
+        "while it meets `canary_guard` (docs/deploy.md); none: off",
+    )
+    canary_guard: Path | None = Field(
+        default=None,
+        description="TOML file of guard rails against the split's other variant",
+    )
+    canary_interval_s: float = Field(default=60, gt=0, description="length of a block of requests")
     comparison_window: int = Field(
         default=512, gt=1, description="latest requests per variant that `/v1/comparison` covers"
     )
@@ -141,7 +166,7 @@ class GatewaySettings(BaseSettings):
 
     @model_validator(mode="after")
     def _parses(self) -> "GatewaySettings":
-        _ = self.split_weights, self.fallbacks
+        _ = self.split_weights, self.fallbacks, self.canary_plan
         if self.max_held_body_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_held_body_bytes {self.max_held_body_bytes} is below max_body_bytes "
@@ -181,3 +206,35 @@ class GatewaySettings(BaseSettings):
                 raise ValueError(f"fallback {text!r} is not VARIANT=VARIANT; write sparse=dense")
             found[name] = other
         return found
+
+    @property
+    def canary_plan(self) -> CanaryPlan | None:
+        """What `canary` says; None: it is off."""
+        if not self.canary:
+            return None
+        model, _, rest = self.canary.partition("=")
+        variant, _, shares = rest.partition(":")
+        model, variant = model.strip(), variant.strip()
+        try:
+            steps = [float(share) for share in shares.split(",")]
+        except ValueError:
+            steps = [0.0]
+        is_ascending = all(low < high for low, high in pairwise([0.0, *steps]))
+        if not (is_ascending and steps[-1] <= 1):
+            raise ValueError(
+                f"canary {self.canary!r} is not SPLIT=VARIANT:SHARE,SHARE with ascending shares "
+                "above 0 and up to 1; write, for example, default=canary:0.05,0.25,1"
+            )
+        weights = self.split_weights.get(model, {})
+        if variant not in weights or len(weights) != 2:
+            raise ValueError(
+                f"canary {self.canary!r} needs a split {model!r} of {variant!r} and one other "
+                f"variant, but split is {self.split!r}; write, for example, "
+                f"split={model}=stable:1,{variant}:0"
+            )
+        if self.canary_guard is None:
+            raise ValueError(
+                f"canary {self.canary!r} has no limits to keep to; give canary_guard, a TOML file "
+                "such as max_slowdown = {tpot_p50 = 1.1} (docs/deploy.md)"
+            )
+        return CanaryPlan(model, variant, steps)

@@ -10,8 +10,8 @@ block pairs, or over launches of the servers if there are several (cast_serve/in
 percentile beyond which not even one request is expected has no interval, and below
 `MIN_BLOCK_PAIRS` nothing has one. In a run that went on until it was certain, a speed-up of medians
 or rates is the geometric mean over block pairs, with an interval that allows for every look
-(anytime.py). *ratio* compares the two blocks' medians of each block pair alone. *drift* compares
-the blocks of each variant alone, one after the other within a launch.
+(cast_serve/anytime.py). *ratio* compares the two blocks' medians of each block pair alone. *drift*
+compares the blocks of each variant alone, one after the other within a launch.
 
 *Throughput* of a closed loop counts a block from its first send to its last token. In an open loop
 that would count the time after the last arrival, in which the server only empties its queue; so the
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from cast_serve import anytime
 from cast_serve.intervals import (
     Array,
     Ratio,
@@ -35,15 +36,13 @@ from cast_serve.intervals import (
     ratio_of_quantiles,
     ratio_of_rates,
 )
-from loadtest.judge import anytime
+from cast_serve.latency import QUANTILES, TIMES
 from loadtest.record import Block, Recorded, Request
 
-TIMES = ("ttft", "tpot", "itl", "e2e")
 THROUGHPUT = "output_tokens_per_s"
 MIN_BLOCK_PAIRS = 4
 # Speed-ups that have a value for each block pair, and so can be looked at while a run goes on.
 AT_EVERY_LOOK = {**{f"{time}_p50": time for time in TIMES}, "throughput": THROUGHPUT}
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def values(requests: Iterable[Request], metric: str) -> Array:

@@ -1,114 +1,22 @@
 """A result and guard rails -> pass, fail or inconclusive, check by check, each with the reason.
 
-Guard rails come from a TOML file; every key may be left out:
+cast_serve/guard.py has the guard rails and what a limit makes of an interval. A limit on what was
+not measured, or on one answer only, is inconclusive. A run passes if every check does, and fails if
+one does. A void run and one that was stopped are inconclusive, whatever else they show.
 
-    min_speedup = {tpot_p50 = 1.2, throughput = 1.1}
-    max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline
-    max_error_rate = 0.01                              # of the worse variant
-    min_token_agreement = 0.5
-    max_accuracy_loss = 0.02                           # baseline - candidate
-    allow_void = true                                  # judge even if the harness was too slow
-
-A limit passes if the whole interval meets it, fails if none of it does, and else is inconclusive,
-as is a limit on what was not measured, or on one answer only. A run passes if every check does, and
-fails if one does. A void run and one that was stopped are inconclusive, whatever else they show.
-
-Without a file, and for keys that it does not set, no request may fail. Answers of unequal length
-always fail: they compare unequal work. So does a launch of the servers whose warm-up failed.
+Answers of unequal length always fail: they compare unequal work. So does a launch of the servers
+whose warm-up failed.
 """
 
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-from loadtest.errors import UsageError
-from loadtest.judge.statistics import QUANTILES, TIMES
+from cast_serve.guard import FAIL, INCONCLUSIVE, PASS, Check, Guard, agreement_check
 
-SPEEDUPS = [f"{time}_{name}" for time in TIMES for name in QUANTILES] + ["throughput", "goodput"]
 MIN_ANSWERS = 2  # prompts or questions: one has no interval
-PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 MOST_MORE = 50  # times as many: nobody waits for more
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What a run must keep to; see the module for each."""
-
-    min_speedup: Mapping[str, float] = field(default_factory=dict)
-    max_slowdown: Mapping[str, float] = field(default_factory=dict)
-    max_error_rate: float = 0.0
-    min_token_agreement: float | None = None
-    max_accuracy_loss: float | None = None
-    allow_void: bool = False
-
-    @classmethod
-    def read(cls, path: Path) -> "Guard":
-        """Reads a TOML file.
-
-        Raises:
-            UsageError: if it cannot be read, a key is unknown or a value is out of range.
-        """
-        try:
-            return cls.of(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, UsageError) as error:
-            raise UsageError(f"guard {path}: {error}") from error
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Guard":
-        """Checks keys and values as TOML or JSON gives them.
-
-        Raises:
-            UsageError: if a key is unknown or a value is out of range.
-        """
-        known = [each.name for each in fields(cls)]
-        if unknown := sorted(given.keys() - set(known)):
-            raise UsageError(f"unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
-        for name in ("min_speedup", "max_slowdown"):
-            limits = given.get(name, {})
-            if not isinstance(limits, Mapping):
-                raise UsageError(f"{name} is {limits!r}; write, for example, {{tpot_p50 = 1.1}}")
-            for metric, limit in limits.items():
-                if metric not in SPEEDUPS:
-                    raise UsageError(
-                        f"{name} has unknown key {metric!r}; known keys: {', '.join(SPEEDUPS)}"
-                    )
-                if not _is_number(limit) or limit <= 0:
-                    raise UsageError(f"{name}.{metric} is {limit!r}; give a number above 0")
-        for name in ("max_error_rate", "min_token_agreement", "max_accuracy_loss"):
-            share = given.get(name)
-            if share is not None and not (_is_number(share) and 0 <= share <= 1):
-                raise UsageError(f"{name} is {share!r}; give a number from 0 to 1")
-        if not isinstance(given.get("allow_void", False), bool):
-            raise UsageError(f"allow_void is {given['allow_void']!r}; give true or false")
-        return cls(**given)
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it limits speed or quality; without, a sound run has passed nothing."""
-        limits = (self.min_token_agreement, self.max_accuracy_loss)
-        return bool(self.min_speedup or self.max_slowdown) or limits != (None, None)
-
-    def about(self) -> dict[str, Any]:
-        """As run.json has it; `of` reads it again."""
-        return asdict(self)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One condition: its limit, what was found, PASS, FAIL or INCONCLUSIVE, and why."""
-
-    name: str
-    limit: float | bool
-    found: float | bool | None
-    verdict: str
-    why: str
 
 
 def judge(result: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
@@ -187,30 +95,22 @@ def unsound(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speed(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
-    for kind, limits in (("min_speedup", guard.min_speedup), ("max_slowdown", guard.max_slowdown)):
-        for metric, limit in limits.items():
-            speedup = result["speedups"].get(metric, {})
-            ends = [speedup.get(key) for key in ("ratio", "low", "high")]
-            if None in ends:
-                why = _unknown(metric, result)
-                yield Check(f"{kind}.{metric}", limit, None, INCONCLUSIVE, why)
-                continue
-            ratio, low, high = ends
-            least = limit if kind == "min_speedup" else 1 / limit
-            verdict = PASS if low >= least else FAIL if high < least else INCONCLUSIVE
-            if kind == "min_speedup":
-                found = low
-                why = f"{ratio:.3f} ({low:.3f} to {high:.3f}): its lower end must reach {limit:g}"
-            else:
-                found = 1 / low if low else None  # 0: the percentile is among failed requests
-                slower, least_slow, most_slow = (1 / end if end else math.inf for end in ends)
-                why = (
-                    f"candidate over baseline {slower:.3f} ({most_slow:.3f} to {least_slow:.3f}): "
-                    f"its upper end must not exceed {limit:g}"
-                )
-            if verdict == INCONCLUSIVE:
-                why += f"; {_how_many_more(result, ratio, low, high, least)}"
-            yield Check(f"{kind}.{metric}", limit, found, verdict, why)
+    for limit in guard.speed_limits:
+        speedup = result["speedups"].get(limit.metric, {})
+        ends = [speedup.get(key) for key in ("ratio", "low", "high")]
+        if None in ends:
+            why = _unknown(limit.metric, result)
+            yield Check(limit.name, limit.limit, None, INCONCLUSIVE, why)
+            continue
+        ratio, low, high = ends
+        check = limit.check(ratio, low, high)
+        if check.verdict == INCONCLUSIVE:
+            check = _with(check, _how_many_more(result, ratio, low, high, limit.least))
+        yield check
+
+
+def _with(check: Check, remedy: str) -> Check:
+    return replace(check, why=f"{check.why}; {remedy}")
 
 
 def is_open(result: Mapping[str, Any]) -> bool:
@@ -249,23 +149,21 @@ def _how_many_more(
 def _agreement(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:
     limit, quality = guard.min_token_agreement, result["quality"]
     agreement = quality and quality["token_agreement"]
-    found, verdict = None, INCONCLUSIVE
     if limit is None:
         return
+    why = ""
     if agreement is None:
         why = "quality was not measured; give --quality-prompts"
     elif quality["num_scored"] < MIN_ANSWERS:
         why = "one prompt gives no interval; give more --quality-prompts"
-    else:
-        mean, found, high = (agreement[key] for key in ("mean", "low", "high"))
-        verdict = PASS if found >= limit else FAIL if high < limit else INCONCLUSIVE
-        why = (
-            f"{mean:.3f} ({found:.3f} to {high:.3f}) over {quality['num_scored']} prompts: its "
-            f"lower end must reach {limit:g}"
-        )
-        if verdict == INCONCLUSIVE:
-            why += "; more --quality-prompts would settle it"
-    yield Check("min_token_agreement", limit, found, verdict, why)
+    if why:
+        yield Check("min_token_agreement", limit, None, INCONCLUSIVE, why)
+        return
+    mean, low, high = (agreement[key] for key in ("mean", "low", "high"))
+    check = agreement_check(limit, mean, low, high, quality["num_scored"])
+    if check.verdict == INCONCLUSIVE:
+        check = _with(check, "more --quality-prompts would settle it")
+    yield check
 
 
 def _accuracy(result: Mapping[str, Any], guard: Guard) -> Iterator[Check]:

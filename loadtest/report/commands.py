@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from cast_serve.guard import FAIL, PASS, Guard
 from cast_serve.options import option
 from loadtest.errors import UsageError
-from loadtest.judge.verdict import FAIL, PASS, Guard
 from loadtest.record import Recorded
 from loadtest.report import pareto, regression
 from loadtest.report.directory import check_directory, check_matplotlib

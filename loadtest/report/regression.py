@@ -12,7 +12,8 @@ import numpy as np
 from rich.table import Table
 
 from cast_serve.intervals import SEED, Ratio
-from loadtest.judge.statistics import MIN_BLOCK_PAIRS, THROUGHPUT, TIMES, speedups
+from cast_serve.latency import TIMES
+from loadtest.judge.statistics import MIN_BLOCK_PAIRS, THROUGHPUT, speedups
 from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from loadtest.report.words import rows, times

@@ -4,9 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
+from cast_serve.guard import Guard
 from loadtest.judge.saturation import growth, saturation
 from loadtest.judge.statistics import speedups, summarise
-from loadtest.judge.verdict import Guard, judge
+from loadtest.judge.verdict import judge
 from loadtest.quality import agreement, choices
 from loadtest.record import Recorded
 from loadtest.report.warnings import warnings

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.judge.statistics import QUANTILES, THROUGHPUT, TIMES, num_needed
-from loadtest.judge.verdict import PASS
+from cast_serve.guard import PASS
+from cast_serve.latency import QUANTILES, TIMES
+from loadtest.judge.statistics import THROUGHPUT, num_needed
 
 MIN_BUSY_S = 10.0  # of a block in a closed loop
 SOUNDNESS = ("error_rate", "unequal_lengths", "void")  # checked in any run

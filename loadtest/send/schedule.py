@@ -61,6 +61,11 @@ class Schedule:
                 raise UsageError(f"{option} {value} is out of range; give a number above 0")
 
     @property
+    def has_lengths(self) -> bool:
+        """Whether each arrival of a trace says how many tokens prompt and answer have."""
+        return bool(self.trace) and self.trace[0].prompt_tokens is not None
+
+    @property
     def mean_rate_per_s(self) -> float | None:
         """Requests a second over a block; None for closed, and for trace at its own speed."""
         if self.rate_per_s is None or self.rate_to_per_s is None:

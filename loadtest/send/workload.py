@@ -129,6 +129,19 @@ class Workload:
                 f"the text has {len(self.text)} words, fewer than one prompt of "
                 f"{self.prompt_words.high:g}; give a longer text or ask for fewer prompt words"
             )
+        has_tokens = bool(self.prompts) and all(ready.output_tokens for ready in self.prompts)
+        if self.output_tokens is None and not has_tokens:
+            raise UsageError(
+                "--output-tokens own needs --prompts FILE whose lines all have output_tokens; give "
+                "such a file, or a number"
+            )
+        has_messages = any(not isinstance(ready.prompt, str) for ready in self.prompts)
+        if has_messages and (self.turns.high > 1 or self.prefix_words):
+            flag = "--turns" if self.turns.high > 1 else "--shared-prefix"
+            raise UsageError(
+                f"{flag} needs prompts that are texts, but {self.source} has messages; give "
+                "another file"
+            )
 
     def about(self) -> dict[str, Any]:
         """What identifies this workload, for run.json."""

@@ -15,7 +15,7 @@ import yaml
 from cast_serve.__main__ import app
 from cast_serve.engine.worker import _publish
 from cast_serve.gateway.settings import GatewaySettings
-from loadtest.judge.verdict import Guard
+from cast_serve.guard import Guard
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())

@@ -189,6 +189,11 @@ def test_an_overloaded_client_voids_the_run(serve: Serve, monkeypatch: pytest.Mo
         (("--url", "http://127.0.0.1:9", "--blocks", "5"), "--blocks 5 is odd"),
         (("--url", "http://127.0.0.1:9", "--max-rate", "0"), "--max-rate 0 is out of range"),
         (("--url", "http://127.0.0.1:9", "--from", "there"), "so --url has no effect"),
+        (
+            ("--url", "http://127.0.0.1:9", "--prompts", "there", "--prompt-tokens", "128"),
+            "--prompt-tokens 128 has no effect on the prompts of --prompts",
+        ),
+        (("--from", "there", "--blocks", "10"), "so --blocks has no effect"),
         (("--from", "there"), "--from there cannot be read"),
     ],
 )

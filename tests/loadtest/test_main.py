@@ -30,6 +30,7 @@ from tests.loadtest.conftest import Serve, ServeApp
 
 QUICK = MockVariant(ttft_s=0.0, itl_s=0.0)
 SMALL = ("--num-prompts", "3", "--blocks", "2", "--output-tokens", "6", "--prompt-tokens", "8")
+TRACE = ("--schedule", "trace", "--trace", "LENGTHS")
 
 
 def cast_loadtest(*arguments: str, **environment: str) -> Any:
@@ -252,14 +253,15 @@ def test_a_trace_gives_times_and_lengths(serve: Serve, tmp_path: Path) -> None:
         assert [request.prompt_tokens for request in block.requests] == [605, 525]
     refused = cast_loadtest("--url", url, *flags, "--output-tokens", "9")
     assert refused.exit_code == 2
-    assert "--output-tokens has no effect: trace" in refused.stderr
+    assert "--output-tokens 9 has no effect on trace" in refused.stderr
 
 
 def test_chats_from_a_file(serve: Serve, tmp_path: Path) -> None:
     url, app = serve(dense=QUICK, sparse=QUICK)
     chat = {"messages": [{"role": "user", "content": "what is this?"}]}
     (tmp_path / "own.jsonl").write_text(json.dumps(chat) + "\n")
-    result = cast_loadtest("--url", url, *SMALL[:-2], "--prompts", str(tmp_path / "own.jsonl"))
+    flags = ("--prompts", str(tmp_path / "own.jsonl"), "--turns", "1")
+    result = cast_loadtest("--url", url, *SMALL[:-2], *flags)
     assert last_line(result)["num_errors"] == 0
     assert len(app.state.requests) == 16
     assert all(prompt.endswith("\nwhat is this?") for _, prompt in app.state.requests)
@@ -297,7 +299,7 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
     ("arguments", "message"),
     [
         (["--blocks", "3"], "--blocks 3 is odd"),
-        (["--timeout-s", "0"], "--timeout-s 0 is too small"),
+        (["--timeout-s", "0"], "--timeout-s 0 is out of range"),
         (["--prompt-tokens", "0"], "--prompt-tokens 0 may be less than 1; raise it"),
         (
             ["--candidate", "spares"],
@@ -325,7 +327,9 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
         (["--num-prompts", "0"], "--num-prompts 0 is too small; give at least 1"),
         (["--block-s", "0"], "--block-s 0 is out of range"),
         (["--variant", "dense=/absent"], "give either --url, or --variant NAME=DIR"),
-        (["--launches", "2"], "--launches and --vllm-flags start servers"),
+        (["--launches", "2"], "--launches 2 has no effect on the servers at --url; give --variant"),
+        (["--launches", "1"], "--launches 1 has no effect on the servers at --url"),
+        (["--vllm-flags", "--seed 3"], "--vllm-flags --seed 3 has no effect on the servers at"),
         (["--processes", "2"], "--processes 2 is more than --concurrency 1"),
         (
             ["--schedule", "poisson", "--rate", "1", "--processes", "4", "--num-prompts", "3"],
@@ -335,11 +339,21 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
             ["--prompts", "PROMPTS", "--prompt-tokens", "64"],
             "--prompt-tokens 64 has no effect on the prompts of --prompts",
         ),
+        (
+            ["--prompts", "PROMPTS", "--prompt-tokens", "128"],
+            "--prompt-tokens 128 has no effect on the prompts of --prompts",
+        ),
         (["--num-prompts", "8", "--block-s", "5"], "--block-s 5 has no effect"),
+        (["--num-prompts", "8", "--block-s", "20"], "--block-s 20 has no effect"),
+        ([*TRACE, "--block-s", "20"], "--block-s 20 has no effect"),
+        ([*TRACE, "--output-tokens", "32"], "--output-tokens 32 has no effect on trace"),
+        ([*TRACE, "--prompt-tokens", "128"], "--prompt-tokens 128 has no effect on trace"),
+        ([*TRACE, "--text", "/absent"], "--text /absent has no effect on trace"),
         (["--guard", "GOODPUT"], "limits goodput, but nothing measures it; give --slo-ttft-ms"),
         (["--guard", "AGREEMENT"], "limits min_token_agreement, but nothing measures it; give --q"),
         (["--guard", "ACCURACY"], "limits max_accuracy_loss, but nothing measures it; give --cho"),
-        (["--slo-ttft-ms", "0"], "--slo-ttft-ms 0 is too small"),
+        (["--slo-ttft-ms", "0"], "--slo-ttft-ms 0 is out of range"),
+        (["--slo-tpot-ms", "inf"], "--slo-tpot-ms inf is out of range"),
         (["--quality-prompts", "-1"], "--quality-prompts -1 is too small"),
         (["--choices", "/absent"], "questions /absent cannot be read"),
         (["--choices-limit", "3"], "--choices-limit 3 has no effect without --choices"),
@@ -366,9 +380,11 @@ def test_what_makes_a_run_unsound_is_counted_and_exits_1(
         ),
         (["--turns", "0-2"], "--turns 0-2 may be less than 1; raise it"),
         (["--turns", "2", "--prompts", "CHAT"], "--turns needs prompts that are texts, but"),
+        (["--think-s", "0"], "--think-s 0 has no effect with one turn; give --turns 2"),
         (["--think-s", "1"], "--think-s 1 has no effect with one turn; give --turns 2"),
         (["--think-s", "x", "--turns", "2"], "--think-s 'x' is not a length"),
         (["--shared-prefix", "-1"], "--shared-prefix -1 is too small; give 0 or more"),
+        (["--prefix-groups", "1"], "--prefix-groups 1 has no effect without --shared-prefix"),
         (["--prefix-groups", "2"], "--prefix-groups 2 has no effect without --shared-prefix"),
         (["--until", "sure"], "--until sure is unknown; give certain"),
         (["--until", "certain"], "--until certain needs a limit to decide; give --guard"),
@@ -390,6 +406,7 @@ def test_wrong_use_exits_2_with_one_line_and_writes_nothing(
     url, app = serve(dense=QUICK, sparse=QUICK)
     files = tmp_path_factory.mktemp("files")
     texts = {
+        "LENGTHS": '{"time_s": 0, "prompt_tokens": 8, "output_tokens": 4}\n',
         "PROMPTS": '{"prompt": "a prompt"}\n',
         "CHAT": '{"messages": [{"role": "user", "content": "a prompt"}]}\n',
         "GOODPUT": "min_speedup = {goodput = 1.1}\n",

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from typer.testing import CliRunner
 
-from loadtest.provenance import command_of, directories_at, served_at
+from loadtest.provenance import command_of, directories_at, given_in, served_at
 from tests.loadtest.conftest import ServeApp
 
 METRICS = """# TYPE cast_variant_info gauge
@@ -18,7 +18,7 @@ other{variant="sparse"} 3
 """
 
 
-def test_the_command_without_defaults_and_secrets() -> None:
+def test_the_command_without_secrets_and_what_was_not_given() -> None:
     app, found = typer.Typer(), []
 
     @app.command()
@@ -29,14 +29,17 @@ def test_the_command_without_defaults_and_secrets() -> None:
         is_loud: Annotated[bool, typer.Option("--loud")] = False,
         seed: int = 0,
     ) -> None:
-        found.append(command_of(context))
+        found.append((command_of(context), given_in(context)))
 
-    arguments = ["--url", "http://a b", "--api-key", "hush", "--loud"]
+    arguments = ["--url", "http://a b", "--api-key", "hush", "--loud", "--seed", "0"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert CliRunner().invoke(app, [], env={"KEY": "hush"}).exit_code == 0
     assert found == [
-        "cast-loadtest run --url 'http://a b' --api-key SECRET --loud",
-        "cast-loadtest run",
+        (
+            "cast-loadtest run --url 'http://a b' --api-key SECRET --loud --seed 0",
+            {"url", "api_key", "is_loud", "seed"},
+        ),
+        ("cast-loadtest run", set()),
     ]
 
 

@@ -26,9 +26,8 @@ from cast_serve.intervals import (
     ratio_of_sums,
     resampled_order_statistic,
 )
-from cast_serve.latency import RequestTiming
+from cast_serve.latency import TIMES, RequestTiming
 
-METRICS = ("ttft", "itl", "tpot", "e2e")
 THROUGHPUT = "output_tokens_per_s"
 QUANTILES = (0.5, 0.95)
 MIN_SAMPLES = 5  # a side; fewer have no ratio
@@ -60,7 +59,7 @@ class Comparison:
         # A request each; of itl its gaps.
         self._samples = {
             name: {
-                metric: deque[tuple[float, ...]](maxlen=window) for metric in (*METRICS, THROUGHPUT)
+                metric: deque[tuple[float, ...]](maxlen=window) for metric in (*TIMES, THROUGHPUT)
             }
             for name in variants
         }
@@ -71,14 +70,8 @@ class Comparison:
         """Adds one finished request."""
         samples = self._samples[variant]
         self._num_requests[variant] += 1
-        samples["e2e"].append((timing.e2e_s,))
-        if timing.itl_s:
-            every = -(-len(timing.itl_s) // MAX_GAPS)
-            samples["itl"].append(tuple(timing.itl_s[::every]))
-        if timing.ttft_s is not None:
-            samples["ttft"].append((timing.ttft_s,))
-        if timing.tpot_s is not None:
-            samples["tpot"].append((timing.tpot_s,))
+        for metric, values in times_of(timing).items():
+            samples[metric].append(values)
         if timing.output_tokens is not None and timing.e2e_s > 0:
             samples[THROUGHPUT].append((timing.output_tokens / timing.e2e_s,))
 
@@ -96,7 +89,7 @@ class Comparison:
 
     def speedups(self) -> Iterator[tuple[str, float, float]]:
         """(metric, quantile, baseline over candidate) where both have at least 5 requests."""
-        for metric in METRICS:
+        for metric in TIMES:
             for quantile, found in _speedups(*self._sides(metric), has_interval=False).items():
                 yield metric, quantile, found["ratio"]
 
@@ -118,7 +111,7 @@ class Comparison:
             "variants": {
                 name: {
                     "num_requests": self._num_requests[name],
-                    **{f"{metric}_s": _distribution(samples[metric]) for metric in METRICS},
+                    **{f"{metric}_s": _distribution(samples[metric]) for metric in TIMES},
                     THROUGHPUT: _distribution(samples[THROUGHPUT]),
                 }
                 for name, samples in self._samples.items()
@@ -130,7 +123,7 @@ class Comparison:
                         *self._sides(metric), has_interval=metric != "itl"
                     ).items()
                 }
-                for metric in METRICS
+                for metric in TIMES
             },
             "agreement": self.agreement(),
         }
@@ -145,6 +138,17 @@ class Comparison:
         candidate = self._samples[self.candidate][metric] if self.candidate is not None else ()
         num_requests = min(len(baseline), len(candidate))
         return _ascending(baseline), _ascending(candidate), num_requests
+
+
+def times_of(timing: RequestTiming) -> dict[str, tuple[float, ...]]:
+    """Seconds of those of TIMES that a request has: one value, or of itl up to MAX_GAPS gaps."""
+    gaps = timing.itl_s
+    every = max(1, -(-len(gaps) // MAX_GAPS))
+    singles = {"ttft": timing.ttft_s, "tpot": timing.tpot_s, "e2e": timing.e2e_s}
+    found: dict[str, tuple[float, ...]] = {
+        metric: (value,) for metric, value in singles.items() if value is not None
+    }
+    return {**found, "itl": tuple(gaps[::every])} if gaps else found
 
 
 def _ascending(requests: Iterable[tuple[float, ...]]) -> Array:

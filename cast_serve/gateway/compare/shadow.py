@@ -30,6 +30,7 @@ from cast_serve.gateway.compare.agreement import (
     agreements,
     is_scorable,
 )
+from cast_serve.gateway.compare.canary import Canary
 from cast_serve.gateway.compare.live import Comparison
 from cast_serve.latency import RequestTiming
 
@@ -47,6 +48,7 @@ class Shadow:
         comparison: where the agreements go.
         complete: streams if the body says so.
         max_tokens: of prompt and answer together, for agreement; see `max_scored_tokens`.
+        canary: where the agreements go, too.
         seed: of the choice of requests.
 
     Attributes:
@@ -61,6 +63,7 @@ class Shadow:
         comparison: Comparison,
         complete: Complete,
         max_tokens: Callable[[], int] = lambda: MAX_TOKENS,
+        canary: Canary | None = None,
         seed: int = 0,
     ) -> None:
         self.outcomes = {"finished": 0, "failed": 0, "dropped": 0}
@@ -68,6 +71,7 @@ class Shadow:
         self._max_concurrent = max_concurrent
         self._comparison = comparison
         self._complete = complete
+        self._canary = canary
         self._max_tokens = max_tokens
         self._random = random.Random(seed)
         self._running: set[asyncio.Task[None]] = set()
@@ -130,6 +134,8 @@ class Shadow:
             self.outcomes["finished"] += 1
             if epoch == self._comparison.epoch:
                 self._comparison.observe_agreement(agreement)
+                if self._canary is not None:
+                    self._canary.observe_agreement(agreement)
 
     async def _measure(
         self, route: str, body: dict[str, Any], variant: str, text: str, timing: RequestTiming

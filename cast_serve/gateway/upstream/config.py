@@ -22,7 +22,8 @@ from cast_serve.cores import parse_cores
 from cast_serve.errors import UsageError
 from cast_serve.gateway.settings import GatewaySettings
 
-PATHS = ("api_keys_file", "worker_key_file", "control_socket", "log_dir")  # of GatewaySettings
+PATHS = ("api_keys_file", "worker_key_file", "control_socket", "log_dir", "canary_guard")
+"""Of GatewaySettings."""
 
 
 class WorkerConfig(BaseModel):

@@ -132,7 +132,9 @@ def test_what_int8_is_asked_for(
     for name in ("lm_head", ".lm_head"):  # as vLLM names GPT-2's
         found = config.get_quant_method(output, name)
         assert (None if found is None else type(found).__name__) == head
-    with pytest.raises(ValueError, match="lm_head is quantised and not sparse; only the he") as error:
+    with pytest.raises(
+        ValueError, match="lm_head is quantised and not sparse; only the he"
+    ) as error:
         config_class.from_config(INT8).get_quant_method(linear, "lm_head")
     assert "convert" in str(error.value)
 

@@ -199,3 +199,13 @@ def test_launches_are_drawn_before_their_pairs() -> None:
     assert drift["per_block_s"] == [2.0] * 4 + [3.0] * 4
     assert drift["second_half_over_first"] == 1.0
     assert drift["slope_per_minute"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_medians_and_rates_of_a_run_that_went_on_have_wider_intervals() -> None:
+    once = speedups(simulated(1, num_block_pairs=8))
+    found = speedups(simulated(1, num_block_pairs=8, until="certain"))
+    for name in ("ttft_p50", "tpot_p50", "throughput"):
+        ends = [(each.low or 0.0, each.high or 0.0) for each in (found[name], once[name])]
+        assert 0 < ends[0][0] < ends[1][0] < ends[1][1] < ends[0][1]
+    assert found["tpot_p95"].low is None
+    assert found["tpot_p95"].value == once["tpot_p95"].value

@@ -10,9 +10,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from cast_serve.guard import Guard
 from cast_serve.questions import Question
 from loadtest.errors import QualityError
-from loadtest.judge.verdict import Guard, judge
+from loadtest.judge.verdict import judge
 from loadtest.quality import choices
 from loadtest.quality.ask import asking
 from loadtest.quality.choices import log_likelihood, measure, summarise

@@ -10,6 +10,8 @@ from loadtest.send.distribution import Distribution
 from loadtest.send.trace import Arrival
 from loadtest.send.workload import Prompt, Ready, Workload, read_prompts, read_words
 
+CHAT = Ready([{"role": "system", "content": "d"}, {"role": "user", "content": "e"}], 3)
+
 
 def test_same_seed_same_words_but_a_new_opening_every_run() -> None:
     first, second = (Workload(Distribution("20"), seed=3) for _ in range(2))
@@ -31,6 +33,13 @@ def test_same_seed_same_words_but_a_new_opening_every_run() -> None:
             "has 2 words, fewer than one prompt of 3",
         ),
         ({"text": ("a",), "prompts": (Ready("b"),)}, "both a text and ready prompts"),
+        ({"output_tokens": None}, "--output-tokens own needs --prompts FILE"),
+        (
+            {"output_tokens": None, "prompts": (Ready("a", 2), Ready("b"))},
+            "--output-tokens own needs --prompts FILE",
+        ),
+        ({"prompts": (CHAT,), "turns": Distribution("1-2")}, "--turns needs prompts that are"),
+        ({"prompts": (CHAT,), "prefix_words": 3}, "--shared-prefix needs prompts that are texts"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -71,8 +80,7 @@ def test_unusable_text_files_are_refused(
         read_words(tmp_path / "text")
 
 
-CHAT = [{"role": "system", "content": "d"}, {"role": "user", "content": "e"}]
-READY = (Ready("a b", 7), Ready("c", 5), Ready(CHAT, 3))
+READY = (Ready("a b", 7), Ready("c", 5), CHAT)
 
 
 def test_ready_prompts_come_in_a_seeded_order_and_again() -> None:

@@ -276,8 +276,10 @@ async function showComparison() {
   live = await (await checked(await request("/v1/comparison"))).json();
   const counts = Object.entries(live.variants ?? {}).filter(([, of]) => of?.num_requests)
     .map(([name, of]) => `${of.num_requests} ${name}`);
+  const { canary } = live;
+  const split = canary ? ` Canary: ${canary.variant} gets ${number(100 * canary.share)} % of ${canary.model}, ${canary.state}.` : "";
   $("window").textContent = counts.length
-    ? `Live traffic, not paired: the latest ${live.window} requests of each variant. So far: ${counts.join(", ")}.`
+    ? `Live traffic, not paired: the latest ${live.window} requests of each variant. So far: ${counts.join(", ")}.${split}`
     : WAITING;
   showVerdict();
   $("speedups").replaceChildren(...SPEEDUPS.map(speedupCard), agreementCard());

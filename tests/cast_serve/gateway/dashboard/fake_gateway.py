@@ -71,6 +71,7 @@ class FakeGateway:
         self.has_interval = True
         self.shadow_fraction = 0.1
         self.tpot = (1.31, 1.2, 1.37)  # speed-up and its interval
+        self.canary: dict[str, Any] | None = None
         self.models: dict[str, Any] = copy.deepcopy(MODELS)
         self.gap_s = {"dense": 0.006, "sparse": 0.004}
         self.words = WORDS
@@ -89,6 +90,7 @@ class FakeGateway:
             "min_requests": {"ratio": 5, "interval": 20},
             "shadow_fraction": self.shadow_fraction,
             "models": self.models,
+            "canary": self.canary,
         }
 
     def comparison(self) -> dict[str, Any]:

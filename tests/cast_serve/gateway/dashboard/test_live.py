@@ -94,3 +94,12 @@ def test_agreement_says_that_it_is_off(url: str, gateway: FakeGateway, watched: 
     expect(page.locator("#speedups article").nth(3)).to_contain_text(off)
     expect(page.locator("#charts figcaption").nth(3)).to_have_text(off)
     expect(page.locator("#charts figcaption").nth(0)).to_contain_text("dense")
+
+
+def test_a_canary_shows_its_share(url: str, gateway: FakeGateway, watched: Watched) -> None:
+    page = watched.page
+    page.goto(url)
+    expect(page.locator("#window")).to_contain_text("So far: ")
+    expect(page.locator("#window")).not_to_contain_text("Canary")
+    gateway.canary = {"variant": "sparse", "model": "default", "share": 0.05, "state": "raising"}
+    expect(page.locator("#window")).to_contain_text("Canary: sparse gets 5 % of default, raising.")

@@ -1,9 +1,11 @@
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from cast_serve.gateway.upstream.config import check_name, read_config, settings_of
+from cast_serve.gateway.settings import GatewaySettings
+from cast_serve.gateway.upstream.config import PATHS, check_name, read_config, settings_of
 
 ROOT = Path(__file__).parents[4]
 
@@ -21,6 +23,11 @@ def test_the_documentations_example_is_read(tmp_path: Path) -> None:
     assert (dense.dir, dense.cores, dense.port) == (tmp_path / "models/dense", "0", None)
     assert dense.vllm == ("--max-model-len", "2048")
     assert (sparse.dir, sparse.cores, sparse.port) == (tmp_path / "models/sparse", None, 8011)
+
+
+def test_every_path_may_be_relative_to_the_file() -> None:
+    fields = GatewaySettings.model_fields.items()
+    assert set(PATHS) == {name for name, field in fields if Path in get_args(field.annotation)}
 
 
 def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path) -> None:

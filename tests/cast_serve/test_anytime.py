@@ -1,14 +1,12 @@
-"""An interval that holds at every look, against simulation and the likelihood ratio itself."""
+"""Intervals that hold at every look, against simulation and the likelihood ratio itself."""
 
 import math
 
 import numpy as np
 import pytest
 
+from cast_serve import anytime
 from cast_serve.intervals import Array
-from loadtest.judge import anytime
-from loadtest.judge.statistics import speedups
-from tests.loadtest.recordings import simulated
 
 LOOKS = range(4, 61, 2)
 
@@ -56,11 +54,31 @@ def test_few_values_reject_nothing() -> None:
     assert anytime.interval([0.1, 0.2, 0.3])[1:] == (-math.inf, math.inf)
 
 
-def test_medians_and_rates_of_a_run_that_went_on_have_wider_intervals() -> None:
-    once = speedups(simulated(1, num_block_pairs=8))
-    found = speedups(simulated(1, num_block_pairs=8, until="certain"))
-    for name in ("ttft_p50", "tpot_p50", "throughput"):
-        ends = [(each.low or 0.0, each.high or 0.0) for each in (found[name], once[name])]
-        assert 0 < ends[0][0] < ends[1][0] < ends[1][1] < ends[0][1]
-    assert found["tpot_p95"].low is None
-    assert found["tpot_p95"].value == once["tpot_p95"].value
+@pytest.mark.parametrize("values", ["failures", "shares"])
+def test_a_share_is_missed_at_most_5_times_in_100(values: str) -> None:
+    rng = np.random.default_rng(2)
+    num_missed = 0
+    for _ in range(300):
+        found = rng.random(400) < 0.05 if values == "failures" else rng.beta(0.5, 0.5, 400)
+        mean, sums = 0.05 if values == "failures" else 0.5, np.cumsum(found)
+        ends = [anytime.share_interval(float(sums[num - 1]), num) for num in range(1, 401, 7)]
+        num_missed += any(low > mean or high < mean for low, high in ends)
+    assert num_missed <= 15
+
+
+def test_a_shares_ends_are_where_the_likelihood_ratio_is_20() -> None:
+    shares = (np.arange(200_000) + 0.5) / 200_000
+    prior = 1 / (math.pi * np.sqrt(shares * (1 - shares)))
+    mixture = (shares**2 * (1 - shares) ** 8 * prior).mean()
+    for end in anytime.share_interval(2, 10):
+        assert mixture / (end**2 * (1 - end) ** 8) == pytest.approx(20, rel=1e-3)
+
+
+def test_shares_at_the_border() -> None:
+    low, high = anytime.share_interval(0, 100)
+    assert low == 0
+    assert 0.03 < high < 0.1
+    low, high = anytime.share_interval(100, 100)
+    assert 0.9 < low < 0.97
+    assert high == 1
+    assert 0 < anytime.share_interval(1, 1_000_000)[0] < 1e-6  # one failure is more than none
