@@ -26,17 +26,18 @@ from cast_serve.intervals import CONFIDENCE
 PRIOR_VARIANCE = 1.0  # of the standardised effect; a larger one favours large effects
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, low and high at 95 %; the ends are infinite where so few values cannot reject any mean.
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Mean, low and high; the ends are infinite where so few values cannot reject any mean.
 
     Args:
         values: at least one, independent and about normal, such as logarithms of ratios.
+        confidence: over all looks together.
     """
     num, mean = len(values), fmean(values)
     growth = 1 + num * PRIOR_VARIANCE
     # The likelihood ratio at a squared t of (num - 1) x is
-    # ((1 + x) / (1 + x / growth)) ** (num / 2) / sqrt(growth); it is 1 / (1 - CONFIDENCE) at:
-    limit = (growth / (1 - CONFIDENCE) ** 2) ** (1 / num)
+    # ((1 + x) / (1 + x / growth)) ** (num / 2) / sqrt(growth); it is 1 / (1 - confidence) at:
+    limit = (growth / (1 - confidence) ** 2) ** (1 / num)
     if num < 2 or limit >= growth:
         return mean, -inf, inf
     x = (limit - 1) / (1 - limit / growth)
@@ -44,19 +45,20 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
-def share_interval(total: float, num: int) -> tuple[float, float]:
-    """Low and high at 95 % of the mean of values between 0 and 1, such as failures.
+def share_interval(total: float, num: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Low and high of the mean of values between 0 and 1, such as failures.
 
     Args:
         total: sum of the values.
         num: how many they are, at least one.
+        confidence: over all looks together.
     """
     # Logarithm of the likelihood under the mixture Beta(1/2, 1/2).
     mixture = lgamma(total + 0.5) + lgamma(num - total + 0.5) - lgamma(num + 1) - log(pi)
 
     def is_rejected(share: float) -> bool:
         likelihood = total * log(share) + (num - total) * log(1 - share)
-        return mixture - likelihood >= -log(1 - CONFIDENCE)
+        return mixture - likelihood >= -log(1 - confidence)
 
     def end(outside: float) -> float:
         """Between the observed share and 0 or 1, where the rejected shares begin, by bisection."""

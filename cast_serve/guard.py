@@ -4,7 +4,7 @@ Every key may be left out:
 
     min_speedup = {tpot_p50 = 1.2, throughput = 1.1}   # baseline over candidate
     max_slowdown = {ttft_p99 = 1.1}                    # candidate over baseline
-    max_error_rate = 0.01                              # of the worse variant
+    max_error_rate = 0.01                              # of the worse variant; a canary's own
     min_token_agreement = 0.5
     max_accuracy_loss = 0.02                           # baseline - candidate
     allow_void = true                                  # judge even if the harness was too slow
@@ -70,7 +70,7 @@ class Guard:
                     raise UsageError(
                         f"{name} has unknown key {metric!r}; known keys: {', '.join(SPEEDUPS)}"
                     )
-                if not _is_number(limit) or limit <= 0:
+                if not (_is_number(limit) and 0 < limit < math.inf):
                     raise UsageError(f"{name}.{metric} is {limit!r}; give a number above 0")
         for name in ("max_error_rate", "min_token_agreement", "max_accuracy_loss"):
             share = given.get(name)
@@ -146,8 +146,8 @@ class SpeedLimit:
             return Check(self.name, self.limit, low, verdict, why)
         slower, least_slow, most_slow = (1 / end if end else math.inf for end in (ratio, high, low))
         why = (
-            f"candidate over baseline {slower:.3f} ({least_slow:.3f} to {most_slow:.3f}): its "
-            f"upper end must not exceed {self.limit:g}"
+            f"slow-down {slower:.3f} ({least_slow:.3f} to {most_slow:.3f}): its upper end must not "
+            f"exceed {self.limit:g}"
         )
         # 0: the percentile is among failed requests
         return Check(self.name, self.limit, most_slow if low else None, verdict, why)

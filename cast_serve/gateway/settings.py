@@ -136,9 +136,11 @@ class GatewaySettings(BaseSettings):
     )
     canary_guard: Path | None = Field(
         default=None,
-        description="TOML file of guard rails against the split's other variant",
+        description="TOML file of guard rails, against the split's other variant",
     )
-    canary_interval_s: float = Field(default=60, gt=0, description="length of a block of requests")
+    canary_interval_s: float = Field(
+        default=60, gt=0, description="time whose requests make one comparison of the two"
+    )
     comparison_window: int = Field(
         default=512, gt=1, description="latest requests per variant that `/v1/comparison` covers"
     )
@@ -211,6 +213,11 @@ class GatewaySettings(BaseSettings):
     def canary_plan(self) -> CanaryPlan | None:
         """What `canary` says; None: it is off."""
         if not self.canary:
+            if self.canary_guard is not None:
+                raise ValueError(
+                    f"canary_guard {self.canary_guard} has no effect without canary; write, for "
+                    "example, canary=default=canary:0.05,0.25,1"
+                )
             return None
         model, _, rest = self.canary.partition("=")
         variant, _, shares = rest.partition(":")
@@ -232,9 +239,15 @@ class GatewaySettings(BaseSettings):
                 f"variant, but split is {self.split!r}; write, for example, "
                 f"split={model}=stable:1,{variant}:0"
             )
+        (stable,) = weights.keys() - {variant}
+        if self.fallbacks.get(stable) == variant:
+            raise ValueError(
+                f"fallback {stable}={variant} would have the canary answer after it was rolled "
+                "back; take it out while canary is set"
+            )
         if self.canary_guard is None:
             raise ValueError(
                 f"canary {self.canary!r} has no limits to keep to; give canary_guard, a TOML file "
-                "such as max_slowdown = {tpot_p50 = 1.1} (docs/deploy.md)"
+                "with, for example, max_error_rate = 0.01 (docs/deploy.md)"
             )
         return CanaryPlan(model, variant, steps)

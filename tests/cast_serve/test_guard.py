@@ -32,6 +32,7 @@ def test_a_file_is_read_and_goes_through_json(tmp_path: Path) -> None:
         ("min_speedup = 1.2", "min_speedup is 1.2; write, for example,"),
         ("max_slowdown = {ttft_p99 = 0}", "max_slowdown.ttft_p99 is 0; give a number above 0"),
         ("max_slowdown = {ttft_p99 = true}", "is True; give a number above 0"),
+        ("max_slowdown = {ttft_p99 = nan}", "is nan; give a number above 0"),
         ("max_error_rate = 1.5", "max_error_rate is 1.5; give a number from 0 to 1"),
         ("min_token_agreement = 'a'", "min_token_agreement is 'a'; give a number from 0 to 1"),
         ("max_accuracy_loss = -0.1", "max_accuracy_loss is -0.1; give a number from 0 to 1"),

@@ -5,17 +5,18 @@ the split: chance, or the client's sticky key, has sent them to either. Time is 
 in each both meet the same load. A block gives a value for each speed limit: the logarithm of the
 stable variant's quantile over the canary's. The values since the share was last changed give an
 interval that holds at every look (cast_serve/anytime.py). One limit that fails (guard.py) sends all
-requests to the stable variant for good; all that pass raise the share. At the last share they begin
-anew, so that old evidence does not hide new harm; at a share of 1 speed has nothing to be compared
-with.
+requests to the stable variant until the gateway starts again; all that pass raise the share. At the
+last share they begin anew, so that old evidence does not hide new harm, each time at a higher
+confidence: the chances of a false alarm sum to 5 % for as long as the share lasts. At a share of 1
+speed has nothing to be compared with.
 
 Few values have too low a high quantile, and the canary has few. So both sides' quantiles are taken
 over equally many requests, the stable one's as a mean over several such groups: without a
 difference between the variants, the expected logarithm is 0.
 
 The interval takes blocks for independent. A *failure* is a request for the canary that ended with
-5xx, or in whose place its fallback answered. One that the client broke off, or that found no place
-in the queue, is neither a failure nor an answer.
+500, 502 or 503, or in whose place its fallback answered. One that the client broke off, whose time
+was up, or that found no place in the queue is neither a failure nor an answer.
 """
 
 import logging
@@ -46,6 +47,7 @@ from cast_serve.guard import (
     SpeedLimit,
     agreement_check,
 )
+from cast_serve.intervals import CONFIDENCE
 from cast_serve.latency import QUANTILES
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class _Evidence:
         num_blocks: those in which each variant with a share had at least MIN_SAMPLES answers.
         num_answers: of the canary.
         num_failed: likewise.
-        agreement: sum of the prompts' shares of tokens that agree.
+        agreement: sum of the prompts' shares of tokens that agree; prompts count alike, however
+            many tokens they have.
         num_prompts: that have one.
     """
 
@@ -129,6 +132,7 @@ class Canary:
         self._interval_s = interval_s
         self._clock = clock
         self._step = 0
+        self._num_passed = 0  # how often all passed at the last share
         self._start_over(0.0)
 
     @property
@@ -148,13 +152,16 @@ class Canary:
         }
 
     def begin(self) -> None:
-        """Starts at the first share; call it once both variants are up."""
+        """Starts at the first share; call it once all variants are up."""
         self._take(0)
+        text = "canary: %s begins at %g of %s, whatever the split's weights are"
+        logger.info(text, self.plan.variant, self.share, self.plan.model)
 
     def forget(self, variant: str) -> None:
         """Starts over for a variant that serves another model from now on; not once rolled back."""
         if variant in self._shares and self.state in (RAISING, LAST):
-            self._take(0)
+            logger.info("canary: %s serves another model", variant)
+            self.begin()
 
     def observe(self, exchange: Exchange) -> None:
         """Takes note of a request that has ended."""
@@ -180,7 +187,15 @@ class Canary:
             self._seen.agreement += agreement.num_agreeing / agreement.num_tokens
             self._seen.num_prompts += 1
 
+    @property
+    def _confidence(self) -> float:
+        if self.state != LAST:
+            return CONFIDENCE
+        return 1 - (1 - CONFIDENCE) / ((self._num_passed + 1) * (self._num_passed + 2))
+
     def _take(self, step: int) -> None:
+        is_again = step == self._step and self.state == LAST
+        self._num_passed = self._num_passed + 1 if is_again else 0
         self._step = step
         self.state = LAST if step == len(self.plan.steps) - 1 else RAISING
         self._start_over(self.plan.steps[step])
@@ -235,9 +250,11 @@ class Canary:
         num = num_failed + self._seen.num_answers
         if not num:
             return Check("error_rate", limit, None, INCONCLUSIVE, "no request has ended")
-        low, high = anytime.share_interval(num_failed, num)
+        low, high = anytime.share_interval(num_failed, num, self._confidence)
         rate = num_failed / num
-        verdict = FAIL if low > limit else PASS if rate <= limit else INCONCLUSIVE
+        # Of fewer answers not even one failure is expected at the limit.
+        has_passed = rate <= limit and (num * limit >= 1 or not limit)
+        verdict = FAIL if low > limit else PASS if has_passed else INCONCLUSIVE
         why = (
             f"{num_failed} of {num} requests failed ({low:.4f} to {high:.4f}): the rate must not "
             f"exceed {limit:g}"
@@ -249,7 +266,8 @@ class Canary:
         if not num:
             why = "no shadow request has been scored"
             return Check("min_token_agreement", limit, None, INCONCLUSIVE, why)
-        return agreement_check(limit, total / num, *anytime.share_interval(total, num), num)
+        low, high = anytime.share_interval(total, num, self._confidence)
+        return agreement_check(limit, total / num, low, high, num)
 
     def _speed_check(self, limit: SpeedLimit) -> Check:
         logs = self._seen.logs[limit.name]
@@ -260,14 +278,12 @@ class Canary:
                 "variant that have this time"
             )
             return Check(limit.name, limit.limit, None, INCONCLUSIVE, why)
-        return limit.check(*map(math.exp, anytime.interval(logs)))
+        return limit.check(*map(math.exp, anytime.interval(logs, self._confidence)))
 
 
 def _has_failed(exchange: Exchange) -> bool:
     """Whether a request that its variant did not answer is a failure of the variant's."""
-    assert exchange.status is not None
-    was_queued = exchange.status == 504 and not exchange.sent_s
-    return bool(exchange.answered_by) or (exchange.status >= 500 and not was_queued)
+    return bool(exchange.answered_by) or exchange.status in (500, 502, 503)
 
 
 def _least(quantile: str) -> int:
@@ -313,9 +329,14 @@ def canary_of(
         UsageError: if the guard rails cannot be read, or live traffic cannot measure one of them.
     """
     plan, path = settings.canary_plan, settings.canary_guard
-    if plan is None or path is None:
+    if plan is None:
         return None
+    assert path is not None  # as canary_plan has checked
     guard = Guard.read(path)
+    if not guard.is_set and guard.max_error_rate == 1:
+        raise UsageError(
+            f"canary_guard {path} limits nothing; give, for example, max_error_rate = 0.01"
+        )
     unmeasured = [limit.name for limit in guard.speed_limits if limit.metric in RATES]
     unmeasured += ["max_accuracy_loss"] if guard.max_accuracy_loss is not None else []
     unmeasured += ["allow_void"] if guard.allow_void else []
@@ -325,12 +346,12 @@ def canary_of(
             "and limit it in cast-loadtest run --guard"
         )
     pair = (comparison.baseline, comparison.candidate)
-    is_shadowed = settings.shadow_fraction > 0 and plan.variant in pair
+    is_shadowed = settings.shadow_fraction > 0 and {*split[plan.model]} == {*pair}
     if guard.min_token_agreement is not None and not is_shadowed:
         raise UsageError(
             f"canary_guard {path}: min_token_agreement is {guard.min_token_agreement:g}, but "
             f"shadow_fraction is {settings.shadow_fraction:g} and shadow traffic compares "
-            f"{pair[0]!r} with {pair[1]!r}; raise the fraction above 0 and give --variant "
-            f"{plan.variant} before all but the baseline, or take the limit out"
+            f"{pair[0]!r} with {pair[1]!r}, where the canary is compared within {plan.model!r}; "
+            "take the limit out here, and set it in cast-loadtest run --guard"
         )
     return Canary(plan, split[plan.model], guard, settings.canary_interval_s)
