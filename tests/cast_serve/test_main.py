@@ -235,7 +235,9 @@ ENVIRONMENT = {
     **{"max_body_bytes": "1", "max_held_body_bytes": "1"},
     **{"max_header_bytes": "1", "max_connections": "1", "max_answer_bytes": "1"},
     **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
-    **{"max_prompts": "1", "max_running": "1", "max_queued": "1", "split": "both=a:1"},
+    **{"max_prompts": "1", "max_running": "1", "max_queued": "1"},
+    **{"split": "both=a:1,b:1", "canary": "both=b:0.5", "canary_guard": "guard"},
+    **{"canary_interval_s": "1.5"},
     **{"fallback": "a=b", "shadow_fraction": "0.5", "shadow_concurrency": "2"},
     **{"comparison_window": "2", "startup_timeout_s": "1.5", "health_interval_s": "1.5"},
     **{"hang_timeout_s": "1.5", "drain_delay_s": "1.5", "shutdown_grace_s": "1.5"},
@@ -259,11 +261,11 @@ def test_the_command_line_leaves_every_setting_to_the_environment(
     assert (code, len(served)) == (0, 1)
     assert {name: str(getattr(served[0], name)) for name in ENVIRONMENT} == ENVIRONMENT
     assert "gateway: http://127.0.0.2:47123" in err
-    words = ("--port", 47124, "--split", "each=b:1")
+    words = ("--port", 47124, "--split", "both=a:1,b:3")
     assert (
         cast_serve("gateway", "--variant", "a=http://x", "--variant", "b=http://y", *words)[0] == 0
     )
-    assert (served[1].port, served[1].split, served[1].max_queued) == (47124, "each=b:1", 1)
+    assert (served[1].port, served[1].split, served[1].max_queued) == (47124, "both=a:1,b:3", 1)
 
 
 def test_up_serves_what_a_file_says_and_flags_win(
