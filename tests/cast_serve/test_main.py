@@ -236,7 +236,7 @@ ENVIRONMENT = {
     **{"max_header_bytes": "1", "max_connections": "1", "max_answer_bytes": "1"},
     **{"body_timeout_s": "1.5", "request_timeout_s": "1.5", "max_choices": "1"},
     **{"max_prompts": "1", "max_running": "1", "max_queued": "1"},
-    **{"split": "both=a:1,b:1", "canary": "both=b:0.5", "canary_guard": "guard"},
+    **{"split": "both=a:1,b:1", "canary": "both=a:0.5", "canary_guard": "guard"},
     **{"canary_interval_s": "1.5"},
     **{"fallback": "a=b", "shadow_fraction": "0.5", "shadow_concurrency": "2"},
     **{"comparison_window": "2", "startup_timeout_s": "1.5", "health_interval_s": "1.5"},
