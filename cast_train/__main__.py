@@ -238,6 +238,7 @@ def run(
                 teacher_dir=teacher,
                 weights=weights,
             )
+            sharding.leave()
             if sharding.rank() != 0:  # only rank 0 prints
                 return
             found = record["quality"]

@@ -36,6 +36,16 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def leave() -> None:
+    """Ends what connects the processes, after the last collective; every process calls.
+
+    Else the backend's threads are still at work while Python ends, and one that then lets go of a
+    tensor aborts the process. Not after an error: others may wait in a collective, and all hang.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def in_first(compute: Callable[[], Found]) -> Found:
     """What `compute` returns in the first process, in all of them; the others do not call it.
 
