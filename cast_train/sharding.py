@@ -11,6 +11,7 @@ themselves, so each process does that for its own, and no other has them to diff
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -37,13 +38,19 @@ def num_processes() -> int:
 
 
 def leave() -> None:
-    """Ends what connects the processes, after the last collective; every process calls.
+    """Ends what connects the processes, and every process but the first; all call it when done.
 
-    Else the backend's threads are still at work while Python ends, and one that then lets go of a
-    tensor aborts the process. Not after an error: others may wait in a collective, and all hang.
+    DTensor's caches keep the group, and so gloo's threads, until Python has ended; a thread that
+    lets go of a tensor only then aborts its process. So the others end at once, as a process of
+    `multiprocessing` does. Not for errors: others may wait in a collective, and all would hang.
     """
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    distributed.destroy_process_group()
+    if rank() != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def in_first(compute: Callable[[], Found]) -> Found:
