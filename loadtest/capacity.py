@@ -4,9 +4,9 @@ Both variants are measured in block pairs, in ABBA order, each at the rate where
 open (judge/capacity.py). The blocks of a pair share their prompts and, scaled by the rate, their
 Poisson arrivals. A block begins with an idle server: the one before is over when all have answered.
 
---out holds `requests.jsonl`, record.py's lines, written block by block, and `capacity.json`:
-settings, origin, the rate of each block, and the figures that the command prints. `--from` computes
-them again.
+--out holds `requests.jsonl`, record.py's lines, written block by block, `capacity.json`: settings,
+origin, the rate of each block, and the figures that the command prints, and report.png. `--from`
+computes the figures and draws the picture again.
 """
 
 import asyncio
@@ -36,7 +36,10 @@ from loadtest.measure import check_served, sender_of
 from loadtest.progress import progress
 from loadtest.provenance import given_in, provenance, told_by
 from loadtest.record import REQUESTS_FILE, Request, lines_of, parsed
+from loadtest.report import figures
 from loadtest.report.commands import STOPPED, attempt, finish, refuse
+from loadtest.report.directory import check_matplotlib
+from loadtest.report.words import limits_of
 from loadtest.send.batch import Batch
 from loadtest.send.client import Client, Sent
 from loadtest.send.paired import Harness
@@ -78,6 +81,7 @@ def capacity(
             if idle := given - {"again"}:
                 flag = flag_of(min(idle))
                 raise UsageError(f"--from {again} sends nothing, so {flag} has no effect; drop it")
+            check_matplotlib()
             record = Record.read(again)
         else:
             job = _job(given, max_rate, shared)
@@ -96,6 +100,8 @@ def capacity(
     result = result_of(record)
     show(record.about, result)
     unwritten = attempt(f"--out {record.out}", lambda: record.write({"result": result}))
+    if (folder := again or record.out) is not None:
+        unwritten += attempt(f"{folder}", lambda: draw(folder, record, result))
     printed = {k: v for k, v in record.about.items() if k not in ("blocks", "result")}
     finish({**printed, **result}, failures + result["failures"] + unwritten, code)
 
@@ -408,14 +414,9 @@ def result_of(record: Record) -> dict[str, Any]:
 
 def show(about: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Prints a result for people."""
-    limits = [
-        f"{name.removesuffix('_s').upper()} {1e3 * limit:g} ms"
-        for name, limit in about["slo"].items()
-        if limit is not None
-    ]
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
-    table = Table(title=f"{about['good']:.4g} of the requests within {', '.join(limits)}")
+    table = Table(title=f"{about['good']:.4g} of the requests within {limits_of(about['slo'])}")
     for column in ("variant", "requests/s", "95 % interval", "below", "above", "failed"):
         table.add_column(column)
     for name, found in result["variants"].items():
@@ -440,3 +441,17 @@ def show(about: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         console.print(text, markup=False, highlight=False)
     for text in result["warnings"]:
         console.print(f"warning: {text}", style="bold red", markup=False, highlight=False)
+
+
+def draw(folder: Path, record: Record, result: Mapping[str, Any]) -> None:
+    """Draws report.png, once there are enough blocks for figures."""
+    if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
+        return
+    blocks = {
+        name: [
+            (block.rate_per_s, block.num_good / block.num)
+            for block in [*record.seen(name, in_search=True), *record.seen(name)]
+        ]
+        for name in result["variants"]
+    }
+    figures.write_capacity_png(folder / "report.png", record.about, result["variants"], blocks)

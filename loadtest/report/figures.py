@@ -8,7 +8,7 @@ figure is made: a load test without reports does not need it.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from io import StringIO
@@ -19,7 +19,7 @@ import numpy as np
 
 from loadtest.judge.statistics import THROUGHPUT, values
 from loadtest.record import Recorded
-from loadtest.report.words import NAMES, headline, rows, times
+from loadtest.report.words import NAMES, headline, limits_of, rows, times
 
 Draw = Callable[[Any], str]
 """Draws into axes and returns the caption."""
@@ -88,6 +88,25 @@ def write_front_png(path: Path, series: Sequence["Series"]) -> None:
     """Draws a sweep's report.png."""
     with _figure((8, 5)) as figure:
         front(figure.subplots(), series)
+        figure.savefig(path, dpi=120)
+
+
+def write_capacity_png(
+    path: Path,
+    about: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]],
+    blocks: Mapping[str, Sequence[Point]],
+) -> None:
+    """Draws what `cast-loadtest capacity` found.
+
+    Args:
+        path: of the picture.
+        about: what capacity.json says of the run.
+        variants: of capacity.py's `result_of`.
+        blocks: by variant, of each block the rate and the share of good requests.
+    """
+    with _figure((8, 4.5)) as figure:
+        carried(figure.subplots(), about, variants, blocks)
         figure.savefig(path, dpi=120)
 
 
@@ -259,6 +278,29 @@ def front(axes: Any, series: Sequence[Series]) -> str:
             )
     axes.legend()
     return FRONT_CAPTION
+
+
+def carried(
+    axes: Any,
+    about: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]],
+    blocks: Mapping[str, Sequence[Point]],
+) -> str:
+    """The share of good requests against the rate, a point a block, and each variant's capacity."""
+    axes.set_title(f"requests within {limits_of(about['slo'])}")
+    for (variant, found), style in zip(variants.items(), STYLES, strict=True):
+        value, low, high = found["capacity_per_s"], found["low"], found["high"]
+        if value is not None:
+            axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
+            axes.axvline(value, color=style["color"], linestyle=style["linestyle"])
+        label = variant if value is None else f"{variant}: {value:.3g} ({low:.3g} to {high:.3g})"
+        points = _coordinates(blocks[variant])
+        axes.plot(*points, marker="o", label=label, **{**style, "linestyle": "none"})
+    axes.axhline(about["good"], color=SAME, linewidth=0.8)
+    _scale(axes.set_xscale, axes.xaxis, np.array([x for dots in blocks.values() for x, _ in dots]))
+    axes.set(xlabel="requests/s", ylabel="share of good requests", ylim=(0, 1.04))
+    axes.legend(loc="lower left")
+    return "Further right carries more."
 
 
 def thinned(points: Sequence[Item]) -> list[Item]:

@@ -285,13 +285,17 @@ def facts(result: Result) -> list[tuple[str, str]]:
     for variant, labels in result["served"].items():
         found.append((variant, ", ".join(f"{key} {text}" for key, text in labels.items() if text)))
     if result["slo"]:
-        limits = [
-            f"{NAMES[name.removesuffix('_s')]} {1e3 * limit:g} ms"
-            for name, limit in result["slo"].items()
-            if limit is not None
-        ]
-        found.append(("limits", f"a good request has at most {' and '.join(limits)}"))
+        found.append(("limits", f"a good request has at most {limits_of(result['slo'])}"))
     return found
+
+
+def limits_of(slo: Mapping[str, float | None]) -> str:
+    """The limits of a good request."""
+    return " and ".join(
+        f"{NAMES[name.removesuffix('_s')]} {1e3 * limit:g} ms"
+        for name, limit in slo.items()
+        if limit is not None
+    )
 
 
 def quality_texts(result: Result) -> list[str]:

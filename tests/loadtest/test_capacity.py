@@ -79,7 +79,10 @@ def test_two_queues_and_their_record(serve: Serve, tmp_path: Path) -> None:
         assert prompts["dense"][:num] == prompts["sparse"][:num]
         assert due["dense"][:num] == pytest.approx(due["sparse"][:num])
 
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    (out / "report.png").unlink()
     again = last_line(cast_loadtest("--from", str(out)))
+    assert (out / "report.png").exists()
     assert again["variants"] == found["variants"]
     assert again["ratio"] == found["ratio"]
 
