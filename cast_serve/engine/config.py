@@ -155,7 +155,8 @@ class SparseConfig(QuantizationConfig):
         Raises:
             UsageError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
         """
-        prefix = prefix.removeprefix(".")  # GPT-2's head is ".lm_head" to vLLM
+        # Of a draft vLLM says "draft_model.model...", and GPT-2's head is ".lm_head" to it.
+        prefix = prefix.removeprefix("draft_model.").removeprefix(".")
         stored = self.head if isinstance(layer, ParallelLMHead) else self.stored
         if self._is_in(self.unquantized, prefix):
             stored = Stored(kept=stored.kept)

@@ -121,7 +121,8 @@ def test_each_linear_may_keep_another_number_unless_vllm_merges_it() -> None:
     config = SparseConfig.from_config(wide_config(kept_of_64=kept))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     layer = ReplicatedLinear.__new__(ReplicatedLinear)
-    for name, expected in (("layers.0.o_proj", 32), ("layers.1.o_proj", 40)):
+    draft = ("draft_model.layers.1.down_proj", 48)  # as vLLM names the layers of a draft
+    for name, expected in (("layers.0.o_proj", 32), ("layers.1.o_proj", 40), draft):
         method = config.get_quant_method(layer, name)
         assert method is not None
         assert method.stored.kept == expected
