@@ -12,13 +12,14 @@ themselves, so each process does that for its own, and no other has them to diff
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cast_serve.errors import UsageError
@@ -140,6 +141,18 @@ def summed(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         distributed.all_reduce(tensor)
     return tensor
+
+
+@contextmanager
+def with_head(model: nn.Module) -> Iterator[None]:
+    """A sharded model's embeddings, output layer and last norm are whole; every process enters."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 def device() -> torch.device:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from cast_serve.errors import UsageError
 from cast_train import sharding
 from cast_train.gates.gating import stored_weight
-from cast_train.passes import evaluating, hooked
+from cast_train.passes import evaluating, few_logits, hooked
 
 
 def magnitude_scores(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def wanda_scores(
     with hooked(hooks), evaluating(model), torch.no_grad():
         device = next(model.parameters()).device
         for batch in tqdm(blocks.split(batch_blocks), desc="calibration", unit="batch"):
-            model(input_ids=batch.to(device), use_cache=False)
+            model(input_ids=batch.to(device), use_cache=False, **few_logits(model))
     check_reached(targets, squares)
     return {
         name: weight_rows(linear).abs() * squares[name].sqrt() for name, linear in targets.items()

@@ -6,7 +6,6 @@ Frantar and Alistarh, "SparseGPT: massive language models can be accurately prun
 2023.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_train import sharding
 from cast_train.gates.gating import stored_weight
-from cast_train.passes import evaluating, hooked
+from cast_train.passes import evaluating, few_logits, hooked
 from cast_train.pruning.scores import check_reached, weight_rows
 
 DAMPING = 0.01  # of H's mean diagonal, added to its diagonal: SparseGPT's own default
@@ -105,11 +104,9 @@ def replace_weights(
         linear.register_forward_pre_hook(replace_on_input(name)) for name, linear in targets.items()
     ]
     device = next(model.parameters()).device
-    has_choice = "logits_to_keep" in inspect.signature(model.forward).parameters
-    few = {"logits_to_keep": 1} if has_choice else {}  # none are needed
     progress = tqdm(total=len(targets), desc="calibration", unit="linear")
     with progress, hooked(hooks), evaluating(model):
-        model(input_ids=blocks.to(device), use_cache=False, **few)
+        model(input_ids=blocks.to(device), use_cache=False, **few_logits(model))
     check_reached(targets, replaced)
 
 

@@ -9,6 +9,7 @@ own memory.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from cast_serve.sparsity.targets import find_targets
 from cast_train import attention
 from cast_train.config import Adams, Fixed, Gates, Pruned, Ste, TrainConfig
 from cast_train.gates.gating import FixedGate
-from cast_train.losses import hidden_distance
+from cast_train.losses import head_losses, hidden_distance, rows_of_head
+from cast_train.passes import computing, ends_in_head
 from cast_train.precision import arithmetic, autocast
 
 PROGRAM = 600_000_000  # Python, torch and transformers, measured
@@ -113,13 +115,15 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
                 if isinstance(linear, nn.Linear):
                     mask = torch.empty(linear.weight.shape, dtype=torch.bool)
                     FixedGate(mask, config.pattern).register_on(linear)
-        kept, flops = _kept_and_flops(fake, shape, config)
+        with autocast(config.precision, "cpu"):
+            has_plain_head = ends_in_head(fake)
+        kept, flops = _kept_and_flops(fake, shape, config, has_plain_head)
         if isinstance(config, Gates) and config.first_exact_step > 0:
             # p, the logits that its gradient is made of, and which the penalty leaves out.
             kept += (9 if config.penalty_weight else 8) * sparse
         if config.is_checkpointed:  # then one layer at a time is computed again, gates and all
             fake.gradient_checkpointing_enable()
-            between, flops = _kept_and_flops(fake, shape, config)
+            between, flops = _kept_and_flops(fake, shape, config, has_plain_head)
             kept = between + (kept - between) // settings.get_text_config().num_hidden_layers
     vocabulary = settings.get_text_config().vocab_size
     has_teacher = config.distillation_weight > 0
@@ -128,7 +132,12 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     # Copied gates keep the mask beside that which they started from.
     has_two = isinstance(config, Gates | Ste) and not config.is_sharded
     masks = 2 if has_two else 1 if sparse else 0
-    logits = tokens * vocabulary * dtype.itemsize * (3 if has_teacher else 2)
+    if has_plain_head:
+        head = fake.get_output_embeddings().weight
+        logits = min(tokens, rows_of_head(vocabulary)) * vocabulary * (2 if has_teacher else 1)
+        logits += head.numel() if dtype != head.dtype else 0  # the copy that is multiplied with
+    else:
+        logits = tokens * vocabulary * (3 if has_teacher else 2)
     activations = "is_checkpointed = true, or a smaller batch_blocks"
     gradients = 4 * trained // share
     parts = [
@@ -150,11 +159,14 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
         parts.append(Part("teacher", teacher, "distillation_weight = 0"))
     if config.is_sharded:
         gates = sparse if isinstance(config, Gates) else 0
-        parts.append(Part("what is whole at a time", _whole_bytes(fake, num_weights, gates)))
+        of_teacher = dtype.itemsize if has_teacher and has_plain_head else 0
+        whole = _whole_bytes(fake, num_weights, gates, of_teacher)
+        parts.append(Part("what is whole at a time", whole))
     # A backward frees the one while it makes the other, but on a CPU in another thread, and so in
     # another arena of the C library, which both keep what was freed.
     parts.append(Part("activations", kept, activations))
-    parts.append(Part("logits and their gradient", logits, "a smaller batch_blocks"))
+    of_logits = logits * dtype.itemsize
+    parts.append(Part("logits and their gradient", of_logits, "a smaller batch_blocks"))
     parts.append(Part("gradients", gradients, shard))
     held = (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
     if isinstance(config, Pruned) and not isinstance(config, Fixed):
@@ -162,16 +174,20 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     return Plan(parts, PROGRAM + held // share, num_weights, sparse, flops, tokens)
 
 
-def _whole_bytes(model: Any, num_weights: int, num_gates: int) -> int:
-    """What a process has whole of a sharded model in a backward: embeddings, head and last norm,
-    one decoder layer, the next one, which is fetched meanwhile, and a layer's gradients."""
+def _whole_bytes(model: Any, num_weights: int, num_gates: int, of_teacher: int) -> int:
+    """What a process has whole of a sharded model: embeddings, head and last norm, and the
+    teacher's, of so many bytes each; in a backward one decoder layer, the next one, which is
+    fetched meanwhile, and a layer's gradients."""
     layers = [each for each in model.modules() if type(each).__name__ in model._no_split_modules]
     parameters = [p for layer in layers for p in layer.parameters() if p.is_floating_point()]
     in_layers = sum(p.numel() for p in parameters)
-    return 4 * (num_weights - in_layers) + 3 * 4 * (in_layers + num_gates) // max(len(layers), 1)
+    around = (4 + of_teacher) * (num_weights - in_layers)
+    return around + 3 * 4 * (in_layers + num_gates) // max(len(layers), 1)
 
 
-def _kept_and_flops(model: Any, shape: tuple[int, int], config: TrainConfig) -> tuple[int, int]:
+def _kept_and_flops(
+    model: Any, shape: tuple[int, int], config: TrainConfig, has_plain_head: bool
+) -> tuple[int, int]:
     """Bytes that a forward keeps for its backward, without parameters and masks; and the operations
     of a step, with the teacher's forward."""
     own = {_storage(each) for each in (*model.parameters(), *model.buffers())}
@@ -188,6 +204,10 @@ def _kept_and_flops(model: Any, shape: tuple[int, int], config: TrainConfig) -> 
         stack.enter_context(counter)
         stack.enter_context(autocast(config.precision, "cpu"))
         has_hidden = config.distillation_weight > 0 and config.hidden_states_weight > 0
+        head = model.get_output_embeddings()
+        if has_plain_head:
+            terms = partial(head_losses, weight=head.weight, labels=ids)
+            stack.enter_context(computing(head, terms))
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             out = model(input_ids=ids, use_cache=False, output_hidden_states=has_hidden)
             loss = out.logits.sum()
@@ -198,6 +218,8 @@ def _kept_and_flops(model: Any, shape: tuple[int, int], config: TrainConfig) -> 
         num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         loss.backward()
     teacher = forward if config.distillation_weight else 0
+    if teacher and has_plain_head:  # whose backward is in the forward
+        teacher -= 2 * ids.numel() * head.weight.numel() * (1 + head.weight.requires_grad)
     return num_bytes, counter.get_total_flops() + teacher
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cast_train.gates.schedules import (
     learning_rate_factor,
     phase_at,
 )
+from cast_train.passes import computing, ends_in_head
 from cast_train.precision import autocast
 from cast_train.pruning.solve import solve, solve_again
 from cast_train.training import optimizer
@@ -77,6 +78,9 @@ class CastTrainer(Trainer):
         self.teacher = prepared.teacher
         if self.teacher is not None:
             self.teacher.to(self.args.device)
+        with self.compute_loss_context_manager():
+            pair = [each for each in (self.model, self.teacher) if each is not None]
+            self.has_plain_heads = all(ends_in_head(each) for each in pair)
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         loss = loss_in_words(config, has_teacher=self.teacher is not None)
@@ -97,18 +101,8 @@ class CastTrainer(Trainer):
         hidden_weight = self.config.hidden_states_weight if self.teacher is not None else 0.0
         asked = {"input_ids": inputs["input_ids"], "use_cache": False}
         asked["output_hidden_states"] = hidden_weight > 0
-        outputs = model(**asked)
-        wanted = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = self.teacher(**asked)
-        loss, task, distillation = losses.losses(
-            outputs.logits,
-            inputs["labels"],
-            None if wanted is None else wanted.logits,
-            0.0 if wanted is None else self.config.distillation_weight,
-            self.config.distillation_temperature,
-        )
+        passes = self._passes_to_heads if self.has_plain_heads else self._passes
+        outputs, wanted, (loss, task, distillation) = passes(model, asked, inputs["labels"])
         self.figures = {"task_loss": task.item()}
         if wanted is not None:
             self.figures["distillation_loss"] = distillation.item()
@@ -129,6 +123,48 @@ class CastTrainer(Trainer):
         if kwargs.get("num_items_in_batch"):
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _passes(
+        self, model: nn.Module, asked: dict[str, Any], labels: Tensor
+    ) -> tuple[Any, Any, Sequence[Tensor]]:
+        """The model's outputs, the teacher's, if there is one, and what `losses.losses` returns."""
+        outputs, wanted = model(**asked), None
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(**asked)
+        logits = None if wanted is None else wanted.logits
+        return outputs, wanted, losses.losses(outputs.logits, labels, logits, *self._distillation)
+
+    def _passes_to_heads(
+        self, model: nn.Module, asked: dict[str, Any], labels: Tensor
+    ) -> tuple[Any, Any, Sequence[Tensor]]:
+        """As `_passes`, without all logits at a time.
+
+        The loss is computed in place of the model's output layer, since of a sharded model only its
+        forward has that layer whole.
+        """
+        head, wanted = self.model.get_output_embeddings(), None
+        with contextlib.ExitStack() as stack:
+            theirs = None, None
+            if self.teacher is not None:
+                teacher_head = self.teacher.get_output_embeddings()
+                with torch.no_grad(), computing(teacher_head, lambda hidden: hidden):
+                    wanted = self.teacher(**asked)
+                stack.enter_context(sharding.with_head(self.teacher))
+                theirs = wanted.logits, teacher_head.weight
+
+            def terms(hidden: Tensor) -> Tensor:
+                return losses.head_losses(hidden, head.weight, labels, *theirs, *self._distillation)
+
+            stack.enter_context(computing(head, terms))
+            outputs = model(**asked)
+        return outputs, wanted, outputs.logits.unbind()
+
+    @property
+    def _distillation(self) -> tuple[float, float]:
+        """Its share of the loss, and the temperature."""
+        share = 0.0 if self.teacher is None else self.config.distillation_weight
+        return share, self.config.distillation_temperature
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Adds our own autocast.

@@ -1,6 +1,7 @@
 """What a run will need, against what a run has."""
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ from typer.testing import CliRunner
 
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.targets import find_targets
-from cast_train import attention
+from cast_train import attention, losses
 from cast_train.__main__ import app
 from cast_train.checkpoint import models
 from cast_train.config import Dense, Fixed, Gates
 from cast_train.gates import gating
 from cast_train.losses import hidden_distance
+from cast_train.passes import computing
 from cast_train.precision import autocast
 from cast_train.training.plan import PROGRAM, plan
 
@@ -43,7 +45,9 @@ def kept_bytes(model_dir, config):
 
     ids = torch.zeros(config.batch_blocks, config.block_size, dtype=torch.int64)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with autocast(config.precision, "cpu"), hooks:
+    head = model.get_output_embeddings()
+    terms = partial(losses.head_losses, weight=head.weight, labels=ids)
+    with autocast(config.precision, "cpu"), hooks, computing(head, terms):
         out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
         states = out.hidden_states[1:]
         loss = out.logits.sum() + hidden_distance(states, [torch.zeros_like(s) for s in states])
@@ -95,6 +99,15 @@ def test_processes_share_what_is_sharded(words_dir):
     assert four.start_bytes - PROGRAM == (one.start_bytes - PROGRAM) // 4
     copied = plan(words_dir, Gates(**{**settings, "is_sharded": False}), 4)
     assert parts(copied)["weights"] == parts(one)["weights"]
+
+
+def test_logits_of_a_large_vocabulary_take_what_some_tokens_of_them_take(llama_dir, monkeypatch):
+    config = Fixed(**SMALL)
+    whole = parts(plan(llama_dir, config))["logits and their gradient"]
+    assert whole == 2 * (96 * 256 * 2 + 256 * 32)  # the model's and the teacher's; the layer, cast
+    monkeypatch.setattr(losses, "MOST_LOGITS", 10 * 256)
+    some = parts(plan(llama_dir, config))["logits and their gradient"]
+    assert some == 2 * (10 * 256 * 2 + 256 * 32)
 
 
 def test_checkpointing_keeps_less_and_computes_more(words_dir):
