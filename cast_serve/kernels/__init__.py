@@ -3,8 +3,9 @@
 `pack_sparse` turns a compressed weight (values, bitmask) of any kind into the kernels' layout once,
 at load, and `multiply` multiplies it. They choose among `linear24`, `linear24_int8` and
 `linear24_int4` for 2:4 weights, and `linear64` for weights that keep n of 64 columns, which CPUs
-alone have. `isa` says which CPU kernel runs (``CAST_CPU_ISA`` forces one). gpu/dispatch.py is the
-GPU's side.
+alone have. An output head is dense: `pack_dense`, or in 4 bits `pack_dense_int4`, packs it, and
+`multiply_dense` chooses between `linear_int8` and `linear64` with all 64 columns kept. `isa` says
+which CPU kernel runs (``CAST_CPU_ISA`` forces one). gpu/dispatch.py is the GPU's side.
 """
 
 import torch
@@ -18,7 +19,7 @@ from cast_serve.kernels.reference import (
     packed_shape,
     unpack,
 )
-from cast_serve.kernels.reference64 import pack64, packed_shape64
+from cast_serve.kernels.reference64 import pack64, pack_dense_int4, packed_shape64
 from cast_serve.kernels.reference_int4 import int4_packed_shape, pack_int4, unpack_int4
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "linear_int8",
     "load",
     "multiply",
+    "multiply_dense",
     "pack",
     "pack_dense",
+    "pack_dense_int4",
     "pack_int4",
     "pack_sparse",
     "packed_dense_shape",
@@ -94,6 +97,27 @@ def multiply(
     if scale is not None:
         return torch.ops.cast.linear24_int8(x, packed, scale, out_features, bias)
     return torch.ops.cast.linear24(x, packed, out_features, bias)
+
+
+def multiply_dense(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    scale_group: int | None = None,
+) -> Tensor:
+    """x @ weight.T + bias for a dense weight of integers; the kernels are loaded already.
+
+    Args:
+        packed: of `pack_dense`, or of 4 bits `pack_dense_int4`.
+        scale: fp32 [out_features] of int8 values; else None.
+        scale_group: of 4 bits, as `pack_dense_int4` had it; else None.
+    """
+    if scale_group is None:
+        return torch.ops.cast.linear_int8(x, packed, scale, out_features, bias)
+    return multiply(x, packed, out_features, bias, scale_group=scale_group, kept=64)
 
 
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,9 @@
 """The specification of the kernels for weights that keep n of 64, in plain torch.
 
 A *kept* number n of each 64 consecutive weights of a row are kept, the same n in a whole linear;
-2:4, 4:8, ... and 32:64 are 32 of 64. csrc/linear64.h draws the packed layout: tiles of 16
-out_features by 64 in_features, by 128 of 8-bit and 4-bit weights,
+2:4, 4:8, ... and 32:64 are 32 of 64, and a dense weight of 4 bits, the output head's, is 64 of 64.
+csrc/linear64.h draws the packed layout: tiles of 16 out_features by 64 in_features, by 128 of 8-bit
+and 4-bit weights,
 
     values  kept weights in the order of the tile: columns in *steps* of 4 (8 and 4 bits), 2 (16
             bits) or 1 (32 bits); in a step row after row; 8 bits as value + 128; of 4 bits byte j
@@ -28,6 +29,7 @@ from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, quantize_groups
 
 TILE_ROWS64 = 16
+SLAB_ROWS = 256 * TILE_ROWS64  # of a dense weight, packed at a time
 
 
 def packed_shape64(
@@ -45,11 +47,12 @@ def packed_shape64(
         scale_group: of 4-bit weights, the columns that share a scale; else None.
 
     Raises:
-        PatternError: if in_features is not a multiple of 64, or kept is not 1 to 63.
+        PatternError: if in_features is not a multiple of 64, or kept is not 1 to 63, or 64 with a
+            scale_group.
         ValueError: if scale_group is not 128, 64 or 32.
     """
-    if not 0 < kept < TILE_COLUMNS:
-        raise PatternError(f"{kept} of 64 columns are kept; 1 to 63 is needed")
+    if not 0 < kept < TILE_COLUMNS + (scale_group is not None):
+        raise PatternError(f"{kept} of 64 columns are kept; 1 to 63 is needed, or 64 in 4 bits")
     if in_features <= 0 or in_features % TILE_COLUMNS:
         raise PatternError(
             f"in_features {in_features} is not a positive multiple of 64, which {kept} of 64 needs"
@@ -114,6 +117,17 @@ def pack64(
         of_rows[:out_features, : scale.shape[1]] = scale
         parts.append(of_rows.view(shape[0], TILE_ROWS64, shape[1], -1).permute(0, 2, 3, 1))
     return torch.cat([p.contiguous().view(torch.uint8).flatten(2) for p in parts], 2).contiguous()
+
+
+def pack_dense_int4(values: Tensor, scale: Tensor, scale_group: int) -> Tensor:
+    """A dense 4-bit weight [out_features, in_features] -> packed weight that keeps 64 of 64.
+
+    Args and errors are those of `pack64`. A few rows at a time, since its indices take up to 40
+    bytes a weight and an output head is large.
+    """
+    bitmask = values.new_full((SLAB_ROWS, values.shape[1] // 8), 255, dtype=torch.uint8)
+    slabs = zip(values.split(SLAB_ROWS), scale.split(SLAB_ROWS), strict=True)
+    return torch.cat([pack64(v, bitmask[: len(v)], s, scale_group) for v, s in slabs])
 
 
 def unpack64(

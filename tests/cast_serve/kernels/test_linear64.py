@@ -12,7 +12,12 @@ from cast_serve.errors import PatternError
 from cast_serve.kernels import reference64
 from cast_serve.kernels.cpu import tuning
 from cast_serve.kernels.reference import packed_shape
-from cast_serve.kernels.reference64 import pack64, packed_shape64, unpack64
+from cast_serve.kernels.reference64 import (
+    pack64,
+    pack_dense_int4,
+    packed_shape64,
+    unpack64,
+)
 from cast_serve.kernels.reference_int4 import int4_packed_shape
 from cast_serve.sparsity.bitmask import pack_mask
 from cast_serve.sparsity.pattern import Pattern, hard_mask
@@ -29,6 +34,8 @@ SHAPES = [
     *((1, 64, 32), (7, 192, 1), (16, 128, 63), (23, 128, 4), (33, 576, 40)),
     *((545, 320, 28), (40, 2048, 56)),
 ]
+# Only of 4 bits: the output head. Rows, or columns, that are not whole tiles.
+DENSE_SHAPES = [(7, 192, 64), (545, 320, 64), (40, 896, 64)]
 KINDS = ["float", "int8", "int4-128", "int4-64", "int4-32"]
 KINDS_AND_DTYPES = [
     *((kind, dtype) for kind in ("float", "int8") for dtype in DTYPES),
@@ -69,6 +76,31 @@ def tune() -> Iterator[Callable[..., None]]:
     before = tuning.current()
     yield lambda **changed: tuning.use(replace(before, **changed))
     tuning.use(before)
+
+
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["int4-128", "int4-64", "int4-32"])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_dense_weight_of_4_bits(kind: str, shape: tuple[int, int, int], is_exact: bool) -> None:
+    linear = make(kind, shape, is_exact=is_exact)
+    bias = torch.randint(-8, 9, shape[:1]).bfloat16()
+    for num_tokens in (1, 4, 16, 64):
+        x = exact_x(num_tokens, shape[1], torch.bfloat16)
+        if is_exact:
+            assert torch.equal(linear(x, bias), linear.expected(x, bias)), num_tokens
+        else:
+            x *= torch.rand(num_tokens, 1).bfloat16()
+            assert_same_to_rounding(linear(x, bias), linear.expected(x, bias), bias)
+
+
+@pytest.mark.parametrize("num_rows", [40, 5000])  # in one slab, and in two
+def test_a_dense_weight_is_packed_as_one_that_keeps_all(num_rows: int) -> None:
+    linear = make("int4-32", (num_rows, 192, 64))
+    assert linear.scale is not None
+    assert torch.equal(pack_dense_int4(linear.values, linear.scale, 32), linear.packed)
+    weight, _, scale = unpack64(linear.packed, num_rows, 192, 64, torch.int8, 32)
+    assert torch.equal(weight, linear.values)
+    assert torch.equal(scale, linear.scale.bfloat16())
 
 
 def random_mask(out_features: int, in_features: int, kept: int) -> Tensor:
@@ -125,9 +157,9 @@ def test_any_activations(shape: tuple[int, int, int], kind: str, dtype: torch.dt
         assert_same_to_rounding(linear(x, bias), linear.expected(x, bias), bias)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_librarys_product_is_the_same(kind: str, tune: Callable[..., None]) -> None:
-    linear = make(kind, (601, 320, 40))
+@pytest.mark.parametrize(("kind", "kept"), [*((kind, 40) for kind in KINDS), ("int4-64", 64)])
+def test_a_librarys_product_is_the_same(kind: str, kept: int, tune: Callable[..., None]) -> None:
+    linear = make(kind, (601, 320, kept))
     tune(library=32, library_int8=32)
     for num_tokens in (32, 130):
         x = exact_x(num_tokens, 320, torch.bfloat16)
@@ -244,7 +276,7 @@ def test_a_word_with_another_number_of_bits_is_refused() -> None:
     ("kept", "in_features", "message"),
     [
         (0, 128, "0 of 64"),
-        (64, 128, "64 of 64"),
+        (64, 128, "64 of 64 columns are kept; 1 to 63 is needed, or 64 in 4 bits"),
         (32, 96, "in_features 96"),
         (8, 0, "in_features 0"),
     ],

@@ -254,8 +254,8 @@ Tensor linear64(const Tensor& x, const Tensor& packed, int64_t kept, int64_t out
                 const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                 int64_t scale_group) {
   const char* op = "linear64";
-  TORCH_CHECK_VALUE(0 < kept && kept < 64, op, ": ", kept,
-                    " of 64 columns are kept; 1 to 63 is needed");
+  TORCH_CHECK_VALUE(0 < kept && kept < 64 + (scale_group != 0), op, ": ", kept,
+                    " of 64 columns are kept; 1 to 63 is needed, or 64 in 4 bits");
   TORCH_CHECK_VALUE(!scale.has_value() || scale_group == 0, op,
                     ": scale is of 8-bit weights and scale_group of 4-bit ones; pass one of them");
   if (scale_group != 0) check_scale_group(op, scale_group);
