@@ -48,14 +48,12 @@ def convert(
         Literal["int8", "int4"] | None,
         option("int8|int4", "Also quantise the kept weights; int4 rounds coarsely.", "none"),
     ] = None,
-    scale_group: Annotated[
-        int, option("128|64|32", "Columns that share a scale, with --quantize int4.")
-    ] = 128,
+    scale_group: Annotated[int, option("128|64|32", "Columns that share a scale of 4 bits.")] = 128,
     head: Annotated[
-        Literal["int8", "none"] | None,
+        Literal["int8", "int4", "none"] | None,
         option(
-            "int8|none",
-            "Form of the output layer; int8 makes a copy if it is tied.",
+            "int8|int4|none",
+            "Form of the output layer; if it is tied, a copy.",
             "int8 with --quantize where vLLM supports it, else none",
         ),
     ] = None,

@@ -19,7 +19,8 @@ from cast_serve import kernels
 from cast_serve.checkpoint import hub
 from cast_serve.checkpoint.architecture import empty_model
 from cast_serve.checkpoint.directory import ModelDirectory
-from cast_serve.checkpoint.linear import CompressedLinear, check_scale
+from cast_serve.checkpoint.head import QuantizedHead
+from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.pattern import TWO_FOUR
 
@@ -81,12 +82,11 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 
-class Int8Head(nn.Module):
-    """A dense output layer with int8 weights and a scale a row.
+class IntegerHead(nn.Module):
+    """A dense output layer of 8 or 4 bits.
 
     Args:
-        values: int8 [vocabulary, hidden_size].
-        scale: [vocabulary, 1].
+        head: the weight as it is stored.
         bias: [vocabulary], or None.
         dtype: of x and the output, bf16, fp16 or fp32.
     """
@@ -94,18 +94,29 @@ class Int8Head(nn.Module):
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, head: QuantizedHead, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features = values.shape[0]
-        self.register_buffer("packed", kernels.pack_dense(values))
-        self.scale = _row_scales(scale)  # not a buffer, as in `SparseLinear`
+        self.out_features = head.values.shape[0]
+        self.scale_group = head.scale_group
+        self.scale = None
+        if head.scale_group is None:
+            packed = kernels.pack_dense(head.values)
+            self.scale = _row_scales(head.scale)  # not a buffer, as in `SparseLinear`
+        else:
+            packed = kernels.pack_dense_int4(head.values, head.scale, head.scale_group)
+        self.register_buffer("packed", packed)
         self.register_buffer("bias", bias if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> logits [..., vocabulary]."""
-        return kernels.linear_int8(x, self.packed, self.scale, self.out_features, self.bias)
+        return kernels.multiply_dense(
+            x,
+            self.packed,
+            self.out_features,
+            self.bias,
+            scale=self.scale,
+            scale_group=self.scale_group,
+        )
 
 
 def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -116,8 +127,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         dtype: bf16, fp16 or fp32; None: what its config.json says.
 
     Returns:
-        the transformers model of its architecture. Its sparse linears are `SparseLinear`, an
-        int8 head is `Int8Head`.
+        the transformers model of its architecture. Its sparse linears are `SparseLinear`, a
+        quantised head is `IntegerHead`.
 
     Raises:
         CheckpointError: if it is not compressed, damaged, or of another program and not converted;
@@ -139,11 +150,11 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> Any:
         model.set_submodule(name, SparseLinear(linear, bias, dtype))
     replaced = set(source.targets)
     if source.head_dtype:
-        parts = source.parts(str(source.head))
-        values = parts["weight"]
-        scale = check_scale(str(source.head), parts.get("weight_scale"), values.shape[0])
-        model.set_submodule(str(source.head), Int8Head(values, scale, parts.get("bias"), dtype))
-        replaced.add(str(source.head))
+        name = str(source.head)
+        parts = source.parts(name)
+        head = QuantizedHead.from_parts(name, parts)
+        model.set_submodule(name, IntegerHead(head, parts.get("bias"), dtype))
+        replaced.add(name)
     state = {key: source.get(key) for key in source.files if key.rpartition(".")[0] not in replaced}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if not source.head_dtype:

@@ -145,12 +145,12 @@ def run(
     ] = False,
     scale_group: Annotated[
         int | None,
-        option("128|64|32", "Columns that share a scale, with --convert --quantize int4.", "128"),
+        option("128|64|32", "Columns that share a scale of 4 bits, with --convert.", "128"),
     ] = None,
     head: Annotated[
-        Literal["int8", "none"] | None,
+        Literal["int8", "int4", "none"] | None,
         option(
-            "int8|none",
+            "int8|int4|none",
             "With --convert: form of the output layer.",
             "int8 with --quantize where vLLM supports it, else none",
         ),
@@ -198,7 +198,7 @@ def run(
             start=start,
             steps=steps,
             quantize=quantize if is_trained_so else None,
-            scale_group=scale_group if train_quantized else None,
+            scale_group=scale_group if train_quantized and quantize == "int4" else None,
         )
         if bits is not None:
             form = settings.quantization
@@ -386,10 +386,10 @@ def quantize(
         option("128|64|32", "Columns that share a scale in 4 bits; in 8 bits each row has one."),
     ] = 128,
     head: Annotated[
-        Literal["int8", "none"] | None,
+        Literal["int8", "int4", "none"] | None,
         option(
-            "int8|none",
-            "Form of the output layer; int8 makes a copy if it is tied.",
+            "int8|int4|none",
+            "Form of the output layer; if it is tied, a copy.",
             "int8 where vLLM supports it",
         ),
     ] = None,

@@ -5,12 +5,12 @@ can be quantised too, and comes out as what it was made from would. What another
 is converted without being quantised again (formats/).
 
 Every group of every target is verified, in the input and in the output; the output appears under
-its name only when it is complete. linear.py names the tensors, scheme.py writes
+its name only when it is complete. linear.py and head.py name the tensors, scheme.py writes
 ``quantization_config``. ``cast.json`` keeps what training wrote, with its ``source`` (hashes of
 model, text and teacher), and adds ``converted_from``, the sha256 of every shard converted, and
-``quantization`` (quantize, head, scale_group if int4, scales: how they were chosen, calibration:
-text and sha256 if `cast-train quantize` chose the integers; null if not quantised). Early builds of
-0.1.0 wrote the hashes to ``source``.
+``quantization`` (quantize, head, scale_group if either is int4, scales: how they were chosen,
+calibration: text and sha256 if `cast-train quantize` chose the integers; null if not quantised).
+Early builds of 0.1.0 wrote the hashes to ``source``.
 """
 
 import itertools
@@ -30,8 +30,9 @@ from cast_serve.checkpoint.declared import OLD_KEY
 from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.formats.form import SCALE_PARTS
 from cast_serve.checkpoint.formats.ragged import Ragged
+from cast_serve.checkpoint.head import PARTS as HEAD_PARTS
+from cast_serve.checkpoint.head import QuantizedHead, check_columns
 from cast_serve.checkpoint.inspect import inspect
-from cast_serve.checkpoint.linear import check_scale
 from cast_serve.checkpoint.quantization import Quantization, check_recorded
 from cast_serve.checkpoint.record import (
     CAST_JSON,
@@ -48,11 +49,7 @@ from cast_serve.checkpoint.scheme import quantization_config, resolved
 from cast_serve.checkpoint.target import Calibrated, Plan
 from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import MOST_KEPT, Pattern, PatternError
-from cast_serve.sparsity.quantize import (
-    SCALES_TAKEN_OVER,
-    dequantize,
-    quantize_rows,
-)
+from cast_serve.sparsity.quantize import SCALES_TAKEN_OVER
 from cast_serve.sparsity.targets import not_by_vllm
 
 logger = logging.getLogger(__name__)
@@ -86,7 +83,7 @@ def convert(
         progress: called after each tensor.
         quantization: of the targets' values and the output layer; None: they stay in the model's
             dtype. Where the output layer shares the embedding's weight, the embedding stays so and
-            the output layer gets an int8 copy of its own.
+            the output layer gets a quantised copy of its own.
         calibrated: the targets quantised already, as asked for; None: each value is rounded to the
             nearest integer.
         pattern: of a source whose files do not say one, such as another program's with its zeros;
@@ -140,6 +137,8 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
         )
     if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
+    if quantization and quantization.head == "int4" and (head := directory.head):
+        check_columns(head, directory.in_features(head), quantization.scale_group)
     for name in directory.targets:
         stored = directory.pattern_of(name).stored
         in_features = directory.in_features(name)
@@ -213,7 +212,6 @@ def _write(
     plan: Plan,
     progress: Progress,
 ) -> None:
-    head = plan.quantization and plan.quantization.head
     names_of: dict[Path, list[str]] = {}
     for name, file in source.files.items():
         names_of.setdefault(file, []).append(name)
@@ -222,7 +220,8 @@ def _write(
     if missing := sorted(targets - stored):
         raise CheckpointError(f"{source.path} has no weight for its targets {missing[:5]}")
     stored_otherwise = targets | set(source.form.dense)
-    head_weight = _head_weight(source, targets) if head else None
+    asked = plan.quantization if plan.quantization and plan.quantization.head else None
+    head_weight = _head_weight(source, targets) if asked else None
     done = dense_bytes = sparse_bytes = 0
     written: dict[str, str] = {}
     dense_written: dict[str, str] = {}
@@ -243,7 +242,9 @@ def _write(
                 tensors |= weight
                 dense_tensors |= weight if dense else {}
             elif not (linear in stored_otherwise and part in TARGET_PARTS):
-                kept, twin = _other_tensors(source, name, head_weight, has_twin=dense is not None)
+                kept, twin = _other_tensors(
+                    source, name, asked, head_weight, has_twin=dense is not None
+                )
                 tensors |= kept
                 dense_tensors |= twin
             progress(done := done + 1, len(source.files))
@@ -257,7 +258,7 @@ def _write(
     dense_config = {
         k: v for k, v in source.config.items() if k not in ("quantization_config", OLD_KEY)
     }
-    if head:
+    if asked:
         dense_config["tie_word_embeddings"] = False
     quantization = plan.record(source)
     config = {**dense_config, "quantization_config": quantization_config(source, quantization)}
@@ -279,32 +280,39 @@ def _write(
 
 
 def _other_tensors(
-    source: ModelDirectory, name: str, head_weight: str | None, has_twin: bool
+    source: ModelDirectory,
+    name: str,
+    asked: Quantization | None,
+    head_weight: str | None,
+    has_twin: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What becomes of a tensor that belongs to no target.
 
     Args:
-        head_weight: of `_head_weight` if the output layer is quantised now, else None.
+        asked: how the output layer is quantised now; None: it is not.
+        head_weight: then of `_head_weight`, else None.
         has_twin: whether the dense twin is written.
 
     Returns:
         tensors by name of the compressed directory, and of its dense twin.
     """
     tensor = source.get(name)
+    module, _, part = name.rpartition(".")
     head = f"{source.head}.weight"
-    if name == head_weight:  # the output layer's, or the embedding that it shares
-        values, scale = _quantized_head(tensor, name)
+    if asked and name == head_weight:  # the output layer's, or the embedding that it shares
+        quantized = QuantizedHead.from_weight(str(source.head), tensor, asked, name)
         kept = {} if name == head else {name: tensor}
-        twin = {**kept, head: dequantize(values, scale)} if has_twin else {}
-        return {**kept, head: values, f"{source.head}.weight_scale": scale}, twin
-    if head_weight and name == head:  # a copy of the embedding
+        twin = {**kept, head: quantized.dense()} if has_twin else {}
+        return {**kept, **quantized.tensors()}, twin
+    if asked and name == head:  # a copy of the embedding
         return {}, {}
-    if source.head_dtype and name == head:
-        stored = source.parts(str(source.head)).get("weight_scale")
-        scale = check_scale(str(source.head), stored, tensor.shape[0])
-        twin = {name: dequantize(tensor, scale, source.model_dtype)} if has_twin else {}
+    if source.head_dtype and module == source.head and part in HEAD_PARTS:
+        twin = {}
+        if has_twin and name.endswith(WEIGHTS):
+            stored = QuantizedHead.from_parts(module, source.parts(module))
+            twin = {head: stored.dense(source.model_dtype)}
         return {name: tensor}, twin
-    return {name: tensor}, {} if name == f"{source.head}.weight_scale" else {name: tensor}
+    return {name: tensor}, {name: tensor}
 
 
 def _warn_of_changes(source: ModelDirectory) -> None:
@@ -382,13 +390,6 @@ def _head_weight(source: ModelDirectory, targets: set[str]) -> str:
     if name not in source.files:
         raise CheckpointError(f"{source.path} has no tensor {name}; the checkpoint is incomplete")
     return name
-
-
-def _quantized_head(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    try:
-        return quantize_rows(weight, name)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def _finish(

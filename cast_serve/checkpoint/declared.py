@@ -100,9 +100,10 @@ def check_declared(path: Path, quantization: dict[str, Any]) -> None:
             )
     if quantization.get("kv_cache_scheme"):
         raise CheckpointError(f"{path} has scales for a quantised KV cache; {remedy}")
-    is_packed = form in PACKED_FORMATS
-    strategies = ("channel", "tensor", "group") if is_packed else ("channel", "tensor")
-    for weights in weights_of(quantization):
+    for group in (quantization.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        is_packed = (group.get("format") or form) in PACKED_FORMATS  # a head may have its own
+        strategies = ("channel", "tensor", "group") if is_packed else ("channel", "tensor")
         if weights.get("symmetric") is False:
             raise CheckpointError(
                 f"{path} is quantised asymmetrically, which is not read; {remedy}"

@@ -14,7 +14,6 @@ from cast_serve.checkpoint.formats.ragged import Ragged
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CAST_JSON, CheckpointError
 from cast_serve.checkpoint.stored import EIGHT_BITS, StoredModel
-from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.pattern import Pattern
 
 PLAIN = {form.kind: form for form in (Dense, Pruned, Gated)}  # by cast.json's kind
@@ -106,9 +105,8 @@ def _check_one_width(source: StoredModel) -> None:
         raise CheckpointError(
             f"{source.path} has linears in int8 and in float8; only one can be read"
         )
-    in_words = [name for name, parts in source.part_names.items() if PACKED in parts]
-    if in_words and in_8_bits:
+    if source.in_words and in_8_bits:
         raise CheckpointError(
-            f"{source.path} has linears in 4 bits and in 8 bits, such as {in_words[0]} and "
+            f"{source.path} has linears in 4 bits and in 8 bits, such as {source.in_words[0]} and "
             f"{in_8_bits[0]}; only one can be read"
         )

@@ -6,11 +6,8 @@ from typing import Any
 
 from cast_serve.checkpoint.declared import MARLIN, RAGGED, quantization_of
 from cast_serve.checkpoint.directory import ModelDirectory
-from cast_serve.checkpoint.linear import (
-    CompressedLinear,
-    check_integers,
-    check_scale,
-)
+from cast_serve.checkpoint.head import QuantizedHead
+from cast_serve.checkpoint.linear import CompressedLinear, check_integers
 from cast_serve.checkpoint.record import SCALES_TRAINED, CheckpointError, kept_in_words, read_json
 from cast_serve.checkpoint.stored import shape_of, tensor_files
 from cast_serve.sparsity.nibbles import PACKED
@@ -30,8 +27,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         kind (dense, pruned, gated or compressed), pattern (as 2:4, or 16-40:64), quantized
-        (int8, int4 or None: the values of the compressed linears), head (int8 or None: the output
-        layer), scale_group (of int4, the columns that share a scale, else None),
+        (int8, int4 or None: the values of the compressed linears), head (int8, int4 or None: the
+        output layer), scale_group (of int4 linears, the columns that share a scale, else None),
         num_sparse_layers, num_dense_layers;
         of the targets, and of what training left dense for fewer zeros than the pattern has: zeros
         (their share; None if nothing is pruned), linear_weight_bytes (with bitmasks and scales),
@@ -54,9 +51,10 @@ def inspect(path: Path) -> dict[str, Any]:
     kept_dense = directory.record.get("kept_dense") or []
     without_values = set(directory.targets) if directory.kind == "compressed" else set()
     num_sparse = num_weights = num_kept = sparse_bytes = dense_bytes = total_bytes = 0
+    head = directory.head_dtype
     for name in directory.files:
         linear, _, part = name.rpartition(".")
-        if part in ("compressed", PACKED):
+        if part in ("compressed", PACKED) and not (head and linear == directory.head):
             pattern = directory.pattern_of(linear)
             compressed = CompressedLinear.from_parts(linear, directory.parts(linear), pattern)
             if compressed.scale is not None and is_quantized_here:
@@ -86,13 +84,11 @@ def inspect(path: Path) -> dict[str, Any]:
     if num_weights and directory.kind != "dense":
         zeros = round(1 - num_kept / num_weights, 4)
     quality = directory.record.get("quality")
-    head = directory.head_dtype
     if head:
-        parts = directory.parts(str(directory.head))
-        values = parts["weight"]
-        check_scale(str(directory.head), parts.get("weight_scale"), values.shape[0])
+        name = str(directory.head)
+        stored = QuantizedHead.from_parts(name, directory.parts(name))
         if is_quantized_here:
-            check_integers(f"{directory.head}.weight", values)
+            stored.check_integers()
     if scales == SCALES_TRAINED and not head:  # training measured just this
         is_quantized_here = False
     return {

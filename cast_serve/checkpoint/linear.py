@@ -3,8 +3,7 @@
 A compressed linear `<name>` is stored as ``<name>.compressed`` and ``<name>.bitmask`` (bitmask.py),
 ``<name>.shape`` int64 [2, 1] and, if its values are int8, ``<name>.weight_scale`` [out_features, 1]
 in the model's dtype (quantize.py). Of 4 bits ``<name>.weight_packed`` int32 (nibbles.py) stands in
-place of ``<name>.compressed``, and the scale is [out_features, number of scale groups]. An int8
-output layer is dense: ``<name>.weight`` and ``<name>.weight_scale``.
+place of ``<name>.compressed``, and the scale is [out_features, number of scale groups].
 """
 
 from collections.abc import Mapping

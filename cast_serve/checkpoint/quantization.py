@@ -8,7 +8,7 @@ from cast_serve.errors import CheckpointError
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP
 
 Quantized = Literal["int8", "int4"]
-Head = Literal["int8", "auto"]
+Head = Literal["int8", "int4", "auto"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Quantization:
 
     Attributes:
         values: int8 or int4.
-        scale_group: of int4, the columns that share a scale.
+        scale_group: of int4, the columns that share a scale; of the head's too.
         head: of the output layer; auto: int8 where vLLM has one; None: it stays as it is.
 
     Raises:
@@ -31,10 +31,10 @@ class Quantization:
     def __post_init__(self) -> None:
         known = ", ".join(map(str, INT4_SCALE_GROUPS))
         is_default = self.scale_group == SCALE_GROUP
-        if self.scale_group not in INT4_SCALE_GROUPS or not (is_default or self.values == "int4"):
+        if self.scale_group not in INT4_SCALE_GROUPS or not (is_default or self._has_int4):
             raise CheckpointError(
-                f"--scale-group {self.scale_group} is not served; it needs --quantize int4 and is "
-                f"one of {known}"
+                f"--scale-group {self.scale_group} is not served; it needs --quantize int4 or "
+                f"--head int4 and is one of {known}"
             )
 
     @classmethod
@@ -42,7 +42,7 @@ class Quantization:
         cls,
         values: Quantized | None,
         scale_group: int = SCALE_GROUP,
-        head: Literal["int8", "none"] | None = None,
+        head: Literal["int8", "int4", "none"] | None = None,
     ) -> "Quantization | None":
         """The options of a command line; None: nothing is quantised.
 
@@ -50,9 +50,9 @@ class Quantization:
             CheckpointError: for options that need --quantize, or a scale group that is not served.
         """
         if values is not None:
-            return cls(values, scale_group, {None: "auto", "int8": "int8", "none": None}[head])
-        if head == "int8":
-            raise CheckpointError("--head int8 needs --quantize int8 or int4; give both or none")
+            return cls(values, scale_group, None if head == "none" else head or "auto")
+        if head in ("int8", "int4"):
+            raise CheckpointError(f"--head {head} needs --quantize int8 or int4; give both or none")
         if scale_group != SCALE_GROUP:
             raise CheckpointError(
                 f"--scale-group {scale_group} needs --quantize int4; give both or none"
@@ -64,13 +64,17 @@ class Quantization:
         """The scale group of int4; None: a row has one scale."""
         return self.scale_group if self.values == "int4" else None
 
+    @property
+    def _has_int4(self) -> bool:
+        return "int4" in (self.values, self.head)
+
     def with_head(self, head: Head | None) -> "Quantization":
         """The same with another form of the output layer."""
         return replace(self, head=head)
 
     def record(self) -> dict[str, Any]:
         """What cast.json says under quantization."""
-        scale_group = {} if self.group is None else {"scale_group": self.group}
+        scale_group = {"scale_group": self.scale_group} if self._has_int4 else {}
         return {"quantize": self.values, "head": self.head, **scale_group}
 
 

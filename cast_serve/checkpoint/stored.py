@@ -172,10 +172,11 @@ class StoredModel:
         for name in self.files:
             module, _, part = name.rpartition(".")
             is_inner_linear = module in self.linears and module != self.head
-            if part == PACKED and not is_inner_linear:
+            is_head_in_words = module == self.head and self.head_dtype == "int4"
+            if part == PACKED and not (is_inner_linear or is_head_in_words):
                 raise CheckpointError(
                     f"{self.path}: {name} is packed, but only linears other than the output layer "
-                    "are read so; leave it out of the quantisation"
+                    "are read so where zeros are stored; leave it out of the quantisation"
                 )
             if part not in ("weight", "compressed"):
                 continue
@@ -217,10 +218,19 @@ class StoredModel:
         return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
 
     @property
+    def in_words(self) -> list[str]:
+        """The modules whose integers are packed, but the output layer."""
+        names = (name for name, parts in self.part_names.items() if PACKED in parts)
+        return [name for name in names if name != self.head]
+
+    @property
     def head_dtype(self) -> str | None:
-        """``int8`` if the output layer is stored so."""
-        name = f"{self.head}.weight"
-        return "int8" if name in self.files and self.dtype(name) == "I8" else None
+        """``int8`` or ``int4`` if the output layer is stored so; int4 only beside bitmasks."""
+        parts = self.part_names.get(str(self.head), [])
+        if PACKED in parts and "bitmask" not in parts:
+            has_bitmasks = any("bitmask" in others for others in self.part_names.values())
+            return "int4" if has_bitmasks else None
+        return "int8" if "weight" in parts and self.dtype(f"{self.head}.weight") == "I8" else None
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

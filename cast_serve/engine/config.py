@@ -32,7 +32,7 @@ from vllm.platforms import current_platform
 from cast_serve.checkpoint.declared import BITMASK_64
 from cast_serve.checkpoint.record import checked_kept
 from cast_serve.engine.claims import FORMATS, METHOD, claims
-from cast_serve.engine.head import Int8HeadMethod
+from cast_serve.engine.head import HeadMethod
 from cast_serve.engine.linear import SparseLinearMethod, Stored
 from cast_serve.engine.report import kernel_of
 from cast_serve.errors import UsageError
@@ -45,7 +45,11 @@ logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM shows what we log
 REMEDY = "run `cast-serve convert SRC OUT` and serve OUT; convert says so if it cannot read SRC"
 DTYPES = {"int-quantized": torch.int8, "float-quantized": torch.float8_e4m3fn}
 INT4 = "pack-quantized"  # as bitmasks only
-HEADS = (Stored(torch.int8), Stored(torch.int8, has_zeros=True))
+HEADS = (
+    Stored(torch.int8),
+    Stored(torch.int8, has_zeros=True),
+    *(Stored(torch.int8, has_zeros=True, scale_group=group) for group in INT4_SCALE_GROUPS),
+)
 # What a quantised checkpoint must say, per part of its config_groups. A scale belongs to a row of
 # the weight (channel) or to all of it (tensor). Activations of int8 weights are quantised as they
 # come, finer than any file asks for; those of float8 weights are not.
@@ -128,10 +132,16 @@ class SparseConfig(QuantizationConfig):
         if form == "dense" and not scheme:
             return cls([*ignore, *unquantized], Stored(kept=kept), kept_of_64=kept_of_64)
         head = None
-        if form == INT4:  # in a group of its own
-            heads = {name: g for name, g in scheme.items() if g.get("targets") != ["Linear"]}
-            scheme = {name: g for name, g in scheme.items() if name not in heads}
-            head = _stored("int-quantized", heads, has_zeros) if heads else None
+        heads = {name: group for name, group in scheme.items() if _is_head(group, form)}
+        if heads:
+            scheme = {name: group for name, group in scheme.items() if name not in heads}
+            own = next(iter(heads.values())).get("format") or "int-quantized"
+            head = _stored(own, heads, has_zeros=True)
+            if head.scale_group is not None and not current_platform.is_cpu():
+                raise UsageError(
+                    "the checkpoint has an output layer in 4 bits, which only CPUs multiply here; "
+                    "convert the model with --head int8 for GPUs"
+                )
         stored = replace(_stored(form, scheme, has_zeros), kept=kept)
         return cls(ignore, stored, unquantized, head, kept_of_64)
 
@@ -150,7 +160,7 @@ class SparseConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a target, of an 8-bit head, of an ignored linear; else None.
+        """The method of a target, of a quantised head, of an ignored linear; else None.
 
         Raises:
             UsageError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
@@ -163,10 +173,11 @@ class SparseConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             if stored.dtype and stored not in HEADS:
                 raise UsageError(
-                    f"{prefix} is quantised, as {stored}; a head is served unquantised or in int8 "
-                    f"with a scale for each row and no input_scale; {REMEDY}"
+                    f"{prefix} is quantised, as {stored}; a head is served unquantised, in int8 "
+                    "with a scale for each row, or in 4 bits in a group of its own, and without an "
+                    f"input_scale; {REMEDY}"
                 )
-            return Int8HeadMethod(prefix) if stored.dtype else None
+            return HeadMethod(prefix, stored) if stored.dtype else None
         if not isinstance(layer, LinearBase):
             return None
         if not self._is_in(self.ignore, prefix):
@@ -212,6 +223,16 @@ class SparseConfig(QuantizationConfig):
     def _is_in(self, names: list[str], prefix: str) -> bool:
         mapping = self.packed_modules_mapping
         return bool(should_ignore_layer(prefix, ignore=names, fused_mapping=mapping))
+
+
+def _is_head(group: Mapping[str, Any], form: str) -> bool:
+    """Whether one of the ``config_groups`` is of a head that is not quantised as the linears are.
+
+    Args:
+        form: of ``format``, the linears'.
+    """
+    has_own_group = INT4 in (form, group.get("format"))
+    return has_own_group and group.get("targets") != ["Linear"]
 
 
 def _kept(sparsity: Mapping[str, Any]) -> int | None:

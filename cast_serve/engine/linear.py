@@ -21,9 +21,11 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from cast_serve import kernels
 from cast_serve.engine.packing import (
     check_dtype,
+    check_words,
     keep_scales,
     load_kernels,
     row_scales,
+    shape_checked,
     take_scales,
     weight_scales,
 )
@@ -35,7 +37,7 @@ from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
 
 @dataclass(frozen=True)
 class Stored:
-    """How a checkpoint stores its sparse weights.
+    """How a checkpoint stores its sparse weights, or its head.
 
     Attributes:
         dtype: int8 or float8_e4m3fn, with scales; None: the model's.
@@ -146,9 +148,7 @@ class SparseLinearMethod(LinearMethodBase):
                 layer.register_parameter("weight_packed", words)
             num_bytes = -(-input_size_per_partition // 8)
             layer.register_parameter("bitmask", on_disk(num_bytes, torch.uint8))
-            shape = nn.Parameter(torch.zeros(2, 1, dtype=torch.int64), requires_grad=False)
-            shape.weight_loader = _shape_checker(self.prefix, input_size)
-            layer.register_parameter("shape", shape)
+            layer.register_parameter("shape", shape_checked(self.prefix, input_size))
         if scale_group is not None:
             num_groups = -(-input_size_per_partition // scale_group)
             layer.register_parameter("weight_scale", on_disk(num_groups, torch.float32))
@@ -189,7 +189,7 @@ class SparseLinearMethod(LinearMethodBase):
         scale = None
         if scale_group is not None:
             check_dtype(layer, self.prefix, values.is_cuda)
-            _check_words(self.prefix, values)
+            check_words(self.prefix, values)
             values = unpack_nibbles(values, self.stored.num_kept(layer.cast_in_features))
             scale = take_scales(layer, self.prefix, scale_group=scale_group)
             layer.cast_scale_group = scale_group
@@ -227,16 +227,6 @@ class SparseLinearMethod(LinearMethodBase):
         )
 
 
-def _check_words(prefix: str, words: Tensor) -> None:
-    """Refuses rows of ``weight_packed`` that no weights make, as where none were loaded."""
-    if (is_empty := ~words.any(1)).any():
-        raise UsageError(
-            f"{prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
-            f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
-            "has none: copy the directory again"
-        )
-
-
 def _keep_packed(layer: nn.Module, packed: Tensor) -> None:
     """Replaces what was loaded."""
     for name in ("weight", "compressed", "weight_packed", "bitmask", "shape", "input_scale"):
@@ -247,14 +237,3 @@ def _keep_packed(layer: nn.Module, packed: Tensor) -> None:
 
 def _leave_out(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
     """Loads nothing: activations are not quantised by a scale of the file."""
-
-
-def _shape_checker(prefix: str, in_features: int) -> Callable[..., None]:
-    def check(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
-        found = loaded.flatten().tolist()
-        if len(found) != 2 or found[1] != in_features:
-            raise UsageError(
-                f"{prefix}: the checkpoint says shape {found}, but in_features is {in_features}"
-            )
-
-    return check

@@ -72,6 +72,39 @@ def take_scales(
     return scale.contiguous()
 
 
+def check_words(prefix: str, words: Tensor) -> None:
+    """Refuses rows of ``weight_packed`` that no weights make, as where none were loaded.
+
+    Raises:
+        UsageError: naming the first row.
+    """
+    if (is_empty := ~words.any(1)).any():
+        raise UsageError(
+            f"{prefix}: row {int(is_empty.nonzero()[0])} of weight_packed is 0, which no "
+            f"weights make; {int(is_empty.sum())} rows are wrong and the file is damaged or "
+            "has none: copy the directory again"
+        )
+
+
+def shape_checked(prefix: str, in_features: int) -> nn.Parameter:
+    """A parameter for the two numbers of a weight's shape on disk, which are only compared.
+
+    Raises:
+        UsageError: when it is loaded, if they name other in_features.
+    """
+
+    def check(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+        found = loaded.flatten().tolist()
+        if len(found) != 2 or found[1] != in_features:
+            raise UsageError(
+                f"{prefix}: the checkpoint says shape {found}, but in_features is {in_features}"
+            )
+
+    shape = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    shape.weight_loader = check
+    return shape
+
+
 def keep_scales(layer: nn.Module, prefix: str, scale: Tensor) -> None:
     """Gives a layer its ``scale``, fp32 [rows], as the int8 kernels take it.
 

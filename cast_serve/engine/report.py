@@ -24,9 +24,9 @@ def report(model: nn.Module) -> dict[str, Any]:
         num_dense_layers (a merged qkv counts three, however it is stored),
         weight_bytes of all linears in memory, dense_weight_bytes if all were dense (the head counts
         in neither), kernel (the op that sparse layers run), isa (the CPU kernel and its
-        settings, or the GPU's architecture), pattern and head (``int8``, else ""); kernel, isa
-        and pattern are None if no layer is sparse. Where linears keep different numbers of 64, the
-        pattern is of all of them: 28-40:64.
+        settings, or the GPU's architecture), pattern and head (``int8`` or ``int4``, else "");
+        kernel, isa and pattern are None if no layer is sparse. Where linears keep different numbers
+        of 64, the pattern is of all of them: 28-40:64.
     """
     num_sparse = num_dense = weight_bytes = dense_weight_bytes = 0
     runs_on = kernel = None
@@ -34,7 +34,7 @@ def report(model: nn.Module) -> dict[str, Any]:
     head = ""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "packed"):
-            head = "int8"
+            head = "int4" if hasattr(module, "cast_scale_group") else "int8"
         if not isinstance(module, LinearBase):
             continue
         packed = getattr(module, "packed", None)

@@ -13,7 +13,8 @@ from cast_serve.checkpoint.declared import (
     quantization_of,
     structure_of,
 )
-from cast_serve.checkpoint.linear import PARTS, CompressedLinear, check_scale
+from cast_serve.checkpoint.head import QuantizedHead
+from cast_serve.checkpoint.linear import PARTS, CompressedLinear
 from cast_serve.checkpoint.record import (
     CheckpointError,
     read_json,
@@ -21,7 +22,7 @@ from cast_serve.checkpoint.record import (
 )
 from cast_serve.checkpoint.shard import each_tensor
 from cast_serve.sparsity.nibbles import PACKED
-from cast_serve.sparsity.quantize import dequantize, rounded
+from cast_serve.sparsity.quantize import rounded
 from cast_train.checkpoint import conv1d
 
 
@@ -52,7 +53,7 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     for key, _, shard in each_tensor(shards(directory)):
         name, _, part = key.rpartition(".")
         tensor = shard.get_tensor(key)
-        if part in (*PARTS, PACKED, "weight_scale"):
+        if part in (*PARTS, PACKED, "weight_scale", "weight_shape"):
             parts.setdefault(name, {})[part] = tensor
         else:
             state[key] = tensor
@@ -63,9 +64,9 @@ def load_compressed(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Any
             raise CheckpointError(f"{directory} holds {name}, which its config.json does not know")
         if "weight_scale" in found_parts:
             model.get_submodule(name).register_forward_pre_hook(_round_activations)
-        if key in state:  # a dense int8 output layer: a weight and its scale
-            scale = check_scale(name, found_parts.get("weight_scale"), state[key].shape[0])
-            state[key] = dequantize(state[key], scale, dtype)
+        if key in state or "weight_shape" in found_parts:  # a dense output layer of integers
+            dense = {"weight": state[key]} if key in state else {}
+            state[key] = QuantizedHead.from_parts(name, found_parts | dense).dense(dtype)
             continue
         linear = CompressedLinear.from_parts(name, found_parts, structure.of(name))
         state[key] = linear.dense(dtype)

@@ -112,7 +112,7 @@ def quantization_of(
     settings: TrainConfig,
     quantize: Literal["int8", "int4"] | None,
     scale_group: int | None,
-    head: Literal["int8", "none"] | None,
+    head: Literal["int8", "int4", "none"] | None,
 ) -> Quantization | None:
     """What `convert` is asked for: what the settings train for, or else the options.
 

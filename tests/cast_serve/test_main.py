@@ -69,13 +69,29 @@ def test_convert_leaves_the_head_alone_if_told(
     assert (code, converted["quantized"], converted["head"]) == (0, "int8", None)
 
 
+def test_convert_puts_the_head_into_4_bits(
+    cast_serve: Call, save_gated: Save, tmp_path: Path
+) -> None:
+    words = ["convert", save_gated(tiny_llama(64)), tmp_path / "out", "--quantize", "int8"]
+    words += ["--head", "int4"]
+    code, out, err = cast_serve(*words)
+    assert (code, out, "64 is not a multiple of --scale-group 128" in err) == (2, "", True)
+    words += ["--scale-group", "64"]
+    code, out, err = cast_serve(*words)
+    converted = json.loads(out.splitlines()[-1])
+    assert (code, converted["quantized"], converted["head"]) == (0, "int8", "int4")
+    assert "int8 values and an int4 head" in err
+    assert cast_serve(*words, "--resume")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--quantize", "int2"], "'int2' is not one of 'int8', 'int4'"),
         (["--quantize", "int8", "--scale-group", "64"], "--scale-group 64 is not served"),
-        (["--quantize", "int8", "--head", "bf16"], "'bf16' is not one of 'int8', 'none'"),
+        (["--quantize", "int8", "--head", "bf16"], "'bf16' is not one of 'int8', 'int4', 'none'"),
         (["--head", "int8"], "--head int8 needs --quantize int8"),
+        (["--head", "int4"], "--head int4 needs --quantize int8"),
     ],
 )
 def test_quantisation_that_there_is_not(

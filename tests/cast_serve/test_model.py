@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from cast_serve.checkpoint.convert import convert
 from cast_serve.checkpoint.directory import ModelDirectory
+from cast_serve.checkpoint.head import QuantizedHead
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.record import CheckpointError
-from cast_serve.model import Int8Head, SparseLinear, load
-from cast_serve.sparsity.quantize import dequantize, rounded
+from cast_serve.model import IntegerHead, SparseLinear, load
+from cast_serve.sparsity.quantize import rounded
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_gpt2, tiny_llama
 from tests.fake_hub import FakeHub
@@ -47,7 +48,7 @@ def assert_products_are_those_of_the_twin(folder: Path, twin: PreTrainedModel) -
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear | Int8Head):
+        if isinstance(module, SparseLinear | IntegerHead):
             module.register_forward_hook(remember(name))
     model(TOKENS)
     assert products.keys() == {*source.targets, *([source.head] if source.head_dtype else [])}
@@ -56,7 +57,7 @@ def assert_products_are_those_of_the_twin(folder: Path, twin: PreTrainedModel) -
         if name in source.targets:
             weight = CompressedLinear.from_parts(name, parts).dense(torch.float32)
         else:
-            weight = dequantize(parts["weight"], parts["weight_scale"], torch.float32)
+            weight = QuantizedHead.from_parts(name, parts).dense(torch.float32)
         layer = twin.get_submodule(name)
         of_twin = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         assert torch.equal(of_twin, weight.bfloat16().float()), name
@@ -99,7 +100,7 @@ def test_int8_and_its_head(make: Make, save_gated: Save, tmp_path: Path) -> None
         quantization=Quantization("int8", head="int8"),
     )
     model = load(tmp_path / "out")
-    assert isinstance(model.get_output_embeddings(), Int8Head)
+    assert isinstance(model.get_output_embeddings(), IntegerHead)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
@@ -116,7 +117,7 @@ def test_an_int8_head_keeps_its_bias(save_gated: Save, tmp_path: Path) -> None:
     phi.lm_head.bias.data = torch.randn(96).bfloat16()
     convert(save_gated(phi), tmp_path / "out", quantization=Quantization("int8", head="int8"))
     head = load(tmp_path / "out").get_output_embeddings()
-    assert isinstance(head, Int8Head)
+    assert isinstance(head, IntegerHead)
     x = torch.zeros(1, 32).bfloat16()
     assert torch.equal(head(x), phi.lm_head.bias.unsqueeze(0))
 
@@ -142,6 +143,19 @@ def test_int4(make: Make, scale_group: int, save_gated: Save, tmp_path: Path) ->
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     found, wanted = model(TOKENS).logits.float(), twin(TOKENS).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 3e-2
+    assert_products_are_those_of_the_twin(tmp_path / "out", twin)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_head_of_4_bits(values: Any, save_gated: Save, tmp_path: Path) -> None:
+    convert(
+        *(save_gated(tiny_llama(64)), tmp_path / "out", tmp_path / "twin"),
+        quantization=Quantization(values, 32, "int4"),
+    )
+    head = load(tmp_path / "out").get_output_embeddings()
+    assert isinstance(head, IntegerHead)
+    assert head.packed.nbytes == 96 * 64 * (5 / 8 + 2 / 32) * 2  # half of a tile's columns
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     assert_products_are_those_of_the_twin(tmp_path / "out", twin)
 
 

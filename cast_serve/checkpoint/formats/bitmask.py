@@ -46,9 +46,8 @@ class Bitmask(Form):
     @staticmethod
     def find(source: StoredModel) -> list[str]:
         """The linears of a directory that are stored so."""
-        packed = [name for name, parts in source.part_names.items() if PACKED in parts]
         inner = (name for name in source.weight_dtypes if f"{name}.compressed" in source.files)
-        return [*inner, *packed]
+        return [*inner, *source.in_words]
 
     def read(self, name: str) -> CompressedLinear:
         read_one = eight_bits.read if name in self.with_zeros else read

@@ -20,7 +20,6 @@ from cast_serve.checkpoint.formats.integers import Integers
 from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.checkpoint.stored import StoredModel
-from cast_serve.sparsity.nibbles import PACKED
 from cast_serve.sparsity.quantize import INT4_SCALE_GROUPS, SCALE_GROUP, dequantize
 
 # Of a linear whose packed weights are another program's.
@@ -39,8 +38,7 @@ class Packed(Form):
     declared_format: ClassVar[str]  # config.json's
 
     def __init__(self, source: StoredModel) -> None:
-        packed = {name for name, parts in source.part_names.items() if PACKED in parts}
-        super().__init__(source, packed | find(source))
+        super().__init__(source, {*source.in_words} | find(source))
         num_bits, self.is_widened = _declared_integers(source)
         self.quantized = f"int{num_bits}"
 
@@ -68,7 +66,8 @@ class Packed(Form):
 
 def find(source: StoredModel) -> set[str]:
     """The linears of a directory whose packed integers are another program's."""
-    return {name for name in source.linears if FOREIGN_PARTS & {*source.part_names.get(name, ())}}
+    linears = source.linears.keys() - {source.head}
+    return {name for name in linears if FOREIGN_PARTS & {*source.part_names.get(name, ())}}
 
 
 def _declared_integers(source: StoredModel) -> tuple[int, bool]:

@@ -109,7 +109,7 @@ def _counted(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     for shard in shards(path):
         tensors |= _header(shard)
     compressed = {
-        name.rpartition(".")[0] for name in tensors if name.endswith((".compressed", f".{PACKED}"))
+        name.rpartition(".")[0] for name in tensors if name.endswith((".compressed", ".bitmask"))
     }
     kept_dense = set(record.get("kept_dense") or ())
     linears = {*compressed, *(record.get("targets") or ()), *kept_dense}

@@ -117,7 +117,7 @@ def test_refuses_another_scheme(config_class: Any, part: str, key: str | None, v
 
 @pytest.mark.parametrize(
     ("unquantized", "is_quantized", "head"),
-    [([], True, "Int8HeadMethod"), (["lm_head"], True, None), (["re:.*"], False, None)],
+    [([], True, "HeadMethod"), (["lm_head"], True, None), (["re:.*"], False, None)],
 )
 def test_what_int8_is_asked_for(
     config_class: Any, unquantized: list[str], is_quantized: bool, head: str | None
@@ -162,11 +162,32 @@ def test_4_bits_and_what_their_head_is(config_class: Any) -> None:
     head = ParallelLMHead.__new__(ParallelLMHead)
     own = config_class.from_config(int4(group_1=HEAD))
     assert own.stored == Stored(torch.int8, scale_group=64)
-    assert type(own.get_quant_method(head, "lm_head")).__name__ == "Int8HeadMethod"
+    assert type(own.get_quant_method(head, "lm_head")).__name__ == "HeadMethod"
     plain = config_class.from_config({**int4(), "ignore": ["lm_head"]})
     assert plain.get_quant_method(head, "lm_head") is None
     with pytest.raises(ValueError, match="lm_head is quantised, as .*scale_group=64"):
         config_class.from_config(int4()).get_quant_method(head, "lm_head")
+
+
+@pytest.mark.parametrize("linears", [INT8, int4(32)], ids=lambda config: config["format"])
+def test_a_head_of_4_bits_has_a_group_of_its_own(
+    linears: dict[str, Any], config_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    from cast_serve.engine.linear import Stored
+
+    own = {**int4(64)["config_groups"]["group_0"], "targets": ["lm_head"]}
+    groups = {**linears["config_groups"], "group_1": {**own, "format": "pack-quantized"}}
+    config = config_class.from_config({**linears, "config_groups": groups})
+    assert config.stored == config_class.from_config(linears).stored
+    method = config.get_quant_method(ParallelLMHead.__new__(ParallelLMHead), "lm_head")
+    assert (type(method).__name__, method.scale_group) == ("HeadMethod", 64)
+    assert config.head == Stored(torch.int8, has_zeros=True, scale_group=64)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="layer in 4 bits, which only CPUs .*--head int8 for GPUs"):
+        config_class.from_config({**linears, "config_groups": groups})
 
 
 def test_what_is_not_served_of_4_bits_is_named(config_class: Any) -> None:
@@ -282,7 +303,7 @@ def test_on_a_gpu_the_same_ops_run(kind: str, op: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from cast_serve import kernels
-    from cast_serve.engine.head import Int8HeadMethod
+    from cast_serve.engine.head import HeadMethod
     from cast_serve.engine.linear import SparseLinearMethod, Stored
     from cast_serve.kernels.gpu import dispatch
 
@@ -296,7 +317,7 @@ def test_on_a_gpu_the_same_ops_run(kind: str, op: str) -> None:
     kernels.load()
     dispatch.register()
     stored = Stored(torch.int8 if kind == "int8" else None)
-    method: Any = Int8HeadMethod("lm_head")
+    method: Any = HeadMethod("lm_head", Stored(torch.int8))
     if kind != "head":
         method = SparseLinearMethod("o_proj", stored)
     with FakeTensorMode(), Recording():

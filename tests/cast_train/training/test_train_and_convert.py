@@ -36,7 +36,8 @@ def test_the_scripts_help_says_how_it_is_called():
     done = call_script("--help")
     assert done.returncode == 0
     assert (
-        "--model DIR --text FILE... --out DIR [--quantize int8|int4 [--head none]]" in done.stdout
+        "--model DIR --text FILE... --out DIR [--quantize int8|int4 [--head int4|none]]"
+        in done.stdout
     )
 
 
@@ -199,6 +200,24 @@ def test_integers_of_4_bits_are_chosen_by_the_text(llama_dir, text_file, setting
     other = call(*words[:-2])
     assert (other.exit_code, other.stdout) == (2, "")
     assert "with --scale-group 32, but 128 is asked for" in other.stderr
+
+
+def test_the_head_may_have_fewer_bits_than_what_is_trained(
+    words_dir, text_file, settings_file, tmp_path
+):
+    words = ["--model", words_dir, "--text", text_file, "--out", tmp_path / "sparse"]
+    words += ["--config", settings_file, "--steps", 2, "--quantize", "int8", "--train-quantized"]
+    words += ["--head", "int4", "--scale-group", 64]
+    done = call(*words)
+    assert done.exit_code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["quantized"], summary["head"], summary["scale_group"]) == ("int8", "int4", None)
+    cast = json.loads((tmp_path / "sparse/cast.json").read_text())
+    assert cast["quantization"]["scales"] == SCALES_TRAINED
+    assert json.loads(call(*words).stdout) == summary  # nothing is done again
+    other = call(*words[:-4])
+    assert (other.exit_code, other.stdout) == (2, "")
+    assert "with --head int4, but int8 is asked for" in other.stderr
 
 
 def test_trains_the_last_steps_as_they_are_quantised(llama_dir, text_file, settings_file, tmp_path):

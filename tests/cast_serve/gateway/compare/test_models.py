@@ -26,13 +26,15 @@ QUALITY = {
 }
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("quantize", "head"), [(None, None), ("int8", None), ("int4", None), ("int8", "int4")]
+)
 def test_a_compressed_directory_as_inspect_has_it(
-    save_gated: Save, tmp_path: Path, quantize: Any
+    save_gated: Save, tmp_path: Path, quantize: Any, head: Any
 ) -> None:
-    gated = save_gated(tiny_llama(), quality=QUALITY, source={"model": "tiny"})
+    gated = save_gated(tiny_llama(128), quality=QUALITY, source={"model": "tiny"})
     out = tmp_path / "out"
-    convert(gated, out, quantization=Quantization.asked(quantize))
+    convert(gated, out, quantization=Quantization.asked(quantize, head=head))
     found, inspected = describe_directory(out), inspect(out)
     assert found["bits_per_weight"] == pytest.approx(inspected["bits_per_weight"], abs=1e-4)
     assert found["zeros"] == pytest.approx(inspected["zeros"], abs=1e-4)
