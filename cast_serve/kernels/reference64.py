@@ -67,14 +67,17 @@ def packed_shape64(
 
 
 def pack64(
-    values: Tensor, bitmask: Tensor, scale: Tensor | None = None, scale_group: int | None = None
+    values: Tensor,
+    bitmask: Tensor | None,
+    scale: Tensor | None = None,
+    scale_group: int | None = None,
 ) -> Tensor:
     """A compressed weight that keeps n of 64 -> packed weight.
 
     Args:
         values: [out_features, in_features * n / 64], bf16, fp16, fp32 or int8; of 4 bits int8 from
             -8 to 7.
-        bitmask: uint8 [out_features, in_features / 8], n bits in each 8 bytes.
+        bitmask: uint8 [out_features, in_features / 8], n bits in each 8 bytes; None: all are kept.
         scale: of 4 bits, [out_features, ceil(in_features / scale_group)], finite; kept in bf16.
         scale_group: of 4 bits, the columns that share a scale; else None.
 
@@ -86,18 +89,26 @@ def pack64(
             number of bits.
         ValueError: if a 4-bit value or a scale is out of range.
     """
-    out_features, in_features = len(values), bitmask.shape[1] * 8
+    out_features, in_features = len(values), values.shape[1]
+    if bitmask is not None:
+        in_features = bitmask.shape[1] * 8
     kept = values.shape[1] * 64 // in_features
     shape = packed_shape64(out_features, in_features, kept, values.dtype, scale_group)
     if values.is_meta:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
     columns = INT8_TILE_COLUMNS if values.dtype == torch.int8 else TILE_COLUMNS
     rows, padded = shape[0] * TILE_ROWS64, shape[1] * columns
-    mask = _padded_mask(bitmask, kept, rows, padded)
     dense = values.new_zeros(rows, padded)
-    dense[:out_features, :in_features][mask[:out_features, :in_features]] = values.flatten()
-    in_order = _in_order(mask, values.dtype)
-    ordered = _in_order(dense, values.dtype)[in_order].view(shape[0], shape[1], -1)
+    if bitmask is None:
+        dense[:out_features, :in_features] = values
+        ordered = _in_order(dense, values.dtype).flatten(2)
+        masks = values.new_full((*shape[:2], TILE_ROWS64 * columns // 8), 255, dtype=torch.uint8)
+    else:
+        mask = _padded_mask(bitmask, kept, rows, padded)
+        dense[:out_features, :in_features][mask[:out_features, :in_features]] = values.flatten()
+        in_order = _in_order(mask, values.dtype)
+        ordered = _in_order(dense, values.dtype)[in_order].view(shape[0], shape[1], -1)
+        masks = pack_mask(in_order.flatten(2))
     if scale_group is None:
         parts = [(ordered ^ -128) if values.dtype == torch.int8 else ordered]
     else:
@@ -109,7 +120,7 @@ def pack64(
         _check_int4(values)
         low, high = (ordered + 8).view(torch.uint8).chunk(2, dim=2)
         parts = [low | high << 4]
-    parts.append(pack_mask(in_order.flatten(2)))
+    parts.append(masks)
     if scale_group is not None and scale is not None:
         if not scale.bfloat16().isfinite().all():
             raise ValueError("a scale is not finite in bf16: convert the model again")
@@ -122,12 +133,10 @@ def pack64(
 def pack_dense_int4(values: Tensor, scale: Tensor, scale_group: int) -> Tensor:
     """A dense 4-bit weight [out_features, in_features] -> packed weight that keeps 64 of 64.
 
-    Args and errors are those of `pack64`. A few rows at a time, since its indices take up to 40
-    bytes a weight and an output head is large.
+    Args and errors are those of `pack64`. Some rows at a time: an output head is large.
     """
-    bitmask = values.new_full((SLAB_ROWS, values.shape[1] // 8), 255, dtype=torch.uint8)
     slabs = zip(values.split(SLAB_ROWS), scale.split(SLAB_ROWS), strict=True)
-    return torch.cat([pack64(v, bitmask[: len(v)], s, scale_group) for v, s in slabs])
+    return torch.cat([pack64(rows, None, scales, scale_group) for rows, scales in slabs])
 
 
 def unpack64(
