@@ -40,6 +40,12 @@ def warnings(result: Result) -> list[str]:
             f"The tokens of {' and '.join(at_once)} arrive all at once, so TPOT and TTFT say "
             "nothing about the server: something between server and client buffers the stream."
         )
+    has_tokens = any(result["output_tokens_per_request"].values())
+    if has_tokens and result["prompt_tokens_per_request"] is None:
+        found.append(
+            "The answers carry no `usage`, so each piece of a stream counts as a token; a server "
+            "that sends several in one seems slower per token."
+        )
     served = result["served"].get(result["candidate"], {})
     if not result["is_aa"] and served.get("num_sparse_layers") == "0":
         found.append(f"{result['candidate']} has no sparse layers: this compares dense with dense.")

@@ -4,8 +4,9 @@ Nothing is retried and nothing is dropped: each turn becomes one record.Request.
 `http_<status>`, `timeout` (the whole request took too long), `connect_error`, `disconnected` (the
 connection broke), `malformed_response` (no HTTP), `stream_error` (an error object inside the
 stream), `malformed_chunk`, `incomplete_stream` (no `[DONE]`), `no_output` (no token event),
-`no_usage`, `answered_by_fallback` (our gateway let another variant answer) and `turn_before_failed`
-(not sent: the conversation had failed).
+`answered_by_fallback` (our gateway let another variant answer) and `turn_before_failed` (not sent:
+the conversation had failed). Where a stream ends without `usage`, as llama-cpp-python's do, each of
+its token events counts as a token.
 """
 
 import asyncio
@@ -99,7 +100,7 @@ class _Completion:
         if not (timing.token_events_s or may_be_empty):
             raise self.Error("no_output")
         if timing.output_tokens is None:
-            raise self.Error("no_usage")
+            return replace(timing, output_tokens=len(timing.token_events_s))
         return timing
 
 

@@ -1,7 +1,9 @@
 """Words and table cells for results made by hand."""
 
+from dataclasses import replace
 from typing import Any
 
+from loadtest.record import Recorded
 from loadtest.report.result import result_of
 from loadtest.report.warnings import warnings
 from loadtest.report.words import (
@@ -89,6 +91,10 @@ def test_whatever_misleads_is_warned_of_gravest_first() -> None:
         for block, (variant, itl_s) in enumerate((("dense", 1e-5), ("sparse", 0.02)))
     ]
     assert "tokens of dense arrive all at once" in warnings(result_of(recorded(requests)))[0]
+    run = simulated(1, drift=0.0)
+    uncounted = tuple(replace(each, prompt_tokens=None) for each in run.requests)
+    (found,) = warnings(result_of(Recorded(run.about, uncounted)))
+    assert "no `usage`, so each piece of a stream counts as a token" in found
 
 
 def test_a_failed_warmup_is_warned_of() -> None:

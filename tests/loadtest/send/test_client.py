@@ -86,7 +86,6 @@ TOKEN = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
             "malformed_chunk",
         ),
         (TOKEN, "incomplete_stream"),
-        (TOKEN + "data: [DONE]\n\n", "no_usage"),
         (
             TOKEN + 'data: {"usage": {"completion_tokens": 1}}\n\ndata: [DONE]\n\n',
             "answered_by_fallback",
@@ -101,6 +100,14 @@ def test_broken_streams_are_classed(serve_app: ServeApp, stream: str, error: str
     )
     request = complete(serve_app(app), "dense")
     assert (request.error, request.timing) == (error, None)
+
+
+def test_a_stream_without_usage_has_a_token_for_each_event(serve_app: ServeApp) -> None:
+    app = FastAPI()
+    stream = TOKEN * 3 + "data: [DONE]\n\n"
+    app.add_api_route("/v1/completions", lambda: PlainTextResponse(stream), methods=["POST"])
+    request = complete(serve_app(app), "dense")
+    assert (request.error, request.output_tokens, request.prompt_tokens) == (None, 3, None)
 
 
 CLOSED = Batch("dense", conversations((f"prompt {n}" for n in range(6)), 3), concurrency=2)
