@@ -226,19 +226,9 @@ class TrainConfig(BaseModel):
 class Decayed(TrainConfig):
     """A run whose optimiser is AdamW."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit`: torchao's AdamW, whose moments take 2 bytes a weight in place of 8; needs the
-    extra of that name and, on a CPU, a C++ compiler; not with `is_sharded`"""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's, on the targets' weights (`dense`: would-be targets'); norms, biases, embeddings,
     scales and gates have none"""
-
-    def check(self) -> None:
-        super().check()
-        if self.is_sharded and self.optimizer == "adamw8bit":
-            raise UsageError(
-                "optimizer adamw8bit cannot be combined with is_sharded; leave one of them out"
-            )
 
 
 class Dense(Decayed):

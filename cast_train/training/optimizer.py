@@ -14,16 +14,12 @@ warms up with the mean (schedules.py).
 N of N:64, where that is learnt, follows the mean mu of its gradients as budget.py says.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cast_serve.errors import UsageError
 from cast_train import sharding
 from cast_train.config import Adams, Decayed, Gates, TrainConfig
 from cast_train.gates import budget, gating
@@ -35,9 +31,8 @@ GENERATOR = "generator"  # the network that computes logits
 WEIGHTS = "weights"  # all else: weights, norms, biases, embeddings, scales
 
 
-class _WithGates(torch.optim.Optimizer):
-    """Groups whose ``role`` is LOGITS or BUDGET follow the module's rules, and others those of the
-    optimiser that it is mixed into."""
+class AdamWithGates(torch.optim.AdamW):
+    """AdamW; groups whose ``role`` is LOGITS follow the module's rule. State is fp32."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -79,44 +74,7 @@ class _WithGates(torch.optim.Optimizer):
             group["params"],
             group["sizes"],
             torch.tensor(benefits, dtype=torch.float64),
-            float(group["lr"]),
-        )
-
-
-class AdamWithGates(_WithGates, torch.optim.AdamW):
-    """AdamW; state is fp32."""
-
-
-def _in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW whose moments are 8 bits and a scale for each 256; of small tensors they are fp32."""
-    from torchao.optim import AdamW8bit
-
-    class AdamW8bitWithGates(_WithGates, AdamW8bit):
-        pass
-
-    return AdamW8bitWithGates(groups)
-
-
-def check(config: TrainConfig) -> None:
-    """Refuses an optimiser that cannot work here.
-
-    Raises:
-        UsageError: naming what is missing.
-    """
-    if not isinstance(config, Decayed) or config.optimizer == "adamw":
-        return
-    try:
-        metadata.distribution("torchao")
-    except metadata.PackageNotFoundError:
-        raise UsageError(
-            "optimizer adamw8bit needs the package torchao, which is not installed; run pip "
-            "install 'cast-serve[adamw8bit]'"
-        ) from None
-    compiler = os.environ.get("CXX", "g++")
-    if not torch.cuda.is_available() and shutil.which(compiler) is None:
-        raise UsageError(
-            f"optimizer adamw8bit compiles its step, but there is no {compiler} here; install it, "
-            "name another compiler in CXX, or set optimizer to adamw"
+            group["lr"],
         )
 
 
@@ -175,10 +133,8 @@ def make(
             )
         ]
         groups[-1]["sizes"] = [size for _, size in units]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adamw8bit":
-        return _in_8_bits(groups)
-    return AdamWithGates(groups, fused=True)  # fused: one pass over memory in place of ten
+    # fused: one pass over memory in place of ten
+    return AdamWithGates([group for group in groups if group["params"]], fused=True)
 
 
 def _adams(

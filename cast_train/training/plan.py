@@ -23,14 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cast_serve.checkpoint.record import CheckpointError
 from cast_serve.sparsity.targets import find_targets
 from cast_train import attention
-from cast_train.config import Adams, Decayed, Fixed, Gates, Pruned, Ste, TrainConfig
+from cast_train.config import Adams, Fixed, Gates, Pruned, Ste, TrainConfig
 from cast_train.gates.gating import FixedGate
 from cast_train.losses import head_losses, hidden_distance, rows_of_head
 from cast_train.passes import computing, ends_in_head
 from cast_train.precision import arithmetic, autocast
 
 PROGRAM = 600_000_000  # Python, torch and transformers, measured
-COMPILER = 100_000_000  # torch.compile, which adamw8bit uses, measured
 
 
 @dataclass(frozen=True)
@@ -141,16 +140,10 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
         logits = tokens * vocabulary * (3 if has_teacher else 2)
     activations = "is_checkpointed = true, or a smaller batch_blocks"
     gradients = 4 * trained // share
-    program, moments, fewer = PROGRAM, 8 * trained, shard
-    if isinstance(config, Decayed) and config.optimizer == "adamw8bit":
-        program += COMPILER
-        moments = round(moments * (1 + 4 / 256) / 4)  # bytes, and a scale for each 256
-    elif isinstance(config, Decayed) and not config.is_sharded:
-        fewer = "optimizer = adamw8bit"
     parts = [
-        Part("program", program),
+        Part("program", PROGRAM),
         Part("weights", 4 * num_weights // share, shard),
-        Part("moments of AdamW", moments // share, fewer),
+        Part("moments of AdamW", 8 * trained // share, shard),
     ]
     if isinstance(config, Gates):
         parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))

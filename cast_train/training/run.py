@@ -47,7 +47,7 @@ from cast_train.gates.schedules import Phase, phase_at
 from cast_train.origin import origin
 from cast_train.precision import autocast
 from cast_train.pruning.allocate import kept_of_64
-from cast_train.training import optimizer, progress
+from cast_train.training import progress
 from cast_train.training.blocks import Blocks, read_blocks
 from cast_train.training.prepare import Prepared, prepare
 from cast_train.training.stopping import Checkpoints
@@ -181,7 +181,6 @@ class Run:
                 "leave one of them out"
             )
         progress.check_reporter(config.report_to, f"report_to {config.report_to}")
-        optimizer.check(config)
         if self.tensorboard_dir is not None:
             for folder in (out, self.partial):
                 if self.tensorboard_dir.resolve().is_relative_to(folder.resolve()):

@@ -123,10 +123,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
             {"method": "gates", "is_sharded": True, "keep_best": True, "evaluate_every": 1},
             "is_sharded and keep_best cannot both be true",
         ),
-        (
-            {"method": "fixed", "is_sharded": True, "optimizer": "adamw8bit"},
-            "optimizer adamw8bit cannot be combined with is_sharded",
-        ),
         ({"include": "q_proj"}, "include is 'q_proj', but must be a valid list of strings"),
         ({"include": ["q_proj", 1]}, "include is 1, but must be a valid string"),
         ({"exclude": ["*_proj"]}, "'*_proj' is not a regular expression: nothing to repeat"),

@@ -1,20 +1,14 @@
 import copy
 import math
-import shutil
-from importlib import metadata
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import TWO_FOUR
-from cast_train.config import Fixed, Gates
+from cast_train.config import Gates
 from cast_train.gates import gating
 from cast_train.training import optimizer
-from cast_train.training.run import train
-from tests.cast_train.settings import of_file
 
 
 @pytest.fixture
@@ -96,57 +90,3 @@ def test_state_survives_saving(linear):
         other["0"].logits.grad = torch.full((2, 4), 2.0)
         one.step()
     torch.testing.assert_close(gates["0"].logits, gates_again["0"].logits)
-
-
-def test_what_8_bits_need_is_named(monkeypatch):
-    optimizer.check(Gates())
-
-    def missing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    config = Fixed(optimizer="adamw8bit")
-    with monkeypatch.context() as patch:
-        patch.setattr(metadata, "distribution", missing)
-        with pytest.raises(UsageError, match=r"torchao.*run pip install 'cast-serve\[adamw8bit\]'"):
-            optimizer.check(config)
-    monkeypatch.setattr(metadata, "distribution", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setenv("CXX", "some-compiler")
-    with pytest.raises(UsageError, match="there is no some-compiler here; install it"):
-        optimizer.check(config)
-
-
-@pytest.mark.filterwarnings("ignore")  # torchao's and torch.compile's own
-@pytest.mark.parametrize("method", ["fixed", "gates"])
-def test_a_run_with_8_bit_moments_goes_on_to_the_same_weights(
-    method, words_dir, text_file, settings_file, tmp_path, train_until, begun_at, monkeypatch
-):
-    """Its step is not compiled here, which takes most of a minute."""
-    changes = {"method": method, "steps": 10, "checkpoint_every": 4, "hard_fraction": 0.7}
-    config = of_file(settings_file, **changes, optimizer="adamw8bit")
-    in_8_bits, made = optimizer._in_8_bits, []
-
-    def remembered(groups):
-        made.append(in_8_bits(groups))
-        return made[-1]
-
-    monkeypatch.setattr(optimizer, "_in_8_bits", remembered)
-    with torch.compiler.set_stance("force_eager"):
-        record = train(words_dir, [text_file], tmp_path / "whole", config)
-        train_until(6, words_dir, [text_file], tmp_path / "out", config)
-        train(words_dir, [text_file], tmp_path / "out", config, is_resume=True)
-    assert begun_at == [None, None, "checkpoint-4"]
-    large = [
-        state
-        for weight, state in made[0].state.items()
-        if weight.numel() >= 4096 and "exp_avg" in state
-    ]
-    assert large
-    assert all(state["exp_avg"].codes.dtype == torch.uint8 for state in large)
-    whole, resumed = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    other = train(words_dir, [text_file], tmp_path / "plain", of_file(settings_file, **changes))
-    quality = [each["quality"]["perplexity_hard"] for each in (record, other)]
-    assert quality[0] != quality[1]
-    assert quality[0] == pytest.approx(quality[1], rel=0.05)
