@@ -163,7 +163,8 @@ class SparseConfig(QuantizationConfig):
         """The method of a target, of a quantised head, of an ignored linear; else None.
 
         Raises:
-            UsageError: if a linear is quantised and not 2:4, or a head in float8 or with one scale.
+            UsageError: if a linear is quantised and not sparse, or a head in a form that is not
+                served.
         """
         # Of a draft vLLM says "draft_model.model...", and GPT-2's head is ".lm_head" to it.
         prefix = prefix.removeprefix("draft_model.").removeprefix(".")

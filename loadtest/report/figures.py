@@ -97,16 +97,31 @@ def write_capacity_png(
     variants: Mapping[str, Mapping[str, Any]],
     blocks: Mapping[str, Sequence[Point]],
 ) -> None:
-    """Draws what `cast-loadtest capacity` found.
+    """Draws the report.png of `cast-loadtest capacity`: a point per block, and each capacity.
 
     Args:
         path: of the picture.
         about: what capacity.json says of the run.
-        variants: of capacity.py's `result_of`.
-        blocks: by variant, of each block the rate and the share of good requests.
+        variants: of capacity.py's `result_of`, in requests/s.
+        blocks: by variant, of each block the rate in requests/s and the share of good requests.
     """
+    rates = np.array([rate for points in blocks.values() for rate, _ in points])
     with _figure((8, 4.5)) as figure:
-        carried(figure.subplots(), about, variants, blocks)
+        axes = figure.subplots()
+        axes.set_title(f"requests within {limits_of(about['slo'])}")
+        for (variant, found), style in zip(variants.items(), STYLES, strict=True):
+            value, low, high = found["capacity_per_s"], found["low"], found["high"]
+            label = variant
+            if value is not None:
+                axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
+                axes.axvline(value, color=style["color"], linestyle=style["linestyle"])
+                label += f": {value:.3g} ({low:.3g} to {high:.3g})"
+            points = _coordinates(blocks[variant])
+            axes.plot(*points, marker="o", label=label, **{**style, "linestyle": "none"})
+        axes.axhline(about["good"], color=SAME, linewidth=0.8)
+        _scale(axes.set_xscale, axes.xaxis, rates)
+        axes.set(xlabel="requests/s", ylabel="share of good requests", ylim=(0, 1.04))
+        axes.legend(loc="lower left")
         figure.savefig(path, dpi=120)
 
 
@@ -278,29 +293,6 @@ def front(axes: Any, series: Sequence[Series]) -> str:
             )
     axes.legend()
     return FRONT_CAPTION
-
-
-def carried(
-    axes: Any,
-    about: Mapping[str, Any],
-    variants: Mapping[str, Mapping[str, Any]],
-    blocks: Mapping[str, Sequence[Point]],
-) -> str:
-    """The share of good requests against the rate, a point a block, and each variant's capacity."""
-    axes.set_title(f"requests within {limits_of(about['slo'])}")
-    for (variant, found), style in zip(variants.items(), STYLES, strict=True):
-        value, low, high = found["capacity_per_s"], found["low"], found["high"]
-        if value is not None:
-            axes.axvspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
-            axes.axvline(value, color=style["color"], linestyle=style["linestyle"])
-        label = variant if value is None else f"{variant}: {value:.3g} ({low:.3g} to {high:.3g})"
-        points = _coordinates(blocks[variant])
-        axes.plot(*points, marker="o", label=label, **{**style, "linestyle": "none"})
-    axes.axhline(about["good"], color=SAME, linewidth=0.8)
-    _scale(axes.set_xscale, axes.xaxis, np.array([x for dots in blocks.values() for x, _ in dots]))
-    axes.set(xlabel="requests/s", ylabel="share of good requests", ylim=(0, 1.04))
-    axes.legend(loc="lower left")
-    return "Further right carries more."
 
 
 def thinned(points: Sequence[Item]) -> list[Item]:
