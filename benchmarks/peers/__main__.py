@@ -6,7 +6,7 @@
 
 A peer is TYPE (llama-cpp-python's server), TYPE:native (llama.cpp's own decode, no server),
 TYPE:native+fa (the same with flash attention) or TYPE:openvino (OpenVINO GenAI), of the demo's
-model or of --peers-of DIR. An empty --peers compares the models alone. How it is measured:
+model or of --peers-of PATH. An empty --peers compares the models alone. How it is measured:
 benchmarks/peers/compare.py. The first run with a peer builds llama.cpp from source.
 """
 
@@ -41,7 +41,9 @@ def main() -> None:
         f"WAY {' or '.join(way for way in names.WAYS if way)} (default: %(default)s)",
     )
     parser.add_argument(
-        "--peers-of", type=Path, help="DIR of Llama's layout (default: the demo's model)"
+        "--peers-of",
+        type=Path,
+        help="DIR of Llama's layout, or FILE.gguf (default: the demo's model)",
     )
     parser.add_argument("--text", type=Path, help="FILE whose perplexity --blocks asks for")
     for name, default in asdict(DEFAULT).items():
@@ -65,7 +67,10 @@ def main() -> None:
         blocks = blocks_of(args.text, models, plan)
     except (PeerError, ValueError) as error:
         parser.error(str(error))
-    shape = "smollm2-135m" if args.peers_of is None else args.peers_of.resolve().parent.name
+    shape = "smollm2-135m"
+    if args.peers_of is not None:
+        whole = args.peers_of.resolve()
+        shape = whole.stem if whole.is_file() else whole.parent.name
     command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
 
     def result_of(found: dict[str, Any]) -> dict[str, Any]:

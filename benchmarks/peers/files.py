@@ -1,8 +1,9 @@
 """A model -> files of llama.cpp's types, and the environments of the libraries that run them.
 
-The files are of a given directory of Llama's layout, or of SmolLM2-135M: the 4-bit file that
-scripts/data makes the demo's dense model of, and what llama.cpp's own quantiser makes of that file.
-So bf16 has the dense model's weights, and the others are rounded twice. Where a row is no multiple
+The files are of a given directory of Llama's layout, of a given GGUF file, or of SmolLM2-135M: the
+4-bit file that scripts/data makes the demo's dense model of, and what llama.cpp's own quantiser
+makes of that file. So bf16 has the dense model's weights, and the others are rounded twice, as are
+those of a given file of few bits. Where a row is no multiple
 of 256 weights, which is most of this model, the quantiser takes q5_0 and q8_0 for q4_k_m's types;
 `weights_by_type` tells.
 
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.peers.names import FTYPES, SOURCE, PeerError, parse
+from benchmarks.peers.names import FTYPES, GIVEN, SOURCE, PeerError, parse
 from cast_serve.checkpoint.record import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def file_of(kind: str, model: Path | None = None) -> Path:
 
     Args:
         kind: of `names.TYPES`.
-        model: a directory of Llama's layout; None: the demo's model.
+        model: a directory of Llama's layout, or a GGUF file; None: the demo's model.
 
     Raises:
         PeerError: if that fails, or the type is not known.
@@ -69,7 +70,12 @@ def file_of(kind: str, model: Path | None = None) -> Path:
     parse(kind)
     source, prefix = SOURCE, ""
     if model is not None:
-        source, prefix = "f16", f"{model.name}-{_digest(model)}-"
+        source = GIVEN if model.is_file() else "f16"
+        prefix = f"{model.name}-{_digest(model)}-"
+    if kind == GIVEN:
+        if model is None or source != GIVEN:
+            raise PeerError(f"{kind} is the very file that is given; give --peers-of FILE.gguf")
+        return model
     path = WORK / f"{prefix}{kind}.gguf"
     if path.exists():
         return path
@@ -89,6 +95,8 @@ def file_of(kind: str, model: Path | None = None) -> Path:
 def _digest(model: Path) -> str:
     """Of the files that a model's file is made of: a model trained again has another."""
     files = [*sorted(model.glob("*.safetensors")), model / "config.json"]
+    if model.is_file():
+        files = [model]
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:12]
 
 

@@ -4,17 +4,21 @@ q8_0            llama-cpp-python's OpenAI server
 q8_0:native     llama.cpp's own decode in a process of its own, without a server
 q8_0:native+fa  the same with flash attention
 q8_0:openvino   OpenVINO GenAI in a process of its own, without a server
+file:native     llama.cpp's own decode of the very GGUF file that --peers-of names
 """
 
 SOURCE = "q4_1"  # the type of the file that the demo's model comes in
 FTYPES = {  # of llama.cpp's quantiser
     "q4_0": "MOSTLY_Q4_0",
     "q4_k_m": "MOSTLY_Q4_K_M",
+    "q3_k_s": "MOSTLY_Q3_K_S",
+    "q2_k": "MOSTLY_Q2_K",
     "q8_0": "MOSTLY_Q8_0",
     "bf16": "MOSTLY_BF16",
     "f16": "MOSTLY_F16",
 }
-TYPES = (SOURCE, *FTYPES)
+GIVEN = "file"  # of whatever types the given GGUF file has
+TYPES = (SOURCE, *FTYPES, GIVEN)
 WAYS = {  # what stands after the colon -> the title
     "": "llama.cpp's server, {}",
     "native": "llama.cpp's decode, {}",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.quantize import one_thread
 from cast_train import sharding
 from cast_train.gates.gating import stored_weight
 from cast_train.passes import evaluating, few_logits, hooked
@@ -120,9 +121,14 @@ def damped(hessian: Tensor, share: float = DAMPING) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped X^T X, in its shape and dtype."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian)))
-    return torch.linalg.cholesky(inverse, upper=True)
+    """The upper Cholesky factor of the inverse of a damped X^T X, in its shape and dtype.
+
+    With rows and columns in reverse order it is the inverse of H's lower factor, so the inverse
+    itself, which costs LAPACK several times as long, is not needed.
+    """
+    lower = torch.linalg.cholesky(damped(hessian).flip(0, 1))
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
 def sparsegpt(weight: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -143,12 +149,13 @@ def sparsegpt(weight: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, 
     for begin in range(0, num_columns, block):
         end = min(begin + block, num_columns)
         errors = torch.empty_like(columns[begin:end])
-        for i in range(begin, end):
-            if i % m == 0:
-                group = slice(i, i + m)
-                scores[group] = columns[group].abs() / upper.diagonal()[group, None]
-                kept[group] = hard_mask(scores[group].t(), pattern).t()
-            errors[i - begin] = columns[i].masked_fill(kept[i], 0) / upper[i, i]
-            columns[i + 1 : end] -= upper[i, i + 1 : end, None] * errors[i - begin]
-        columns[end:] -= upper[begin:end, end:].t() @ errors
+        with one_thread():
+            for i in range(begin, end):
+                if i % m == 0:
+                    group = slice(i, i + m)
+                    scores[group] = columns[group].abs() / upper.diagonal()[group, None]
+                    kept[group] = hard_mask(scores[group].t(), pattern).t()
+                errors[i - begin] = columns[i].masked_fill(kept[i], 0) / upper[i, i]
+                columns[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
+        columns[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
     return columns.t().contiguous(), scores.t().contiguous()

@@ -60,3 +60,12 @@ def test_only_llamas_become_files(llama_dir: Path, tmp_path: Path) -> None:
         files.file_of("f16", other)
     with pytest.raises(PeerError, match="q4_1 is made by llama.cpp of no other type"):
         files.file_of("q4_1", other)
+
+
+def test_a_given_file_is_taken_as_it_is(llama_dir: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.gguf"
+    given.write_bytes(b"GGUF")
+    assert files.file_of("file", given) == given
+    for other in (None, llama_dir):
+        with pytest.raises(PeerError, match="give --peers-of FILE.gguf"):
+            files.file_of("file", other)
