@@ -8,7 +8,7 @@ and 4-bit weights,
     values  kept weights in the order of the tile: columns in *steps* of 4 (8 and 4 bits), 2 (16
             bits) or 1 (32 bits); in a step row after row; 8 bits as value + 128; of 4 bits byte j
             has the j-th of the first 64 columns + 8 in its lower half, of the others in its upper
-    masks   a bit for each weight in that order, 1 = kept
+    masks   a bit for each weight in that order, 1 = kept; none where all 64 are kept
     scales  of 4 bits: bf16 [128 / scale group][16]
 
 which at n = 32 are the bytes of 2:4. out_features and in_features are padded to whole tiles with
@@ -58,7 +58,7 @@ def packed_shape64(
             f"in_features {in_features} is not a positive multiple of 64, which {kept} of 64 needs"
         )
     columns = INT8_TILE_COLUMNS if dtype == torch.int8 else TILE_COLUMNS
-    row_bytes = columns // 64 * kept * dtype.itemsize + columns // 8
+    row_bytes = columns // 64 * kept * dtype.itemsize + (columns // 8 if kept < TILE_COLUMNS else 0)
     if scale_group is not None:
         if scale_group not in INT4_SCALE_GROUPS:
             raise ValueError(f"a scale group of {scale_group} columns is none of 128, 64 and 32")
@@ -102,13 +102,11 @@ def pack64(
     if bitmask is None:
         dense[:out_features, :in_features] = values
         ordered = _in_order(dense, values.dtype).flatten(2)
-        masks = values.new_full((*shape[:2], TILE_ROWS64 * columns // 8), 255, dtype=torch.uint8)
     else:
         mask = _padded_mask(bitmask, kept, rows, padded)
         dense[:out_features, :in_features][mask[:out_features, :in_features]] = values.flatten()
         in_order = _in_order(mask, values.dtype)
         ordered = _in_order(dense, values.dtype)[in_order].view(shape[0], shape[1], -1)
-        masks = pack_mask(in_order.flatten(2))
     if scale_group is None:
         parts = [(ordered ^ -128) if values.dtype == torch.int8 else ordered]
     else:
@@ -120,7 +118,8 @@ def pack64(
         _check_int4(values)
         low, high = (ordered + 8).view(torch.uint8).chunk(2, dim=2)
         parts = [low | high << 4]
-    parts.append(masks)
+    if bitmask is not None and kept < TILE_COLUMNS:
+        parts.append(pack_mask(in_order.flatten(2)))
     if scale_group is not None and scale is not None:
         if not scale.bfloat16().isfinite().all():
             raise ValueError("a scale is not finite in bf16: convert the model again")
@@ -163,13 +162,16 @@ def unpack64(
             f"{in_features}] in {dtype} needs {list(shape)}"
         )
     columns = INT8_TILE_COLUMNS if dtype == torch.int8 else TILE_COLUMNS
-    mask_bytes = TILE_ROWS64 * columns // 8
+    mask_bytes = TILE_ROWS64 * columns // 8 if kept < TILE_COLUMNS else 0
     scale_bytes = 0 if scale_group is None else TILE_ROWS64 * columns // scale_group * 2
     sizes = [shape[2] - mask_bytes - scale_bytes, mask_bytes, scale_bytes]
     values, masks, scales = packed.split(sizes, dim=2)
     step_columns = 4 // dtype.itemsize
-    in_order = unpack_bits(masks.flatten(0, 1), mask_bytes * 8)
-    in_order = in_order.view(*shape[:2], columns // step_columns, TILE_ROWS64, step_columns)
+    in_order = torch.ones(
+        *shape[:2], columns // step_columns, TILE_ROWS64, step_columns, dtype=torch.bool
+    )
+    if mask_bytes:
+        in_order = unpack_bits(masks.flatten(0, 1), mask_bytes * 8).view(in_order.shape)
     if scale_group is not None:
         values = torch.cat([values & 15, values >> 4], dim=2).view(torch.int8) - 8
     elif dtype == torch.int8:

@@ -69,7 +69,7 @@ struct Expander64 {
   const uint8_t* values[2];                                     // of both halves of a tile
   const uint8_t* masks;
 
-  Expander64(const Linear& p, const uint8_t* tile) : masks(tile + values_bytes64(p)) {
+  Expander64(const Linear& p, const uint8_t* tile) : masks(masks64(p, tile)) {
     values[0] = tile, values[1] = kIsInt4 ? tile : tile + kTileRows64 * p.kept;
   }
   // The next step of a half.

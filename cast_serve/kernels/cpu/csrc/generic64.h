@@ -102,7 +102,7 @@ void spread_all(const uint8_t* masks, int64_t weights, const Load& load, float* 
 // integers.
 template <typename T>
 void expand_tile64(const Linear& p, const uint8_t* tile, float* dense) {
-  const uint8_t* masks = tile + values_bytes64(p);
+  const uint8_t* masks = masks64(p, tile);
   const int64_t weights = kTileRows64 * tile_columns64(p), half = weights / 2;
   if (p.scale_group != 0) {
     const auto low = [&](int64_t i) { return to_floats(widened(load_bytes(tile + i) & 15) - 8); };
