@@ -162,6 +162,15 @@ def worker(
     cores: Annotated[
         str | None, option("CORES", "CPU ids to run this server on, such as 0,2-3.", "all")
     ] = None,
+    draft: Annotated[
+        Path | None,
+        option(
+            "MODEL", "Model that proposes tokens, for MODEL to check (docs/serving.md).", "none"
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, option("N", "Tokens that --draft proposes at once.", "3", min=1, max=16)
+    ] = None,
 ) -> None:
     """Run one vLLM server for one variant. Flags after -- go to vLLM."""
     from cast_serve.cores import parse_cores
@@ -169,7 +178,7 @@ def worker(
 
     check_port_is_free(host, port)
     own = None if cores is None else parse_cores(cores)
-    server.run(model, name, host, port, own, context.args)
+    server.run(model, name, host, port, own, context.args, draft, draft_tokens)
 
 
 @app.command(

@@ -65,7 +65,7 @@ def report(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str, Any]:
+def check_reports(reports: Sequence[dict[str, Any]], expected: int, of: str = "") -> dict[str, Any]:
     """Refuses a model of which a layer fell back to dense.
 
     A tensor-parallel rank holds a share of every layer and a pipeline rank some whole layers, so
@@ -74,6 +74,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
     Args:
         reports: `SparseReport.cast_report` of every rank.
         expected: linears that are compressed on disk.
+        of: which model, for the error.
 
     Returns:
         one report: the layers of the whole model, the bytes of all ranks.
@@ -92,9 +93,9 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int) -> dict[str,
                 for stage in stages
             )
             raise FailedError(
-                f"{expected} layers are sparse on disk, but at tensor-parallel rank {tensor_rank} "
-                f"the sparse kernel runs {found}; is cast-serve installed in vLLM's environment "
-                "and its plugin not switched off by VLLM_PLUGINS?"
+                f"{expected} layers{of} are sparse on disk, but at tensor-parallel rank "
+                f"{tensor_rank} the sparse kernel runs {found}; is cast-serve installed in vLLM's "
+                "environment and its plugin not switched off by VLLM_PLUGINS?"
             )
     return {
         "num_sparse_layers": _sum(shares[0], "num_sparse_layers"),

@@ -28,6 +28,7 @@ from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.claims import METHOD
+from cast_serve.engine.draft import NUM_TOKENS, check_vocabularies, publish_acceptance, speculate
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.errors import CastError, FailedError, UsageError
@@ -42,7 +43,7 @@ class SparseReport:
     """Methods that vLLM adds to its worker class; the server calls them on each rank."""
 
     def cast_report(self) -> dict[str, Any]:
-        """`report` of this rank's part of the model, with its place among the ranks."""
+        """`report` of this rank's part of model and draft, with its place among the ranks."""
         from vllm.distributed.parallel_state import (
             get_pipeline_model_parallel_rank,
             get_tensor_model_parallel_rank,
@@ -50,11 +51,14 @@ class SparseReport:
 
         from cast_serve.engine.report import report
 
-        return {
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        place = {
             "pipeline_rank": get_pipeline_model_parallel_rank(),
             "tensor_rank": get_tensor_model_parallel_rank(),
-            **report(self.model_runner.model),  # type: ignore[attr-defined]
         }
+        draft = runner.get_draft_model()
+        of_draft = None if draft is None else {**place, **report(draft)}
+        return {**place, **report(runner.model), "draft": of_draft}
 
     def cast_make_stage_input(self) -> None:
         """Makes the tensors in which a pipeline stage receives the previous stage's output.
@@ -80,6 +84,8 @@ def run(
     port: int = 8001,
     cores: Sequence[int] | None = None,
     vllm_flags: Sequence[str] = (),
+    draft: Path | None = None,
+    draft_tokens: int | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C.
 
@@ -91,27 +97,26 @@ def run(
         cores: CPU ids for this server only, distributed to its ranks; None leaves binding to
             vLLM.
         vllm_flags: any flags of vLLM's server; they override ours.
+        draft: directory, or name on a hub, of the model that proposes tokens; None: none does.
+        draft_tokens: that it proposes at once, 1 or more; None: `NUM_TOKENS` of draft.py.
 
     Raises:
-        UsageError: if the directory holds no model or a gated one, there are fewer cores than
-            ranks, this vLLM lacks an interface that we use, or the key is wrong or among the
-            flags.
+        UsageError: if a directory holds no model or a gated one, the draft does not belong to the
+            model, there are fewer cores than ranks, this vLLM lacks an interface that we use, or
+            the key is wrong or among the flags.
         FailedError: if a target layer did not get the sparse kernel, or the engine does not
             answer its first requests.
     """
-    model = hub.fetch(model)
-    if not (model / "config.json").is_file():
-        raise UsageError(f"{model} holds no model: there is no config.json; name an HF directory")
-    if is_gated(model):
-        raise UsageError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
-    expected, has_zeros = count_sparse(model)
-    has_record = (model / CAST_JSON).is_file()
-    if has_record and not expected and read_record(model).get("kind") == "pruned":
-        print(
-            f"cast-serve worker {name}: {model} stores its zeros, so it is served dense; convert "
-            f"it (cast-serve convert {model} OUT) and serve OUT",
-            file=sys.stderr,
-        )
+    model, expected, has_zeros = _checked(model, name)
+    of_draft, draft_has_zeros = None, False
+    if draft is not None:
+        try:
+            draft, of_draft, draft_has_zeros = _checked(draft, name)
+        except UsageError as error:
+            raise UsageError(f"--draft: {error}") from error
+        check_vocabularies(model, draft)
+    elif draft_tokens is not None:
+        raise UsageError(f"--draft-tokens {draft_tokens} has no effect without --draft; name one")
     if expected and "--enable-lora" in vllm_flags:
         raise UsageError(
             f"--enable-lora: vLLM cannot apply LoRA to the sparse linears of {model}; serve it "
@@ -132,14 +137,16 @@ def run(
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of what vLLM compiles in eager mode too
         vllm_flags = ["--enforce-eager", *vllm_flags]
     # This imports vllm, which reads the environment.
-    if expected and (why := refusal("cast-serve's plugin", PLUGIN)):
-        raise UsageError(f"{model} is sparse and cannot be served: {why}")
+    if (expected or of_draft) and (why := refusal("cast-serve's plugin", PLUGIN)):
+        raise UsageError(f"{model if expected else draft} is sparse and cannot be served: {why}")
     if why := refusal("this worker", SERVER):
         raise UsageError(f"{why}, or serve with vLLM's own `vllm serve {model}`")
     quantization = METHOD if has_zeros else None
     with _vllms_refusals():
         args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
     guard(args, name)
+    if draft is not None:
+        speculate(args, draft, draft_tokens or NUM_TOKENS, draft_has_zeros)
     if has_zeros and args.quantization != METHOD:
         expected = 0  # the user's --quantization asks for one of vLLM's own methods
     num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
@@ -150,7 +157,29 @@ def run(
     if args.headless:
         _run_headless(args)
     else:
-        asyncio.run(_serve(args, name, expected))
+        asyncio.run(_serve(args, name, expected, of_draft))
+
+
+def _checked(model: Path, name: str) -> tuple[Path, int, bool]:
+    """A directory that can be served, its sparse linears, and whether their zeros are stored too.
+
+    Raises:
+        UsageError: if it holds no model or a gated one.
+    """
+    model = hub.fetch(model)
+    if not (model / "config.json").is_file():
+        raise UsageError(f"{model} holds no model: there is no config.json; name an HF directory")
+    if is_gated(model):
+        raise UsageError(f"{model} is gated: convert it first (cast-serve convert {model} OUT)")
+    expected, has_zeros = count_sparse(model)
+    has_record = (model / CAST_JSON).is_file()
+    if has_record and not expected and read_record(model).get("kind") == "pruned":
+        print(
+            f"cast-serve worker {name}: {model} stores its zeros, so it is served dense; convert "
+            f"it (cast-serve convert {model} OUT) and serve OUT",
+            file=sys.stderr,
+        )
+    return model, expected, has_zeros
 
 
 def all_flags(
@@ -343,7 +372,7 @@ def _vllms_refusals() -> Iterator[None]:
         raise FailedError(str(error)) from error
 
 
-async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
+async def _serve(args: argparse.Namespace, name: str, expected: int, of_draft: int | None) -> None:
     from vllm.entrypoints.launchers.api_server.entry import (
         build_and_serve,
         build_async_engine_client,
@@ -366,6 +395,12 @@ async def _serve(args: argparse.Namespace, name: str, expected: int) -> None:
             engine = await stack.enter_async_context(build_async_engine_client(args))
         reports = await engine.collective_rpc("cast_report")
         report = check_reports(reports, expected)
+        if of_draft is not None:  # its last pipeline stage has it
+            drafts = [each["draft"] for each in reports if each["draft"] is not None]
+            found = check_reports(drafts, of_draft, " of the draft")
+            print(f"cast-serve worker {name}: the draft: {json.dumps(found)}", flush=True)
+            report["draft"] = found["pattern"] or "dense"
+            publish_acceptance(name)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
         await engine.collective_rpc("cast_make_stage_input")
         warmed_up = await warm_up(engine)
@@ -390,6 +425,7 @@ def _publish(name: str, report: dict[str, Any], dtype: str) -> None:
         "isa": report["isa"] or "",
         "dtype": dtype,
         "head": report["head"] or dtype,
+        "draft": report.get("draft", ""),
         "num_sparse_layers": str(report["num_sparse_layers"]),
         "num_dense_layers": str(report["num_dense_layers"]),
         "weight_bytes": str(report["weight_bytes"]),

@@ -61,7 +61,11 @@ def up(
     context: typer.Context,
     variant: Annotated[
         list[str] | None,
-        option("NAME=DIR", "Name of a variant and its model; repeatable.", "those of --config"),
+        option(
+            "NAME=DIR",
+            "Name of a variant and its model, or MODEL+DRAFT (docs/serving.md); repeatable.",
+            "those of --config",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -104,7 +108,7 @@ def up(
         if len(values) > 1:
             raise UsageError(f"--variant {name} is given twice; each directory needs its own name")
         known = workers.get(name, WorkerConfig(dir=Path()))
-        workers[name] = known.model_copy(update={"dir": Path(values[0])})
+        workers[name] = known.model_copy(update=_models(name, values[0]))
     if not workers:
         raise UsageError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
     flags: dict[str, Any] = {"host": host, "port": port, "split": split, "fallback": fallback}
@@ -230,6 +234,16 @@ def _parse_variants(given: list[str]) -> dict[str, list[str]]:
         check_name(name, f"--variant {text!r}")
         variants.setdefault(name, []).append(value)
     return variants
+
+
+def _models(name: str, text: str) -> dict[str, Path]:
+    """`WorkerConfig.dir`, and `draft` of MODEL+DRAFT; a directory may have a + in its name."""
+    model, plus, draft = text.partition("+")
+    if not plus or Path(text).is_dir():
+        return {"dir": Path(text)}
+    if not (model and draft):
+        raise UsageError(f"--variant {name}={text} is not NAME=MODEL+DRAFT; name both models")
+    return {"dir": Path(model), "draft": Path(draft)}
 
 
 def say(text: str) -> None:

@@ -43,6 +43,14 @@ class WorkerConfig(BaseModel):
         default=None, description="the worker's port on 127.0.0.1; none: any free one"
     )
 
+    draft: Path | None = Field(
+        default=None,
+        description="model that proposes tokens for `dir` to check (docs/serving.md); none: off",
+    )
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        default=None, description="that it proposes at once; none: 3"
+    )
+
     @field_validator("cores")
     @classmethod
     def _parses(cls, text: str | None) -> str | None:
@@ -90,7 +98,12 @@ def read_config(path: Path) -> ServeConfig:
         for key, value in config.gateway.items()
     }
     workers = {
-        name: worker.model_copy(update={"dir": _located(worker.dir, folder)})
+        name: worker.model_copy(
+            update={
+                "dir": _located(worker.dir, folder),
+                "draft": worker.draft and _located(worker.draft, folder),
+            }
+        )
         for name, worker in config.variant.items()
     }
     return ServeConfig(gateway=gateway, variant=workers)

@@ -41,6 +41,7 @@ class Replica:
         cores: CPU ids of the local worker.
         vllm_flags: passed on to the local worker's vLLM.
         key: that the local worker asks for.
+        worker_flags: of the local worker itself.
         is_up: requests may go there.
         num_outstanding: requests sent and not yet answered; the gateway counts.
         num_received: answers and parts of streams that came; the gateway counts.
@@ -63,6 +64,7 @@ class Replica:
     cores: tuple[int, ...] = ()
     vllm_flags: tuple[str, ...] = ()
     key: str = field(default="", repr=False)
+    worker_flags: tuple[str, ...] = ()
     is_up: bool = False
     num_outstanding: int = 0
     num_received: int = 0
@@ -140,7 +142,8 @@ def worker_command(replica: Replica) -> list[str]:
     """The command that runs a local replica."""
     command = [sys.executable, "-m", "cast_serve", "worker", str(replica.model)]
     command += ["--name", replica.variant, "--port", replica.url.rpartition(":")[2]]
-    command += ["--cores", ",".join(map(str, replica.cores)), "--", *replica.vllm_flags]
+    command += ["--cores", ",".join(map(str, replica.cores)), *replica.worker_flags]
+    command += ["--", *replica.vllm_flags]
     return command
 
 

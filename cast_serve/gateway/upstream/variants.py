@@ -33,13 +33,14 @@ def local_variants(
 
     Args:
         workers: by the variant's name. Those without cores share what the others leave of this
-            process's equally, those without a port get a free one. A `dir` that is a model's name
-            on a hub is fetched.
+            process's equally, those without a port get a free one. A `dir` or `draft` that is a
+            model's name on a hub is fetched.
         vllm_flags: of every worker, after its own.
         gateway_port: which the gateway is about to take, and which no worker gets.
 
     Raises:
-        UsageError: if a directory holds no model, or there are fewer cores than variants.
+        UsageError: if a directory holds no model, there are fewer cores than variants, or
+            `draft_tokens` without a draft.
     """
     named = {name: parse_cores(each.cores) for name, each in workers.items() if each.cores}
     taken = {core for cores in named.values() for core in cores}
@@ -52,6 +53,7 @@ def local_variants(
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
         )
     folders = {name: _fetched(name, worker.dir) for name, worker in workers.items()}
+    worker_flags = {name: _draft_flags(name, worker) for name, worker in workers.items()}
     share = len(left) // max(1, len(sharing))
     for index, name in enumerate(sharing):
         named[name] = left[index * share : (index + 1) * share]
@@ -61,7 +63,9 @@ def local_variants(
     for name, worker in workers.items():
         url = f"http://127.0.0.1:{worker.port or free.pop()}"
         flags = (*worker.vllm, *vllm_flags)
-        replica = Replica(name, url, folders[name], tuple(named[name]), flags)
+        replica = Replica(
+            name, url, folders[name], tuple(named[name]), flags, worker_flags=worker_flags[name]
+        )
         variants.append(Variant(name, [replica]))
     return variants
 
@@ -116,6 +120,7 @@ def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
         old.cores,
         old.vllm_flags,
         old.key,
+        old.worker_flags,
         log=old.log.with_name(log_name),
     )
 
@@ -162,6 +167,19 @@ def _fetched(name: str, model: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UsageError(f"variant {name}: {model} holds no model (no config.json)")
     return folder
+
+
+def _draft_flags(name: str, worker: WorkerConfig) -> tuple[str, ...]:
+    """Of `cast-serve worker`."""
+    num_tokens = worker.draft_tokens
+    flags = () if num_tokens is None else ("--draft-tokens", str(num_tokens))
+    if worker.draft is not None:
+        return ("--draft", str(_fetched(name, worker.draft)), *flags)
+    if flags:
+        raise UsageError(
+            f"variant {name}: draft_tokens {num_tokens} has no effect without draft; name one"
+        )
+    return ()
 
 
 def _checked_url(name: str, text: str) -> str:
