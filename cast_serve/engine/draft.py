@@ -2,12 +2,15 @@
 
 The draft proposes some tokens, one after another. The served model checks them in one pass and
 keeps those that it would have written itself, so its distribution is unchanged (Leviathan et al.,
-2023, https://arxiv.org/abs/2211.17192). All of that is vLLM's; here it is asked for.
+2023, https://arxiv.org/abs/2211.17192). All of that is vLLM's; here it is asked for, and one of its
+functions mended.
 """
 
 import argparse
 import math
 from pathlib import Path
+
+from torch import Tensor
 
 from cast_serve.checkpoint.record import read_json
 from cast_serve.engine.claims import METHOD
@@ -59,6 +62,39 @@ def speculate(args: argparse.Namespace, draft: Path, num_tokens: int, has_zeros:
     }
 
 
+def mend_sampling() -> None:
+    """Has vLLM's rejection sampling on CPUs call `expand`, in this process.
+
+    Without Triton, vLLM 0.32 discards what its own function computes (its #55005): requests with a
+    temperature are sampled with one from uninitialised memory, as are top_k and top_p, or the
+    engine ends. To be removed once `_expand_kernel_impl` of cpu_triton_utils.py writes `output`.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
+
+
+def expand(
+    output: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    replace_from: float,
+    replace_to: float,
+    max_num_tokens: int,
+) -> None:
+    """Repeats each request's value for each token that was proposed for it.
+
+    Args:
+        output: [num_tokens], of the dtype of `values`; written.
+        values: [num_requests].
+        ends: [num_requests], integers, where the tokens of each request end in `output`.
+        replace_from: value that is written as `replace_to`.
+        max_num_tokens: of a request; unused.
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    output.copy_(values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts))
+
+
 def publish_acceptance(name: str) -> None:
     """Shows, in this process's /metrics, the share of the proposed tokens that were accepted.
 
@@ -77,7 +113,7 @@ def publish_acceptance(name: str) -> None:
         return sums[ACCEPTED] / sums[PROPOSED] if sums[PROPOSED] else math.nan
 
     text = "Draft tokens accepted, of those proposed since the start"
-    gauge = Gauge("cast_draft_acceptance_ratio", text, ["variant"])
+    gauge = Gauge("cast_draft_acceptance_ratio", text, ["variant"], registry=REGISTRY)
     gauge.labels(name).set_function(ratio)
 
 

@@ -95,7 +95,7 @@ PLUGIN = (
     Used("vllm.platforms", "current_platform.is_cpu", given=()),
     Used("vllm.platforms", "current_platform"),
 )
-# Of worker, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
+# Of worker, draft, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
 SERVER = (
     *_REPORT,
     Used("vllm", "SamplingParams", given=("max_tokens", "logprobs", "detokenize")),
@@ -110,6 +110,7 @@ SERVER = (
     Used("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", given=(1,)),
     Used("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup", given=()),
     Used("vllm.utils.argparse_utils", "FlexibleArgumentParser", given=()),
+    Used("vllm.triton_utils.dispatcher", "register_kernels", given=(1,)),
     Used("vllm.entrypoints.cli.serve", "run_headless", given=(1,)),
     Used("vllm.entrypoints.cli.main", "main", given=()),
     Used("vllm.entrypoints.launchers.api_server.entry", "build_and_serve", given=(4,)),

@@ -28,7 +28,13 @@ from cast_serve.checkpoint.inspect import count_sparse
 from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.claims import METHOD
-from cast_serve.engine.draft import NUM_TOKENS, check_vocabularies, publish_acceptance, speculate
+from cast_serve.engine.draft import (
+    NUM_TOKENS,
+    check_vocabularies,
+    mend_sampling,
+    publish_acceptance,
+    speculate,
+)
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
 from cast_serve.engine.warmup import WarmUp, warm_up
 from cast_serve.errors import CastError, FailedError, UsageError
@@ -59,6 +65,12 @@ class SparseReport:
         draft = runner.get_draft_model()
         of_draft = None if draft is None else {**place, **report(draft)}
         return {**place, **report(runner.model), "draft": of_draft}
+
+    def cast_mend_sampling(self) -> None:
+        """`mend_sampling` of draft.py, where this rank checks drafts on a CPU."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if runner.speculative_config is not None and runner.device.type == "cpu":
+            mend_sampling()
 
     def cast_make_stage_input(self) -> None:
         """Makes the tensors in which a pipeline stage receives the previous stage's output.
@@ -403,6 +415,7 @@ async def _serve(args: argparse.Namespace, name: str, expected: int, of_draft: i
             publish_acceptance(name)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
         await engine.collective_rpc("cast_make_stage_input")
+        await engine.collective_rpc("cast_mend_sampling")
         warmed_up = await warm_up(engine)
         _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
         if is_stopped:  # where Python ignored the exception, as in a destructor

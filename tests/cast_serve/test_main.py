@@ -144,6 +144,10 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["worker", "nowhere", "--name", "x", "--cores", "4096"], "cores 4096 are not available"),
         (["worker", "nowhere", "--name", "x", "--cores", "0-99999999999"], "are not available"),
         (["worker", "nowhere", "--name", "x", "--cores", "1-0"], "cores 1-0 are not available"),
+        (
+            ["worker", "nowhere", "--name", "x", "--draft", "x", "--draft-tokens", "17"],
+            "17 is not in the range 1<=x<=16",
+        ),
         (["up"], "nothing to serve; give --variant NAME=DIR, or --config FILE"),
         (["up", "--config", "gone.toml"], "--config gone.toml cannot be read"),
         (
@@ -167,6 +171,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
             ["up", "--variant", "a=nowhere"],
             "variant a: nowhere is neither a directory nor a model's name",
         ),
+        (["up", "--variant", "a=b+"], "--variant a=b+ is not NAME=MODEL+DRAFT; name both"),
         (["gateway", "--variant", "a=b"], "'b' is not a URL"),
         (["gateway", "--variant", "稀疏=http://x"], "'稀疏' cannot be an HTTP header's value"),
         (["up", "--variant", "a=x", "--variant", "a=y"], "is given twice"),
@@ -419,6 +424,29 @@ def test_everything_listens_on_loopback_unless_told(
     monkeypatch.setattr("cast_serve.engine.worker.run", lambda *given: hosts.append(given[2]))
     assert cast_serve("worker", tmp_path, "--name", "a", "--port", free_port())[0] == 0
     assert hosts == ["127.0.0.1"]
+
+
+def test_a_variants_draft_follows_its_model(
+    cast_serve: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "a+b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    served: list[list[Variant]] = []
+
+    async def serve(variants: list[Variant], settings: GatewaySettings) -> None:
+        served.append(variants)
+
+    monkeypatch.setattr("cast_serve.gateway.app.serve", serve)
+    monkeypatch.chdir(tmp_path)
+    for text in ("a+b", "a+../" + tmp_path.name + "/b"):  # the first is a directory
+        assert cast_serve("up", "--variant", f"x={text}", "--port", free_port())[0] == 0
+    whole, pair = (variants[0].replicas[0] for variants in served)
+    assert (whole.model, whole.worker_flags) == (Path("a+b"), ())
+    assert pair.model == Path("a")
+    assert pair.worker_flags == ("--draft", f"../{tmp_path.name}/b")
+    code, _, err = cast_serve("up", "--variant", "x=a+gone", "--port", free_port())
+    assert (code, "variant x: gone is neither a directory" in err) == (2, True)
 
 
 def test_roll_asks_the_gateway_of_the_port(

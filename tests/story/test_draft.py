@@ -1,10 +1,8 @@
 """A sparse model drafts and the dense one decides: answers are the dense one's own."""
 
-import os
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,16 +14,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cast_serve.checkpoint.convert import convert
 from cast_serve.sparsity.pattern import Pattern, hard_mask
 from cast_serve.sparsity.targets import find_targets
-from tests.story.conftest import FLAGS, Served, complete, serving, variant_infos
+from tests.story.conftest import FLAGS, Served, serving, variant_infos
 from tests.story.test_hub import NUM_WORDS, save_tokenizer
 
 pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 
 pytestmark = pytest.mark.server
 
-NUM_DRAFT_TOKENS = 3
 PATTERN = Pattern(48, 64)
-NUM_SAMPLES = 4096
+PROMPT = [3, 14, 15, 9, 2, 6]
+TEMPERATURE = 0.7
+NUM_REQUESTS, NUM_CHOICES = 64, 64
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +57,25 @@ def served(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     convert(pruned, sparse, pattern=PATTERN)
     variants = {"dense": dense, "lossless": Path(f"{dense}+{sparse}")}
     flags = [*FLAGS, "--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
-    with serving(variants, flags, root / "up.log") as served:
-        yield served
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAST_MAX_CHOICES", str(NUM_CHOICES))
+        with serving(variants, flags, root / "up.log") as served:
+            yield served
+
+
+def answers(served: Served, name: str, **more: Any) -> list[list[int]]:
+    """The token ids of every choice."""
+    body = {"model": name, "ignore_eos": True, "return_token_ids": True, **more}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return [choice["token_ids"] for choice in response.json()["choices"]]
 
 
 def acceptance(served: Served) -> float:
-    text = httpx.get(f"{served.url}/metrics").text
+    """What the metrics say of the only variant that has a draft."""
     (ratio,) = (
         sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(httpx.get(f"{served.url}/metrics").text)
         if family.name == "cast_draft_acceptance_ratio"
         for sample in family.samples
         if sample.labels["variant"] == "lossless"
@@ -81,11 +90,51 @@ def test_what_drafts_is_told(served: Served) -> None:
 
 
 def test_greedy_answers_are_the_dense_models(served: Served) -> None:
-    def tokens(name: str, place: int) -> list[str]:
-        prompt = [(7 * place + 13 * each) % NUM_WORDS for each in range(4 + place % 5)]
-        more = {"max_tokens": 24, "logprobs": 0}
-        return list(complete(served, name, prompt, **more)["logprobs"]["tokens"])
-
-    for place in range(50):
-        assert tokens("lossless", place) == tokens("dense", place), place
+    prompts = [
+        [(7 * place + 13 * each) % NUM_WORDS for each in range(4 + place % 5)]
+        for place in range(50)
+    ]
+    for some in (prompts[:25], prompts[25:]):
+        dense, lossless = (
+            answers(served, name, prompt=some, max_tokens=24, temperature=0)
+            for name in ("dense", "lossless")
+        )
+        assert len(dense) == 25
+        assert lossless == dense
     assert 0.05 < acceptance(served) < 0.95  # so some were kept, and some were not
+
+
+def test_sampled_answers_have_the_dense_models_distribution(
+    served: Served, model: LlamaForCausalLM
+) -> None:
+    """Of the second and third token, the first two that are proposed, against the exact one."""
+    observed = torch.zeros(NUM_WORDS, NUM_WORDS)
+    for place in range(NUM_REQUESTS):  # in turn, so that the seeds decide; a choice adds one
+        more = {"n": NUM_CHOICES, "max_tokens": 4, "seed": NUM_CHOICES * place}
+        for tokens in answers(served, "lossless", prompt=PROMPT, temperature=TEMPERATURE, **more):
+            observed[tokens[1], tokens[2]] += 1
+    expected = observed.sum() * exact(model)
+    is_frequent = expected >= 5
+    observed, expected = (
+        torch.cat([counts[is_frequent], counts[~is_frequent].sum()[None]])
+        for counts in (observed, expected)
+    )
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    freedom = len(expected) - 1
+    print("CHI", chi_square, freedom, observed[:5], expected[:5], acceptance(served))
+    assert freedom > 50
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@torch.no_grad()
+def exact(model: LlamaForCausalLM) -> Tensor:
+    """Probabilities of second and third token behind PROMPT, [NUM_WORDS, NUM_WORDS]."""
+    words = torch.arange(NUM_WORDS)
+    none = torch.tensor([PROMPT])
+    one = torch.cat([none.expand(NUM_WORDS, -1), words[:, None]], 1)
+    two = torch.cat([one.repeat_interleave(NUM_WORDS, 0), words.repeat(NUM_WORDS)[:, None]], 1)
+    first, second, third = (
+        (model(tokens).logits[:, -1] / TEMPERATURE).softmax(-1) for tokens in (none, one, two)
+    )
+    both = first.T * second
+    return torch.einsum("ab,abc->bc", both, third.view(NUM_WORDS, NUM_WORDS, NUM_WORDS))

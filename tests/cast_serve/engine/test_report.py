@@ -1,6 +1,6 @@
 """What the ranks of a server report together, and which reports it refuses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 # What vLLM's own imports warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-Check = Callable[[Sequence[dict[str, Any]], int], dict[str, Any]]
+Check = Callable[..., dict[str, Any]]
 
 WHOLE = {
     "num_sparse_layers": 210,
@@ -40,6 +40,11 @@ def test_tensor_parallel_ranks_each_have_a_share_of_every_layer(check_reports: C
     assert check_reports([rank()], 210) == WHOLE
     both = {**WHOLE, "weight_bytes": 18, "dense_weight_bytes": 32}
     assert check_reports([rank(), rank(tensor_rank=1)], 210) == both
+
+
+def test_a_dense_draft_is_told_from_a_dense_model(check_reports: Check) -> None:
+    with pytest.raises(RuntimeError, match="14 layers of the draft are sparse on disk"):
+        check_reports([rank(num_sparse_layers=0)], 14, " of the draft")
 
 
 @pytest.mark.parametrize("num_tensor_ranks", [1, 2])

@@ -128,6 +128,22 @@ def test_stored_zeros_are_said_to_be_served_dense(
     assert "twin stores its zeros, so it is served dense; convert" in capsys.readouterr().err
 
 
+def test_a_draft_is_checked_before_vllm_starts(save_gated: Save, tmp_path: Path) -> None:
+    model, gated = tmp_path / "model", save_gated(tiny_llama())
+    tiny_llama().save_pretrained(model)
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "other")
+    for draft, message in (
+        (tmp_path / "gone", r"--draft: .*gone is neither a directory nor a model's name"),
+        (tmp_path, "--draft: .* holds no model"),
+        (gated, "--draft: .* is gated: convert it first"),
+        (tmp_path / "other", r"other has a vocabulary of 64 tokens, but .*model has 96; name a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            worker.run(model, "lossless", draft=draft)
+    with pytest.raises(ValueError, match="--draft-tokens 2 has no effect without --draft"):
+        worker.run(model, "lossless", draft_tokens=2)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no model"):
         worker.run(tmp_path, "sparse")

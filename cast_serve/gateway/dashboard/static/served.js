@@ -1,9 +1,10 @@
-// What a directory says (`models` of /v1/comparison) and what its worker reports (cast_variant_info)
-// -> words about what a variant serves.
+// What a directory says (`models` of /v1/comparison) and what its worker reports (cast_variant_info,
+// cast_draft_acceptance_ratio) -> words about what a variant serves.
 
 import { html, svg, number, megabytes } from "./elements.js";
 
 const DTYPE_BITS = { bfloat16: 16, float16: 16, float32: 32 };
+const SHOWN = /^cast_(variant_info|draft_acceptance_ratio)\{/;
 const UNMEASURED = "not measured";
 const ELSEWHERE = "unknown: the worker is given as a URL";
 
@@ -11,11 +12,12 @@ const isElsewhere = (model) => model != null && model.path == null;
 
 export function variantInfos(metrics) {
   const found = new Map();
-  for (const line of metrics.split("\n").filter((line) => line.startsWith("cast_variant_info{"))) {
+  for (const line of metrics.split("\n").filter((line) => SHOWN.test(line))) {
     const labels = [...line.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, name, value]) =>
       [name, value.replace(/\\(.)/g, (_, sign) => (sign === "n" ? "\n" : sign))]);
     const info = Object.fromEntries(labels);
-    found.set(info.variant, info);
+    if (line.startsWith("cast_draft")) info.acceptance = Number(line.slice(line.lastIndexOf(" ")));
+    found.set(info.variant, { ...found.get(info.variant), ...info });
   }
   return found;
 }
@@ -68,7 +70,12 @@ function workerRows({ info }) {
     ["Head", info.head],
     ["Kernel", info.kernel],
     ["ISA", info.isa],
+    ...(info.draft ? [["Draft", draft(info)]] : []),
   ];
+}
+
+function draft({ draft: pattern, acceptance }) {
+  return acceptance >= 0 ? `${pattern}, ${number(100 * acceptance)} % of its tokens accepted` : pattern;
 }
 
 export function facts(variant) {

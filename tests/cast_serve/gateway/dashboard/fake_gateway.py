@@ -23,11 +23,13 @@ WORDS = {
 INFO = """\
 # TYPE cast_variant_info gauge
 cast_variant_info{variant="dense",pattern="",kernel="onednn",isa="AVX-512 BF16",dtype="bfloat16",\
-head="bfloat16",num_sparse_layers="0",num_dense_layers="211",\
+head="bfloat16",draft="",num_sparse_layers="0",num_dense_layers="211",\
 weight_bytes="212336640",dense_weight_bytes="212336640"} 1.0
 cast_variant_info{variant="sparse",pattern="2:4",kernel="a \\"quoted\\" one",isa="avx512_bf16",\
-dtype="bfloat16",head="int8",num_sparse_layers="210",num_dense_layers="1",\
+dtype="bfloat16",head="int8",draft="48:64",num_sparse_layers="210",num_dense_layers="1",\
 weight_bytes="66666240",dense_weight_bytes="212336640"} 1.0
+cast_draft_acceptance_ratio{variant="dense",replica="0"} NaN
+cast_draft_acceptance_ratio{variant="sparse",replica="0"} 0.8126
 cast_requests_in_flight{variant="dense"} 0.0
 """
 

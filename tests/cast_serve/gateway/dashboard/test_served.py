@@ -15,6 +15,8 @@ def test_of_a_worker_by_url_only_the_metrics_tell(
     card = page.locator("#sparsity [data-variant=sparse]")
     for text in ('a "quoted" one', "210 sparse, 1 dense", "66.7 MB of 212.3 MB", "5.02"):
         expect(card).to_contain_text(text)
+    expect(card).to_contain_text("Draft48:64, 81.3 % of its tokens accepted")
+    expect(page.locator("#sparsity [data-variant=dense]")).not_to_contain_text("Draft")
     expect(card).to_contain_text("unknown: the worker is given as a URL")
 
 

@@ -25,6 +25,12 @@ def test_the_documentations_example_is_read(tmp_path: Path) -> None:
     assert (sparse.dir, sparse.cores, sparse.port) == (tmp_path / "models/sparse", None, 8011)
 
 
+def test_a_draft_lies_beside_the_file_too(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text("[variant.a]\ndir = 'x'\ndraft = 'y'\ndraft_tokens = 16\n")
+    found = read_config(tmp_path / "serve.toml").variant["a"]
+    assert (found.dir, found.draft, found.draft_tokens) == (tmp_path / "x", tmp_path / "y", 16)
+
+
 def test_every_path_may_be_relative_to_the_file() -> None:
     fields = GatewaySettings.model_fields.items()
     assert set(PATHS) == {name for name, field in fields if Path in get_args(field.annotation)}
@@ -52,6 +58,7 @@ def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path)
             "[variant.a]\ndir = 'x'\nvllm = '--seed 3'",
             "vllm is '--seed 3': it must be a .*list",
         ),
+        ("[variant.a]\ndir = 'x'\ndraft_tokens = 17", "draft_tokens is 17: it must be less than"),
         ("[variant.a]\ndir = 'x'\nport = 0", "port is 0: it must be greater than or equal to 1"),
         ("[variant]\na = 'x'", r"\[variant\]: a is 'x': it must be"),
         ("[gateway]\nmax_queue = 1", r"\[gateway\]: unknown key max_queue; .* is max_queued"),

@@ -14,7 +14,7 @@ from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import variants
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.probes import Limits
-from cast_serve.gateway.upstream.replica import Replica, stop_workers
+from cast_serve.gateway.upstream.replica import Replica, stop_workers, worker_command
 from cast_serve.gateway.upstream.variants import local_variants, remote_variants
 from tests.cast_serve.gateway.upstream.scripted_worker import Worker, is_running
 from tests.fake_hub import FakeHub
@@ -57,6 +57,24 @@ def test_more_variants_than_cores_are_refused(model: Path, monkeypatch: pytest.M
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variant dense: .* holds no model"):
         local_variants({"dense": WorkerConfig(dir=tmp_path)})
+
+
+def test_a_draft_is_a_flag_of_the_worker(model: Path, tmp_path: Path) -> None:
+    worker = WorkerConfig(dir=model, draft=model, draft_tokens=2, vllm=("--seed", "1"))
+    (variant,) = local_variants({"lossless": worker})
+    (replica,) = variant.replicas
+    flags = ["--draft", str(model), "--draft-tokens", "2", "--", "--seed", "1"]
+    assert worker_command(replica)[-6:] == flags
+    replica.log = tmp_path / "log"
+    new = variants.successor(replica, None, "new.log")
+    assert new.worker_flags == replica.worker_flags
+
+
+def test_a_draft_that_is_missing_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="variant a: draft_tokens 2 has no effect without draft"):
+        local_variants({"a": WorkerConfig(dir=model, draft_tokens=2)})
+    with pytest.raises(ValueError, match="variant a: .* holds no model"):
+        local_variants({"a": WorkerConfig(dir=model, draft=tmp_path)})
 
 
 def test_a_hubs_name_is_fetched(hub: FakeHub) -> None:
