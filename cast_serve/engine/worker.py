@@ -327,9 +327,9 @@ def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> 
 
     On CPUs vLLM 0.32 starts a second process for that, since OpenMP reads its threads' cores from
     the environment a process starts with. The engine then waits for each step in a loop that never
-    sleeps, on one of the cores that compute it, and exchanges two messages with it
-    (docs/serving.md). Here the engine's process starts with the environment that vLLM would give
-    the second one or, if threads are not to be bound, with the user's.
+    sleeps, on one of the cores that compute it, and exchanges two messages with it. Here the
+    engine's process starts with the environment that vLLM would give the second one or, if threads
+    are not to be bound, with the user's.
 
     Args:
         args: of vLLM's server, for one rank; changed in place.

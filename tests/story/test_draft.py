@@ -121,7 +121,6 @@ def test_sampled_answers_have_the_dense_models_distribution(
     )
     chi_square = float(((observed - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
-    print("CHI", chi_square, freedom, observed[:5], expected[:5], acceptance(served))
     assert freedom > 50
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 

@@ -45,10 +45,10 @@ class WorkerConfig(BaseModel):
 
     draft: Path | None = Field(
         default=None,
-        description="model that proposes tokens for `dir` to check (docs/serving.md); none: off",
+        description="model that drafts for `dir` (docs/serving.md)",
     )
     draft_tokens: Annotated[int, Field(ge=1, le=16)] | None = Field(
-        default=None, description="that it proposes at once; none: 3"
+        default=None, description="tokens that it proposes at once; none: 3"
     )
 
     @field_validator("cores")
