@@ -74,7 +74,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int, of: str = ""
     Args:
         reports: `SparseReport.cast_report` of every rank.
         expected: linears that are compressed on disk.
-        of: which model, for the error.
+        of: which model, to begin the error with.
 
     Returns:
         one report: the layers of the whole model, the bytes of all ranks.
@@ -93,7 +93,7 @@ def check_reports(reports: Sequence[dict[str, Any]], expected: int, of: str = ""
                 for stage in stages
             )
             raise FailedError(
-                f"{expected} layers{of} are sparse on disk, but at tensor-parallel rank "
+                f"{of}{expected} layers are sparse on disk, but at tensor-parallel rank "
                 f"{tensor_rank} the sparse kernel runs {found}; is cast-serve installed in vLLM's "
                 "environment and its plugin not switched off by VLLM_PLUGINS?"
             )

@@ -409,7 +409,7 @@ async def _serve(args: argparse.Namespace, name: str, expected: int, of_draft: i
         report = check_reports(reports, expected)
         if of_draft is not None:  # its last pipeline stage has it
             drafts = [each["draft"] for each in reports if each["draft"] is not None]
-            found = check_reports(drafts, of_draft, " of the draft")
+            found = check_reports(drafts, of_draft, "of the draft, ")
             print(f"cast-serve worker {name}: the draft: {json.dumps(found)}", flush=True)
             report["draft"] = found["pattern"] or "dense"
             publish_acceptance(name)

@@ -146,7 +146,7 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
         (["worker", "nowhere", "--name", "x", "--cores", "1-0"], "cores 1-0 are not available"),
         (
             ["worker", "nowhere", "--name", "x", "--draft", "x", "--draft-tokens", "17"],
-            "17 is not in the range 1<=x<=16",
+            "should be less than or equal to 16",
         ),
         (["up"], "nothing to serve; give --variant NAME=DIR, or --config FILE"),
         (["up", "--config", "gone.toml"], "--config gone.toml cannot be read"),
@@ -191,7 +191,7 @@ def test_wrong_use(
     code, out, err = cast_serve(*words)
     assert code == 2
     assert out == ""
-    assert message in " ".join(err.split())
+    assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 

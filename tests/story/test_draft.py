@@ -125,15 +125,15 @@ def test_sampled_answers_have_the_dense_models_distribution(
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-@torch.no_grad()
 def exact(model: LlamaForCausalLM) -> Tensor:
     """Probabilities of second and third token behind PROMPT, [NUM_WORDS, NUM_WORDS]."""
     words = torch.arange(NUM_WORDS)
     none = torch.tensor([PROMPT])
     one = torch.cat([none.expand(NUM_WORDS, -1), words[:, None]], 1)
     two = torch.cat([one.repeat_interleave(NUM_WORDS, 0), words.repeat(NUM_WORDS)[:, None]], 1)
-    first, second, third = (
-        (model(tokens).logits[:, -1] / TEMPERATURE).softmax(-1) for tokens in (none, one, two)
-    )
+    with torch.no_grad():
+        first, second, third = (
+            (model(tokens).logits[:, -1] / TEMPERATURE).softmax(-1) for tokens in (none, one, two)
+        )
     both = first.T * second
     return torch.einsum("ab,abc->bc", both, third.view(NUM_WORDS, NUM_WORDS, NUM_WORDS))

@@ -64,7 +64,7 @@ def test_a_draft_is_a_flag_of_the_worker(model: Path, tmp_path: Path) -> None:
     (variant,) = local_variants({"lossless": worker})
     (replica,) = variant.replicas
     flags = ["--draft", str(model), "--draft-tokens", "2", "--", "--seed", "1"]
-    assert worker_command(replica)[-6:] == flags
+    assert worker_command(replica)[-7:] == flags
     replica.log = tmp_path / "log"
     new = variants.successor(replica, None, "new.log")
     assert new.worker_flags == replica.worker_flags
