@@ -65,9 +65,9 @@ def speculate(args: argparse.Namespace, draft: Path, num_tokens: int, has_zeros:
 def mend_sampling() -> None:
     """Has vLLM's rejection sampling on CPUs call `expand`, in this process.
 
-    Without Triton, vLLM 0.32 discards what its own function computes (its #55005): requests with a
-    temperature are sampled with one from uninitialised memory, as are top_k and top_p, or the
-    engine ends. To be removed once `_expand_kernel_impl` of cpu_triton_utils.py writes `output`.
+    Without Triton, vLLM 0.32 discards what its own function computes (its #55005): once a request
+    of a step has a temperature, all of them, greedy ones too, get one from uninitialised memory, as
+    they do top_k and top_p, or the engine ends. To be removed once `_expand_kernel_impl` of cpu_triton_utils.py writes `output`.
     """
     from vllm.triton_utils.dispatcher import register_kernels
 
