@@ -67,7 +67,8 @@ def mend_sampling() -> None:
 
     Without Triton, vLLM 0.32 discards what its own function computes (its #55005): once a request
     of a step has a temperature, all of them, greedy ones too, get one from uninitialised memory, as
-    they do top_k and top_p, or the engine ends. To be removed once `_expand_kernel_impl` of cpu_triton_utils.py writes `output`.
+    they do top_k and top_p, or the engine ends. To be removed once `_expand_kernel_impl` of
+    cpu_triton_utils.py writes `output`.
     """
     from vllm.triton_utils.dispatcher import register_kernels
 
