@@ -2,15 +2,12 @@
 
 The draft proposes some tokens, one after another. The served model checks them in one pass and
 keeps those that it would have written itself, so its distribution is unchanged (Leviathan et al.,
-2023, https://arxiv.org/abs/2211.17192). All of that is vLLM's; here it is asked for, and one of its
-functions mended.
+2023, https://arxiv.org/abs/2211.17192). All of that is vLLM's; here it is asked for.
 """
 
 import argparse
 import math
 from pathlib import Path
-
-from torch import Tensor
 
 from cast_serve.checkpoint.record import read_json
 from cast_serve.engine.claims import METHOD
@@ -60,40 +57,6 @@ def speculate(args: argparse.Namespace, draft: Path, num_tokens: int, has_zeros:
         "num_speculative_tokens": num_tokens,
         **({"quantization": METHOD} if has_zeros else {}),
     }
-
-
-def mend_sampling() -> None:
-    """Has vLLM's rejection sampling on CPUs call `expand`, in this process.
-
-    Without Triton, vLLM 0.32 discards what its own function computes (its #55005): once a request
-    of a step has a temperature, all of them, greedy ones too, get one from uninitialised memory, as
-    they do top_k and top_p, or the engine ends. To be removed once `_expand_kernel_impl` of
-    cpu_triton_utils.py writes `output`.
-    """
-    from vllm.triton_utils.dispatcher import register_kernels
-
-    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
-
-
-def expand(
-    output: Tensor,
-    values: Tensor,
-    ends: Tensor,
-    replace_from: float,
-    replace_to: float,
-    max_num_tokens: int,
-) -> None:
-    """Repeats each request's value for each token that was proposed for it.
-
-    Args:
-        output: [num_tokens], of the dtype of `values`; written.
-        values: [num_requests].
-        ends: [num_requests], integers, where the tokens of each request end in `output`.
-        replace_from: value that is written as `replace_to`.
-        max_num_tokens: of a request; unused.
-    """
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    output.copy_(values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts))
 
 
 def publish_acceptance(name: str) -> None:

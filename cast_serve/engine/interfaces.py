@@ -95,7 +95,7 @@ PLUGIN = (
     Used("vllm.platforms", "current_platform.is_cpu", given=()),
     Used("vllm.platforms", "current_platform"),
 )
-# Of worker, draft, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
+# Of worker, sampling, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
 SERVER = (
     *_REPORT,
     Used("vllm", "SamplingParams", given=("max_tokens", "logprobs", "detokenize")),

@@ -31,7 +31,6 @@ from cast_serve.engine.claims import METHOD
 from cast_serve.engine.draft import (
     NUM_TOKENS,
     check_vocabularies,
-    mend_sampling,
     publish_acceptance,
     speculate,
 )
@@ -67,10 +66,12 @@ class SparseReport:
         return {**place, **report(runner.model), "draft": of_draft}
 
     def cast_mend_sampling(self) -> None:
-        """`mend_sampling` of draft.py, where this rank checks drafts on a CPU."""
+        """`mend_sampling` of sampling.py, where this rank computes on a CPU."""
+        from cast_serve.engine.sampling import mend_sampling
+
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        if runner.speculative_config is not None and runner.device.type == "cpu":
-            mend_sampling()
+        if runner.device.type == "cpu":
+            mend_sampling(runner)
 
     def cast_make_stage_input(self) -> None:
         """Makes the tensors in which a pipeline stage receives the previous stage's output.

@@ -1,4 +1,4 @@
-"""What is asked of vLLM for a draft, what is mended in it, and what is told of it."""
+"""What is asked of vLLM for a draft, and what is told of it."""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry, Counter
 
 from cast_serve.engine import draft
@@ -53,32 +52,6 @@ def test_vocabularies_are_compared_where_both_are_known(tmp_path: Path) -> None:
         draft.check_vocabularies(tmp_path / "model", tmp_path / name)
     with pytest.raises(ValueError, match="other has a vocabulary of 9 tokens, but .*model has 8"):
         draft.check_vocabularies(tmp_path / "model", tmp_path / "other")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
-def test_each_requests_value_is_repeated(dtype: torch.dtype) -> None:
-    values = torch.tensor([0.7, 0, 5], dtype=dtype)
-    output = torch.full((5,), -1, dtype=dtype)
-    draft.expand(output, values, torch.tensor([2, 4, 5], dtype=torch.int32), 0, 1, 32)
-    first = 0.7 if dtype.is_floating_point else 1
-    assert torch.equal(output, torch.tensor([first, first, 1, 1, 5], dtype=dtype))
-
-
-# What vLLM's own imports warn of, and its search for the function in every module.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_vllms_sampling_gets_what_it_expands() -> None:
-    """Once it does so without `mend_sampling`, that can be removed."""
-    pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
-
-    if not current_platform.is_cpu():
-        pytest.skip("vLLM's function for GPUs is right")
-    current_platform.register_triton_kernel_overrides()
-    draft.mend_sampling()
-    temperature, ends = torch.tensor([0.7, 0.0, 2.0]), torch.tensor([1, 3, 4], dtype=torch.int32)
-    found = rejection_sampler.expand_batch_to_tokens(temperature, ends, 4, 0, 1)
-    assert torch.equal(found, torch.tensor([0.7, 1, 1, 2]))
 
 
 def test_the_acceptance_is_vllms_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
