@@ -19,9 +19,12 @@ def mend_sampling(runner: Any) -> None:
         runner: on a CPU, its model loaded.
     """
     if runner.speculative_config is not None:
-        from vllm.triton_utils.dispatcher import register_kernels
+        from vllm.triton_utils.dispatcher import KernelOverride
+        from vllm.v1.sample.rejection_sampler import _expand
 
-        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
+        # As `register_kernels` would, which fails where ngram has imported numba.
+        _expand.kernel = KernelOverride(_expand.kernel, expand)
+        vars(_expand).pop("_kernel_arg_names", None)
     if hasattr(runner, "_bookkeeping_sync"):
         seed_again(runner)
 

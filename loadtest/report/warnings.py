@@ -47,7 +47,8 @@ def warnings(result: Result) -> list[str]:
             "that sends several in one seems slower per token."
         )
     served = result["served"].get(result["candidate"], {})
-    if not result["is_aa"] and served.get("num_sparse_layers") == "0":
+    is_dense = served.get("num_sparse_layers") == "0" and not served.get("draft")
+    if not result["is_aa"] and is_dense:
         found.append(f"{result['candidate']} has no sparse layers: this compares dense with dense.")
     if result["num_block_pairs"] < MIN_BLOCK_PAIRS:
         found.append(

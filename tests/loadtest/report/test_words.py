@@ -85,6 +85,8 @@ def test_whatever_misleads_is_warned_of_gravest_first() -> None:
     ]
     for text, part in zip(warnings(result), parts, strict=True):
         assert part in text
+    drafted = {**result, "served": {"sparse": {"num_sparse_layers": "0", "draft": "48:64"}}}
+    assert len(warnings(drafted)) == len(parts) - 1
     assert warnings(result_of(simulated(1, drift=0.0))) == []
     requests = [
         request(block, 0, variant, 1.0, itl_s, sent_s=100.0 * block)
