@@ -118,7 +118,7 @@ def pack64(
         _check_int4(values)
         low, high = (ordered + 8).view(torch.uint8).chunk(2, dim=2)
         parts = [low | high << 4]
-    if bitmask is not None and kept < TILE_COLUMNS:
+    if kept < TILE_COLUMNS:
         parts.append(pack_mask(in_order.flatten(2)))
     if scale_group is not None and scale is not None:
         if not scale.bfloat16().isfinite().all():
