@@ -61,7 +61,8 @@ def convert(
         str | None,
         option(
             "N:M",
-            "Pattern, such as 16:32, of a SOURCE whose files do not say it.",
+            "Pattern, such as 16:32, of a SOURCE whose files do not say it; 64:64, with --quantize "
+            "int4, of a dense one.",
             "what cast.json or config.json says, else 2:4",
         ),
     ] = None,

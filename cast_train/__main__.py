@@ -222,7 +222,7 @@ def run(
                 push_to_hub=push_to_hub,
                 is_private=private,
             )
-            conversion.check(settings)
+            conversion.check(settings, model)
             out = conversion.trained
         assert out is not None
         began = time.monotonic()
@@ -372,8 +372,8 @@ def quantize(
         Path,
         option(
             "MODEL",
-            "Gated, pruned or compressed 2:4 model, not quantised yet: a directory, or ORG/NAME "
-            "or ORG/NAME@REVISION on a hub.",
+            "Sparse or dense model, not quantised yet: a directory, or ORG/NAME or "
+            "ORG/NAME@REVISION on a hub.",
         ),
     ],
     text: Annotated[
@@ -396,17 +396,27 @@ def quantize(
     blocks: Annotated[
         int, option("N", "Sequences of 512 tokens, from the start of the text.", min=1)
     ] = 16,
+    sparsity: Annotated[
+        str | None,
+        option(
+            "N:M",
+            "Pattern of a MODEL whose files do not say it; 64:64, in 4 bits, of a dense one.",
+            "what cast.json or config.json says, else 2:4",
+        ),
+    ] = None,
 ) -> None:
-    """Quantise and compress a 2:4 model, choosing integers that change its outputs least."""
+    """Quantise and compress a model, choosing integers that change its outputs least."""
     with _working():
         from cast_serve.checkpoint.quantization import Quantization
+        from cast_serve.sparsity.pattern import Pattern
         from cast_train.pruning.quantize import write_quantized
 
         if bits not in (4, 8):
             raise UsageError(f"--bits {bits} is not served; give 4 or 8")
         asked = Quantization.asked("int4" if bits == 4 else "int8", scale_group, head)
         assert asked is not None
-        summary = write_quantized(model, text, out, asked, num_blocks=blocks)
+        pattern = None if sparsity is None else Pattern.parse(sparsity)
+        summary = write_quantized(model, text, out, asked, num_blocks=blocks, pattern=pattern)
         print(f"{out}: {summary['quantized']}, {summary['bits_per_weight']} bits per weight")
         _finish(path=str(out), **summary)
 

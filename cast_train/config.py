@@ -257,8 +257,13 @@ class Pruned(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        Pattern.parse(self.sparsity).check_zeros(self.zeros)
-
+        pattern = Pattern.parse(self.sparsity)
+        pattern.check_zeros(self.zeros)
+        if pattern.n == pattern.m:
+            raise UsageError(
+                f"sparsity is {pattern}, which keeps every weight, so there is nothing to select; "
+                f"quantise the dense model instead: cast-train quantize --sparsity {pattern}"
+            )
     @property
     def pattern(self) -> Pattern:
         """Of the targets; with `zeros` in N:64 the N that they have on average."""

@@ -137,8 +137,14 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
         )
     if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
-    if quantization and quantization.head == "int4" and (head := directory.head):
-        check_columns(head, directory.in_features(head), quantization.scale_group)
+    values = quantization.values if quantization else directory.quantized
+    if (pattern := directory.pattern).n == pattern.m and values != "int4":
+        raise CheckpointError(
+            f"{source} is {pattern}, which keeps every weight; that is served in 4 bits only: give "
+            "--quantize int4, or serve the dense model as it is"
+        )
+    if quantization:
+        check_head(directory, quantization)
     for name in directory.targets:
         stored = directory.pattern_of(name).stored
         in_features = directory.in_features(name)
@@ -148,6 +154,17 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
                 f"{stored.m}, so it cannot be stored as {stored}; train again, which leaves it "
                 "dense, or with --sparsity 2:4"
             )
+
+
+def check_head(source: ModelDirectory, quantization: Quantization) -> None:
+    """Refuses a form of the output layer that the model cannot have.
+
+    Raises:
+        CheckpointError: naming the remedy.
+    """
+    asked = resolved(quantization, source.path)
+    if asked and asked.head == "int4" and source.head:
+        check_columns(source.head, source.in_features(source.head), asked.scale_group)
 
 
 def check_outputs(outputs: Sequence[Path]) -> None:

@@ -107,9 +107,9 @@ def _check_fields(path: Path, record: Mapping[str, Any]) -> None:
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: targets and kept_dense must be names of linears")
     n, m = pattern_of(record)
-    if record.get("kind") != "dense" and not 0 < n < m:
+    if record.get("kind") != "dense" and not (0 < n < m or n == m == 64):
         raise CheckpointError(
-            f"{path}: {n}:{m} is not N:M with 0 < N < M; copy the directory again"
+            f"{path}: {n}:{m} is not N:M with 0 < N < M, nor 64:64; copy the directory again"
         )
     checked_kept(path, record.get("kept_of_64"))
     if wrong := [name for name in record.get("sha256") or () if not is_file_name(name)]:

@@ -30,15 +30,18 @@ class Pattern:
         """Parses ``"2:4"``.
 
         Raises:
-            PatternError: if the text is not ``N:M`` with 0 < N < M and M a divisor of 64.
+            PatternError: if the text is not ``N:M`` with 0 < N < M and M a divisor of 64, or
+                ``64:64``, which keeps every weight.
         """
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
-        if match is None or not 0 < int(match[1]) < int(match[2]) or WORD % int(match[2]):
+        n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not (0 < n < m and WORD % m == 0 or n == m == WORD):
             raise PatternError(
                 f"sparsity {text!r:.100} is not N:M with 0 < N < M and M one of 2, 4, 8, 16, 32, "
-                "64; write, for example, 2:4, which a GPU needs, or 32:64 for a CPU"
+                "64, nor 64:64, which keeps every weight; write, for example, 2:4, which a GPU "
+                "needs, or 32:64 for a CPU"
             )
-        return cls(int(match[1]), int(match[2]))
+        return cls(n, m)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

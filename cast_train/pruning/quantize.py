@@ -1,4 +1,4 @@
-"""A 2:4 directory + calibration text -> a compressed one, its integers chosen together.
+"""A sparse or dense directory + calibration text -> a compressed one, its integers chosen together.
 
 Rounded to the nearest, each kept weight w has an error of its own, and those of a row add up in its
 output. Here the integers z of a row are chosen together, under its mask and with fixed scales, so
@@ -29,6 +29,7 @@ from cast_serve.checkpoint.linear import CompressedLinear
 from cast_serve.checkpoint.quantization import Quantization
 from cast_serve.checkpoint.scheme import resolved
 from cast_serve.checkpoint.target import Calibrated
+from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.quantize import MAX_INT4, MAX_INTEGER, one_thread
 from cast_train.checkpoint import identity, models
 from cast_train.pruning.oneshot import read_calibration
@@ -45,15 +46,17 @@ def write_quantized(
     out: Path,
     quantization: Quantization,
     num_blocks: int | None = None,
+    pattern: Pattern | None = None,
 ) -> dict[str, Any]:
-    """Quantises and compresses a 2:4 directory.
+    """Quantises and compresses a sparse directory, or as 64:64 a dense one.
 
     Args:
-        source: gated, pruned or compressed, not quantised; or its name on a hub.
+        source: gated, pruned, compressed or dense, not quantised; or its name on a hub.
         text_files: calibration text, of which the beginning is used.
         out: must not exist.
         quantization: of the targets' values, and of the output layer, rounded to the nearest.
         num_blocks: calibration sequences; None: `TrainConfig.calibration_blocks`.
+        pattern: of a source whose files do not say it; None: 2:4.
 
     Returns:
         `inspect` of the output.
@@ -63,7 +66,7 @@ def write_quantized(
     """
     check_outputs([out])
     folder = hub.fetch(source)
-    directory = ModelDirectory(folder)
+    directory = ModelDirectory(folder, pattern)
     asked = resolved(quantization, folder)
     check_source(directory, asked)
     blocks = read_calibration(text_files, models.load_tokenizer(folder), num_blocks)
@@ -85,7 +88,7 @@ def write_quantized(
         "sweeps": SWEEPS,
     }
     calibrated = Calibrated(found, record)
-    return convert(folder, out, quantization=asked, calibrated=calibrated)
+    return convert(folder, out, quantization=asked, calibrated=calibrated, pattern=pattern)
 
 
 @torch.no_grad()

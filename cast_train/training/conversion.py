@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cast_serve.checkpoint import hub
-from cast_serve.checkpoint.convert import check_converted, check_outputs, convert
+from cast_serve.checkpoint.convert import check_converted, check_head, check_outputs, convert
+from cast_serve.checkpoint.directory import ModelDirectory
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.checkpoint.quantization import Quantization, check_recorded
 from cast_serve.checkpoint.record import CheckpointError, read_record
@@ -47,17 +48,21 @@ class Conversion:
         """Where the run finds itself finished: `out`, if `gated` was removed since."""
         return self.out if self.out.exists() and not self.gated.exists() else self.gated
 
-    def check(self, settings: TrainConfig) -> None:
+    def check(self, settings: TrainConfig, model: Path) -> None:
         """Refuses, before the training, what could not be converted or pushed after it.
 
         Args:
             settings: of the run.
+            model: that is trained.
 
         Raises:
             UsageError: for settings without compressed weights, or wrong options.
-            CheckpointError: if the result cannot be written, or was removed in part.
+            CheckpointError: if the result cannot be written, was removed in part, or would have
+                another output layer than the model can.
         """
         settings.check_convertible()
+        if self.quantization is not None:
+            check_head(ModelDirectory(hub.fetch(model)), self.quantization)
         if self.is_private and self.push_to_hub is None:
             raise UsageError("--private needs --push-to-hub ORG/NAME; give both or none")
         if not self.out.exists():

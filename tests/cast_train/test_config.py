@@ -100,6 +100,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
             "start is 'zeros', but must be 'ones', 'magnitude', 'wanda' or",
         ),
         ({"sparsity": "4:2"}, "is not N:M"),
+        ({"sparsity": "64:64"}, "keeps every weight.*cast-train quantize --sparsity 64:64"),
         ({"steps": 0}, "steps is 0, but must be greater than 0"),
         ({"steps": 1.5}, r"steps is 1.5, but must be a valid integer \(default: 64\)"),
         ({"steps": True}, "steps is True"),

@@ -1,5 +1,6 @@
 """A directory that keeps N of 64 weights, as vLLM runs it through the plugin."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,19 @@ def model() -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize("pattern", ["32:64", "10:16"])
 @pytest.mark.parametrize(
-    "quantization",
+    ("pattern", "quantization"),
     [
-        None,
-        Quantization("int8", head="int8"),
-        Quantization("int4", scale_group=128, head=None),
-        Quantization("int4", scale_group=32, head="int8"),
+        *itertools.product(
+            ["32:64", "10:16"],
+            [
+                None,
+                Quantization("int8", head="int8"),
+                Quantization("int4", scale_group=128, head=None),
+                Quantization("int4", scale_group=32, head="int8"),
+            ],
+        ),
+        ("64:64", Quantization("int4", scale_group=64, head="int4")),
     ],
     ids=str,
 )
@@ -88,7 +94,7 @@ def wide_config(**changes: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparsity_structure": "64:64"}, "'64:64'.*N:64 on"),
+        ({"sparsity_structure": "65:64"}, "'65:64'.*N:64 on"),
         ({"sparsity_structure": "2:4"}, "'2:4'.*N:64 on"),
         ({"sparsity_structure": None}, "None.*N:64 on"),
         ({"targets": ["Conv"]}, r"\['Conv'\]"),

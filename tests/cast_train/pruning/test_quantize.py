@@ -127,6 +127,17 @@ def test_every_kind_of_source_gives_the_same(
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+def test_a_dense_model_is_64_of_64(few_blocks, words_dir, text_file, tmp_path):
+    asked, pattern = Quantization("int4", 64, "int4"), Pattern(64, 64)
+    found = write_quantized(words_dir, [text_file], tmp_path / "out", asked, pattern=pattern)
+    assert (found["pattern"], found["zeros"]) == ("64:64", 0)
+    assert found == convert(words_dir, tmp_path / "near", quantization=asked, pattern=pattern)
+    with pytest.raises(ValueError, match="64:64, which keeps every weight.* in 4 bits only"):
+        convert(words_dir, tmp_path / "int8", quantization=Quantization("int8"), pattern=pattern)
+    with pytest.raises(ValueError, match="64:64, which keeps every weight.* in 4 bits only"):
+        convert(words_dir, tmp_path / "bf16", pattern=pattern)
+
+
 def test_wrong_use_leaves_nothing(few_blocks, llama_dir, text_file, tmp_path):
     oneshot.write_pruned(llama_dir, [], tmp_path / "pruned", "magnitude")
     convert(tmp_path / "pruned", tmp_path / "int8", quantization=Quantization("int8"))

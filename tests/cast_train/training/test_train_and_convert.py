@@ -84,6 +84,7 @@ def test_what_conversion_would_refuse_is_refused_before_training(
     for flags, message in (
         (("--quantize", "int2"), "'int2' is not one of"),
         (("--quantize", "int4", "--scale-group", "96"), "--scale-group 96 is not served"),
+        (("--quantize", "int4", "--head", "int4"), "hidden size 32 is not a multiple of 64"),
         (("--push-to-hub", "tester/sparse"), "HF_HUB_OFFLINE is set; unset it"),
     ):
         done = call(*words, *flags)
