@@ -264,6 +264,7 @@ class Pruned(TrainConfig):
                 f"sparsity is {pattern}, which keeps every weight, so there is nothing to select; "
                 f"quantise the dense model instead: cast-train quantize --sparsity {pattern}"
             )
+
     @property
     def pattern(self) -> Pattern:
         """Of the targets; with `zeros` in N:64 the N that they have on average."""

@@ -154,7 +154,7 @@ def test_a_head_of_4_bits(values: Any, save_gated: Save, tmp_path: Path) -> None
     )
     head = load(tmp_path / "out").get_output_embeddings()
     assert isinstance(head, IntegerHead)
-    assert head.packed.nbytes == 96 * 64 * (4 / 8 + 2 / 32) * 2  # no masks; half of a tile's columns
+    assert head.packed.nbytes == 96 * 64 * (4 / 8 + 2 / 32) * 2  # half a tile's columns
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
     assert_products_are_those_of_the_twin(tmp_path / "out", twin)
 

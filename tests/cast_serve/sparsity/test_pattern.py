@@ -14,7 +14,8 @@ from cast_serve.sparsity.pattern import (
 
 
 @pytest.mark.parametrize(
-    "text", ["4:2", "2:2", "0:4", "0:0", "32:32", "65:64", "2:5", "3:12", "32:128", "2", "a:b", "", "-1:4"]
+    "text",
+    ["4:2", "2:2", "0:4", "0:0", "32:32", "65:64", "2:5", "3:12", "32:128", "2", "a:b", "", "-1:4"],
 )
 def test_pattern_refuses(text: str) -> None:
     with pytest.raises(PatternError, match="is not N:M"):
@@ -28,7 +29,13 @@ def test_pattern_round_trip() -> None:
 
 @pytest.mark.parametrize(
     ("text", "stored", "columns"),
-    [("2:4", "2:4", 4), ("1:4", "16:64", 64), ("16:32", "32:64", 64), ("40:64", "40:64", 64), ("64:64", "64:64", 64)],
+    [
+        ("2:4", "2:4", 4),
+        ("1:4", "16:64", 64),
+        ("16:32", "32:64", 64),
+        ("40:64", "40:64", 64),
+        ("64:64", "64:64", 64),
+    ],
 )
 def test_all_but_2_of_4_are_stored_as_words_of_64(text: str, stored: str, columns: int) -> None:
     pattern = Pattern.parse(text)
