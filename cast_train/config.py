@@ -259,7 +259,7 @@ class Pruned(TrainConfig):
         super().check()
         pattern = Pattern.parse(self.sparsity)
         pattern.check_zeros(self.zeros)
-        if pattern.n == pattern.m:
+        if not pattern.zeros:
             raise UsageError(
                 f"sparsity is {pattern}, which keeps every weight, so there is nothing to select; "
                 f"quantise the dense model instead: cast-train quantize --sparsity {pattern}"

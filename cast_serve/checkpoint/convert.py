@@ -138,10 +138,10 @@ def check_source(directory: ModelDirectory, quantization: Quantization | None) -
     if directory.kind == "compressed" and not quantization and not directory.form.is_foreign:
         raise CheckpointError(f"{source} is compressed already; serve it as it is")
     values = quantization.values if quantization else directory.quantized
-    if (pattern := directory.pattern).n == pattern.m and values != "int4":
+    if not directory.pattern.zeros and values != "int4":
         raise CheckpointError(
-            f"{source} is {pattern}, which keeps every weight; that is served in 4 bits only: give "
-            "--quantize int4, or serve the dense model as it is"
+            f"{source} is {directory.pattern}, which keeps every weight; that is served in 4 bits "
+            "only: give --quantize int4, or serve the dense model as it is"
         )
     if quantization:
         check_head(directory, quantization)
