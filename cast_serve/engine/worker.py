@@ -139,6 +139,7 @@ def run(
     if cores is not None:
         os.sched_setaffinity(0, cores)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    use_inductors_cache()
     ask_for_large_pages()
     if lacks_compiler(vllm_flags):
         print(
@@ -308,6 +309,17 @@ def guard(args: argparse.Namespace, name: str) -> None:
 def compiler() -> str:
     """The C++ compiler that torch.compile calls."""
     return os.environ.get("CXX", "g++")
+
+
+def use_inductors_cache() -> None:
+    """Has a start on a CPU find what an earlier one compiled, unless the user chose.
+
+    vLLM 0.32 stores the compiled model (VLLM_USE_AOT_COMPILE), cannot load it on CPUs ("'function'
+    object has no attribute 'finalize_loading'") and compiles again. Without that torch's own cache
+    (TORCHINDUCTOR_CACHE_DIR) serves. To be removed once vLLM loads what it stored.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def ask_for_large_pages() -> None:

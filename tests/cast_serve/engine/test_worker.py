@@ -63,6 +63,19 @@ def test_large_pages_are_asked_for_on_a_cpu_unless_the_user_has_tunables(
     assert os.environ.get("GLIBC_TUNABLES") == expected
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "given", "expected"),
+    [(False, {}, "0"), (False, {"VLLM_USE_AOT_COMPILE": "1"}, "1"), (True, {}, None)],
+)
+def test_what_a_start_compiles_the_next_one_on_a_cpu_finds_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, given: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(os, "environ", dict(given))
+    worker.use_inductors_cache()
+    assert os.environ.get("VLLM_USE_AOT_COMPILE") == expected
+
+
 def test_a_flag_given_by_the_user_replaces_ours() -> None:
     given = ["--kv_cache_memory_bytes=5", "--port", "1"]
     flags = worker.all_flags(Path("m"), "sparse", "127.0.0.1", 8001, given)
