@@ -34,6 +34,7 @@ from cast_serve.gateway.upstream.replica import (
 logger = logging.getLogger(__name__)
 
 CANARY_INTERVAL_S = 5.0  # between the starts of two
+LOADING_INTERVAL_S = 1.0  # between two looks at a replica that was never up, at most
 LIMITS_INTERVAL_S = 30.0  # between two reads of a remote server's limits
 EXIT_POLL_S = 0.2
 FIRST_BACKOFF_S = 1.0
@@ -272,8 +273,11 @@ class Watch:
                     f"(CAST_STARTUP_TIMEOUT_S){reason}"
                 )
             self._tell()
+            wait_s = self.settings.interval_s
+            if replica.came_up_s is None:
+                wait_s = min(wait_s, LOADING_INTERVAL_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.interval_s):
+                async with asyncio.timeout(wait_s):
                     await replica.is_doubted.wait()
 
     async def _read_limits(self) -> Limits | None:

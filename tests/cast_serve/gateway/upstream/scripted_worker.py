@@ -159,6 +159,7 @@ async def closing(client: Client) -> AsyncIterator[Client]:
 @asynccontextmanager
 async def watching(
     *workers: Worker,
+    interval_s: float = 0.03,
     startup_timeout_s: float = 40,
     hang_timeout_s: float = 40,
     on_change: Callable[[Replica], None] | None = None,
@@ -167,7 +168,7 @@ async def watching(
     served = [worker.variant for worker in workers]
     variants.start(served)
     async with closing(Client()) as client:
-        settings = WatchSettings(0.03, startup_timeout_s, hang_timeout_s)
+        settings = WatchSettings(interval_s, startup_timeout_s, hang_timeout_s)
         supervisor = Supervisor(client, settings, on_change or watch.note)
         watch.task = asyncio.create_task(supervisor.run(variants.replicas_of(served)))
         try:

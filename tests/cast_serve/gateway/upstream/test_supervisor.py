@@ -104,6 +104,16 @@ async def test_a_worker_that_takes_too_long_to_start_is_given_up(local: Worker) 
             await watch.until(lambda: False)
 
 
+async def test_a_worker_that_loads_is_looked_at_however_long_the_interval_is(
+    local: Worker,
+) -> None:
+    local.set("unhealthy")
+    async with watching(local, interval_s=900) as watch:
+        await watch.until(lambda: local.lines("looks"))
+        local.clear("unhealthy")
+        await watch.until(lambda: local.replica.is_up)
+
+
 async def test_a_worker_that_does_not_come_back_is_given_up(local: Worker) -> None:
     async with watching(local) as watch:
         await watch.until(lambda: local.replica.is_up)
