@@ -16,7 +16,7 @@ from loadtest.errors import UsageError
 from loadtest.judge.statistics import AT_EVERY_LOOK, MIN_BLOCK_PAIRS
 from loadtest.report.directory import check_out
 from loadtest.send.distribution import lengths, numbers
-from loadtest.send.launches import parse_variants
+from loadtest.send.launches import parse_variants, read_config
 from loadtest.send.paired import Plan, check_fit
 from loadtest.send.schedule import KINDS, Schedule
 from loadtest.send.trace import read_trace
@@ -34,12 +34,17 @@ class Options:
         list[str] | None,
         option("NAME=DIR", "Both models, instead of --url: `cast-serve up` serves them.", "none"),
     ] = None
+    config: Annotated[
+        Path | None,
+        option(
+            "FILE", "Instead of --variant: for `cast-serve up --config` (docs/serving.md).", "none"
+        ),
+    ] = None
     launches: Annotated[
-        int, option("N", "With --variant: number of launches; cores alternate.", min=1)
+        int, option("N", "Launches of the servers; with --variant their cores alternate.", min=1)
     ] = 1
     vllm_flags: Annotated[
-        str,
-        option("FLAGS", "With --variant: flags for both vLLM servers, as one argument.", "none"),
+        str, option("FLAGS", "For the vLLM servers that it launches, as one argument.", "none")
     ] = ""
     baseline: Annotated[str, option("NAME", "Variant to compare against.")] = Plan.baseline
     candidate: Annotated[str, option("NAME", "Variant expected to be better.")] = Plan.candidate
@@ -178,8 +183,8 @@ class Job:
         workload: where prompts come from; every run gets a number of its own.
         quality_workload: where the prompts come from on which agreement is measured.
         questions: on which accuracy is measured; none: it is not.
-        models: directory of each variant, to be served; empty with --url.
-        terms: the limits that a run is judged by, as run.json has them.
+        models: directory of each variant, to be served; empty with --url and --config.
+        terms: the limits that a run is judged by, and --config's variants, as run.json has them.
     """
 
     options: Options
@@ -206,8 +211,10 @@ class Job:
         Raises:
             UsageError: if an option is wrong, has no effect, or does not go with another.
         """
-        if (options.url is None) == (options.variant is None):
-            raise UsageError("give either --url, or --variant NAME=DIR for both variants")
+        if [options.url, options.variant, options.config].count(None) != 2:
+            raise UsageError(
+                "give one of --url, --variant NAME=DIR for both variants, and --config FILE"
+            )
         _check_ranges(options)
         loads = _loads(options)
         has_own_lengths = loads[0].schedule.has_lengths
@@ -222,6 +229,8 @@ class Job:
         if options.out is not None:
             check_out(options.out)
         terms = _terms(options, has_turns=workload.turns.high > 1)
+        if options.config is not None:
+            terms["servers"] = read_config(options.config, names)
         questions = (
             read_questions(options.choices, options.choices_limit) if options.choices else []
         )
@@ -253,7 +262,7 @@ def _check_effects(options: Options, given: Collection[str], has_own_lengths: bo
     is_chat = lengths("--turns", options.turns, 1).high > 1
     on_trace = f"on trace {options.trace}, which has lengths of its own; leave one of them out"
     for names, is_idle, why in (
-        ("launches vllm_flags", options.url, "on the servers at --url; give --variant instead"),
+        ("launches vllm_flags", options.url, "on the servers at --url; have them launched instead"),
         ("block_s", is_sized, "where --num-prompts or --trace size a block; leave one of them out"),
         ("output_tokens prompt_tokens turns shared_prefix", has_own_lengths, on_trace),
         ("prompts text", has_own_lengths, on_trace),

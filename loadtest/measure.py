@@ -43,19 +43,18 @@ def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
         LaunchError: if servers do not start.
         RecordError: if a record cannot be written.
     """
-    loads, num_launches = list(job.loads), job.options.launches
+    options, loads, num_launches = job.options, list(job.loads), job.options.launches
     recorders: list[Recorder] = []
     harnesses: list[list[Mapping[str, Any]]] = [[] for _ in loads]
     try:
         for number in range(num_launches):
-            given = job.options.url
-            server = served(job.models, number, job.options.vllm_flags.split())
-            with server if given is None else nullcontext(given) as url:
+            server = served(job.models, options.config, number, options.vllm_flags.split())
+            with server if options.url is None else nullcontext(options.url) as url:
                 asyncio.run(check_served(job, url))
                 if number == 0:
                     about = {
                         **about,
-                        **told_by(job.options.api_key, url),
+                        **told_by(options.api_key, url),
                         **asyncio.run(_quality(job, url)),
                     }
                 for place, load in enumerate(loads):

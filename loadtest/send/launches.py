@@ -2,8 +2,8 @@
 
 A launch has an effect of its own: where memory lies, which core a worker gets, what else the
 machine does. It moves all block pairs of the launch alike, so no number of pairs shows it. Several
-launches do, and from one to the next the variants change places, because `cast-serve up` gives the
-first variant the first cores.
+launches do. From one to the next the variants change places, because `cast-serve up` gives the
+first variant the first cores; a file for `cast-serve up --config` says itself who gets which.
 """
 
 import os
@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -55,11 +57,34 @@ def parse_variants(given: Sequence[str], names: Sequence[str]) -> dict[str, Path
     return found
 
 
+def read_config(file: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The variants in a file for `cast-serve up --config`, which checks all that it says of them.
+
+    Raises:
+        UsageError: if it cannot be read, or has no variant of one of the names.
+    """
+    try:
+        config = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {file} cannot be read: {error}") from error
+    variants = config.get("variant", {})
+    for name in names:
+        if name not in variants:
+            raise UsageError(
+                f"--config {file} has no [variant.{name}], but {', '.join(variants) or 'none'}; "
+                "name two of its variants with --baseline and --candidate"
+            )
+    return dict(variants)
+
+
 @contextmanager
-def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -> Iterator[str]:
+def served(
+    models: Mapping[str, Path], config: Path | None, number: int, vllm_flags: Sequence[str]
+) -> Iterator[str]:
     """Serves the variants by `cast-serve up` while the block lasts.
 
-    In every launch with an odd `number` the variants change places. Yields the gateway's URL.
+    Those of `models` change places in every launch with an odd `number`; with a `config` there are
+    none of them. Yields the gateway's URL.
 
     Raises:
         LaunchError: if it ends or is not ready in time, with the last lines it printed.
@@ -68,6 +93,8 @@ def served(models: Mapping[str, Path], number: int, vllm_flags: Sequence[str]) -
         port = probe.getsockname()[1]
     names = list(models) if number % 2 == 0 else list(models)[::-1]
     command = [sys.executable, "-m", "cast_serve", "up", "--port", str(port)]
+    if config is not None:
+        command += ["--config", str(config)]
     for name in names:
         command += ["--variant", f"{name}={models[name]}"]
     if vllm_flags:

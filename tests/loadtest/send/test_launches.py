@@ -25,6 +25,8 @@ if "--fail" in arguments or launch == os.environ.get("FAILING_LAUNCH"):
     sys.exit("no such model")
 port = int(arguments[arguments.index("--port") + 1])
 names = [arguments[n + 1].split("=")[0] for n, word in enumerate(arguments) if word == "--variant"]
+if "--config" in arguments:
+    names = ["dense", "lossless", "ngram"]
 import uvicorn
 from loadtest.mock_server import MockVariant, create_app
 variant = MockVariant(0.01, 0.001, fail_every=int(launch == os.environ.get("SICK_LAUNCH")))
@@ -82,6 +84,55 @@ def test_launches_swap_places_and_become_one_record(asked: Path, model: Path, gu
     assert "3 launches of the servers and 6 block pairs" in (out / "report.md").read_text()
 
 
+CONFIG = """
+[variant.dense]
+dir = "model"
+cores = "0"
+[variant.lossless]
+dir = "model"
+draft = "model"
+[variant.ngram]
+dir = "model"
+"""
+
+
+def test_two_variants_of_a_file_are_compared(asked: Path, model: Path) -> None:
+    config, out = model.with_name("serve.toml"), asked.with_name("out")
+    config.write_text(CONFIG)
+    arguments = ["run", "--config", str(config), "--candidate", "lossless", "--launches", "2"]
+    arguments += ["--blocks", "2", "--num-prompts", "2", "--vllm-flags", "--enforce-eager", *QUICK]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    lines = asked.read_text().splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(f"--config {config} -- --enforce-eager") for line in lines)
+    recorded = Recorded.read(out)
+    assert recorded.variants == ("dense", "lossless")
+    assert [block.launch for block in recorded.blocks] == [0] * 4 + [1] * 4
+    assert recorded.about["servers"]["lossless"] == {"dir": "model", "draft": "model"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: [Errno 2]"),
+        ("[variant.dense", "cannot be read: "),
+        (CONFIG, "has no [variant.sparse], but dense, lossless, ngram; name two"),
+        ("", "has no [variant.dense], but none; name two"),
+    ],
+)
+def test_a_file_without_the_variants_is_refused(
+    asked: Path, text: str | None, message: str
+) -> None:
+    config = asked.with_name("serve.toml")
+    if text is not None:
+        config.write_text(text)
+    done = CliRunner().invoke(app, ["run", "--config", str(config)])
+    assert done.exit_code == 2
+    assert f"--config {config} {message}" in done.stderr
+    assert not asked.exists()
+
+
 def test_the_first_launch_that_is_measured_settles_the_plan(
     asked: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +175,7 @@ def test_a_launch_that_fails_leaves_what_the_earlier_ones_measured(
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_lines(asked: Path, model: Path) -> None:
-    server = served({"dense": model, "sparse": model}, 0, ["--fail"])
+    server = served({"dense": model, "sparse": model}, None, 0, ["--fail"])
     message = r"(?s)launch 1: .*ended with 1; .*no such model"
     with pytest.raises(LaunchError, match=message), server:
         pass
@@ -153,7 +204,7 @@ def test_ctrl_c_while_the_servers_end_leaves_none_behind(
         monkeypatch.setattr(subprocess.Popen, "wait", wait)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), served({"dense": model}, 0, []):
+    with pytest.raises(KeyboardInterrupt), served({"dense": model}, None, 0, []):
         monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     assert len(opened) == 1
     opened.check_closed()
