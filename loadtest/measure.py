@@ -19,7 +19,7 @@ from loadtest.errors import LaunchError, UnreachableError
 from loadtest.job import MAX_MINUTES, Job, Load
 from loadtest.judge.verdict import is_open
 from loadtest.progress import progress
-from loadtest.provenance import told_by
+from loadtest.provenance import acceptance_at, told_by
 from loadtest.quality import agreement, choices
 from loadtest.quality.ask import asking
 from loadtest.record import Recorded, Recorder, Request
@@ -69,7 +69,8 @@ def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
                     # The first launch whose warm-up succeeds settles the size of a block.
                     loads[place] = replace(load, plan=Plan(**recorder.about["plan"]))
                     if number == num_launches - 1:
-                        recorder.complete(_ended(recorder.about))
+                        accepted = acceptance_at(url, options.api_key)
+                        recorder.complete({**_ended(recorder.about), "draft_acceptance": accepted})
                         yield load
     except (LaunchError, ChildProcessError, UnreachableError, KeyboardInterrupt):
         for load, recorder in zip(loads, recorders, strict=False):

@@ -4,12 +4,15 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from math import isnan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from cast_serve.provenance import origin
 from loadtest.send.connection import authorization
@@ -83,16 +86,22 @@ def served_at(url: str, api_key: str | None = None) -> dict[str, dict[str, str]]
             err=True,
         )
         return {}
-    try:
-        families = list(text_string_to_metric_families(response.text))
-    except ValueError:  # another kind of server
-        return {}
     return {
         sample.labels["variant"]: {k: v for k, v in sample.labels.items() if k != "variant"}
-        for family in families
-        if family.name == "cast_variant_info"
-        for sample in family.samples
+        for sample in _samples(response, "cast_variant_info")
     }
+
+
+def acceptance_at(url: str, api_key: str | None = None) -> dict[str, float]:
+    """By variant with a draft: the share of proposed tokens that were accepted since its start.
+
+    Of several replicas the mean; of a server that is not our gateway nothing.
+    """
+    shares: dict[str, list[float]] = {}
+    for sample in _samples(_get(url, "/metrics", api_key), "cast_draft_acceptance_ratio"):
+        if not isnan(sample.value):  # nothing was proposed yet
+            shares.setdefault(sample.labels["variant"], []).append(sample.value)
+    return {variant: fmean(found) for variant, found in shares.items()}
 
 
 def directories_at(url: str, api_key: str | None = None) -> dict[str, dict[str, Any]]:
@@ -111,3 +120,14 @@ def _get(url: str, path: str, api_key: str | None) -> httpx.Response | None:
     with suppress(httpx.HTTPError, httpx.InvalidURL):
         return httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=5, trust_env=False)
     return None
+
+
+def _samples(metrics: httpx.Response | None, name: str) -> list[Sample]:
+    """Those of one metric; none if the answer is none of our gateway's."""
+    if metrics is None:
+        return []
+    try:
+        families = list(text_string_to_metric_families(metrics.text))
+    except ValueError:  # another kind of server
+        return []
+    return [s for family in families if family.name == name for s in family.samples]

@@ -14,10 +14,18 @@ NOT_RECORDED = "not recorded"
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """A name and what baseline and candidate have of it, for each property of the models."""
+    """A name and what baseline and candidate have of it, for each property of the models.
+
+    What was accepted of a draft is that of the last launch.
+    """
     names = ("model", "directory", "bits per weight", "zeros", "perplexity")
-    sides = [_properties(result, result[side]) for side in ("baseline", "candidate")]
-    return list(zip(names, *sides, strict=True))
+    variants = [result[side] for side in ("baseline", "candidate")]
+    sides = [_properties(result, variant) for variant in variants]
+    found = list(zip(names, *sides, strict=True))
+    if accepted := result.get("draft_acceptance"):
+        one, other = (f"{accepted[v]:.0%}" if v in accepted else "no draft" for v in variants)
+        found.append(("draft tokens accepted", one, other))
+    return found
 
 
 def _properties(result: Mapping[str, Any], variant: str) -> tuple[str, str, str, str, str]:

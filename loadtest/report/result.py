@@ -15,8 +15,8 @@ from loadtest.report.words import headline, output_lengths, rows
 
 # What result.json copies from run.json.
 KEPT = "date command versions plan workload schedule rate_per_s timeout_s harness is_aa served"
-# Records of 2026-11-25 and before do not have these.
-LATER = ("machine", "models", "directories", "quality_source", "until")
+# Earlier records do not have these.
+LATER = ("machine", "models", "directories", "quality_source", "until", "draft_acceptance")
 
 
 def result_of(recorded: Recorded) -> dict[str, Any]:

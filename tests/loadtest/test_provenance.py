@@ -8,11 +8,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from typer.testing import CliRunner
 
-from loadtest.provenance import command_of, directories_at, given_in, served_at
+from loadtest.provenance import acceptance_at, command_of, directories_at, given_in, served_at
 from tests.loadtest.conftest import ServeApp
 
 METRICS = """# TYPE cast_variant_info gauge
 cast_variant_info{variant="sparse",kernel="cast",num_sparse_layers="210"} 1
+# TYPE cast_draft_acceptance_ratio gauge
+cast_draft_acceptance_ratio{variant="lossless",replica="0"} 0.5
+cast_draft_acceptance_ratio{variant="lossless",replica="1"} 0.75
+cast_draft_acceptance_ratio{variant="lossless",replica="2"} NaN
+cast_draft_acceptance_ratio{variant="idle",replica="0"} NaN
 # TYPE other gauge
 other{variant="sparse"} 3
 """
@@ -80,6 +85,12 @@ def test_a_gateway_with_keys(
         assert "--api-key (CAST_LOADTEST_API_KEY)" in said
 
 
+def test_what_was_accepted_of_drafts(serve_app: ServeApp) -> None:
+    url = serve_app(gateway(401))
+    assert acceptance_at(url, "right") == {"lossless": 0.625}
+    assert acceptance_at(url) == {}
+
+
 def test_other_servers_tell_nothing(
     serve_app: ServeApp, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,5 +98,5 @@ def test_other_servers_tell_nothing(
     app.add_api_route("/metrics", lambda: PlainTextResponse("{no metrics"))
     app.add_api_route("/v1/comparison", lambda: {"models": "others"})
     for url in (serve_app(app), serve_app(FastAPI()), "http://127.0.0.1:1"):
-        assert served_at(url) == directories_at(url) == {}
+        assert served_at(url) == directories_at(url) == acceptance_at(url) == {}
     assert capsys.readouterr().err == ""

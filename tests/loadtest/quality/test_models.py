@@ -40,3 +40,9 @@ def test_what_was_not_measured_is_told_from_what_was_not_recorded() -> None:
     assert (found["perplexity"], found["bits per weight"]) == ("not recorded", "9")
     assert cells({}, {**LABELS, "dense_weight_bytes": "0"})["bits per weight"] == "unknown"
     assert cells({}, {**LABELS, "dtype": "other"})["bits per weight"] == "unknown"
+
+
+def test_what_was_accepted_of_drafts_is_told_where_there_are_some() -> None:
+    found = rows(result_of(two_pairs(draft_acceptance={"sparse": 0.926})))
+    assert found[-1] == ("draft tokens accepted", "no draft", "93%")
+    assert len(rows(result_of(two_pairs(draft_acceptance={})))) == len(found) - 1
