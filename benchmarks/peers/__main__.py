@@ -4,9 +4,8 @@
         --model sparse=runs/demo/sparse [--peers q8_0:native+fa,q8_0:openvino] [--cores 0-1] \\
         [--text data/text/heldout-wiki.txt --blocks 32] [--out FILE]
 
-A peer is TYPE (llama-cpp-python's server), TYPE:native (llama.cpp's own decode, no server),
-TYPE:native+fa (the same with flash attention) or TYPE:openvino (OpenVINO GenAI), of the demo's
-model or of --peers-of PATH. An empty --peers compares the models alone. How it is measured:
+A peer is TYPE:native (llama.cpp's own decode, no server), TYPE:native+fa (the same with flash
+attention) or TYPE:openvino (OpenVINO GenAI), of the demo's model or of --peers-of PATH. An empty --peers compares the models alone. How it is measured:
 benchmarks/peers/compare.py. The first run with a peer builds llama.cpp from source.
 """
 
@@ -37,8 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--peers",
         default=names.DEFAULT,
-        help=f"separated by commas, each TYPE or TYPE:WAY; TYPE is {' or '.join(names.TYPES)}, "
-        f"WAY {' or '.join(way for way in names.WAYS if way)} (default: %(default)s)",
+        help=f"separated by commas, each TYPE:WAY; TYPE is {' or '.join(names.TYPES)}, "
+        f"WAY {' or '.join(names.WAYS)} (default: %(default)s)",
     )
     parser.add_argument(
         "--peers-of",

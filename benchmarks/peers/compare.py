@@ -1,7 +1,7 @@
 """Our model directories and rivals -> TTFT, TPOT, throughput and perplexity of each, on some cores.
 
-The rivals are llama.cpp, as llama-cpp-python's server and as its own decode, and OpenVINO GenAI,
-each with GGUF files of several types (names.py, files.py).
+The rivals are llama.cpp's own decode and OpenVINO GenAI, each with GGUF files of several types
+(names.py, files.py).
 
 All are up at once on the same cores, with a thread on each, but only one is asked at a time. In a
 round each gets the same prompts, one request at a time, then other prompts all at once; the order
@@ -160,7 +160,7 @@ def compare(
                 result["servers"][peer.name]["perplexity"] = perplexity(peer, blocks)
         served: dict[str, Any] = {}
         for peer in peers:
-            if isinstance(peer, Server) and peer.is_ours:
+            if isinstance(peer, Server):
                 served.update(served_at(peer.url))
     averages = [begun["machine"]["load_average"], os.getloadavg()[0]]
     return {
@@ -181,8 +181,8 @@ def compare(
 def running(
     name: str, model: Path, cores: Sequence[int], plan: Plan
 ) -> AbstractContextManager[Peer]:
-    """Runs a server for a model, or the rival's own decode if its name asks for that."""
-    if model.is_file() and parse(name)[1]:
+    """Runs our server for a directory, or for a file the rival that its name asks for."""
+    if model.is_file():
         return process.running(name, model, cores, plan.context, max(1, plan.at_once))
     return serving(name, model, cores, plan.context, plan.vllm_flags.split())
 
@@ -211,7 +211,7 @@ async def measure(
             pool = pools.get(peer.name)
             timings = [await _ask(peer, pool, prompt, plan.output_tokens) for prompt in single]
             tokens_per_s = 0.0
-            if at_once and _takes_many(peer):
+            if at_once:
                 elapsed_s = await _ask_at_once(peer, pool, at_once, plan.output_tokens)
                 tokens_per_s = len(at_once) * plan.output_tokens / elapsed_s
             if number > 0:
@@ -228,11 +228,6 @@ async def measure(
     for pool in pools.values():
         pool.close()
     return found
-
-
-def _takes_many(peer: Peer) -> bool:
-    """Whether it answers several prompts at once; llama-cpp-python's server does not."""
-    return isinstance(peer, Process) or peer.is_ours
 
 
 async def _ask(peer: Peer, pool: Pool | None, prompt: str, num_tokens: int) -> RequestTiming:
@@ -254,8 +249,7 @@ async def _ask_at_once(
 def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> dict[str, Any]:
     """Medians of each peer, and how many times faster the last of our models is.
 
-    Peers that take `at_once` prompts have tokens_per_s_{at_once}; llama.cpp's decode also has its
-    share of the cores.
+    With `at_once` they have tokens_per_s_{at_once}; llama.cpp's decode has its share of the cores.
     """
     ours = next((peer for peer in reversed(peers) if peer.is_ours), peers[0])
     result: dict[str, Any] = {"compared": ours.name, "servers": {}}

@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.peers.names import FTYPES, GIVEN, SOURCE, PeerError, parse
+from benchmarks.peers.names import FTYPES, GIVEN, SOURCE, PeerError, check_kind, parse
 from cast_serve.checkpoint.record import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"llama": "llama-cpp-python[server]==0.3.36", "openvino": "openvino-genai==2026.4.1.0"}
+PACKAGES = {"llama": "llama-cpp-python==0.3.36", "openvino": "openvino-genai==2026.4.1.0"}
 MODULES = {"llama": "llama_cpp", "openvino": "openvino_genai"}
 PYTHONS = {
     "llama": ROOT / "build/llama-cpp/bin/python",
@@ -67,7 +67,7 @@ def file_of(kind: str, model: Path | None = None) -> Path:
     Raises:
         PeerError: if that fails, or the type is not known.
     """
-    parse(kind)
+    check_kind(kind)
     source, prefix = SOURCE, ""
     if model is not None:
         source = GIVEN if model.is_file() else "f16"

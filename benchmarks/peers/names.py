@@ -1,6 +1,5 @@
 """A peer's name -> the type of its file, and the program that runs it.
 
-q8_0            llama-cpp-python's OpenAI server
 q8_0:native     llama.cpp's own decode in a process of its own, without a server
 q8_0:native+fa  the same with flash attention
 q8_0:openvino   OpenVINO GenAI in a process of its own, without a server
@@ -20,7 +19,6 @@ FTYPES = {  # of llama.cpp's quantiser
 GIVEN = "file"  # of whatever types the given GGUF file has
 TYPES = (SOURCE, *FTYPES, GIVEN)
 WAYS = {  # what stands after the colon -> the title
-    "": "llama.cpp's server, {}",
     "native": "llama.cpp's decode, {}",
     "native+fa": "llama.cpp's decode, {}, flash attention",
     "openvino": "OpenVINO GenAI, {}",
@@ -29,7 +27,7 @@ DEFAULT = "q8_0:native+fa,q4_0:native+fa,q4_k_m:native+fa,q8_0:openvino,q4_0:ope
 
 
 class PeerError(RuntimeError):
-    """A server, or what it needs, failed; the message names the log."""
+    """A peer, or what it needs, failed; the message names the log."""
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -39,12 +37,17 @@ def parse(name: str) -> tuple[str, str]:
         PeerError: if either is not known.
     """
     kind, _, way = name.partition(":")
+    check_kind(kind)
+    if way not in WAYS:
+        ways = ", ".join(f"{kind}:{known}" for known in WAYS)
+        raise PeerError(f"peer {name!r} is not known; write one of {ways}")
+    return kind, way
+
+
+def check_kind(kind: str) -> None:
+    """Raises PeerError if it is none of `TYPES`."""
     if kind not in TYPES:
         raise PeerError(f"{kind!r} is not a type of peer; choose from {', '.join(TYPES)}")
-    if way not in WAYS or name.endswith(":"):
-        ways = ", ".join(f"TYPE:{known}" for known in WAYS if known)
-        raise PeerError(f"peer {name!r} is not known; write TYPE, {ways}")
-    return kind, way
 
 
 def title_of(name: str) -> str:

@@ -1,7 +1,7 @@
-"""A model -> a server of it on some cores, and what it answers: ours, or llama-cpp-python's.
+"""A model's directory -> our server of it on some cores, and what it answers.
 
-Servers are asked straight and not by cast-loadtest: llama-cpp-python has no /health for our
-gateway, counts no tokens in its streams, and knows no ignore_eos (a bias does the same).
+It is asked straight and not by cast-loadtest, since it takes turns with programs without a server
+(process.py).
 """
 
 import asyncio
@@ -20,12 +20,10 @@ from typing import Any
 import httpx
 
 from benchmarks.peers import files
-from benchmarks.peers.names import PeerError, title_of
+from benchmarks.peers.names import PeerError
 from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
 from loadtest.send.connection import Pool, TransportError
-
-ENDS = (0, 2, 4)  # SmolLM2's tokens that end a text for llama.cpp; min_tokens holds off one of them
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,21 @@ class Server:
         title: for people.
         url: its root.
         weight_bytes: of the files on disk.
-        is_ours: whether it is vLLM's.
-        extra: more fields for its requests.
+        is_ours: yes.
+        can_score: whether it tells the log probabilities of a given text: yes.
     """
 
     name: str
     title: str
     url: str
     weight_bytes: int
-    is_ours: bool
-    extra: Mapping[str, Any]
-
-    @property
-    def can_score(self) -> bool:
-        """Whether it tells the log probabilities of a given text."""
-        return self.is_ours
+    is_ours: bool = True
+    can_score: bool = True
 
     def body(self, prompt: str, num_tokens: int) -> dict[str, Any]:
         """A request for a completion of exactly so many tokens."""
         asked = {"model": self.name, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0}
-        return {**asked, **self.extra}
+        return {**asked, "ignore_eos": True}
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many tokens it takes the prompt for.
@@ -132,14 +125,14 @@ class Server:
 def serving(
     name: str, model: Path, cores: Sequence[int], num_context: int, vllm_flags: Sequence[str]
 ) -> Iterator[Server]:
-    """Runs a model's server on the cores: llama.cpp's for a GGUF file, ours for a directory.
+    """Runs a model's server on the cores.
 
     Args:
         name: of the model.
-        model: the file or directory.
+        model: its directory.
         cores: a thread runs on each.
         num_context: tokens that a sequence may have, prompt and answer.
-        vllm_flags: more flags for our server.
+        vllm_flags: more flags for the server.
 
     Raises:
         PeerError: if it ends before it answers.
@@ -148,25 +141,12 @@ def serving(
         port = str(probe.getsockname()[1])
     files.WORK.mkdir(parents=True, exist_ok=True)
     cpus, threads, log = ",".join(map(str, cores)), str(len(cores)), files.WORK / f"{name}.log"
-    is_ours = not model.is_file()
-    if is_ours:
-        command = [sys.executable, "-m", "cast_serve", "worker", str(model), "--name", name]
-        command += ["--port", port, "--cores", cpus]
-        command += ["--", "--max-model-len", str(num_context), *vllm_flags]
-        extra: dict[str, Any] = {"ignore_eos": True}
-        shards = list(model.glob("*.safetensors"))
-    else:
-        command = [str(files.PYTHONS["llama"]), "-m", "llama_cpp.server", "--model", str(model)]
-        command += ["--model_alias", name, "--host", "127.0.0.1", "--port", port]
-        command += ["--n_ctx", str(num_context), "--n_threads", threads]
-        command += ["--n_threads_batch", threads, "--logits_all", "False", "--verbose", "False"]
-        # Unless told otherwise its repeat_penalty is 1.1.
-        extra = {"logit_bias": {str(token): -100 for token in ENDS}, "repeat_penalty": 1.0}
-        shards = [model]
+    command = [sys.executable, "-m", "cast_serve", "worker", str(model), "--name", name]
+    command += ["--port", port, "--cores", cpus]
+    command += ["--", "--max-model-len", str(num_context), *vllm_flags]
     # Before the process is there, since a file may be missing.
-    weight_bytes = sum(path.stat().st_size for path in shards)
-    title = f"vLLM, {name}" if is_ours else title_of(name)
-    server = Server(name, title, f"http://127.0.0.1:{port}", weight_bytes, is_ours, extra)
+    weight_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    server = Server(name, f"vLLM, {name}", f"http://127.0.0.1:{port}", weight_bytes)
     words = ["taskset", "-c", cpus, *command]
     files.show(words)
     with log.open("wb") as file:
