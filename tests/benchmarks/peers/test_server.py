@@ -6,12 +6,12 @@ import pytest
 
 from benchmarks.peers.names import PeerError
 from benchmarks.peers.server import serving
-from tests.conftest import Opened
 
 
-def test_a_peer_of_no_known_name_is_not_started(
-    fake_library: None, model: Path, core: int, opened: Opened
+def test_a_server_that_ends_is_told_with_its_log(
+    fake_library: None, tmp_path: Path, core: int
 ) -> None:
-    with pytest.raises(PeerError), serving("nobody", model, [core], 64, []):
+    message = r"nobody ended with 2; see .*nobody\.log"
+    with pytest.raises(PeerError, match=message), serving("nobody", tmp_path, [core], 64, []):
         pass
-    assert opened == []
+    assert "holds no model" in (tmp_path / "work/nobody.log").read_text()
