@@ -5,8 +5,9 @@
         [--text data/text/heldout-wiki.txt --blocks 32] [--out FILE]
 
 A peer is TYPE:native (llama.cpp's own decode, no server), TYPE:native+fa (the same with flash
-attention) or TYPE:openvino (OpenVINO GenAI), of the demo's model or of --peers-of PATH. An empty --peers compares the models alone. How it is measured:
-benchmarks/peers/compare.py. The first run with a peer builds llama.cpp from source.
+attention) or TYPE:openvino (OpenVINO GenAI), of the demo's model or of --peers-of PATH. An empty
+--peers compares the models alone. How it is measured: benchmarks/peers/compare.py. The first run
+with a peer builds llama.cpp from source.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import files, process
-from benchmarks.peers.names import PeerError, parse
+from benchmarks.peers.names import PeerError
 from benchmarks.peers.process import Process
 from benchmarks.peers.server import Server, serving
 from cast_serve.checkpoint.record import sha256

@@ -45,7 +45,7 @@ def test_a_look_that_fails_leaves_no_watcher_behind(
     watcher.write_text("#!/bin/sh\nexec sleep 600\n")
     watcher.chmod(0o755)
     monkeypatch.setattr(decode, "PY_SPY", watcher)
-    server = Server("dense", "dense", "http://127.0.0.1:9", 1, True, {})
+    server = Server("dense", "dense", "http://127.0.0.1:9", 1)
     with pytest.raises(PeerError):
         decode._look(server, [1, 2], [0], 8, 1.0, tmp_path)
     assert len(opened) == 2
@@ -56,7 +56,7 @@ def test_where_a_record_is_from_is_stamped_first(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_of: LoadOf
 ) -> None:
     url, app = serve(profiled=MockVariant(0.0, 0.001))
-    server = Server("profiled", "profiled", url, 1, True, {"ignore_eos": True})
+    server = Server("profiled", "profiled", url, 1)
     monkeypatch.setattr(decode, "serving", lambda *_: nullcontext(server))
     monkeypatch.setattr(decode, "PY_SPY", Path(__file__))
     monkeypatch.setattr(decode, "IDLE_S", 0)
