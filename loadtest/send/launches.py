@@ -67,7 +67,9 @@ def read_config(file: Path, names: Sequence[str]) -> dict[str, Any]:
         config = tomllib.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {file} cannot be read: {error}") from error
-    variants = config.get("variant", {})
+    variants = config.get("variant")
+    if not isinstance(variants, dict):
+        variants = {}
     for name in names:
         if name not in variants:
             raise UsageError(

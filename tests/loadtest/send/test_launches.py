@@ -119,6 +119,7 @@ def test_two_variants_of_a_file_are_compared(asked: Path, model: Path) -> None:
         ("[variant.dense", "cannot be read: "),
         (CONFIG, "has no [variant.sparse], but dense, lossless, ngram; name two"),
         ("", "has no [variant.dense], but none; name two"),
+        ("variant = 3", "has no [variant.dense], but none; name two"),
     ],
 )
 def test_a_file_without_the_variants_is_refused(
