@@ -139,8 +139,7 @@ def run(
     if cores is not None:
         os.sched_setaffinity(0, cores)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    use_inductors_cache()
-    ask_for_large_pages()
+    set_cpu_defaults()
     if lacks_compiler(vllm_flags):
         print(
             f"cast-serve worker {name}: no C++ compiler {compiler()!r} found, which torch.compile "
@@ -311,28 +310,22 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def use_inductors_cache() -> None:
-    """Has a start on a CPU find what an earlier one compiled, unless the user chose.
+def set_cpu_defaults() -> None:
+    """Sets what vLLM's processes should find in the environment on a CPU, unless the user did.
 
-    vLLM 0.32 stores the compiled model (VLLM_USE_AOT_COMPILE), cannot load it on CPUs ("'function'
-    object has no attribute 'finalize_loading'") and compiles again. Without that torch's own cache
-    (TORCHINDUCTOR_CACHE_DIR) serves. To be removed once vLLM loads what it stored.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-
-
-def ask_for_large_pages() -> None:
-    """Puts the engine's memory into pages of 2 MB, on a CPU, unless the user set glibc's tunables.
-
-    The weights are read once a token, with an address lookup for every page of 4 KB. Linux gives
-    large pages to all processes or to those that ask, as
+    Memory in pages of 2 MB: the weights are read once a token, with an address lookup for every
+    page of 4 KB. Linux gives large pages to all processes or to those that ask, as
     /sys/kernel/mm/transparent_hugepage/enabled says (``always`` or ``madvise``). glibc 2.35 and
     later asks if this variable is set when the process starts, as it then is for the engine's;
     earlier ones ignore it.
+
+    No store of vLLM's own for compiled models: 0.32 cannot load from it on CPUs ("'function' object
+    has no attribute 'finalize_loading'") and compiles again at every start. Without it torch's
+    cache serves (TORCHINDUCTOR_CACHE_DIR). To be removed once vLLM loads what it stored.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def compute_in_engine(args: argparse.Namespace, cores: Sequence[int] | None) -> None:

@@ -47,33 +47,24 @@ def test_the_users_executor_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_gpu", "given", "expected"),
+    ("name", "ours", "users"),
     [
-        (False, {}, "glibc.malloc.hugetlb=1"),
-        (False, {"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1"),
-        (True, {}, None),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "glibc.malloc.check=1"),
+        ("VLLM_USE_AOT_COMPILE", "0", "1"),
     ],
 )
-def test_large_pages_are_asked_for_on_a_cpu_unless_the_user_has_tunables(
-    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, given: dict[str, str], expected: str | None
+def test_defaults_of_the_environment_are_for_cpus_and_yield_to_the_users(
+    monkeypatch: pytest.MonkeyPatch, name: str, ours: str, users: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(os, "environ", dict(given))
-    worker.ask_for_large_pages()
-    assert os.environ.get("GLIBC_TUNABLES") == expected
-
-
-@pytest.mark.parametrize(
-    ("has_gpu", "given", "expected"),
-    [(False, {}, "0"), (False, {"VLLM_USE_AOT_COMPILE": "1"}, "1"), (True, {}, None)],
-)
-def test_what_a_start_compiles_the_next_one_on_a_cpu_finds_unless_the_user_chose(
-    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, given: dict[str, str], expected: str | None
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(os, "environ", dict(given))
-    worker.use_inductors_cache()
-    assert os.environ.get("VLLM_USE_AOT_COMPILE") == expected
+    for has_gpu, given, expected in (
+        (False, {}, ours),
+        (False, {name: users}, users),
+        (True, {}, None),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr(os, "environ", dict(given))
+        worker.set_cpu_defaults()
+        assert os.environ.get(name) == expected
 
 
 def test_a_flag_given_by_the_user_replaces_ours() -> None:
