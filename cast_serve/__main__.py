@@ -172,6 +172,15 @@ def worker(
     draft_tokens: Annotated[
         int | None, option("N", "Tokens that --draft proposes at once.", "3", min=1, max=16)
     ] = None,
+    draft_requests: Annotated[
+        int | None,
+        option(
+            "N",
+            "Requests at a time up to which --draft proposes.",
+            "4 on CPUs, any number on GPUs",
+            min=1,
+        ),
+    ] = None,
 ) -> None:
     """Run one vLLM server for one variant. Flags after -- go to vLLM."""
     from cast_serve.cores import parse_cores
@@ -179,7 +188,7 @@ def worker(
 
     check_port_is_free(host, port)
     own = None if cores is None else parse_cores(cores)
-    server.run(model, name, host, port, own, context.args, draft, draft_tokens)
+    server.run(model, name, host, port, own, context.args, draft, draft_tokens, draft_requests)
 
 
 @app.command(

@@ -7,13 +7,20 @@ keeps those that it would have written itself, so its distribution is unchanged 
 
 import argparse
 import math
+from functools import wraps
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from cast_serve.checkpoint.record import read_json
 from cast_serve.engine.claims import METHOD
 from cast_serve.errors import UsageError
 
 NUM_TOKENS = 3
+# More at once keep the cores busy without proposals to check (benchmarks/log.md, "Drafts").
+CPU_MAX_REQUESTS = 4
 OF_VLLM = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 PROPOSED = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -33,13 +40,20 @@ def check_vocabularies(model: Path, draft: Path) -> None:
         )
 
 
-def speculate(args: argparse.Namespace, draft: Path, num_tokens: int, has_zeros: bool) -> None:
+def speculate(
+    args: argparse.Namespace,
+    draft: Path,
+    num_tokens: int,
+    max_requests: int | None,
+    has_zeros: bool,
+) -> None:
     """Has vLLM's server decode with the draft.
 
     Args:
         args: of vLLM's server; changed in place.
         draft: a directory that can be served.
         num_tokens: that it proposes at once.
+        max_requests: at a time up to which it proposes; None: however many there are.
         has_zeros: whether its sparse weights are stored with their zeros, which config.json does
             not tell vLLM.
 
@@ -57,6 +71,41 @@ def speculate(args: argparse.Namespace, draft: Path, num_tokens: int, has_zeros:
         "num_speculative_tokens": num_tokens,
         **({"quantization": METHOD} if has_zeros else {}),
     }
+    if max_requests is not None:  # the last entry holds for all above it too
+        args.speculative_config["num_speculative_tokens_per_batch_size"] = [
+            [1, max_requests, num_tokens],
+            [max_requests + 1, max_requests + 1, 0],
+        ]
+
+
+def rest_between_proposals(runner: Any) -> None:
+    """Has the draft of one of vLLM's model runners rest in steps that ask it for no token.
+
+    vLLM 0.32 runs it there all the same, so that it has read what it is asked to continue later.
+    Here it still reads prompts, which other requests may share, but of an answer only what is
+    written while it proposes. What it has not read it guesses badly from, until that answer ends;
+    the served model decides in any case.
+
+    Args:
+        runner: its models loaded; changed in place.
+    """
+    proposer = getattr(runner, "drafter", None)
+    if runner.get_draft_model() is None:
+        return
+    propose = proposer.propose
+
+    @wraps(propose)
+    def propose_or_rest(num_speculative_tokens: int, **inputs: Any) -> Tensor:
+        batch = runner.input_batch
+        num_requests = batch.num_reqs
+        reads_prompt = (
+            batch.num_computed_tokens_cpu[:num_requests] < batch.num_prompt_tokens[:num_requests]
+        ).any()
+        if num_speculative_tokens or reads_prompt:
+            return propose(num_speculative_tokens, **inputs)
+        return torch.empty(num_requests, 0, dtype=torch.int64, device=runner.device)
+
+    proposer.propose = propose_or_rest
 
 
 def publish_acceptance(name: str) -> None:

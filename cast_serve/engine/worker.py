@@ -29,9 +29,11 @@ from cast_serve.checkpoint.record import CAST_JSON, is_gated, read_record
 from cast_serve.cores import cores_of_ranks
 from cast_serve.engine.claims import METHOD
 from cast_serve.engine.draft import (
+    CPU_MAX_REQUESTS,
     NUM_TOKENS,
     check_vocabularies,
     publish_acceptance,
+    rest_between_proposals,
     speculate,
 )
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
@@ -65,13 +67,14 @@ class SparseReport:
         of_draft = None if draft is None else {**place, **report(draft)}
         return {**place, **report(runner.model), "draft": of_draft}
 
-    def cast_mend_sampling(self) -> None:
-        """`mend_sampling` of sampling.py, where this rank computes on a CPU."""
+    def cast_prepare_runner(self) -> None:
+        """`mend_sampling` where this rank computes on a CPU, and `rest_between_proposals`."""
         from cast_serve.engine.sampling import mend_sampling
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if runner.device.type == "cpu":
             mend_sampling(runner)
+        rest_between_proposals(runner)
 
     def cast_make_stage_input(self) -> None:
         """Makes the tensors in which a pipeline stage receives the previous stage's output.
@@ -99,6 +102,7 @@ def run(
     vllm_flags: Sequence[str] = (),
     draft: Path | None = None,
     draft_tokens: int | None = None,
+    draft_requests: int | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C.
 
@@ -112,6 +116,8 @@ def run(
         vllm_flags: any flags of vLLM's server; they override ours.
         draft: directory, or name on a hub, of the model that proposes tokens; None: none does.
         draft_tokens: that it proposes at once, 1 or more; None: `NUM_TOKENS` of draft.py.
+        draft_requests: at a time up to which it proposes, 1 or more; None: `CPU_MAX_REQUESTS` of
+            draft.py on a CPU, however many there are on a GPU.
 
     Raises:
         UsageError: if a directory holds no model or a gated one, the draft does not belong to the
@@ -128,8 +134,11 @@ def run(
         except UsageError as error:
             raise UsageError(f"--draft: {error}") from error
         check_vocabularies(model, draft)
-    elif draft_tokens is not None:
-        raise UsageError(f"--draft-tokens {draft_tokens} has no effect without --draft; name one")
+    else:
+        given = {"--draft-tokens": draft_tokens, "--draft-requests": draft_requests}
+        for flag, value in given.items():
+            if value is not None:
+                raise UsageError(f"{flag} {value} has no effect without --draft; name one")
     if expected and "--enable-lora" in vllm_flags:
         raise UsageError(
             f"--enable-lora: vLLM cannot apply LoRA to the sparse linears of {model}; serve it "
@@ -159,7 +168,9 @@ def run(
         args = _arguments(all_flags(model, name, host, port, vllm_flags, quantization))
     guard(args, name)
     if draft is not None:
-        speculate(args, draft, draft_tokens or NUM_TOKENS, draft_has_zeros)
+        if draft_requests is None and not torch.cuda.is_available():
+            draft_requests = CPU_MAX_REQUESTS
+        speculate(args, draft, draft_tokens or NUM_TOKENS, draft_requests, draft_has_zeros)
     if has_zeros and args.quantization != METHOD:
         expected = 0  # the user's --quantization asks for one of vLLM's own methods
     num_ranks = args.tensor_parallel_size * args.pipeline_parallel_size // args.nnodes
@@ -421,7 +432,7 @@ async def _serve(args: argparse.Namespace, name: str, expected: int, of_draft: i
             publish_acceptance(name)
         _publish(name, report, str(engine.model_config.dtype).removeprefix("torch."))
         await engine.collective_rpc("cast_make_stage_input")
-        await engine.collective_rpc("cast_mend_sampling")
+        await engine.collective_rpc("cast_prepare_runner")
         warmed_up = await warm_up(engine)
         _publish_limits(name, engine.model_config.get_vocab_size(), warmed_up)
         if is_stopped:  # where Python ignored the exception, as in a destructor

@@ -148,6 +148,10 @@ def test_a_conversion_is_kept_if_it_is_of_the_same_source(
             ["worker", "nowhere", "--name", "x", "--draft", "x", "--draft-tokens", "17"],
             "should be less than or equal to 16",
         ),
+        (
+            ["worker", "nowhere", "--name", "x", "--draft", "x", "--draft-requests", "0"],
+            "should be greater than or equal to 1",
+        ),
         (["up"], "nothing to serve; give --variant NAME=DIR, or --config FILE"),
         (["up", "--config", "gone.toml"], "--config gone.toml cannot be read"),
         (

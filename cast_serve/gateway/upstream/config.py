@@ -50,6 +50,11 @@ class WorkerConfig(BaseModel):
     draft_tokens: Annotated[int, Field(ge=1, le=16)] | None = Field(
         default=None, description="tokens that it proposes at once; none: 3"
     )
+    draft_requests: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="requests at a time up to which it proposes; none: 4 on CPUs, any number on "
+        "GPUs",
+    )
 
     @field_validator("cores")
     @classmethod

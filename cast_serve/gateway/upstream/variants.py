@@ -40,7 +40,7 @@ def local_variants(
 
     Raises:
         UsageError: if a directory holds no model, there are fewer cores than variants, or
-            `draft_tokens` without a draft.
+            `draft_tokens` or `draft_requests` without a draft.
     """
     named = {name: parse_cores(each.cores) for name, each in workers.items() if each.cores}
     taken = {core for cores in named.values() for core in cores}
@@ -171,15 +171,14 @@ def _fetched(name: str, model: Path) -> Path:
 
 def _draft_flags(name: str, worker: WorkerConfig) -> tuple[str, ...]:
     """Of `cast-serve worker`."""
-    num_tokens = worker.draft_tokens
-    flags = () if num_tokens is None else ("--draft-tokens", str(num_tokens))
-    if worker.draft is not None:
-        return ("--draft", str(_fetched(name, worker.draft)), *flags)
-    if flags:
-        raise UsageError(
-            f"variant {name}: draft_tokens {num_tokens} has no effect without draft; name one"
-        )
-    return ()
+    options = {"draft_tokens": worker.draft_tokens, "draft_requests": worker.draft_requests}
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    if worker.draft is None:
+        for key, value in given.items():
+            raise UsageError(f"variant {name}: {key} {value} has no effect without draft; name one")
+        return ()
+    flags = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+    return ("--draft", str(_fetched(name, worker.draft)), *flags)
 
 
 def _checked_url(name: str, text: str) -> str:

@@ -4,8 +4,11 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Counter
 
 from cast_serve.engine import draft
@@ -17,19 +20,61 @@ def flags(**given: object) -> argparse.Namespace:
 
 def test_vllm_is_asked_for_a_draft_model() -> None:
     args = flags()
-    draft.speculate(args, Path("sparse"), 3, has_zeros=False)
+    draft.speculate(args, Path("sparse"), 3, None, has_zeros=False)
     wanted = {"method": "draft_model", "model": "sparse", "num_speculative_tokens": 3}
     assert args.speculative_config == wanted
     args = flags()
-    draft.speculate(args, Path("sparse"), 3, has_zeros=True)
+    draft.speculate(args, Path("sparse"), 3, None, has_zeros=True)
     assert args.speculative_config == {**wanted, "quantization": "cast_sparse24"}
+
+
+def test_vllm_is_asked_to_propose_nothing_above_some_requests() -> None:
+    args = flags()
+    draft.speculate(args, Path("sparse"), 3, 2, has_zeros=False)
+    schedule = args.speculative_config["num_speculative_tokens_per_batch_size"]
+    assert schedule == [[1, 2, 3], [3, 3, 0]]
+    utils = pytest.importorskip("vllm.v1.spec_decode.dynamic.utils", reason="vLLM's own reading")
+    assert utils.build_dynamic_sd_schedule_lookup(schedule, 5, 3)[1:] == [3, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_computed", "runs"), [(3, 9, True), (0, 9, False), (0, 4, True)]
+)
+def test_a_draft_that_is_asked_for_nothing_reads_prompts_alone(
+    num_tokens: int, num_computed: int, runs: bool
+) -> None:
+    """The second request reads a part of its prompt of five tokens in the last case."""
+    batch = SimpleNamespace(
+        num_reqs=2,
+        num_computed_tokens_cpu=np.array([9, num_computed, 0]),
+        num_prompt_tokens=np.array([5, 5, 5]),
+    )
+    asked = []
+
+    def propose(num_speculative_tokens: int, **inputs: int) -> torch.Tensor:
+        asked.append((num_speculative_tokens, inputs))
+        return torch.ones(2, num_speculative_tokens)
+
+    proposer = SimpleNamespace(propose=propose)
+    runner = SimpleNamespace(
+        input_batch=batch, drafter=proposer, device="cpu", get_draft_model=lambda: "a model"
+    )
+    draft.rest_between_proposals(runner)
+    assert proposer.propose(num_speculative_tokens=num_tokens, more=1).shape == (2, num_tokens)
+    assert asked == ([(num_tokens, {"more": 1})] if runs else [])
+
+
+def test_ngrams_proposals_stay_vllms() -> None:
+    runner = SimpleNamespace(drafter=SimpleNamespace(propose=len), get_draft_model=lambda: None)
+    draft.rest_between_proposals(runner)
+    assert runner.drafter.propose is len
 
 
 @pytest.mark.parametrize("name", draft.OF_VLLM)
 def test_a_second_speculation_is_refused(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(ValueError, match=f"{flag} and --draft sparse both .*; leave one out"):
-        draft.speculate(flags(**{name: "x"}), Path("sparse"), 3, has_zeros=False)
+        draft.speculate(flags(**{name: "x"}), Path("sparse"), 3, None, has_zeros=False)
 
 
 def test_vllm_has_these_flags() -> None:

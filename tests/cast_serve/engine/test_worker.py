@@ -146,6 +146,8 @@ def test_a_draft_is_checked_before_vllm_starts(save_gated: Save, tmp_path: Path)
             worker.run(model, "lossless", draft=draft)
     with pytest.raises(ValueError, match="--draft-tokens 2 has no effect without --draft"):
         worker.run(model, "lossless", draft_tokens=2)
+    with pytest.raises(ValueError, match="--draft-requests 1 has no effect without --draft"):
+        worker.run(model, "lossless", draft_requests=1)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

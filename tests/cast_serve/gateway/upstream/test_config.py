@@ -59,6 +59,7 @@ def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path)
             "vllm is '--seed 3': it must be a .*list",
         ),
         ("[variant.a]\ndir = 'x'\ndraft_tokens = 17", "draft_tokens is 17: it must be less than"),
+        ("[variant.a]\ndir = 'x'\ndraft_requests = 0", "draft_requests is 0: it must be greater"),
         ("[variant.a]\ndir = 'x'\nport = 0", "port is 0: it must be greater than or equal to 1"),
         ("[variant]\na = 'x'", r"\[variant\]: a is 'x': it must be"),
         ("[gateway]\nmax_queue = 1", r"\[gateway\]: unknown key max_queue; .* is max_queued"),

@@ -60,11 +60,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_draft_is_a_flag_of_the_worker(model: Path, tmp_path: Path) -> None:
-    worker = WorkerConfig(dir=model, draft=model, draft_tokens=2, vllm=("--seed", "1"))
+    worker = WorkerConfig(
+        dir=model, draft=model, draft_tokens=2, draft_requests=4, vllm=("--seed", "1")
+    )
     (variant,) = local_variants({"lossless": worker})
     (replica,) = variant.replicas
-    flags = ["--draft", str(model), "--draft-tokens", "2", "--", "--seed", "1"]
-    assert worker_command(replica)[-7:] == flags
+    flags = ["--draft", str(model), "--draft-tokens", "2", "--draft-requests", "4"]
+    assert worker_command(replica)[-9:] == [*flags, "--", "--seed", "1"]
     replica.log = tmp_path / "log"
     new = variants.successor(replica, None, "new.log")
     assert new.worker_flags == replica.worker_flags
@@ -73,6 +75,8 @@ def test_a_draft_is_a_flag_of_the_worker(model: Path, tmp_path: Path) -> None:
 def test_a_draft_that_is_missing_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variant a: draft_tokens 2 has no effect without draft"):
         local_variants({"a": WorkerConfig(dir=model, draft_tokens=2)})
+    with pytest.raises(ValueError, match="variant a: draft_requests 1 has no effect without draft"):
+        local_variants({"a": WorkerConfig(dir=model, draft_requests=1)})
     with pytest.raises(ValueError, match="variant a: .* holds no model"):
         local_variants({"a": WorkerConfig(dir=model, draft=tmp_path)})
 
