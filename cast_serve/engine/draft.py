@@ -89,9 +89,9 @@ def rest_between_proposals(runner: Any) -> None:
     Args:
         runner: its models loaded; changed in place.
     """
-    proposer = getattr(runner, "drafter", None)
     if runner.get_draft_model() is None:
         return
+    proposer = runner.drafter
     propose = proposer.propose
 
     @wraps(propose)
