@@ -7,12 +7,7 @@ keeps those that it would have written itself, so its distribution is unchanged 
 
 import argparse
 import math
-from functools import wraps
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from cast_serve.checkpoint.record import read_json
 from cast_serve.engine.claims import METHOD
@@ -76,36 +71,6 @@ def speculate(
             [1, max_requests, num_tokens],
             [max_requests + 1, max_requests + 1, 0],
         ]
-
-
-def rest_between_proposals(runner: Any) -> None:
-    """Has the draft of one of vLLM's model runners rest in steps that ask it for no token.
-
-    vLLM 0.32 runs it there all the same, so that it has read what it is asked to continue later.
-    Here it still reads prompts, which other requests may share, but of an answer only what is
-    written while it proposes. What it has not read it guesses badly from, until that answer ends;
-    the served model decides in any case.
-
-    Args:
-        runner: its models loaded; changed in place.
-    """
-    if runner.get_draft_model() is None:
-        return
-    proposer = runner.drafter
-    propose = proposer.propose
-
-    @wraps(propose)
-    def propose_or_rest(num_speculative_tokens: int, **inputs: Any) -> Tensor:
-        batch = runner.input_batch
-        num_requests = batch.num_reqs
-        reads_prompt = (
-            batch.num_computed_tokens_cpu[:num_requests] < batch.num_prompt_tokens[:num_requests]
-        ).any()
-        if num_speculative_tokens or reads_prompt:
-            return propose(num_speculative_tokens, **inputs)
-        return torch.empty(num_requests, 0, dtype=torch.int64, device=runner.device)
-
-    proposer.propose = propose_or_rest
 
 
 def publish_acceptance(name: str) -> None:

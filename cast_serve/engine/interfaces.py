@@ -95,7 +95,20 @@ PLUGIN = (
     Used("vllm.platforms", "current_platform.is_cpu", given=()),
     Used("vllm.platforms", "current_platform"),
 )
-# Of worker, sampling, warmup, vllm_cli and report: what `cast-serve worker` runs with every model.
+_METADATA = (
+    *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens"),
+    *("max_query_len", "max_seq_len", "block_table_tensor", "slot_mapping", "positions"),
+    *("is_prefilling", "seq_lens_cpu_upper_bound", "req_idx", "_num_computed_tokens_cache"),
+    "_token_to_req_indices_cache",
+)
+_PROPOSE = (
+    *("self", "num_speculative_tokens", "target_token_ids", "target_positions"),
+    *("target_hidden_states", "next_token_ids", "token_indices_to_sample"),
+    *("common_attn_metadata", "sampling_metadata", "mm_embed_inputs", "num_rejected_tokens_gpu"),
+    "slot_mappings",
+)
+# Of worker, resting, sampling, warmup, vllm_cli and report: what `cast-serve worker` runs with
+# every model.
 SERVER = (
     *_REPORT,
     Used("vllm", "SamplingParams", given=("max_tokens", "logprobs", "detokenize")),
@@ -111,6 +124,13 @@ SERVER = (
     Used("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup", given=()),
     Used("vllm.utils.argparse_utils", "FlexibleArgumentParser", given=()),
     Used("vllm.triton_utils.dispatcher", "KernelOverride", given=(2,)),
+    Used("vllm.v1.attention.backend", "CommonAttentionMetadata", given=_METADATA),
+    Used("vllm.v1.spec_decode.draft_model", "DraftModelProposer.propose", parameters=_PROPOSE),
+    Used(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer",
+        sets=("block_size", "max_num_tokens"),
+    ),
     Used("vllm.v1.sample.rejection_sampler", "_expand.kernel"),
     Used("vllm.v1.sample.rejection_sampler", "_expand"),
     Used("vllm.entrypoints.cli.serve", "run_headless", given=(1,)),

@@ -33,7 +33,6 @@ from cast_serve.engine.draft import (
     NUM_TOKENS,
     check_vocabularies,
     publish_acceptance,
-    rest_between_proposals,
     speculate,
 )
 from cast_serve.engine.interfaces import PLUGIN, SERVER, refusal
@@ -68,13 +67,14 @@ class SparseReport:
         return {**place, **report(runner.model), "draft": of_draft}
 
     def cast_prepare_runner(self) -> None:
-        """`mend_sampling` where this rank computes on a CPU, and `rest_between_proposals`."""
+        """`mend_sampling` of sampling.py, on a CPU, and `rest` of resting.py."""
+        from cast_serve.engine.resting import rest
         from cast_serve.engine.sampling import mend_sampling
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if runner.device.type == "cpu":
             mend_sampling(runner)
-        rest_between_proposals(runner)
+        rest(runner)
 
     def cast_make_stage_input(self) -> None:
         """Makes the tensors in which a pipeline stage receives the previous stage's output.

@@ -58,11 +58,11 @@ def served(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     convert(pruned, sparse, pattern=PATTERN)
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])
     common = f'dir = "{dense}"\ncores = "{cores}"\n'
-    draft = f'{common}draft = "{sparse}"\n'
     config = root / "serve.toml"
     config.write_text(
-        f"[variant.dense]\n{common}[variant.resting]\n{draft}"
-        f"[variant.lossless]\n{draft}draft_requests = {NUM_CHOICES}\n"
+        f"[variant.dense]\n{common}"
+        f'[variant.lossless]\n{common}draft = "{sparse}"\ndraft_requests = {NUM_CHOICES}\n'
+        f'[variant.resting]\n{common}draft = "{dense}"\n'
     )
     flags = [*FLAGS, "--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
     flags += ["--max-num-seqs", "64", "--max-num-batched-tokens", "256"]
@@ -113,17 +113,17 @@ def test_greedy_answers_are_the_dense_models(served: Served) -> None:
     assert 0.05 < acceptance(served, "lossless") < 0.95  # so some were kept, and some were not
 
 
-def test_a_draft_rests_while_there_are_many_requests(served: Served) -> None:
-    """One answer outlasts 24 others and its draft, which has not read all of it, goes on."""
+def test_a_draft_that_rested_reads_what_it_missed(served: Served) -> None:
+    """One answer outlasts 24 others; its draft, dense too, then guesses all that follows."""
     many = [[place, 2, 6] for place in range(24)]
     found = {}
     for name in ("dense", "resting"):
         with ThreadPoolExecutor() as pool:
-            long = pool.submit(answers, served, name, prompt=PROMPT, max_tokens=64, temperature=0)
-            some = answers(served, name, prompt=many, max_tokens=12, temperature=0)
+            long = pool.submit(answers, served, name, prompt=PROMPT, max_tokens=96, temperature=0)
+            some = answers(served, name, prompt=many, max_tokens=24, temperature=0)
             found[name] = [*long.result(), *some]
     assert found["resting"] == found["dense"]
-    assert 0 <= acceptance(served, "resting") < 1  # not NaN: it did propose
+    assert acceptance(served, "resting") > 0.9
 
 
 def test_sampled_answers_have_the_dense_models_distribution(

@@ -4,11 +4,8 @@ import argparse
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from prometheus_client import CollectorRegistry, Counter
 
 from cast_serve.engine import draft
@@ -35,39 +32,6 @@ def test_vllm_is_asked_to_propose_nothing_above_some_requests() -> None:
     assert schedule == [[1, 2, 3], [3, 3, 0]]
     utils = pytest.importorskip("vllm.v1.spec_decode.dynamic.utils", reason="vLLM's own reading")
     assert utils.build_dynamic_sd_schedule_lookup(schedule, 5, 3)[1:] == [3, 3, 0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "num_computed", "runs"), [(3, 9, True), (0, 9, False), (0, 4, True)]
-)
-def test_a_draft_that_is_asked_for_nothing_reads_prompts_alone(
-    num_tokens: int, num_computed: int, runs: bool
-) -> None:
-    """The second request reads a part of its prompt of five tokens in the last case."""
-    batch = SimpleNamespace(
-        num_reqs=2,
-        num_computed_tokens_cpu=np.array([9, num_computed, 0]),
-        num_prompt_tokens=np.array([5, 5, 5]),
-    )
-    asked = []
-
-    def propose(num_speculative_tokens: int, **inputs: int) -> torch.Tensor:
-        asked.append((num_speculative_tokens, inputs))
-        return torch.ones(2, num_speculative_tokens)
-
-    proposer = SimpleNamespace(propose=propose)
-    runner = SimpleNamespace(
-        input_batch=batch, drafter=proposer, device="cpu", get_draft_model=lambda: "a model"
-    )
-    draft.rest_between_proposals(runner)
-    assert proposer.propose(num_speculative_tokens=num_tokens, more=1).shape == (2, num_tokens)
-    assert asked == ([(num_tokens, {"more": 1})] if runs else [])
-
-
-def test_ngrams_proposals_stay_vllms() -> None:
-    runner = SimpleNamespace(drafter=SimpleNamespace(propose=len), get_draft_model=lambda: None)
-    draft.rest_between_proposals(runner)
-    assert runner.drafter.propose is len
 
 
 @pytest.mark.parametrize("name", draft.OF_VLLM)

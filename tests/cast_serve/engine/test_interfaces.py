@@ -18,7 +18,7 @@ pytest.importorskip("vllm", reason="comes with the cpu and gpu extras")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ENGINE = Path(interfaces.__file__).parent
-OF_THE_SERVER = {"worker", "draft", "sampling", "warmup", "vllm_cli", "report"}
+OF_THE_SERVER = {"worker", "draft", "resting", "sampling", "warmup", "vllm_cli", "report"}
 OF_THE_PLUGIN = {path.stem for path in ENGINE.glob("*.py")} - OF_THE_SERVER | {"report"}
 
 
