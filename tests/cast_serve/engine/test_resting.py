@@ -62,7 +62,7 @@ class Engine:
         num_computed: tokens of each request.
     """
 
-    def __init__(self, texts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> None:
+    def __init__(self, texts: list[list[int]], blocks: Sequence[Sequence[int]]) -> None:
         self.texts, self.blocks = texts, blocks
         self.num_computed = [0] * len(texts)
         self.draft = Draft()
