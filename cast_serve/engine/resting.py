@@ -65,12 +65,12 @@ class RestingDraft:
         budget = self._max_tokens
         for request, (begin, end) in enumerate(pairwise(bounds)):
             num_before = int(inputs["target_positions"][begin])
-            before = self._places(metadata.block_table_tensor[request], num_before)
-            missed = self.is_unread[before].nonzero()
+            own = self._places(metadata.block_table_tensor[request], num_before + 1)
+            missed = self.is_unread[own[:-1]].nonzero()
             if len(missed):
                 first = int(missed[0])
                 last = min(first + budget, num_before)
-                self._read(request, before, first, last, int(new[begin]), inputs)
+                self._read(request, own, first, last, inputs)
                 budget -= last - first
                 if last < num_before:
                     continue
@@ -89,27 +89,19 @@ class RestingDraft:
         )
 
     def _read(
-        self,
-        request: int,
-        before: Tensor,
-        first: int,
-        last: int,
-        current: int,
-        inputs: dict[str, Any],
+        self, request: int, own: Tensor, first: int, last: int, inputs: dict[str, Any]
     ) -> None:
         """Has the draft read tokens first to last - 1 of a request, in a pass of their own.
 
         Args:
             request: its row.
-            before: `_places` of what was written before this step.
-            current: this step's first token, which follows those.
+            own: `_places` of its tokens, to this step's first.
             inputs: of `propose`.
         """
         if first == last:
             return
-        metadata, new = inputs["common_attn_metadata"], inputs["target_token_ids"]
-        places = before[first:last]
-        following = int(self.tokens[before[last]]) if last < len(before) else current
+        metadata = inputs["common_attn_metadata"]
+        places = own[first:last]
         bounds = metadata.query_start_loc.new_tensor([0, last - first])
         alone = metadata.replace(
             query_start_loc=bounds,
@@ -130,12 +122,12 @@ class RestingDraft:
         )
         self._propose(
             0,
-            target_token_ids=self.tokens[places].to(new.dtype),
+            target_token_ids=self.tokens[places].to(inputs["target_token_ids"].dtype),
             target_positions=torch.arange(
                 first, last, dtype=inputs["target_positions"].dtype, device=places.device
             ),
             target_hidden_states=None,  # which a draft model does not take
-            next_token_ids=inputs["next_token_ids"].new_tensor([following]),
+            next_token_ids=self.tokens[own[last : last + 1]].to(inputs["next_token_ids"].dtype),
             token_indices_to_sample=None,
             common_attn_metadata=alone,
             sampling_metadata=inputs["sampling_metadata"],
