@@ -11,8 +11,9 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,20 +56,22 @@ def run(context: typer.Context, **options: Any) -> None:
     results, unwritten = [], []
     out = job.options.out
     folder = Path(tempfile.mkdtemp(prefix="cast-loadtest-")) if out is None else out
-    with _keeping(folder):
+    folders = job.folders(folder).values()
+    with _keeping(folder, folders):
         about = {**provenance(context, job.models), **job.terms}
-        for load in measure(job, about, folder):
-            result, failed = _conclude(load.out(folder), is_out=out is not None)
+        for directory in measure(job, about, folder):
+            result, failed = _conclude(directory, is_out=out is not None)
             results.append(result)
             unwritten += failed
         if out is not None and len(job.loads) > 1:
-            curve = pareto.sweep_of(pareto.runs_in(out))
-            unwritten += _written(out, lambda: pareto.write_sweep(out, curve))
+            for sweep in folders:
+                curve = pareto.sweep_of(pareto.runs_in(sweep))
+                unwritten += _written(sweep, partial(pareto.write_sweep, sweep, curve))
     if out is None:
         shutil.rmtree(folder)
     failures = [text for result in results for text in commands.failures_of(result)]
     commands.finish(
-        {"sweep": results} if len(job.loads) > 1 else results[0],
+        {"sweep": results} if len(results) > 1 else results[0],
         failures + unwritten,
         commands.code_of(results, unwritten),
     )
@@ -85,8 +88,11 @@ app.command()(run)
 
 
 @contextmanager
-def _keeping(folder: Path) -> Iterator[None]:
-    """Ends a command that goes wrong, and says that its records are left in `folder`."""
+def _keeping(folder: Path, reported: Iterable[Path]) -> Iterator[None]:
+    """Ends a command that goes wrong, and says that its records are left in `folder`.
+
+    `reported` are the directories of which there is a report each.
+    """
     try:
         yield
         return
@@ -102,10 +108,10 @@ def _keeping(folder: Path) -> Iterator[None]:
     with suppress(OSError):  # not empty, or not made yet
         folder.rmdir()
     print(f"cast-loadtest: {why}", file=sys.stderr)
-    if folder.exists():
+    for left in filter(Path.exists, reported):
         print(
-            f"cast-loadtest: the measurements are in {folder}; to write their report: "
-            f"{shlex.join(['cast-loadtest', 'report', str(folder)])}",
+            f"cast-loadtest: the measurements are in {left}; to write their report: "
+            f"{shlex.join(['cast-loadtest', 'report', str(left)])}",
             file=sys.stderr,
         )
     raise typer.Exit(code)

@@ -208,6 +208,8 @@ def _job(given: set[str], max_rate: float | None, shared: Mapping[str, Any]) -> 
     options = Options(**shared, concurrency=str(shared["processes"]))
     if options.url is None:
         raise UsageError("give --url of a server that has both variants, or --from")
+    if "," in options.candidate:
+        raise UsageError(f"--candidate {options.candidate} is several; give one")
     if max_rate is not None and not 0 < max_rate < math.inf:
         raise UsageError(f"--max-rate {max_rate:g} is out of range; give a number above 0")
     if options.blocks < MIN_BLOCK_PAIRS:

@@ -6,6 +6,7 @@ from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -32,7 +33,7 @@ class Options:
     url: Annotated[str | None, option("URL", "Server root, without /v1.", "none")] = None
     variant: Annotated[
         list[str] | None,
-        option("NAME=DIR", "Both models, instead of --url: `cast-serve up` serves them.", "none"),
+        option("NAME=DIR", "All models, instead of --url: `cast-serve up` serves them.", "none"),
     ] = None
     config: Annotated[
         Path | None,
@@ -47,7 +48,10 @@ class Options:
         str, option("FLAGS", "For the vLLM servers that it launches, as one argument.", "none")
     ] = ""
     baseline: Annotated[str, option("NAME", "Variant to compare against.")] = Plan.baseline
-    candidate: Annotated[str, option("NAME", "Variant expected to be better.")] = Plan.candidate
+    candidate: Annotated[
+        str,
+        option("NAME,NAME", "Variant expected to be better; several: each against the baseline."),
+    ] = Plan.candidate
     concurrency: Annotated[
         str,
         option("N,N", "Closed loop: requests, or conversations, at a time; 1,4,16: one run each."),
@@ -168,10 +172,6 @@ class Load:
     plan: Plan
     schedule: Schedule
 
-    def out(self, out: Path) -> Path:
-        """Where it is written to: a sweep has a sub-directory for each load."""
-        return out / self.name if self.name else out
-
 
 @dataclass(frozen=True)
 class Job:
@@ -179,7 +179,7 @@ class Job:
 
     Attributes:
         options: as given.
-        loads: at least one, of the same two variants.
+        loads: at least one, of the same variants.
         workload: where prompts come from; every run gets a number of its own.
         quality_workload: where the prompts come from on which agreement is measured.
         questions: on which accuracy is measured; none: it is not.
@@ -196,9 +196,14 @@ class Job:
     terms: Mapping[str, Any]
 
     @property
-    def variants(self) -> tuple[str, str]:
-        """Baseline, candidate."""
-        return self.options.baseline, self.options.candidate
+    def variants(self) -> tuple[str, ...]:
+        """Baseline, candidates."""
+        return self.loads[0].plan.variants
+
+    def folders(self, out: Path) -> dict[str, Path]:
+        """By candidate: where its run or sweep is written; several have sub-directories."""
+        _, *names = self.variants
+        return {name: out / quote(name, safe="") if names[1:] else out for name in names}
 
     @classmethod
     def of(cls, options: Options, given: Collection[str]) -> "Job":
@@ -213,13 +218,13 @@ class Job:
         """
         if [options.url, options.variant, options.config].count(None) != 2:
             raise UsageError(
-                "give one of --url, --variant NAME=DIR for both variants, and --config FILE"
+                "give one of --url, --variant NAME=DIR for each variant, and --config FILE"
             )
         _check_ranges(options)
         loads = _loads(options)
         has_own_lengths = loads[0].schedule.has_lengths
         _check_effects(options, given, has_own_lengths)
-        names = (options.baseline, options.candidate)
+        names = loads[0].plan.variants
         models = parse_variants(options.variant, names) if options.variant else {}
         workload = quality_workload = _workload(options, has_own_lengths)
         # Made-up words say nothing about quality: a model that reads them repeats itself.
@@ -286,13 +291,15 @@ def _loads(options: Options) -> list[Load]:
             f"--concurrency {options.concurrency} is a sweep of closed loops; give one number, or "
             "leave out --schedule and --rate"
         )
+    candidate, *others = options.candidate.split(",")
     trace = read_trace(options.trace) if options.trace else ()
     loads = []
     for place, rate in product(places, rates):
         name = f"rate-{rate:g}" if len(rates) > 1 else None
         plan = Plan(
             baseline=options.baseline,
-            candidate=options.candidate,
+            candidate=candidate,
+            others=tuple(others),
             concurrency=place,
             num_prompts=options.num_prompts,
             block_s=options.block_s,

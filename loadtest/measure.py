@@ -26,59 +26,67 @@ from loadtest.record import Recorded, Recorder, Request
 from loadtest.report.result import result_of
 from loadtest.send.client import Client
 from loadtest.send.launches import served
-from loadtest.send.paired import Plan, run_paired, worst
+from loadtest.send.paired import Plan, part_of, run_paired, worst
 from loadtest.send.processes import Processes
 from loadtest.send.workload import Prompt, Workload, new_run_number
 
 
-def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Load]:
-    """Measures each load; it comes as soon as its record is complete, or something ends the run.
+def measure(job: Job, about: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """Measures each load: yields a record's directory when it is complete, or the run is ended.
 
     `about` is what is known before, for run.json: the limits, and where the record is from. Records
     are written into `folder`.
 
     Raises:
-        UnreachableError: if the server does not have both variants.
+        UnreachableError: if the server does not have all variants.
         QualityError: if quality cannot be measured.
         LaunchError: if servers do not start.
         RecordError: if a record cannot be written.
     """
     options, loads, num_launches = job.options, list(job.loads), job.options.launches
-    recorders: list[Recorder] = []
+    recorders: list[dict[str, Recorder]] = []  # by load, then by candidate
     harnesses: list[list[Mapping[str, Any]]] = [[] for _ in loads]
+    folders = job.folders(folder)
+
+    def every() -> list[Recorder]:
+        return [recorder for own in recorders for recorder in own.values()]
+
     try:
         for number in range(num_launches):
             server = served(job.models, options.config, number, options.vllm_flags.split())
             with server if options.url is None else nullcontext(options.url) as url:
                 asyncio.run(check_served(job, url))
                 if number == 0:
-                    about = {
-                        **about,
-                        **told_by(options.api_key, url),
-                        **asyncio.run(_quality(job, url)),
-                    }
+                    about = {**about, **told_by(options.api_key, url)}
+                    quality = {name: asyncio.run(_quality(job, url, name)) for name in folders}
                 for place, load in enumerate(loads):
                     if number == 0:
+                        begun = {**about, **_begun(job, about)}
                         recorders.append(
-                            Recorder(load.out(folder), {**about, **_begun(job, about)})
+                            {
+                                name: Recorder(out / (load.name or ""), {**begun, **quality[name]})
+                                for name, out in folders.items()
+                            }
                         )
-                    recorder = recorders[place]
-                    recorder.begin_launch()
-                    harness = asyncio.run(_run(job, url, load, recorder, harnesses[place]))
+                    own = recorders[place]
+                    for recorder in own.values():
+                        recorder.begin_launch()
+                    harness, plan = asyncio.run(_run(job, url, load, own, harnesses[place]))
                     harnesses[place].append(harness)
                     # The first launch whose warm-up succeeds settles the size of a block.
-                    loads[place] = replace(load, plan=Plan(**recorder.about["plan"]))
+                    loads[place] = replace(load, plan=plan)
                     if number == num_launches - 1:
-                        accepted = acceptance_at(url, options.api_key)
-                        recorder.complete({**_ended(recorder.about), "draft_acceptance": accepted})
-                        yield load
+                        accepted = {"draft_acceptance": acceptance_at(url, options.api_key)}
+                        for recorder in own.values():
+                            recorder.complete({**_ended(recorder.about), **accepted})
+                            yield recorder.directory
     except (LaunchError, ChildProcessError, UnreachableError, KeyboardInterrupt):
-        for load, recorder in zip(loads, recorders, strict=False):
+        for recorder in every():
             if recorder.num_requests and not recorder.about["is_complete"]:
-                yield load
+                yield recorder.directory
         raise
     finally:
-        for recorder in recorders:
+        for recorder in every():
             recorder.discard_if_empty()
 
 
@@ -111,7 +119,7 @@ def _client(job: Job, url: str) -> Client:
 
 
 async def check_served(job: Job, url: str) -> None:
-    """Refuses a server without both variants.
+    """Refuses a server without all variants.
 
     Raises:
         UnreachableError: as `Client.check_serves`.
@@ -121,14 +129,23 @@ async def check_served(job: Job, url: str) -> None:
 
 
 async def _run(
-    job: Job, url: str, load: Load, recorder: Recorder, earlier: Sequence[Mapping[str, Any]]
-) -> Mapping[str, Any]:
-    """Measures a load in one launch; returns how the harness kept up, as in those before."""
+    job: Job,
+    url: str,
+    load: Load,
+    recorders: Mapping[str, Recorder],
+    earlier: Sequence[Mapping[str, Any]],
+) -> tuple[Mapping[str, Any], Plan]:
+    """Measures a load in one launch; returns how the harness kept up, and the plan with its size.
+
+    `recorders` by candidate; `earlier` is how it kept up in the launches before.
+    """
     options, workload = job.options, replace(job.workload, run_number=new_run_number())
 
     def record(requests: Sequence[Request], sending: Mapping[str, Any]) -> None:
         harness = worst([*earlier, sending["harness"]])
-        recorder.add(requests, {**sending, "harness": harness, "workload": workload.about()})
+        about = {**sending, "harness": harness, "workload": workload.about()}
+        for name, recorder in recorders.items():
+            recorder.add(*part_of(name, requests, about))
 
     began_s = time.monotonic()
 
@@ -136,9 +153,10 @@ async def _run(
         most_s = 60 * (options.max_minutes or MAX_MINUTES)
         if options.until is None or time.monotonic() - began_s > most_s:
             return False
-        recorded = Recorded.read(recorder.directory)
-        return is_open(
-            result_of(Recorded({**recorded.about, "is_complete": True}, recorded.requests))
+        read = [Recorded.read(recorder.directory) for recorder in recorders.values()]
+        return any(
+            is_open(result_of(Recorded({**one.about, "is_complete": True}, one.requests)))
+            for one in read
         )
 
     sender = sender_of(job, url)
@@ -154,12 +172,12 @@ async def _run(
                 record,
                 goes_on,
             )
-    harness: Mapping[str, Any] = sent.about["harness"]
-    return harness
+    return sent.about["harness"], Plan(**sent.about["plan"])
 
 
-async def _quality(job: Job, url: str) -> dict[str, Any]:
+async def _quality(job: Job, url: str, candidate: str) -> dict[str, Any]:
     options, agreements, chosen = job.options, None, None
+    pair = (options.baseline, candidate)
     url, key, timeout_s = url.rstrip("/"), options.api_key, options.timeout_s
     if num := options.quality_prompts:
         prompts = [_text(job.quality_workload.prompt(number)) for number in range(num)]
@@ -167,13 +185,13 @@ async def _quality(job: Job, url: str) -> dict[str, Any]:
             place, longest_s = url + agreement.PATH, agreement.NUM_ANSWERS * timeout_s
             async with asking(place, key, longest_s, agreement.REMEDY) as ask:
                 agreements = await agreement.measure(
-                    ask, prompts, *job.variants, _usual_tokens(job.workload), advance
+                    ask, prompts, *pair, _usual_tokens(job.workload), advance
                 )
     if options.choices is not None:
         total = 2 * sum(len(question.choices) for question in job.questions)
         with progress("choices", total) as (advance, _):
             async with asking(url + choices.PATH, key, timeout_s, choices.REMEDY) as ask:
-                each = await choices.measure(ask, job.questions, *job.variants, advance)
+                each = await choices.measure(ask, job.questions, *pair, advance)
         chosen = choices.about(options.choices, each)
     source = job.quality_workload.source if agreements else None
     return {"quality": agreements, "quality_source": source, "choices": chosen}

@@ -8,6 +8,8 @@ order:
     pair        0                    1                    2  ...
     blocks   baseline candidate   candidate baseline   baseline candidate ...
 
+Several candidates share the baseline's block: baseline, one, other; other, one, baseline; ...
+
 A closed loop keeps `concurrency` requests in flight: the next one leaves when one comes back, so
 its intended send time is the moment at which its place became free. In an open loop the timetable
 says when a request leaves (schedule.py), also when the server falls behind. Warm-up is always a
@@ -15,6 +17,7 @@ closed loop.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -43,6 +46,7 @@ class Plan:
     Attributes:
         baseline: name of the variant compared against.
         candidate: name of the variant that should be better.
+        others: more candidates, each of them compared with the same blocks of the baseline.
         concurrency: requests in flight in a closed loop and in the warm-up.
         num_prompts: conversations in a block; None: as many as `block_s` needs.
         block_s: seconds for which a block keeps up its load, by what the warm-up took.
@@ -52,6 +56,7 @@ class Plan:
 
     baseline: str = "dense"
     candidate: str = "sparse"
+    others: tuple[str, ...] = ()
     concurrency: int = 1
     num_prompts: int | None = None
     block_s: float = 20.0
@@ -59,9 +64,10 @@ class Plan:
     num_warmup: int = 2
 
     def __post_init__(self) -> None:
-        if self.baseline == self.candidate:
+        twice = [name for name, times in Counter(self.variants).items() if times > 1]
+        if twice:
             raise UsageError(
-                f"baseline and candidate are both {self.baseline!r}; to measure one model against "
+                f"baseline and candidates have {twice[0]!r} twice; to measure one model against "
                 "itself, serve it under two names"
             )
         num_prompts = self.concurrency if self.num_prompts is None else self.num_prompts
@@ -83,18 +89,22 @@ class Plan:
             )
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """Baseline, candidates."""
+        return self.baseline, self.candidate, *self.others
+
+    @property
     def num_conversations(self) -> int | None:
         """Of the run, warm-up included; None as long as a block has no size."""
         if self.num_prompts is None:
             return None
-        return 2 * (self.num_warmup + self.num_block_pairs * self.num_prompts)
+        return len(self.variants) * (self.num_warmup + self.num_block_pairs * self.num_prompts)
 
     def block_order(self) -> list[tuple[int, str]]:
         """(block pair, variant) in the order in which the blocks run."""
         order = []
         for pair in range(self.num_block_pairs):
-            both = (self.baseline, self.candidate)
-            order += [(pair, variant) for variant in (both if pair % 2 == 0 else both[::-1])]
+            order += [(pair, variant) for variant in self.variants[:: -1 if pair % 2 else 1]]
         return order
 
 
@@ -143,6 +153,26 @@ class Harness:
             is_void=bool(why),
             why=" and ".join(why) + remedy if why else None,
         )
+
+
+def part_of(
+    candidate: str, requests: Sequence[Request], about: Mapping[str, Any]
+) -> tuple[list[Request], dict[str, Any]]:
+    """What compares one of several candidates with the baseline, as if no other had been measured.
+
+    Takes and returns requests and what run.json says, as `on_sent` of `run_paired` has them.
+    """
+    plan, parts = about["plan"], []
+    baseline, others = plan["baseline"], [plan["candidate"], *plan["others"]]
+    for request in requests:
+        if request.variant in (baseline, candidate):
+            pair = request.block_pair
+            if pair is not None:
+                is_second = (request.variant == candidate) == (pair % 2 == 0)
+                request = replace(request, block=2 * pair + is_second)
+            parts.append(request)
+    others.remove(candidate)
+    return parts, {**about, "plan": {**plan, "candidate": candidate, "others": others}}
 
 
 def worst(harnesses: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -210,12 +240,12 @@ async def run_paired(
     on_sent: Callable[[Sequence[Request], Mapping[str, Any]], None] = lambda requests, about: None,
     goes_on: Callable[[], bool] = lambda: False,
 ) -> Recorded:
-    """Warms both variants up, then runs every block; if a warm-up request fails, none.
+    """Warms all variants up, then runs every block; if a warm-up request fails, none.
 
     A block pair shares its prompts, no other does, and every block is a pass of its own.
 
     Args:
-        client: connected to the server that has both variants.
+        client: connected to the server that has all variants.
         plan: what to send.
         workload: where prompts come from.
         on_response: called after each conversation.
@@ -266,7 +296,7 @@ async def run_paired(
     indices = [next(numbers) for _ in range(plan.num_warmup)]
     warmups = [
         await client.send(batch(variant, indices, 0, None), on_response)
-        for variant in (plan.baseline, plan.candidate)
+        for variant in plan.variants
     ]
     start_s = warmups[0].started_s
     requests = [
@@ -280,9 +310,9 @@ async def run_paired(
     if is_warm:
         num_prompts = plan.num_prompts or 0
         pairs: list[list[int]] = []
-        while len(blocks) < 2 * plan.num_block_pairs:
+        while len(blocks) < len(order := plan.block_order()):
             number = len(blocks)
-            pair, variant = plan.block_order()[number]
+            pair, variant = order[number]
             if pair == len(pairs):
                 pairs.append([next(numbers) for _ in range(num_prompts)])
             due_s = schedule.times_s(num_prompts)
@@ -291,7 +321,7 @@ async def run_paired(
             requests += in_block
             blocks.append(sent)
             on_sent(in_block, about())
-            if len(blocks) == 2 * plan.num_block_pairs and goes_on():
+            if len(blocks) == len(order) and goes_on():
                 plan = replace(plan, num_block_pairs=plan.num_block_pairs + 2)
                 on_plan(plan)
     return Recorded(about(), tuple(requests))

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,29 @@ def test_a_sweep_is_a_run_for_each_load(
     assert len(prompts) == 2 * (12 + 4)
     # Nothing but the warm-up's prompts, which both variants get, is ever sent twice.
     assert len(set(prompts)) == 2 * (12 + 2)
+
+
+def test_each_candidate_has_a_record_with_the_same_blocks_of_the_baseline(
+    serve: Serve, tmp_path: Path
+) -> None:
+    quick = MockVariant(0.01, 0.001)
+    url, app = serve(dense=quick, sparse=quick, **{"org/draft": quick})
+    out = tmp_path / "out"
+    flags = ("--candidate", "sparse,org/draft", "--concurrency", "1,2")
+    result = cast_loadtest("--url", url, *SMALL, *flags, "--out", str(out))
+    found = [(each["candidate"], each["concurrency"]) for each in last_line(result)["sweep"]]
+    assert found == [("sparse", 1), ("org/draft", 1), ("sparse", 2), ("org/draft", 2)]
+    of_dense = []
+    for folder, candidate in (("sparse", "sparse"), ("org%2Fdraft", "org/draft")):
+        sweep = json.loads((out / folder / "result.json").read_text())
+        assert (sweep["candidate"], len(sweep["runs"])) == (candidate, 2)
+        recorded = Recorded.read(out / folder / "concurrency-2")
+        assert recorded.variants == ("dense", candidate)
+        of_dense.append([block.requests for block in recorded.blocks_of("dense")])
+    assert of_dense[0] and [[replace(r, block=0) for r in block] for block in of_dense[0]] == [
+        [replace(r, block=0) for r in block] for block in of_dense[1]
+    ]
+    assert len(app.state.requests) == 2 * 3 * (2 + 2 * 3)  # dense is not asked again for the second
 
 
 def test_until_certain_adds_block_pairs_until_the_limit_is_decided(

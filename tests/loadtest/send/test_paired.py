@@ -10,7 +10,7 @@ from loadtest.mock_server import MockVariant
 from loadtest.record import Recorded, Request
 from loadtest.send.client import Client, Sent
 from loadtest.send.distribution import Distribution
-from loadtest.send.paired import Harness, Plan, check_fit, run_paired, sized, worst
+from loadtest.send.paired import Harness, Plan, check_fit, part_of, run_paired, sized, worst
 from loadtest.send.schedule import Schedule
 from loadtest.send.trace import Arrival
 from loadtest.send.workload import Workload
@@ -59,6 +59,25 @@ def test_what_the_server_saw(serve: Serve) -> None:
     starts_s = [paired.warmup[0].intended_send_s, *(b.started_s for b in paired.blocks)]
     assert starts_s[0] == 0.0
     assert starts_s == sorted(starts_s)
+
+
+def test_several_candidates_share_the_blocks_of_the_baseline(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=QUICK, draft=QUICK)
+    both = run(url, replace(PLAN, others=("draft",)))
+    assert len(both.requests) == replace(PLAN, others=("draft",)).num_conversations
+    order = ["dense", "sparse", "draft"]
+    assert [block.variant for block in both.blocks] == order + order[::-1]
+    for candidate, other in (("sparse", "draft"), ("draft", "sparse")):
+        requests, about = part_of(candidate, both.requests, both.about)
+        part = Recorded(about, tuple(requests))
+        assert part.variants == ("dense", candidate)
+        assert about["plan"]["others"] == [other]
+        # As a run of the two would have numbered them.
+        assert [(block.block_pair, block.variant) for block in part.blocks] == Plan(
+            candidate=candidate, num_block_pairs=2
+        ).block_order()
+        sent = [each.sent_s for each in both.requests if each.variant in ("dense", candidate)]
+        assert [each.sent_s for each in requests] == sent
 
 
 def test_a_plan_goes_on_two_block_pairs_at_a_time(serve: Serve) -> None:
@@ -145,7 +164,8 @@ def test_a_harness_that_does_not_keep_up_voids_the_run(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidate": "dense"}, "both 'dense'"),
+        ({"candidate": "dense"}, "'dense' twice"),
+        ({"others": ("a", "sparse")}, "'sparse' twice"),
         ({"concurrency": 0}, "--concurrency 0 is too small; give at least 1"),
         ({"concurrency": 9}, "--num-prompts 3 is too small; give at least 9 to keep"),
         ({"num_block_pairs": 0}, "--blocks 0 is too small"),
