@@ -192,7 +192,9 @@ def test_slurm_nodes_train_one_model(llama_dir, text_file, settings_file, tmp_pa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "bin").mkdir()
-    for name, content in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\necho node2\n")):
+    # More names than a pipe holds, so that a reader of the first alone would break it.
+    nodes = "#!/bin/sh\necho 127.0.0.1\nseq -f node%g 2 20000\n"
+    for name, content in (("srun", SRUN), ("scontrol", nodes)):
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
     env = {
