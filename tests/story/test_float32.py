@@ -15,7 +15,7 @@ def test_logits_equal_the_dense_twins(served: Served) -> None:
 
 
 def test_greedy_output_equals_the_dense_twins(served: Served) -> None:
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[::4]:  # in float32 vLLM takes seconds an answer
         dense, sparse = (
             complete(served, name, prompt, max_tokens=NUM_TOKENS) for name in ("dense", "sparse")
         )

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import os
-import subprocess
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI, Response
 
-from benchmarks.peers import compare
+from benchmarks.peers import compare, files
+from benchmarks.peers.__main__ import main
 from benchmarks.peers.compare import Found
 from benchmarks.peers.names import PeerError
 from benchmarks.peers.process import Process
@@ -26,7 +27,6 @@ from loadtest.send.connection import Pool
 from tests.benchmarks.conftest import LoadOf
 from tests.loadtest.conftest import Serve, ServeApp
 
-ROOT = Path(__file__).parents[3]
 PLAN = compare.Plan(rounds=2, prompts=2, at_once=0, prompt_words=8, output_tokens=4)
 
 
@@ -234,10 +234,17 @@ def test_where_a_record_is_from_is_stamped_first(
         (["--peers", "", "--cores", "99"], "cores 99 are not available to this process"),
     ],
 )
-def test_wrong_use_is_told_before_the_work(words: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "$" not in done.stderr  # it ran nothing
+def test_wrong_use_is_told_before_the_work(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["peers", *words])
+    for module, work in ((files, "install"), (compare, "compare")):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("it went to work"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
