@@ -99,47 +99,6 @@ def _capacity(paths: Sequence[Path]) -> list[str]:
     return markdown_table(["server", *names, "bias"], lines)
 
 
-def _demo_quality(paths: Sequence[Path]) -> list[str]:
-    """The last line of `make demo`: a line for each model."""
-    found = read(paths[0])
-    names = {
-        "cast": "CAST, mask and weights learn together",
-        "cast_int8": "the same in 8 bits, head too",
-        "fixed": "its baseline, the same start with its mask fixed",
-        "cast_2_4": "CAST in 2:4",
-    }
-    dense = found["perplexity"]["dense"]
-    lines = []
-    for name, value in found["perplexity"].items():
-        cells = [names.get(name, name), f"{value:.1f}", f"{value / dense:.2f}"]
-        for about, form in (
-            (found["zeros"], ".0%"),
-            (found["bits_per_weight"], ".1f"),
-            (found["flipped_share"], ".1%"),
-        ):
-            cells.append(format(about[name], form) if name in about else "")
-        lines.append(cells)
-    columns = ["model", f"perplexity, {found['num_eval_tokens']:,} tokens", "times dense", "zeros"]
-    return markdown_table([*columns, "bits stored for a weight of the linears", "flipped"], lines)
-
-
-def _demo_speed(paths: Sequence[Path]) -> list[str]:
-    """The last line of `make demo`: what is served."""
-    found = read(paths[0])
-    lines = []
-    for title, key, scale, name in (
-        ("linear weights on disk, MB", "weight_bytes", 1e-6, None),
-        ("TTFT, ms", "ttft_s", 1e3, "ttft_p50"),
-        ("TPOT, ms", "tpot_s", 1e3, "tpot_p50"),
-        ("output tokens/s", "output_tokens_per_s", 1, "throughput"),
-    ):
-        dense, sparse = (scale * found[key][side] for side in ("dense", "sparse"))
-        gain = speedup(found["speedups"][name]) if name else f"{dense / sparse:.2f}"
-        lines.append([title, f"{dense:.1f}", f"{sparse:.1f}", gain])
-    columns = ["served by vLLM, one request at a time", "dense", "sparse, 8 bits", "gain"]
-    return markdown_table(columns, lines)
-
-
 def _perplexities(paths: Sequence[Path]) -> list[str]:
     """`cast-train eval --reference DENSE --losses`, a line each, named by the file's stem."""
     lines = []
@@ -326,8 +285,6 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "capacity": _capacity,
     "coverage": _coverage,
     "kernels": _of_records(benches.kernels),
-    "demo_quality": _demo_quality,
-    "demo_speed": _demo_speed,
     "perplexities": _perplexities,
     "peers": _of_records(benches.peers),
     "paired": _paired,
