@@ -71,7 +71,8 @@ def unsound(result: Mapping[str, Any]) -> dict[str, str]:
         found["void"] = result["harness"]["why"]
     if not num_requests and (num_warmup_errors or not found):
         found["warmup"] = (
-            f"the warm-up failed, so nothing was measured: {classes}; see the server's log"
+            f"the warm-up failed, so nothing was measured: {classes or 'another candidate'}; see "
+            "the server's log"
         )
     elif num_warmup_errors:
         found["warmup"] = (

@@ -165,6 +165,14 @@ def test_each_candidate_has_a_record_with_the_same_blocks_of_the_baseline(
     assert len(app.state.requests) == 2 * 3 * (2 + 2 * 3)  # dense is not asked again for the second
 
 
+def test_a_candidate_that_fails_is_named_to_the_others(serve: Serve) -> None:
+    url, _ = serve(dense=QUICK, sparse=QUICK, draft=MockVariant(0.0, 0.0, fail_every=1))
+    result = cast_loadtest("--url", url, *SMALL, "--candidate", "sparse,draft")
+    assert result.exit_code == 1
+    assert "nothing was measured: another candidate; see" in result.stderr
+    assert "nothing was measured: draft http_503 x2; see" in result.stderr
+
+
 def test_until_certain_adds_block_pairs_until_the_limit_is_decided(
     serve: Serve, guard: Path, tmp_path: Path
 ) -> None:
