@@ -44,7 +44,7 @@ def about(show_version: Annotated[bool, VERSION] = False) -> None:
 
 
 def run(context: typer.Context, **options: Any) -> None:
-    """Send the same prompts to two variants in alternating blocks, and compare them.
+    """Send the same prompts to all variants in alternating blocks; compare each candidate.
 
     Times run from the intended send; every ratio above 1 favours the candidate. Exit code 0: the
     run passes, 1: it fails, 2: wrong use, 3: inconclusive: more blocks would tell.

@@ -160,19 +160,13 @@ def part_of(
 ) -> tuple[list[Request], dict[str, Any]]:
     """What compares one of several candidates with the baseline, as if no other had been measured.
 
-    Takes and returns requests and what run.json says, as `on_sent` of `run_paired` has them.
+    Takes and returns requests and what run.json says, as `on_sent` of `run_paired` has them; blocks
+    keep their numbers, so those of the others are left out.
     """
-    plan, parts = about["plan"], []
-    baseline, others = plan["baseline"], [plan["candidate"], *plan["others"]]
-    for request in requests:
-        if request.variant in (baseline, candidate):
-            pair = request.block_pair
-            if pair is not None:
-                is_second = (request.variant == candidate) == (pair % 2 == 0)
-                request = replace(request, block=2 * pair + is_second)
-            parts.append(request)
-    others.remove(candidate)
-    return parts, {**about, "plan": {**plan, "candidate": candidate, "others": others}}
+    plan = about["plan"]
+    others = [name for name in (plan["candidate"], *plan["others"]) if name != candidate]
+    own = [request for request in requests if request.variant not in others]
+    return own, {**about, "plan": {**plan, "candidate": candidate, "others": others}}
 
 
 def worst(harnesses: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ def test_several_candidates_share_the_blocks_of_the_baseline(serve: Serve) -> No
         part = Recorded(about, tuple(requests))
         assert part.variants == ("dense", candidate)
         assert about["plan"]["others"] == [other]
-        # As a run of the two would have numbered them.
+        # In the order of a run of the two.
         assert [(block.block_pair, block.variant) for block in part.blocks] == Plan(
             candidate=candidate, num_block_pairs=2
         ).block_order()
