@@ -171,7 +171,7 @@ def test_a_librarys_product_is_the_same(kind: str, kept: int, tune: Callable[...
 def test_any_tokens_by_the_kernel_for_many(kind: str, few: int, tune: Callable[..., None]) -> None:
     linear = make(kind, (33, 576, 28))
     tune(few=few, few_int8=few, few_int4=few)
-    for num_tokens in (*range(1, 10), 700):  # 700 take several passes
+    for num_tokens in (*range(1, 27), 700):  # 700 take several passes
         x = torch.randint(-4, 5, (num_tokens, 576)).bfloat16()
         if kind != "float":
             x = exact_x(num_tokens, 576, torch.bfloat16)

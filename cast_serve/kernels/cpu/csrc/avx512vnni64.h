@@ -94,79 +94,75 @@ inline __m512 row_scales64(const uint8_t* scales, int group) {
 
 using Dots64 = __v16si;  // GCC 12 copies an __m512i to and fro in loops of vpdpbusd
 
-inline Dots64 add_step64(Dots64 dots, __m512i weights, const uint8_t* four) {
-  return (Dots64)_mm512_dpbusd_epi32((__m512i)dots, weights, broadcast_4_bytes(four));
-}
-
-template <int kGroups, int kTokens>
+template <int kGroups, int kTokens, int kRows>
 __attribute__((noinline)) void run_few_integers64(const Linear& p, const IntegerX& all_x,
-                                                  int64_t begin, int64_t end) {
+                                                  int64_t first, int64_t row, int64_t end) {
   constexpr int kHalfSteps = kSteps64 / 2, kPhases = kGroups == 4 ? 2 : 1;
   constexpr int kStarts = kGroups == 0 ? 1 : kGroups;
-  const int64_t num_tiles = num_tiles64(p), tile_bytes = tile_bytes64(p);
-  const int64_t scales_at = scales_at64(p), ahead_step = (tile_bytes + kHalfSteps - 1) / kHalfSteps;
-  const uint8_t* tile = p.packed + begin * num_tiles * tile_bytes;
-  for (int64_t row = begin; row < end; ++row) {
-    __m512 sums[kTokens] = {};
-    IntegerX x = all_x;
-    for (int64_t i = 0; i < num_tiles; ++i, tile += tile_bytes) {
-      Expander64<kGroups> steps(p, tile);
-      const uint8_t* ahead = tile + kBytesAhead64;
+  const int64_t scales_at = scales_at64(p);
+  RowsTogether<kRows> rows(p, row, end);
+  __m512 sums[kRows][kTokens] = {};
+  const uint8_t* x = all_x.integers + first * kInt8TileColumns;
+  const int32_t* starts = all_x.starts + first;
+  const float* scales = all_x.scales + first;
+  for (int64_t tile = 0; tile < rows.num_tiles; ++tile, rows.end_tile()) {
+    rows.begin_tile(tile);
+    // Of one row the second is not used.
+    Expander64<kGroups> steps[2] = {{p, rows.tiles[0]}, {p, rows.tiles[kRows - 1]}};
+    Dots64 dots[kRows][kTokens];
+    const auto run_half = [&]<int kHalf>() __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int phase = 0; phase < kPhases; ++phase) {
-        Dots64 dots[2][kTokens];
-#pragma GCC unroll 8
-        for (int token = 0; token < kTokens; ++token)
+        const int group = kGroups == 4 ? kHalf * 2 + phase : kGroups == 2 ? kHalf : 0;
+        if (kStarts > 1 || kHalf == 0)
+#pragma GCC unroll 12
+          for (int token = 0; token < kTokens; ++token)
 #pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const int group = kGroups == 4 ? half * 2 + phase : half;
-            dots[half][token] = group < kStarts
-                                    ? (Dots64)_mm512_set1_epi32(x.starts[group * kTokens + token])
-                                    : Dots64{};
-          }
+            for (int j = 0; j < kRows; ++j)
+              dots[j][token] = (Dots64)_mm512_set1_epi32(starts[group * p.num_tokens + token]);
 #pragma GCC unroll 4
         for (int i_step = 0; i_step < kHalfSteps / kPhases; ++i_step) {
           const int step = phase * (kHalfSteps / kPhases) + i_step;
-          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + ahead_step / 2), _MM_HINT_T1);
-          ahead += ahead_step;
-          const __m512i first = steps.template next<0>(step);
-#pragma GCC unroll 8
-          for (int token = 0; token < kTokens; ++token)
-            dots[0][token] =
-                add_step64(dots[0][token], first, x.integers + token * kInt8TileColumns + step * 4);
-          const __m512i second = steps.template next<1>(step);
-#pragma GCC unroll 8
-          for (int token = 0; token < kTokens; ++token)
-            dots[1][token] = add_step64(dots[1][token], second,
-                                        x.integers + token * kInt8TileColumns + 64 + step * 4);
-        }
-#pragma GCC unroll 8
-        for (int token = 0; token < kTokens; ++token) {
-          const __m512 scale = _mm512_set1_ps(x.scales[token]);
-          if constexpr (kGroups <= 1) {
-            const __m512 dot = _mm512_cvtepi32_ps((__m512i)(dots[0][token] + dots[1][token]));
-            const __m512 both =
-                kGroups == 0 ? scale : _mm512_mul_ps(scale, row_scales64(tile + scales_at, 0));
-            sums[token] = _mm512_fmadd_ps(dot, both, sums[token]);
-          } else {
+          __m512i weights[kRows];
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-              const int group = kGroups == 4 ? half * 2 + phase : half;
-              const __m512 both = _mm512_mul_ps(scale, row_scales64(tile + scales_at, group));
-              sums[token] = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots[half][token]), both,
-                                            sums[token]);
-            }
+          for (int j = 0; j < kRows; ++j) {
+            rows.prefetch(j);
+            weights[j] = steps[j].template next<kHalf>(step);
+          }
+#pragma GCC unroll 12
+          for (int token = 0; token < kTokens; ++token) {
+            const __m512i four =
+                broadcast_4_bytes(x + token * kInt8TileColumns + kHalf * 64 + step * 4);
+#pragma GCC unroll 2
+            for (int j = 0; j < kRows; ++j)
+              dots[j][token] =
+                  (Dots64)_mm512_dpbusd_epi32((__m512i)dots[j][token], weights[j], four);
           }
         }
+        if (kStarts > 1 || kHalf == 1)
+#pragma GCC unroll 2
+          for (int j = 0; j < kRows; ++j) {
+            __m512 of_rows = _mm512_setzero_ps();
+            if constexpr (kGroups != 0) of_rows = row_scales64(rows.tiles[j] + scales_at, group);
+#pragma GCC unroll 12
+            for (int token = 0; token < kTokens; ++token) {
+              __m512 scale = _mm512_set1_ps(scales[token]);
+              if constexpr (kGroups != 0) scale = _mm512_mul_ps(scale, of_rows);
+              sums[j][token] = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)dots[j][token]), scale,
+                                               sums[j][token]);
+            }
+          }
       }
-      x.integers += kTokens * kInt8TileColumns;
-      x.starts += kTokens * kStarts;
-      x.scales += kTokens;
-    }
-    for (int token = 0; token < kTokens; ++token)
-      store_rows(p, row * kTileRows64, p.out_features, token, sums[token]);
+    };
+    run_half.template operator()<0>();
+    run_half.template operator()<1>();
+    x += p.num_tokens * kInt8TileColumns;
+    starts += p.num_tokens * kStarts;
+    scales += p.num_tokens;
   }
+  for (int token = 0; token < kTokens; ++token)
+    for (int j = 0; j < kRows && row + j < end; ++j)
+      store_rows(p, (row + j) * kTileRows64, p.out_features, first + token, sums[j][token]);
 }
 
 // The float sums stay in registers over a panel's tiles, beside the integer sums of a scale group.
@@ -184,27 +180,27 @@ inline void multiply_integers64(const Linear& p, const Panel& panel, const Integ
     for (int group = 0; group < kStarts; ++group) {
       const int32_t* starts =
           all_x.starts + ((first_tile + i) * kStarts + group) * p.num_tokens + first;
-      Dots64 dots[kPanelTileRows][kTokens];
+      Dots64 dots[kRowsTogether][kTokens];
 #pragma GCC unroll 12
       for (int token = 0; token < kTokens; ++token)
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelTileRows; ++j)
+        for (int j = 0; j < kRowsTogether; ++j)
           dots[j][token] = (Dots64)_mm512_set1_epi32(starts[token]);
 #pragma GCC unroll 2
       for (int step = group * kGroupSteps; step < (group + 1) * kGroupSteps; ++step) {
-        __m512i weights[kPanelTileRows];
+        __m512i weights[kRowsTogether];
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelTileRows; ++j) weights[j] = _mm512_load_si512(panel[i][j][step]);
+        for (int j = 0; j < kRowsTogether; ++j) weights[j] = _mm512_load_si512(panel[i][j][step]);
 #pragma GCC unroll 12
         for (int token = 0; token < kTokens; ++token) {
           const __m512i four = broadcast_4_bytes(x + token * kInt8TileColumns + step * 4);
 #pragma GCC unroll 4
-          for (int j = 0; j < kPanelTileRows; ++j)
+          for (int j = 0; j < kRowsTogether; ++j)
             dots[j][token] = (Dots64)_mm512_dpbusd_epi32((__m512i)dots[j][token], weights[j], four);
         }
       }
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelTileRows; ++j) {
+      for (int j = 0; j < kRowsTogether; ++j) {
         __m512 of_rows = _mm512_setzero_ps();
         if constexpr (kGroups != 0)
           of_rows = row_scales64(rows[j] + i * tile_bytes64(p) + scales_at64(p), group);
@@ -224,9 +220,13 @@ inline void multiply_integers64(const Linear& p, const Panel& panel, const Integ
 template <int kGroups>
 void run_integers64(const Linear& p, const void* workspace, int64_t begin, int64_t end) {
   const IntegerX x = integer_x(p, workspace);
-  if (p.num_tokens <= kFewTokens64)
-    return with_constant<kFewTokens64>(p.num_tokens, [&]<int kTokens>() {
-      run_few_integers64<kGroups, kTokens>(p, x, begin, end);
+  if (kGroups == 0 && p.num_tokens <= 4)
+    return run_few64<4, 1>(p, begin, end, [&]<int kTokens>(int64_t first, int64_t row) {
+      run_few_integers64<kGroups, kTokens, 1>(p, x, first, row, end);
+    });
+  if (p.num_tokens <= (kGroups == 0 ? 16 : 8))
+    return run_few64<8, kRowsTogether>(p, begin, end, [&]<int kTokens>(int64_t first, int64_t row) {
+      run_few_integers64<kGroups, kTokens, kRowsTogether>(p, x, first, row, end);
     });
   run_panels<6>(
       p, begin, end,
