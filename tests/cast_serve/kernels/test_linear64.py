@@ -73,6 +73,7 @@ class Linear:
 
 @pytest.fixture
 def tune() -> Iterator[Callable[..., None]]:
+    kernels.load()
     before = tuning.current()
     yield lambda **changed: tuning.use(replace(before, **changed))
     tuning.use(before)
