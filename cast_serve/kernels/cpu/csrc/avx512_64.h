@@ -150,12 +150,17 @@ inline void run_panels(const Linear& p, int64_t begin, int64_t end, const Expand
         const uint8_t* rows[kRowsTogether];
         for (int j = 0; j < kRowsTogether; ++j) {  // after the last row it is taken twice
           rows[j] = p.packed + std::min(row + j, end - 1) * row_bytes + tile * tile_bytes;
-          for (int64_t line = 0; line < tiles * tile_bytes; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(rows[j] + tiles * tile_bytes + line),
-                         _MM_HINT_T1);
           for (int64_t i = 0; i < tiles; ++i) expand(rows[j] + i * tile_bytes, panel[i][j]);
         }
+        // Behind a row's end lies the other, which is read already.
+        const int64_t bytes = tiles * tile_bytes;
+        const int64_t next = bytes + (tile + tiles == num_tiles ? row_bytes : 0);
+        int64_t asked = 0;
         for_each_block<kMost>(tokens, [&]<int kTokens>(int64_t block) {
+          // All at once they would wait for each other, and the products for them.
+          for (; asked * tokens < (block + kTokens) * bytes; asked += 64)
+            for (int j = 0; j < kRowsTogether; ++j)
+              _mm_prefetch(reinterpret_cast<const char*>(rows[j] + next + asked), _MM_HINT_T1);
           multiply.template operator()<kTokens>(panel, tile, tiles, rows, first + block,
                                                 sums + block * kRowsTogether * kTileRows64);
         });
