@@ -99,14 +99,16 @@ def pack64(
     columns = INT8_TILE_COLUMNS if values.dtype == torch.int8 else TILE_COLUMNS
     rows, padded = shape[0] * TILE_ROWS64, shape[1] * columns
     dense = values.new_zeros(rows, padded)
-    if bitmask is None:
+    mask = None if bitmask is None else _padded_mask(bitmask, kept, rows, padded)
+    if mask is None or kept == TILE_COLUMNS:
         dense[:out_features, :in_features] = values
         ordered = _in_order(dense, values.dtype).flatten(2)
     else:
-        mask = _padded_mask(bitmask, kept, rows, padded)
-        dense[:out_features, :in_features][mask[:out_features, :in_features]] = values.flatten()
-        in_order = _in_order(mask, values.dtype)
-        ordered = _in_order(dense, values.dtype)[in_order].view(shape[0], shape[1], -1)
+        dense[:out_features, :in_features].masked_scatter_(
+            mask[:out_features, :in_features], values
+        )
+        in_order = _in_order(mask, values.dtype).contiguous()
+        ordered = _select(_in_order(dense, values.dtype), in_order).view(shape[0], shape[1], -1)
     if scale_group is None:
         parts = [(ordered ^ -128) if values.dtype == torch.int8 else ordered]
     else:
@@ -177,7 +179,7 @@ def unpack64(
     elif dtype == torch.int8:
         values = values.contiguous().view(torch.int8) ^ -128
     dense = torch.zeros(in_order.shape, dtype=dtype)
-    dense[in_order] = values.contiguous().view(dtype).flatten()
+    dense.masked_scatter_(in_order, values.contiguous().view(dtype))
     scale = None
     if scale_group is not None:
         of_tiles = scales.contiguous().view(torch.bfloat16)
@@ -273,6 +275,12 @@ def _in_order(rows: Tensor, dtype: torch.dtype) -> Tensor:
         -1, TILE_ROWS64, rows.shape[1] // columns, columns // step_columns, step_columns
     )
     return tiles.permute(0, 2, 3, 1, 4)
+
+
+def _select(tensor: Tensor, mask: Tensor) -> Tensor:
+    """tensor[mask] by NumPy, which takes a third of torch's time and none of its int64 indices."""
+    integers = tensor.contiguous().view(getattr(torch, f"int{8 * tensor.itemsize}"))
+    return torch.from_numpy(integers.numpy()[mask.numpy()]).view(tensor.dtype)
 
 
 def _check_int4(values: Tensor) -> None:
