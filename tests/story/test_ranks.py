@@ -1,7 +1,7 @@
 """The sparse variant over several ranks answers as one rank does.
 
 Three tensor-parallel ranks, on one node and over three, because SmolLM2 has 9 heads and vLLM cuts
-along heads: two are refused. Two pipeline ranks, on one node, eagerly and compiled.
+along heads: two are refused. Two pipeline ranks, on one node, compiled.
 """
 
 import os
@@ -153,13 +153,10 @@ def test_ranks_of_three_nodes(twins: dict[str, Path], one_rank: OneRank, tmp_pat
         check_same(f"http://127.0.0.1:{port}", one_rank)
 
 
-@pytest.mark.parametrize("flags", [FLOAT32, COMPILED], ids=["eager", "compiled"])
-def test_two_pipeline_ranks(
-    flags: list[str], twins: dict[str, Path], one_rank: OneRank, tmp_path: Path
-) -> None:
+def test_two_pipeline_ranks(twins: dict[str, Path], one_rank: OneRank, tmp_path: Path) -> None:
     """Each holds half of the layers: together they tell the layers and bytes of one rank."""
     log, port = tmp_path / "log", free_port()
-    in_two = (*flags, "--pipeline-parallel-size", 2)
+    in_two = (*COMPILED, "--pipeline-parallel-size", 2)
     worker = ("worker", twins["sparse"], "--name", "sparse", "--port", port, "--", *in_two)
     with running(*worker, log=log) as process:
         url = f"http://127.0.0.1:{port}"

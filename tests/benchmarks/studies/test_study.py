@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.studies import report, study
 from cast_serve.provenance import versions
+from cast_train.__main__ import app
 from cast_train.errors import StoppedError
 from tests.conftest import Opened
 
@@ -74,6 +76,22 @@ def test_a_way_may_change_any_setting() -> None:
         study.ways_of("magic steps=3")
 
 
+@pytest.fixture
+def only_runs_have_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a study prunes and measures is done in this process, which has all imported."""
+    call = study._call
+
+    def called(*arguments: object) -> tuple[dict[str, Any], dict[str, float]]:
+        if arguments[0] == "run":
+            return call(*arguments)
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), {}
+
+    monkeypatch.setattr(study, "_call", called)
+
+
+@pytest.mark.usefixtures("only_runs_have_processes")
 def test_a_study_runs_once_and_goes_on(
     llama_dir: Path,
     text_file: Path,

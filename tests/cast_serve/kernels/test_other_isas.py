@@ -23,7 +23,7 @@ TESTS = [
     "test_library.py::test_parity",
     "test_library.py::test_sums_of_integers_that_are_exact_are_equal_bit_for_bit",
 ]
-# What is the same for every kernel.
+# Leaves out what is the same for every kernel.
 SELECTED = "not opcheck and not compile and not absent_isa"
 
 

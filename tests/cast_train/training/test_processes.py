@@ -106,39 +106,16 @@ def test_two_processes_learn_what_one_does(
         assert error < 3e-2, name
 
 
-def stopped(config, out, model_dir, text_file, number=2):
-    """Trains OUT.partial in some processes, as far as the checkpoint after step 4."""
-    program = out.with_name("stop.py")
-    program.write_text(STOP_IF.format(condition="== 6"))
-    done = in_processes(config, out, model_dir, text_file, program=[str(program)], number=number)
-    assert done.returncode != 0
-    assert "stopped" in done.stderr, done.stderr[-3000:]
-    assert not out.exists()
-
-
-def assert_two_go_on_as(whole, config, out, model_dir, text_file):
-    """Whether two processes that go on from that checkpoint end with the weights of `whole`."""
-    program = out.with_name("go-on.py")
-    program.write_text(STOP_IF.format(condition="< 4"))
-    done = in_processes(config, out, model_dir, text_file, "--resume", program=[str(program)])
+@pytest.fixture(scope="module", params=[False, True], ids=["copied", "sharded"])
+def whole(request, llama_dir, text_file, settings_file, tmp_path_factory):
+    """The configuration of a run, and what two processes make of it that nothing stops."""
+    config = TrainConfig.from_toml(
+        settings_file, steps=10, is_sharded=request.param, precision="fp32"
+    )
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = in_processes(config, out, llama_dir, text_file)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, out))
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=name)
-
-
-def test_a_sharded_run_that_was_stopped_goes_on(llama_dir, text_file, settings_file, tmp_path):
-    config = TrainConfig.from_toml(settings_file, steps=10, is_sharded=True)
-    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    arguments = (config, tmp_path / "out", llama_dir, text_file)
-    stopped(*arguments)
-    written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
-    shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
-    for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
-        (half / file).unlink(missing_ok=True)
-    assert_two_go_on_as(tmp_path / "whole", *arguments)
+    return config, out
 
 
 KILLED_ONCE = """
@@ -161,10 +138,9 @@ main()
 """
 
 
-def test_a_killed_process_is_started_again(llama_dir, text_file, settings_file, tmp_path):
-    config = TrainConfig.from_toml(settings_file, steps=10)
-    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
-    assert whole.returncode == 0, whole.stderr[-3000:]
+@pytest.mark.parametrize("whole", [False], indirect=True, ids=["copied"])
+def test_a_killed_process_is_started_again(whole, llama_dir, text_file, tmp_path):
+    config, expected = whole
     (tmp_path / "die.py").write_text(KILLED_ONCE)
     arguments = (config, tmp_path / "out", llama_dir, text_file, "--resume")
     done = in_processes(*arguments, program=[str(tmp_path / "die.py")], restarts=1)
@@ -172,7 +148,7 @@ def test_a_killed_process_is_started_again(llama_dir, text_file, settings_file, 
     assert (tmp_path / "died").exists()
     origins = verify(tmp_path / "out")["origins"]
     assert [launch["step"] for launch in origins] == [0, 4]
-    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "out"))
+    first, second = (load_file(f / "model.safetensors") for f in (expected, tmp_path / "out"))
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -218,29 +194,38 @@ def test_slurm_nodes_train_one_model(llama_dir, text_file, settings_file, tmp_pa
     )
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["copied", "sharded"])
-def test_a_run_of_four_processes_is_gone_on_with_by_two(
-    is_sharded, llama_dir, text_file, settings_file, tmp_path
-):
-    config = TrainConfig.from_toml(settings_file, steps=8, is_sharded=is_sharded, precision="fp32")
-    whole = in_processes(config, tmp_path / "whole", llama_dir, text_file)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    arguments = (config, tmp_path / "out", llama_dir, text_file)
-    stopped(*arguments, number=4)
-    assert_two_go_on_as(tmp_path / "whole", *arguments)
+def test_a_run_of_four_processes_is_gone_on_with_by_two(whole, llama_dir, text_file, tmp_path):
+    config, expected = whole
+    out = tmp_path / "out"
+    program = out.with_name("stop.py")
+    program.write_text(STOP_IF.format(condition="== 6"))
+    stopped = in_processes(config, out, llama_dir, text_file, program=[str(program)], number=4)
+    assert stopped.returncode != 0
+    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
+    assert not out.exists()
+    written, half = (tmp_path / "out.partial" / f"checkpoint-{step}" for step in (4, 6))
+    shutil.copytree(written, half)  # as a kill in the midst of writing would leave it
+    for file in ("complete", "trainer_state.json", "rng_state_1.pth"):
+        (half / file).unlink(missing_ok=True)
+    program = out.with_name("go-on.py")
+    program.write_text(STOP_IF.format(condition="< 4"))
+    done = in_processes(config, out, llama_dir, text_file, "--resume", program=[str(program)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (expected, out))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=name)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"method": "dense"},
-        {"method": "fixed"},
         {"method": "fixed", "is_sharded": True},
         {"method": "fixed", "quantize": "int8", "channel_order": "auto", "zeros": 0.4},
         {"method": "gates", "masks_first": True, "quantize": "int4", "scale_group": 32},
         {"method": "gates", "selector": "generator", "zeros": 0.4},
         {"method": "gates", "is_sharded": True, "channel_order": "auto"},
-        {"method": "ste"},
         {"method": "ste", "is_sharded": True},
         {"method": "adams", "learning_rate": 0.01, "mask_every": 1},
     ],

@@ -15,7 +15,7 @@ from tests.cast_serve.kernels import test_linear24
 from tests.cast_serve.kernels.test_linear24 import SHAPES, make
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
-NUM_TOKENS = [1, 3, 16, 17, 33, 65, 130]
+NUM_TOKENS = [1, 17, 33, 130]
 # As in test_linear24.py; but the interpreter cuts fp32 to bf16 where a GPU rounds: twice the error.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 6e-4}
 
