@@ -278,7 +278,12 @@ def _in_order(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _select(tensor: Tensor, mask: Tensor) -> Tensor:
-    """tensor[mask] by NumPy, which takes a third of torch's time and none of its int64 indices."""
+    """tensor[mask], [mask.sum()], by NumPy: in a third of torch's time, on CPUs alone.
+
+    Args:
+        tensor: bf16, fp16, fp32 or int8, of mask's shape.
+        mask: bool, contiguous.
+    """
     integers = tensor.contiguous().view(getattr(torch, f"int{8 * tensor.itemsize}"))
     return torch.from_numpy(integers.numpy()[mask.numpy()]).view(tensor.dtype)
 

@@ -104,8 +104,7 @@ def decompress(
     if values.is_meta:
         return dense
     mask = unpack_mask(bitmask, in_features, name, stored)
-    dense[mask] = values.reshape(-1)
-    return dense
+    return dense.masked_scatter_(mask, values)  # dense[mask] makes int64 indices
 
 
 def pack_mask(mask: Tensor) -> Tensor:
