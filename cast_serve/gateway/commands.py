@@ -107,7 +107,7 @@ def up(
     for name, values in _parse_variants(variant or []).items():
         if len(values) > 1:
             raise UsageError(f"--variant {name} is given twice; each directory needs its own name")
-        known = workers.get(name, WorkerConfig(dir=Path()))
+        known = workers.get(name, WorkerConfig())
         workers[name] = known.model_copy(update=_models(name, values[0]))
     if not workers:
         raise UsageError("nothing to serve; give --variant NAME=DIR, or --config FILE with one")
@@ -236,14 +236,14 @@ def _parse_variants(given: list[str]) -> dict[str, list[str]]:
     return variants
 
 
-def _models(name: str, text: str) -> dict[str, Path]:
+def _models(name: str, text: str) -> dict[str, Any]:
     """`WorkerConfig.dir`, and `draft` of MODEL+DRAFT; a directory may have a + in its name."""
     model, plus, draft = text.partition("+")
     if not plus or Path(text).is_dir():
-        return {"dir": Path(text)}
+        return {"dir": Path(text), "command": ()}
     if not (model and draft):
         raise UsageError(f"--variant {name}={text} is not NAME=MODEL+DRAFT; name both models")
-    return {"dir": Path(model), "draft": Path(draft)}
+    return {"dir": Path(model), "draft": Path(draft), "command": ()}
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@
     [variant.sparse]     # any of WorkerConfig; a table for each variant
     dir = "models/sparse"
 
-Paths in it are relative to the file.
+Paths in it are relative to the file, except those in a `command`, which runs where `up` does.
 """
 
 import difflib
@@ -31,8 +31,14 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    dir: Path = Field(
-        description="dense or compressed model: a directory, or ORG/NAME[@REVISION] on a hub"
+    dir: Path | None = Field(
+        default=None,
+        description="dense or compressed model: a directory, or ORG/NAME[@REVISION] on a hub",
+    )
+    command: tuple[str, ...] = Field(
+        default=(),
+        description="instead of `dir`, another server with OpenAI's API and /health; `{port}` in "
+        "it stands for its port",
     )
     cores: str | None = Field(
         default=None,
@@ -90,8 +96,6 @@ def read_config(path: Path) -> ServeConfig:
         if fault["type"] == "extra_forbidden":
             known = WorkerConfig.model_fields if table else ServeConfig.model_fields
             raise UsageError(f"{where}: {_unknown(key, known)}") from None
-        if fault["type"] == "missing":
-            raise UsageError(f"{where}: {key} is missing") from None
         limit = fault["msg"].replace("Input should", "it must").replace("tuple", "list")
         raise UsageError(f"{where}: {key} is {fault['input']!r}: {limit}") from None
     _check_settings(config.gateway, f"--config {path}, [gateway]")
@@ -105,7 +109,7 @@ def read_config(path: Path) -> ServeConfig:
     workers = {
         name: worker.model_copy(
             update={
-                "dir": _located(worker.dir, folder),
+                "dir": worker.dir and _located(worker.dir, folder),
                 "draft": worker.draft and _located(worker.draft, folder),
             }
         )

@@ -31,7 +31,7 @@ async def show(variants: Sequence[Variant], console: Console) -> None:
         variants: started, or about to be.
         console: a terminal gets one line that changes, anything else a log line now and then.
     """
-    local = [replica for v in variants for replica in v.replicas if replica.model is not None]
+    local = [replica for v in variants for replica in v.replicas if replica.is_local]
 
     def is_over() -> bool:
         return all(replica.came_up_s is not None for replica in local)

@@ -37,7 +37,8 @@ class Replica:
     Attributes:
         variant: name of the variant that it serves.
         url: where it answers, without a trailing slash.
-        model: the local worker's directory; None for a remote one.
+        model: the local worker's directory; None for a remote one and for a `command`.
+        command: that starts a local server which is no worker of ours; empty: there is none.
         cores: CPU ids of the local worker.
         vllm_flags: passed on to the local worker's vLLM.
         key: that the local worker asks for.
@@ -61,6 +62,7 @@ class Replica:
     variant: str
     url: str
     model: Path | None = None
+    command: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
     vllm_flags: tuple[str, ...] = ()
     key: str = field(default="", repr=False)
@@ -81,6 +83,11 @@ class Replica:
 
     def __str__(self) -> str:
         return f"{self.variant} at {self.url}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is started and ended here."""
+        return self.model is not None or bool(self.command)
 
     @property
     def loading_s(self) -> float | None:
@@ -140,6 +147,9 @@ class Variant:
 
 def worker_command(replica: Replica) -> list[str]:
     """The command that runs a local replica."""
+    if replica.command:  # any program: it cannot be asked to keep to its cores, or to end with us
+        cores = ",".join(map(str, replica.cores))
+        return ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", cores, *replica.command]
     command = [sys.executable, "-m", "cast_serve", "worker", str(replica.model)]
     command += ["--name", replica.variant, "--port", replica.url.rpartition(":")[2]]
     command += ["--cores", ",".join(map(str, replica.cores)), *replica.worker_flags]
@@ -167,7 +177,8 @@ def start_worker(replica: Replica) -> None:
         )
     replica.started_s = time.monotonic()
     cores = ",".join(map(str, replica.cores))
-    logger.info("%s: loading %s on cores %s, log %s", replica, replica.model, cores, replica.log)
+    loaded = replica.model or replica.command[0]
+    logger.info("%s: loading %s on cores %s, log %s", replica, loaded, cores, replica.log)
 
 
 def note_failure(replica: Replica) -> None:

@@ -103,8 +103,8 @@ class Roller:
             )
         if any(replica.model is None for replica in variant.replicas):
             raise UsageError(
-                f"the servers of variant {name!r} were not started here and cannot be replaced "
-                "from here; roll them where they run"
+                f"the servers of variant {name!r} were not started here, or by a command of "
+                "their own, and cannot be replaced from here; roll them where they run"
             )
         if self._rolling is not None:
             raise UsageError(

@@ -150,7 +150,7 @@ class Watch:
         while True:
             replica.came_up_s = None
             try:
-                if replica.model is not None and replica.process is None:
+                if replica.is_local and replica.process is None:
                     start_worker(replica)
                     replica.num_restarts += 1
                 failure = await self._until_failure()
@@ -158,7 +158,7 @@ class Watch:
                 failure = f"could not be started: {error}"
             replica.is_up = False
             self._tell()
-            if replica.model is None:
+            if not replica.is_local:
                 logger.warning("%s: %s; down until it answers a completion", replica, failure)
                 await self._retried(self._wait_for_progress)
                 continue

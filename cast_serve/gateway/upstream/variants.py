@@ -39,8 +39,8 @@ def local_variants(
         gateway_port: which the gateway is about to take, and which no worker gets.
 
     Raises:
-        UsageError: if a directory holds no model, there are fewer cores than variants, or
-            `draft_tokens` or `draft_requests` without a draft.
+        UsageError: if a directory holds no model, there are fewer cores than variants,
+            `draft_tokens` or `draft_requests` without a draft, or not one of `dir` and `command`.
     """
     named = {name: parse_cores(each.cores) for name, each in workers.items() if each.cores}
     taken = {core for cores in named.values() for core in cores}
@@ -52,7 +52,9 @@ def local_variants(
             f"{' left' if taken else ''}; "
             "serve fewer, or run workers elsewhere and use `cast-serve gateway`"
         )
-    folders = {name: _fetched(name, worker.dir) for name, worker in workers.items()}
+    for name, worker in workers.items():
+        _check_one(name, worker)
+    folders = {name: x.dir and _fetched(name, x.dir) for name, x in workers.items()}
     worker_flags = {name: _draft_flags(name, worker) for name, worker in workers.items()}
     share = len(left) // max(1, len(sharing))
     for index, name in enumerate(sharing):
@@ -61,10 +63,15 @@ def local_variants(
     free = [port for port in _free_ports(len(workers) + len(asked)) if port not in asked]
     variants = []
     for name, worker in workers.items():
-        url = f"http://127.0.0.1:{worker.port or free.pop()}"
-        flags = (*worker.vllm, *vllm_flags)
+        port = worker.port or free.pop()
         replica = Replica(
-            name, url, folders[name], tuple(named[name]), flags, worker_flags=worker_flags[name]
+            name,
+            f"http://127.0.0.1:{port}",
+            folders[name],
+            tuple(word.replace("{port}", str(port)) for word in worker.command),
+            tuple(named[name]),
+            (*worker.vllm, *vllm_flags),
+            worker_flags=worker_flags[name],
         )
         variants.append(Variant(name, [replica]))
     return variants
@@ -92,7 +99,7 @@ def share_key(variants: Sequence[Variant], key: str) -> str:
     Returns:
         the key that the gateway sends to all; empty: none.
     """
-    local = [replica for replica in replicas_of(variants) if replica.model is not None]
+    local = [replica for replica in replicas_of(variants) if replica.is_local]
     if local and not key:
         key = secrets.token_urlsafe(32)
     for replica in local:
@@ -117,6 +124,7 @@ def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
         old.variant,
         f"http://127.0.0.1:{_free_ports(1)[0]}",
         _fetched(old.variant, model or old.model),
+        (),
         old.cores,
         old.vllm_flags,
         old.key,
@@ -136,7 +144,7 @@ def start(variants: Sequence[Variant], log_dir: Path | None = None) -> None:
     Args:
         log_dir: where their logs go; None: a temporary folder.
     """
-    local = [replica for replica in replicas_of(variants) if replica.model is not None]
+    local = [replica for replica in replicas_of(variants) if replica.is_local]
     if not local:
         return
     if log_dir is None:
@@ -167,6 +175,22 @@ def _fetched(name: str, model: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UsageError(f"variant {name}: {model} holds no model (no config.json)")
     return folder
+
+
+def _check_one(name: str, worker: WorkerConfig) -> None:
+    if (worker.dir is None) == (not worker.command):
+        raise UsageError(f"variant {name}: give dir or command, and not both")
+    if not worker.command:
+        return
+    if worker.vllm or worker.draft:
+        raise UsageError(
+            f"variant {name}: vllm and draft are for a dir; a command has its flags in itself"
+        )
+    if worker.port is None and not any("{port}" in word for word in worker.command):
+        raise UsageError(
+            f"variant {name}: command {' '.join(worker.command)!r} does not say on which port it "
+            "listens; write {port} in it, or name the port"
+        )
 
 
 def _draft_flags(name: str, worker: WorkerConfig) -> tuple[str, ...]:

@@ -334,3 +334,38 @@ def test_an_end_with_requests_that_wait_is_told_without_a_traceback(
     assert {found.status_code for found in answers} == {503}
     assert {found.json()["error"]["code"] for found in answers} == {"shutting_down"}
     assert "Traceback" not in log.read_text()
+
+
+OTHER = """\
+import os, sys
+import uvicorn
+from tests.cast_serve.gateway.fake_worker import create_app
+
+print("cores", sorted(os.sched_getaffinity(0)), flush=True)
+uvicorn.run(create_app(sys.argv[1], ("I", " am", " another")), port=int(sys.argv[2]))
+"""
+
+
+def test_a_variant_may_be_another_server_which_up_starts_and_ends(tmp_path: Path) -> None:
+    """It answers, keeps to its cores, and does not outlive a gateway that is killed."""
+    core = min(os.sched_getaffinity(0))
+    command = json.dumps([sys.executable, "-c", OTHER, "other", "{port}"])
+    config = tmp_path / "serve.toml"
+    config.write_text(
+        f'[gateway]\nlog_dir = "."\n[variant.other]\ncores = "{core}"\ncommand = {command}\n'
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    up = [sys.executable, "-m", "cast_serve", "up", "--port", str(port), "--config", str(config)]
+    with subprocess.Popen(up, stderr=subprocess.DEVNULL) as popen:
+        try:
+            wait_until(lambda: popen.poll() is not None or is_ready(url), 60)
+            body = {"model": "other", "prompt": "Hello"}
+            answer = httpx.post(f"{url}/v1/completions", json=body).json()
+            assert answer["choices"][0]["text"] == "I am another"
+            log = tmp_path / "other.log"
+            assert f"cores [{core}]" in log.read_text()
+        finally:
+            popen.kill()
+        wait_until(lambda: "Finished server process" in log.read_text(), 30)

@@ -23,6 +23,8 @@ def test_the_documentations_example_is_read(tmp_path: Path) -> None:
     assert (dense.dir, dense.cores, dense.port) == (tmp_path / "models/dense", "0", None)
     assert dense.vllm == ("--max-model-len", "2048")
     assert (sparse.dir, sparse.cores, sparse.port) == (tmp_path / "models/sparse", None, 8011)
+    other = config.variant["llama"]
+    assert (other.dir, other.command[0], "{port}" in other.command) == (None, "llama-server", True)
 
 
 def test_a_draft_lies_beside_the_file_too(tmp_path: Path) -> None:
@@ -50,9 +52,9 @@ def test_what_is_no_directory_beside_the_file_may_be_a_hubs_name(tmp_path: Path)
     ("text", "message"),
     [
         ("[variants.a]\ndir = 'x'", "unknown key variants; the nearest is variant"),
-        ("[variant.a]\ndirr = 'x'", r", \[variant.a\]: (dir is missing|unknown key dirr; .* dir$)"),
+        ("[variant.a]\ndirr = 'x'", r", \[variant.a\]: unknown key dirr; .* dir$"),
         ("[variant.a]\ndir = 'x'\ncore = '0'", r"\[variant.a\]: unknown key core; .* is cores"),
-        ("[variant.a]\ncores = '0'", r"\[variant.a\]: dir is missing"),
+        ("[variant.a]\ncommand = 'x'", r"\[variant.a\]: command is 'x': it must be a .*list"),
         ("[variant.a]\ndir = 'x'\ncores = 'all'", "cores is 'all': .*is not a list of CPU ids"),
         (
             "[variant.a]\ndir = 'x'\nvllm = '--seed 3'",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,30 @@ def test_a_draft_that_is_missing_is_refused(model: Path, tmp_path: Path) -> None
         local_variants({"a": WorkerConfig(dir=model, draft_requests=1)})
     with pytest.raises(ValueError, match="variant a: .* holds no model"):
         local_variants({"a": WorkerConfig(dir=model, draft=tmp_path)})
+
+
+def test_a_command_gets_its_port_and_keeps_to_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    worker = WorkerConfig(command=("serve", "--port={port}"), cores="0,2", port=4001)
+    replica = local_variants({"other": worker}, ["--seed", "3"])[0].replicas[0]
+    assert (replica.model, replica.is_local) == (None, True)
+    started = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", "0,2", "serve", "--port=4001"]
+    assert worker_command(replica) == started
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "variant a: give dir or command, and not both"),
+        ({"dir": "x", "command": ("y",)}, "variant a: give dir or command, and not both"),
+        ({"command": ("serve", "it")}, "command 'serve it' does not say on which port it listens"),
+        ({"command": ("{port}",), "vllm": ("--seed", "3")}, "vllm and draft are for a dir"),
+        ({"command": ("{port}",), "draft": "x"}, "vllm and draft are for a dir"),
+    ],
+)
+def test_a_variant_is_a_model_or_a_command(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        local_variants({"a": WorkerConfig(**given)})
 
 
 def test_a_hubs_name_is_fetched(hub: FakeHub) -> None:
