@@ -77,33 +77,43 @@ def hard(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 class _SoftTopK(torch.autograd.Function):
-    """`soft_topk` of grouped scores [..., K / M, M] -> p of the same shape."""
+    """`soft_topk` of grouped scores [..., K / M, M] -> p of the same shape.
+
+    For the backward pass each group keeps two numbers: the logits are made of the scores again.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, n: int, tau: float, learnt_n: Tensor | None) -> Tensor:
-        logits = torch.empty_like(scores, memory_format=torch.contiguous_format)
-        for rows, found in slabs(scores, logits):
-            columns = rows.t().contiguous()  # a loop over a last dimension of 4 is slow
+        p = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        middles, thetas = [], []
+        for rows, found in slabs(scores, p):
+            # A loop over a last dimension of 4 is slow. A copy even of one group, which lies alike.
+            columns = rows.t().clone(memory_format=torch.contiguous_format)
             ascending = sort_columns(columns.clone())
             middle = (ascending[-n] + ascending[-n - 1]) / 2
             theta = _threshold(_relative(ascending, middle, tau), n)
-            found.copy_(_relative(columns, middle, tau).sub_(theta).t())
-        ctx.save_for_backward(logits)
+            found.copy_(_relative(columns, middle, tau).sub_(theta).sigmoid_().t())
+            middles.append(middle)
+            thetas.append(theta)
+        border = torch.stack([torch.cat(middles), torch.cat(thetas)])
+        ctx.save_for_backward(scores, border)
         ctx.tau = tau
-        return logits.sigmoid()
+        return p
 
     @staticmethod
     def backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-        (logits,) = ctx.saved_tensors
+        scores, border = ctx.saved_tensors
+        middle, theta = border.view(2, *scores.shape[:-1], 1)
+        logits = _relative(scores.clone(), middle, ctx.tau).sub_(theta)
         slope = logits.sigmoid().mul_((-logits).sigmoid_())  # p (1 - p) without cancellation
         mean = (slope * grad_p).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
         by_n = mean.sum() if ctx.needs_input_grad[3] else None
         return slope.mul_(grad_p - mean).div_(ctx.tau), None, None, by_n
 
 
-def _relative(columns: Tensor, middle: Tensor, tau: float) -> Tensor:
-    """Logits in place of scores, whose memory they take."""
-    return columns.sub_(middle).div_(tau).clamp_(-CLIP, CLIP)
+def _relative(scores: Tensor, middle: Tensor, tau: float) -> Tensor:
+    """Logits in place of scores, whose memory they take; without theta."""
+    return scores.sub_(middle).div_(tau).clamp_(-CLIP, CLIP)
 
 
 def _threshold(ascending: Tensor, n: int) -> Tensor:

@@ -119,8 +119,9 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
             has_plain_head = ends_in_head(fake)
         kept, flops = _kept_and_flops(fake, shape, config, has_plain_head)
         if isinstance(config, Gates) and config.first_exact_step > 0:
-            # p, the logits that its gradient is made of, and which the penalty leaves out.
-            kept += (9 if config.penalty_weight else 8) * sparse
+            # p, which the penalty leaves out, and logits that are no parameters.
+            computed = 4 * (config.selector == "generator")
+            kept += (4 + bool(config.penalty_weight) + computed) * sparse
         if config.is_checkpointed:  # then one layer at a time is computed again, gates and all
             fake.gradient_checkpointing_enable()
             between, flops = _kept_and_flops(fake, shape, config, has_plain_head)

@@ -76,6 +76,12 @@ def test_it_is_finite_at_tau_1e_4_and_scores_of_1e4(n, m):
     assert torch.isfinite(scores.grad).all()
 
 
+def test_the_scores_of_a_single_group_stay_as_they_are():
+    scores = torch.tensor([[3.0, 2.0, -2.0, -3.0]])
+    soft_topk(scores, 2, 4, 0.1)
+    assert scores.tolist() == [[3.0, 2.0, -2.0, -3.0]]
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_decided_group_gets_no_rounding_noise_as_gradient(n):
     scores = torch.tensor([[3.0, 2.0, -2.0, -3.0]]).requires_grad_()
