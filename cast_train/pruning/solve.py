@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cast_train import sharding
 from cast_train.gates.gating import stored_weight
+from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.sparsegpt import damped, replace_weights
 
 TOLERANCE = 1e-4  # leaves 0.3 % more error than the least at most (benchmarks/log.md)
@@ -22,6 +23,8 @@ def solve(
     model: nn.Module, targets: Mapping[str, nn.Module], masks: Mapping[str, Tensor], blocks: Tensor
 ) -> None:
     """Solves all targets in one pass; later linears see the outputs of solved ones.
+
+    Targets that are zero already where they are dropped stay as they are: they fit themselves.
 
     Args:
         model: a transformers model that the targets belong to, dense, fp32.
@@ -33,9 +36,13 @@ def solve(
         UsageError: if the calibration tokens never reach a target.
     """
     totals = _totals(targets)
+    dropped = {name: _num_dropped(targets[name], mask) for name, mask in masks.items()}
+    linears = _with_any(targets, dropped)
+    if not linears:
+        return
     replace_weights(
         model,
-        targets,
+        linears,
         blocks,
         lambda name, weight, hessian: solve_kept(weight, masks[name], hessian, total=totals[name]),
     )
@@ -47,6 +54,20 @@ def _totals(targets: Mapping[str, nn.Module]) -> dict[str, Callable[[Tensor], Te
         name: partial(sharding.summed, like=stored_weight(linear))
         for name, linear in targets.items()
     }
+
+
+def _num_dropped(linear: nn.Module, mask: Tensor) -> Tensor:
+    """Weights other than 0 that the mask drops, in this process's rows."""
+    return (weight_rows(linear).masked_fill(mask, 0) != 0).sum()
+
+
+def _with_any(
+    targets: Mapping[str, nn.Module], counts: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """Those whose counts are not 0, all processes' together."""
+    totals = _totals(targets)
+    sums = torch.stack([totals[name](counts[name]) for name in targets]).tolist()
+    return {name: targets[name] for name, count in zip(targets, sums, strict=True) if count}
 
 
 def solve_again(
@@ -73,12 +94,7 @@ def solve_again(
     """
     changed = {name: (before[name] != masks[name]).any(1) for name in targets}
     totals = _totals(targets)
-    counts = torch.stack([totals[name](changed[name].sum()) for name in targets])
-    linears = {
-        name: linear
-        for (name, linear), count in zip(targets.items(), counts.tolist(), strict=True)
-        if count
-    }
+    linears = _with_any(targets, {name: rows.sum() for name, rows in changed.items()})
     if not linears:
         return
 
