@@ -54,6 +54,19 @@ def test_no_weights_under_the_mask_are_better_than_solved_ones():
     assert solved < 1.005 * error(solve.solve_kept(weight, mask, hessian, tolerance=0))
 
 
+def test_weights_that_are_zero_where_they_are_dropped_stay_as_they_are(model_dir):
+    model = load_dense(model_dir, torch.float32)
+    targets, _ = find_targets(model, TWO_FOUR)
+    masks = {name: hard_mask(weight_rows(each).abs()) for name, each in targets.items()}
+    oneshot.prune({name: targets[name] for name in list(targets)[1:]}, masks)
+    before = {name: weight_rows(each).clone() for name, each in targets.items()}
+    solve.solve(model, targets, masks, torch.randint(0, 100, (2, 32)))
+    (dense, *pruned) = targets
+    assert (weight_rows(targets[dense])[~masks[dense]] == 0).all()
+    assert not torch.equal(weight_rows(targets[dense]), before[dense] * masks[dense])
+    assert all(torch.equal(weight_rows(targets[name]), before[name]) for name in pruned)
+
+
 @pytest.fixture
 def few_blocks(monkeypatch):
     settings = Fixed(block_size=32, calibration_blocks=4)
