@@ -158,6 +158,27 @@ def decode(records: Sequence[Record]) -> list[str]:
     return markdown_table(["part", *titles], lines)
 
 
+def tasks(records: Sequence[Record]) -> list[str]:
+    """`cast-loadtest tasks --out`: a line a variant, beside the first of its record."""
+    lines = []
+    for found in records:
+        for name, about in found["variants"].items():
+            interval = f"{about['low']:.1%} to {about['high']:.1%}"
+            passed = f"{about['num_passed']} of {found['num_problems']}"
+            cells = [name, passed, f"{about['pass_at_1']:.1%} ({interval})"]
+            if pair := found["pairs"].get(name):
+                points = {key: 100 * value for key, value in pair["difference"].items()}
+                cells.append(
+                    f"{points['mean']:+.1f} ({points['low']:+.1f} to {points['high']:+.1f})"
+                )
+                cells.append(f"{pair['p_mcnemar']:.2g}")
+            else:
+                cells += ["", ""]
+            lines.append(cells)
+    columns = ["variant", "solved", "pass@1", "points above the first, paired", "McNemar's p"]
+    return markdown_table(columns, lines)
+
+
 def soak(records: Sequence[Record]) -> list[str]:
     """`python -m tests.soak`: a line a run."""
     lines = []

@@ -294,6 +294,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "law": _law,
     "carried": _of_records(benches.carried),
     "decode": _of_records(benches.decode),
+    "tasks": _of_records(benches.tasks),
     "soak": _of_records(benches.soak),
     "fuzz": _of_records(benches.fuzz),
     "claims": claims.table,
