@@ -81,6 +81,8 @@ def test_answers_that_were_cut_off_or_that_share_words_with_the_tasks_are_left_o
     how = {"answers": 10, "max_tokens": 64, "temperature": 0.8, "concurrency": 1}
     about = {"url": "http://server", "model": "dense", "tokenizer": Path(), "text": Path()}
     file = io.StringIO()
-    tally = asyncio.run(script.ask(argparse.Namespace(**about, **how), shingles(words), file))
+    tally = script.Tally()
+    args = argparse.Namespace(**about, **how)
+    asyncio.run(script.ask(args, shingles(words), file, tally))
     assert [json.loads(line) for line in file.getvalue().splitlines()] == [{"text": "one\nfine"}]
     assert (tally.num_rows, tally.num_tokens, tally.num_cut_off, tally.num_shared) == (1, 2, 1, 1)

@@ -20,6 +20,8 @@ from cast_serve.gateway.upstream.probes import Limits
 
 logger = logging.getLogger(__name__)
 
+# Any program cannot be asked to end with the gateway, and to keep to its cores.
+CONFINED = ("setpriv", "taskset")
 KILL_GRACE_S = 5.0  # for the kernel to clear away what was killed
 LOCKED = "locked: its worker refuses the gateway's key (401); give both the same CAST_WORKER_KEY"
 UNKNOWN = (
@@ -147,12 +149,13 @@ class Variant:
 
 def worker_command(replica: Replica) -> list[str]:
     """The command that runs a local replica."""
-    if replica.command:  # any program: it cannot be asked to keep to its cores, or to end with us
-        cores = ",".join(map(str, replica.cores))
-        return ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", cores, *replica.command]
+    cores = ",".join(map(str, replica.cores))
+    if replica.command:
+        setpriv, taskset = CONFINED
+        return [setpriv, "--pdeathsig", "TERM", taskset, "-c", cores, *replica.command]
     command = [sys.executable, "-m", "cast_serve", "worker", str(replica.model)]
     command += ["--name", replica.variant, "--port", replica.url.rpartition(":")[2]]
-    command += ["--cores", ",".join(map(str, replica.cores)), *replica.worker_flags]
+    command += ["--cores", cores, *replica.worker_flags]
     command += ["--", *replica.vllm_flags]
     return command
 

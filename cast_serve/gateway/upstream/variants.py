@@ -16,6 +16,7 @@ from cast_serve.cores import parse_cores
 from cast_serve.errors import UsageError
 from cast_serve.gateway.upstream.config import WorkerConfig
 from cast_serve.gateway.upstream.replica import (
+    CONFINED,
     Replica,
     Variant,
     start_worker,
@@ -191,6 +192,11 @@ def _check_one(name: str, worker: WorkerConfig) -> None:
             f"variant {name}: command {' '.join(worker.command)!r} does not say on which port it "
             "listens; write {port} in it, or name the port"
         )
+    for program in (*CONFINED, worker.command[0]):
+        if shutil.which(program) is None:
+            raise UsageError(
+                f"variant {name}: there is no program {program}; install it, or correct the command"
+            )
 
 
 def _draft_flags(name: str, worker: WorkerConfig) -> tuple[str, ...]:

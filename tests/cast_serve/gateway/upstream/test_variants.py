@@ -84,10 +84,10 @@ def test_a_draft_that_is_missing_is_refused(model: Path, tmp_path: Path) -> None
 
 def test_a_command_gets_its_port_and_keeps_to_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    worker = WorkerConfig(command=("serve", "--port={port}"), cores="0,2", port=4001)
+    worker = WorkerConfig(command=("true", "--port={port}"), cores="0,2", port=4001)
     replica = local_variants({"other": worker}, ["--seed", "3"])[0].replicas[0]
     assert (replica.model, replica.is_local) == (None, True)
-    started = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", "0,2", "serve", "--port=4001"]
+    started = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", "0,2", "true", "--port=4001"]
     assert worker_command(replica) == started
 
 
@@ -99,6 +99,7 @@ def test_a_command_gets_its_port_and_keeps_to_its_cores(monkeypatch: pytest.Monk
         ({"command": ("serve", "it")}, "command 'serve it' does not say on which port it listens"),
         ({"command": ("{port}",), "vllm": ("--seed", "3")}, "vllm and draft are for a dir"),
         ({"command": ("{port}",), "draft": "x"}, "vllm and draft are for a dir"),
+        ({"command": ("no-such", "{port}")}, "variant a: there is no program no-such; install it"),
     ],
 )
 def test_a_variant_is_a_model_or_a_command(given: dict[str, Any], message: str) -> None:
