@@ -1,25 +1,18 @@
 """scripts/data's reading of labelled sets; the whole script runs in `make data`."""
 
-import importlib.util
 import json
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/data"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = SourceFileLoader("data_script", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("data_script", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("data")
 
 
 def test_options_in_one_text_become_choices(script: ModuleType, tmp_path: Path) -> None:

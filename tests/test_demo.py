@@ -1,10 +1,8 @@
 """scripts/demo: on a model of 14 linears, and with small scripts in the place of the commands."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +16,7 @@ from cast_train.__main__ import app as cast_train
 from cast_train.checkpoint.channel_order import ORDER_FILE
 from tests.cast_train.conftest import llama_dir, text_file
 from tests.demo_commands import COMMAND, LOAD, SAID
+from tests.scripts import load_script
 
 __all__ = ["llama_dir", "text_file"]
 
@@ -27,12 +26,7 @@ MAX_LINES = 52  # of 60 for `make demo`: the others are make's, scripts/setup's 
 
 @pytest.fixture
 def script() -> ModuleType:
-    loader = SourceFileLoader("demo", str(ROOT / "scripts/demo"))
-    spec = importlib.util.spec_from_loader("demo", loader)
-    assert spec is not None
-    found = importlib.util.module_from_spec(spec)
-    loader.exec_module(found)
-    return found
+    return load_script("demo")
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 import argparse
 import asyncio
-import importlib.util
 import io
 import json
-import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +12,8 @@ import httpx
 import pytest
 
 from scripts.data_files import shingles
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/own-text"
 SAID = "Return the mean of all numbers that are given, or None where there are none."
 SOURCES = (
     f'def mean(numbers):\n    """{SAID}"""\n    return sum(numbers) / len(numbers)\n',
@@ -30,13 +27,7 @@ SOURCES = (
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    loader = SourceFileLoader("own_text", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("own_text", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["own_text"] = module  # dataclasses look their module up
-    loader.exec_module(module)
-    return module
+    return load_script("own-text")
 
 
 class Tokenizer:

@@ -1,9 +1,7 @@
 """scripts/random-llama: the twins of one model hold the same numbers."""
 
-import importlib.util
 import json
 import shutil
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import torch
@@ -13,18 +11,13 @@ from cast_serve.checkpoint.inspect import inspect
 from cast_serve.sparsity.bitmask import decompress
 from cast_serve.sparsity.quantize import dequantize
 from tests.cast_train.conftest import llama_dir
+from tests.scripts import load_script
 
 __all__ = ["llama_dir"]
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/random-llama"
-
 
 def test_the_twins_hold_the_same_numbers(llama_dir: Path, tmp_path: Path) -> None:
-    loader = SourceFileLoader("random_llama", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("random_llama", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
+    script = load_script("random-llama")
 
     shutil.copytree(llama_dir, tmp_path / "random")
     script.write_twins(tmp_path)

@@ -1,27 +1,18 @@
 """scripts/check-deploy as a module, and what it renders."""
 
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.programs import need
-
-SCRIPT = Path(__file__).parents[2] / "scripts/check-deploy"
+from tests.scripts import load_script
 
 Resource = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
 def check() -> Any:
-    spec = spec_from_loader("check_deploy", SourceFileLoader("check_deploy", str(SCRIPT)))
-    assert spec is not None
-    module = module_from_spec(spec)
-    assert spec.loader is not None
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check-deploy")
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ class Replica:
         variant: name of the variant that it serves.
         url: where it answers, without a trailing slash.
         model: the local worker's directory; None for a remote one and for a `command`.
-        command: that starts a local server which is no worker of ours; empty: there is none.
+        command: starts a local server other than `cast-serve worker`; empty for a worker.
         cores: CPU ids of the local worker.
         vllm_flags: passed on to the local worker's vLLM.
         key: that the local worker asks for.
