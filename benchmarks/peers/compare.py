@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.peers import files, process
 from benchmarks.peers.names import PeerError
@@ -247,7 +248,7 @@ async def _ask_at_once(
 
 
 def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> dict[str, Any]:
-    """Medians of each peer, and how many times faster the last of our models is.
+    """Medians and memory of each peer, and how many times faster the last of our models is.
 
     With `at_once` they have tokens_per_s_{at_once}; llama.cpp's decode has its share of the cores.
     """
@@ -255,6 +256,7 @@ def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> 
     result: dict[str, Any] = {"compared": ours.name, "servers": {}}
     for peer in peers:
         about: dict[str, Any] = {"title": peer.title, "weight_bytes": peer.weight_bytes}
+        about["memory_bytes"] = memory_bytes(peer.pid)
         for name in ("ttft_s", "tpot_s"):
             theirs_s = [_sorted_s(timings, name) for timings in found[peer.name].timings]
             ours_s = [_sorted_s(timings, name) for timings in found[ours.name].timings]
@@ -271,6 +273,13 @@ def summary(peers: Sequence[Peer], found: Mapping[str, Found], at_once: int) -> 
             about["core_share"] = float(np.median(peer.core_shares))
         result["servers"][peer.name] = about
     return result
+
+
+def memory_bytes(pid: int) -> int:
+    """What a process and its children hold now: pages that several share are divided among them."""
+    process = psutil.Process(pid)
+    own = [process, *process.children(recursive=True)]
+    return sum(each.memory_full_info().pss for each in own)
 
 
 def perplexity(peer: Peer, blocks: Sequence[Sequence[int]]) -> float:

@@ -48,6 +48,11 @@ class Process:
     is_ours: bool = False
 
     @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.process.pid
+
+    @property
     def can_score(self) -> bool:
         """Whether it tells the log probabilities of a given text."""
         return parse(self.name)[1] != "openvino"

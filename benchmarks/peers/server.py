@@ -35,6 +35,7 @@ class Server:
         title: for people.
         url: its root.
         weight_bytes: of the files on disk.
+        pid: of its first process.
         is_ours: yes.
         can_score: whether it tells the log probabilities of a given text: yes.
     """
@@ -43,6 +44,7 @@ class Server:
     title: str
     url: str
     weight_bytes: int
+    pid: int
     is_ours: bool = True
     can_score: bool = True
 
@@ -146,12 +148,12 @@ def serving(
     command += ["--", "--max-model-len", str(num_context), *vllm_flags]
     # Before the process is there, since a file may be missing.
     weight_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    server = Server(name, f"vLLM, {name}", f"http://127.0.0.1:{port}", weight_bytes)
     words = ["taskset", "-c", cpus, *command]
     files.show(words)
     with log.open("wb") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
+    server = Server(name, f"vLLM, {name}", f"http://127.0.0.1:{port}", weight_bytes, process.pid)
     try:
         while True:
             if process.poll() is not None:

@@ -66,10 +66,11 @@ def peers(records: Sequence[Record]) -> list[str]:
     found = records[0]
     servers = found["servers"]
     ours = servers[found["compared"]]["title"]
-    # Throughput and perplexity only where a run measured them.
+    # Memory, throughput and perplexity only where a run measured them.
     throughput = next((key for s in servers.values() for key in s if key.startswith("tokens_")), "")
     has_perplexity = any("perplexity" in server for server in servers.values())
-    columns = ["server", "weights, MB", "TTFT, ms", "TPOT, ms"]
+    has_memory = any("memory_bytes" in server for server in servers.values())
+    columns = ["server", "weights, MB"] + ["memory, MB"] * has_memory + ["TTFT, ms", "TPOT, ms"]
     columns += [f"tokens/s, {throughput.removeprefix('tokens_per_s_')} at once"] * bool(throughput)
     if has_perplexity:
         num_tokens = found["plan"]["blocks"] * (found["plan"]["block_size"] - 1)
@@ -80,6 +81,7 @@ def peers(records: Sequence[Record]) -> list[str]:
         line = [
             server["title"],
             f"{server['weight_bytes'] / 1e6:.0f}",
+            *([f"{server['memory_bytes'] / 1e6:.0f}"] if has_memory else []),
             f"{server['ttft_ms']:.0f}",
             f"{server['tpot_ms']:.1f}",
         ]

@@ -149,7 +149,7 @@ def dense_rows_int4(
         rows: int64 [n].
 
     Returns:
-        values int8 [n, in_features], and scales bf16 [n, in_features / scale_group].
+        values int8 [n, in_features], and scales bf16 [n, ceil(in_features / scale_group)].
     """
     num_bytes = TILE_ROWS64 * INT8_TILE_COLUMNS // 2
     values, scales = packed.split([num_bytes, packed.shape[2] - num_bytes], dim=2)
@@ -158,7 +158,7 @@ def dense_rows_int4(
     integers = torch.cat([pairs & 15, pairs >> 4], dim=2).view(torch.int8) - 8
     of_rows = scales.unflatten(2, (-1, TILE_ROWS64, 2))[tiles, :, :, row].contiguous()
     of_rows = of_rows.view(torch.bfloat16).flatten(1)
-    return integers.flatten(1)[:, :in_features], of_rows[:, : in_features // scale_group]
+    return integers.flatten(1)[:, :in_features], of_rows[:, : -(-in_features // scale_group)]
 
 
 def unpack64(
