@@ -142,10 +142,12 @@ def look_up_dense(
 
     Args:
         packed, scale, scale_group: as in `multiply_dense`.
+        in_features: columns of the weight.
         dtype: of the result.
     """
     rows = ids.flatten()
-    if scale is not None:
+    if scale_group is None:
+        assert scale is not None
         found = dequantize(dense_rows(packed, rows, in_features), scale[rows, None], dtype)
     else:
         values, scales = dense_rows_int4(packed, rows, in_features, scale_group)

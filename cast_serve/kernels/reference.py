@@ -169,7 +169,7 @@ def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
 
 
 def dense_rows(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
-    """Some rows of `pack_dense`'s weight, int64 [n] of them -> int8 [n, in_features]."""
+    """Some rows of `pack_dense`'s weight: their numbers, int64 [n] -> int8 [n, in_features]."""
     tiles = packed.unflatten(2, (TILE_ROWS, -1))
     values = tiles[rows // TILE_ROWS, :, rows % TILE_ROWS]
     return values.flatten(1)[:, :in_features].view(torch.int8)

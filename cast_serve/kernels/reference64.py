@@ -146,7 +146,7 @@ def dense_rows_int4(
     """Some rows of `pack_dense_int4`'s weight.
 
     Args:
-        rows: int64 [n].
+        rows: their numbers, int64 [n].
 
     Returns:
         values int8 [n, in_features], and scales bf16 [n, ceil(in_features / scale_group)].

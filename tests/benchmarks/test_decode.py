@@ -1,3 +1,4 @@
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_a_look_that_fails_leaves_no_watcher_behind(
     watcher.write_text("#!/bin/sh\nexec sleep 600\n")
     watcher.chmod(0o755)
     monkeypatch.setattr(decode, "PY_SPY", watcher)
-    server = Server("dense", "dense", "http://127.0.0.1:9", 1)
+    server = Server("dense", "dense", "http://127.0.0.1:9", 1, os.getpid())
     with pytest.raises(PeerError):
         decode._look(server, [1, 2], [0], 8, 1.0, tmp_path)
     assert len(opened) == 2
@@ -56,7 +57,7 @@ def test_where_a_record_is_from_is_stamped_first(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_of: LoadOf
 ) -> None:
     url, app = serve(profiled=MockVariant(0.0, 0.001))
-    server = Server("profiled", "profiled", url, 1)
+    server = Server("profiled", "profiled", url, 1, os.getpid())
     monkeypatch.setattr(decode, "serving", lambda *_: nullcontext(server))
     monkeypatch.setattr(decode, "PY_SPY", Path(__file__))
     monkeypatch.setattr(decode, "IDLE_S", 0)
