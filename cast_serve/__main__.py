@@ -53,7 +53,7 @@ def convert(
         Literal["int8", "int4", "none"] | None,
         option(
             "int8|int4|none",
-            "Form of the output layer; a tied embedding takes its values.",
+            "Form of the output layer; if it is tied, a copy.",
             "int8 with --quantize where vLLM supports it, else none",
         ),
     ] = None,

@@ -389,7 +389,7 @@ def quantize(
         Literal["int8", "int4", "none"] | None,
         option(
             "int8|int4|none",
-            "Form of the output layer; a tied embedding takes its values.",
+            "Form of the output layer; if it is tied, a copy.",
             "int8 where vLLM supports it",
         ),
     ] = None,

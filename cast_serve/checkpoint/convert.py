@@ -318,8 +318,7 @@ def _other_tensors(
     head = f"{source.head}.weight"
     if asked and name == head_weight:  # the output layer's, or the embedding that it shares
         quantized = QuantizedHead.from_weight(str(source.head), tensor, asked, name)
-        # The engine then holds both once (engine/head.py).
-        kept = {} if name == head else {name: quantized.dense()}
+        kept = {} if name == head else {name: tensor}
         twin = {**kept, head: quantized.dense()} if has_twin else {}
         return {**kept, **quantized.tensors()}, twin
     if asked and name == head:  # a copy of the embedding

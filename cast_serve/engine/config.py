@@ -26,16 +26,13 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from cast_serve.checkpoint.declared import BITMASK_64
 from cast_serve.checkpoint.record import checked_kept
 from cast_serve.engine.claims import FORMATS, METHOD, claims
-from cast_serve.engine.head import EmbeddingMethod, HeadMethod
+from cast_serve.engine.head import HeadMethod
 from cast_serve.engine.linear import SparseLinearMethod, Stored
 from cast_serve.engine.report import kernel_of
 from cast_serve.errors import UsageError
@@ -99,7 +96,6 @@ class SparseConfig(QuantizationConfig):
         self.stored = stored
         self.head = replace(head or stored, kept=None)
         self.unquantized = unquantized or []
-        self._embedding: nn.Module | None = None  # that a quantised head may share its weight with
         self._num_unpacked = 0  # linears of vLLM, made and not loaded yet
         self._num_linears = 0  # as on disk, so a qkv that vLLM merged counts three
 
@@ -164,8 +160,7 @@ class SparseConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a target, of a quantised head and its embedding, of an ignored linear; else
-        None.
+        """The method of a target, of a quantised head, of an ignored linear; else None.
 
         Raises:
             UsageError: if a linear is quantised and not sparse, or a head in a form that is not
@@ -183,12 +178,7 @@ class SparseConfig(QuantizationConfig):
                     "with a scale for each row, or in 4 bits in a group of its own, and without an "
                     f"input_scale; {REMEDY}"
                 )
-            return HeadMethod(prefix, stored, self._embedding) if stored.dtype else None
-        if isinstance(layer, VocabParallelEmbedding):  # made before the head
-            if self.head.dtype is None or self._is_in(self.unquantized, "lm_head"):
-                return None
-            self._embedding = layer
-            return EmbeddingMethod()
+            return HeadMethod(prefix, stored) if stored.dtype else None
         if not isinstance(layer, LinearBase):
             return None
         if not self._is_in(self.ignore, prefix):

@@ -1,8 +1,8 @@
 """A quantised output head of a checkpoint -> a vLLM head that runs a kernel for dense integers.
 
-checkpoint/head.py has its tensors. 8 bits run ``cast::linear_int8``, 4 bits ``cast::linear64``.
-Where the embedding was tied, `cast-serve convert --quantize` writes the values of these integers as
-its weight. Then memory holds them once: tokens are looked up in the packed head.
+checkpoint/head.py has its tensors. `cast-serve convert --quantize` writes them for tied embeddings
+too; the embedding that tokens are looked up in stays in the model's dtype. 8 bits run
+``cast::linear_int8``, 4 bits ``cast::linear64``.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from cast_serve import kernels
@@ -25,8 +24,6 @@ from cast_serve.engine.packing import (
 )
 from cast_serve.sparsity.nibbles import NIBBLES, unpack_nibbles
 
-COMPARED_ROWS = 4096
-
 
 class HeadMethod(QuantizeMethodBase):
     """A `ParallelLMHead` with integer weights: a scale for each row, or of 4 bits scale group.
@@ -34,14 +31,11 @@ class HeadMethod(QuantizeMethodBase):
     Args:
         prefix: the layer's name.
         stored: how its tensors are stored.
-        embedding: the model's, with an `EmbeddingMethod`; None: vLLM's own method runs it, or it
-            is at another rank.
     """
 
-    def __init__(self, prefix: str, stored: Stored, embedding: nn.Module | None = None) -> None:
+    def __init__(self, prefix: str, stored: Stored) -> None:
         self.prefix = prefix
         self.scale_group = stored.scale_group
-        self.sharing = embedding
 
     def create_weights(
         self,
@@ -99,8 +93,6 @@ class HeadMethod(QuantizeMethodBase):
             packed = kernels.pack_dense_int4(values, scale, self.scale_group)
             layer.cast_scale_group = self.scale_group
         layer.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
-        if self.sharing is not None:
-            _share(layer, self.sharing, num_loaded)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., hidden size] -> logits [..., vocabulary, padded]."""
@@ -112,57 +104,3 @@ class HeadMethod(QuantizeMethodBase):
             scale=layer.scale if self.scale_group is None else None,
             scale_group=self.scale_group,
         )
-
-
-class EmbeddingMethod(UnquantizedEmbeddingMethod):
-    """The embedding beside a quantised head: looked up in the head once `_share` found them equal.
-
-    vLLM's own method also packs the weight, a second copy, for the product of a tied head.
-    """
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leaves the weight as it was loaded."""
-
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
-        """int64 ids of this rank's rows [...] -> [..., hidden size]."""
-        if not hasattr(layer, "packed"):
-            return super().embedding(layer, input_)
-        return _look_up(layer, input_)
-
-
-def _share(head: nn.Module, embedding: nn.Module, num_rows: int) -> None:
-    """Replaces an embedding's weight by the packed head, if its rows hold the head's values.
-
-    Args:
-        num_rows: that were loaded; the others are padding.
-    """
-    weight = embedding.weight.data
-    if weight.shape != (head.cast_out_features, head.cast_in_features):
-        return
-    for rows in torch.arange(num_rows, device=weight.device).split(COMPARED_ROWS):
-        if not torch.equal(_look_up(head, rows), weight[rows]):
-            return
-    del embedding.weight
-    for name in ("packed", "scale"):
-        if hasattr(head, name):
-            embedding.register_parameter(name, getattr(head, name))
-    for name in ("cast_in_features", "cast_scale_group"):
-        if hasattr(head, name):
-            setattr(embedding, name, getattr(head, name))
-
-
-def _look_up(layer: nn.Module, ids: Tensor) -> Tensor:
-    """Rows of a packed head in the model's dtype.
-
-    Args:
-        layer: that head, or an embedding that shares it.
-        ids: int64 [...] of this rank's rows.
-    """
-    return kernels.look_up_dense(
-        ids,
-        layer.packed,
-        layer.cast_in_features,
-        layer.params_dtype,
-        scale=getattr(layer, "scale", None),
-        scale_group=getattr(layer, "cast_scale_group", None),
-    )

@@ -83,9 +83,7 @@ PLUGIN = (
         "should_ignore_layer",
         given=(1, "ignore", "fused_mapping"),
     ),
-    Used(_HEAD, "VocabParallelEmbedding", sets=("shard_indices", "params_dtype")),
-    Used(_HEAD, "UnquantizedEmbeddingMethod", given=()),
-    Used(_HEAD, "UnquantizedEmbeddingMethod.embedding", parameters=("self", "layer", "input_")),
+    Used(_HEAD, "VocabParallelEmbedding", sets=("shard_indices",)),
     Used(_HEAD, "VocabParallelEmbeddingShardIndices.num_org_elements"),
     Used(
         _PARAMETER,

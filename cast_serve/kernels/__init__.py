@@ -4,9 +4,8 @@
 at load, and `multiply` multiplies it. They choose among `linear24`, `linear24_int8` and
 `linear24_int4` for 2:4 weights, and `linear64` for weights that keep n of 64 columns, which CPUs
 alone have. An output head is dense: `pack_dense`, or in 4 bits `pack_dense_int4`, packs it, and
-`multiply_dense` chooses between `linear_int8` and `linear64` with all 64 columns kept;
-`look_up_dense` reads rows of it, as an embedding does. `isa` says which CPU kernel runs
-(``CAST_CPU_ISA`` forces one). gpu/dispatch.py is the GPU's side.
+`multiply_dense` chooses between `linear_int8` and `linear64` with all 64 columns kept. `isa` says
+which CPU kernel runs (``CAST_CPU_ISA`` forces one). gpu/dispatch.py is the GPU's side.
 """
 
 import torch
@@ -14,21 +13,14 @@ from torch import Tensor
 
 from cast_serve.kernels.ops import load
 from cast_serve.kernels.reference import (
-    dense_rows,
     pack,
     pack_dense,
     packed_dense_shape,
     packed_shape,
     unpack,
 )
-from cast_serve.kernels.reference64 import (
-    dense_rows_int4,
-    pack64,
-    pack_dense_int4,
-    packed_shape64,
-)
+from cast_serve.kernels.reference64 import pack64, pack_dense_int4, packed_shape64
 from cast_serve.kernels.reference_int4 import int4_packed_shape, pack_int4, unpack_int4
-from cast_serve.sparsity.quantize import dequantize, dequantize_int4
 
 __all__ = [
     "int4_packed_shape",
@@ -38,7 +30,6 @@ __all__ = [
     "linear24_int8",
     "linear_int8",
     "load",
-    "look_up_dense",
     "multiply",
     "multiply_dense",
     "pack",
@@ -127,32 +118,6 @@ def multiply_dense(
     if scale_group is None:
         return torch.ops.cast.linear_int8(x, packed, scale, out_features, bias)
     return multiply(x, packed, out_features, bias, scale_group=scale_group, kept=64)
-
-
-def look_up_dense(
-    ids: Tensor,
-    packed: Tensor,
-    in_features: int,
-    dtype: torch.dtype,
-    *,
-    scale: Tensor | None = None,
-    scale_group: int | None = None,
-) -> Tensor:
-    """Rows of a dense weight of integers, dequantised: int64 ids [...] -> [..., in_features].
-
-    Args:
-        packed, scale, scale_group: as in `multiply_dense`.
-        in_features: columns of the weight.
-        dtype: of the result.
-    """
-    rows = ids.flatten()
-    if scale_group is None:
-        assert scale is not None
-        found = dequantize(dense_rows(packed, rows, in_features), scale[rows, None], dtype)
-    else:
-        values, scales = dense_rows_int4(packed, rows, in_features, scale_group)
-        found = dequantize_int4(values, scales, scale_group, dtype, has_zeros=True)
-    return found.view(*ids.shape, in_features)
 
 
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:

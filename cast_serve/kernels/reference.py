@@ -168,13 +168,6 @@ def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     return rows_of(packed)[:out_features, :in_features].contiguous().view(torch.int8)
 
 
-def dense_rows(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
-    """Some rows of `pack_dense`'s weight: their numbers, int64 [n] -> int8 [n, in_features]."""
-    tiles = packed.unflatten(2, (TILE_ROWS, -1))
-    values = tiles[rows // TILE_ROWS, :, rows % TILE_ROWS]
-    return values.flatten(1)[:, :in_features].view(torch.int8)
-
-
 def linear24(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias with fp32 accumulation.
 

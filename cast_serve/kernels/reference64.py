@@ -140,27 +140,6 @@ def pack_dense_int4(values: Tensor, scale: Tensor, scale_group: int) -> Tensor:
     return torch.cat([pack64(rows, None, scales, scale_group) for rows, scales in slabs])
 
 
-def dense_rows_int4(
-    packed: Tensor, rows: Tensor, in_features: int, scale_group: int
-) -> tuple[Tensor, Tensor]:
-    """Some rows of `pack_dense_int4`'s weight.
-
-    Args:
-        rows: their numbers, int64 [n].
-
-    Returns:
-        values int8 [n, in_features], and scales bf16 [n, ceil(in_features / scale_group)].
-    """
-    num_bytes = TILE_ROWS64 * INT8_TILE_COLUMNS // 2
-    values, scales = packed.split([num_bytes, packed.shape[2] - num_bytes], dim=2)
-    tiles, row = rows // TILE_ROWS64, rows % TILE_ROWS64
-    pairs = values.unflatten(2, (-1, TILE_ROWS64, 4))[tiles, :, :, row].flatten(2)
-    integers = torch.cat([pairs & 15, pairs >> 4], dim=2).view(torch.int8) - 8
-    of_rows = scales.unflatten(2, (-1, TILE_ROWS64, 2))[tiles, :, :, row].contiguous()
-    of_rows = of_rows.view(torch.bfloat16).flatten(1)
-    return integers.flatten(1)[:, :in_features], of_rows[:, : -(-in_features // scale_group)]
-
-
 def unpack64(
     packed: Tensor,
     out_features: int,

@@ -7,7 +7,7 @@ replaced: the fixtures' heads have 8 columns, and vLLM's attention on CPUs takes
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -106,11 +106,9 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run_in_vllm(
-    folder: Path, dtype: str = "float32", on_model: Callable[[nn.Module], object] = lambda _: None
+    folder: Path, dtype: str = "float32"
 ) -> tuple[Tensor, dict[str, Product], str | None]:
     """Token ids 0 to 31 through the served model, with the flags of `cast-serve worker`.
-
-    `on_model` is called with the model once it is loaded.
 
     Returns:
         logits [NUM_TOKENS, vocabulary], the product of every 2:4 layer, and the kernel.
@@ -141,7 +139,6 @@ def run_in_vllm(
     with set_current_vllm_config(settings):
         parallel_state.ensure_model_parallel_initialized(1, 1)
         model = get_model(vllm_config=settings)
-        on_model(model)
         for name, module in model.named_modules():
             if hasattr(module, "packed"):
                 module.register_forward_hook(remember(name))

@@ -75,32 +75,6 @@ def test_logits_are_those_of_the_dequantised_head(
 
 
 @pytest.mark.parametrize(
-    "asked", [Quantization("int8", 64, "int4"), Quantization("int8", head="int8")]
-)
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_a_tied_embedding_is_held_once(
-    asked: Quantization, is_tied: bool, save_pruned: Save, tmp_path: Path
-) -> None:
-    """Of an untied model, whose embedding has other values, both stay."""
-    dense = model()
-    if not is_tied:
-        dense.config.tie_word_embeddings = False
-        dense.lm_head.weight = nn.Parameter(torch.randn_like(dense.lm_head.weight))
-    out = tmp_path / "out"
-    convert(save_pruned(dense), out, quantization=asked)
-    found: list[nn.Module] = []
-    run_in_vllm(out, "bfloat16", on_model=found.append)
-    embedding, served_head = found[0].model.embed_tokens, found[0].lm_head
-    assert hasattr(embedding, "weight") is not is_tied
-    if is_tied:
-        assert embedding.packed is served_head.packed
-    ids = torch.arange(VOCABULARY)
-    twin = load_compressed(out, torch.float32).requires_grad_(False)
-    expected = twin.get_input_embeddings()(ids).to(embedding.params_dtype)
-    assert torch.equal(embedding(ids), expected)
-
-
-@pytest.mark.parametrize(
     ("part", "place", "value", "message"),
     [
         ("weight_packed", None, 0, "lm_head: row 0 of weight_packed is 0, .*80 rows"),

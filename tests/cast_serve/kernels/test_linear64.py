@@ -104,17 +104,6 @@ def test_a_dense_weight_is_packed_as_one_that_keeps_all(num_rows: int) -> None:
     assert torch.equal(scale, linear.scale.bfloat16())
 
 
-@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["int4-128", "int4-64", "int4-32"])
-def test_rows_of_a_dense_weight_of_4_bits(kind: str, shape: tuple[int, int, int]) -> None:
-    linear = make(kind, shape)
-    assert linear.scale is not None
-    rows = torch.tensor([shape[0] - 1, 0, 3, 3])
-    values, scales = reference64.dense_rows_int4(linear.packed, rows, shape[1], group_of(kind))
-    assert torch.equal(values, linear.values[rows])
-    assert torch.equal(scales, linear.scale[rows].bfloat16())
-
-
 def random_mask(out_features: int, in_features: int, kept: int) -> Tensor:
     return hard_mask(torch.rand(out_features, in_features), Pattern(kept, 64))
 

@@ -27,8 +27,6 @@ def test_pack_and_unpack(shape: tuple[int, int]) -> None:
     weight, packed, _ = make(shape)
     assert tuple(packed.shape) == kernels.packed_dense_shape(*shape)
     assert torch.equal(reference.unpack_dense(packed, *shape), weight)
-    rows = torch.tensor([shape[0] - 1, 0, 0])
-    assert torch.equal(reference.dense_rows(packed, rows, shape[1]), weight[rows])
     with pytest.raises(PatternError, match=r"a dense int8 \[\d+, \d+\] needs \["):
         reference.unpack_dense(packed, shape[0] + 8, shape[1])
 
