@@ -21,6 +21,7 @@ inline void prepare_bf16_x(const Linear& p, void* workspace) {
   for_each_tile_of_x(p, [&](int64_t tile, int64_t token) {
     const auto* from = static_cast<const uint16_t*>(p.x) + token * p.x_stride + tile * 64;
     uint8_t* at = to + (tile * p.num_tokens + token) * kTileBytesOfX;
+    prefetch_x<2>(p, tile, token);
     for (int half = 0; half < 2; ++half) {
       const __m512i columns = _mm512_loadu_si512(from + half * 32);
       const __mmask32 is_not =
@@ -40,42 +41,50 @@ inline __m512i next_bf16_step(const uint8_t*& values, const uint8_t* masks, int 
   uint32_t mask;
   std::memcpy(&mask, masks + step * 4, 4);
   const __m512i kept = _mm512_loadu_si512(values);  // and what follows: masks at the end
-  values += 2 * __builtin_popcount(mask);
+  values += 2 * static_cast<uint64_t>(__builtin_popcount(mask));
   return _mm512_mask_expand_epi16(zero, mask, kept);
 }
 
-template <int kTokens>
+// Adds to sums, [turn][tile row][token], the products of two tile rows' tiles with kTokens tokens
+// of x. next(step, row) is a step's weights.
+template <int kTokens, int kTurns, typename Next>
+__attribute__((always_inline)) inline void add_bf16_tile(
+    const uint8_t* x, const Next& next, __m512 (&sums)[kTurns][kRowsTogether][kTokens]) {
+#pragma GCC unroll 2
+  for (int from = 0; from < kSteps64; from += kTurns)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int step = from + turn;
+      __m512i weights[kRowsTogether];
+#pragma GCC unroll 2
+      for (int j = 0; j < kRowsTogether; ++j) weights[j] = next(step, j);
+#pragma GCC unroll 12
+      for (int token = 0; token < kTokens; ++token) {
+        const __m512bh two = (__m512bh)broadcast_4_bytes(x + token * kTileBytesOfX + step * 4);
+#pragma GCC unroll 2
+        for (int j = 0; j < kRowsTogether; ++j)
+          sums[turn][j][token] = _mm512_dpbf16_ps(sums[turn][j][token], two, (__m512bh)weights[j]);
+      }
+    }
+}
+
+template <int kTokens, Prefetch kPrefetch>
 __attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* x, int64_t first,
                                                int64_t row, int64_t end) {
   // A sum takes six cycles to be ready.
   constexpr int kTurns = kTokens >= 3 ? 1 : kTokens == 2 ? 2 : 4;
   const int64_t values_bytes = values_bytes64(p);
-  RowsTogether<kRowsTogether> rows(p, row, end);
+  RowsTogether<kRowsTogether, kPrefetch> rows(p, row, end);
   __m512 sums[kTurns][kRowsTogether][kTokens] = {};
   x += first * kTileBytesOfX;
   for (int64_t tile = 0; tile < rows.num_tiles; ++tile, rows.end_tile()) {
-    rows.begin_tile(tile);
+    rows.begin_tile();
     const uint8_t* values[kRowsTogether] = {rows.tiles[0], rows.tiles[1]};
-#pragma GCC unroll 2
-    for (int from = 0; from < kSteps64; from += kTurns)
-#pragma GCC unroll 4
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int step = from + turn;
-        __m512i weights[kRowsTogether];
-#pragma GCC unroll 2
-        for (int j = 0; j < kRowsTogether; ++j) {
-          rows.prefetch(j);
-          weights[j] = next_bf16_step(values[j], rows.tiles[j] + values_bytes, step);
-        }
-#pragma GCC unroll 12
-        for (int token = 0; token < kTokens; ++token) {
-          const __m512bh two = (__m512bh)broadcast_4_bytes(x + token * kTileBytesOfX + step * 4);
-#pragma GCC unroll 2
-          for (int j = 0; j < kRowsTogether; ++j)
-            sums[turn][j][token] =
-                _mm512_dpbf16_ps(sums[turn][j][token], two, (__m512bh)weights[j]);
-        }
-      }
+    const auto next = [&](int step, int j) __attribute__((always_inline)) {
+      rows.prefetch(j);
+      return next_bf16_step(values[j], rows.tiles[j] + values_bytes, step);
+    };
+    add_bf16_tile<kTokens, kTurns>(x, next, sums);
     x += p.num_tokens * kTileBytesOfX;
   }
   for (int token = 0; token < kTokens; ++token)
@@ -86,48 +95,40 @@ __attribute__((noinline)) void run_few_bf16_64(const Linear& p, const uint8_t* x
     }
 }
 
-template <int kTokens>
-inline void multiply_bf16_64(const Panel& panel, int64_t num_tiles, const uint8_t* x,
-                             int64_t x_bytes, float* all_sums) {
-  PanelSums<kTokens> sums;
-  load_sums<kTokens>(all_sums, sums);
-  for (int64_t i = 0; i < num_tiles; ++i, x += x_bytes) {
-#pragma GCC unroll 2
-    for (int step = 0; step < kSteps64; ++step) {
-      __m512i weights[kRowsTogether];
-#pragma GCC unroll 4
-      for (int j = 0; j < kRowsTogether; ++j) weights[j] = _mm512_load_si512(panel[i][j][step]);
-#pragma GCC unroll 12
-      for (int token = 0; token < kTokens; ++token) {
-        const __m512bh two = (__m512bh)broadcast_4_bytes(x + token * kTileBytesOfX + step * 4);
-#pragma GCC unroll 4
-        for (int j = 0; j < kRowsTogether; ++j)
-          sums[j][token] = _mm512_dpbf16_ps(sums[j][token], two, (__m512bh)weights[j]);
-      }
-    }
+template <int kTokens, bool kExpands>
+__attribute__((noinline)) void multiply_bf16_64(const Linear& p, Panel& panel, int64_t num_tiles,
+                                                const uint8_t* const* rows, const uint8_t* x,
+                                                float* all_sums) {
+  const int64_t values_bytes = values_bytes64(p), tile_bytes = tile_bytes64(p);
+  PanelSums<kTokens> sums[1];
+  load_sums<kTokens>(all_sums, sums[0]);
+  for (int64_t i = 0; i < num_tiles; ++i, x += p.num_tokens * kTileBytesOfX) {
+    const uint8_t* tiles[kRowsTogether] = {rows[0] + i * tile_bytes, rows[1] + i * tile_bytes};
+    const uint8_t* values[kRowsTogether] = {tiles[0], tiles[1]};
+    const auto next = [&](int step, int j) __attribute__((always_inline)) {
+      uint8_t* at = panel[i][j][step];
+      if constexpr (!kExpands) return _mm512_load_si512(at);
+      const __m512i weights = next_bf16_step(values[j], tiles[j] + values_bytes, step);
+      _mm512_store_si512(at, weights);
+      return weights;
+    };
+    add_bf16_tile<kTokens, 1>(x, next, sums);
   }
-  keep_sums<kTokens>(sums, all_sums);
+  keep_sums<kTokens>(sums[0], all_sums);
 }
 
 inline void multiply_all_bf16_64(const Linear& p, const uint8_t* x, int64_t begin, int64_t end) {
   if (p.num_tokens <= 24)  // beyond, panels are as fast or faster on Zen 4
-    return run_few64<12, kRowsTogether>(p, begin, end,
-                                        [&]<int kTokens>(int64_t first, int64_t row) {
-                                          run_few_bf16_64<kTokens>(p, x, first, row, end);
-                                        });
-  const int64_t values_bytes = values_bytes64(p);
+    return run_few64<12, kRowsTogether>(
+        p, begin, end, [&]<int kTokens, Prefetch kPrefetch>(int64_t first, int64_t row) {
+          run_few_bf16_64<kTokens, kPrefetch>(p, x, first, row, end);
+        });
   run_panels<12>(
       p, begin, end,
-      [&](const uint8_t* tile, uint8_t(&to)[kSteps64][kStepBytes64]) {
-        const uint8_t* values = tile;
-        for (int step = 0; step < kSteps64; ++step)
-          _mm512_store_si512(to[step], next_bf16_step(values, tile + values_bytes, step));
-      },
-      [&]<int kTokens>(const Panel& panel, int64_t tile, int64_t num_tiles, const uint8_t* const*,
-                       int64_t first, float* sums) {
-        multiply_bf16_64<kTokens>(panel, num_tiles,
-                                  x + (tile * p.num_tokens + first) * kTileBytesOfX,
-                                  p.num_tokens * kTileBytesOfX, sums);
+      [&]<int kTokens, bool kExpands>(Panel& panel, int64_t tile, int64_t num_tiles,
+                                      const uint8_t* const* rows, int64_t first, float* sums) {
+        const int64_t at = (tile * p.num_tokens + first) * kTileBytesOfX;
+        multiply_bf16_64<kTokens, kExpands>(p, panel, num_tiles, rows, x + at, sums);
       });
 }
 

@@ -45,9 +45,11 @@ struct Divider {
 };
 
 // What quantize_group of elements.h does, bit for bit, in less time: x[first, first + columns) ->
-// integers + kZero, and the scale.
+// integers + kZero, and the scale. Where columns is a constant, all but the last of a row, the
+// masks are too.
 template <DType kDType>
-inline float quantize_group(const void* x, int64_t first, int64_t columns, uint8_t* integers) {
+__attribute__((always_inline)) inline float quantize_group(const void* x, int64_t first,
+                                                           int64_t columns, uint8_t* integers) {
   constexpr int kRegisters = kInt8TileColumns / 16;
   __m512 group[kRegisters];
   __m512i largest_bits =
@@ -88,17 +90,24 @@ inline float quantize_group(const void* x, int64_t first, int64_t columns, uint8
   return scale;
 }
 
+template <DType kDType>
+inline float quantize_group_of(const Linear& p, int64_t token, int64_t group, uint8_t* integers) {
+  const int64_t first = token * p.x_stride + group * kInt8TileColumns;
+  const int64_t columns = p.in_features - group * kInt8TileColumns;
+  if (columns >= kInt8TileColumns)
+    return quantize_group<kDType>(p.x, first, kInt8TileColumns, integers);
+  return quantize_group<kDType>(p.x, first, columns, integers);
+}
+
 // Quantises a token's scale group `group` to integers + kZero, and returns the scale.
 inline float quantize(const Linear& p, int64_t token, int64_t group, uint8_t* integers) {
-  const int64_t first = token * p.x_stride + group * kInt8TileColumns;
-  const int64_t columns = std::min(p.in_features - group * kInt8TileColumns, kInt8TileColumns);
   switch (p.dtype) {
     case DType::kBFloat16:
-      return quantize_group<DType::kBFloat16>(p.x, first, columns, integers);
+      return quantize_group_of<DType::kBFloat16>(p, token, group, integers);
     case DType::kFloat16:
-      return quantize_group<DType::kFloat16>(p.x, first, columns, integers);
+      return quantize_group_of<DType::kFloat16>(p, token, group, integers);
     default:
-      return quantize_group<DType::kFloat32>(p.x, first, columns, integers);
+      return quantize_group_of<DType::kFloat32>(p, token, group, integers);
   }
 }
 
