@@ -30,18 +30,21 @@ def over_vllm(records: Path) -> Figure:
 
 
 def n_of_64(records: Path) -> Figure:
-    """32:64 against 2:4, and both against vLLM's int8 op, on Zen 4; all ops of one run."""
-    figure = Figure()
-    beside_24, beside_int8 = figure.subplots(1, 2)
-    for colour, weights in enumerate(("bf16", "int8", "int4")):
-        record = read(records / f"kernels-64-{weights}.json")
-        _draw(beside_24, record, "sparse24", f"{weights}, 32:64", colour)
-        if weights != "bf16":
-            _draw(beside_int8, record, "vllm_int8", f"{weights}, 32:64", colour)
-            _draw(beside_int8, record, "vllm_int8", f"{weights}, 2:4", colour, of="sparse24")
-    for axes, other in ((beside_24, "2:4 in the same bits"), (beside_int8, "vLLM's int8 op")):
-        _finish(axes, "Zen 4")
-        axes.set(ylabel=f"speed-up over {other} (×)", ylim=(0, None))
+    """32:64 against 2:4, and both against vLLM's int8 op, a row for each CPU; all ops of one run."""
+    cpus = {"Zen 4": "kernels-64-{}", "Zen 5": "kernels-64-zen5-{}"}
+    figure = Figure(figsize=(8, 6.4))
+    panels = figure.subplots(len(cpus), 2, sharey="col")
+    for (beside_24, beside_int8), (cpu, name) in zip(panels, cpus.items(), strict=True):
+        for colour, weights in enumerate(("bf16", "int8", "int4")):
+            record = read(records / f"{name.format(weights)}.json")
+            _draw(beside_24, record, "sparse24", f"{weights}, 32:64", colour)
+            if weights != "bf16":
+                _draw(beside_int8, record, "vllm_int8", f"{weights}, 32:64", colour)
+                _draw(beside_int8, record, "vllm_int8", f"{weights}, 2:4", colour, of="sparse24")
+        for axes, other in ((beside_24, "2:4 in the same bits"), (beside_int8, "vLLM's int8 op")):
+            _finish(axes, cpu)
+            axes.set(ylabel=f"speed-up over {other} (×)", ylim=(0, None))
+    for axes in panels[0]:
         axes.legend()
     return figure
 
