@@ -30,7 +30,7 @@ def over_vllm(records: Path) -> Figure:
 
 
 def n_of_64(records: Path) -> Figure:
-    """32:64 against 2:4, and both against vLLM's int8 op, a row for each CPU; all ops of one run."""
+    """32:64 against 2:4, and both against vLLM's int8 op, a row of one run's ops for each CPU."""
     cpus = {"Zen 4": "kernels-64-{}", "Zen 5": "kernels-64-zen5-{}"}
     figure = Figure(figsize=(8, 6.4))
     panels = figure.subplots(len(cpus), 2, sharey="col")
