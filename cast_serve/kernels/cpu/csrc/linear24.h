@@ -44,7 +44,7 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };
 enum class Weights { kOfXsDType, kInt8, kInt4, kDenseInt8 };  // the last has no zeros
 
 // What is chosen by measurement (cpu/tuning.py); defaults in ops.cpp.
-// Of the weights, for few tokens: into no cache, L1, L2. For many, kT0 is L1 and else L2.
+// Of the weights, for few tokens: into no cache, L1, L2. For many and n of 64, kT0 is L1, else L2.
 enum class Prefetch { kNone, kT0, kT1 };
 
 constexpr int64_t kMostFewTokens = 8;
