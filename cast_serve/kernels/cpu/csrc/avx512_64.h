@@ -48,7 +48,8 @@ inline void for_each_tile_of_x(const Linear& p, const Function& f) {
         f(tile, token);
 }
 
-// A token's x of the tile after the next: sixteen rows are more than a CPU prefetches by itself.
+// A token's x, of 16 bits, of the tile after the next: sixteen rows are more than a CPU prefetches
+// by itself.
 template <int kLines>
 inline void prefetch_x(const Linear& p, int64_t tile, int64_t token) {
   const auto* x = static_cast<const uint16_t*>(p.x) + token * p.x_stride;

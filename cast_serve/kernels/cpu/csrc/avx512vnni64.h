@@ -227,6 +227,7 @@ void run_integers64(const Linear& p, const void* workspace, int64_t begin, int64
         p, begin, end, [&]<int kTokens, Prefetch kPrefetch>(int64_t first, int64_t row) {
           run_few_integers64<kGroups, kTokens, kRowsTogether, kPrefetch>(p, x, first, row, end);
         });
+  // More tokens at a time leave registers: with a scale for every 32 columns too often.
   run_panels<kGroups == 4 ? 6 : 8>(
       p, begin, end,
       [&]<int kTokens, bool kExpands>(Panel& panel, int64_t tile, int64_t num_tiles,
