@@ -108,6 +108,8 @@ class TrainConfig(BaseModel):
     """steps between resumable checkpoints; 0: save by time"""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     """minutes between resumable checkpoints if `checkpoint_every` is 0"""
+    checkpoint_async: bool = False
+    """with `is_sharded`: write checkpoints while training goes on, from a copy in host memory"""
     report_to: Literal["none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio"] = "none"
     """also report every step to this tracker, whose package must be installed"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -122,6 +124,7 @@ class TrainConfig(BaseModel):
         """Checks settings against each other."""
         check_expressions((*self.include, *self.exclude))
         self.check_unused("distillation_temperature", bool(self.distillation_weight), "a teacher")
+        self.check_unused("checkpoint_async", self.is_sharded, "is_sharded")
         if not self.keep_best:
             return
         if self.is_sharded:

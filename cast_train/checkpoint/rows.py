@@ -6,8 +6,9 @@ the disk with their shard.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoModelForCausalLM
 
@@ -155,10 +157,59 @@ class _Stored:
         return CompressedLinear.from_parts(linear, parts, self.structure.of(linear)).dense()
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes an unfinished run's parameters and moments, each process its rows; all must call."""
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: distributed.ProcessGroup | None = None,
+) -> Future[Any] | None:
+    """Writes an unfinished run's parameters and moments, each process its rows; all must call.
+
+    Args:
+        folder: of the checkpoint.
+        model: sharded.
+        optimizer: of the model.
+        group: of all processes, by gloo, used for nothing else: a thread of each process then
+            writes a copy in host memory, and this returns as soon as the copy is made.
+
+    Returns:
+        of the thread, for `wait_for`; None without a group.
+
+    Raises:
+        CheckpointError: as `wait_for` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / STATE)
+    state = {"model": weights, "optimizer": moments}
+    if group is None:
+        with _failing_in_words(folder):
+            dcp.save(state, checkpoint_id=folder / STATE)
+        return None
+    writing = dcp.async_save(state, checkpoint_id=folder / STATE, process_group=group)
+    assert isinstance(writing, Future)
+    return writing
+
+
+def wait_for(writing: Future[Any], folder: Path) -> None:
+    """Waits for a thread of `save_state`; when the first process's has ended, all have.
+
+    Raises:
+        CheckpointError: if a process could not write its rows to the folder.
+    """
+    with _failing_in_words(folder):
+        writing.result()
+
+
+@contextmanager
+def _failing_in_words(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(
+            f"process {rank} could not write to {folder}: {reason}; once that is mended, --resume "
+            "continues from the last complete checkpoint"
+        ) from error
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -10,12 +10,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -89,6 +90,10 @@ class CastTrainer(Trainer):
         self.watch = Watch(self, blocks.heldout, prepared.start)
         self.add_callback(self.watch)
         self.add_callback(Starts(self, prepared, blocks.calibration))
+        self._written: Path | None = None  # the last checkpoint, while it is not complete
+        self._writing: Future[Any] | None = None  # by a thread
+        self._group = distributed.new_group(backend="gloo") if config.checkpoint_async else None
+        self.add_callback(Completes(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -235,7 +240,9 @@ class CastTrainer(Trainer):
         if not self.config.is_sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
         assert self.lr_scheduler is not None
-        rows.save_state(Path(output_dir), self.model, self._plain_optimizer())
+        self._writing = rows.save_state(
+            Path(output_dir), self.model, self._plain_optimizer(), self._group
+        )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -256,12 +263,47 @@ class CastTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Marks the checkpoint as complete once every process has written its part (resume.py)."""
+        """Writes a checkpoint (resume.py), once the one before is complete."""
+        self.complete_checkpoint()
         super()._save_checkpoint(model, trial)
+        self._written = Path(self.args.output_dir) / f"{resume.PREFIX}{self.state.global_step}"
         self.accelerator.wait_for_everyone()
+        if self._writing is None:
+            self.complete_checkpoint()
+
+    def complete_checkpoint(self) -> None:
+        """Waits until every process has written its part, and marks the checkpoint as complete.
+
+        Raises:
+            CheckpointError: if a process could not; the checkpoint before stays.
+        """
+        folder, self._written = self._written, None
+        if folder is None:
+            return
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            rows.wait_for(writing, folder)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{resume.PREFIX}{self.state.global_step}"
             resume.mark_complete(folder, self.state.best_model_checkpoint)
+
+    @property
+    def has_written(self) -> bool:
+        """Whether a thread has written a checkpoint that is not marked yet."""
+        return self._writing is not None and self._writing.done()
+
+
+class Completes(TrainerCallback):
+    """Marks a checkpoint that is written beside the steps, after the step in which it is done."""
+
+    def __init__(self, trainer: CastTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.has_written:
+            self.trainer.complete_checkpoint()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.complete_checkpoint()
 
 
 class Watch(TrainerCallback):

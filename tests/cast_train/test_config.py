@@ -163,6 +163,7 @@ def test_a_setting_of_another_method_is_refused_and_a_record_of_it_is_read(metho
         ({"quantized_fraction": 0.2}, "quantize"),
         ({"distillation_weight": 0.0, "distillation_temperature": 2.0}, "a teacher"),
         ({"method": "gates", "gumbel_noise": 0.1}, "selector gumbel"),
+        ({"checkpoint_async": True}, "is_sharded"),
     ],
 )
 def test_a_setting_that_another_makes_irrelevant_is_refused(settings, needs):

@@ -217,6 +217,61 @@ def test_a_run_of_four_processes_is_gone_on_with_by_two(whole, llama_dir, text_f
         torch.testing.assert_close(first[name], second[name], msg=name)
 
 
+# `cast-train`, whose first checkpoint is written after two more steps, or fails to be.
+LATE = """
+import os, sys, threading, time
+import torch.distributed.checkpoint as dcp
+from cast_train.__main__ import main
+from cast_train.training.trainer import CastTrainer
+
+compute_loss, write_data = CastTrainer.compute_loss, dcp.FileSystemWriter.write_data
+has_moved = threading.Event()
+
+def step(self, *args, **kwargs):
+    if self.state.global_step == 6:
+        has_moved.set()
+        while not self.has_written:
+            time.sleep(0.01)
+    if self.state.global_step == 7 and os.environ["RANK"] == "0":
+        sys.exit("stopped")
+    return compute_loss(self, *args, **kwargs)
+
+def write(self, *args, **kwargs):
+    assert has_moved.wait(60)
+    if os.environ["RANK"] == "1" and {fails}:
+        raise OSError(28, "No space left on device")
+    return write_data(self, *args, **kwargs)
+
+CastTrainer.compute_loss, dcp.FileSystemWriter.write_data = step, write
+main()
+"""
+
+
+@pytest.mark.parametrize("whole", [True], indirect=True, ids=["sharded"])
+@pytest.mark.parametrize("fails", [False, True], ids=["written", "disk-is-full"])
+def test_checkpoints_are_written_beside_the_steps(fails, whole, llama_dir, text_file, tmp_path):
+    config, expected = whole
+    config, out = changed(config, checkpoint_async=True), tmp_path / "out"
+    program = out.with_name("late.py")
+    program.write_text(LATE.format(fails=fails))
+    stopped = in_processes(config, out, llama_dir, text_file, program=[str(program)])
+    assert stopped.returncode != 0
+    complete = tmp_path / "out.partial" / "checkpoint-4" / "complete"
+    assert complete.exists() is not fails, stopped.stderr[-3000:]
+    if fails:
+        assert "process 1 could not write to" in stopped.stderr
+        assert "No space left on device; once that is mended, --resume" in stopped.stderr
+        return
+    assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
+    program.write_text(STOP_IF.format(condition="< 4"))
+    done = in_processes(config, out, llama_dir, text_file, "--resume", program=[str(program)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (expected, out))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 @pytest.mark.parametrize(
     "settings",
     [
