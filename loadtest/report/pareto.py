@@ -31,12 +31,12 @@ def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
         UsageError: if one cannot be read, or they do not compare the same variants.
     """
     found = [
-        (path.parent.name, Recorded.read(path.parent)) for path in directory.glob("*/run.json")
+        (path.parent.name, Recorded.read(path.parent)) for path in sorted(directory.glob("*/run.json"))
     ]
     if len({run.variants for _, run in found}) > 1:
         raise UsageError(
-            f"the runs in {directory} compare different variants; move the runs of each pair into "
-            "their own directory"
+            f"the runs in {directory} compare different variants; name one run's directory, such "
+            f"as {directory / found[0][0]}"
         )
     return sorted(found, key=lambda one: (_load(one[1]), one[0]))
 
