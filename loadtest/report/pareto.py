@@ -31,7 +31,8 @@ def runs_in(directory: Path) -> list[tuple[str, Recorded]]:
         UsageError: if one cannot be read, or they do not compare the same variants.
     """
     found = [
-        (path.parent.name, Recorded.read(path.parent)) for path in sorted(directory.glob("*/run.json"))
+        (path.parent.name, Recorded.read(path.parent))
+        for path in sorted(directory.glob("*/run.json"))
     ]
     if len({run.variants for _, run in found}) > 1:
         raise UsageError(
