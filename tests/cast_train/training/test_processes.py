@@ -65,6 +65,13 @@ def in_processes(
     )
 
 
+def tensors_of(first, second):
+    """Name and both tensors of two checkpoints, which must have the same names."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    return [(name, ours[name], theirs[name]) for name in ours]
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -148,10 +155,8 @@ def test_a_killed_process_is_started_again(whole, llama_dir, text_file, tmp_path
     assert (tmp_path / "died").exists()
     origins = verify(tmp_path / "out")["origins"]
     assert [launch["step"] for launch in origins] == [0, 4]
-    first, second = (load_file(f / "model.safetensors") for f in (expected, tmp_path / "out"))
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    for name, ours, theirs in tensors_of(expected, tmp_path / "out"):
+        assert torch.equal(ours, theirs), name
 
 
 SRUN = """#!/usr/bin/env bash
@@ -211,10 +216,8 @@ def test_a_run_of_four_processes_is_gone_on_with_by_two(whole, llama_dir, text_f
     program.write_text(STOP_IF.format(condition="< 4"))
     done = in_processes(config, out, llama_dir, text_file, "--resume", program=[str(program)])
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (load_file(folder / "model.safetensors") for folder in (expected, out))
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=name)
+    for name, ours, theirs in tensors_of(expected, out):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 # `cast-train`, whose first checkpoint is written after two more steps, or fails to be.
@@ -266,10 +269,8 @@ def test_checkpoints_are_written_beside_the_steps(fails, whole, llama_dir, text_
     program.write_text(STOP_IF.format(condition="< 4"))
     done = in_processes(config, out, llama_dir, text_file, "--resume", program=[str(program)])
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (load_file(folder / "model.safetensors") for folder in (expected, out))
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    for name, ours, theirs in tensors_of(expected, out):
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize(
