@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cast_serve.sparsity.pattern import WORD, Pattern, groups, hard_mask
+from cast_serve.sparsity.pattern import WORD, Pattern, groups, hard_mask, masked
 from cast_train import sharding
 from cast_train.gates.schedules import Phase
 from cast_train.gates.selection import MaskGenerator, gumbel_topk, hard, sigmoid_gates, soft_topk
@@ -95,7 +95,7 @@ class Gate(nn.Module, ABC):
 
     def masked(self, weight: Tensor) -> Tensor:
         """W'' under the exact mask."""
-        return torch.where(self.mask(), weight, 0.0)
+        return _Masked.apply(weight, self.mask())
 
 
 class FixedGate(Gate):
@@ -311,6 +311,33 @@ class RankedGate(LogitGate):
         return hard(self.ranks(part), self.pattern.n, self.pattern.m)
 
 
+class _Masked(torch.autograd.Function):
+    """`pattern.masked` with its gradient, which is masked too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return masked(values, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return masked(grad, *ctx.saved_tensors), None
+
+
+class _MaskedMean(torch.autograd.Function):
+    """The mean of `pattern.masked`; its gradient is a number times the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return masked(values, mask).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return mask.to(grad.dtype).mul_(grad / mask.numel()), None
+
+
 class _StraightThrough(torch.autograd.Function):
     """W * mask; in backward every weight, kept or dropped, gets the gradient of W''.
 
@@ -322,12 +349,12 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         ctx.save_for_backward(weight, mask)
         ctx.decay = decay
-        return torch.where(mask, weight, 0.0)
+        return masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, mask = ctx.saved_tensors
-        return torch.where(mask, grad, grad + ctx.decay * weight), None, None
+        return grad.add(masked(weight, ~mask), alpha=ctx.decay), None, None
 
 
 def stored_weight(linear: Any) -> Tensor:
@@ -352,7 +379,7 @@ def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
         PatternError: if K is not a multiple of M.
     """
     kept = hard_mask(gates.detach(), pattern)  # topk is eight times as slow on small groups
-    return torch.where(kept, 0.0, gates).mean() * pattern.m
+    return _MaskedMean.apply(gates, ~kept) * pattern.m
 
 
 def attach(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cast_serve.errors import UsageError
-from cast_serve.sparsity.pattern import Pattern, hard_mask
+from cast_serve.sparsity.pattern import Pattern, hard_mask, masked
 from cast_train import sharding
 from cast_train.config import Adams
 from cast_train.gates.schedules import learning_rate_factor
@@ -95,7 +95,8 @@ class AdamS(torch.optim.Optimizer):
         if pattern is not None:
             share = min(state["step"] / group["total_steps"], 1.0)
             pulled = direction * (1 - share) + share * group["decay"] * weight.sign()
-            direction = torch.where(sharding.local(state["dropped"]).bool(), pulled, direction)
+            dropped = sharding.local(state["dropped"]).bool()
+            direction = masked(direction, ~dropped) + masked(pulled, dropped)
             v.lerp_(direction.square(), 1 - beta2)
         else:
             v.lerp_(gradient.square(), 1 - beta2)

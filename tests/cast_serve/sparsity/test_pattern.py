@@ -10,6 +10,7 @@ from cast_serve.sparsity.pattern import (
     check_weight,
     groups,
     hard_mask,
+    masked,
 )
 
 
@@ -76,6 +77,18 @@ def test_hard_mask_of_many_groups(dtype: torch.dtype) -> None:
     kept = torch.argsort(grouped, dim=-1, descending=True, stable=True)[..., :24]
     expected = torch.zeros(3, 2000, 2, 64, dtype=torch.bool).scatter_(-1, kept, True)
     assert torch.equal(mask, expected.flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_is_what_where_gives_to_the_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, 10, generator=generator).to(dtype).t()  # not contiguous
+    values[:3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    mask = torch.rand(values.shape, generator=generator) < 0.5
+    mask[:3, 0] = False
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    expected = torch.where(mask, values, torch.zeros((), dtype=dtype))
+    assert torch.equal(masked(values, mask).view(bits), expected.view(bits))
 
 
 def test_hard_mask_refuses_nan() -> None:
