@@ -115,12 +115,12 @@ def test_two_processes_learn_what_one_does(
 
 @pytest.fixture(scope="module", params=[False, True], ids=["copied", "sharded"])
 def whole(request, llama_dir, text_file, settings_file, tmp_path_factory):
-    """The configuration of a run, and what two processes make of it that nothing stops."""
+    """The configuration of a run, and what four processes make of it that nothing stops."""
     config = TrainConfig.from_toml(
         settings_file, steps=10, is_sharded=request.param, precision="fp32"
     )
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = in_processes(config, out, llama_dir, text_file)
+    done = in_processes(config, out, llama_dir, text_file, number=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return config, out
 
@@ -145,12 +145,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("whole", [False], indirect=True, ids=["copied"])
-def test_a_killed_process_is_started_again(whole, llama_dir, text_file, tmp_path):
+@pytest.mark.parametrize("whole", [True], indirect=True, ids=["sharded"])
+def test_one_of_four_processes_is_killed(whole, llama_dir, text_file, tmp_path):
     config, expected = whole
     (tmp_path / "die.py").write_text(KILLED_ONCE)
     arguments = (config, tmp_path / "out", llama_dir, text_file, "--resume")
-    done = in_processes(*arguments, program=[str(tmp_path / "die.py")], restarts=1)
+    program = [str(tmp_path / "die.py")]
+    done = in_processes(*arguments, program=program, number=4, restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "died").exists()
     origins = verify(tmp_path / "out")["origins"]
@@ -257,7 +258,7 @@ def test_checkpoints_are_written_beside_the_steps(fails, whole, llama_dir, text_
     config, out = changed(config, checkpoint_async=True), tmp_path / "out"
     program = out.with_name("late.py")
     program.write_text(LATE.format(fails=fails))
-    stopped = in_processes(config, out, llama_dir, text_file, program=[str(program)])
+    stopped = in_processes(config, out, llama_dir, text_file, program=[str(program)], number=4)
     assert stopped.returncode != 0
     complete = tmp_path / "out.partial" / "checkpoint-4" / "complete"
     assert complete.exists() is not fails, stopped.stderr[-3000:]
@@ -267,7 +268,8 @@ def test_checkpoints_are_written_beside_the_steps(fails, whole, llama_dir, text_
         return
     assert "stopped" in stopped.stderr, stopped.stderr[-3000:]
     program.write_text(STOP_IF.format(condition="< 4"))
-    done = in_processes(config, out, llama_dir, text_file, "--resume", program=[str(program)])
+    arguments = (config, out, llama_dir, text_file, "--resume")
+    done = in_processes(*arguments, program=[str(program)], number=4)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, ours, theirs in tensors_of(expected, out):
         assert torch.equal(ours, theirs), name
