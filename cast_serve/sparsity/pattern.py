@@ -151,6 +151,9 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
     Args:
         values: floating point of 2 or 4 bytes, any shape.
         mask: bool, of that shape.
+
+    Returns:
+        the dtype and shape of values.
     """
     integers = torch.int16 if values.element_size() == 2 else torch.int32
     return (values.view(integers) * mask).view(values.dtype)

@@ -321,21 +321,8 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return masked(grad, *ctx.saved_tensors), None
-
-
-class _MaskedMean(torch.autograd.Function):
-    """The mean of `pattern.masked`; its gradient is a number times the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return masked(values, mask).mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(grad / mask.numel()), None
+        # Of a mean it is one number, expanded, whose bits are multiplied slowly.
+        return masked(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -379,7 +366,7 @@ def sparsity_penalty(gates: Tensor, pattern: Pattern) -> Tensor:
         PatternError: if K is not a multiple of M.
     """
     kept = hard_mask(gates.detach(), pattern)  # topk is eight times as slow on small groups
-    return _MaskedMean.apply(gates, ~kept) * pattern.m
+    return _Masked.apply(gates, ~kept).mean() * pattern.m
 
 
 def attach(
