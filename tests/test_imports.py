@@ -38,7 +38,7 @@ ALLOWED = {
     },
     "loadtest": {
         *("latency", "sse", "intervals", "anytime", "guard", "questions", "options", "provenance"),
-        *("dtypes", "errors"),
+        *("dtypes", "errors", "ports"),
     },
 }
 

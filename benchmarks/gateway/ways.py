@@ -5,7 +5,6 @@ Each process that can stand between client and worker is a *way*; `DIRECT` is no
 
 import ctypes
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 
 from benchmarks.gateway.fake_worker import MODEL
 from benchmarks.gateway.passthrough import KINDS
+from cast_serve.ports import free_port
 
 WAYS = ("gateway", *KINDS)
 DIRECT = "direct"
@@ -55,12 +55,12 @@ def started(stack: ExitStack) -> dict[str, Way]:
     os.sched_setaffinity(0, others)
     stack.callback(os.sched_setaffinity, 0, cores)
     package = __name__.rpartition(".")[0]
-    port = _free_port()
+    port = free_port()
     worker = _url(port)
     stack.enter_context(_process(others, worker, f"{package}.fake_worker", str(port)))
     ways = {DIRECT: Way(worker, time.process_time)}
     for kind in WAYS:
-        port = _free_port()
+        port = free_port()
         command = [f"{package}.passthrough", kind, str(port), worker]
         if kind == "gateway":
             command = ["cast_serve", "gateway", "--port", str(port), "--set", "max_running=1024"]
@@ -106,12 +106,6 @@ def _cpu_clock(pid: int) -> Callable[[], float]:
     if error := ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock)):
         raise RuntimeError(f"process {pid} has no CPU clock: {os.strerror(error)}")
     return lambda: time.clock_gettime(clock.value)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _url(port: int) -> str:

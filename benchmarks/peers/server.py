@@ -7,7 +7,6 @@ It is asked straight and not by cast-loadtest, since it takes turns with program
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from benchmarks.peers import files
 from benchmarks.peers.names import PeerError
 from cast_serve import sse
 from cast_serve.latency import RequestTiming, Stopwatch
+from cast_serve.ports import free_port
 from loadtest.send.connection import Pool, TransportError
 
 
@@ -139,8 +139,7 @@ def serving(
     Raises:
         PeerError: if it ends before it answers.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     files.WORK.mkdir(parents=True, exist_ok=True)
     cpus, threads, log = ",".join(map(str, cores)), str(len(cores)), files.WORK / f"{name}.log"
     command = [sys.executable, "-m", "cast_serve", "worker", str(model), "--name", name]

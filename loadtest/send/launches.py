@@ -7,7 +7,6 @@ first variant the first cores; a file for `cast-serve up --config` says itself w
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from cast_serve.ports import free_port
 from loadtest.errors import LaunchError, UsageError
 
 READY_TIMEOUT_S = 1800.0
@@ -91,8 +91,7 @@ def served(
     Raises:
         LaunchError: if it ends or is not ready in time, with the last lines it printed.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     names = list(models) if number % 2 == 0 else list(models)[::-1]
     command = [sys.executable, "-m", "cast_serve", "up", "--port", str(port)]
     if config is not None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from cast_serve.errors import FailedError, UsageError
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.control import default_path
 from cast_serve.gateway.upstream.replica import Variant
+from cast_serve.ports import free_port
 from tests.cast_serve.conftest import Save
 from tests.cast_serve.tiny import tiny_llama
 from tests.fake_hub import TOKEN, FakeHub
@@ -31,11 +31,6 @@ def cast_serve(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
         return int(stop.value.code or 0), out, err
 
     return call
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return str(probe.getsockname()[1])
 
 
 def test_convert_then_inspect(cast_serve: Call, save_gated: Save, tmp_path: Path) -> None:
@@ -191,7 +186,7 @@ def test_wrong_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAST_PORT", free_port())
+    monkeypatch.setenv("CAST_PORT", str(free_port()))
     code, out, err = cast_serve(*words)
     assert code == 2
     assert out == ""
@@ -341,7 +336,8 @@ def test_a_variable_that_is_almost_a_setting_is_named(
         """In place of a server that would run until it is stopped."""
 
     monkeypatch.setattr("uvicorn.Server.serve", serve)
-    for name, value in (("CAST_FALBACK", "a=b"), ("CAST_PORT", free_port()), ("CAST_OWN", "1")):
+    port = str(free_port())
+    for name, value in (("CAST_FALBACK", "a=b"), ("CAST_PORT", port), ("CAST_OWN", "1")):
         monkeypatch.setenv(name, value)
     _, _, err = cast_serve("gateway", "--variant", "a=http://x")
     assert "CAST_FALBACK in the environment is not a setting; the nearest is CAST_FALLBACK" in err
@@ -364,7 +360,7 @@ def test_a_wrong_environment_is_named(
         """In place of a server that would run until it is stopped."""
 
     monkeypatch.setattr("uvicorn.Server.serve", serve)
-    monkeypatch.setenv("CAST_PORT", free_port())
+    monkeypatch.setenv("CAST_PORT", str(free_port()))
     monkeypatch.setenv(name, value)
     code, out, err = cast_serve("gateway", "--variant", "a=http://x")
     assert (code, out) == (2, "")

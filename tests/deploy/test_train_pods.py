@@ -17,9 +17,9 @@ import typer
 from pydantic import ValidationError
 
 from cast_serve.checkpoint.record import verify
+from cast_serve.ports import free_port
 from cast_train.__main__ import app
 from tests.cast_train.conftest import llama_dir, settings_file, text_file
-from tests.story.conftest import free_port
 
 __all__ = ["llama_dir", "settings_file", "text_file"]
 

@@ -12,12 +12,12 @@ import pytest
 
 from cast_serve.checkpoint.inspect import inspect
 from cast_serve.model import SparseLinear
+from cast_serve.ports import free_port
 from cast_train.checkpoint.models import kind_of
 from tests.cast_serve.gateway import fake_worker
 from tests.cast_serve.gateway.stack import wait_until
 from tests.cast_train.conftest import llama_dir
 from tests.docs.pages import ROOT, blocks
-from tests.story.conftest import free_port
 
 __all__ = ["llama_dir"]
 

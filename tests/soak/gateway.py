@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast_serve.ports import free_port
 from tests.soak.clients.connection import get
 from tests.soak.clients.request import VARIANTS
 
@@ -113,15 +113,6 @@ class Gateway:
             return self.popen.wait()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 def start(
     folder: Path,
     directories: Sequence[Path],
@@ -136,7 +127,10 @@ def start(
         settings: of the gateway.
         environment: beside this process's own.
     """
-    port, *ports = free_ports(1 + len(VARIANTS))
+    ports: list[int] = []
+    for _ in range(1 + len(VARIANTS)):
+        ports.append(free_port(ports))
+    port = ports.pop()
     lines = ["[gateway]", f"port = {port}", 'log_dir = "workers"']
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     cores = sorted(os.sched_getaffinity(0))

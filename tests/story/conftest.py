@@ -2,15 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import httpx
@@ -18,6 +16,8 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
+
+from cast_serve.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "data/models/smollm2-135m-dense"
@@ -40,14 +40,6 @@ PROMPTS = [
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", *(str(word) for word in words)]
-
-
-def free_port() -> int:
-    """Below those that outgoing connections take: a minute passes until vLLM listens on it."""
-    while True:
-        port = SystemRandom().randrange(20_000, 30_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cast_serve.ports import free_port
 from tests.docs.pages import ROOT, blocks
-from tests.story.conftest import free_port
 from tests.story.newcomer import Newcomer, check
 
 pytestmark = [pytest.mark.model, pytest.mark.server]

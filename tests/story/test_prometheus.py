@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from cast_serve.ports import free_port
 from tests.programs import need
-from tests.story.conftest import ROOT, Served, complete, free_port, worker
+from tests.story.conftest import ROOT, Served, complete, worker
 
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
 

@@ -19,7 +19,8 @@ import pytest
 
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream.supervisor import STEP_FACTOR
-from tests.story.conftest import FLAGS, PROMPTS, command, descendants, free_port
+from cast_serve.ports import free_port
+from tests.story.conftest import FLAGS, PROMPTS, command, descendants
 
 pytestmark = [pytest.mark.model, pytest.mark.server, pytest.mark.timeout(900)]
 

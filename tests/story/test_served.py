@@ -14,7 +14,8 @@ import psutil
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from tests.story.conftest import Served, command, free_port, logits_error, variant_infos
+from cast_serve.ports import free_port
+from tests.story.conftest import Served, command, logits_error, variant_infos
 
 pytestmark = [pytest.mark.model, pytest.mark.server]
 

@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from cast_serve.gateway.upstream.replica import (
     Variant,
     start_worker,
 )
+from cast_serve.ports import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ def local_variants(
     share = len(left) // max(1, len(sharing))
     for index, name in enumerate(sharing):
         named[name] = left[index * share : (index + 1) * share]
-    asked = {gateway_port, *(worker.port for worker in workers.values())}
-    free = [port for port in _free_ports(len(workers) + len(asked)) if port not in asked]
+    ports = {gateway_port, *(worker.port for worker in workers.values())}
     variants = []
     for name, worker in workers.items():
-        port = worker.port or free.pop()
+        port = worker.port or free_port(ports)
+        ports.add(port)
         replica = Replica(
             name,
             f"http://127.0.0.1:{port}",
@@ -123,7 +123,7 @@ def successor(old: Replica, model: Path | None, log_name: str) -> Replica:
     assert old.log is not None
     return Replica(
         old.variant,
-        f"http://127.0.0.1:{_free_ports(1)[0]}",
+        f"http://127.0.0.1:{free_port()}",
         _fetched(old.variant, model or old.model),
         (),
         old.cores,
@@ -220,11 +220,3 @@ def _checked_url(name: str, text: str) -> str:
     if not is_url:
         raise UsageError(f"variant {name}: {text!r} is not a URL; write {name}=http://HOST:PORT")
     return text.rstrip("/")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cast_serve import ports
 from cast_serve.gateway.app import create_app
 from cast_serve.gateway.settings import GatewaySettings
 from cast_serve.gateway.upstream import variants
@@ -39,10 +40,13 @@ def test_no_worker_gets_the_port_that_the_gateway_will_take(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(variants, "_free_ports", lambda _: [4001, 4003, 4002])
-    workers = {"dense": WorkerConfig(dir=model), "sparse": WorkerConfig(dir=model, port=4001)}
-    urls = [each.replicas[0].url for each in local_variants(workers, gateway_port=4002)]
-    assert urls == ["http://127.0.0.1:4003", "http://127.0.0.1:4001"]
+    of_sparse = ports.free_port()
+    of_gateway = ports.free_port([of_sparse])
+    left = ports.free_port([of_sparse, of_gateway])
+    monkeypatch.setattr(ports, "PORTS", [of_sparse, of_gateway, left])
+    workers = {"dense": WorkerConfig(dir=model), "sparse": WorkerConfig(dir=model, port=of_sparse)}
+    urls = [each.replicas[0].url for each in local_variants(workers, gateway_port=of_gateway)]
+    assert urls == [f"http://127.0.0.1:{left}", f"http://127.0.0.1:{of_sparse}"]
 
 
 def test_more_variants_than_cores_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
