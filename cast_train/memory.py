@@ -1,4 +1,4 @@
-"""What the C library does with memory that a training step frees: it keeps it for the next one."""
+"""What the C library does with freed memory: it keeps a step's, and hands back a preparation's."""
 
 import ctypes
 import sys
@@ -16,3 +16,11 @@ def keep_freed() -> None:
             m_trim_threshold, m_mmap_max = -1, -4
             libc.mallopt(m_mmap_max, 0)
             libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def hand_back() -> None:
+    """Gives the kernel what is free now, of which steps will not need as much."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -28,7 +28,7 @@ from torch import nn
 
 from cast_serve.checkpoint import record
 from cast_serve.checkpoint.record import CheckpointError
-from cast_train.checkpoint import channel_order, conv1d, identity
+from cast_train.checkpoint import channel_order, identity
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates.gating import Gate, logits_of
@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 DENSE_FILE = "kept_dense.json"
 KEPT_FILE = "kept_of_64.json"
-LAYOUT = "out_features, in_features"  # of all weights, gates and their moments
+# Of weights, gates and their moments. Another one is another release's.
+LAYOUT = "out_features, in_features; with a fixed mask the kept weights"
 COMPLETE = "complete"
 PREFIX = "checkpoint-"  # Trainer's
 
@@ -101,8 +102,7 @@ def begin(
 def go_on(partial: Path, step: int, origin: Mapping[str, Any]) -> None:
     """Adds the launch that goes on after that step to the run's origins."""
     found = json.loads((partial / RUN_FILE).read_text(encoding="utf-8"))
-    # A run of an earlier release had none.
-    origins = [*found.get("origins", []), {"step": step, **origin}]
+    origins = [*found["origins"], {"step": step, **origin}]
     _write_run(partial, {**found, "origins": origins})
 
 
@@ -152,41 +152,10 @@ def held(partial: Path, is_first: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_release(partial: Path, model: nn.Module, config: TrainConfig, step: int) -> None:
-    """Refuses what an earlier release began and this one would go on with wrongly.
-
-    That release trained GPT-2's weights as they are on disk, and gates from SparseGPT's mask and
-    weights, from which their mask cannot be solved again here.
-
-    Args:
-        partial: OUT.partial.
-        model: as it is trained now.
-        config: of the run.
-        step: after which it goes on.
-
-    Raises:
-        CheckpointError: naming the remedy.
-    """
-    if json.loads((partial / RUN_FILE).read_text(encoding="utf-8")).get("layout") == LAYOUT:
-        return
-    fault = ""
-    if conv1d.are_in(model):
-        fault = f"whose checkpoints have the weights of {type(model).__name__} transposed"
-    elif config.is_solved_again and step <= config.first_exact_step:
-        fault = "whose gates started from another mask"
-    if fault:
-        raise CheckpointError(
-            f"{partial} was begun by an earlier release, {fault}; finish it with that release, or "
-            "remove it and start the run again"
-        )
-
-
 def read_choices(partial: Path) -> Choices:
     """What `begin` was given."""
     kept_dense = json.loads((partial / DENSE_FILE).read_text(encoding="utf-8"))
-    kept_of_64 = {}
-    if (partial / KEPT_FILE).exists():  # not in a run of an earlier release
-        kept_of_64 = json.loads((partial / KEPT_FILE).read_text(encoding="utf-8"))
+    kept_of_64 = json.loads((partial / KEPT_FILE).read_text(encoding="utf-8"))
     return Choices(list(kept_dense), dict(kept_of_64), channel_order.read(partial))
 
 
@@ -216,7 +185,7 @@ def find(partial: Path, wanted: Mapping[str, Any], is_resume: bool, is_first: bo
 
 
 def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
-    """Refuses an unfinished run that is not to be resumed, or is another one.
+    """Refuses an unfinished run that is not to be resumed, or is another one or another release's.
 
     Raises:
         CheckpointError: as `find` does.
@@ -233,6 +202,11 @@ def check(partial: Path, wanted: Mapping[str, Any], is_resume: bool) -> None:
         raise CheckpointError(f"{partial} is not an unfinished run: {error}; remove it") from error
     remedy = "repeat that run with its inputs and settings, or remove it"
     identity.check(found, wanted, f"{partial} is another run", remedy)
+    if found.get("layout") != LAYOUT:
+        raise CheckpointError(
+            f"{partial} was begun by an earlier release, whose checkpoints this one does not read; "
+            "finish it with that release, or remove it and start the run again"
+        )
 
 
 def mark_complete(folder: Path, best: str | None) -> None:

@@ -10,11 +10,12 @@ A target linear with weight W [out_features, in_features] has gate logits L of t
 The selectors `soft_topk` and `gumbel` read L as it is learnt; `generator` computes L from the
 weights by a network that all linears share; `penalty` has no selection, its p is the gates
 themselves. The methods `ste` and `adams` learn no L: the weights' own sizes rank them. The method
-`fixed` has no L at all, but the mask itself.
+`fixed` has no L at all, but the mask itself, and while it trains only the weights that this keeps.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,42 +102,90 @@ class Gate(nn.Module, ABC):
 class FixedGate(Gate):
     """A mask that is kept from the first step to the last.
 
+    While it trains the linear's parameter may be the kept weights alone, [out_features, kept of a
+    row] in the order of their columns: the others have neither gradient nor moments.
+
     Attributes:
         kept: the mask, bool [out_features, in_features]; a parameter, so that it can be sharded.
+            None where the parameter is the kept weights.
+        columns: there the kept weights' columns, each in its word of the row: uint8 [out_features,
+            words, kept of a word]; else None.
     """
+
+    kept: nn.Parameter | None
+    columns: nn.Parameter | None
 
     def __init__(self, kept: Tensor, pattern: Pattern) -> None:
         super().__init__(pattern)
         self.kept = nn.Parameter(kept.contiguous(), requires_grad=False)
+        self.register_parameter("columns", None)
+
+    def weight(self) -> Tensor:
+        """W; where the parameter is the kept weights, a copy, with zeros between them."""
+        weight = super().weight()
+        return weight if self.columns is None else self._spread(weight.detach())
+
+    def drop(self, values: nn.Parameter | None = None) -> None:
+        """Makes the kept weights the linear's parameter.
+
+        Args:
+            values: the parameter that shall hold them; None: a new one.
+        """
+        assert self.kept is not None
+        weight = self.weight().detach()
+        has_words = weight.shape[1] % WORD == 0 and WORD % self.pattern.m == 0
+        mask = groups(self.kept, WORD if has_words else self.pattern.m)
+        columns = mask.nonzero()[:, -1].view(*mask.shape[:-1], -1)
+        kept = weight.view_as(mask).gather(-1, columns).flatten(1)
+        if values is None:
+            values = nn.Parameter(kept)
+        values.data.copy_(kept)
+        self.kept, self.columns = None, nn.Parameter(columns.byte(), requires_grad=False)
+        self._linear[0].parametrizations.weight.original = values
+
+    def restore(self) -> nn.Parameter:
+        """Makes W the linear's parameter again, with zeros where the mask drops.
+
+        Returns:
+            the parameter with the kept weights, as `drop` takes it.
+        """
+        original = self._linear[0].parametrizations.weight
+        values, weight, mask = original.original, self.weight(), self.mask()
+        self.kept, self.columns = nn.Parameter(mask, requires_grad=False), None
+        original.original = nn.Parameter(weight)
+        return values
 
     def begin(self, scores: Tensor | None) -> None:
+        assert self.kept is not None
         kept = sharding.local(self.kept.data)
         kept.copy_(hard_mask(_start_logits(scores, kept, self.pattern.m), self.pattern))
 
     def mask(self, part: Part = sharding.whole) -> Tensor:
-        return part(self.kept.detach())
+        if self.kept is not None:
+            return part(self.kept.detach())
+        assert self.columns is not None
+        return self._spread(torch.ones_like(self.columns, dtype=torch.bool))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        assert self.columns is not None
+        return _Spread.apply(values, self.columns, self._linear[0].in_features)
 
     def soft_mask(self, phase: Phase, part: Part = sharding.whole) -> Tensor:
         return self.mask(part).float()
 
     def stored(self) -> dict[str, Tensor]:
+        assert self.kept is not None
         return {"gate": self.kept.detach()}
 
     def take(self, stored: Tensor) -> None:
         """Takes over a mask, or the logits that releases before this form stored."""
+        assert self.kept is not None
         if stored.dtype != torch.bool:
             stored = hard_mask(stored, self.pattern)
         self.kept.copy_(stored)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.masked(weight)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *more: Any) -> None:
-        """Also reads the checkpoint of an unfinished run of a release that stored logits."""
-        if (logits := state.pop(f"{prefix}logits", None)) is not None:
-            self.take(logits)
-            state[f"{prefix}kept"] = self.kept
-        super()._load_from_state_dict(state, prefix, *more)
+        return self.masked(weight) if self.columns is None else self._spread(weight)
 
 
 class LogitGate(Gate):
@@ -325,6 +374,26 @@ class _Masked(torch.autograd.Function):
         return masked(grad.contiguous(), *ctx.saved_tensors), None
 
 
+class _Spread(torch.autograd.Function):
+    """Kept weights -> [out_features, in_features] with zeros between them, and its gradient back.
+
+    By the indices that torch's own would keep for the backward, a weight would take 4 bytes more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, columns: Tensor, in_features: int) -> Tensor:
+        ctx.save_for_backward(columns)
+        rows, words, _ = columns.shape
+        whole = values.new_zeros(rows, words, in_features // words)
+        return whole.scatter_(-1, columns.long(), values.view(columns.shape)).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (columns,) = ctx.saved_tensors
+        words = grad.unflatten(1, (columns.shape[1], -1))
+        return words.gather(-1, columns.long()).flatten(1), None, None
+
+
 class _StraightThrough(torch.autograd.Function):
     """W * mask; in backward every weight, kept or dropped, gets the gradient of W''.
 
@@ -459,6 +528,32 @@ def mark_frozen(gates: Mapping[str, Gate]) -> None:
         gate.mark_frozen()
 
 
+def drop(gates: Mapping[str, Gate]) -> None:
+    """Leaves linears with a fixed mask their kept weights alone; of a model that is not sharded."""
+    for gate in gates.values():
+        if isinstance(gate, FixedGate):
+            gate.drop()
+
+
+def restore(gates: Mapping[str, Gate]) -> list[tuple[FixedGate, nn.Parameter]]:
+    """Undoes `drop`: what changes W in place finds it whole.
+
+    Returns:
+        the gates of which it did so, and the parameters with the kept weights.
+    """
+    dropped = [g for g in gates.values() if isinstance(g, FixedGate) and g.columns is not None]
+    return [(gate, gate.restore()) for gate in dropped]
+
+
+@contextmanager
+def restored(gates: Mapping[str, Gate]) -> Iterator[None]:
+    """`restore` meanwhile; afterwards the same parameters hold the kept weights again."""
+    dropped = restore(gates)
+    yield
+    for gate, values in dropped:
+        gate.drop(values)
+
+
 def logits_of(gates: Mapping[str, Gate]) -> list[nn.Parameter]:
     """The logits of all gates that have any."""
     return [gate.logits for gate in gates.values() if isinstance(gate, LogitGate)]
@@ -488,20 +583,20 @@ class GateStatistics:
 
 @torch.no_grad()
 def statistics(
-    gates: Mapping[str, Gate], phase: Phase, start: Mapping[str, Tensor] | None = None
+    gates: Mapping[str, Gate], phase: Phase, start: Mapping[str, Tensor]
 ) -> GateStatistics:
     """Measures the gates in a phase, without setting it.
 
     Args:
-        start: bool masks by name, to count flips against; None: no flips. Of a sharded model this
-            process's rows; then every process must call.
+        start: bool masks by name, to count flips against; where there is none: no flips. Of a
+            sharded model this process's rows; then every process must call.
     """
     totals = torch.zeros(6, dtype=torch.float64, device=sharding.device())
     for name, gate in gates.items():
         mask = gate.mask(sharding.local)
         soft = gate.soft_mask(replace(phase, noise=0.0), sharding.local)  # not drawn to be seen
         size = sharding.local(gate.weight().detach()).float().abs()
-        begun = mask if start is None else start[name]
+        begun = start.get(name, mask)
         found = (
             soft.numel(),
             ((soft > 0.05) & (soft < 0.95)).sum(),

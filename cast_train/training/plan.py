@@ -140,11 +140,17 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     else:
         logits = tokens * vocabulary * (3 if has_teacher else 2)
     activations = "is_checkpointed = true, or a smaller batch_blocks"
-    gradients = 4 * trained // share
+    held = (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
+    if isinstance(config, Pruned) and not isinstance(config, Fixed):
+        held += 4 * sparse * (2 if config.is_solved_again else 1)
+    dropped = 0  # weights that are not there while it trains
+    if isinstance(config, Fixed) and not config.is_sharded:
+        dropped = round(sparse * (config.pattern.zeros if config.zeros == 1 else config.zeros))
+    gradients = 4 * (trained - dropped) // share
     parts = [
         Part("program", PROGRAM),
-        Part("weights", 4 * num_weights // share, shard),
-        Part("moments of AdamW", 8 * trained // share, shard),
+        Part("weights", 4 * (num_weights - dropped) // share, shard),
+        Part("moments of AdamW", 8 * (trained - dropped) // share, shard),
     ]
     if isinstance(config, Gates):
         parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))
@@ -154,7 +160,8 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
             parts.append(Part("dense weights, to solve again", dense, "method = fixed"))
     elif isinstance(config, Ste | Adams):
         parts.append(Part("scores", 4 * sparse // share, shard))
-    parts.append(Part("masks", masks * sparse // share))
+    # Where weights are dropped, a byte for each of the others.
+    parts.append(Part("masks", (masks * sparse - dropped) // share))
     if has_teacher:
         teacher = dtype.itemsize * num_weights // share
         parts.append(Part("teacher", teacher, "distillation_weight = 0"))
@@ -169,9 +176,6 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     of_logits = logits * dtype.itemsize
     parts.append(Part("logits and their gradient", of_logits, "a smaller batch_blocks"))
     parts.append(Part("gradients", gradients, shard))
-    held = (4 + dtype.itemsize * has_teacher) * num_weights + masks * sparse
-    if isinstance(config, Pruned) and not isinstance(config, Fixed):
-        held += 4 * sparse * (2 if config.is_solved_again else 1)
     return Plan(parts, PROGRAM + held // share, num_weights, sparse, flops, tokens)
 
 

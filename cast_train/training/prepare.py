@@ -13,7 +13,7 @@ from cast_serve.checkpoint.declared import Structure
 from cast_serve.errors import UsageError
 from cast_serve.sparsity.pattern import Pattern
 from cast_serve.sparsity.targets import find_targets, not_by_vllm
-from cast_train import attention, sharding
+from cast_train import attention, memory, sharding
 from cast_train.checkpoint import channel_order
 from cast_train.checkpoint.channel_order import ChannelOrder
 from cast_train.checkpoint.models import load_any
@@ -44,7 +44,7 @@ class Prepared:
         choices: what was chosen for it: the order of its channels, the linears that stay dense, N
             of N:64.
         gate_map: the targets' gates, by the same names; none with ``dense``.
-        start: the mask that each gate starts from, bool.
+        start: the mask that each gate starts from, bool; of a fixed one none.
         dense: the targets' dense weights by name, [out_features, in_features], where they are
             solved again for a mask that was learnt; else none. Where the model is sharded, of this
             process's rows, as `start` is.
@@ -125,12 +125,19 @@ def prepare(
     attention.use_blocks(model)
     if teacher is not None:
         attention.use_blocks(teacher)
+    if not config.is_sharded:
+        gating.drop(gate_map)
+        memory.hand_back()
     return Prepared(
         model=model,
         targets=targets,
         choices=Choices(kept_dense, kept_of_64(patterns, config.pattern), order),
         gate_map=gate_map,
-        start={name: gate.mask(sharding.local) for name, gate in gate_map.items()},
+        start={
+            name: gate.mask(sharding.local)
+            for name, gate in gate_map.items()
+            if not isinstance(gate, gating.FixedGate)
+        },
         dense=dense_weights,
         reach=measure_reach(gate_map, config),
         teacher=teacher,

@@ -269,8 +269,6 @@ class Run:
         self.prepared = prepare(
             self.model_dir, self.sparse, self.teacher_dir, self.blocks, self.config, choices
         )
-        if self.resume_from:
-            resume.check_release(partial, self.prepared.model, self.config, step)
         if is_first:
             resume.check_room(partial, self.prepared.model, self.prepared.gate_map, self.config)
             if self.resume_from:
@@ -301,6 +299,7 @@ class Run:
     def round(self) -> None:
         """Makes the trained model what it will be on disk."""
         trained = self.prepared
+        gating.restore(trained.gate_map)
         self.last = phase_at(self.config.steps, self.config)
         if self.config.quantization is not None:
             gating.set_phase(trained.gate_map, self.last)

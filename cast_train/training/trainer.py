@@ -377,9 +377,10 @@ class Starts(TrainerCallback):
             elif self.dense:
                 solve_again(model, trainer.targets, self.dense, self.before, masks, self.blocks)
         if has_rows and config.quantization and step == config.first_quantized_step:
-            start_quantized(
-                model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
-            )
+            with gating.restored(trainer.gate_map):
+                start_quantized(
+                    model, trainer.targets, trainer.gate_map, self.blocks, config.quantization
+                )
         if not config.is_sharded:
             sharding.take_first(sharding.state_of(model))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from cast_serve.sparsity.pattern import TWO_FOUR, Pattern, check_weight, hard_mask
 from cast_serve.sparsity.targets import find_targets
@@ -132,12 +133,43 @@ def test_a_fixed_gate_reads_the_logits_of_earlier_releases(model):
     scores = magnitude_scores(targets)
     gate_map = gating.attach(targets, dict.fromkeys(targets, TWO_FOUR), method="fixed")
     for name, gate in gate_map.items():
-        gate.take(scores[name])  # as of a finished run
-        taken = gate.mask().clone()
+        gate.take(scores[name])
         assert torch.equal(gate.mask(), hard_mask(scores[name])), name
-        gate.kept.logical_not_()
-        gate.load_state_dict({"logits": scores[name]})  # as of an unfinished one
-        assert torch.equal(gate.mask(), taken), name
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "in_features"), [(2, 4, 128), (2, 4, 48), (8, 16, 64), (20, 64, 192)]
+)
+def test_kept_weights_alone_are_trained_as_all_are(n, m, in_features):
+    pattern = Pattern(n, m)
+    inputs = torch.randn(5, in_features)
+    linears = [nn.Linear(in_features, 3) for _ in range(2)]
+    linears[1].load_state_dict(linears[0].state_dict())
+    scores = {"0": torch.rand(3, in_features)}
+    alone, all_of_them = (
+        gating.attach({"0": linear}, {"0": pattern}, scores, method="fixed") for linear in linears
+    )
+    gating.drop(alone)
+    values = gating.stored_weight(linears[0])
+    assert values.shape == (3, in_features * n // m)
+    outputs = [linear(inputs) for linear in linears]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    mask, gradient = all_of_them["0"].mask(), gating.stored_weight(linears[1]).grad
+    assert torch.equal(alone["0"].mask(), mask)
+    assert torch.equal(values.grad.flatten(), gradient[mask])
+
+    with gating.restored(alone):
+        whole = gating.stored_weight(linears[0])
+        assert torch.equal(whole, linears[1].weight)
+        whole.data.mul_(2)
+    assert gating.stored_weight(linears[0]) is values
+    assert torch.equal(linears[0].weight, 2 * linears[1].weight)
+    assert torch.equal(alone["0"].weight(), 2 * linears[1].weight)
+    gating.restore(alone)
+    assert torch.equal(gating.detach({"0": linears[0]})["0.gate"], mask)
+    assert torch.equal(linears[0].weight, 2 * all_of_them["0"].weight() * mask)
 
 
 def test_the_penalty_is_the_mean_of_the_smallest_gates_of_a_group():

@@ -77,7 +77,12 @@ def test_every_part_has_its_bytes(words_dir):
     assert found.step_bytes == sum(parts(found).values())
     fixed = plan(words_dir, Fixed(sparsity="32:64", **SMALL))
     assert parts(found)["activations"] - parts(fixed)["activations"] == 5 * sparse
-    assert parts(fixed)["masks"] == sparse
+    assert parts(fixed)["weights"] == 4 * (total - sparse // 2)
+    assert parts(fixed)["moments of AdamW"] == 8 * (total - embeddings - sparse // 2)
+    assert parts(fixed)["gradients"] == 4 * (total - embeddings - sparse // 2)
+    assert parts(fixed)["masks"] == sparse // 2
+    fewer = plan(words_dir, Fixed(sparsity="32:64", zeros=0.25, **SMALL))
+    assert parts(fewer)["weights"] == 4 * (total - sparse // 4)
     dense = plan(words_dir, Dense(distillation_weight=0.0, **SMALL))
     assert not {"teacher", "masks"} & {name for name, size in parts(dense).items() if size}
 
