@@ -4,9 +4,10 @@
 
 Each method trains in one process, then in two and four with copies of the model or shares of it,
 and a sharded run of four is stopped halfway and gone on with by two. All take steps of the same
-sequences in fp32, and are measured on held-out text after each quarter. Keep the model small: four
-copies of its training state must fit. `scripts/random-llama OUT --shape small`, trained with
-`cast-train run --method dense`, is one.
+sequences in fp32, and are measured on held-out text after each quarter. How far rounding alone
+carries a method shows in one process that takes a step's sequences one by one. Keep the model
+small: four copies of its training state must fit. `scripts/random-llama OUT --shape small`, trained
+with `cast-train run --method dense`, is one.
 """
 
 import argparse
@@ -19,14 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from benchmarks.tables import benches
 from cast_serve.checkpoint.record import verify
 from cast_serve.provenance import origin
-from loadtest.report.words import markdown_table
 
 METHODS = {  # and the settings that differ from the defaults
     "gates": {},
@@ -35,35 +37,54 @@ METHODS = {  # and the settings that differ from the defaults
     "adams": {"learning_rate": 0.01},  # with less, no weight could reach 0 in so few steps
 }
 SEQUENCES = 4  # a step
-# Name: processes, whether they share the model, and how many go on after half of the steps.
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is cut.
+
+    Attributes:
+        number: of processes.
+        is_sharded: whether they share the model.
+        number_after: of processes that go on after half of the steps, if any do.
+        is_one_by_one: whether a process takes its sequences of a step one by one.
+    """
+
+    number: int
+    is_sharded: bool = False
+    number_after: int | None = None
+    is_one_by_one: bool = False
+
+
 WAYS = {
-    "1": (1, False, None),
-    "2": (2, False, None),
-    "4": (4, False, None),
-    "2, sharded": (2, True, None),
-    "4, sharded": (4, True, None),
-    "4, then 2, sharded": (4, True, 2),
+    "1": Way(1),
+    "1, one by one": Way(1, is_one_by_one=True),
+    "2": Way(2),
+    "4": Way(4),
+    "2, sharded": Way(2, is_sharded=True),
+    "4, sharded": Way(4, is_sharded=True),
+    "4, then 2, sharded": Way(4, is_sharded=True, number_after=2),
 }
 
 
-def command(
-    model: Path, text: Path, out: Path, method: str, steps: int, number: int, is_sharded: bool
-) -> list[str]:
+def command(model: Path, text: Path, out: Path, method: str, steps: int, way: Way) -> list[str]:
     """Of the run under torchrun."""
+    num_sequences = SEQUENCES // way.number
     settings = {
         "steps": steps,
         "sparsity": "32:64",
         "block_size": 256,
-        "batch_blocks": SEQUENCES // number,
+        "batch_blocks": 1 if way.is_one_by_one else num_sequences,
+        "accumulation": num_sequences if way.is_one_by_one else 1,
         "precision": "fp32",
         "evaluate_every": steps // 4,
         "checkpoint_every": steps // 2,
-        "is_sharded": str(is_sharded).lower(),
+        "is_sharded": str(way.is_sharded).lower(),
         **METHODS[method],
     }
     of_settings = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program += ["--nproc-per-node", str(number), "-m", "cast_train", "run", "--resume"]
+    program += ["--nproc-per-node", str(way.number), "-m", "cast_train", "run", "--resume"]
     files = ["--model", str(model), "--text", str(text), "--out", str(out), "--method", method]
     return [*program, *files, *of_settings]
 
@@ -113,13 +134,14 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for method in METHODS:
             found["methods"][method] = {}
-            for name, (number, is_sharded, number_after) in WAYS.items():
+            for name, way in WAYS.items():
                 out = Path(folder, method, name.replace(", ", "-").replace(" ", "-"))
                 half = out.with_name(f"{out.name}.partial") / f"checkpoint-{steps // 2}/complete"
-                first = command(model, text, out, method, steps, number, is_sharded)
-                run(first, until=half if number_after else None)
-                if number_after:
-                    run(command(model, text, out, method, steps, number_after, is_sharded))
+                first = command(model, text, out, method, steps, way)
+                run(first, until=half if way.number_after else None)
+                if way.number_after:
+                    after = replace(way, number=way.number_after)
+                    run(command(model, text, out, method, steps, after))
                 record = verify(out)
                 perplexities = [each["perplexity"] for each in record["curve"]]
                 perplexities.append(record["quality"]["perplexity_hard"])
@@ -129,19 +151,6 @@ def measure(
                 }
                 on_run()
     return found
-
-
-def text_of(found: dict[str, Any]) -> str:
-    """The last loss of one process, and how far the others' losses are from its own at most."""
-    lines = []
-    for method, ways in found["methods"].items():
-        alone = ways["1"]["nats"]
-        line = [method, f"{alone[-1]:.4f}"]
-        for name in list(ways)[1:]:
-            pairs = zip(ways[name]["nats"], alone, strict=True)
-            line.append(f"{max(abs(ours - theirs) for ours, theirs in pairs):.6f}")
-        lines.append(line)
-    return "\n".join(markdown_table(["method", "nats of 1", *list(WAYS)[1:]], lines))
 
 
 def main() -> None:
@@ -158,7 +167,7 @@ def main() -> None:
         sys.exit(f"benchmarks.processes: {error}")
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(text_of(found))
+    print("\n".join(benches.processes([found])))
 
 
 if __name__ == "__main__":

@@ -209,3 +209,36 @@ def fuzz(records: Sequence[Record]) -> list[str]:
         for name, (minutes, num_examples, num_findings) in sums.items()
     ]
     return markdown_table(["target", "CPU minutes", "examples at most", "findings"], lines)
+
+
+def train_memory(records: Sequence[Record]) -> list[str]:
+    """`python -m benchmarks.train_memory --out`: a line a run."""
+    lines = []
+    for found in records:
+        settings = dict(found["settings"])
+        planned = max(found["planned_step_bytes"], found["planned_start_bytes"])
+        cells = [found["model"], settings.pop("method"), f"{found['num_weights'] / 1e6:,.0f}"]
+        cells += [f"{size / 1e9:.2f}" for size in (planned, found["peak_bytes"])]
+        cells += [f"{found['peak_bytes'] / planned - 1:+.0%}", f"{found['step_s']:.1f}"]
+        others = ", ".join(f"{key}={value}" for key, value in settings.items())
+        lines.append([*cells, f"{found['run_s'] / 60:.0f}", others])
+    columns = ["model", "method", "million weights", "planned, GB", "peak, GB", "above the plan"]
+    return markdown_table([*columns, "s a step", "minutes in all", "settings"], lines)
+
+
+def processes(records: Sequence[Record]) -> list[str]:
+    """`python -m benchmarks.processes --out`: a line a method.
+
+    The last loss of the first way, and how far each other way's losses are from its own at most.
+    """
+    (found,) = records
+    names = list(next(iter(found["methods"].values())))
+    lines = []
+    for method, ways in found["methods"].items():
+        alone = ways[names[0]]["nats"]
+        line = [method, f"{alone[-1]:.4f}"]
+        for name in names[1:]:
+            pairs = zip(ways[name]["nats"], alone, strict=True)
+            line.append(f"{max(abs(ours - theirs) for ours, theirs in pairs):.6f}")
+        lines.append(line)
+    return markdown_table(["method", f"nats, {names[0]}", *names[1:]], lines)

@@ -295,6 +295,8 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "carried": _of_records(benches.carried),
     "decode": _of_records(benches.decode),
     "tasks": _of_records(benches.tasks),
+    "train_memory": _of_records(benches.train_memory),
+    "processes": _of_records(benches.processes),
     "soak": _of_records(benches.soak),
     "fuzz": _of_records(benches.fuzz),
     "claims": claims.table,

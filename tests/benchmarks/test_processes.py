@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import processes
+from benchmarks.tables import benches
 from tests.benchmarks.conftest import LoadOf
 
 
 def test_two_processes_are_gone_on_with_by_one(
     llama_dir: Path, text_file: Path, load_of: LoadOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways = {"1": (1, False, None), "2, then 1": (2, False, 1)}
+    ways = {"1": processes.Way(1), "2, then 1": processes.Way(2, number_after=1)}
     monkeypatch.setattr(processes, "METHODS", {"fixed": {"block_size": 32}})
     monkeypatch.setattr(processes, "WAYS", ways)
     done: list[None] = []
@@ -24,7 +25,7 @@ def test_two_processes_are_gone_on_with_by_one(
     assert shared["launches"][1] >= 4
     assert shared["nats"] == pytest.approx(alone["nats"], abs=1e-3)
     assert len(alone["nats"]) == 5
-    *_, line = processes.text_of(found).splitlines()
+    *_, line = benches.processes([found])
     assert line.startswith(f"| fixed | {alone['nats'][-1]:.4f} | 0.000")
     assert json.loads(json.dumps(found)) == found
 
