@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from benchmarks.tables import benches
 from cast_serve.provenance import origin
 from cast_train import memory
 from cast_train.config import Dense
@@ -139,18 +140,6 @@ def measure(model: Path, text: Path, folder: Path, num_bytes: int, steps: int) -
     }
 
 
-def text_of(found: dict[str, Any]) -> str:
-    """The result for people."""
-    own = [sample["own_bytes"] / 1e9 for sample in found["tokenize_memory"]]
-    quarters = [own[i * (len(own) - 1) // 4] for i in range(1, 5)]
-    return (
-        f"tokenised {found['text_bytes'] / 1e9:.2f} GB into {found['num_tokens']:,} tokens in "
-        f"{found['tokenize_s'] / 60:.1f} min; memory {max(own):.2f} GB at most, at each quarter "
-        f"{', '.join(f'{each:.2f}' for each in quarters)}\n"
-        f"training waited for data in {found['wait_share']:.2%} of {len(found['step_s'])} steps"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="dense HF directory")
@@ -167,7 +156,7 @@ def main() -> None:
         sys.exit(f"benchmarks.big_text: {error}")
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(text_of(found))
+    print("\n".join(benches.big_text([found])))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import benches
 from cast_serve.provenance import origin
 from cast_train import memory
 from cast_train.config import TrainConfig
@@ -71,16 +72,6 @@ def measure(model: Path, text: Path, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def text_of(found: dict[str, Any]) -> str:
-    """The result for people."""
-    planned = max(found["planned_step_bytes"], found["planned_start_bytes"])
-    return (
-        f"{found['model']}, {found['settings']['method']}: {found['peak_bytes'] / 1e9:.2f} GB at "
-        f"most, {found['peak_bytes'] / planned - 1:+.1%} of the planned {planned / 1e9:.2f}; "
-        f"{found['step_s']:.1f} s a step, {found['run_s'] / 60:.1f} min in all"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="dense HF directory")
@@ -96,7 +87,7 @@ def main() -> None:
         sys.exit(f"benchmarks.train_memory: {error}")
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(text_of(found))
+    print("\n".join(benches.train_memory([found])))
 
 
 if __name__ == "__main__":

@@ -242,3 +242,19 @@ def processes(records: Sequence[Record]) -> list[str]:
             line.append(f"{max(abs(ours - theirs) for ours, theirs in pairs):.6f}")
         lines.append(line)
     return markdown_table(["method", f"nats, {names[0]}", *names[1:]], lines)
+
+
+def big_text(records: Sequence[Record]) -> list[str]:
+    """`python -m benchmarks.big_text --out`: a line a run."""
+    lines = []
+    for found in records:
+        samples = found["tokenize_memory"]
+        own = [sample["own_bytes"] / 1e9 for sample in samples]
+        cells = [f"{found['text_bytes'] / 1e9:.2f}", f"{found['num_tokens']:,}"]
+        cells.append(f"{found['tokenize_s'] / 60:.0f}")
+        cells.append(", ".join(f"{own[i * (len(own) - 1) // 4]:.2f}" for i in range(1, 5)))
+        cells.append(f"{max(own):.2f}")
+        cells.append(f"{max(sample['file_bytes'] for sample in samples) / 1e9:.2f}")
+        lines.append([*cells, f"{found['wait_share']:.2%} of {len(found['step_s'])}"])
+    columns = ["text, GB", "tokens", "minutes", "own memory after each quarter, GB", "at most"]
+    return markdown_table([*columns, "files mapped, GB", "steps waited for data"], lines)
