@@ -70,6 +70,16 @@ def test_without_an_end_token_a_blank_line_is_between_them(llama_dir):
     assert tokenizer.decode(found) == "ab\n\nd"
 
 
+def test_tokens_are_those_of_transformers_whatever_a_tokenizer_cuts_and_pads(llama_dir):
+    tokenizer = models.load_tokenizer(llama_dir)
+    texts = ["one two three " * 9, "a!b", "é漢"]
+    wanted = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=200)
+    found = np.concatenate(list(tokenize([(text, False) for text in texts], tokenizer)))
+    assert found.tolist() == sum(wanted, [])
+
+
 @pytest.mark.parametrize(
     "text", ["one two\nthree\n\nfour " * 50, "x" * 200, "a\r\nb\rc" * 40, "é" * 190]
 )
