@@ -27,7 +27,7 @@ from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
-from cast_train.precision import autocast
+from cast_train.precision import autocast, flush_denormals
 from cast_train.pruning.scores import wanda_scores
 from cast_train.tokens import read_tokens, to_blocks
 
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="steps of each way, after a first")
     args = parser.parse_args()
     memory.keep_freed()
+    flush_denormals()
     try:
         with tqdm(total=args.rounds + 1, desc="rounds") as bar:
             found = measure(

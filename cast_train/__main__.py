@@ -570,6 +570,9 @@ def _working() -> Iterator[None]:
     warnings.simplefilter("ignore")
     memory.keep_freed()
     try:
+        from cast_train import precision
+
+        precision.flush_denormals()
         yield
     except StoppedError as error:
         _fail(str(error), STOPPED)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,3 +29,18 @@ def test_a_product_is_computed_in_the_precision_asked_for():
         with autocast(precision, "cpu"):
             found[precision] = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     assert found == {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def test_denormal_numbers_are_zero_in_threads_too():
+    # In a process of its own, since the mode stays.
+    program = """
+import torch
+from cast_train.precision import flush_denormals
+
+flush_denormals()
+torch.set_num_threads(2)
+assert not (torch.full((1 << 20,), 1e-38) * 0.5).any()
+assert (torch.full((8,), 1.2e-38) * 1.0).all()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
