@@ -219,11 +219,10 @@ def train_memory(records: Sequence[Record]) -> list[str]:
         planned = max(found["planned_step_bytes"], found["planned_start_bytes"])
         cells = [found["model"], settings.pop("method"), f"{found['num_weights'] / 1e6:,.0f}"]
         cells += [f"{size / 1e9:.2f}" for size in (planned, found["peak_bytes"])]
-        cells += [f"{found['peak_bytes'] / planned - 1:+.0%}", f"{found['step_s']:.1f}"]
         others = ", ".join(f"{key}={value}" for key, value in settings.items())
-        lines.append([*cells, f"{found['run_s'] / 60:.0f}", others])
+        lines.append([*cells, f"{found['peak_bytes'] / planned - 1:+.0%}", others])
     columns = ["model", "method", "million weights", "planned, GB", "peak, GB", "above the plan"]
-    return markdown_table([*columns, "s a step", "minutes in all", "settings"], lines)
+    return markdown_table([*columns, "settings"], lines)
 
 
 def processes(records: Sequence[Record]) -> list[str]:

@@ -297,5 +297,8 @@ KINDS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
     "tasks": _of_records(benches.tasks),
     "soak": _of_records(benches.soak),
     "fuzz": _of_records(benches.fuzz),
+    "train_memory": _of_records(benches.train_memory),
+    "processes": _of_records(benches.processes),
+    "big_text": _of_records(benches.big_text),
     "claims": claims.table,
 }

@@ -15,7 +15,7 @@ def test_a_run_beside_its_plan(llama_dir: Path, text_file: Path) -> None:
     # Of a model this small the program is nearly all.
     assert found["peak_bytes"] > 0.3 * found["planned_start_bytes"] > 0
     assert found["step_s"] > 0
-    found |= {"model": "tiny", "num_weights": 4_000_000, "step_s": 1.25, "run_s": 119.0}
+    found |= {"model": "tiny", "num_weights": 4_000_000}
     found |= {"peak_bytes": 3_000_000_000, "planned_step_bytes": 2_500_000_000}
-    line = "| tiny | fixed | 4 | 2.50 | 3.00 | +20% | 1.2 | 2 | steps=2, block_size=32, "
+    line = "| tiny | fixed | 4 | 2.50 | 3.00 | +20% | steps=2, block_size=32, "
     assert benches.train_memory([found])[-1].startswith(line)
