@@ -140,16 +140,25 @@ inline void expand_dense_tile(const uint8_t* tile, uint8_t* dense, int64_t step_
 }
 
 // Weights that keep n of 64: a packed tile's 32 registers -> dense[step][16 registers], signed. Of
-// four scale groups each has half of a step's registers, and zeros in the others.
+// four scale groups each has half of a step's registers, and zeros in the others. The tile `ahead`
+// is prefetched line by line, since all at once they would wait for each other, into L1 or L2.
 template <Weights kWeights, int kGroups>
-inline void expand_tile64(const Linear& p, const uint8_t* tile, uint8_t* dense,
-                          int64_t step_stride) {
+inline void expand_tile64(const Linear& p, const uint8_t* tile, const uint8_t* ahead, bool into_l1,
+                          uint8_t* dense, int64_t step_stride) {
+  const uint8_t* ahead_end = ahead + tile_bytes64(p);
+  const auto prefetch_line = [&] {
+    if (ahead >= ahead_end) return;
+    into_l1 ? prefetch<1, Prefetch::kT0>(ahead) : prefetch<1, Prefetch::kT1>(ahead);
+    ahead += 64;
+  };
   if constexpr (kWeights == Weights::kOfXsDType) {
     const uint8_t *values = tile, *masks = tile + values_bytes64(p);
 #pragma GCC unroll 4
-    for (int i = 0; i < kSteps64; ++i)
+    for (int i = 0; i < kSteps64; ++i) {
+      prefetch_line();
       _mm512_store_si512(dense + i / 16 * step_stride + i % 16 * 64,
                          next_bf16_step(values, masks, i));
+    }
   } else {
     constexpr int kHalfSteps = kGroups == 4 ? 2 : 1;
     Expander64<kWeights == Weights::kInt4 ? kGroups : 0> steps(p, tile);
@@ -162,7 +171,9 @@ inline void expand_tile64(const Linear& p, const uint8_t* tile, uint8_t* dense,
     };
 #pragma GCC unroll 4
     for (int i = 0; i < 16; ++i) {
+      prefetch_line();
       store(0, i, steps.template next<0>(i));
+      prefetch_line();
       store(1, i, steps.template next<1>(i));
     }
   }

@@ -108,9 +108,10 @@ struct Expander {
                        row % kTileRowTiles * kTileRows * 64 + tile * kDenseSteps * kStepTileBytes;
       float* of_rows = e.scales + tile * kTileScales + row * (16 / kTileRowTiles);
       if constexpr (kIs64) {
-        for (int64_t byte = 0; byte < e.tile_bytes; byte += 64)
-          prefetch<1, Prefetch::kT1>(packed + e.ahead + byte);
-        expand_tile64<kWeights, kGroups>(*e.p, packed, dense, kStepTileBytes);
+        // More tokens' x and sums pass through L1.
+        const bool into_l1 = e.p->num_tokens <= kPairTokens;
+        expand_tile64<kWeights, kGroups>(*e.p, packed, packed + e.ahead, into_l1, dense,
+                                         kStepTileBytes);
         for (int group = 0; kHasRowScales && group < kGroups; ++group)
           _mm512_store_ps(of_rows + group * kBlockRows,
                           row_scales64(packed + scales_at64(*e.p), group));
