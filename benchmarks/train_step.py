@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 
 from cast_serve.provenance import origin
 from cast_serve.sparsity.targets import find_targets
-from cast_train import attention, losses, memory
+from cast_train import attention, losses, memory, precision
 from cast_train.checkpoint.models import load_dense, load_tokenizer
 from cast_train.config import Gates, TrainConfig
 from cast_train.gates import gating
 from cast_train.gates.schedules import phase_at
-from cast_train.precision import autocast, flush_denormals
 from cast_train.pruning.scores import wanda_scores
 from cast_train.tokens import read_tokens, to_blocks
 
@@ -67,7 +66,7 @@ class Way:
         """Of int64 [batch, block_size], with the penalty on the gates if there are any."""
         if self.gates:
             gating.set_phase(self.gates, self.phase)
-        with autocast("auto", "cpu"):
+        with precision.autocast("auto", "cpu"):
             logits = self.model(input_ids=batch, use_cache=False).logits
             loss = losses.losses(logits, batch)[0]
         if self.gates and (penalty := gating.penalty(self.gates)) is not None:
@@ -194,7 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="steps of each way, after a first")
     args = parser.parse_args()
     memory.keep_freed()
-    flush_denormals()
+    precision.flush_denormals()
     try:
         with tqdm(total=args.rounds + 1, desc="rounds") as bar:
             found = measure(

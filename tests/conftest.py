@@ -46,6 +46,14 @@ def no_settings_of_the_caller() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def denormal_numbers() -> Iterator[None]:
+    """Commands that run in the tests' own process leave denormal numbers to the other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cast_train.precision.flush_denormals", lambda: None)
+        yield
+
+
 class Opened(list["subprocess.Popen[Any]"]):
     """Processes that were started."""
 

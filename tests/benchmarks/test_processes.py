@@ -16,7 +16,7 @@ def test_two_processes_are_gone_on_with_by_one(
     monkeypatch.setattr(processes, "WAYS", ways)
     done: list[None] = []
     check_stamp = load_of(done)
-    found = processes.measure(llama_dir, text_file, 8, lambda: done.append(None))
+    found = processes.measure(llama_dir, text_file, 80, lambda: done.append(None))
     assert len(done) == 2
     check_stamp(found)
     alone, shared = (found["methods"]["fixed"][name] for name in ways)

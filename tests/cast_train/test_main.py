@@ -40,6 +40,13 @@ def last_json(result):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def test_commands_take_denormal_numbers_for_zero(cast_train, llama_dir, monkeypatch):
+    calls = []
+    monkeypatch.setattr(precision, "flush_denormals", lambda: calls.append("flushed"))
+    last_json(cast_train("plan", "--model", llama_dir, "--memory-gb", 24))
+    assert calls == ["flushed"]
+
+
 def test_train_then_measure(
     cast_train, llama_dir, text_file, heldout_file, settings_file, monkeypatch
 ):
