@@ -10,6 +10,7 @@ Tokens of OUT.partial are kept shard by shard, with the place in the texts where
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -176,8 +177,13 @@ def are_tokenized(names: Sequence[Path]) -> bool:
     return bool(folders)
 
 
-def mapped(folder: Path, tokenizer: Any) -> list[NDArray[Any]]:
+def mapped(folder: Path, tokenizer: Any, is_shuffled: bool = False) -> list[NDArray[Any]]:
     """The tokens of a folder, mapped from its shards: [num_tokens] each, read where they are used.
+
+    Args:
+        folder: of `write_tokens`.
+        tokenizer: the model's.
+        is_shuffled: they are read in random order, so Linux is not to read on behind each place.
 
     Raises:
         UsageError: if a shard is missing or has another size, or the tokenizer is another one.
@@ -195,7 +201,11 @@ def mapped(folder: Path, tokenizer: Any) -> list[NDArray[Any]]:
             raise CheckpointError(
                 f"{path} has {size} bytes, but {TOKENS_JSON} says {wanted}; copy the folder again"
             )
-        found.append(np.memmap(path, dtype, "r"))
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if is_shuffled:
+            pages.madvise(mmap.MADV_RANDOM)
+        found.append(np.frombuffer(pages, dtype))
     return found
 
 

@@ -31,8 +31,12 @@ def over_vllm(records: Path) -> Figure:
 
 def n_of_64(records: Path) -> Figure:
     """32:64 against 2:4, and both against vLLM's int8 op, a row of one run's ops for each CPU."""
-    cpus = {"Zen 4": "kernels-64-{}", "Zen 5": "kernels-64-zen5-{}"}
-    figure = Figure(figsize=(8, 6.4))
+    cpus = {
+        "Zen 4": "kernels-64-{}",
+        "Zen 5": "kernels-64-zen5-{}",
+        "Intel with AMX": "kernels-64-amx-{}",
+    }
+    figure = Figure(figsize=(8, 9.4))
     panels = figure.subplots(len(cpus), 2, sharey="col")
     for (beside_24, beside_int8), (cpu, name) in zip(panels, cpus.items(), strict=True):
         for colour, weights in enumerate(("bf16", "int8", "int4")):

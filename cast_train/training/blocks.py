@@ -123,7 +123,7 @@ def _tokens(texts: Sequence[Path], tokenizer: Any) -> list[NDArray[Any]]:
         UsageError: if there is more text than is to be tokenised for one run.
     """
     if are_tokenized(texts):
-        return [shard for text in texts for shard in mapped(text, tokenizer)]
+        return [shard for text in texts for shard in mapped(text, tokenizer, is_shuffled=True)]
     sources = documents.find(texts)
     of_hub = [source.name for source in sources if source.path is None]
     if of_hub or sum(source.num_bytes for source in sources) > MOST_BYTES:
