@@ -178,12 +178,15 @@ def are_tokenized(names: Sequence[Path]) -> bool:
 
 
 def mapped(folder: Path, tokenizer: Any, is_shuffled: bool = False) -> list[NDArray[Any]]:
-    """The tokens of a folder, mapped from its shards: [num_tokens] each, read where they are used.
+    """The tokens of a folder, mapped from its shards and read where they are used.
 
     Args:
         folder: of `write_tokens`.
         tokenizer: the model's.
         is_shuffled: they are read in random order, so Linux is not to read on behind each place.
+
+    Returns:
+        for each shard read-only tokens [num_tokens], of the folder's unsigned dtype.
 
     Raises:
         UsageError: if a shard is missing or has another size, or the tokenizer is another one.
