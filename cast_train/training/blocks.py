@@ -1,7 +1,7 @@
 """Texts + TrainConfig -> token blocks to train on, calibrate, choose and measure with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from cast_serve.errors import UsageError
 from cast_train import documents, sharding
@@ -49,6 +49,36 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         rows = range(len(self))[:most_blocks]
         blocks = [self[row]["input_ids"] for row in rows]
         return torch.stack(blocks) if blocks else torch.empty(0, 0, dtype=torch.int64)
+
+
+class RandomOrder(Sampler[int]):
+    """Every block once an epoch, in the order of accelerate's SeedableRandomSampler.
+
+    That one makes Python numbers of all at the start of an epoch: 0.8 GB of them for 20 million
+    blocks.
+
+    Args:
+        number: of blocks.
+        seed: of the first epoch; the next has the next seed.
+    """
+
+    def __init__(self, number: int, seed: int) -> None:
+        self.number = number
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.number
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's DataLoader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for part in torch.randperm(self.number, generator=generator).split(1 << 10):
+            yield from part.tolist()
+        self.epoch += 1
 
 
 @dataclass(frozen=True)

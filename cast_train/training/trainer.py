@@ -38,7 +38,7 @@ from cast_train.passes import computing, ends_in_head
 from cast_train.precision import autocast
 from cast_train.pruning.solve import solve, solve_again
 from cast_train.training import optimizer
-from cast_train.training.blocks import Blocks
+from cast_train.training.blocks import Blocks, RandomOrder
 from cast_train.training.prepare import Prepared
 from cast_train.training.progress import Progress, loss_in_words
 from cast_train.training.quantized_start import start_quantized
@@ -191,6 +191,9 @@ class CastTrainer(Trainer):
         if not is_exact and self.gate_map:
             metrics["eval_loss"] = math.inf
         return metrics
+
+    def _get_train_sampler(self, *_: Any) -> RandomOrder:
+        return RandomOrder(len(self.train_dataset), self.args.seed)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """All of the evaluation set: only training leaves out what makes no whole batch."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.data_loader import SeedableRandomSampler
 from numpy.typing import NDArray
 
 from cast_serve.errors import UsageError
@@ -12,7 +13,7 @@ from cast_train.checkpoint import models
 from cast_train.config import TrainConfig
 from cast_train.tokens import write_tokens
 from cast_train.training import blocks as blocks_module
-from cast_train.training.blocks import TokenBlocks, read_blocks, split_held_out
+from cast_train.training.blocks import RandomOrder, TokenBlocks, read_blocks, split_held_out
 from cast_train.training.run import train
 
 
@@ -38,6 +39,14 @@ def test_blocks_are_counted_through_all_texts():
     assert blocks.tensor().tolist() == [[8, 9], [0, 1], [4, 5], [6, 7]]
     assert blocks.tensor(1).tolist() == [[8, 9]]
     assert blocks[3]["labels"].tolist() == [6, 7]
+
+
+def test_the_order_is_that_of_accelerate_in_every_epoch():
+    ours, theirs = RandomOrder(3000, seed=7), SeedableRandomSampler(range(3000), data_seed=7)
+    assert [list(ours), list(ours)] == [list(theirs), list(theirs)]
+    ours.set_epoch(0)
+    theirs.set_epoch(0)
+    assert list(ours) == list(theirs)
 
 
 def test_the_held_out_split_is_not_trained_on():
