@@ -130,8 +130,8 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     has_teacher = config.distillation_weight > 0
     share = num_processes if config.is_sharded else 1
     shard = "" if config.is_sharded else "is_sharded = true, with more processes"
-    # Copied gates keep the mask beside that which they started from.
-    has_two = isinstance(config, Gates | Ste) and not config.is_sharded
+    # Beside the mask that they started from, copied gates of ste keep the one of the step.
+    has_two = isinstance(config, Ste) and not config.is_sharded
     masks = 2 if has_two else 1 if sparse else 0
     if has_plain_head:
         head = fake.get_output_embeddings().weight
@@ -155,7 +155,7 @@ def plan(model: str | Path, config: TrainConfig, num_processes: int = 1) -> Plan
     if isinstance(config, Gates):
         parts.append(Part("logits of the gates, and their moment", 8 * sparse // share, shard))
         gradients += 4 * sparse // share
-        if config.is_solved_again:
+        if config.is_solved_again and not (has_teacher and dtype == stored):  # else the teacher's
             dense = stored.itemsize * sparse // share
             parts.append(Part("dense weights, to solve again", dense, "method = fixed"))
     elif isinstance(config, Ste | Adams):

@@ -1,5 +1,6 @@
 """Dense model + token blocks + TrainConfig -> a model with gates, and its teacher."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def prepare(
 
     dense_weights = {}
     if config.is_solved_again:
-        dense_weights = {name: _small(weight_rows(linear)) for name, linear in targets.items()}
+        dense_weights = {name: _dense(name, targets[name], teacher) for name in targets}
     is_resumed = choices is not None
     model, targets, gate_map = start_gates(
         model, targets, calibration, patterns, config, is_resumed
@@ -144,8 +145,17 @@ def prepare(
     )
 
 
-def _small(weight: Tensor) -> Tensor:
-    """A copy of an fp32 weight, in bf16 where that holds it exactly, as of most models it does."""
+def _dense(name: str, linear: nn.Module, teacher: Any) -> Tensor:
+    """A linear's weight, which `solve_again` starts from: the teacher's own where it is the same.
+
+    Else a copy, in bf16 where that holds it exactly, as of most models it does.
+    """
+    weight = weight_rows(linear)
+    if teacher is not None:
+        with contextlib.suppress(AttributeError):  # a teacher of another shape
+            theirs = sharding.local(teacher.get_submodule(name).weight.detach())
+            if torch.equal(theirs.float(), weight):
+                return theirs
     rounded = weight.to(torch.bfloat16)
     return rounded if torch.equal(rounded.float(), weight) else weight.clone()
 

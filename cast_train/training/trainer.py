@@ -82,6 +82,12 @@ class CastTrainer(Trainer):
         with self.compute_loss_context_manager():
             pair = [each for each in (self.model, self.teacher) if each is not None]
             self.has_plain_heads = all(ends_in_head(each) for each in pair)
+        # Made on the CPU, and compared with what the device has.
+        prepared = dataclasses.replace(
+            prepared,
+            start={name: mask.to(self.args.device) for name, mask in prepared.start.items()},
+            dense={name: weight.to(self.args.device) for name, weight in prepared.dense.items()},
+        )
         self.figures: dict[str, float] = {}
         self.remove_callback(ProgressCallback)
         loss = loss_in_words(config, has_teacher=self.teacher is not None)

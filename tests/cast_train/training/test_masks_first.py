@@ -15,7 +15,8 @@ from cast_train.pruning import oneshot
 from cast_train.pruning.scores import weight_rows
 from cast_train.pruning.solve import solve
 from cast_train.tokens import read_tokens, to_blocks
-from cast_train.training.blocks import split_held_out
+from cast_train.training.blocks import read_blocks, split_held_out
+from cast_train.training.prepare import prepare
 from cast_train.training.run import train
 from tests.cast_train.settings import changed
 
@@ -161,6 +162,21 @@ def test_where_gates_moved_the_mask_kept_weights_are_solved_again(
     found = (written[f"{name}.weight"] * mask).float()
     unsolved = load_file(llama_dir / "model.safetensors")[f"{name}.weight"] * mask
     assert (found - wanted).norm() < 0.2 * (unsolved - wanted).norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dense_weights_are_the_teachers_where_those_are_the_same(
+    precision, llama_dir, text_file, settings_file
+):
+    config = TrainConfig.from_toml(settings_file, precision=precision)
+    tokenizer = models.load_tokenizer(llama_dir)
+    blocks = read_blocks([text_file], None, tokenizer, config)
+    found = prepare(llama_dir, None, None, blocks, config)
+    given = models.load_dense(llama_dir, torch.float32)
+    for name, weight in found.dense.items():
+        theirs = found.teacher.get_submodule(name).weight
+        assert (weight.data_ptr() == theirs.data_ptr()) is (precision == "fp32")
+        assert torch.equal(weight, given.get_submodule(name).weight)
 
 
 def test_the_schedules_by_hand():

@@ -87,11 +87,15 @@ def test_every_part_has_its_bytes(words_dir):
     assert not {"teacher", "masks"} & {name for name, size in parts(dense).items() if size}
 
 
-def test_dense_weights_take_what_they_take_on_disk(words_dir, tmp_path):
+def test_dense_weights_take_what_they_take_on_disk_or_are_the_teachers(words_dir, tmp_path):
     settings = json.loads((words_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
-    found = plan(tmp_path, Gates(sparsity="32:64", **SMALL))
+    found = plan(tmp_path, Gates(sparsity="32:64", **{**SMALL, "precision": "fp32"}))
     assert parts(found)["dense weights, to solve again"] == 2 * found.num_sparse
+    alone = plan(tmp_path, Gates(sparsity="32:64", distillation_weight=0.0, **SMALL))
+    assert parts(alone)["dense weights, to solve again"] == 2 * found.num_sparse
+    both = plan(tmp_path, Gates(sparsity="32:64", **SMALL))
+    assert "dense weights, to solve again" not in parts(both)
 
 
 def test_processes_share_what_is_sharded(words_dir):
